@@ -1,0 +1,26 @@
+"""Builds pyreserve._native. The C headers are the only declarations: the cdef is made from them."""
+
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+ROOMS = ("vm", "runs", "bitmap", "region", "lazybitmap")  # lowest first
+HERE = Path("csrc")  # setuptools wants paths relative to setup.py, and runs this from there
+
+
+def declarations(header: Path) -> str:
+    """A header without its preprocessor lines: the subset of C that cffi reads."""
+    return re.sub(r"^#.*$", "", header.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+ffibuilder = FFI()
+ffibuilder.cdef("\n".join(declarations(HERE / f"{room}.h") for room in ROOMS))
+ffibuilder.set_source(
+    "pyreserve._native",
+    "\n".join(f'#include "{room}.h"' for room in ROOMS),
+    sources=[str(HERE / f"{room}.c") for room in ROOMS],
+    depends=[str(HERE / f"{room}.h") for room in ROOMS],
+    include_dirs=[str(HERE)],
+    extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden"],
+)

@@ -1,0 +1,280 @@
+#include "lazybitmap.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Committing in steps of 64 KiB keeps a bitmap that fills up from one system call a page; memory
+ * itself still comes a page at a time, where it is touched. */
+#define COMMIT_STEP ((uint64_t)64 << 10)
+
+static uint64_t *words_of(const struct region *bits) {
+    return (uint64_t *)(void *)bits->base;
+}
+
+static uint64_t smaller(uint64_t a, uint64_t b) {
+    return a < b ? a : b;
+}
+
+/* Whether the bits from `at` on are committed, and the `*end`, at most `stop`, of that state. */
+static bool segment(const struct region *bits, uint64_t at, uint64_t stop, uint64_t *end) {
+    struct run piece;
+    size_t lo = (size_t)(at / 8), hi = (size_t)(stop / 8 + (stop % 8 != 0));
+    *end = stop;
+    if (!runs_next(&bits->committed, lo, hi, &piece))
+        return false;
+    bool committed = piece.lo <= lo;
+    *end = smaller(stop, (uint64_t)(committed ? piece.hi : piece.lo) * 8);
+    return committed;
+}
+
+/* Commits the words under [start, stop); 0 or an errno. */
+static int commit(struct region *bits, uint64_t start, uint64_t stop) {
+    uint64_t step = COMMIT_STEP > bits->page ? COMMIT_STEP : bits->page;
+    uint64_t lo = start / 8 / step * step;
+    uint64_t hi = smaller(bits->size, ((stop - 1) / 8 / step + 1) * step);
+    return region_commit(bits, (size_t)lo, (size_t)(hi - lo));
+}
+
+/* What was committed before a change that needs several commits, so that they can be undone. */
+static int remember(const struct region *bits, struct runs *before) {
+    *before = bits->committed;
+    before->items = malloc((before->count + 1) * sizeof *before->items);
+    if (before->items == NULL)
+        return ENOMEM;
+    if (before->count > 0)
+        memcpy(before->items, bits->committed.items, before->count * sizeof *before->items);
+    return 0;
+}
+
+/* Ends what `remember` began: decommits what it did not remember if `err` says that a commit was
+ * refused. Returns `err`. */
+static int settle(struct region *bits, struct runs *before, int err) {
+    struct run gap;
+    if (err != 0)
+        for (size_t at = 0; runs_next_gap(before, at, bits->size, &gap); at = gap.hi) {
+            (void)region_decommit(bits, gap.lo, gap.hi - gap.lo);
+            if (gap.hi == bits->size)
+                break;
+        }
+    runs_clear(before);
+    return err;
+}
+
+int64_t lazybitmap_set(struct region *bits, uint64_t start, uint64_t stop, uint64_t step) {
+    if (start >= stop)
+        return 0;
+    if (step == 1) {
+        int err = commit(bits, start, stop);
+        return err != 0 ? -err : (int64_t)bitmap_set(words_of(bits), start, stop);
+    }
+    struct runs before;
+    int err = remember(bits, &before);
+    if (err != 0)
+        return -err;
+    for (uint64_t i = start; i < stop && err == 0; i += step)
+        err = commit(bits, i, i + 1);
+    if (settle(bits, &before, err) != 0)
+        return -err;
+    uint64_t changed = 0;
+    for (uint64_t i = start; i < stop; i += step)
+        changed += bitmap_set(words_of(bits), i, i + 1);
+    return (int64_t)changed;
+}
+
+int64_t lazybitmap_clear(struct region *bits, uint64_t start, uint64_t stop, uint64_t step) {
+    uint64_t changed = 0;
+    for (uint64_t at = start, end; at < stop;) {
+        if (!segment(bits, at, stop, &end)) {
+            at += (end - at + step - 1) / step * step;
+        } else if (step == 1) {
+            changed += bitmap_clear(words_of(bits), at, end);
+            at = end;
+        } else {
+            for (; at < end; at += step)
+                changed += bitmap_clear(words_of(bits), at, at + 1);
+        }
+    }
+    return (int64_t)changed;
+}
+
+bool lazybitmap_test(const struct region *bits, uint64_t index) {
+    uint64_t end;
+    return segment(bits, index, index + 1, &end) && bitmap_test(words_of(bits), index);
+}
+
+uint64_t lazybitmap_count(const struct region *bits, uint64_t start, uint64_t stop) {
+    uint64_t count = 0;
+    for (uint64_t at = start, end; at < stop; at = end)
+        if (segment(bits, at, stop, &end))
+            count += bitmap_count(words_of(bits), at, end);
+    return count;
+}
+
+int64_t lazybitmap_find(const struct region *bits, uint64_t start, uint64_t stop, bool value,
+                        uint64_t wanted) {
+    uint64_t first = start;
+    for (uint64_t at = start, end; at < stop; at = end) {
+        if (segment(bits, at, stop, &end)) {
+            if (bitmap_seek(words_of(bits), at, end, value, wanted, &first))
+                return (int64_t)first;
+        } else if (value) {
+            first = end;
+        } else if (end - first >= wanted) {
+            return (int64_t)first;
+        }
+    }
+    return -1;
+}
+
+size_t lazybitmap_runs(const struct region *bits, uint64_t start, uint64_t stop, bool value,
+                       uint64_t *out, size_t max) {
+    size_t n = 0;
+    for (uint64_t at = start; n < max; n++) {
+        int64_t first = lazybitmap_find(bits, at, stop, value, 1);
+        if (first < 0)
+            break;
+        int64_t after = lazybitmap_find(bits, (uint64_t)first, stop, !value, 1);
+        at = after < 0 ? stop : (uint64_t)after;
+        out[2 * n] = (uint64_t)first;
+        out[2 * n + 1] = at;
+    }
+    return n;
+}
+
+/* Commits, in `bits`, what is committed in `other`. */
+static int commit_alike(struct region *bits, const struct region *other, uint64_t nbits) {
+    struct runs before;
+    int err = remember(bits, &before);
+    if (err != 0)
+        return err;
+    for (uint64_t at = 0, end; at < nbits && err == 0; at = end)
+        if (segment(other, at, nbits, &end))
+            err = commit(bits, at, end);
+    return settle(bits, &before, err);
+}
+
+int64_t lazybitmap_combine(struct region *bits, const struct region *other, uint64_t nbits,
+                           enum bitmap_operation operation) {
+    if (operation == BITMAP_OR || operation == BITMAP_XOR) {
+        int err = commit_alike(bits, other, nbits);
+        if (err != 0)
+            return -err;
+    }
+    for (uint64_t at = 0, end; at < nbits; at = end) {
+        if (!segment(bits, at, nbits, &end))
+            continue;
+        bool both = segment(other, at, end, &end);
+        if (both)
+            bitmap_combine(words_of(bits), words_of(other), at, end, operation);
+        else if (operation == BITMAP_AND)
+            (void)bitmap_clear(words_of(bits), at, end);
+    }
+    return 0;
+}
+
+bool lazybitmap_equal(const struct region *bits, const struct region *other, uint64_t nbits) {
+    for (uint64_t at = 0, end; at < nbits; at = end) {
+        bool here = segment(bits, at, nbits, &end);
+        bool there = segment(other, at, end, &end);
+        if (here && there) {
+            const uint64_t *a = words_of(bits), *b = words_of(other);
+            if (memcmp(a + at / 64, b + at / 64, (size_t)((end - at) / 64 * 8)) != 0)
+                return false;
+            uint64_t tail = end / 64 * 64;
+            unsigned n = (unsigned)(end - tail);
+            if (n > 0 && bitmap_extract(a, tail, n) != bitmap_extract(b, tail, n))
+                return false;
+        } else if (here || there) {
+            if (lazybitmap_find(here ? bits : other, at, end, true, 1) >= 0)
+                return false;
+        }
+    }
+    return true;
+}
+
+/* Where bit `i` of a copy of `n` bits comes from. */
+static uint64_t source(uint64_t from, uint64_t step, uint64_t n, bool reverse, uint64_t i) {
+    return from + step * (reverse ? n - 1 - i : i);
+}
+
+/* Puts the bits of a committed segment [at, end) of `other`, neighbours in both, at `to`. */
+static void copy_neighbours(struct region *bits, uint64_t to, const struct region *other,
+                            uint64_t at, uint64_t end) {
+    while (at < end) {
+        unsigned n = (unsigned)smaller(64, end - at);
+        bitmap_deposit(words_of(bits), to, n, bitmap_extract(words_of(other), at, n));
+        at += n;
+        to += n;
+    }
+}
+
+int64_t lazybitmap_copy(struct region *bits, uint64_t start, const struct region *other,
+                        uint64_t from, uint64_t step, uint64_t n, bool reverse) {
+    if (n == 0)
+        return 0;
+    bool neighbours = step == 1 && !reverse;
+    struct runs before;
+    int err = remember(bits, &before);
+    if (err != 0)
+        return -err;
+    for (uint64_t i = 0, end; neighbours && i < n && err == 0; i = end - from)
+        if (segment(other, from + i, from + n, &end))
+            err = commit(bits, start + i, start + end - from);
+    for (uint64_t i = 0; !neighbours && i < n && err == 0; i++)
+        if (lazybitmap_test(other, source(from, step, n, reverse, i)))
+            err = commit(bits, start + i, start + i + 1);
+    if (settle(bits, &before, err) != 0)
+        return -err;
+
+    (void)lazybitmap_clear(bits, start, start + n, 1);
+    for (uint64_t i = 0, end; neighbours && i < n; i = end - from)
+        if (segment(other, from + i, from + n, &end))
+            copy_neighbours(bits, start + i, other, from + i, end);
+    for (uint64_t i = 0; !neighbours && i < n; i++)
+        if (lazybitmap_test(other, source(from, step, n, reverse, i)))
+            (void)bitmap_set(words_of(bits), start + i, start + i + 1);
+    return 0;
+}
+
+void lazybitmap_read(const struct region *bits, uint64_t start, uint64_t stop, unsigned char *out) {
+    memset(out, 0, (size_t)((stop - start + 7) / 8));
+    for (uint64_t at = start, end; at < stop; at = end) {
+        if (!segment(bits, at, stop, &end))
+            continue;
+        for (uint64_t i = at; i < end;) {
+            /* Up to the next byte of `out`, then eight of its bytes at a time. */
+            uint64_t to = i - start;
+            unsigned n = (unsigned)smaller(to % 8 != 0 ? 8 - to % 8 : 64, end - i);
+            uint64_t word = bitmap_extract(words_of(bits), i, n);
+            if (to % 8 != 0)
+                out[to / 8] = (unsigned char)(out[to / 8] | word << (to % 8));
+            else
+                memcpy(out + to / 8, &word, (n + 7) / 8);
+            i += n;
+        }
+    }
+}
+
+int64_t lazybitmap_write(struct region *bits, uint64_t start, uint64_t stop,
+                         const unsigned char *in) {
+    uint64_t n = stop - start, first = 0, last = (n + 7) / 8;
+    while (first < last && in[first] == 0)
+        first++;
+    while (last > first && in[last - 1] == 0)
+        last--;
+    if (first < last) {
+        int err = commit(bits, start + first * 8, start + smaller(n, last * 8));
+        if (err != 0)
+            return -err;
+    }
+    (void)lazybitmap_clear(bits, start, stop, 1);
+    for (uint64_t i = first * 8; i < smaller(n, last * 8); i += 64) {
+        unsigned count = (unsigned)smaller(64, smaller(n, last * 8) - i);
+        uint64_t word = 0;
+        memcpy(&word, in + i / 8, (count + 7) / 8);
+        if (word != 0)
+            bitmap_deposit(words_of(bits), start + i, count, word);
+    }
+    return 0;
+}

@@ -1,0 +1,329 @@
+#include "region.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "vm.h"
+
+static uintptr_t address_of(const struct region *region, size_t offset) {
+    return (uintptr_t)region->base + offset;
+}
+
+/* What is wrong with a range of whole pages, or 0. */
+static int misuse(const struct region *region, size_t offset, size_t length) {
+    if (region->base == NULL)
+        return REGION_RELEASED;
+    if (length == 0 || offset > region->size || length > region->size - offset)
+        return REGION_OUTSIDE;
+    if ((offset | length) & (region->page - 1))
+        return REGION_MISALIGNED;
+    if (!runs_contain(&region->reserved, offset, offset + length))
+        return REGION_NOT_RESERVED;
+    return 0;
+}
+
+/* Gives freshly mapped bytes what all of the region has: its advice and its name. */
+static int dress(const struct region *region, uintptr_t address, size_t length) {
+    int err = region->advice ? vm_advise(address, length, region->advice) : 0;
+    /* A name is for the reader of /proc; kernels without CONFIG_ANON_VMA_NAME refuse it. */
+    if (err == 0 && region->name[0] != '\0')
+        (void)vm_name(address, length, region->name);
+    return err;
+}
+
+/* The smallest range that holds all committed, or all uncommitted, bytes of [lo, hi). */
+static bool hull(const struct runs *set, bool inside, size_t lo, size_t hi, struct run *all) {
+    bool (*next)(const struct runs *, size_t, size_t, struct run *) =
+        inside ? runs_next : runs_next_gap;
+    struct run piece;
+    if (!next(set, lo, hi, all))
+        return false;
+    for (size_t from = all->hi; from < hi && next(set, from, hi, &piece); from = piece.hi)
+        all->hi = piece.hi;
+    return true;
+}
+
+/* Maps `total` bytes so that `guard` bytes in, the address is a multiple of `align`. */
+static int map_aligned(uintptr_t hint, size_t total, size_t guard, size_t align, int access,
+                       uintptr_t *start) {
+    int err = vm_map(hint, total, access, start);
+    if (err != 0 || ((*start + guard) & (align - 1)) == 0)
+        return err;
+    err = vm_release(*start, total);
+    if (err != 0)
+        return err;
+    if (total > SIZE_MAX - align)
+        return ENOMEM;
+    uintptr_t wide;
+    err = vm_map(0, total + align, access, &wide);
+    if (err != 0)
+        return err;
+    *start = ((wide + guard + align - 1) & ~(uintptr_t)(align - 1)) - guard;
+    size_t before = *start - wide, after = align - before;
+    if (before > 0)
+        err = vm_release(wide, before);
+    if (err != 0) {
+        (void)vm_release(wide, total + align);
+        return err;
+    }
+    if (after > 0)
+        err = vm_release(*start + total, after);
+    if (err != 0)
+        (void)vm_release(*start, total + after);
+    return err;
+}
+
+static struct region *new_region(size_t size, int accounting, int advice) {
+    struct region *region = calloc(1, sizeof *region);
+    if (region != NULL) {
+        region->size = size;
+        region->page = vm_page_size();
+        region->accounting = accounting;
+        region->advice = advice;
+    }
+    return region;
+}
+
+/* Ends a region that came to nothing. */
+static struct region *give_up(struct region *region, int err) {
+    region_free(region);
+    errno = err;
+    return NULL;
+}
+
+struct region *region_reserve(size_t size, uintptr_t address, bool exact, size_t align,
+                              size_t guard, int accounting, int advice, const char *name) {
+    struct region *region = new_region(size, accounting, advice);
+    if (region == NULL || runs_make_room(&region->reserved) != 0)
+        return give_up(region, ENOMEM);
+    if (guard > SIZE_MAX / 2 || size > SIZE_MAX - 2 * guard)
+        return give_up(region, ENOMEM);
+    if (exact && address <= guard)
+        return give_up(region, EINVAL);
+    region->guard = guard;
+    if (name != NULL)
+        strncpy(region->name, name, sizeof region->name - 1);
+
+    size_t total = size + 2 * guard;
+    int err, access = VM_RESERVED | accounting;
+    uintptr_t start = address > guard ? address - guard : address;
+    if (exact)
+        err = vm_map_at(start, total, access);
+    else if (align > region->page)
+        err = map_aligned(start, total, guard, align, access, &start);
+    else
+        err = vm_map(start, total, access, &start);
+    if (err != 0)
+        return give_up(region, err);
+    err = dress(region, start, total);
+    if (err != 0) {
+        (void)vm_release(start, total);
+        return give_up(region, err);
+    }
+    region->base = (char *)(start + guard);
+    runs_add(&region->reserved, 0, size);
+    return region;
+}
+
+struct region *region_window(uintptr_t address, size_t size, int accounting, int advice) {
+    struct region *region = new_region(size, accounting, advice);
+    if (region == NULL)
+        return NULL;
+    if (address == 0 || size == 0 || size > UINTPTR_MAX - address ||
+        ((address | size) & (region->page - 1)))
+        return give_up(region, EINVAL);
+    region->base = (char *)address;
+    return region;
+}
+
+/* Room for a piece in both sets, before the kernel is asked. */
+static int room_for_piece(struct region *region) {
+    int err = runs_make_room(&region->reserved);
+    return err != 0 ? err : runs_make_room(&region->committed);
+}
+
+/* Takes a piece that the kernel has just mapped into the region's books. */
+static int adopt(struct region *region, size_t offset, size_t length, int access) {
+    int err = dress(region, address_of(region, offset), length);
+    if (err != 0) {
+        (void)vm_release(address_of(region, offset), length);
+        return err;
+    }
+    runs_add(&region->reserved, offset, offset + length);
+    if (access & VM_COMMITTED)
+        runs_add(&region->committed, offset, offset + length);
+    return 0;
+}
+
+/* misuse() without the question of ownership: a claim is how a window comes to own. */
+static int claim_misuse(const struct region *region, size_t offset, size_t length) {
+    int wrong = misuse(region, offset, length);
+    return wrong == REGION_NOT_RESERVED ? 0 : wrong;
+}
+
+int region_claim(struct region *region, size_t offset, size_t length, int access) {
+    int err = claim_misuse(region, offset, length);
+    if (err == 0)
+        err = room_for_piece(region);
+    if (err == 0)
+        err = vm_map_at(address_of(region, offset), length, access | region->accounting);
+    return err != 0 ? err : adopt(region, offset, length, access);
+}
+
+int region_claim_near(struct region *region, size_t from, size_t offset, size_t length, int access,
+                      uintptr_t *address) {
+    if (region->base == NULL)
+        return REGION_RELEASED;
+    if (length == 0 || offset > region->size)
+        return REGION_OUTSIDE;
+    if ((offset | length) & (region->page - 1))
+        return REGION_MISALIGNED;
+    int err = room_for_piece(region);
+    if (err == 0)
+        err = vm_map(address_of(region, offset), length, access | region->accounting, address);
+    if (err != 0)
+        return err;
+    uintptr_t low = address_of(region, from), high = address_of(region, region->size);
+    if (*address < low || *address > high || length > high - *address) {
+        err = vm_release(*address, length);
+        return err != 0 ? err : ERANGE;
+    }
+    return adopt(region, *address - (uintptr_t)region->base, length, access);
+}
+
+/* Back to reserved, kernel and books. Needs room in the books. */
+static int withdraw(struct region *region, size_t lo, size_t hi) {
+    uintptr_t address = address_of(region, lo);
+    if (region->accounting & VM_NORESERVE) {
+        struct run piece;
+        int err = vm_protect(address, hi - lo, VM_RESERVED);
+        if (err == 0)
+            err = vm_discard(address, hi - lo);
+        if (err != 0) {
+            for (size_t at = lo; runs_next(&region->committed, at, hi, &piece); at = piece.hi)
+                (void)vm_protect(address_of(region, piece.lo), piece.hi - piece.lo, VM_COMMITTED);
+            return err;
+        }
+        runs_remove(&region->committed, lo, hi);
+        return 0;
+    }
+    int err = vm_renew(address, hi - lo, VM_RESERVED);
+    if (err != 0)
+        return err;
+    runs_remove(&region->committed, lo, hi);
+    return dress(region, address, hi - lo);
+}
+
+int region_commit(struct region *region, size_t offset, size_t length) {
+    int err = misuse(region, offset, length);
+    struct run all, gap;
+    if (err != 0 || !hull(&region->committed, false, offset, offset + length, &all))
+        return err;
+    err = runs_make_room(&region->committed);
+    if (err != 0)
+        return err;
+    err = vm_protect(address_of(region, all.lo), all.hi - all.lo, VM_COMMITTED);
+    if (err == 0) {
+        runs_add(&region->committed, all.lo, all.hi);
+        return 0;
+    }
+    /* The kernel may have opened some of the gaps before it refused. Closing them again refunds
+     * their charge, since nobody can have touched them; on a gap that it did not open this does
+     * nothing. One that it refuses to close is committed, so the books say so. */
+    for (size_t at = all.lo; runs_next_gap(&region->committed, at, all.hi, &gap); at = gap.hi)
+        if (vm_protect(address_of(region, gap.lo), gap.hi - gap.lo, VM_RESERVED) != 0 &&
+            runs_make_room(&region->committed) == 0)
+            runs_add(&region->committed, gap.lo, gap.hi);
+    return err;
+}
+
+int region_decommit(struct region *region, size_t offset, size_t length) {
+    int err = misuse(region, offset, length);
+    if (err == 0 && region->sealed)
+        return REGION_SEALED;
+    struct run all;
+    if (err != 0 || !hull(&region->committed, true, offset, offset + length, &all))
+        return err;
+    err = runs_make_room(&region->committed);
+    return err != 0 ? err : withdraw(region, all.lo, all.hi);
+}
+
+/* misuse(), and every byte must be committed. */
+static int access_misuse(const struct region *region, size_t offset, size_t length) {
+    int wrong = misuse(region, offset, length);
+    if (wrong == 0 && !runs_contain(&region->committed, offset, offset + length))
+        return REGION_NOT_COMMITTED;
+    return wrong;
+}
+
+int region_populate(struct region *region, size_t offset, size_t length) {
+    int err = access_misuse(region, offset, length);
+    return err != 0 ? err : vm_populate(address_of(region, offset), length);
+}
+
+int region_discard(struct region *region, size_t offset, size_t length, bool lazy) {
+    int err = access_misuse(region, offset, length);
+    if (err != 0)
+        return err;
+    if (lazy) {
+        err = vm_discard_lazy(address_of(region, offset), length);
+        if (err != EINVAL)
+            return err;
+        /* No MADV_FREE here (Linux 4.5): dropping at once keeps the same promise. */
+    }
+    return vm_discard(address_of(region, offset), length);
+}
+
+int region_is_committed(const struct region *region, size_t offset, size_t length) {
+    if (region->base == NULL)
+        return REGION_RELEASED;
+    if (length == 0 || offset > region->size || length > region->size - offset)
+        return 0;
+    return runs_contain(&region->committed, offset, offset + length);
+}
+
+int region_seal(struct region *region) {
+    int err = region_commit(region, 0, region->size);
+    if (err == 0)
+        err = vm_seal(address_of(region, 0) - region->guard, region->size + 2 * region->guard);
+    region->sealed = region->sealed || err == 0;
+    return err;
+}
+
+int region_release(struct region *region) {
+    if (region->base == NULL)
+        return REGION_RELEASED;
+    if (region->sealed)
+        return REGION_SEALED;
+    while (region->reserved.count > 0) {
+        struct run piece = region->reserved.items[region->reserved.count - 1];
+        size_t before = piece.lo == 0 ? region->guard : 0;
+        size_t after = piece.hi == region->size ? region->guard : 0;
+        int err = vm_release(address_of(region, piece.lo) - before,
+                             piece.hi - piece.lo + before + after);
+        if (err != 0)
+            return err;
+        runs_remove(&region->reserved, piece.lo, piece.hi);
+        runs_remove(&region->committed, piece.lo, piece.hi);
+    }
+    region_forget(region);
+    return 0;
+}
+
+void region_forget(struct region *region) {
+    runs_clear(&region->reserved);
+    runs_clear(&region->committed);
+    region->base = NULL;
+}
+
+void region_free(struct region *region) {
+    struct run piece;
+    if (region == NULL)
+        return;
+    if (region->base != NULL && region_release(region) > 0)
+        for (size_t at = 0; runs_next(&region->committed, at, region->size, &piece); at = piece.hi)
+            (void)vm_discard(address_of(region, piece.lo), piece.hi - piece.lo);
+    region_forget(region);
+    free(region);
+}

@@ -1,0 +1,101 @@
+/* region: one reservation and what of it is committed. vm + runs.
+ *
+ * A region is a span of addresses [base, base + size). Of it, `reserved` says which bytes it owns
+ * and `committed` which of those are readable and writable; both are exact after every call, and
+ * neither ever asks the kernel. A region from region_reserve owns its whole span. A window, from
+ * region_window, owns nothing at first and claims pieces of the span one by one.
+ *
+ * Two ways to account, chosen once:
+ *  - charged: commit by mprotect, which charges the commit limit at once; decommit by a fresh
+ *    MAP_FIXED mapping, the only way that gives a touched charge back;
+ *  - VM_NORESERVE: never charged (overcommit modes 0 and 1); decommit by mprotect, then DONTNEED,
+ *    in this order so that no other thread can touch the pages again in between.
+ *
+ * Holds for every function here:
+ *  - offsets and lengths are bytes, multiples of the OS page, lengths positive, checked without
+ *    overflow; what is wrong with them comes back as a negative enum region_misuse;
+ *  - a positive result is the errno of the system call that was refused, and the region is as it
+ *    was before; 0 is success;
+ *  - not synchronised: the owner holds a lock around each call.
+ */
+#ifndef PYRESERVE_REGION_H
+#define PYRESERVE_REGION_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "runs.h"
+
+enum region_misuse {
+    REGION_RELEASED = -1,
+    REGION_OUTSIDE = -2,       /* not wholly inside [0, size), or the length is 0 */
+    REGION_MISALIGNED = -3,    /* not whole OS pages */
+    REGION_NOT_RESERVED = -4,  /* the window does not own all of it */
+    REGION_NOT_COMMITTED = -5, /* some of it is not committed */
+    REGION_SEALED = -6
+};
+
+struct region {
+    char *base;  /* NULL once released */
+    size_t size; /* guards not counted */
+    size_t page; /* the OS page */
+    size_t guard; /* bytes of guard at each end; never accessible */
+    int accounting; /* 0 or VM_NORESERVE */
+    int advice;     /* enum vm_advice, kept on every byte owned */
+    bool sealed;
+    char name[80]; /* empty: none */
+    struct runs reserved, committed;
+};
+
+/* Reserves `size` bytes: at `address` if `exact` (EEXIST if any of it is taken), else wherever the
+ * kernel likes, near `address` if that is not 0, with the base a multiple of `align` (a power of
+ * two; 0: the OS page). NULL, with errno set, if it was refused; ENOMEM also where the size does not
+ * fit the address type. End it with region_free. */
+struct region *region_reserve(size_t size, uintptr_t address, bool exact, size_t align,
+                              size_t guard, int accounting, int advice, const char *name);
+
+/* Opens a window over [address, address + size) without mapping anything. NULL, with errno set, if
+ * that is no range of addresses or memory ran out. */
+struct region *region_window(uintptr_t address, size_t size, int accounting, int advice);
+
+/* Releases what the region still has, unless it is sealed, and ends it. Should the kernel refuse
+ * to unmap, the addresses stay taken but their memory is dropped. NULL does nothing. */
+void region_free(struct region *region);
+
+/* Claims exactly this piece of a window with the given enum vm_access; EEXIST if any of it is taken. */
+int region_claim(struct region *region, size_t offset, size_t length, int access);
+
+/* Claims `length` bytes near `offset`, wherever in [from, size) the kernel puts them. `*address`
+ * is where that is; ERANGE if it is outside, and then the bytes have been given back. `*address`
+ * is written in both cases. */
+int region_claim_near(struct region *region, size_t from, size_t offset, size_t length, int access,
+                      uintptr_t *address);
+
+/* Makes the range readable and writable; what already is stays untouched. */
+int region_commit(struct region *region, size_t offset, size_t length);
+
+/* Back to reserved; what already is stays so. Should the kernel refuse to give fresh addresses
+ * their advice again, that errno is returned although the bytes are decommitted. */
+int region_decommit(struct region *region, size_t offset, size_t length);
+
+/* Backs with memory, or drops the contents of, bytes that are all committed. `lazy` leaves the
+ * moment to the kernel where it can. */
+int region_populate(struct region *region, size_t offset, size_t length);
+int region_discard(struct region *region, size_t offset, size_t length, bool lazy);
+
+/* Whether all of the range is committed: 1, 0 or REGION_RELEASED. Any alignment; a range that
+ * leaves the region is not committed. */
+int region_is_committed(const struct region *region, size_t offset, size_t length);
+
+/* Commits the whole region and seals it until the process ends: no decommit, no release. */
+int region_seal(struct region *region);
+
+/* Gives the addresses back. A window whose pieces are refused half way keeps, and still owns, the
+ * rest. */
+int region_release(struct region *region);
+
+/* Forgets the addresses without a system call: for a forked child that did not inherit them. */
+void region_forget(struct region *region);
+
+#endif

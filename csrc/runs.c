@@ -1,0 +1,121 @@
+#include "runs.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Index of the first run that ends at or after `offset`: the only one that can hold or touch it. */
+static size_t first_ending_from(const struct runs *set, size_t offset) {
+    size_t low = 0, high = set->count;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (set->items[middle].hi < offset)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* Index of the first run that starts at or after `offset`, looking from `from` on. */
+static size_t first_starting_from(const struct runs *set, size_t from, size_t offset) {
+    size_t low = from, high = set->count;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (set->items[middle].lo < offset)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* Puts the `n` runs of `fresh` in the place of the runs [from, to). */
+static void splice(struct runs *set, size_t from, size_t to, const struct run *fresh, size_t n) {
+    memmove(set->items + from + n, set->items + to, (set->count - to) * sizeof *set->items);
+    for (size_t i = 0; i < n; i++)
+        set->items[from + i] = fresh[i];
+    set->count = set->count - (to - from) + n;
+}
+
+static size_t bytes_between(const struct runs *set, size_t from, size_t to) {
+    size_t bytes = 0;
+    for (size_t i = from; i < to; i++)
+        bytes += set->items[i].hi - set->items[i].lo;
+    return bytes;
+}
+
+int runs_make_room(struct runs *set) {
+    if (set->count < set->capacity)
+        return 0;
+    size_t capacity = set->capacity == 0 ? 4 : set->capacity * 2;
+    struct run *items = realloc(set->items, capacity * sizeof *items);
+    if (items == NULL)
+        return ENOMEM;
+    set->items = items;
+    set->capacity = capacity;
+    return 0;
+}
+
+void runs_add(struct runs *set, size_t lo, size_t hi) {
+    size_t from = first_ending_from(set, lo);
+    size_t to = first_starting_from(set, from, hi);
+    if (to < set->count && set->items[to].lo == hi)
+        to++;
+    struct run joined = {lo, hi};
+    if (from < to) {
+        if (set->items[from].lo < lo)
+            joined.lo = set->items[from].lo;
+        if (set->items[to - 1].hi > hi)
+            joined.hi = set->items[to - 1].hi;
+    }
+    set->total += (joined.hi - joined.lo) - bytes_between(set, from, to);
+    splice(set, from, to, &joined, 1);
+}
+
+void runs_remove(struct runs *set, size_t lo, size_t hi) {
+    size_t from = first_ending_from(set, lo + 1);
+    size_t to = first_starting_from(set, from, hi);
+    if (from == to)
+        return;
+    struct run left[2];
+    size_t n = 0, kept = 0;
+    if (set->items[from].lo < lo)
+        left[n++] = (struct run){set->items[from].lo, lo};
+    if (set->items[to - 1].hi > hi)
+        left[n++] = (struct run){hi, set->items[to - 1].hi};
+    for (size_t i = 0; i < n; i++)
+        kept += left[i].hi - left[i].lo;
+    set->total -= bytes_between(set, from, to) - kept;
+    splice(set, from, to, left, n);
+}
+
+bool runs_contain(const struct runs *set, size_t lo, size_t hi) {
+    size_t i = first_ending_from(set, lo + 1);
+    return i < set->count && set->items[i].lo <= lo && hi <= set->items[i].hi;
+}
+
+bool runs_next(const struct runs *set, size_t lo, size_t hi, struct run *piece) {
+    size_t i = first_ending_from(set, lo + 1);
+    if (i == set->count || set->items[i].lo >= hi)
+        return false;
+    piece->lo = set->items[i].lo > lo ? set->items[i].lo : lo;
+    piece->hi = set->items[i].hi < hi ? set->items[i].hi : hi;
+    return true;
+}
+
+bool runs_next_gap(const struct runs *set, size_t lo, size_t hi, struct run *gap) {
+    size_t i = first_ending_from(set, lo + 1);
+    if (i < set->count && set->items[i].lo <= lo)
+        lo = set->items[i++].hi;
+    if (lo >= hi)
+        return false;
+    gap->lo = lo;
+    gap->hi = i < set->count && set->items[i].lo < hi ? set->items[i].lo : hi;
+    return true;
+}
+
+void runs_clear(struct runs *set) {
+    free(set->items);
+    *set = (struct runs){0};
+}

@@ -1,0 +1,234 @@
+#define _GNU_SOURCE
+#include "vm.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Values of the kernel's interface that older C libraries do not name. */
+#ifndef MAP_FIXED_NOREPLACE
+#define MAP_FIXED_NOREPLACE 0x100000
+#endif
+#ifndef MADV_FREE
+#define MADV_FREE 8
+#endif
+#ifndef MADV_WIPEONFORK
+#define MADV_WIPEONFORK 18
+#endif
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+#ifndef MADV_GUARD_INSTALL
+#define MADV_GUARD_INSTALL 102
+#endif
+#ifndef PR_SET_VMA
+#define PR_SET_VMA 0x53564d41
+#endif
+#ifndef PR_SET_VMA_ANON_NAME
+#define PR_SET_VMA_ANON_NAME 0
+#endif
+#ifndef SYS_mseal
+#define SYS_mseal 462
+#endif
+
+static void *pointer(uintptr_t address) {
+    return (void *)address;
+}
+
+static int result(int status) {
+    return status == 0 ? 0 : errno;
+}
+
+static int protection(int access) {
+    return (access & VM_COMMITTED) ? PROT_READ | PROT_WRITE : PROT_NONE;
+}
+
+static int map(uintptr_t hint, size_t length, int access, int fixed, uintptr_t *address) {
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | fixed;
+    if (access & VM_NORESERVE)
+        flags |= MAP_NORESERVE;
+    void *at = mmap(pointer(hint), length, protection(access), flags, -1, 0);
+    if (at == MAP_FAILED)
+        return errno;
+    *address = (uintptr_t)at;
+    return 0;
+}
+
+size_t vm_page_size(void) {
+    return (size_t)sysconf(_SC_PAGESIZE);
+}
+
+int vm_map(uintptr_t hint, size_t length, int access, uintptr_t *address) {
+    return map(hint, length, access, 0, address);
+}
+
+int vm_map_at(uintptr_t address, size_t length, int access) {
+    uintptr_t got = 0;
+    int err = map(address, length, access, MAP_FIXED_NOREPLACE, &got);
+    if (err != 0 || got == address)
+        return err;
+    /* Before Linux 4.17 the flag is unknown and the address only a hint. */
+    (void)vm_release(got, length);
+    return EEXIST;
+}
+
+int vm_renew(uintptr_t address, size_t length, int access) {
+    uintptr_t got;
+    return map(address, length, access, MAP_FIXED, &got);
+}
+
+int vm_protect(uintptr_t address, size_t length, int access) {
+    return result(mprotect(pointer(address), length, protection(access)));
+}
+
+int vm_populate(uintptr_t address, size_t length) {
+    int err = result(madvise(pointer(address), length, MADV_POPULATE_WRITE));
+    if (err != EINVAL)
+        return err;
+    /* Before Linux 5.14. An atomic or with nothing dirties the page and can lose no other thread's
+     * store. */
+    size_t step = vm_page_size();
+    for (size_t offset = 0; offset < length; offset += step)
+        __atomic_fetch_or((unsigned char *)pointer(address + offset), 0, __ATOMIC_RELAXED);
+    return 0;
+}
+
+int vm_discard(uintptr_t address, size_t length) {
+    return result(madvise(pointer(address), length, MADV_DONTNEED));
+}
+
+int vm_discard_lazy(uintptr_t address, size_t length) {
+    return result(madvise(pointer(address), length, MADV_FREE));
+}
+
+int vm_release(uintptr_t address, size_t length) {
+    return result(munmap(pointer(address), length));
+}
+
+int vm_advise(uintptr_t address, size_t length, int advice) {
+    static const struct {
+        int ours, kernels;
+    } table[] = {
+        {VM_NO_DUMP, MADV_DONTDUMP},         {VM_NO_FORK, MADV_DONTFORK},
+        {VM_WIPE_ON_FORK, MADV_WIPEONFORK},  {VM_HUGE_PREFER, MADV_HUGEPAGE},
+        {VM_HUGE_NEVER, MADV_NOHUGEPAGE},
+    };
+    for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
+        if ((advice & table[i].ours) && madvise(pointer(address), length, table[i].kernels) != 0)
+            return errno;
+    return 0;
+}
+
+int vm_name(uintptr_t address, size_t length, const char *name) {
+    return result(prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, address, length, name));
+}
+
+int vm_seal(uintptr_t address, size_t length) {
+    return result((int)syscall(SYS_mseal, address, length, 0UL));
+}
+
+/* One committed page to try things on; 0 if there is none to be had. */
+static uintptr_t scratch(void) {
+    uintptr_t address = 0;
+    return vm_map(0, vm_page_size(), VM_COMMITTED, &address) == 0 ? address : 0;
+}
+
+static int try_advice(int advice) {
+    uintptr_t page = scratch();
+    if (page == 0)
+        return ENOMEM;
+    int err = result(madvise(pointer(page), vm_page_size(), advice));
+    (void)vm_release(page, vm_page_size());
+    return err;
+}
+
+int vm_try_populate(void) {
+    return try_advice(MADV_POPULATE_WRITE);
+}
+
+int vm_try_discard_lazy(void) {
+    return try_advice(MADV_FREE);
+}
+
+int vm_try_wipe_on_fork(void) {
+    return try_advice(MADV_WIPEONFORK);
+}
+
+int vm_try_guard(void) {
+    return try_advice(MADV_GUARD_INSTALL);
+}
+
+int vm_try_seal(void) {
+    /* A seal can't be taken off again, so it is tried where it can't stick: a kernel that has mseal
+     * looks at the address first and finds it misaligned. */
+    int err = vm_seal(1, vm_page_size());
+    return err == EINVAL ? 0 : err;
+}
+
+int vm_try_name(void) {
+    uintptr_t page = scratch();
+    if (page == 0)
+        return ENOMEM;
+    int err = vm_name(page, vm_page_size(), "pyreserve");
+    (void)vm_release(page, vm_page_size());
+    return err;
+}
+
+static int try_ioctl(const char *path, unsigned long request, void *argument) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return errno;
+    int err = ioctl(fd, request, argument) < 0 ? errno : 0;
+    (void)close(fd);
+    return err;
+}
+
+int vm_try_pagemap_scan(void) {
+    /* struct pm_scan_arg and struct page_region of <linux/fs.h>, Linux 6.7. */
+    struct {
+        uint64_t start, end, categories;
+    } found[1];
+    struct {
+        uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+        uint64_t inverted, mask, anyof_mask, return_mask;
+    } scan = {0};
+    uintptr_t page = scratch();
+    if (page == 0)
+        return ENOMEM;
+    scan.size = sizeof scan;
+    scan.start = page;
+    scan.end = page + vm_page_size();
+    scan.vec = (uintptr_t)found;
+    scan.vec_len = 1;
+    scan.anyof_mask = scan.return_mask = 8 | 16; /* PAGE_IS_PRESENT | PAGE_IS_SWAPPED */
+    int err = try_ioctl("/proc/self/pagemap", _IOWR('f', 16, scan), &scan);
+    (void)vm_release(page, vm_page_size());
+    return err;
+}
+
+int vm_try_procmap_query(void) {
+    /* struct procmap_query of <linux/fs.h>, Linux 6.11. */
+    struct {
+        uint64_t size, query_flags, query_addr, vma_start, vma_end, vma_flags, vma_page_size;
+        uint64_t vma_offset, inode;
+        uint32_t dev_major, dev_minor, vma_name_size, build_id_size;
+        uint64_t vma_name_addr, build_id_addr;
+    } query = {0};
+    query.size = sizeof query;
+    query.query_addr = (uintptr_t)&query;
+    return try_ioctl("/proc/self/maps", _IOWR('f', 17, query), &query);
+}
+
+int vm_try_address(uint64_t address) {
+    if (address > UINTPTR_MAX)
+        return ENOMEM;
+    int err = vm_map_at((uintptr_t)address, vm_page_size(), VM_RESERVED);
+    if (err == 0)
+        (void)vm_release((uintptr_t)address, vm_page_size());
+    return err == EEXIST ? 0 : err;
+}

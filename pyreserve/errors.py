@@ -1,0 +1,73 @@
+"""What can go wrong. Each class is also the builtin that a caller would think of.
+
+=====================  ===================  ====================================================
+class                  also a               means
+=====================  ===================  ====================================================
+`VMError`              `OSError`            the kernel refused a verb; ``errno`` says how
+`OutOfMemoryError`     `MemoryError`        ... because memory or addresses ran out
+`RangeError`           `ValueError`         offsets, lengths or addresses that make no sense here
+`ReleasedError`        `ValueError`         the region was released
+`ViewError`            `BufferError`        live views hold the bytes
+=====================  ===================  ====================================================
+"""
+
+import errno as _errno
+
+
+class PyreserveError(Exception):
+    """The root of the others. Never raised itself."""
+
+
+class VMError(PyreserveError, OSError):
+    """The kernel refused a verb; nothing has changed.
+
+    Attributes:
+        verb: ``"reserve"``, ``"commit"``, ... (str).
+        nbytes: how many bytes were asked for (int).
+        address: where, or None if anywhere would have done (int or None).
+        limit: which limit refused, if it can be known: ``"RLIMIT_AS"``, ``"RLIMIT_DATA"``,
+            ``"RLIMIT_MEMLOCK"``, ``"overcommit"``, ``"max_map_count"``, ``"mmap_min_addr"``,
+            ``"address space"``; else None.
+    """
+
+    verb: str
+    nbytes: int
+    address: int | None
+    limit: str | None
+
+    def __init__(  # OSError takes its errno from the first two arguments
+        self,
+        errno: int,
+        message: str,
+        *,
+        verb: str = "",
+        nbytes: int = 0,
+        address: int | None = None,
+        limit: str | None = None,
+    ) -> None:
+        super().__init__(errno, message)
+        self.verb = verb
+        self.nbytes = nbytes
+        self.address = address
+        self.limit = limit
+
+    @property
+    def errno_name(self) -> str:
+        """The symbol of ``errno``, such as ``"ENOMEM"``."""
+        return _errno.errorcode.get(self.errno or 0, str(self.errno))
+
+
+class OutOfMemoryError(VMError, MemoryError):
+    """Memory or addresses ran out: a `VMError` that is a `MemoryError` too."""
+
+
+class RangeError(PyreserveError, ValueError):
+    """An offset, length, size or address that is outside, misaligned or not committed."""
+
+
+class ReleasedError(PyreserveError, ValueError):
+    """The region was released."""
+
+
+class ViewError(PyreserveError, BufferError):
+    """Live views hold bytes that would become inaccessible; nothing has changed."""

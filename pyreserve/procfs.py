@@ -1,0 +1,83 @@
+"""What Linux's /proc says: mappings, sizes and settings. Reading only (proc(5))."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_PROC = Path("/proc")
+
+
+class Mapping(NamedTuple):
+    """One line of /proc/PID/maps: addresses [start, end), permissions, name (may be empty)."""
+
+    start: int
+    end: int
+    perms: str
+    name: str
+
+
+def parse_maps_line(line: str) -> Mapping:
+    """Read one line of /proc/PID/maps."""
+    fields = line.rstrip("\n").split(" ", 5)
+    start, end = fields[0].split("-")
+    name = fields[5].strip(" ") if len(fields) == 6 else ""
+    return Mapping(int(start, 16), int(end, 16), fields[1], name)
+
+
+def read_maps(pid: int | str = "self") -> list[Mapping]:
+    """Read all mappings of a process in address order."""
+    text = (_PROC / str(pid) / "maps").read_bytes().decode(errors="surrogateescape")
+    return [parse_maps_line(line) for line in text.split("\n") if line]
+
+
+def map_count() -> int:
+    """Count this process's mappings as the kernel counts them against vm.max_map_count."""
+    count = 0
+    with (_PROC / "self/maps").open("rb", buffering=0) as maps:
+        last = b""
+        while chunk := maps.read(1 << 16):
+            count += chunk.count(b"\n")
+            last = chunk
+    # The vsyscall page is printed, but belongs to the kernel.
+    return count - (b"[vsyscall]" in last)
+
+
+def _kib_fields(path: Path) -> Iterator[tuple[str, int]]:
+    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+        key, _, rest = line.partition(":")
+        value = rest.split()
+        if len(value) == 2 and value[1] == "kB":
+            yield key, int(value[0])
+
+
+def status_kib(pid: int | str = "self") -> dict[str, int]:
+    """Read the sizes of /proc/PID/status, such as ``VmSize`` and ``VmRSS``, in KiB."""
+    return dict(_kib_fields(_PROC / str(pid) / "status"))
+
+
+def rollup_kib(pid: int | str = "self") -> dict[str, int]:
+    """Read /proc/PID/smaps_rollup, such as ``Pss``, in KiB."""
+    return dict(_kib_fields(_PROC / str(pid) / "smaps_rollup"))
+
+
+def meminfo_kib() -> dict[str, int]:
+    """Read /proc/meminfo, such as ``Committed_AS`` and ``CommitLimit``, in KiB."""
+    return dict(_kib_fields(_PROC / "meminfo"))
+
+
+def vm_setting(name: str) -> int:
+    """Read the integer /proc/sys/vm/NAME."""
+    return int((_PROC / "sys/vm" / name).read_text(encoding="ascii"))
+
+
+def free_gaps(mappings: list[Mapping], low: int, high: int) -> Iterator[tuple[int, int]]:
+    """Yield the address ranges of [low, high) that no mapping covers, lowest first."""
+    at = low
+    for mapping in mappings:
+        if mapping.start >= high:
+            break
+        if mapping.start > at:
+            yield at, mapping.start
+        at = max(at, mapping.end)
+    if at < high:
+        yield at, high

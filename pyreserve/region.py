@@ -1,0 +1,645 @@
+"""A region: addresses reserved now, memory committed later.
+
+======== ===================================================== =====================================
+verb     means                                                 Linux
+======== ===================================================== =====================================
+reserve  own the addresses; no access, no memory, no charge    ``mmap(PROT_NONE)``
+commit   make a piece readable and writable, zero at first     ``mprotect``
+populate back a committed piece with memory now                ``MADV_POPULATE_WRITE``
+discard  drop the contents, stay committed                     ``MADV_DONTNEED``, ``MADV_FREE``
+decommit back to reserved; memory and charge given back        ``mmap(MAP_FIXED, PROT_NONE)``
+release  give the addresses back                               ``munmap``
+======== ===================================================== =====================================
+
+All sizes, offsets and lengths are bytes. Verbs take whole OS pages (`pyreserve.PAGE_SIZE`).
+"""
+
+import errno
+import os
+import sys
+import weakref
+from _thread import RLock
+from operator import index as _index
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from pyreserve import procfs
+from pyreserve._native import ffi, lib
+from pyreserve.errors import RangeError, ReleasedError, ViewError, VMError
+from pyreserve.limits import PAGE_SIZE, refusal
+from pyreserve.units import format_size
+from pyreserve.views import ViewTable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from typing_extensions import Self
+
+Mode = Literal["charge", "noreserve"]
+Fork = Literal["copy", "wipe", "exclude"]
+HugePages = Literal["default", "prefer", "never"]
+
+_MODES = {"charge": 0, "noreserve": lib.VM_NORESERVE}
+_FORKS = {"copy": 0, "wipe": lib.VM_WIPE_ON_FORK, "exclude": lib.VM_NO_FORK}
+_HUGE = {"default": 0, "prefer": lib.VM_HUGE_PREFER, "never": lib.VM_HUGE_NEVER}
+_NO_DUMP = lib.VM_NO_DUMP
+_HUGE_PAGE = 2 << 20
+
+_ADDRESS_LIMIT = 1 << (8 * ffi.sizeof("size_t"))
+# Bound once: an attribute look-up on the library costs a third of an empty call.
+_buffer = ffi.buffer
+_gc = ffi.gc
+_commit = lib.region_commit
+_decommit = lib.region_decommit
+_is_committed = lib.region_is_committed
+_free = lib.region_free
+_release = lib.region_release
+_reserve = lib.region_reserve
+_NULL = ffi.NULL
+
+
+class Region:
+    """A reservation of `size` bytes from address `base`, made by `reserve`.
+
+    Views, memoryviews over committed bytes, are safe: while anything that was made from one is
+    alive, its bytes can't be decommitted or released, and a region that is dropped without
+    `release` keeps its addresses until the last view is gone. `discard` keeps bytes readable, so it
+    is allowed under views, which then read zero.
+
+    The methods may be called from any thread. After a fork the child has its own copy, subject to
+    `fork`. A finaliser or signal handler that interrupts a call on a region may call every method
+    of that region but `view` and `ndarray`, which raise RuntimeError there.
+
+    After `release`, everything raises `ReleasedError`, a ValueError.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_busy",
+        "_handle",
+        "_lock",
+        "_owner",
+        "_views",
+        "fork",
+        "mode",
+        "name",
+        "released",
+        "size",
+    )
+
+    released: bool
+    size: int
+    mode: Mode
+    fork: Fork
+    name: str | None
+
+    def __init__(self, handle: Any, size: int, mode: Mode, fork: Fork, name: str | None) -> None:
+        """For `reserve`: takes over a ``struct region``."""
+        # Whatever keeps the handle alive keeps the addresses: they are unmapped with it.
+        self._handle = _gc(handle, _free)
+        self._owner: Any = None
+        self._lock: RLock | None = None
+        self._views: ViewTable | None = None
+        # A call that must not be interrupted by the making of a view is under way.
+        self._busy = False
+        self.released = False
+        self.size = size
+        self.mode = mode
+        self.fork = fork
+        self.name = name
+        if fork == "exclude":
+            self._make_lock()
+
+    # -- what it is ---------------------------------------------------------------------------
+
+    @property
+    def base(self) -> int:
+        """Address of the first byte. Touching memory through it is at your own risk."""
+        base = self._handle.base
+        if not base:
+            raise _released()
+        return int(ffi.cast("uintptr_t", base))
+
+    @property
+    def committed(self) -> int:
+        """How many bytes are committed. Exact."""
+        with self._lock or self._make_lock():
+            self._alive()
+            return int(self._handle.committed.total)
+
+    @property
+    def reserved(self) -> int:
+        """How many bytes the region owns: `size`, guards not counted."""
+        with self._lock or self._make_lock():
+            self._alive()
+            return int(self._handle.reserved.total)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the region is sealed until the process ends."""
+        return bool(self._handle.sealed)
+
+    def is_committed(self, offset: int, length: int) -> bool:
+        """Tell whether all of [offset, offset + length) is committed. Any alignment.
+
+        Asks the region's own books, not the kernel. Bytes outside the region are not committed.
+
+        Raises:
+            RangeError: a negative offset, or a length that is not positive.
+            ReleasedError: the region was released.
+        """
+        offset, length = _index(offset), _index(length)
+        if offset < 0 or length <= 0:
+            raise _out_of_range("is_committed", offset, length, self.size)
+        if offset + length > self.size:
+            self._alive()
+            return False
+        with self._lock or self._make_lock():
+            answer = _is_committed(self._handle, offset, length)
+        if answer < 0:
+            raise _released()
+        return bool(answer)
+
+    def committed_runs(self) -> list[tuple[int, int]]:
+        """List the committed pieces as (offset, length), lowest first; neighbours are one piece."""
+        with self._lock or self._make_lock():
+            self._alive()
+            runs = self._handle.committed
+            pieces = [(runs.items[i].lo, runs.items[i].hi) for i in range(runs.count)]
+        return [(lo, hi - lo) for lo, hi in pieces]
+
+    # -- the verbs ----------------------------------------------------------------------------
+
+    def commit(self, offset: int, length: int) -> None:
+        """Make [offset, offset + length) readable and writable.
+
+        Fresh bytes read zero; bytes that were committed keep their contents. In mode ``"charge"``
+        the whole range counts against the commit limit at once.
+
+        Raises:
+            RangeError: not whole OS pages inside the region.
+            OutOfMemoryError: refused; ``limit`` says by what.
+            ReleasedError: the region was released.
+        """
+        offset, length = _index(offset), _index(length)
+        with self._lock or self._make_lock():
+            try:
+                err = _commit(self._handle, offset, length)
+            except OverflowError:
+                err = lib.REGION_OUTSIDE
+        if err:
+            self._fail("commit", err, offset, length)
+
+    def populate(self, offset: int, length: int) -> None:
+        """Back committed bytes with memory now instead of at first touch; contents stay.
+
+        Raises:
+            RangeError: not whole OS pages inside the region, or not all committed.
+            VMError: the kernel could not.
+            ReleasedError: the region was released.
+        """
+        offset, length = _index(offset), _index(length)
+        with self._lock or self._make_lock():
+            try:
+                err = lib.region_populate(self._handle, offset, length)
+            except OverflowError:
+                err = lib.REGION_OUTSIDE
+        if err:
+            self._fail("populate", err, offset, length)
+
+    def discard(self, offset: int, length: int, lazy: bool = False) -> None:
+        """Drop the contents of committed bytes; they stay committed and read zero from now on.
+
+        With `lazy` the kernel may keep the contents until it needs the memory or they are written
+        again, so reads show either; the memory counts in RSS until then. Allowed under live views.
+
+        Raises:
+            RangeError: not whole OS pages inside the region, or not all committed.
+            VMError: the kernel could not (memory locked by mlock).
+            ReleasedError: the region was released.
+        """
+        offset, length = _index(offset), _index(length)
+        with self._lock or self._make_lock():
+            try:
+                err = lib.region_discard(self._handle, offset, length, bool(lazy))
+            except OverflowError:
+                err = lib.REGION_OUTSIDE
+        if err:
+            self._fail("discard", err, offset, length)
+
+    def decommit(self, offset: int, length: int) -> None:
+        """Take [offset, offset + length) back to reserved: no access, memory and charge given back.
+
+        Bytes that are not committed stay so.
+
+        Raises:
+            RangeError: not whole OS pages inside the region.
+            ViewError: live views hold some of the bytes.
+            VMError: refused (max_map_count: a hole splits a mapping), or the region is sealed.
+            ReleasedError: the region was released.
+        """
+        offset, length = _index(offset), _index(length)
+        with self._lock or self._make_lock():
+            interrupting, self._busy = self._busy, True
+            try:
+                if self._views is not None and offset >= 0 and length > 0:
+                    self._refuse_views("decommit", offset, offset + length, interrupting)
+                err = _decommit(self._handle, offset, length)
+            except OverflowError:
+                err = lib.REGION_OUTSIDE
+            finally:
+                self._busy = interrupting
+        if err:
+            self._fail("decommit", err, offset, length)
+
+    def release(self) -> None:
+        """Give the addresses back.
+
+        Raises:
+            ViewError: live views hold some of the bytes.
+            VMError: refused (max_map_count), or the region is sealed.
+            ReleasedError: it was released before.
+        """
+        # Without a lock the region was never used, and can't be as long as this one is held.
+        with self._lock or _registry_lock:
+            interrupting, self._busy = self._busy, True
+            try:
+                if self._views is not None:
+                    self._refuse_views("release", 0, self.size, interrupting)
+                err = _release(self._handle)
+                if not err:
+                    self.released = True
+                    self._owner = None
+            finally:
+                self._busy = interrupting
+        if err:
+            self._fail("release", err, 0, self.size)
+
+    # -- views --------------------------------------------------------------------------------
+
+    def view(self, offset: int, length: int, *, readonly: bool = False) -> memoryview:
+        """Return a memoryview of committed bytes, one unsigned byte an item. Any alignment.
+
+        The bytes are pinned while the view, or anything made from it, is alive: slices, casts,
+        ndarrays, ctypes objects. Two ways around this guard are at your own risk: the raw address,
+        and consumers that keep only the memoryview object (``torch.frombuffer``) when you call its
+        ``release``. The view's ``obj`` shows the region from its base; only the view's own
+        bytes are known to be committed.
+
+        Raises:
+            RangeError: outside the region, or not all committed.
+            ReleasedError: the region was released.
+            RuntimeError: called by a finaliser or signal handler inside another call on the region.
+        """
+        offset, length = _index(offset), _index(length)
+        if offset < 0 or length <= 0 or offset + length > self.size:
+            self._alive()
+            raise _out_of_range("view", offset, length, self.size)
+        end = offset + length
+        with self._lock or self._make_lock():
+            if self._busy:
+                msg = "view called from inside another call on the same region"
+                raise RuntimeError(msg)
+            self._alive()
+            self._busy = True
+            try:
+                if self._views is None:
+                    self._views = ViewTable(self.size)
+                    self._owner = _pin(self._handle, 0)
+                if end <= sys.maxsize:
+                    start, stop = offset, end
+                    exported = _buffer(self._owner, end)
+                else:  # 32-bit: a buffer of this length can't be said, so it starts at the offset
+                    start, stop = 0, length
+                    exported = _buffer(_pin(self._handle, offset), length)
+                # Known as live first, found committed afterwards: whatever decommits from here on
+                # is refused, and what was decommitted before is seen.
+                self._views.add(exported, offset, end)
+                if _is_committed(self._handle, offset, length) != 1:
+                    self._fail("view", lib.REGION_NOT_COMMITTED, offset, length)
+                view = memoryview(exported)[start:stop]
+            finally:
+                self._busy = False
+        return view.toreadonly() if readonly else view
+
+    def ndarray(
+        self,
+        offset: int,
+        shape: int | tuple[int, ...],
+        dtype: "npt.DTypeLike" = "uint8",
+        *,
+        readonly: bool = False,
+    ) -> "np.ndarray[Any, Any]":
+        """Return a C-ordered numpy array over committed bytes, pinned like a view.
+
+        Raises:
+            ImportError: numpy is missing (extra ``numpy``).
+            RangeError, ReleasedError, RuntimeError: as for `view`.
+        """
+        try:
+            import numpy as np  # noqa: PLC0415  # only where needed: importing pyreserve is cheap
+        except ImportError as missing:
+            msg = "ndarray needs numpy: pip install 'pyreserve[numpy]'"
+            raise ImportError(msg) from missing
+        kind = np.dtype(dtype)
+        sides = (shape,) if isinstance(shape, int) else tuple(shape)
+        nbytes = kind.itemsize
+        for side in sides:
+            nbytes *= _index(side)
+        return np.frombuffer(self.view(offset, nbytes, readonly=readonly), dtype=kind).reshape(
+            sides
+        )
+
+    # -- Python's protocols -------------------------------------------------------------------
+
+    def __enter__(self) -> "Self":
+        self._alive()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self.released:
+            self.release()
+
+    def __repr__(self) -> str:
+        with self._lock or self._make_lock():
+            if self.released:
+                return f"<Region of {format_size(self.size)}, released>"
+            base, runs = self.base, self._handle.committed
+            committed, count = int(runs.total), int(runs.count)
+        name = f" {self.name!r}" if self.name else ""
+        pieces = f" in {count} piece{'s' if count != 1 else ''}" if count else ""
+        sealed = ", sealed" if self.sealed else ""
+        return (
+            f"<Region{name} {base:#x}-{base + self.size:#x} of {format_size(self.size)}: "
+            f"{format_size(committed)} committed{pieces}, mode {self.mode}{sealed}>"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        msg = "a Region is addresses of this process: it can't be pickled or copied"
+        raise TypeError(msg)
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _alive(self) -> None:
+        if self.released:
+            raise _released()
+
+    def _make_lock(self) -> RLock:
+        """Make the lock at the first use: a region that is only reserved does without."""
+        with _registry_lock:
+            if self._lock is None:
+                _register(self)
+                self._lock = RLock()
+            return self._lock
+
+    def _refuse_views(self, verb: str, lo: int, hi: int, interrupting: bool) -> None:
+        assert self._views is not None
+        held = self._views.live(lo, hi, prune=not interrupting)
+        if held:
+            some = ", ".join(f"[{a:#x}, {b:#x})" for a, b in sorted(held)[:3])
+            more = ", ..." if len(held) > 3 else ""
+            views = "1 live view holds" if len(held) == 1 else f"{len(held)} live views hold"
+            msg = f"can't {verb} [{lo:#x}, {hi:#x}): {views} bytes of it: {some}{more}"
+            raise ViewError(msg)
+
+    def _fail(self, verb: str, err: int, offset: int, length: int) -> NoReturn:
+        """Raise what `err`, an errno or an enum region_misuse, means."""
+        if err == lib.REGION_RELEASED:
+            raise _released()
+        if err == lib.REGION_SEALED:
+            msg = f"can't {verb}: the region is sealed until the process ends (mseal)"
+            raise VMError(errno.EPERM, msg, verb=verb, nbytes=length, address=self.base + offset)
+        if err == lib.REGION_OUTSIDE:
+            raise _out_of_range(verb, offset, length, self.size)
+        if err < 0:
+            reason = {
+                lib.REGION_MISALIGNED: f"not whole OS pages of {PAGE_SIZE} bytes",
+                lib.REGION_NOT_RESERVED: "not all of it is reserved",
+                lib.REGION_NOT_COMMITTED: "not all of it is committed",
+            }[err]
+            msg = f"can't {verb} {length} bytes at offset {offset}: {reason}"
+            raise RangeError(msg)
+        raise refusal(verb, err, length, self.base + offset)
+
+
+def reserve(
+    size: int,
+    *,
+    at: int | None = None,
+    hint: int | None = None,
+    align: int | None = None,
+    mode: Mode = "charge",
+    dump: bool = False,
+    fork: Fork = "copy",
+    huge_pages: HugePages = "default",
+    guard: bool = False,
+    name: str | None = None,
+    seal: bool = False,
+) -> Region:
+    """Reserve `size` bytes of addresses, rounded up to whole OS pages: no memory, no charge.
+
+    Args:
+        size: in bytes, positive.
+        at: exactly this address; what is mapped there is never replaced.
+        hint: near this address if that is free, else anywhere.
+        align: the base is a multiple of this power of two (bytes).
+        mode: ``"charge"``: a commit counts against the commit limit, a decommit gives it back.
+            ``"noreserve"``: never charged (MAP_NORESERVE), except under
+            ``vm.overcommit_memory=2``, where the kernel ignores that and ``Region.mode``
+            says ``"charge"``.
+        dump: whether core dumps include the region (else MADV_DONTDUMP).
+        fork: what a forked child finds: ``"copy"`` as usual; ``"wipe"`` zeros (MADV_WIPEONFORK);
+            ``"exclude"`` nothing (MADV_DONTFORK): there the region counts as released, and views
+            that the child inherits read zero.
+        huge_pages: ``"prefer"`` (MADV_HUGEPAGE; the base is then 2 MiB aligned), ``"never"``
+            (MADV_NOHUGEPAGE), or as the system is set.
+        guard: keep one OS page at each end that is never accessible, besides `size`.
+        name: shown in /proc/PID/maps as ``[anon:NAME]`` where the kernel was built with
+            CONFIG_ANON_VMA_NAME; printable ASCII without ``[]\\$```, at most 79 characters.
+        seal: commit all of it at once and forbid, until the process ends, to unmap it or change
+            its access (mseal, Linux 6.10): it can be discarded, never decommitted or released.
+
+    Raises:
+        TypeError: a number that is not an integer.
+        ValueError: a number or a word that makes no sense (`RangeError` for sizes and addresses).
+        OutOfMemoryError: refused; ``limit`` says by what, ``"address space"`` among them.
+        VMError: `at` is occupied (EEXIST), or a policy is not to be had here.
+    """
+    size = _index(size)
+    if size <= 0:
+        msg = f"a region has a positive size, not {size}"
+        raise RangeError(msg)
+    size = (size + PAGE_SIZE - 1) & -PAGE_SIZE
+    try:
+        accounting = _MODES[mode]
+        advice = _FORKS[fork] | _HUGE[huge_pages]
+    except (KeyError, TypeError):
+        raise _unknown_word(mode, fork, huge_pages) from None
+    if not dump:
+        advice |= _NO_DUMP
+    if accounting and procfs.vm_setting("overcommit_memory") == 2:
+        mode, accounting = "charge", 0
+    if huge_pages == "prefer" and align is None and at is None:
+        align = _HUGE_PAGE
+    address, align = _placement(at, hint, align)
+    try:
+        handle = _reserve(
+            size,
+            address,
+            at is not None,
+            align,
+            PAGE_SIZE if guard else 0,
+            accounting,
+            advice,
+            _NULL if name is None else _checked_name(name),
+        )
+    except OverflowError:  # more bytes than an address can tell apart
+        raise refusal("reserve", errno.ENOMEM, size, at) from None
+    if not handle:
+        raise refusal("reserve", ffi.errno, size, at)
+    region = Region(handle, size, mode, fork, name)
+    if seal:
+        err = lib.region_seal(handle)
+        if err:
+            region.release()
+            raise refusal("seal", err, size)
+    return region
+
+
+def _placement(at: int | None, hint: int | None, align: int | None) -> tuple[int, int]:
+    """Check the numbers that say where; return an address (0: anywhere) and an alignment."""
+    if at is None and hint is None and align is None:
+        return 0, 0
+    address = 0
+    if at is not None or hint is not None:
+        if at is not None and hint is not None:
+            msg = "at and hint exclude each other"
+            raise ValueError(msg)
+        address = _index(at if at is not None else hint)  # type: ignore[arg-type]
+        if not 0 < address < _ADDRESS_LIMIT or address % PAGE_SIZE:
+            msg = f"not the address of an OS page of {PAGE_SIZE} bytes: {address:#x}"
+            raise RangeError(msg)
+    if align is None:
+        return address, 0
+    align = _index(align)
+    if not 0 < align < _ADDRESS_LIMIT or align & (align - 1):
+        msg = f"an alignment is a power of two, not {align}"
+        raise RangeError(msg)
+    if at is not None and address % align:
+        msg = f"the address {address:#x} is not a multiple of {align:#x}"
+        raise RangeError(msg)
+    return address, align
+
+
+def _checked_name(name: str) -> bytes:
+    if not isinstance(name, str):
+        msg = f"a name is a string, not {type(name).__name__}"
+        raise TypeError(msg)
+    # The kernel's own rule (prctl(2), PR_SET_VMA_ANON_NAME).
+    if not 0 < len(name) < 80 or any(not " " <= c <= "~" or c in "[]\\$`" for c in name):
+        msg = f"not a name for a mapping: {name!r}"
+        raise ValueError(msg)
+    return name.encode("ascii")
+
+
+def _unknown_word(mode: object, fork: object, huge_pages: object) -> ValueError:
+    for given, known, what in ((mode, _MODES, "mode"), (fork, _FORKS, "fork")):
+        if given not in known:
+            return ValueError(f"{what} is one of {', '.join(known)}; not {given!r}")
+    return ValueError(f"huge_pages is one of {', '.join(_HUGE)}; not {huge_pages!r}")
+
+
+def _released() -> ReleasedError:
+    return ReleasedError("the region was released")
+
+
+def _out_of_range(verb: str, offset: int, length: int, size: int) -> RangeError:
+    return RangeError(f"can't {verb} {length} bytes at offset {offset} of a region of {size} bytes")
+
+
+def _pin(handle: Any, offset: int) -> Any:
+    """Return the address `offset` bytes into a region, which keeps the region mapped."""
+
+    def keep(_: object) -> Any:
+        return handle
+
+    return _gc(handle.base + offset, keep)
+
+
+# -- fork -------------------------------------------------------------------------------------
+# Other threads do not exist in a forked child, so no lock may be held by one of them at the fork:
+# every region's lock is taken before it and given back after it, on both sides. Regions without a
+# lock are not in use, and the registry's lock keeps them from getting one meanwhile.
+
+_registry_lock = RLock()
+_registry: list["weakref.ref[Region]"] = []
+_registry_limit = 64
+_held_for_fork: list[Region] = []
+
+
+def _register(region: Region) -> None:
+    global _registry_limit  # noqa: PLW0603
+    _registry.append(weakref.ref(region))
+    if len(_registry) > _registry_limit:
+        _registry[:] = [ref for ref in _registry if ref() is not None]
+        _registry_limit = 2 * len(_registry) + 64
+
+
+def _before_fork() -> None:
+    _registry_lock.acquire()
+    _held_for_fork[:] = [region for ref in _registry if (region := ref()) is not None]
+    while not _acquire_all(_locks_held_for_fork()):
+        pass
+
+
+def _locks_held_for_fork() -> list[RLock]:
+    return [region._lock for region in _held_for_fork if region._lock is not None]
+
+
+def _acquire_all(locks: list[RLock]) -> bool:
+    """Take all locks or none: waiting for one while holding another could deadlock."""
+    for i, lock in enumerate(locks):
+        if not lock.acquire(blocking=False):
+            for held in locks[:i]:
+                held.release()
+            with lock:
+                return False
+    return True
+
+
+def _after_fork_in_parent() -> None:
+    for lock in _locks_held_for_fork():
+        lock.release()
+    _held_for_fork.clear()
+    _registry_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    for region in _held_for_fork:
+        if region.fork == "exclude" and not region.released:
+            _leave_behind(region)
+    _after_fork_in_parent()
+
+
+def _leave_behind(region: Region) -> None:
+    """Make a region that the child did not inherit a released one, with zeros under its views."""
+    base = region.base
+    lib.region_forget(region._handle)
+    region.released = True
+    if region._views is not None:
+        for lo, hi in region._views.live(0, region.size, prune=False):
+            start = (base + lo) & -PAGE_SIZE
+            for page in range(start, base + hi, PAGE_SIZE):
+                lib.vm_map_at(page, PAGE_SIZE, lib.VM_COMMITTED)
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)

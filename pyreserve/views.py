@@ -1,0 +1,151 @@
+"""Which live buffers overlap a byte range, in a time that does not grow with their number.
+
+A buffer is known by a weak reference to its ``ffi.buffer`` object, which every consumer keeps
+alive: memoryviews and their slices, ndarrays, and also those that drop the Py_buffer and hold only
+the object, which an export counter misses. There are no weakref callbacks, so nothing ever runs
+inside the garbage collector; the dead are dropped when met, and all of them once twice as many
+buffers have been added as were alive at the last clean-up.
+
+Two rules of ``ffi.buffer``: it is unhashable, and two of them compare by the memory they show,
+which may not be readable. So references live in plain lists and are never compared.
+"""
+
+import weakref
+from typing import Any
+
+# A buffer of n bytes stands in a bucket of at least n bytes, so it reaches into one more at the
+# most. Buckets of level k hold 2**(16 + 3k) bytes each; a bucket that has anything in it or below
+# it stands among its parent's children.
+_FIRST_SHIFT = 16
+_STEP = 3
+_PATIENCE = 256
+
+_Entry = tuple["weakref.ref[Any]", int, int]
+
+
+class _Bucket:
+    __slots__ = ("children", "entries")
+
+    def __init__(self) -> None:
+        self.entries: list[_Entry] = []
+        self.children: set[int] = set()
+
+
+class ViewTable:
+    """The live buffers of one region.
+
+    Not synchronised: the region holds its lock around each call, and lets no finaliser or signal
+    handler that interrupts one call begin another, except to read.
+    """
+
+    __slots__ = ("_filled", "_levels", "_until_sweep")
+
+    def __init__(self, size: int) -> None:
+        top = max(0, -(-(size.bit_length() - _FIRST_SHIFT) // _STEP))
+        self._levels: list[dict[int, _Bucket]] = [{} for _ in range(top + 1)]
+        self._filled: list[int] = []  # the levels that have entries
+        self._until_sweep = _PATIENCE
+
+    def add(self, exported: Any, lo: int, hi: int) -> None:
+        """Take in a buffer over [lo, hi)."""
+        if self._until_sweep == 0:
+            self._sweep()
+        self._until_sweep -= 1
+        self._insert((weakref.ref(exported), lo, hi))
+
+    def live(self, lo: int, hi: int, *, prune: bool) -> list[tuple[int, int]]:
+        """Return the range of every live buffer that overlaps [lo, hi).
+
+        `prune` drops the dead that are met; without it the table is only read.
+        """
+        found: list[tuple[int, int]] = []
+        # From the level up at which the range spans three buckets at the most, buckets are asked
+        # for by index; below it, only those that exist are visited.
+        start = self._level_of(hi - lo)
+        for level in self._filled:
+            if level >= start:
+                for bucket in self._spanned(level, lo, hi):
+                    self._scan(bucket, lo, hi, found, prune)
+        if self._filled and min(self._filled) < start:
+            for bucket in self._spanned(start, lo, hi):
+                self._descend(bucket, start, lo, hi, found, prune)
+        return found
+
+    def _level_of(self, length: int) -> int:
+        bits = (length - 1).bit_length() - _FIRST_SHIFT
+        return 0 if bits <= 0 else min(-(-bits // _STEP), len(self._levels) - 1)
+
+    def _spanned(self, level: int, lo: int, hi: int) -> list[_Bucket]:
+        """Return the buckets of a level whose entries may overlap [lo, hi)."""
+        shift = _FIRST_SHIFT + _STEP * level
+        buckets = self._levels[level]
+        return [
+            buckets[index]
+            for index in range((lo >> shift) - 1, ((hi - 1) >> shift) + 1)
+            if index in buckets
+        ]
+
+    def _insert(self, entry: _Entry) -> None:
+        level = self._level_of(entry[2] - entry[1])
+        index = entry[1] >> (_FIRST_SHIFT + _STEP * level)
+        bucket = self._levels[level].get(index)
+        if bucket is None:
+            bucket = self._new_bucket(level, index)
+        if level not in self._filled:
+            self._filled.append(level)
+        bucket.entries.append(entry)
+
+    def _new_bucket(self, level: int, index: int) -> _Bucket:
+        made = self._levels[level][index] = _Bucket()
+        for above in self._levels[level + 1 :]:
+            parent = above.get(index >> _STEP)
+            if parent is not None:
+                parent.children.add(index)
+                break
+            parent = above[index >> _STEP] = _Bucket()
+            parent.children.add(index)
+            index >>= _STEP
+        return made
+
+    def _descend(
+        self,
+        bucket: _Bucket,
+        level: int,
+        lo: int,
+        hi: int,
+        found: list[tuple[int, int]],
+        prune: bool,
+    ) -> None:
+        shift = _FIRST_SHIFT + _STEP * (level - 1)
+        for index in bucket.children:
+            if (index << shift) < hi and ((index + 2) << shift) > lo:
+                child = self._levels[level - 1][index]
+                self._scan(child, lo, hi, found, prune)
+                self._descend(child, level - 1, lo, hi, found, prune)
+
+    @staticmethod
+    def _scan(bucket: _Bucket, lo: int, hi: int, found: list[tuple[int, int]], prune: bool) -> None:
+        entries = bucket.entries
+        if entries:
+            alive = [entry for entry in entries if entry[0]() is not None]
+            if prune and len(alive) < len(entries):
+                bucket.entries = alive
+            found.extend((a, b) for _, a, b in alive if a < hi and b > lo)
+
+    def _sweep(self) -> None:
+        alive = 0
+        for level, buckets in enumerate(self._levels):
+            for bucket in buckets.values():
+                if bucket.entries:
+                    bucket.entries = [entry for entry in bucket.entries if entry[0]() is not None]
+                    alive += len(bucket.entries)
+            for index in [i for i, b in buckets.items() if not b.entries and not b.children]:
+                del buckets[index]
+                if level + 1 < len(self._levels):
+                    self._levels[level + 1][index >> _STEP].children.discard(index)
+        self._filled = [
+            level
+            for level, buckets in enumerate(self._levels)
+            if any(bucket.entries for bucket in buckets.values())
+        ]
+        self._until_sweep = 2 * alive + _PATIENCE
