@@ -171,17 +171,17 @@ int region_claim(struct region *region, size_t offset, size_t length, int access
     return err != 0 ? err : adopt(region, offset, length, access);
 }
 
-int region_claim_near(struct region *region, size_t from, size_t offset, size_t length, int access,
+int region_claim_near(struct region *region, size_t from, uintptr_t hint, size_t length, int access,
                       uintptr_t *address) {
     if (region->base == NULL)
         return REGION_RELEASED;
-    if (length == 0 || offset > region->size)
+    if (length == 0 || from > region->size)
         return REGION_OUTSIDE;
-    if ((offset | length) & (region->page - 1))
+    if ((hint | length) & (region->page - 1))
         return REGION_MISALIGNED;
     int err = room_for_piece(region);
     if (err == 0)
-        err = vm_map(address_of(region, offset), length, access | region->accounting, address);
+        err = vm_map(hint, length, access | region->accounting, address);
     if (err != 0)
         return err;
     uintptr_t low = address_of(region, from), high = address_of(region, region->size);
@@ -190,6 +190,19 @@ int region_claim_near(struct region *region, size_t from, size_t offset, size_t 
         return err != 0 ? err : ERANGE;
     }
     return adopt(region, *address - (uintptr_t)region->base, length, access);
+}
+
+int region_disclaim(struct region *region, size_t offset, size_t length) {
+    int err = misuse(region, offset, length);
+    if (err == 0)
+        err = room_for_piece(region);
+    if (err == 0)
+        err = vm_release(address_of(region, offset), length);
+    if (err == 0) {
+        runs_remove(&region->reserved, offset, offset + length);
+        runs_remove(&region->committed, offset, offset + length);
+    }
+    return err;
 }
 
 /* Back to reserved, kernel and books. Needs room in the books. */

@@ -66,11 +66,14 @@ void region_free(struct region *region);
 /* Claims exactly this piece of a window with the given enum vm_access; EEXIST if any of it is taken. */
 int region_claim(struct region *region, size_t offset, size_t length, int access);
 
-/* Claims `length` bytes near `offset`, wherever in [from, size) the kernel puts them. `*address`
- * is where that is; ERANGE if it is outside, and then the bytes have been given back. `*address`
- * is written in both cases. */
-int region_claim_near(struct region *region, size_t from, size_t offset, size_t length, int access,
+/* Claims `length` bytes near the address `hint` (0: anywhere), wherever in [from, size) the kernel
+ * puts them. `*address` is where that is; ERANGE if it is outside, and then the bytes have been
+ * given back. `*address` is written in both cases. */
+int region_claim_near(struct region *region, size_t from, uintptr_t hint, size_t length, int access,
                       uintptr_t *address);
+
+/* Unmaps a piece that a window owns: the opposite of a claim. */
+int region_disclaim(struct region *region, size_t offset, size_t length);
 
 /* Makes the range readable and writable; what already is stays untouched. */
 int region_commit(struct region *region, size_t offset, size_t length);

@@ -1,5 +1,15 @@
-"""Reserve virtual memory now, commit it later."""
+"""Reserve virtual memory now, commit it later.
 
+- `reserve` owns addresses; a `Region` commits pieces of them, exports safe views, and gives back.
+- `Bitmap` is a bitmap of any size that takes memory only where bits were set.
+- `layouts` are Go's address-space plans as data, and `Arena` brings one to life.
+- `capabilities` says what this kernel and process offer.
+"""
+
+from pyreserve import layouts
+from pyreserve.arena import Arena, HeapBitmap
+from pyreserve.bitmap import Bitmap
+from pyreserve.capabilities import Capabilities, capabilities
 from pyreserve.errors import (
     OutOfMemoryError,
     PyreserveError,
@@ -14,7 +24,11 @@ from pyreserve.units import GiB, KiB, MiB, TiB, format_size, parse_size
 
 __all__ = [
     "PAGE_SIZE",
+    "Arena",
+    "Bitmap",
+    "Capabilities",
     "GiB",
+    "HeapBitmap",
     "KiB",
     "MiB",
     "OutOfMemoryError",
@@ -25,7 +39,9 @@ __all__ = [
     "TiB",
     "VMError",
     "ViewError",
+    "capabilities",
     "format_size",
+    "layouts",
     "parse_size",
     "reserve",
 ]

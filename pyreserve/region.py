@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pyreserve import procfs
 from pyreserve._native import ffi, lib
+from pyreserve.capabilities import thp_size
 from pyreserve.errors import RangeError, ReleasedError, ViewError, VMError
 from pyreserve.limits import PAGE_SIZE, refusal
 from pyreserve.units import format_size
@@ -43,7 +44,6 @@ _MODES = {"charge": 0, "noreserve": lib.VM_NORESERVE}
 _FORKS = {"copy": 0, "wipe": lib.VM_WIPE_ON_FORK, "exclude": lib.VM_NO_FORK}
 _HUGE = {"default": 0, "prefer": lib.VM_HUGE_PREFER, "never": lib.VM_HUGE_NEVER}
 _NO_DUMP = lib.VM_NO_DUMP
-_HUGE_PAGE = 2 << 20
 
 _ADDRESS_LIMIT = 1 << (8 * ffi.sizeof("size_t"))
 # Bound once: an attribute look-up on the library costs a third of an empty call.
@@ -162,11 +162,7 @@ class Region:
 
     def committed_runs(self) -> list[tuple[int, int]]:
         """List the committed pieces as (offset, length), lowest first; neighbours are one piece."""
-        with self._lock or self._make_lock():
-            self._alive()
-            runs = self._handle.committed
-            pieces = [(runs.items[i].lo, runs.items[i].hi) for i in range(runs.count)]
-        return [(lo, hi - lo) for lo, hi in pieces]
+        return self._runs("committed")
 
     # -- the verbs ----------------------------------------------------------------------------
 
@@ -397,6 +393,13 @@ class Region:
                 self._lock = RLock()
             return self._lock
 
+    def _runs(self, which: Literal["committed", "reserved"]) -> list[tuple[int, int]]:
+        with self._lock or self._make_lock():
+            self._alive()
+            runs = getattr(self._handle, which)
+            items = runs.items
+            return [(items[i].lo, items[i].hi - items[i].lo) for i in range(runs.count)]
+
     def _refuse_views(self, verb: str, lo: int, hi: int, interrupting: bool) -> None:
         assert self._views is not None
         held = self._views.live(lo, hi, prune=not interrupting)
@@ -456,11 +459,12 @@ def reserve(
         fork: what a forked child finds: ``"copy"`` as usual; ``"wipe"`` zeros (MADV_WIPEONFORK);
             ``"exclude"`` nothing (MADV_DONTFORK): there the region counts as released, and views
             that the child inherits read zero.
-        huge_pages: ``"prefer"`` (MADV_HUGEPAGE; the base is then 2 MiB aligned), ``"never"``
+        huge_pages: ``"prefer"`` (MADV_HUGEPAGE, the base aligned to a huge page), ``"never"``
             (MADV_NOHUGEPAGE), or as the system is set.
         guard: keep one OS page at each end that is never accessible, besides `size`.
         name: shown in /proc/PID/maps as ``[anon:NAME]`` where the kernel was built with
-            CONFIG_ANON_VMA_NAME; printable ASCII without ``[]\\$```, at most 79 characters.
+            CONFIG_ANON_VMA_NAME; at most 79 printable ASCII characters, none of them a bracket,
+            a backslash, a dollar sign or a backquote.
         seal: commit all of it at once and forbid, until the process ends, to unmap it or change
             its access (mseal, Linux 6.10): it can be discarded, never decommitted or released.
 
@@ -485,7 +489,7 @@ def reserve(
     if accounting and procfs.vm_setting("overcommit_memory") == 2:
         mode, accounting = "charge", 0
     if huge_pages == "prefer" and align is None and at is None:
-        align = _HUGE_PAGE
+        align = thp_size()
     address, align = _placement(at, hint, align)
     try:
         handle = _reserve(

@@ -1,0 +1,99 @@
+"""What this kernel and this process offer, found by trying and not by version number."""
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyreserve import procfs
+from pyreserve._native import lib
+from pyreserve.limits import PAGE_SIZE, address_bits, rlimit
+from pyreserve.units import KiB
+
+_HUGE = Path("/sys/kernel/mm/hugepages")
+_THP = Path("/sys/kernel/mm/transparent_hugepage")
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """See `capabilities`. Sizes in bytes; None for a limit means unlimited.
+
+    Attributes:
+        page_size: the OS page.
+        huge_page_sizes: sizes that the kernel knows, smallest first (transparent and hugetlb).
+        transparent_huge_pages: ``"always"``, ``"madvise"`` or ``"never"``; None without THP.
+        address_bits: user addresses lie below ``2**address_bits``.
+        overcommit_memory: vm.overcommit_memory: 0 heuristic, 1 always, 2 strict.
+        rlimit_as, rlimit_data: soft limits (ulimit -v, -d).
+        max_map_count: vm.max_map_count.
+        madv_populate_write: Linux 5.14.
+        madv_free: Linux 4.5.
+        madv_wipeonfork: Linux 4.14.
+        madv_guard_install: Linux 6.13.
+        mseal: Linux 6.10, 64-bit.
+        pagemap_scan: Linux 6.7.
+        procmap_query: Linux 6.11.
+        anon_vma_names: CONFIG_ANON_VMA_NAME, Linux 5.17.
+    """
+
+    page_size: int
+    huge_page_sizes: tuple[int, ...]
+    transparent_huge_pages: str | None
+    address_bits: int
+    overcommit_memory: int
+    rlimit_as: int | None
+    rlimit_data: int | None
+    max_map_count: int
+    madv_populate_write: bool
+    madv_free: bool
+    madv_wipeonfork: bool
+    madv_guard_install: bool
+    mseal: bool
+    pagemap_scan: bool
+    procmap_query: bool
+    anon_vma_names: bool
+
+
+def capabilities() -> Capabilities:
+    """Ask the running kernel what it offers to this process; each feature is tried."""
+    return Capabilities(
+        page_size=PAGE_SIZE,
+        huge_page_sizes=_huge_page_sizes(),
+        transparent_huge_pages=_thp_mode(),
+        address_bits=address_bits(),
+        overcommit_memory=procfs.vm_setting("overcommit_memory"),
+        rlimit_as=rlimit(resource.RLIMIT_AS),
+        rlimit_data=rlimit(resource.RLIMIT_DATA),
+        max_map_count=procfs.vm_setting("max_map_count"),
+        madv_populate_write=lib.vm_try_populate() == 0,
+        madv_free=lib.vm_try_discard_lazy() == 0,
+        madv_wipeonfork=lib.vm_try_wipe_on_fork() == 0,
+        madv_guard_install=lib.vm_try_guard() == 0,
+        mseal=lib.vm_try_seal() == 0,
+        pagemap_scan=lib.vm_try_pagemap_scan() == 0,
+        procmap_query=lib.vm_try_procmap_query() == 0,
+        anon_vma_names=lib.vm_try_name() == 0,
+    )
+
+
+def thp_size() -> int | None:
+    """Size of a transparent huge page; None where the kernel has none."""
+    try:
+        return int((_THP / "hpage_pmd_size").read_text(encoding="ascii"))
+    except OSError:
+        return None
+
+
+def _huge_page_sizes() -> tuple[int, ...]:
+    sizes = {int(entry.name[len("hugepages-") : -len("kB")]) * KiB for entry in _HUGE.glob("*kB")}
+    transparent = thp_size()
+    if transparent is not None:
+        sizes.add(transparent)
+    return tuple(sorted(sizes))
+
+
+def _thp_mode() -> str | None:
+    try:
+        modes = (_THP / "enabled").read_text(encoding="ascii")
+    except OSError:
+        return None
+    return modes[modes.index("[") + 1 : modes.index("]")]
