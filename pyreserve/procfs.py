@@ -81,3 +81,32 @@ def free_gaps(mappings: list[Mapping], low: int, high: int) -> Iterator[tuple[in
         at = max(at, mapping.end)
     if at < high:
         yield at, high
+
+
+def available_bytes() -> int:
+    """Estimate how much memory this process can still take: MemAvailable, or less by its cgroup."""
+    available = meminfo_kib()["MemAvailable"] * 1024
+    for limit, used in _cgroup_memory():
+        available = min(available, max(0, limit - used))
+    return available
+
+
+def _cgroup_memory() -> Iterator[tuple[int, int]]:
+    """Yield limit and use, page cache left out, of each limited cgroup above this process (v2)."""
+    root = Path("/sys/fs/cgroup")
+    for line in (_PROC / "self/cgroup").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("0::/"):
+            continue
+        group = root / line[len("0::/") :]
+        for place in (group, *group.parents):
+            if not place.is_relative_to(root):
+                break
+            try:
+                limit = (place / "memory.max").read_text(encoding="ascii").strip()
+                if limit != "max":
+                    used = int((place / "memory.current").read_text(encoding="ascii"))
+                    stat = (place / "memory.stat").read_text(encoding="ascii").splitlines()
+                    cache = next(int(row[5:]) for row in stat if row.startswith("file "))
+                    yield int(limit), used - cache
+            except FileNotFoundError:  # the root group, or one without the memory controller
+                continue

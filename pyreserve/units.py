@@ -50,7 +50,7 @@ def format_size(nbytes: int) -> str:
     """Write a number of bytes with four significant digits and a binary unit: ``136.1 GiB``."""
     value, unit = float(nbytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
-        if abs(value) < 1024:
+        if float(f"{abs(value):.4g}") < 1024:
             break
         value, unit = value / 1024, larger
     return f"{value:.4g} {unit}"

@@ -1,0 +1,5 @@
+"""``python -m pyreserve``: the same as the command ``pyreserve``."""
+
+from pyreserve.cli import main
+
+main()

@@ -1,0 +1,191 @@
+"""What ``pyreserve vsz`` finds out: one object, for the screen and for JSON alike."""
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pyreserve import procfs
+from pyreserve.arena import Arena, FellBack
+from pyreserve.errors import OutOfMemoryError
+from pyreserve.layouts import Piece
+from pyreserve.units import KiB, MiB, format_size
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """How large this process is at one moment, in KiB (Committed_AS: the whole system)."""
+
+    vm_size_kib: int
+    vm_rss_kib: int
+    pss_kib: int
+    committed_as_kib: int
+
+    @classmethod
+    def take(cls) -> "Snapshot":
+        """Read /proc."""
+        status = procfs.status_kib()
+        return cls(
+            status["VmSize"],
+            status["VmRSS"],
+            procfs.rollup_kib().get("Pss", 0),
+            procfs.meminfo_kib()["Committed_AS"],
+        )
+
+    def to_dict(self) -> dict[str, int]:
+        """As in /proc, with the unit in the name."""
+        return {
+            "VmSize_kib": self.vm_size_kib,
+            "VmRSS_kib": self.vm_rss_kib,
+            "Pss_kib": self.pss_kib,
+            "Committed_AS_kib": self.committed_as_kib,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class VszReport:
+    """What was reserved, and what that did. Addresses are ints."""
+
+    pid: int
+    layout: str
+    requested_layout: str
+    strategy: str
+    fell_back: FellBack | None
+    start: int
+    end: int
+    arena_start: int
+    arena_used: int
+    touched: int
+    before: Snapshot
+    after: Snapshot
+    ps_before: tuple[int, int] | None
+    ps_after: tuple[int, int] | None
+    maps: list[Piece]
+
+    def to_json(self) -> str:
+        """As ``pyreserve vsz --json`` prints it."""
+        fell_back = self.fell_back
+        found: dict[str, Any] = {
+            "layout": self.layout,
+            "requested_layout": self.requested_layout,
+            "strategy": self.strategy,
+            "fell_back": fell_back and {"because": fell_back.because, "limit": fell_back.limit},
+            "reservation": {"start": self.start, "end": self.end},
+            "arena_start": self.arena_start,
+            "arena_used": self.arena_used,
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "maps": [
+                [f"{piece.start:08x}-{piece.end:08x}", piece.perms, piece.what]
+                for piece in self.maps
+            ],
+        }
+        return json.dumps(found, indent=2)
+
+
+class VszRun:
+    """A layout, made for as long as the ``with`` block lasts."""
+
+    def __init__(self, layout: str, size: int | None) -> None:
+        """Choose what to reserve; see `pyreserve.Arena`."""
+        self._layout, self._size = layout, size
+        self._arena: Arena | None = None
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._arena is not None:
+            self._arena.release()
+
+    def measure(self, touch: int, progress: Progress) -> VszReport:
+        """Reserve, grow by the first MiB and touch `touch` bytes more, between two snapshots."""
+        _refuse_too_much(touch)
+        self._rehearse()
+        ps_before = ps(os.getpid())
+        before = Snapshot.take()
+        arena = self._arena = Arena(self._layout, size=self._size)
+        arena.grow(MiB)
+        _touch(arena, touch, progress)
+        after = Snapshot.take()
+        placement = arena.placement
+        return VszReport(
+            pid=os.getpid(),
+            layout=arena.layout.name,
+            requested_layout=arena.requested_layout.name,
+            strategy=arena.layout.strategy,
+            fell_back=arena.fell_back,
+            start=placement.start,
+            end=placement.end,
+            arena_start=placement.arena_start,
+            arena_used=placement.arena_used,
+            touched=touch,
+            before=before,
+            after=after,
+            ps_before=ps_before,
+            ps_after=ps(os.getpid()),
+            maps=arena.maps(),
+        )
+
+    def _rehearse(self) -> None:
+        """Do it all once, so that the interpreter's own memory does not grow in between."""
+        for _ in range(2):
+            Snapshot.take()
+            with Arena(self._layout, size=self._size) as arena:
+                arena.grow(MiB)
+            ps(os.getpid())
+        gc.collect()
+
+
+def _refuse_too_much(touch: int) -> None:
+    available = procfs.available_bytes()
+    if touch > available:
+        msg = (
+            f"touching {format_size(touch)} takes that much memory, and {format_size(available)} "
+            "are available"
+        )
+        raise OutOfMemoryError(12, msg, verb="populate", nbytes=touch)
+
+
+def _touch(arena: Arena, nbytes: int, progress: Progress) -> None:
+    with progress(nbytes) as advance:
+        for step in _steps(nbytes):
+            block = arena.grow(step)
+            arena.region.populate(block - arena.region.base, step)
+            advance(step)
+
+
+def _steps(nbytes: int) -> Iterator[int]:
+    """Cut into the 1 MiB by which Go's heap grew, and the rest in whole pages."""
+    yield from (MiB for _ in range(nbytes // MiB))
+    rest = nbytes % MiB
+    if rest:
+        yield -(-rest // (64 * KiB)) * 64 * KiB
+
+
+def ps(pid: int) -> tuple[int, int] | None:
+    """Ask ``ps`` for VSZ and RSS of a process, in KiB; None where there is no ps."""
+    command = shutil.which("ps")
+    if command is None:
+        return None
+    answer = subprocess.run(
+        [command, "-o", "vsz=,rss=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
+    fields = answer.stdout.split()
+    return (int(fields[0]), int(fields[1])) if len(fields) == 2 else None
