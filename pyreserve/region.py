@@ -43,7 +43,16 @@ HugePages = Literal["default", "prefer", "never"]
 _MODES = {"charge": 0, "noreserve": lib.VM_NORESERVE}
 _FORKS = {"copy": 0, "wipe": lib.VM_WIPE_ON_FORK, "exclude": lib.VM_NO_FORK}
 _HUGE = {"default": 0, "prefer": lib.VM_HUGE_PREFER, "never": lib.VM_HUGE_NEVER}
-_NO_DUMP = lib.VM_NO_DUMP
+_POLICIES = {
+    (mode, fork, huge, dump): (
+        accounting,
+        forked | paged | (0 if dump else lib.VM_NO_DUMP),
+    )
+    for mode, accounting in _MODES.items()
+    for fork, forked in _FORKS.items()
+    for huge, paged in _HUGE.items()
+    for dump in (False, True)
+}
 
 _ADDRESS_LIMIT = 1 << (8 * ffi.sizeof("size_t"))
 # Bound once: an attribute look-up on the library costs a third of an empty call.
@@ -258,18 +267,20 @@ class Region:
         """
         # Without a lock the region was never used, and can't be as long as this one is held.
         with self._lock or _registry_lock:
-            interrupting, self._busy = self._busy, True
+            self._alive()
+            # From here on nothing that interrupts this can make a view.
+            self.released = True
             try:
                 if self._views is not None:
-                    self._refuse_views("release", 0, self.size, interrupting)
+                    self._refuse_views("release", 0, self.size, self._busy)
                 err = _release(self._handle)
-                if not err:
-                    self.released = True
-                    self._owner = None
-            finally:
-                self._busy = interrupting
+                self.released = not err
+            except BaseException:
+                self.released = False
+                raise
         if err:
             self._fail("release", err, 0, self.size)
+        self._owner = None
 
     # -- views --------------------------------------------------------------------------------
 
@@ -480,17 +491,17 @@ def reserve(
         raise RangeError(msg)
     size = (size + PAGE_SIZE - 1) & -PAGE_SIZE
     try:
-        accounting = _MODES[mode]
-        advice = _FORKS[fork] | _HUGE[huge_pages]
+        accounting, advice = _POLICIES[mode, fork, huge_pages, bool(dump)]
     except (KeyError, TypeError):
         raise _unknown_word(mode, fork, huge_pages) from None
-    if not dump:
-        advice |= _NO_DUMP
     if accounting and procfs.vm_setting("overcommit_memory") == 2:
         mode, accounting = "charge", 0
     if huge_pages == "prefer" and align is None and at is None:
         align = thp_size()
-    address, align = _placement(at, hint, align)
+    if at is None and hint is None and align is None:
+        address = align = 0
+    else:
+        address, align = _placement(at, hint, align)
     try:
         handle = _reserve(
             size,
@@ -517,8 +528,6 @@ def reserve(
 
 def _placement(at: int | None, hint: int | None, align: int | None) -> tuple[int, int]:
     """Check the numbers that say where; return an address (0: anywhere) and an alignment."""
-    if at is None and hint is None and align is None:
-        return 0, 0
     address = 0
     if at is not None or hint is not None:
         if at is not None and hint is not None:

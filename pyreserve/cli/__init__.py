@@ -7,10 +7,11 @@ def main() -> None:
     """Run the command; what it needs is imported here and not with the library."""
     try:
         from pyreserve.cli.app import app  # noqa: PLC0415
+
+        app()
     except ModuleNotFoundError as missing:
         if missing.name not in {"typer", "rich"}:
             raise
         sys.exit("pyreserve: the command needs typer and rich: pip install 'pyreserve[cli]'")
     except MemoryError:
-        sys.exit("pyreserve: not even enough memory to start; see ulimit -v")
-    app()
+        sys.exit("pyreserve: not even enough memory to start: see ulimit -v")
