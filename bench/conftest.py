@@ -3,6 +3,7 @@
 import ctypes
 import subprocess
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -26,27 +27,38 @@ def c_loops(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return loops
 
 
-def _nanoseconds(bench: Any) -> float:
+def _fastest(bench: Any) -> float:
     calls: int = bench.extra_info.get("calls", 1)
     return float(bench.stats.min) * 1e9 / calls
 
 
+def _beside_c(bench: Any) -> str:
+    """Compare each round with the C loop that ran just before."""
+    calls: int = bench.extra_info["calls"]
+    in_c = bench.extra_info["c_loop_ns"]
+    rounds = [spent * 1e9 / calls for spent in bench.stats.data][-len(in_c) :]
+    more = median(ours - theirs for ours, theirs in zip(rounds, in_c, strict=True))
+    return f"{median(rounds):14,.0f}   C loop {median(in_c):,.0f}, median difference {more:+,.0f}"
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print each group's fastest rounds beside those of its reference."""
+    """Print each group side by side: nanoseconds a call."""
     session = getattr(config, "_benchmarksession", None)
     groups: dict[str, list[Any]] = {}
     for bench in session.benchmarks if session else []:
         groups.setdefault(bench.group or bench.name, []).append(bench)
     if not groups:
         return
-    terminalreporter.section("side by side, fastest round, ns a call")
+    terminalreporter.section("side by side, ns a call")
     width = max(len(bench.name) for group in groups.values() for bench in group)
     for group, benches in groups.items():
         reference = next((b for b in benches if b.extra_info.get("reference")), None)
         terminalreporter.write_line(group)
         for bench in benches:
-            spent, line = _nanoseconds(bench), ""
-            if reference is not None and bench is not reference:
-                base = _nanoseconds(reference)
-                line = f"{spent - base:+14,.0f}   x{spent / base:.3g}"
-            terminalreporter.write_line(f"  {bench.name:{width}} {spent:14,.0f}{line}")
+            if "c_loop_ns" in bench.extra_info:
+                line = _beside_c(bench)
+            else:
+                line = f"{_fastest(bench):14,.0f}"
+                if reference is not None and bench is not reference:
+                    line += f"   x{_fastest(bench) / _fastest(reference):.3g}"
+            terminalreporter.write_line(f"  {bench.name:{width}} {line}")

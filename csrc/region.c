@@ -1,7 +1,6 @@
 #include "region.h"
 
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "vm.h"
@@ -74,67 +73,62 @@ static int map_aligned(uintptr_t hint, size_t total, size_t guard, size_t align,
     return err;
 }
 
-static struct region *new_region(size_t size, int accounting, int advice) {
-    struct region *region = calloc(1, sizeof *region);
-    if (region != NULL) {
-        region->size = size;
-        region->page = vm_page_size();
-        region->accounting = accounting;
-        region->advice = advice;
-    }
-    return region;
+/* Everything of a closed region but its base, which opens it. */
+static void set_up(struct region *region, size_t size, int accounting, int advice) {
+    region->size = size;
+    region->page = vm_page_size();
+    region->guard = 0;
+    region->accounting = accounting;
+    region->advice = advice;
+    region->sealed = false;
+    region->name[0] = '\0';
 }
 
-/* Ends a region that came to nothing. */
-static struct region *give_up(struct region *region, int err) {
-    region_free(region);
-    errno = err;
-    return NULL;
-}
-
-struct region *region_reserve(size_t size, uintptr_t address, bool exact, size_t align,
-                              size_t guard, int accounting, int advice, const char *name) {
-    struct region *region = new_region(size, accounting, advice);
-    if (region == NULL || runs_make_room(&region->reserved) != 0)
-        return give_up(region, ENOMEM);
+int region_reserve(struct region *region, size_t size, int accounting, int advice,
+                   const struct region_wish *wish) {
+    static const struct region_wish anywhere;
+    if (wish == NULL)
+        wish = &anywhere;
+    set_up(region, size, accounting, advice);
+    int err = runs_make_room(&region->reserved);
+    if (err != 0)
+        return err;
+    size_t guard = region->guard = wish->guard;
     if (guard > SIZE_MAX / 2 || size > SIZE_MAX - 2 * guard)
-        return give_up(region, ENOMEM);
-    if (exact && address <= guard)
-        return give_up(region, EINVAL);
-    region->guard = guard;
-    if (name != NULL)
-        strncpy(region->name, name, sizeof region->name - 1);
+        return ENOMEM;
+    if (wish->exact && wish->address <= guard)
+        return EINVAL;
+    memcpy(region->name, wish->name, sizeof region->name);
 
     size_t total = size + 2 * guard;
-    int err, access = VM_RESERVED | accounting;
-    uintptr_t start = address > guard ? address - guard : address;
-    if (exact)
+    int access = VM_RESERVED | accounting;
+    uintptr_t start = wish->address > guard ? wish->address - guard : wish->address;
+    if (wish->exact)
         err = vm_map_at(start, total, access);
-    else if (align > region->page)
-        err = map_aligned(start, total, guard, align, access, &start);
+    else if (wish->align > region->page)
+        err = map_aligned(start, total, guard, wish->align, access, &start);
     else
         err = vm_map(start, total, access, &start);
     if (err != 0)
-        return give_up(region, err);
+        return err;
     err = dress(region, start, total);
     if (err != 0) {
         (void)vm_release(start, total);
-        return give_up(region, err);
+        return err;
     }
     region->base = (char *)(start + guard);
     runs_add(&region->reserved, 0, size);
-    return region;
+    return 0;
 }
 
-struct region *region_window(uintptr_t address, size_t size, int accounting, int advice) {
-    struct region *region = new_region(size, accounting, advice);
-    if (region == NULL)
-        return NULL;
+int region_window(struct region *region, uintptr_t address, size_t size, int accounting,
+                  int advice) {
+    set_up(region, size, accounting, advice);
     if (address == 0 || size == 0 || size > UINTPTR_MAX - address ||
         ((address | size) & (region->page - 1)))
-        return give_up(region, EINVAL);
+        return EINVAL;
     region->base = (char *)address;
-    return region;
+    return 0;
 }
 
 /* Room for a piece in both sets, before the kernel is asked. */
@@ -325,18 +319,17 @@ int region_release(struct region *region) {
 }
 
 void region_forget(struct region *region) {
-    runs_clear(&region->reserved);
-    runs_clear(&region->committed);
+    runs_empty(&region->reserved);
+    runs_empty(&region->committed);
     region->base = NULL;
 }
 
-void region_free(struct region *region) {
+void region_end(struct region *region) {
     struct run piece;
-    if (region == NULL)
-        return;
     if (region->base != NULL && region_release(region) > 0)
         for (size_t at = 0; runs_next(&region->committed, at, region->size, &piece); at = piece.hi)
             (void)vm_discard(address_of(region, piece.lo), piece.hi - piece.lo);
-    region_forget(region);
-    free(region);
+    runs_clear(&region->reserved);
+    runs_clear(&region->committed);
+    region->base = NULL;
 }

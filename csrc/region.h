@@ -17,6 +17,10 @@
  *  - a positive result is the errno of the system call that was refused, and the region is as it
  *    was before; 0 is success;
  *  - not synchronised: the owner holds a lock around each call.
+ *
+ * A region is open or closed. One that is all zero bytes is closed; region_reserve and
+ * region_window open a closed one, region_release closes it and keeps its storage for the next
+ * time, region_end is the end of it. What is asked of a closed region answers REGION_RELEASED.
  */
 #ifndef PYRESERVE_REGION_H
 #define PYRESERVE_REGION_H
@@ -48,20 +52,24 @@ struct region {
     struct runs reserved, committed;
 };
 
-/* Reserves `size` bytes: at `address` if `exact` (EEXIST if any of it is taken), else wherever the
- * kernel likes, near `address` if that is not 0, with the base a multiple of `align` (a power of
- * two; 0: the OS page). NULL, with errno set, if it was refused; ENOMEM also where the size does not
- * fit the address type. End it with region_free. */
-struct region *region_reserve(size_t size, uintptr_t address, bool exact, size_t align,
-                              size_t guard, int accounting, int advice, const char *name);
+/* Where a reservation shall be and what else it shall have; all zero: anywhere, nothing. */
+struct region_wish {
+    uintptr_t address; /* near this, unless 0 */
+    bool exact;        /* there or nowhere */
+    size_t align;      /* the base is a multiple of this power of two; 0: of the OS page */
+    size_t guard;      /* bytes of guard at each end */
+    char name[80];
+};
 
-/* Opens a window over [address, address + size) without mapping anything. NULL, with errno set, if
- * that is no range of addresses or memory ran out. */
-struct region *region_window(uintptr_t address, size_t size, int accounting, int advice);
+/* Opens a region of `size` bytes, reserved as `wish` (NULL: anywhere) says. EEXIST if any of an
+ * exact place is taken, ENOMEM also where the size does not fit the address type. */
+int region_reserve(struct region *region, size_t size, int accounting, int advice,
+                   const struct region_wish *wish);
 
-/* Releases what the region still has, unless it is sealed, and ends it. Should the kernel refuse
- * to unmap, the addresses stay taken but their memory is dropped. NULL does nothing. */
-void region_free(struct region *region);
+/* Opens a window over [address, address + size) without mapping anything; EINVAL if these are not
+ * whole OS pages of addresses. */
+int region_window(struct region *region, uintptr_t address, size_t size, int accounting,
+                  int advice);
 
 /* Claims exactly this piece of a window with the given enum vm_access; EEXIST if any of it is taken. */
 int region_claim(struct region *region, size_t offset, size_t length, int access);
@@ -98,7 +106,11 @@ int region_seal(struct region *region);
  * rest. */
 int region_release(struct region *region);
 
-/* Forgets the addresses without a system call: for a forked child that did not inherit them. */
+/* Closes the region without a system call: for a forked child that did not inherit the addresses. */
 void region_forget(struct region *region);
+
+/* Releases what the region still has, unless it is sealed, and frees its storage. Should the kernel
+ * refuse to unmap, the addresses stay taken but their memory is dropped. */
+void region_end(struct region *region);
 
 #endif

@@ -4,6 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Runs whose storage is worth keeping for the next use. */
+enum { SMALL = 64 };
+
 /* Index of the first run that ends at or after `offset`: the only one that can hold or touch it. */
 static size_t first_ending_from(const struct runs *set, size_t offset) {
     size_t low = 0, high = set->count;
@@ -113,6 +116,12 @@ bool runs_next_gap(const struct runs *set, size_t lo, size_t hi, struct run *gap
     gap->lo = lo;
     gap->hi = i < set->count && set->items[i].lo < hi ? set->items[i].lo : hi;
     return true;
+}
+
+void runs_empty(struct runs *set) {
+    if (set->capacity > SMALL)
+        runs_clear(set);
+    set->count = set->total = 0;
 }
 
 void runs_clear(struct runs *set) {

@@ -38,6 +38,9 @@ bool runs_contain(const struct runs *set, size_t lo, size_t hi);
 bool runs_next(const struct runs *set, size_t lo, size_t hi, struct run *piece);
 bool runs_next_gap(const struct runs *set, size_t lo, size_t hi, struct run *gap);
 
+/* Leaves an empty set, with its storage if that is small. */
+void runs_empty(struct runs *set);
+
 /* Frees the storage and leaves an empty set. */
 void runs_clear(struct runs *set);
 

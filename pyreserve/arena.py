@@ -11,7 +11,7 @@ from pyreserve._native import ffi, lib
 from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError, VMError
 from pyreserve.layouts import Layout, Piece, Placement, Request, round_up
 from pyreserve.limits import PAGE_SIZE, address_bits, refusal
-from pyreserve.region import Region, reserve
+from pyreserve.region import Region, new_handle, reserve
 from pyreserve.units import GiB, KiB, MiB, format_size
 
 if TYPE_CHECKING:
@@ -387,13 +387,15 @@ def _committed(nbytes: int) -> Region:
 
 def _window(start: int, size: int) -> Region:
     """Open a region over addresses that are claimed piece by piece."""
+    size &= -PAGE_SIZE
+    handle = new_handle()
     try:
-        handle = lib.region_window(start, size & -PAGE_SIZE, 0, lib.VM_NO_DUMP)
+        err = lib.region_window(handle, start, size, 0, lib.VM_NO_DUMP)
     except OverflowError:
-        raise refusal("reserve", errno.ENOMEM, size, start) from None
-    if not handle:
-        raise refusal("reserve", ffi.errno, size, start)
-    return Region(handle, size & -PAGE_SIZE, "charge", "copy", None)
+        err = errno.ENOMEM
+    if err:
+        raise refusal("reserve", err, size, start)
+    return Region(handle, size, "charge", "copy", None)
 
 
 def _open_whole(layout: Layout) -> tuple[Region, Placement]:

@@ -19,6 +19,7 @@ import os
 import sys
 import weakref
 from _thread import RLock
+from collections import deque
 from operator import index as _index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -44,14 +45,14 @@ _MODES = {"charge": 0, "noreserve": lib.VM_NORESERVE}
 _FORKS = {"copy": 0, "wipe": lib.VM_WIPE_ON_FORK, "exclude": lib.VM_NO_FORK}
 _HUGE = {"default": 0, "prefer": lib.VM_HUGE_PREFER, "never": lib.VM_HUGE_NEVER}
 _POLICIES = {
-    (mode, fork, huge, dump): (
+    (mode, fork, huge, no_dump): (
         accounting,
-        forked | paged | (0 if dump else lib.VM_NO_DUMP),
+        forked | paged | (lib.VM_NO_DUMP if no_dump else 0),
     )
     for mode, accounting in _MODES.items()
     for fork, forked in _FORKS.items()
     for huge, paged in _HUGE.items()
-    for dump in (False, True)
+    for no_dump in (False, True)
 }
 
 _ADDRESS_LIMIT = 1 << (8 * ffi.sizeof("size_t"))
@@ -61,10 +62,14 @@ _gc = ffi.gc
 _commit = lib.region_commit
 _decommit = lib.region_decommit
 _is_committed = lib.region_is_committed
-_free = lib.region_free
+_end = lib.region_end
 _release = lib.region_release
 _reserve = lib.region_reserve
 _NULL = ffi.NULL
+# What a released region has for a handle, and handles of released regions for the next to use:
+# making one costs as much as a third of a reservation.
+_CLOSED = ffi.new("struct region *")
+_spare_handles: deque[Any] = deque(maxlen=16)
 
 
 class Region:
@@ -103,9 +108,9 @@ class Region:
     name: str | None
 
     def __init__(self, handle: Any, size: int, mode: Mode, fork: Fork, name: str | None) -> None:
-        """For `reserve`: takes over a ``struct region``."""
+        """For `reserve`: takes over an open ``struct region`` from `new_handle`."""
         # Whatever keeps the handle alive keeps the addresses: they are unmapped with it.
-        self._handle = _gc(handle, _free)
+        self._handle = handle
         self._owner: Any = None
         self._lock: RLock | None = None
         self._views: ViewTable | None = None
@@ -124,10 +129,9 @@ class Region:
     @property
     def base(self) -> int:
         """Address of the first byte. Touching memory through it is at your own risk."""
-        base = self._handle.base
-        if not base:
-            raise _released()
-        return int(ffi.cast("uintptr_t", base))
+        with self._lock or _registry_lock:
+            self._alive()
+            return int(ffi.cast("uintptr_t", self._handle.base))
 
     @property
     def committed(self) -> int:
@@ -146,7 +150,9 @@ class Region:
     @property
     def sealed(self) -> bool:
         """Whether the region is sealed until the process ends."""
-        return bool(self._handle.sealed)
+        with self._lock or _registry_lock:
+            self._alive()
+            return bool(self._handle.sealed)
 
     def is_committed(self, offset: int, length: int) -> bool:
         """Tell whether all of [offset, offset + length) is committed. Any alignment.
@@ -266,21 +272,28 @@ class Region:
             ReleasedError: it was released before.
         """
         # Without a lock the region was never used, and can't be as long as this one is held.
-        with self._lock or _registry_lock:
-            self._alive()
+        lock = self._lock or _registry_lock
+        lock.acquire()
+        try:
+            if self.released:
+                raise _released()
             # From here on nothing that interrupts this can make a view.
             self.released = True
+            err = -1
             try:
                 if self._views is not None:
                     self._refuse_views("release", 0, self.size, self._busy)
                 err = _release(self._handle)
+            finally:
                 self.released = not err
-            except BaseException:
-                self.released = False
-                raise
-        if err:
-            self._fail("release", err, 0, self.size)
-        self._owner = None
+            if not err:
+                self._owner = None
+                self._handle, spare = _CLOSED, self._handle
+                _spare_handles.append(spare)
+                return
+        finally:
+            lock.release()
+        self._fail("release", err, 0, self.size)
 
     # -- views --------------------------------------------------------------------------------
 
@@ -489,34 +502,27 @@ def reserve(
     if size <= 0:
         msg = f"a region has a positive size, not {size}"
         raise RangeError(msg)
-    size = (size + PAGE_SIZE - 1) & -PAGE_SIZE
+    if size % PAGE_SIZE:
+        size += PAGE_SIZE - size % PAGE_SIZE
     try:
-        accounting, advice = _POLICIES[mode, fork, huge_pages, bool(dump)]
+        accounting, advice = _POLICIES[mode, fork, huge_pages, not dump]
     except (KeyError, TypeError):
         raise _unknown_word(mode, fork, huge_pages) from None
     if accounting and procfs.vm_setting("overcommit_memory") == 2:
         mode, accounting = "charge", 0
     if huge_pages == "prefer" and align is None and at is None:
         align = thp_size()
-    if at is None and hint is None and align is None:
-        address = align = 0
+    if at is None and hint is None and align is None and not guard and name is None:
+        wish = _NULL
     else:
-        address, align = _placement(at, hint, align)
+        wish = _wish(at, hint, align, guard, name)
+    handle = new_handle()
     try:
-        handle = _reserve(
-            size,
-            address,
-            at is not None,
-            align,
-            PAGE_SIZE if guard else 0,
-            accounting,
-            advice,
-            _NULL if name is None else _checked_name(name),
-        )
+        err = _reserve(handle, size, accounting, advice, wish)
     except OverflowError:  # more bytes than an address can tell apart
-        raise refusal("reserve", errno.ENOMEM, size, at) from None
-    if not handle:
-        raise refusal("reserve", ffi.errno, size, at)
+        err = errno.ENOMEM
+    if err:
+        raise refusal("reserve", err, size, at)
     region = Region(handle, size, mode, fork, name)
     if seal:
         err = lib.region_seal(handle)
@@ -526,27 +532,42 @@ def reserve(
     return region
 
 
-def _placement(at: int | None, hint: int | None, align: int | None) -> tuple[int, int]:
-    """Check the numbers that say where; return an address (0: anywhere) and an alignment."""
-    address = 0
+def new_handle() -> Any:
+    """Return a closed ``struct region`` that releases what it has when it is dropped."""
+    try:
+        return _spare_handles.pop()
+    except IndexError:
+        return _gc(ffi.new("struct region *"), _end)
+
+
+def _wish(
+    at: int | None, hint: int | None, align: int | None, guard: bool, name: str | None
+) -> Any:
+    """Check what a reservation shall have and put it in a ``struct region_wish``."""
+    wish = ffi.new("struct region_wish *")
+    if at is not None and hint is not None:
+        msg = "at and hint exclude each other"
+        raise ValueError(msg)
     if at is not None or hint is not None:
-        if at is not None and hint is not None:
-            msg = "at and hint exclude each other"
-            raise ValueError(msg)
-        address = _index(at if at is not None else hint)  # type: ignore[arg-type]
+        address = _index(hint if at is None else at)  # type: ignore[arg-type]
         if not 0 < address < _ADDRESS_LIMIT or address % PAGE_SIZE:
             msg = f"not the address of an OS page of {PAGE_SIZE} bytes: {address:#x}"
             raise RangeError(msg)
-    if align is None:
-        return address, 0
-    align = _index(align)
-    if not 0 < align < _ADDRESS_LIMIT or align & (align - 1):
-        msg = f"an alignment is a power of two, not {align}"
-        raise RangeError(msg)
-    if at is not None and address % align:
-        msg = f"the address {address:#x} is not a multiple of {align:#x}"
-        raise RangeError(msg)
-    return address, align
+        wish.address, wish.exact = address, at is not None
+    if align is not None:
+        align = _index(align)
+        if not 0 < align < _ADDRESS_LIMIT or align & (align - 1):
+            msg = f"an alignment is a power of two, not {align}"
+            raise RangeError(msg)
+        if at is not None and at % align:
+            msg = f"the address {at:#x} is not a multiple of {align:#x}"
+            raise RangeError(msg)
+        wish.align = align
+    if guard:
+        wish.guard = PAGE_SIZE
+    if name is not None:
+        wish.name = _checked_name(name)
+    return wish
 
 
 def _checked_name(name: str) -> bytes:
@@ -644,6 +665,7 @@ def _leave_behind(region: Region) -> None:
     base = region.base
     lib.region_forget(region._handle)
     region.released = True
+    region._owner = None
     if region._views is not None:
         for lo, hi in region._views.live(0, region.size, prune=False):
             start = (base + lo) & -PAGE_SIZE
