@@ -1,12 +1,15 @@
 #include "bitmap.h"
 
 #include <stddef.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
                "the bytes of a bitmap are in little-endian bit order");
 
-/* The two loops that go through whole words and count, once for each instruction set that counts
- * bits differently: portable C, POPCNT (x86-64-v2), AVX-512 VPOPCNTDQ. */
+/* The two loops that go through whole words and count, once for each way in which machines count
+ * bits: portable C, POPCNT, AVX2, AVX-512 VPOPCNTDQ. */
 #define COUNTING_LOOPS(suffix, target)                                                             \
     target static uint64_t count_##suffix(const uint64_t *words, size_t n) {                       \
         uint64_t count = 0;                                                                        \
@@ -27,8 +30,54 @@ COUNTING_LOOPS(portable, )
 #ifdef __x86_64__
 COUNTING_LOOPS(popcnt, __attribute__((target("popcnt"))))
 COUNTING_LOOPS(vpopcnt, __attribute__((target("avx512f,avx512vpopcntdq,prefer-vector-width=512"))))
+
+#define AVX2 __attribute__((target("avx2,popcnt")))
+
+/* How many bits are set in each byte: a table of sixteen answers, asked for both halves
+ * (Mula, Kurz, Lemire: Faster Population Counts Using AVX2 Instructions, 2016). */
+AVX2 static inline __m256i ones_in_bytes(__m256i v) {
+    const __m256i table = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const __m256i low = _mm256_set1_epi8(15);
+    __m256i a = _mm256_shuffle_epi8(table, _mm256_and_si256(v, low));
+    __m256i b = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low));
+    return _mm256_add_epi8(a, b);
+}
+
+/* The sum over `n` vectors, each replaced by `*value` if that is not NULL. */
+AVX2 static inline uint64_t count_vectors(__m256i *vectors, size_t n, const uint64_t *value) {
+    __m256i sum = _mm256_setzero_si256();
+    for (size_t i = 0; i < n;) {
+        /* A byte holds the counts of 31 vectors without overflow. */
+        size_t stop = n - i > 31 ? i + 31 : n;
+        __m256i bytes = _mm256_setzero_si256();
+        for (; i < stop; i++) {
+            bytes = _mm256_add_epi8(bytes, ones_in_bytes(_mm256_loadu_si256(vectors + i)));
+            if (value != NULL)
+                _mm256_storeu_si256(vectors + i, _mm256_set1_epi64x((long long)*value));
+        }
+        sum = _mm256_add_epi64(sum, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
+    }
+    uint64_t parts[4];
+    _mm256_storeu_si256((__m256i *)(void *)parts, sum);
+    return parts[0] + parts[1] + parts[2] + parts[3];
+}
+
+AVX2 static uint64_t count_avx2(const uint64_t *words, size_t n) {
+    size_t rest = n % 4;
+    return count_vectors((__m256i *)(uintptr_t)words, n / 4, NULL) +
+           count_popcnt(words + n - rest, rest);
+}
+
+AVX2 static uint64_t fill_avx2(uint64_t *words, size_t n, uint64_t value) {
+    size_t rest = n % 4;
+    return count_vectors((__m256i *)(void *)words, n / 4, &value) +
+           fill_popcnt(words + n - rest, rest, value);
+}
+
 #define PICK(loop, ...)                                                                            \
     (__builtin_cpu_supports("avx512vpopcntdq") ? loop##_vpopcnt(__VA_ARGS__)                       \
+     : __builtin_cpu_supports("avx2")          ? loop##_avx2(__VA_ARGS__)                          \
      : __builtin_cpu_supports("popcnt")        ? loop##_popcnt(__VA_ARGS__)                        \
                                                : loop##_portable(__VA_ARGS__))
 #else

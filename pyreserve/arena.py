@@ -369,11 +369,24 @@ class HeapBitmap:
         at, place = divmod(word, a_byte)
         shifts = tuple(range(4 * place, 4 * place + 4)) if self._bits == 4 else (place, place + 4)
         if self._layout.arena_metadata:
-            arena, at = divmod(at, self._layout.unit // self._layout.word // a_byte)
-            base = self._arena._elsewhere[1 + arena]._handle.base
-            return ffi.cast("unsigned char *", base) + at, shifts
+            base, at = self._own_bitmap(word)
+            return ffi.cast("unsigned char *", base) + at // a_byte, shifts
         offset = self._arena.placement.arena_start - region.base - 1 - at
         return ffi.cast("unsigned char *", region._handle.base) + offset, shifts
+
+    def _own_bitmap(self, word: int) -> tuple[Any, int]:
+        """Where the bitmap of the arena with this word is, and the word's index in that arena."""
+        placement, unit = self._arena.placement, self._layout.unit
+        address = placement.arena_start + word * self._layout.word
+        before = 0
+        for low, high in placement.arenas:
+            if low <= address < high:
+                arena, inside = divmod(address - low, unit)
+                metadata = self._arena._elsewhere[1 + before // unit + arena]
+                return metadata._handle.base, inside // self._layout.word
+            before += high - low
+        msg = f"word {word} lies in no arena"
+        raise RangeError(msg)
 
 
 # -- how the first addresses are taken --------------------------------------------------------
