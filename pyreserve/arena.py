@@ -3,7 +3,6 @@
 import errno
 from collections.abc import Iterator
 from operator import index as _index
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyreserve import layouts, procfs
@@ -275,12 +274,7 @@ class Arena:
     def __enter__(self) -> "Self":
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         if not self._region.released:
             self.release()
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 from operator import index as _index
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from pyreserve._native import ffi, lib
@@ -248,13 +247,8 @@ class Bitmap:
         self._alive()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._region.__exit__(exc_type, exc, traceback)
+    def __exit__(self, *exc: object) -> None:
+        self._region.__exit__(*exc)
 
     def __repr__(self) -> str:
         if self._region.released:

@@ -21,7 +21,6 @@ import weakref
 from _thread import RLock
 from collections import deque
 from operator import index as _index
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pyreserve import procfs
@@ -376,12 +375,7 @@ class Region:
         self._alive()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         if not self.released:
             self.release()
 
