@@ -1,7 +1,5 @@
 #include "lazybitmap.h"
 
-#include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
 /* Committing in steps of 64 KiB keeps a bitmap that fills up from one system call a page; memory
@@ -36,19 +34,8 @@ static int commit(struct region *bits, uint64_t start, uint64_t stop) {
     return region_commit(bits, (size_t)lo, (size_t)(hi - lo));
 }
 
-/* What was committed before a change that needs several commits, so that they can be undone. */
-static int remember(const struct region *bits, struct runs *before) {
-    *before = bits->committed;
-    before->items = malloc((before->count + 1) * sizeof *before->items);
-    if (before->items == NULL)
-        return ENOMEM;
-    if (before->count > 0)
-        memcpy(before->items, bits->committed.items, before->count * sizeof *before->items);
-    return 0;
-}
-
-/* Ends what `remember` began: decommits what it did not remember if `err` says that a commit was
- * refused. Returns `err`. */
+/* Ends a change that needed several commits: if `err` says that one was refused, decommits what was
+ * not committed before. Returns `err`. */
 static int settle(struct region *bits, struct runs *before, int err) {
     struct run gap;
     if (err != 0)
@@ -61,15 +48,21 @@ static int settle(struct region *bits, struct runs *before, int err) {
     return err;
 }
 
+/* A step that leaves the range at once, as large as that takes and no larger: nothing overflows. */
+static uint64_t sane_step(uint64_t start, uint64_t stop, uint64_t step) {
+    return stop > start ? smaller(step, stop - start) : 1;
+}
+
 int64_t lazybitmap_set(struct region *bits, uint64_t start, uint64_t stop, uint64_t step) {
     if (start >= stop)
         return 0;
+    step = sane_step(start, stop, step);
     if (step == 1) {
         int err = commit(bits, start, stop);
         return err != 0 ? -err : (int64_t)bitmap_set(words_of(bits), start, stop);
     }
     struct runs before;
-    int err = remember(bits, &before);
+    int err = runs_copy(&before, &bits->committed);
     if (err != 0)
         return -err;
     for (uint64_t i = start; i < stop && err == 0; i += step)
@@ -84,6 +77,7 @@ int64_t lazybitmap_set(struct region *bits, uint64_t start, uint64_t stop, uint6
 
 int64_t lazybitmap_clear(struct region *bits, uint64_t start, uint64_t stop, uint64_t step) {
     uint64_t changed = 0;
+    step = sane_step(start, stop, step);
     for (uint64_t at = start, end; at < stop;) {
         if (!segment(bits, at, stop, &end)) {
             at += (end - at + step - 1) / step * step;
@@ -145,7 +139,7 @@ size_t lazybitmap_runs(const struct region *bits, uint64_t start, uint64_t stop,
 /* Commits, in `bits`, what is committed in `other`. */
 static int commit_alike(struct region *bits, const struct region *other, uint64_t nbits) {
     struct runs before;
-    int err = remember(bits, &before);
+    int err = runs_copy(&before, &bits->committed);
     if (err != 0)
         return err;
     for (uint64_t at = 0, end; at < nbits && err == 0; at = end)
@@ -215,7 +209,7 @@ int64_t lazybitmap_copy(struct region *bits, uint64_t start, const struct region
         return 0;
     bool neighbours = step == 1 && !reverse;
     struct runs before;
-    int err = remember(bits, &before);
+    int err = runs_copy(&before, &bits->committed);
     if (err != 0)
         return -err;
     for (uint64_t i = 0, end; neighbours && i < n && err == 0; i = end - from)
@@ -256,23 +250,30 @@ void lazybitmap_read(const struct region *bits, uint64_t start, uint64_t stop, u
     }
 }
 
+/* Up to 64 bits of `in`, from bit i of its n on; `*count` says how many. */
+static uint64_t incoming(const unsigned char *in, uint64_t i, uint64_t n, unsigned *count) {
+    uint64_t word = 0;
+    *count = (unsigned)smaller(64, n - i);
+    memcpy(&word, in + i / 8, (*count + 7) / 8);
+    return *count < 64 ? word & ((UINT64_C(1) << *count) - 1) : word;
+}
+
 int64_t lazybitmap_write(struct region *bits, uint64_t start, uint64_t stop,
                          const unsigned char *in) {
-    uint64_t n = stop - start, first = 0, last = (n + 7) / 8;
-    while (first < last && in[first] == 0)
-        first++;
-    while (last > first && in[last - 1] == 0)
-        last--;
-    if (first < last) {
-        int err = commit(bits, start + first * 8, start + smaller(n, last * 8));
-        if (err != 0)
-            return -err;
-    }
+    uint64_t n = stop - start;
+    unsigned count;
+    struct runs before;
+    int err = runs_copy(&before, &bits->committed);
+    if (err != 0)
+        return -err;
+    for (uint64_t i = 0; i < n && err == 0; i += 64)
+        if (incoming(in, i, n, &count) != 0)
+            err = commit(bits, start + i, start + i + count);
+    if (settle(bits, &before, err) != 0)
+        return -err;
     (void)lazybitmap_clear(bits, start, stop, 1);
-    for (uint64_t i = first * 8; i < smaller(n, last * 8); i += 64) {
-        unsigned count = (unsigned)smaller(64, smaller(n, last * 8) - i);
-        uint64_t word = 0;
-        memcpy(&word, in + i / 8, (count + 7) / 8);
+    for (uint64_t i = 0; i < n; i += 64) {
+        uint64_t word = incoming(in, i, n, &count);
         if (word != 0)
             bitmap_deposit(words_of(bits), start + i, count, word);
     }

@@ -31,15 +31,13 @@ static int dress(const struct region *region, uintptr_t address, size_t length) 
     return err;
 }
 
-/* The smallest range that holds all committed, or all uncommitted, bytes of [lo, hi). */
-static bool hull(const struct runs *set, bool inside, size_t lo, size_t hi, struct run *all) {
-    bool (*next)(const struct runs *, size_t, size_t, struct run *) =
-        inside ? runs_next : runs_next_gap;
+/* The smallest range that holds all committed bytes of [lo, hi). */
+static bool committed_hull(const struct region *region, size_t lo, size_t hi, struct run *all) {
     struct run piece;
-    if (!next(set, lo, hi, all))
+    if (!runs_next(&region->committed, lo, hi, all))
         return false;
-    for (size_t from = all->hi; from < hi && next(set, from, hi, &piece); from = piece.hi)
-        all->hi = piece.hi;
+    for (size_t at = all->hi; at < hi && runs_next(&region->committed, at, hi, &piece);)
+        at = all->hi = piece.hi;
     return true;
 }
 
@@ -81,7 +79,7 @@ static void set_up(struct region *region, size_t size, int accounting, int advic
     region->accounting = accounting;
     region->advice = advice;
     region->sealed = false;
-    region->name[0] = '\0';
+    memset(region->name, 0, sizeof region->name);
 }
 
 int region_reserve(struct region *region, size_t size, int accounting, int advice,
@@ -90,15 +88,19 @@ int region_reserve(struct region *region, size_t size, int accounting, int advic
     if (wish == NULL)
         wish = &anywhere;
     set_up(region, size, accounting, advice);
+    size_t guard = region->guard = wish->guard;
+    if (size == 0)
+        return REGION_OUTSIDE;
+    if ((size | guard | wish->address) & (region->page - 1))
+        return REGION_MISALIGNED;
     int err = runs_make_room(&region->reserved);
     if (err != 0)
         return err;
-    size_t guard = region->guard = wish->guard;
     if (guard > SIZE_MAX / 2 || size > SIZE_MAX - 2 * guard)
         return ENOMEM;
     if (wish->exact && wish->address <= guard)
         return EINVAL;
-    memcpy(region->name, wish->name, sizeof region->name);
+    memcpy(region->name, wish->name, sizeof region->name - 1);
 
     size_t total = size + 2 * guard;
     int access = VM_RESERVED | accounting;
@@ -187,7 +189,7 @@ int region_claim_near(struct region *region, size_t from, uintptr_t hint, size_t
 }
 
 int region_disclaim(struct region *region, size_t offset, size_t length) {
-    int err = misuse(region, offset, length);
+    int err = region->sealed ? REGION_SEALED : misuse(region, offset, length);
     if (err == 0)
         err = room_for_piece(region);
     if (err == 0)
@@ -202,46 +204,60 @@ int region_disclaim(struct region *region, size_t offset, size_t length) {
 /* Back to reserved, kernel and books. Needs room in the books. */
 static int withdraw(struct region *region, size_t lo, size_t hi) {
     uintptr_t address = address_of(region, lo);
-    if (region->accounting & VM_NORESERVE) {
-        struct run piece;
-        int err = vm_protect(address, hi - lo, VM_RESERVED);
-        if (err == 0)
-            err = vm_discard(address, hi - lo);
-        if (err != 0) {
-            for (size_t at = lo; runs_next(&region->committed, at, hi, &piece); at = piece.hi)
-                (void)vm_protect(address_of(region, piece.lo), piece.hi - piece.lo, VM_COMMITTED);
-            return err;
-        }
+    bool charged = !(region->accounting & VM_NORESERVE);
+    int err = charged ? 0 : vm_protect(address, hi - lo, VM_RESERVED);
+    if (!charged && err == 0 && vm_discard(address, hi - lo) == 0) {
         runs_remove(&region->committed, lo, hi);
         return 0;
     }
-    int err = vm_renew(address, hi - lo, VM_RESERVED);
-    if (err != 0)
-        return err;
-    runs_remove(&region->committed, lo, hi);
-    return dress(region, address, hi - lo);
+    /* A fresh mapping refunds the charge, and does without locked pages' leave. */
+    if (err == 0)
+        err = vm_renew(address, hi - lo, VM_RESERVED | region->accounting);
+    if (err == 0) {
+        runs_remove(&region->committed, lo, hi);
+        return dress(region, address, hi - lo);
+    }
+    struct run piece;
+    for (size_t at = lo; !charged && runs_next(&region->committed, at, hi, &piece); at = piece.hi)
+        (void)vm_protect(address_of(region, piece.lo), piece.hi - piece.lo, VM_COMMITTED);
+    return err;
+}
+
+/* Closes a gap that a refused commit has opened, wholly, partly or not at all. */
+static int shut(const struct region *region, const struct run *gap) {
+    uintptr_t address = address_of(region, gap->lo);
+    int err = vm_protect(address, gap->hi - gap->lo, VM_RESERVED);
+    /* Where it had joined touched memory, only a fresh mapping refunds its charge. */
+    if (err == 0 && !(region->accounting & VM_NORESERVE) &&
+        vm_renew(address, gap->hi - gap->lo, VM_RESERVED) == 0)
+        (void)dress(region, address, gap->hi - gap->lo);
+    return err;
 }
 
 int region_commit(struct region *region, size_t offset, size_t length) {
     int err = misuse(region, offset, length);
-    struct run all, gap;
-    if (err != 0 || !hull(&region->committed, false, offset, offset + length, &all))
+    size_t end = offset + length;
+    struct run gap, open;
+    if (err != 0 || !runs_next_gap(&region->committed, offset, end, &gap))
         return err;
     err = runs_make_room(&region->committed);
     if (err != 0)
         return err;
-    err = vm_protect(address_of(region, all.lo), all.hi - all.lo, VM_COMMITTED);
+    for (size_t at = offset; runs_next_gap(&region->committed, at, end, &gap); at = gap.hi) {
+        err = vm_protect(address_of(region, gap.lo), gap.hi - gap.lo, VM_COMMITTED);
+        if (err != 0)
+            break;
+    }
     if (err == 0) {
-        runs_add(&region->committed, all.lo, all.hi);
+        runs_add(&region->committed, offset, end);
         return 0;
     }
-    /* The kernel may have opened some of the gaps before it refused. Closing them again refunds
-     * their charge, since nobody can have touched them; on a gap that it did not open this does
-     * nothing. One that it refuses to close is committed, so the books say so. */
-    for (size_t at = all.lo; runs_next_gap(&region->committed, at, all.hi, &gap); at = gap.hi)
-        if (vm_protect(address_of(region, gap.lo), gap.hi - gap.lo, VM_RESERVED) != 0 &&
-            runs_make_room(&region->committed) == 0)
-            runs_add(&region->committed, gap.lo, gap.hi);
+    (void)shut(region, &gap);
+    /* An earlier gap that the kernel refuses to close is committed, so the books say so. */
+    for (size_t at = offset; at < gap.lo && runs_next_gap(&region->committed, at, gap.lo, &open);
+         at = open.hi)
+        if (shut(region, &open) != 0 && runs_make_room(&region->committed) == 0)
+            runs_add(&region->committed, open.lo, open.hi);
     return err;
 }
 
@@ -250,7 +266,7 @@ int region_decommit(struct region *region, size_t offset, size_t length) {
     if (err == 0 && region->sealed)
         return REGION_SEALED;
     struct run all;
-    if (err != 0 || !hull(&region->committed, true, offset, offset + length, &all))
+    if (err != 0 || !committed_hull(region, offset, offset + length, &all))
         return err;
     err = runs_make_room(&region->committed);
     return err != 0 ? err : withdraw(region, all.lo, all.hi);
@@ -291,10 +307,23 @@ int region_is_committed(const struct region *region, size_t offset, size_t lengt
 }
 
 int region_seal(struct region *region) {
-    int err = region_commit(region, 0, region->size);
-    if (err == 0)
+    struct runs before;
+    struct run gap;
+    if (region->base == NULL)
+        return REGION_RELEASED;
+    int err = runs_copy(&before, &region->committed);
+    if (err != 0)
+        return err;
+    err = region_commit(region, 0, region->size);
+    if (err == 0) {
         err = vm_seal(address_of(region, 0) - region->guard, region->size + 2 * region->guard);
+        for (size_t at = 0;
+             err != 0 && at < region->size && runs_next_gap(&before, at, region->size, &gap);
+             at = gap.hi)
+            (void)region_decommit(region, gap.lo, gap.hi - gap.lo);
+    }
     region->sealed = region->sealed || err == 0;
+    runs_clear(&before);
     return err;
 }
 

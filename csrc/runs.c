@@ -118,6 +118,17 @@ bool runs_next_gap(const struct runs *set, size_t lo, size_t hi, struct run *gap
     return true;
 }
 
+int runs_copy(struct runs *copy, const struct runs *set) {
+    *copy = *set;
+    copy->capacity = set->count + 1;
+    copy->items = malloc(copy->capacity * sizeof *copy->items);
+    if (copy->items == NULL)
+        return ENOMEM;
+    if (set->count > 0)
+        memcpy(copy->items, set->items, set->count * sizeof *copy->items);
+    return 0;
+}
+
 void runs_empty(struct runs *set) {
     if (set->capacity > SMALL)
         runs_clear(set);

@@ -38,6 +38,9 @@ bool runs_contain(const struct runs *set, size_t lo, size_t hi);
 bool runs_next(const struct runs *set, size_t lo, size_t hi, struct run *piece);
 bool runs_next_gap(const struct runs *set, size_t lo, size_t hi, struct run *gap);
 
+/* Makes `copy`, whatever it held, a set of its own with the same runs. 0 or ENOMEM. */
+int runs_copy(struct runs *copy, const struct runs *set);
+
 /* Leaves an empty set, with its storage if that is small. */
 void runs_empty(struct runs *set);
 

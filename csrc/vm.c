@@ -23,6 +23,9 @@
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24
+#endif
 #ifndef MADV_GUARD_INSTALL
 #define MADV_GUARD_INSTALL 102
 #endif
@@ -99,7 +102,10 @@ int vm_populate(uintptr_t address, size_t length) {
 }
 
 int vm_discard(uintptr_t address, size_t length) {
-    return result(madvise(pointer(address), length, MADV_DONTNEED));
+    int err = result(madvise(pointer(address), length, MADV_DONTNEED));
+    if (err == EINVAL) /* locked pages want to be asked for by name */
+        err = result(madvise(pointer(address), length, MADV_DONTNEED_LOCKED));
+    return err;
 }
 
 int vm_discard_lazy(uintptr_t address, size_t length) {

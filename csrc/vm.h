@@ -54,7 +54,8 @@ int vm_protect(uintptr_t address, size_t length, int access);
 /* Backs a committed range with memory now. The kernel may stop half way; that loses nothing. */
 int vm_populate(uintptr_t address, size_t length);
 
-/* Drops the contents of a committed range: it reads as zero from now on. EINVAL if locked. */
+/* Drops the contents of a committed range: it reads as zero from now on. Locked pages refuse with
+ * EINVAL before Linux 5.18, and the kernel then stops half way. */
 int vm_discard(uintptr_t address, size_t length);
 
 /* Lets the kernel drop the contents when it needs memory, until they are written again. */

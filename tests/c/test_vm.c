@@ -1,0 +1,416 @@
+#define _GNU_SOURCE
+#include "vm.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <sys/wait.h>
+
+#include "check.h"
+#include "witness.h"
+
+static size_t page;
+
+/* A new mapping of `n` pages. */
+static uintptr_t mapped(size_t n, int access) {
+    uintptr_t address = 0;
+    REQUIRE(vm_map(0, n * page, access, &address) == 0);
+    return address;
+}
+
+/* Free addresses with much free space around them, where no other mapping comes to lie. */
+static uintptr_t free_place(void) {
+    uintptr_t address = 0;
+    size_t wide = (size_t)1 << 36;
+    REQUIRE(vm_map(0, wide, VM_RESERVED | VM_NORESERVE, &address) == 0);
+    REQUIRE(vm_release(address, wide) == 0);
+    return address + wide / 2;
+}
+
+static volatile unsigned char *bytes(uintptr_t address) {
+    return (volatile unsigned char *)address;
+}
+
+/* How a child that runs `body` ends: its exit status, or minus the signal. */
+static int in_child(int (*body)(uintptr_t), uintptr_t address) {
+    int status = 0;
+    (void)fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        (void)signal(SIGSEGV, SIG_DFL);
+        _exit(body(address));
+    }
+    if (child < 0 || waitpid(child, &status, 0) != child)
+        return 1000;
+    return WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status);
+}
+
+static int read_byte(uintptr_t address) {
+    return bytes(address)[0];
+}
+
+static int write_byte(uintptr_t address) {
+    bytes(address)[0] = 1;
+    return 0;
+}
+
+static void the_page_size_is_the_kernels(void) {
+    CHECK(vm_page_size() == (size_t)sysconf(_SC_PAGESIZE));
+    CHECK((vm_page_size() & (vm_page_size() - 1)) == 0);
+}
+
+static void a_reserved_mapping_is_addresses_only(void) {
+    size_t before = witness_status("VmSize:");
+    uintptr_t at = mapped(8, VM_RESERVED);
+    CHECK(witness_status("VmSize:") == before + 8 * page);
+    CHECK(witness_all(at, 8 * page, '-'));
+    CHECK(witness_resident(at, 8 * page) == 0);
+    CHECK(!witness_flag(at, "ac"));
+    CHECK(in_child(read_byte, at) == -SIGSEGV);
+    CHECK(in_child(write_byte, at + 7 * page) == -SIGSEGV);
+    CHECK(vm_release(at, 8 * page) == 0);
+}
+
+static void a_committed_mapping_is_zero_and_charged(void) {
+    uintptr_t at = mapped(8, VM_COMMITTED);
+    CHECK(witness_all(at, 8 * page, 'w'));
+    CHECK(witness_resident(at, 8 * page) == 0);
+    CHECK(witness_flag(at, "ac"));
+    CHECK(bytes(at)[0] == 0 && bytes(at)[8 * page - 1] == 0);
+    bytes(at)[0] = 1;
+    CHECK(witness_resident(at, page) == 1);
+    CHECK(vm_release(at, 8 * page) == 0);
+}
+
+static void noreserve_is_never_charged(void) {
+    if (!witness_honours_noreserve()) {
+        SKIP("overcommit mode 2 charges everything");
+        return;
+    }
+    uintptr_t at = mapped(4, VM_COMMITTED | VM_NORESERVE);
+    CHECK(witness_all(at, 4 * page, 'w'));
+    CHECK(!witness_flag(at, "ac") && witness_flag(at, "nr"));
+    uintptr_t later = mapped(4, VM_RESERVED | VM_NORESERVE);
+    CHECK(vm_protect(later, 4 * page, VM_COMMITTED) == 0);
+    CHECK(!witness_flag(later, "ac") && witness_flag(later, "nr"));
+    CHECK(vm_release(at, 4 * page) == 0 && vm_release(later, 4 * page) == 0);
+}
+
+static void a_free_hint_is_taken(void) {
+    uintptr_t place = free_place(), at = 0;
+    CHECK(vm_map(place, 2 * page, VM_RESERVED, &at) == 0 && at == place);
+    CHECK(vm_release(at, 2 * page) == 0);
+}
+
+static void a_taken_hint_leads_elsewhere(void) {
+    uintptr_t taken = mapped(2, VM_COMMITTED), at = 0;
+    bytes(taken)[0] = 42;
+    CHECK(vm_map(taken, 2 * page, VM_RESERVED, &at) == 0);
+    CHECK(at != taken && witness_all(at, 2 * page, '-'));
+    CHECK(bytes(taken)[0] == 42);
+    CHECK(vm_release(at, 2 * page) == 0 && vm_release(taken, 2 * page) == 0);
+}
+
+static void a_refused_mapping_writes_no_address(void) {
+    uintptr_t at = 77;
+    size_t before = witness_status("VmSize:");
+    CHECK(vm_map(0, SIZE_MAX / page * page, VM_RESERVED, &at) == ENOMEM);
+    CHECK(vm_map(0, 0, VM_RESERVED, &at) == EINVAL);
+    CHECK(at == 77);
+    CHECK(witness_status("VmSize:") == before);
+}
+
+static void an_exact_mapping_is_where_it_was_asked_for(void) {
+    uintptr_t place = free_place();
+    CHECK(vm_map_at(place, 3 * page, VM_COMMITTED) == 0);
+    CHECK(witness_all(place, 3 * page, 'w'));
+    CHECK(vm_release(place, 3 * page) == 0);
+}
+
+static void an_exact_mapping_replaces_nothing(void) {
+    uintptr_t place = free_place();
+    REQUIRE(vm_map_at(place + 2 * page, page, VM_COMMITTED) == 0);
+    bytes(place + 2 * page)[5] = 42;
+    CHECK(vm_map_at(place, 3 * page, VM_COMMITTED) == EEXIST);
+    CHECK(vm_map_at(place + 2 * page, page, VM_RESERVED) == EEXIST);
+    CHECK(vm_map_at(place + 2 * page, 4 * page, VM_RESERVED) == EEXIST);
+    CHECK(bytes(place + 2 * page)[5] == 42);
+    char pages[8];
+    CHECK(strcmp(witness_pages(place, 5 * page, pages), "..w..") == 0);
+    CHECK(vm_release(place + 2 * page, page) == 0);
+}
+
+static void renewing_drops_contents_charge_advice_and_name(void) {
+    uintptr_t at = mapped(3, VM_COMMITTED);
+    (void)vm_name(at, 3 * page, "old name");
+    REQUIRE(vm_advise(at, 3 * page, VM_NO_DUMP) == 0);
+    memset((void *)at, 42, 3 * page);
+    CHECK(vm_renew(at + page, page, VM_RESERVED) == 0);
+    char pages[8];
+    CHECK(strcmp(witness_pages(at, 3 * page, pages), "w-w") == 0);
+    CHECK(!witness_flag(at + page, "ac") && !witness_flag(at + page, "dd"));
+    CHECK(!witness_named(at + page, "old name"));
+    CHECK(witness_flag(at, "dd"));
+    CHECK(bytes(at)[page - 1] == 42 && bytes(at)[2 * page] == 42);
+    CHECK(vm_renew(at + page, page, VM_COMMITTED) == 0);
+    CHECK(bytes(at)[page] == 0 && witness_all(at, 3 * page, 'w'));
+    CHECK(vm_release(at, 3 * page) == 0);
+}
+
+static void protecting_keeps_the_contents(void) {
+    uintptr_t at = mapped(4, VM_RESERVED);
+    char pages[8];
+    CHECK(vm_protect(at + page, 2 * page, VM_COMMITTED) == 0);
+    CHECK(strcmp(witness_pages(at, 4 * page, pages), "-ww-") == 0);
+    bytes(at)[page] = 42;
+    CHECK(vm_protect(at + page, page, VM_RESERVED) == 0);
+    CHECK(strcmp(witness_pages(at, 4 * page, pages), "--w-") == 0);
+    CHECK(in_child(read_byte, at + page) == -SIGSEGV);
+    CHECK(vm_protect(at, 4 * page, VM_COMMITTED) == 0);
+    CHECK(bytes(at)[page] == 42);
+    CHECK(vm_release(at, 4 * page) == 0);
+}
+
+static void protecting_may_stop_half_way(void) {
+    uintptr_t at = mapped(3, VM_RESERVED);
+    char pages[8];
+    REQUIRE(vm_release(at + page, page) == 0);
+    CHECK(vm_protect(at, 3 * page, VM_COMMITTED) == ENOMEM);
+    CHECK(strcmp(witness_pages(at, 3 * page, pages), "w.-") == 0);
+    CHECK(vm_release(at, 3 * page) == 0);
+}
+
+static void protecting_is_refused_beyond_the_data_limit(void) {
+    uintptr_t at = mapped(64, VM_RESERVED);
+    REQUIRE(limit_data(8 * page));
+    int err = vm_protect(at, 64 * page, VM_COMMITTED);
+    REQUIRE(unlimit(RLIMIT_DATA));
+    CHECK(err == ENOMEM);
+    CHECK(witness_all(at, 64 * page, '-'));
+    CHECK(vm_release(at, 64 * page) == 0);
+}
+
+static void populating_backs_every_page_and_keeps_contents(void) {
+    uintptr_t at = mapped(16, VM_COMMITTED);
+    bytes(at)[3 * page] = 42;
+    CHECK(witness_resident(at, 16 * page) < 16);
+    CHECK(vm_populate(at, 16 * page) == 0);
+    CHECK(witness_resident(at, 16 * page) == 16);
+    CHECK(bytes(at)[3 * page] == 42 && bytes(at)[15 * page] == 0);
+    CHECK(vm_release(at, 16 * page) == 0);
+}
+
+static void discarded_pages_read_as_zero(void) {
+    uintptr_t at = mapped(4, VM_COMMITTED);
+    memset((void *)at, 42, 4 * page);
+    CHECK(vm_discard(at + page, 2 * page) == 0);
+    CHECK(witness_resident(at, page) == 1);
+    CHECK(witness_resident(at + page, 2 * page) == 0);
+    CHECK(bytes(at)[page - 1] == 42 && bytes(at)[page] == 0 && bytes(at)[3 * page - 1] == 0);
+    CHECK(bytes(at)[3 * page] == 42);
+    CHECK(witness_all(at, 4 * page, 'w'));
+    CHECK(vm_release(at, 4 * page) == 0);
+}
+
+static void locked_pages_are_discarded_too(void) {
+    uintptr_t at = mapped(2, VM_COMMITTED);
+    memset((void *)at, 42, 2 * page);
+    if (witness_lock(at, page) != 0)
+        SKIP("mlock was refused");
+    int err = vm_discard(at, 2 * page);
+    CHECK(err == 0 || err == EINVAL); /* EINVAL before Linux 5.18 */
+    CHECK(err != 0 || (bytes(at)[0] == 0 && bytes(at)[page] == 0));
+    CHECK(vm_release(at, 2 * page) == 0);
+}
+
+static void lazily_discarded_pages_wait_for_the_kernel(void) {
+    uintptr_t at = mapped(4, VM_COMMITTED);
+    if (vm_try_discard_lazy() != 0) {
+        SKIP("no MADV_FREE here");
+    } else {
+        memset((void *)at, 42, 4 * page);
+        CHECK(vm_discard_lazy(at, 4 * page) == 0);
+        CHECK(witness_all(at, 4 * page, 'w'));
+        for (size_t i = 0; i < 4; i++)
+            CHECK(bytes(at)[i * page] == 42 || bytes(at)[i * page] == 0);
+        bytes(at)[0] = 43;
+        CHECK(bytes(at)[0] == 43);
+    }
+    CHECK(vm_release(at, 4 * page) == 0);
+}
+
+static void released_pages_are_unmapped(void) {
+    size_t before = witness_status("VmSize:");
+    uintptr_t at = mapped(4, VM_COMMITTED);
+    char pages[8];
+    CHECK(vm_release(at + page, 2 * page) == 0);
+    CHECK(strcmp(witness_pages(at, 4 * page, pages), "w..w") == 0);
+    CHECK(witness_resident(at, 4 * page) == -1);
+    CHECK(vm_release(at, 4 * page) == 0);
+    CHECK(witness_all(at, 4 * page, '.'));
+    CHECK(witness_status("VmSize:") == before);
+    CHECK(vm_release(at + 1, page) == EINVAL);
+}
+
+static void advice_shows_in_the_flags_of_the_mapping(void) {
+    static const struct {
+        int advice;
+        const char *flag;
+    } table[] = {{VM_NO_DUMP, "dd"},
+                 {VM_NO_FORK, "dc"},
+                 {VM_WIPE_ON_FORK, "wf"},
+                 {VM_HUGE_PREFER, "hg"},
+                 {VM_HUGE_NEVER, "nh"}};
+    for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
+        uintptr_t at = mapped(3, VM_RESERVED);
+        int err = vm_advise(at + page, page, table[i].advice);
+        CHECK(err == 0 || err == EINVAL);
+        CHECK(witness_flag(at + page, table[i].flag) == (err == 0));
+        CHECK(!witness_flag(at, table[i].flag) && !witness_flag(at + 2 * page, table[i].flag));
+        if (err != 0)
+            SKIP(table[i].flag);
+        CHECK(vm_release(at, 3 * page) == 0);
+    }
+}
+
+static void several_pieces_of_advice_are_all_given(void) {
+    uintptr_t at = mapped(1, VM_COMMITTED);
+    CHECK(vm_advise(at, page, 0) == 0);
+    CHECK(!witness_flag(at, "dd") && !witness_flag(at, "wf"));
+    CHECK(vm_advise(at, page, VM_NO_DUMP | VM_WIPE_ON_FORK) == 0);
+    CHECK(witness_flag(at, "dd") && witness_flag(at, "wf"));
+    CHECK(vm_protect(at, page, VM_RESERVED) == 0);
+    CHECK(witness_flag(at, "dd") && witness_flag(at, "wf"));
+    CHECK(vm_release(at, page) == 0);
+    CHECK(vm_advise(at, page, VM_NO_DUMP) == ENOMEM);
+}
+
+static void a_child_sees_what_the_advice_says(void) {
+    uintptr_t plain = mapped(1, VM_COMMITTED), wiped = mapped(1, VM_COMMITTED);
+    uintptr_t absent = mapped(1, VM_COMMITTED);
+    bytes(plain)[0] = bytes(wiped)[0] = bytes(absent)[0] = 42;
+    REQUIRE(vm_advise(wiped, page, VM_WIPE_ON_FORK) == 0);
+    REQUIRE(vm_advise(absent, page, VM_NO_FORK) == 0);
+    CHECK(in_child(read_byte, plain) == 42);
+    CHECK(in_child(read_byte, wiped) == 0);
+    CHECK(in_child(read_byte, absent) == -SIGSEGV);
+    CHECK(bytes(wiped)[0] == 42 && bytes(absent)[0] == 42);
+    CHECK(vm_release(plain, page) == 0 && vm_release(wiped, page) == 0);
+    CHECK(vm_release(absent, page) == 0);
+}
+
+static void a_name_shows_in_maps(void) {
+    uintptr_t at = mapped(2, VM_RESERVED);
+    if (vm_try_name() != 0) {
+        CHECK(vm_name(at, 2 * page, "witness") == EINVAL);
+        SKIP("no CONFIG_ANON_VMA_NAME here");
+    } else {
+        char name[] = "witness";
+        CHECK(vm_name(at, page, name) == 0);
+        memset(name, 'x', sizeof name - 1);
+        CHECK(witness_named(at, "[anon:witness]") && !witness_named(at + page, "witness"));
+        CHECK(vm_name(at, page, "not [allowed]") == EINVAL);
+        CHECK(witness_named(at, "[anon:witness]"));
+    }
+    CHECK(vm_release(at, 2 * page) == 0);
+}
+
+static void a_sealed_mapping_stays_as_it_is(void) {
+    if (vm_try_seal() != 0) {
+        SKIP("no mseal here");
+        return;
+    }
+    uintptr_t at = mapped(2, VM_COMMITTED);
+    CHECK(vm_seal(at, 2 * page) == 0);
+    bytes(at)[0] = 42;
+    CHECK(vm_protect(at, page, VM_RESERVED) == EPERM);
+    CHECK(vm_release(at, page) == EPERM);
+    CHECK(vm_renew(at + page, page, VM_COMMITTED) == EPERM);
+    CHECK(witness_all(at, 2 * page, 'w') && bytes(at)[0] == 42);
+    CHECK(vm_discard(at, page) == 0 && bytes(at)[0] == 0);
+}
+
+static void trying_leaves_no_mapping_behind(void) {
+    size_t before = witness_status("VmSize:");
+    (void)vm_try_populate();
+    (void)vm_try_discard_lazy();
+    (void)vm_try_wipe_on_fork();
+    (void)vm_try_guard();
+    (void)vm_try_seal();
+    (void)vm_try_name();
+    (void)vm_try_pagemap_scan();
+    (void)vm_try_procmap_query();
+    (void)vm_try_address(free_place());
+    CHECK(witness_status("VmSize:") == before);
+}
+
+static void what_was_tried_can_be_used(void) {
+    uintptr_t at = mapped(1, VM_COMMITTED);
+    if (vm_try_discard_lazy() == 0)
+        CHECK(madvise((void *)at, page, 8 /* MADV_FREE */) == 0);
+    if (vm_try_wipe_on_fork() == 0)
+        CHECK(vm_advise(at, page, VM_WIPE_ON_FORK) == 0 && witness_flag(at, "wf"));
+    if (vm_try_populate() == 0)
+        CHECK(madvise((void *)at, page, 23 /* MADV_POPULATE_WRITE */) == 0);
+    uintptr_t guarded = mapped(1, VM_COMMITTED);
+    if (vm_try_guard() == 0) {
+        CHECK(madvise((void *)guarded, page, 102 /* MADV_GUARD_INSTALL */) == 0);
+        CHECK(in_child(read_byte, guarded) == -SIGSEGV);
+    } else {
+        SKIP("no MADV_GUARD_INSTALL here");
+    }
+    CHECK(vm_release(at, page) == 0 && vm_release(guarded, page) == 0);
+}
+
+static void a_refused_try_is_an_errno(void) {
+    int (*const tries[])(void) = {vm_try_populate,      vm_try_discard_lazy, vm_try_wipe_on_fork,
+                                  vm_try_guard,         vm_try_seal,         vm_try_name,
+                                  vm_try_pagemap_scan, vm_try_procmap_query};
+    for (size_t i = 0; i < sizeof tries / sizeof tries[0]; i++) {
+        int err = tries[i]();
+        CHECK(err >= 0 && err < 4096);
+        CHECK(tries[i]() == err);
+    }
+}
+
+static void an_address_can_exist_whether_taken_or_free(void) {
+    uintptr_t at = mapped(1, VM_COMMITTED);
+    bytes(at)[0] = 42;
+    CHECK(vm_try_address(at) == 0);
+    CHECK(bytes(at)[0] == 42 && witness_all(at, page, 'w'));
+    CHECK(vm_release(at, page) == 0);
+    CHECK(vm_try_address(free_place()) == 0);
+    CHECK(vm_try_address((uint64_t)1 << 62) == ENOMEM);
+    CHECK(vm_try_address(UINT64_MAX / page * page) == ENOMEM);
+}
+
+int main(void) {
+    page = vm_page_size();
+    RUN(the_page_size_is_the_kernels);
+    RUN(a_reserved_mapping_is_addresses_only);
+    RUN(a_committed_mapping_is_zero_and_charged);
+    RUN(noreserve_is_never_charged);
+    RUN(a_free_hint_is_taken);
+    RUN(a_taken_hint_leads_elsewhere);
+    RUN(a_refused_mapping_writes_no_address);
+    RUN(an_exact_mapping_is_where_it_was_asked_for);
+    RUN(an_exact_mapping_replaces_nothing);
+    RUN(renewing_drops_contents_charge_advice_and_name);
+    RUN(protecting_keeps_the_contents);
+    RUN(protecting_may_stop_half_way);
+    RUN(protecting_is_refused_beyond_the_data_limit);
+    RUN(populating_backs_every_page_and_keeps_contents);
+    RUN(discarded_pages_read_as_zero);
+    RUN(locked_pages_are_discarded_too);
+    RUN(lazily_discarded_pages_wait_for_the_kernel);
+    RUN(released_pages_are_unmapped);
+    RUN(advice_shows_in_the_flags_of_the_mapping);
+    RUN(several_pieces_of_advice_are_all_given);
+    RUN(a_child_sees_what_the_advice_says);
+    RUN(a_name_shows_in_maps);
+    RUN(a_sealed_mapping_stays_as_it_is);
+    RUN(trying_leaves_no_mapping_behind);
+    RUN(what_was_tried_can_be_used);
+    RUN(a_refused_try_is_an_errno);
+    RUN(an_address_can_exist_whether_taken_or_free);
+    return check_report("test_vm");
+}
