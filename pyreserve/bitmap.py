@@ -362,4 +362,6 @@ class Bitmap:
 
 def _ascending(start: int, step: int, n: int) -> tuple[int, int, bool]:
     """A slice as its lowest index, a positive stride, and whether it runs downwards."""
+    if n == 1:
+        return start, 1, False
     return (start, step, False) if step > 0 else (start + step * (n - 1), -step, True)
