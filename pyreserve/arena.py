@@ -128,9 +128,7 @@ class Arena:
             raise RangeError(msg)
         nbytes = round_up(nbytes, max(self.layout.page, PAGE_SIZE))
         with self._lock:
-            if self._region.released:
-                msg = "the arena was released"
-                raise ReleasedError(msg)
+            self._alive()
             before, block, claimed = self.placement, None, None
             after = before
             if not before.fits(nbytes):
@@ -149,22 +147,23 @@ class Arena:
 
     def _extend(self, nbytes: int) -> tuple[layouts.Answer, tuple[int, int]]:
         """Ask for more addresses; return what follows and the range that was claimed."""
-        reason = None
+        refused, reason = None, None
         for request in self.placement.growth(nbytes):
             err, address = self._ask(request)
             if err == errno.ERANGE:
                 reason = self.placement.out_of_range(address)
+            elif err == errno.ENOMEM and refused is None:
+                refused = request
             if err:
                 continue
+            claimed = (address, address + round_up(request.size, PAGE_SIZE))
             answer = self.placement.granted(request, address, nbytes)
             if answer is not None:
-                return answer, (address, address + request.size)
-            lib.region_disclaim(
-                self._region._handle, *self._offsets(address, address + request.size)
-            )
+                return answer, claimed
+            lib.region_disclaim(self._region._handle, *self._offsets(*claimed))
             reason = self.placement.out_of_range(address)
-        if reason is None and self.layout.window:
-            raise refusal("commit", errno.ENOMEM, nbytes)
+        if refused is not None:
+            raise refusal("map", errno.ENOMEM, refused.size)
         if reason is None:
             low, high = self.placement.arena
             reason = f"the arena of {format_size(high - low)} is used up"
@@ -175,10 +174,11 @@ class Arena:
         """Put a request to the kernel; return an errno and an address."""
         handle, access = self._region._handle, lib.VM_COMMITTED if request.committed else 0
         size = round_up(request.size, PAGE_SIZE)
+        if size >> (8 * WORD - 1):
+            return errno.ENOMEM, 0
         if request.exact:
-            return lib.region_claim(handle, request.hint - self._region.base, size, access), (
-                request.hint
-            )
+            err = lib.region_claim(handle, request.hint - self._region.base, size, access)
+            return err, request.hint
         address = ffi.new("uintptr_t *")
         floor = self.placement.arena_start - self._region.base
         err = lib.region_claim_near(handle, floor, request.hint, size, access, address)
@@ -206,8 +206,10 @@ class Arena:
 
     def _commit(self, low: int, high: int) -> None:
         if self.layout.strategy == "reserve":
+            verb = "commit"
             err = lib.region_commit(self._region._handle, *self._offsets(low, high))
         elif self.layout.strategy == "probe":
+            verb = "map"
             err = lib.region_claim(
                 self._region._handle, *self._offsets(low, high), lib.VM_COMMITTED
             )
@@ -215,9 +217,9 @@ class Arena:
             return
         if err == errno.EEXIST:
             why = "address space conflict: somebody mapped it since it was probed"
-            raise refusal("commit", err, high - low, low, why)
+            raise refusal(verb, err, high - low, low, why)
         if err:
-            raise refusal("commit", err, high - low, low)
+            raise refusal(verb, err, high - low, low)
 
     def _uncommit(self, low: int, high: int) -> None:
         if self.layout.strategy == "reserve":
@@ -271,7 +273,13 @@ class Arena:
         while self._elsewhere:
             self._elsewhere.pop().release()
 
+    def _alive(self) -> None:
+        if self._region.released:
+            msg = "the arena was released"
+            raise ReleasedError(msg)
+
     def __enter__(self) -> "Self":
+        self._alive()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -316,6 +324,7 @@ class HeapBitmap:
 
     def __len__(self) -> int:
         """How many words have entries."""
+        self._arena._alive()
         return self._arena.placement.used // self._layout.word
 
     def index(self, address: int) -> int:
@@ -355,9 +364,6 @@ class HeapBitmap:
     def _entry(self, word: int) -> tuple[Any, tuple[int, ...]]:
         """Where an entry is: a pointer to its byte, and where each of its bits stands there."""
         region = self._arena.region
-        if region.released:
-            msg = "the arena was released"
-            raise ReleasedError(msg)
         self._check(word)
         a_byte = 8 // self._bits
         at, place = divmod(word, a_byte)
@@ -411,7 +417,11 @@ def _open_whole(layout: Layout) -> tuple[Region, Placement]:
     for hint in layout.hints or (None,):
         fits = hint is None or hint >> (8 * WORD) == 0
         try:
-            region = reserve(layout.total(), hint=hint if fits else None)
+            region = reserve(
+                layout.total(),
+                hint=hint if fits else None,
+                align=None if layout.slack else max(layout.page, PAGE_SIZE),
+            )
         except OutOfMemoryError as error:
             refused = error
         else:

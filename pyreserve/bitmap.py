@@ -128,6 +128,8 @@ class Bitmap:
         if not isinstance(other, Bitmap):
             return NotImplemented
         if self.nbits != other.nbits:
+            self._alive()
+            other._alive()
             return False
         with self._both_locked(other):
             return bool(lib.lazybitmap_equal(self._handle, other._handle, self.nbits))
@@ -142,9 +144,9 @@ class Bitmap:
         """Return the range as bytes, bit `start` lowest; unused bits of the last byte are clear."""
         start, stop = self._range(start, stop)
         out = bytearray((stop - start + 7) // 8)
-        if out:
-            with self._lock:
-                self._alive()
+        with self._lock:
+            self._alive()
+            if out:
                 lib.lazybitmap_read(self._handle, start, stop, ffi.from_buffer(out))
         return bytes(out)
 
@@ -230,6 +232,7 @@ class Bitmap:
 
     def __setitem__(self, key: int | slice, value: "bool | Bitmap") -> None:
         """``bitmap[i] = bool``, ``bitmap[a:b:step] = bool``, ``bitmap[a:b] = Bitmap`` as long."""
+        self._alive()
         if not isinstance(key, slice):
             start, step, n = self._item(key), 1, 1
         else:

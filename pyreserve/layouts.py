@@ -138,7 +138,7 @@ class Placement:
         start: first address.
         arena_start, arena_used, arena_end: addresses, as the runtime calls them.
         owned: address ranges reserved as a whole, lowest first (none under *probe*).
-        arenas: address ranges of arena handed out and mapped, lowest first.
+        arenas: address ranges of arena that are mapped, lowest first.
     """
 
     layout: Layout
@@ -260,8 +260,13 @@ class Placement:
         first = round_up(address, self.layout.page)
         owned = _joined([*self.owned, (address, end)])
         if request.committed:
-            grown = self._with_arena(first, first + nbytes)
-            return Answer(replace(grown, arena_end=max(self.arena_end, end), owned=owned), first)
+            grown = replace(
+                self._with_arena(address, end),
+                arena_used=max(self.arena_used, first + nbytes),
+                arena_end=max(self.arena_end, end),
+                owned=owned,
+            )
+            return Answer(grown, first)
         if address == self.arena_end:
             return Answer(replace(self, arena_end=end, owned=owned), None)
         if address < self.arena_used:

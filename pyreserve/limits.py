@@ -128,9 +128,15 @@ def _find(verb: str, err: int, nbytes: int, address: int | None) -> Limit | None
         return _rlimit_memlock(nbytes) or _max_map_count()
     if err != errno.ENOMEM:
         return None
-    if verb == "reserve":
-        return _rlimit_as(nbytes) or _max_map_count() or _address_space(nbytes, address)
-    return _rlimit_data(nbytes) or _max_map_count() or _overcommit(nbytes)
+    takes_addresses, takes_memory = verb in {"reserve", "map"}, verb != "reserve"
+    return (
+        (takes_addresses and _rlimit_as(nbytes))
+        or (takes_memory and _rlimit_data(nbytes))
+        or _max_map_count()
+        or (takes_memory and _overcommit(nbytes))
+        or (takes_addresses and _address_space(nbytes, address))
+        or None
+    )
 
 
 _REASONS = {
@@ -144,6 +150,8 @@ def refusal(
     verb: str, err: int, nbytes: int, address: int | None = None, why: str | None = None
 ) -> VMError:
     """Make the exception for a verb that the kernel refused with `err`.
+
+    The verb ``"map"`` reserves and commits in one.
 
     It names the verb, the bytes, the address, the errno and, where it can be known, the limit.
     """

@@ -1,0 +1,222 @@
+"""What the kernel offers, asked here by other ways than pyreserve's."""
+
+import contextlib
+import ctypes
+import dataclasses
+import mmap
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyreserve
+from pyreserve import PAGE_SIZE, Capabilities, capabilities
+
+MADV_FREE = 8
+MADV_WIPEONFORK = 18
+MADV_POPULATE_WRITE = 23
+MADV_GUARD_INSTALL = 102
+PR_SET_VMA = 0x53564D41
+
+
+def kernel() -> tuple[int, int]:
+    """The version of the running kernel."""
+    found = re.match(r"(\d+)\.(\d+)", platform.release())
+    assert found
+    return int(found[1]), int(found[2])
+
+
+def advice_works(advice: int) -> bool:
+    """Give a private page of memory the advice."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with mmap.mmap(-1, PAGE_SIZE, flags=private) as page:
+        try:
+            page.madvise(advice)
+        except OSError:
+            return False
+    return True
+
+
+def names_work() -> bool:
+    """Name a page of memory, and look for the name in /proc/self/maps."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with mmap.mmap(-1, PAGE_SIZE, flags=private) as page:
+        libc = ctypes.CDLL(None, use_errno=True)
+        exported = ctypes.c_char.from_buffer(page)
+        address = ctypes.c_ulong(ctypes.addressof(exported))
+        name = ctypes.c_char_p(b"test of names")
+        size = ctypes.c_ulong(PAGE_SIZE)
+        libc.prctl(PR_SET_VMA, ctypes.c_ulong(0), address, size, name)
+        del exported
+        return "[anon:test of names]" in Path("/proc/self/maps").read_text(errors="replace")
+
+
+def sys_vm(name: str) -> int:
+    """Read /proc/sys/vm/NAME."""
+    return int(Path("/proc/sys/vm", name).read_text())
+
+
+class TestValues:
+    def test_sizes_and_settings_are_the_kernels(self) -> None:
+        """Page size and the settings of vm are those that the kernel gives elsewhere."""
+        found = capabilities()
+
+        assert found.page_size == PAGE_SIZE == os.sysconf("SC_PAGE_SIZE") == mmap.PAGESIZE
+        assert found.overcommit_memory == sys_vm("overcommit_memory")
+        assert found.max_map_count == sys_vm("max_map_count")
+
+    def test_huge_pages_are_those_of_sys(self) -> None:
+        """The sizes of huge pages come from /sys, ascending, the transparent one among them."""
+        found = capabilities()
+
+        sizes = found.huge_page_sizes
+        assert list(sizes) == sorted(set(sizes))
+        assert all(size > PAGE_SIZE and size & (size - 1) == 0 for size in sizes)
+        listed = Path("/sys/kernel/mm/hugepages")
+        assert {int(e.name[10:-2]) * 1024 for e in listed.glob("hugepages-*kB")} <= set(sizes)
+        transparent = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+        if transparent.exists():
+            assert f"[{found.transparent_huge_pages}]" in transparent.read_text()
+        else:
+            assert found.transparent_huge_pages is None
+
+    def test_addresses_end_where_it_says(self) -> None:
+        """All that is mapped here lies below 2**address_bits, and the stack in its upper half."""
+        bits = capabilities().address_bits
+
+        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+        ends = {
+            line.split()[-1]: int(line.split()[0].split("-")[1], 16)
+            for line in lines
+            if "[vsyscall]" not in line
+        }
+        assert max(ends.values()) <= 1 << bits
+        assert ends["[stack]"] > 1 << (bits - 1)
+        fits = bits < 8 * ctypes.sizeof(ctypes.c_void_p)
+        with pytest.raises(pyreserve.OutOfMemoryError if fits else pyreserve.RangeError):
+            pyreserve.reserve(PAGE_SIZE, at=1 << bits)
+
+    @pytest.mark.parametrize("which", ["AS", "DATA"])
+    def test_limits_are_those_of_the_process(self, which: str) -> None:
+        """The limits are the process's soft limits in bytes, and None where there is none."""
+        script = f"""
+import resource
+from pyreserve import capabilities
+first = capabilities().rlimit_{which.lower()}
+resource.setrlimit(resource.RLIMIT_{which}, (3 << 30, -1))
+second = capabilities().rlimit_{which.lower()}
+resource.setrlimit(resource.RLIMIT_{which}, (-1, -1))
+print(first, second, capabilities().rlimit_{which.lower()})
+"""
+        soft, hard = resource.getrlimit(getattr(resource, f"RLIMIT_{which}"))
+        if hard != resource.RLIM_INFINITY:
+            pytest.skip("this process may not lift the limit")
+
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        )
+
+        first = None if soft == resource.RLIM_INFINITY else soft
+        assert done.stdout.split() == [str(first), str(3 << 30), "None"]
+
+
+class TestFeatures:
+    @pytest.mark.parametrize(
+        ("feature", "advice"),
+        [
+            ("madv_free", MADV_FREE),
+            ("madv_wipeonfork", MADV_WIPEONFORK),
+            ("madv_populate_write", MADV_POPULATE_WRITE),
+            ("madv_guard_install", MADV_GUARD_INSTALL),
+        ],
+    )
+    def test_an_advice_is_offered_if_it_works(self, feature: str, advice: int) -> None:
+        """The kernel accepts an advice from this test exactly if it is said to be offered."""
+        assert getattr(capabilities(), feature) is advice_works(advice)
+
+    def test_names_are_offered_if_they_show(self) -> None:
+        """Names of mappings are offered exactly if one that this test gives shows in /proc."""
+        assert capabilities().anon_vma_names is names_work()
+
+    @pytest.mark.parametrize(
+        ("feature", "since"),
+        [
+            ("madv_free", (4, 5)),
+            ("madv_wipeonfork", (4, 14)),
+            ("madv_populate_write", (5, 14)),
+            ("anon_vma_names", (5, 17)),
+            ("pagemap_scan", (6, 7)),
+            ("mseal", (6, 10)),
+            ("procmap_query", (6, 11)),
+            ("madv_guard_install", (6, 13)),
+        ],
+    )
+    def test_no_feature_is_older_than_its_kernel(
+        self, feature: str, since: tuple[int, int]
+    ) -> None:
+        """What a kernel before its time can't have is not said to be offered."""
+        offered = getattr(capabilities(), feature)
+
+        assert isinstance(offered, bool)
+        assert kernel() >= since or not offered
+
+    @pytest.mark.parametrize("huge_pages", ["prefer", "never"])
+    def test_what_is_offered_can_be_used(self, huge_pages: str) -> None:
+        """Huge page policies are accepted where there are transparent huge pages."""
+        if capabilities().transparent_huge_pages is None:
+            pytest.skip("this kernel has no transparent huge pages")
+
+        with pyreserve.reserve(PAGE_SIZE, huge_pages=huge_pages) as region:  # type: ignore[arg-type]
+            region.commit(0, PAGE_SIZE)
+
+    def test_wiping_works_where_it_is_offered(self) -> None:
+        """A region that a child finds wiped can be had exactly where the advice is offered."""
+        offered = capabilities().madv_wipeonfork
+        expected: contextlib.AbstractContextManager[object] = (
+            contextlib.nullcontext() if offered else pytest.raises(pyreserve.VMError)
+        )
+
+        with expected, pyreserve.reserve(PAGE_SIZE, fork="wipe") as region:
+            region.commit(0, PAGE_SIZE)
+
+            assert offered
+
+
+class TestTrying:
+    def test_asking_leaves_nothing_behind(self) -> None:
+        """Asking again and again changes no mapping and opens no file."""
+        script = """
+import os
+from pathlib import Path
+from pyreserve import capabilities
+
+def now():
+    return len(Path("/proc/self/maps").read_text().splitlines()), len(os.listdir("/proc/self/fd"))
+
+for _ in range(3):
+    capabilities(), now()
+before = now()
+for _ in range(50):
+    capabilities()
+print(before == now())
+"""
+
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        )
+
+        assert done.stdout == "True\n"
+
+    def test_the_answer_does_not_change(self) -> None:
+        """Two answers are equal, and an answer can't be altered."""
+        found = capabilities()
+
+        assert isinstance(found, Capabilities)
+        assert found == capabilities()
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            found.page_size = 1  # type: ignore[misc]

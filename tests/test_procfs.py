@@ -1,0 +1,254 @@
+"""Reading /proc: lines as they are documented, and what this kernel says of this process."""
+
+import itertools
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pyreserve
+from pyreserve import PAGE_SIZE, KiB, MiB, procfs
+from pyreserve.procfs import Mapping
+
+
+class TestMapsLines:
+    @pytest.mark.parametrize(
+        ("line", "mapping"),
+        [
+            (
+                "c000001000-c207ff0000 ---p 00000000 00:00 0 ",
+                Mapping(0xC000001000, 0xC207FF0000, "---p", ""),
+            ),
+            ("08200000-08201000 rw-p 00000000 00:00 0", Mapping(0x8200000, 0x8201000, "rw-p", "")),
+            (
+                "7ffd3c1e2000-7ffd3c203000 rw-p 00000000 00:00 0                [stack]\n",
+                Mapping(0x7FFD3C1E2000, 0x7FFD3C203000, "rw-p", "[stack]"),
+            ),
+            (
+                "ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0          [vsyscall]",
+                Mapping(0xFFFFFFFFFF600000, 0xFFFFFFFFFF601000, "--xp", "[vsyscall]"),
+            ),
+            (
+                "00400000-00452000 r-xp 00001000 08:02 173521      /usr/bin/dbus-daemon",
+                Mapping(0x400000, 0x452000, "r-xp", "/usr/bin/dbus-daemon"),
+            ),
+            (
+                "00400000-00452000 r--s 00000000 fd:01 8388609     /tmp/a b  c (deleted)",
+                Mapping(0x400000, 0x452000, "r--s", "/tmp/a b  c (deleted)"),
+            ),
+            (
+                "00400000-00452000 rw-p 00000000 00:00 0           [anon:a name]",
+                Mapping(0x400000, 0x452000, "rw-p", "[anon:a name]"),
+            ),
+            (
+                "00400000-00452000 rw-s 00000000 00:01 1           /memfd:new\\012line (deleted)",
+                Mapping(0x400000, 0x452000, "rw-s", "/memfd:new\\012line (deleted)"),
+            ),
+        ],
+    )
+    def test_a_line_is_read(self, line: str, mapping: Mapping) -> None:
+        """Addresses, permissions and the name, with the spaces inside it, are found."""
+        assert procfs.parse_maps_line(line) == mapping
+
+
+class TestMaps:
+    def test_all_mappings_in_order(self) -> None:
+        """A process's mappings come in address order without overlap, stack and program too."""
+        mappings = procfs.read_maps()
+
+        assert all(a.end <= b.start for a, b in itertools.pairwise(mappings))
+        names = {mapping.name for mapping in mappings}
+        assert "[stack]" in names
+        assert str(Path(sys.executable).resolve()) in names
+
+    def test_a_new_mapping_shows(self) -> None:
+        """What is reserved appears with its address, length and permissions, and goes again."""
+        with pyreserve.reserve(8 * PAGE_SIZE, guard=True) as region:
+            region.commit(2 * PAGE_SIZE, PAGE_SIZE)
+            base = region.base
+
+            found = [
+                mapping for mapping in procfs.read_maps() if mapping.start == base + 2 * PAGE_SIZE
+            ]
+
+            assert found == [Mapping(base + 2 * PAGE_SIZE, base + 3 * PAGE_SIZE, "rw-p", "")]
+        assert not any(
+            mapping.start <= base + 2 * PAGE_SIZE < mapping.end for mapping in procfs.read_maps()
+        )
+
+    def test_names_that_are_no_utf_8(self, tmp_path: Path) -> None:
+        """A file name that is no UTF-8 is read without loss."""
+        path = os.path.join(os.fsencode(tmp_path), b"n\xe4me \xff")  # noqa: PTH118, RUF100
+        with open(path, "w+b") as file:  # noqa: PTH123, RUF100
+            file.write(bytes(PAGE_SIZE))
+            file.flush()
+            with mmap.mmap(file.fileno(), PAGE_SIZE):
+                names = [mapping.name for mapping in procfs.read_maps()]
+
+        assert os.fsdecode(path) in names
+
+    def test_another_process(self) -> None:
+        """Mappings and sizes of a child are the child's."""
+        script = "import sys; sys.stdout.write('ready'); sys.stdout.flush(); sys.stdin.read()"
+        with subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as child:
+            assert child.stdout is not None
+            assert child.stdin is not None
+            child.stdout.read(5)
+
+            stacks = [
+                [m for m in procfs.read_maps(pid) if m.name == "[stack]"]
+                for pid in (child.pid, str(child.pid), "self")
+            ]
+            size = procfs.status_kib(child.pid)["VmSize"]
+            child.stdin.close()
+            child.wait()
+
+        assert stacks[0] == stacks[1] != stacks[2]
+        assert size > 0
+
+    def test_a_process_that_there_is_not(self) -> None:
+        """Asking about a process that does not exist raises OSError."""
+        with pytest.raises(OSError, match=r"proc"):
+            procfs.read_maps(2**31 - 1)
+
+    def test_counting_is_counting_lines(self) -> None:
+        """map_count counts what a reader of /proc/self/maps counts, without the vsyscall page."""
+        before = procfs.map_count()
+        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+
+        assert before == sum(not line.endswith("[vsyscall]") for line in lines)
+
+    def test_counting_follows_the_mappings(self) -> None:
+        """A reservation split into pieces counts as many mappings more."""
+        with pyreserve.reserve(64 * PAGE_SIZE, guard=True) as region:
+            procfs.map_count()
+            before = procfs.map_count()
+            for page in range(1, 40, 2):
+                region.commit(page * PAGE_SIZE, PAGE_SIZE)
+
+            assert 40 <= procfs.map_count() - before <= 42
+
+
+class TestSizes:
+    def test_the_status_of_this_process(self) -> None:
+        """VmSize grows by what is reserved, VmData by what is committed."""
+        procfs.status_kib()
+        before = procfs.status_kib()
+        with pyreserve.reserve(512 * MiB) as region:
+            region.commit(0, 64 * MiB)
+
+            after = procfs.status_kib()
+
+        # The interpreter may take a little for itself meanwhile.
+        assert 512 * MiB <= (after["VmSize"] - before["VmSize"]) * KiB < 520 * MiB
+        assert 64 * MiB <= (after["VmData"] - before["VmData"]) * KiB < 72 * MiB
+        assert after["VmRSS"] > 0
+
+    def test_only_sizes_are_read(self) -> None:
+        """Lines of the status that are no sizes in kB are left out."""
+        found = procfs.status_kib()
+
+        assert {"VmPeak", "VmSize", "VmRSS", "VmData", "VmLck"} <= set(found)
+        assert not {"Name", "Pid", "Threads", "Uid"} & set(found)
+
+    def test_the_rollup_adds_up(self) -> None:
+        """Rss and Pss of the rollup count memory that was touched and not what was reserved."""
+        with pyreserve.reserve(64 * MiB) as region:
+            region.commit(0, 8 * MiB)
+            before = procfs.rollup_kib()
+            region.populate(0, 8 * MiB)
+
+            after = procfs.rollup_kib()
+
+        # Pages of files come and go, and Pss shares them with other processes.
+        for what in ("Rss", "Pss"):
+            assert 6 * MiB <= (after[what] - before[what]) * KiB < 32 * MiB
+
+    def test_the_memory_of_the_system(self) -> None:
+        """MemTotal and the commit figures are those of /proc/meminfo and sysconf."""
+        found = procfs.meminfo_kib()
+
+        total = os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE // KiB
+        assert found["MemTotal"] == total
+        assert {"MemAvailable", "Committed_AS", "CommitLimit", "SwapTotal"} <= set(found)
+
+    def test_settings_of_vm(self) -> None:
+        """vm_setting reads a number of /proc/sys/vm; one that there is not raises OSError."""
+        assert procfs.vm_setting("overcommit_memory") in {0, 1, 2}
+        with pytest.raises(FileNotFoundError):
+            procfs.vm_setting("no_such_setting")
+
+
+def mapped(*ranges: tuple[int, int]) -> list[Mapping]:
+    """Mappings at these addresses."""
+    return [Mapping(start, end, "rw-p", "") for start, end in ranges]
+
+
+class TestGaps:
+    @pytest.mark.parametrize(
+        ("mappings", "gaps"),
+        [
+            ([], [(100, 200)]),
+            ([(100, 200)], []),
+            ([(0, 300)], []),
+            ([(0, 100)], [(100, 200)]),
+            ([(200, 300)], [(100, 200)]),
+            ([(0, 150)], [(150, 200)]),
+            ([(150, 300)], [(100, 150)]),
+            ([(120, 130), (130, 140), (150, 160)], [(100, 120), (140, 150), (160, 200)]),
+            ([(0, 10), (20, 30), (199, 201), (300, 400)], [(100, 199)]),
+            ([(100, 101), (199, 200)], [(101, 199)]),
+        ],
+    )
+    def test_what_no_mapping_covers(
+        self, mappings: list[tuple[int, int]], gaps: list[tuple[int, int]]
+    ) -> None:
+        """Gaps are what of the range is not mapped, lowest first."""
+        assert list(procfs.free_gaps(mapped(*mappings), 100, 200)) == gaps
+
+    def test_a_reservation_is_no_gap(self) -> None:
+        """Reserved addresses are not free, and are free again after the release."""
+        region = pyreserve.reserve(4 * PAGE_SIZE)
+        low, high = region.base, region.base + 4 * PAGE_SIZE
+
+        occupied = list(procfs.free_gaps(procfs.read_maps(), low, high))
+        region.release()
+        free = list(procfs.free_gaps(procfs.read_maps(), low, high))
+
+        assert occupied == []
+        assert free == [(low, high)]
+
+
+class TestAvailableMemory:
+    def test_no_more_than_the_system_has(self) -> None:
+        """What can still be taken is positive and at most the system's memory."""
+        assert 0 < procfs.available_bytes() <= procfs.meminfo_kib()["MemTotal"] * KiB
+
+    @pytest.mark.parametrize(
+        ("groups", "available"),
+        [
+            ([], 1000 * KiB),
+            ([(2000 * KiB, 500 * KiB)], 1000 * KiB),
+            ([(600 * KiB, 500 * KiB)], 100 * KiB),
+            ([(600 * KiB, 500 * KiB), (10_000 * KiB, 9_990 * KiB)], 10 * KiB),
+            ([(600 * KiB, 700 * KiB)], 0),
+        ],
+    )
+    def test_the_tightest_group_decides(
+        self, monkeypatch: pytest.MonkeyPatch, groups: list[tuple[int, int]], available: int
+    ) -> None:
+        """The least that a cgroup above the process leaves is what there is, and never below 0."""
+
+        def limited() -> Iterator[tuple[int, int]]:
+            yield from groups
+
+        monkeypatch.setattr(procfs, "meminfo_kib", lambda: {"MemAvailable": 1000})
+        monkeypatch.setattr(procfs, "_cgroup_memory", limited)
+
+        assert procfs.available_bytes() == available
