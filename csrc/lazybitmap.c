@@ -1,5 +1,6 @@
 #include "lazybitmap.h"
 
+#include <errno.h>
 #include <string.h>
 
 /* Committing in steps of 64 KiB keeps a bitmap that fills up from one system call a page; memory
@@ -26,8 +27,10 @@ static bool segment(const struct region *bits, uint64_t at, uint64_t stop, uint6
     return committed;
 }
 
-/* Commits the words under [start, stop); 0 or an errno. */
+/* Commits the words under [start, stop); 0 or an errno, EBADF for a released region. */
 static int commit(struct region *bits, uint64_t start, uint64_t stop) {
+    if (bits->base == NULL)
+        return EBADF;
     uint64_t step = COMMIT_STEP > bits->page ? COMMIT_STEP : bits->page;
     uint64_t lo = start / 8 / step * step;
     uint64_t hi = smaller(bits->size, ((stop - 1) / 8 / step + 1) * step);
@@ -39,11 +42,8 @@ static int commit(struct region *bits, uint64_t start, uint64_t stop) {
 static int settle(struct region *bits, struct runs *before, int err) {
     struct run gap;
     if (err != 0)
-        for (size_t at = 0; runs_next_gap(before, at, bits->size, &gap); at = gap.hi) {
+        for (size_t at = 0; runs_next_gap(before, at, bits->size, &gap); at = gap.hi)
             (void)region_decommit(bits, gap.lo, gap.hi - gap.lo);
-            if (gap.hi == bits->size)
-                break;
-        }
     runs_clear(before);
     return err;
 }
@@ -65,7 +65,9 @@ int64_t lazybitmap_set(struct region *bits, uint64_t start, uint64_t stop, uint6
     int err = runs_copy(&before, &bits->committed);
     if (err != 0)
         return -err;
-    for (uint64_t i = start; i < stop && err == 0; i += step)
+    if (step < COMMIT_STEP) /* no step of words is left out anyway */
+        err = commit(bits, start, stop);
+    for (uint64_t i = start; step >= COMMIT_STEP && i < stop && err == 0; i += step)
         err = commit(bits, i, i + 1);
     if (settle(bits, &before, err) != 0)
         return -err;
@@ -187,9 +189,21 @@ bool lazybitmap_equal(const struct region *bits, const struct region *other, uin
     return true;
 }
 
-/* Where bit `i` of a copy of `n` bits comes from. */
-static uint64_t source(uint64_t from, uint64_t step, uint64_t n, bool reverse, uint64_t i) {
-    return from + step * (reverse ? n - 1 - i : i);
+/* The first j from `*j` on, below n, for which bit from + j * step is set; false: there is none. */
+static bool next_set(const struct region *bits, uint64_t from, uint64_t step, uint64_t n,
+                     uint64_t *j) {
+    uint64_t stop = from + (n - 1) * step + 1, end;
+    while (*j < n) {
+        uint64_t at = from + *j * step;
+        if (!segment(bits, at, stop, &end)) {
+            *j += (end - at + step - 1) / step;
+            continue;
+        }
+        for (; at < end; at += step, ++*j)
+            if (bitmap_test(words_of(bits), at))
+                return true;
+    }
+    return false;
 }
 
 /* Puts the bits of a committed segment [at, end) of `other`, neighbours in both, at `to`. */
@@ -215,9 +229,10 @@ int64_t lazybitmap_copy(struct region *bits, uint64_t start, const struct region
     for (uint64_t i = 0, end; neighbours && i < n && err == 0; i = end - from)
         if (segment(other, from + i, from + n, &end))
             err = commit(bits, start + i, start + end - from);
-    for (uint64_t i = 0; !neighbours && i < n && err == 0; i++)
-        if (lazybitmap_test(other, source(from, step, n, reverse, i)))
-            err = commit(bits, start + i, start + i + 1);
+    for (uint64_t j = 0; !neighbours && err == 0 && next_set(other, from, step, n, &j); j++) {
+        uint64_t to = start + (reverse ? n - 1 - j : j);
+        err = commit(bits, to, to + 1);
+    }
     if (settle(bits, &before, err) != 0)
         return -err;
 
@@ -225,9 +240,10 @@ int64_t lazybitmap_copy(struct region *bits, uint64_t start, const struct region
     for (uint64_t i = 0, end; neighbours && i < n; i = end - from)
         if (segment(other, from + i, from + n, &end))
             copy_neighbours(bits, start + i, other, from + i, end);
-    for (uint64_t i = 0; !neighbours && i < n; i++)
-        if (lazybitmap_test(other, source(from, step, n, reverse, i)))
-            (void)bitmap_set(words_of(bits), start + i, start + i + 1);
+    for (uint64_t j = 0; !neighbours && next_set(other, from, step, n, &j); j++) {
+        uint64_t to = start + (reverse ? n - 1 - j : j);
+        (void)bitmap_set(words_of(bits), to, to + 1);
+    }
     return 0;
 }
 

@@ -5,10 +5,10 @@
  * reads as clear: no function commits memory in order to read, to clear or to search.
  *
  * Holds for every function here:
- *  - the region is not released, holds the bits [0, nbits) and nothing else, and was never
- *    decommitted by anybody; ranges are half-open, start <= stop, inside it;
- *  - a negative result is the negated errno with which memory was refused, and then no bit has
- *    changed;
+ *  - the region holds the bits [0, nbits) and nothing else, and was never decommitted by anybody;
+ *    ranges are half-open, start <= stop, inside it; all bits of a released one read as clear;
+ *  - a negative result is the negated errno with which memory was refused (EBADF: the region is
+ *    released), and then no bit has changed;
  *  - not synchronised: the owner holds a lock around each call.
  */
 #ifndef PYRESERVE_LAZYBITMAP_H

@@ -36,7 +36,7 @@ static bool committed_hull(const struct region *region, size_t lo, size_t hi, st
     struct run piece;
     if (!runs_next(&region->committed, lo, hi, all))
         return false;
-    for (size_t at = all->hi; at < hi && runs_next(&region->committed, at, hi, &piece);)
+    for (size_t at = all->hi; runs_next(&region->committed, at, hi, &piece);)
         at = all->hi = piece.hi;
     return true;
 }
@@ -201,6 +201,42 @@ int region_disclaim(struct region *region, size_t offset, size_t length) {
     return err;
 }
 
+/* Closes a gap that was opened, wholly, partly or not at all. */
+static int shut(const struct region *region, const struct run *gap) {
+    uintptr_t address = address_of(region, gap->lo);
+    int err = vm_protect(address, gap->hi - gap->lo, VM_RESERVED);
+    /* Where it had joined touched memory, only a fresh mapping refunds its charge. */
+    if (err == 0 && !(region->accounting & VM_NORESERVE) &&
+        vm_renew(address, gap->hi - gap->lo, VM_RESERVED) == 0)
+        (void)dress(region, address, gap->hi - gap->lo);
+    return err;
+}
+
+/* Closes the gaps of [lo, hi) again. One that the kernel refuses to close is committed, so the
+ * books say so. */
+static void shut_gaps(struct region *region, size_t lo, size_t hi) {
+    struct run gap;
+    for (size_t at = lo; runs_next_gap(&region->committed, at, hi, &gap); at = gap.hi)
+        if (shut(region, &gap) != 0 && runs_make_room(&region->committed) == 0)
+            runs_add(&region->committed, gap.lo, gap.hi);
+}
+
+/* A fresh mapping in the place of [lo, hi), whose ends are committed. */
+static int renew(struct region *region, size_t lo, size_t hi) {
+    uintptr_t address = address_of(region, lo);
+    int access = VM_RESERVED | region->accounting;
+    int err = vm_renew(address, hi - lo, access);
+    /* A full map table refuses every mmap. Opening the gaps first joins all of it to one mapping,
+     * which makes room. */
+    if (err != ENOMEM || runs_contain(&region->committed, lo, hi) ||
+        vm_protect(address, hi - lo, VM_COMMITTED) != 0)
+        return err;
+    err = vm_renew(address, hi - lo, access);
+    if (err != 0)
+        shut_gaps(region, lo, hi);
+    return err;
+}
+
 /* Back to reserved, kernel and books. Needs room in the books. */
 static int withdraw(struct region *region, size_t lo, size_t hi) {
     uintptr_t address = address_of(region, lo);
@@ -212,7 +248,7 @@ static int withdraw(struct region *region, size_t lo, size_t hi) {
     }
     /* A fresh mapping refunds the charge, and does without locked pages' leave. */
     if (err == 0)
-        err = vm_renew(address, hi - lo, VM_RESERVED | region->accounting);
+        err = renew(region, lo, hi);
     if (err == 0) {
         runs_remove(&region->committed, lo, hi);
         return dress(region, address, hi - lo);
@@ -223,21 +259,10 @@ static int withdraw(struct region *region, size_t lo, size_t hi) {
     return err;
 }
 
-/* Closes a gap that a refused commit has opened, wholly, partly or not at all. */
-static int shut(const struct region *region, const struct run *gap) {
-    uintptr_t address = address_of(region, gap->lo);
-    int err = vm_protect(address, gap->hi - gap->lo, VM_RESERVED);
-    /* Where it had joined touched memory, only a fresh mapping refunds its charge. */
-    if (err == 0 && !(region->accounting & VM_NORESERVE) &&
-        vm_renew(address, gap->hi - gap->lo, VM_RESERVED) == 0)
-        (void)dress(region, address, gap->hi - gap->lo);
-    return err;
-}
-
 int region_commit(struct region *region, size_t offset, size_t length) {
     int err = misuse(region, offset, length);
     size_t end = offset + length;
-    struct run gap, open;
+    struct run gap;
     if (err != 0 || !runs_next_gap(&region->committed, offset, end, &gap))
         return err;
     err = runs_make_room(&region->committed);
@@ -253,11 +278,7 @@ int region_commit(struct region *region, size_t offset, size_t length) {
         return 0;
     }
     (void)shut(region, &gap);
-    /* An earlier gap that the kernel refuses to close is committed, so the books say so. */
-    for (size_t at = offset; at < gap.lo && runs_next_gap(&region->committed, at, gap.lo, &open);
-         at = open.hi)
-        if (shut(region, &open) != 0 && runs_make_room(&region->committed) == 0)
-            runs_add(&region->committed, open.lo, open.hi);
+    shut_gaps(region, offset, gap.lo);
     return err;
 }
 
@@ -306,6 +327,28 @@ int region_is_committed(const struct region *region, size_t offset, size_t lengt
     return runs_contain(&region->committed, offset, offset + length);
 }
 
+size_t region_runs(const struct region *region, bool committed, struct run *out, size_t max) {
+    const struct runs *set = committed ? &region->committed : &region->reserved;
+    for (size_t i = 0; i < set->count && i < max; i++)
+        out[i] = set->items[i];
+    return set->count;
+}
+
+int region_load(const struct region *region, size_t offset) {
+    int known = region_is_committed(region, offset, 1);
+    if (known != 1)
+        return known == 0 ? REGION_NOT_COMMITTED : known;
+    return (unsigned char)region->base[offset];
+}
+
+int region_store(struct region *region, size_t offset, unsigned char byte) {
+    int known = region_is_committed(region, offset, 1);
+    if (known != 1)
+        return known == 0 ? REGION_NOT_COMMITTED : known;
+    ((unsigned char *)region->base)[offset] = byte;
+    return 0;
+}
+
 int region_seal(struct region *region) {
     struct runs before;
     struct run gap;
@@ -317,9 +360,7 @@ int region_seal(struct region *region) {
     err = region_commit(region, 0, region->size);
     if (err == 0) {
         err = vm_seal(address_of(region, 0) - region->guard, region->size + 2 * region->guard);
-        for (size_t at = 0;
-             err != 0 && at < region->size && runs_next_gap(&before, at, region->size, &gap);
-             at = gap.hi)
+        for (size_t at = 0; err != 0 && runs_next_gap(&before, at, region->size, &gap); at = gap.hi)
             (void)region_decommit(region, gap.lo, gap.hi - gap.lo);
     }
     region->sealed = region->sealed || err == 0;

@@ -99,6 +99,13 @@ int region_discard(struct region *region, size_t offset, size_t length, bool laz
  * leaves the region is not committed. */
 int region_is_committed(const struct region *region, size_t offset, size_t length);
 
+/* Copies up to `max` runs of what is committed, or reserved, to `out`; returns how many there are. */
+size_t region_runs(const struct region *region, bool committed, struct run *out, size_t max);
+
+/* Reads, or writes, one byte, any offset: the byte or 0, REGION_NOT_COMMITTED or REGION_RELEASED. */
+int region_load(const struct region *region, size_t offset);
+int region_store(struct region *region, size_t offset, unsigned char byte);
+
 /* Commits the whole region and seals it until the process ends: no decommit, no release. */
 int region_seal(struct region *region);
 

@@ -99,6 +99,8 @@ bool runs_contain(const struct runs *set, size_t lo, size_t hi) {
 }
 
 bool runs_next(const struct runs *set, size_t lo, size_t hi, struct run *piece) {
+    if (lo >= hi)
+        return false;
     size_t i = first_ending_from(set, lo + 1);
     if (i == set->count || set->items[i].lo >= hi)
         return false;
@@ -108,6 +110,8 @@ bool runs_next(const struct runs *set, size_t lo, size_t hi, struct run *piece) 
 }
 
 bool runs_next_gap(const struct runs *set, size_t lo, size_t hi, struct run *gap) {
+    if (lo >= hi)
+        return false;
     size_t i = first_ending_from(set, lo + 1);
     if (i < set->count && set->items[i].lo <= lo)
         lo = set->items[i++].hi;

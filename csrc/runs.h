@@ -34,7 +34,8 @@ void runs_remove(struct runs *set, size_t lo, size_t hi);
 /* Whether all of [lo, hi) is in the set. */
 bool runs_contain(const struct runs *set, size_t lo, size_t hi);
 
-/* The first piece of [lo, hi) that is in the set, or that is not; false if there is none. */
+/* The first piece of [lo, hi), which may be empty here, that is in the set, or that is not; false if
+ * there is none. */
 bool runs_next(const struct runs *set, size_t lo, size_t hi, struct run *piece);
 bool runs_next_gap(const struct runs *set, size_t lo, size_t hi, struct run *gap);
 

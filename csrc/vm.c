@@ -229,12 +229,3 @@ int vm_try_procmap_query(void) {
     query.query_addr = (uintptr_t)&query;
     return try_ioctl("/proc/self/maps", _IOWR('f', 17, query), &query);
 }
-
-int vm_try_address(uint64_t address) {
-    if (address > UINTPTR_MAX)
-        return ENOMEM;
-    int err = vm_map_at((uintptr_t)address, vm_page_size(), VM_RESERVED);
-    if (err == 0)
-        (void)vm_release((uintptr_t)address, vm_page_size());
-    return err == EEXIST ? 0 : err;
-}

@@ -85,7 +85,5 @@ int vm_try_seal(void);
 int vm_try_name(void);
 int vm_try_pagemap_scan(void);
 int vm_try_procmap_query(void);
-/* Whether a mapping can exist at `address`, occupied or not. */
-int vm_try_address(uint64_t address);
 
 #endif

@@ -3,14 +3,14 @@
 import errno
 from collections.abc import Iterator
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from pyreserve import layouts, procfs
 from pyreserve._native import ffi, lib
 from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError, VMError
 from pyreserve.layouts import Layout, Piece, Placement, Request, round_up
 from pyreserve.limits import PAGE_SIZE, address_bits, refusal
-from pyreserve.region import Region, new_handle, reserve
+from pyreserve.region import Region, reserve
 from pyreserve.units import GiB, KiB, MiB, format_size
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Arena:
         self.fell_back: FellBack | None = None
         self._elsewhere: list[Region] = []  # metadata that does not lie beside the arena
         self._in_use = 0
+        self._undo: list[tuple[Any, ...]] | None = None  # while growing
         try:
             self.layout, self._region = self.requested_layout, self._open(self.requested_layout)
         except VMError as refused:
@@ -120,7 +121,9 @@ class Arena:
         Raises:
             RangeError: not positive.
             OutOfMemoryError: refused; nothing has changed.
+            VMError: somebody mapped addresses that were only probed (EEXIST).
             ReleasedError: the arena was released.
+            RuntimeError: called by a finaliser or signal handler inside another growth.
         """
         nbytes = _index(nbytes)
         if nbytes <= 0:
@@ -129,24 +132,42 @@ class Arena:
         nbytes = round_up(nbytes, max(self.layout.page, PAGE_SIZE))
         with self._lock:
             self._alive()
-            before, block, claimed = self.placement, None, None
-            after = before
-            if not before.fits(nbytes):
-                (after, block), claimed = self._extend(nbytes)
-            if block is None:
-                block, after = after.arena_used, after.advanced(nbytes)
+            if self._undo is not None:
+                msg = "grow called from inside grow of the same arena"
+                raise RuntimeError(msg)
+            self._undo = []
+            # No view may be made of bytes that an undoing would take away.
+            self._region._busy, busy = True, self._region._busy
             try:
-                self._map_metadata(before, after)
-            except VMError:
-                if claimed is not None:
-                    lib.region_disclaim(self._region._handle, *self._offsets(*claimed))
+                after, block = self._grown(nbytes)
+            except BaseException:
+                for step, *arguments in reversed(self._undo):
+                    step(*arguments)
                 raise
+            finally:
+                self._undo, self._region._busy = None, busy
             self.placement = after
             self._in_use += nbytes
         return block
 
-    def _extend(self, nbytes: int) -> tuple[layouts.Answer, tuple[int, int]]:
-        """Ask for more addresses; return what follows and the range that was claimed."""
+    def _grown(self, nbytes: int) -> tuple[Placement, int]:
+        """Take, commit and map; note in `_undo` how to take each step back."""
+        after, block = self.placement, None
+        if not after.fits(nbytes):
+            after, block = self._extend(nbytes)
+        if block is None:
+            block, after = after.arena_used, after.advanced(nbytes)
+        mapped = self.placement.mapped(PAGE_SIZE)
+        for piece in after.mapped(PAGE_SIZE):
+            for low, high in layouts.without(piece, mapped):
+                self._commit(low, high)
+        if self.layout.arena_metadata:
+            self._map_elsewhere(after)
+        return after, block
+
+    def _extend(self, nbytes: int) -> layouts.Answer:
+        """Ask for more addresses; return what follows."""
+        handle = self._region._handle
         refused, reason = None, None
         for request in self.placement.growth(nbytes):
             err, address = self._ask(request)
@@ -156,11 +177,12 @@ class Arena:
                 refused = request
             if err:
                 continue
-            claimed = (address, address + round_up(request.size, PAGE_SIZE))
+            claimed = self._offsets(address, address + round_up(request.size, PAGE_SIZE))
             answer = self.placement.granted(request, address, nbytes)
             if answer is not None:
-                return answer, claimed
-            lib.region_disclaim(self._region._handle, *self._offsets(*claimed))
+                self._note(lib.region_disclaim, handle, *claimed)
+                return answer
+            lib.region_disclaim(handle, *claimed)
             reason = self.placement.out_of_range(address)
         if refused is not None:
             raise refusal("map", errno.ENOMEM, refused.size)
@@ -169,6 +191,10 @@ class Arena:
             reason = f"the arena of {format_size(high - low)} is used up"
         msg = f"{reason}: cannot allocate {nbytes}-byte block ({self._in_use} in use)"
         raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit="layout")
+
+    def _note(self, *step: Any) -> None:
+        assert self._undo is not None
+        self._undo.append(step)
 
     def _ask(self, request: Request) -> tuple[int, int]:
         """Put a request to the kernel; return an errno and an address."""
@@ -184,61 +210,34 @@ class Arena:
         err = lib.region_claim_near(handle, floor, request.hint, size, access, address)
         return err, int(address[0])
 
-    def _map_metadata(self, before: Placement, after: Placement) -> None:
-        """Commit what `after` has mapped beyond `before`: all of it or nothing."""
-        done: list[tuple[int, int]] = []
-        try:
-            for piece in self._new_pieces(before, after):
-                self._commit(*piece)
-                done.append(piece)
-            if self.layout.arena_metadata:
-                self._map_elsewhere(after)
-        except VMError:
-            for piece in done:
-                self._uncommit(*piece)
-            raise
-
-    @staticmethod
-    def _new_pieces(before: Placement, after: Placement) -> Iterator[tuple[int, int]]:
-        mapped = before.mapped(PAGE_SIZE)
-        for piece in after.mapped(PAGE_SIZE):
-            yield from layouts.without(piece, mapped)
-
     def _commit(self, low: int, high: int) -> None:
+        """Make a range that the placement has just come to map readable and writable."""
+        handle, err, verb = self._region._handle, 0, "commit"
         if self.layout.strategy == "reserve":
-            verb = "commit"
-            err = lib.region_commit(self._region._handle, *self._offsets(low, high))
+            base = self._region.base
+            committed = [(base + at, base + at + n) for at, n in self._region.committed_runs()]
+            for piece in layouts.without((low, high), committed):
+                self._note(lib.region_decommit, handle, *self._offsets(*piece))
+            err = lib.region_commit(handle, *self._offsets(low, high))
         elif self.layout.strategy == "probe":
             verb = "map"
-            err = lib.region_claim(
-                self._region._handle, *self._offsets(low, high), lib.VM_COMMITTED
-            )
-        else:  # an arena is mapped as it is claimed
-            return
-        if err == errno.EEXIST:
-            why = "address space conflict: somebody mapped it since it was probed"
-            raise refusal(verb, err, high - low, low, why)
+            self._note(lib.region_disclaim, handle, *self._offsets(low, high))
+            err = lib.region_claim(handle, *self._offsets(low, high), lib.VM_COMMITTED)
+            if err:
+                assert self._undo is not None
+                self._undo.pop()
+        # The third strategy claims an arena readable and writable.
         if err:
-            raise refusal(verb, err, high - low, low)
-
-    def _uncommit(self, low: int, high: int) -> None:
-        if self.layout.strategy == "reserve":
-            lib.region_decommit(self._region._handle, *self._offsets(low, high))
-        elif self.layout.strategy == "probe":
-            lib.region_disclaim(self._region._handle, *self._offsets(low, high))
+            conflict = "address space conflict: somebody mapped it since it was probed"
+            why = conflict if err == errno.EEXIST else None
+            raise refusal(verb, err, high - low, low, why)
 
     def _map_elsewhere(self, after: Placement) -> None:
         """Map the metadata of each arena that has none yet."""
         arenas = sum(high - low for low, high in after.arenas) // self.layout.unit
-        made: list[Region] = []
-        try:
-            while len(self._elsewhere) + len(made) < arenas + 1:
-                made.append(_committed(self.layout.arena_metadata))
-        except VMError:
-            for region in made:
-                region.release()
-            raise
-        self._elsewhere += made
+        while len(self._elsewhere) < arenas + 1:
+            self._elsewhere.append(_committed(self.layout.arena_metadata))
+            self._note(self._elsewhere.pop)
 
     def _offsets(self, low: int, high: int) -> tuple[int, int]:
         return low - self._region.base, high - low
@@ -269,9 +268,15 @@ class Arena:
             ViewError: live views hold some of the bytes.
             ReleasedError: it was released before.
         """
-        self._region.release()
-        while self._elsewhere:
-            self._elsewhere.pop().release()
+        try:
+            self._region.release()
+        finally:
+            if self._region.released:
+                self._elsewhere.clear()
+
+    def __reduce__(self) -> NoReturn:
+        msg = "an Arena is addresses of this process: it can't be pickled or copied"
+        raise TypeError(msg)
 
     def _alive(self) -> None:
         if self._region.released:
@@ -343,8 +348,9 @@ class HeapBitmap:
 
     def __getitem__(self, word: int) -> int:
         with self._arena._lock:
-            byte, shifts = self._entry(_index(word))
-            return sum((byte[0] >> shift & 1) << bit for bit, shift in enumerate(shifts))
+            region, offset, shifts = self._entry(_index(word))
+            byte = self._known(lib.region_load(region._handle, offset))
+        return sum((byte >> shift & 1) << bit for bit, shift in enumerate(shifts))
 
     def __setitem__(self, word: int, value: int) -> None:
         value = _index(value)
@@ -352,30 +358,42 @@ class HeapBitmap:
             msg = f"an entry has {self._bits} bits: {value} is none"
             raise RangeError(msg)
         with self._arena._lock:
-            byte, shifts = self._entry(_index(word))
+            region, offset, shifts = self._entry(_index(word))
+            byte = self._known(lib.region_load(region._handle, offset))
             for bit, shift in enumerate(shifts):
-                byte[0] = byte[0] & ~(1 << shift) | (value >> bit & 1) << shift
+                byte = byte & ~(1 << shift) | (value >> bit & 1) << shift
+            self._known(lib.region_store(region._handle, offset, byte))
+
+    def __iter__(self) -> Iterator[int]:
+        return (self[word] for word in range(len(self)))
 
     def _check(self, word: int) -> None:
         if not 0 <= word < len(self):
             msg = f"no word {word}: the arena has handed out {len(self)}"
             raise RangeError(msg)
 
-    def _entry(self, word: int) -> tuple[Any, tuple[int, ...]]:
-        """Where an entry is: a pointer to its byte, and where each of its bits stands there."""
-        region = self._arena.region
+    def _known(self, answer: int) -> int:
+        """Pass on what region_load or region_store answered, unless it could not."""
+        if answer < 0:
+            self._arena._alive()
+            msg = "this part of the bitmap was decommitted"
+            raise RangeError(msg)
+        return answer
+
+    def _entry(self, word: int) -> tuple[Region, int, tuple[int, ...]]:
+        """Where an entry is: region and offset of its byte, and where its bits stand there."""
         self._check(word)
         a_byte = 8 // self._bits
         at, place = divmod(word, a_byte)
         shifts = tuple(range(4 * place, 4 * place + 4)) if self._bits == 4 else (place, place + 4)
         if self._layout.arena_metadata:
-            base, at = self._own_bitmap(word)
-            return ffi.cast("unsigned char *", base) + at // a_byte, shifts
-        offset = self._arena.placement.arena_start - region.base - 1 - at
-        return ffi.cast("unsigned char *", region._handle.base) + offset, shifts
+            region, inside = self._own_bitmap(word)
+            return region, inside // a_byte, shifts
+        region = self._arena.region
+        return region, self._arena.placement.arena_start - region.base - 1 - at, shifts
 
-    def _own_bitmap(self, word: int) -> tuple[Any, int]:
-        """Where the bitmap of the arena with this word is, and the word's index in that arena."""
+    def _own_bitmap(self, word: int) -> tuple[Region, int]:
+        """The bitmap of the arena with this word, and the word's index in that arena."""
         placement, unit = self._arena.placement, self._layout.unit
         address = placement.arena_start + word * self._layout.word
         before = 0
@@ -383,7 +401,7 @@ class HeapBitmap:
             if low <= address < high:
                 arena, inside = divmod(address - low, unit)
                 metadata = self._arena._elsewhere[1 + before // unit + arena]
-                return metadata._handle.base, inside // self._layout.word
+                return metadata, inside // self._layout.word
             before += high - low
         msg = f"word {word} lies in no arena"
         raise RangeError(msg)
@@ -401,14 +419,14 @@ def _committed(nbytes: int) -> Region:
 def _window(start: int, size: int) -> Region:
     """Open a region over addresses that are claimed piece by piece."""
     size &= -PAGE_SIZE
-    handle = new_handle()
+    region = Region(size, "charge", "copy", None)
     try:
-        err = lib.region_window(handle, start, size, 0, lib.VM_NO_DUMP)
+        err = lib.region_window(region._handle, start, size, 0, lib.VM_NO_DUMP)
     except OverflowError:
         err = errno.ENOMEM
     if err:
         raise refusal("reserve", err, size, start)
-    return Region(handle, size, "charge", "copy", None)
+    return region
 
 
 def _open_whole(layout: Layout) -> tuple[Region, Placement]:

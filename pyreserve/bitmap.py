@@ -102,7 +102,7 @@ class Bitmap:
         Sees changes made meanwhile, except in the few hundred runs that it is ahead.
         """
         at, end = self._range(start, stop)
-        return self._iterate_runs(at, end, value)
+        return self._iterate_runs(at, end, bool(value))
 
     # -- whole bitmaps ------------------------------------------------------------------------
 
@@ -360,6 +360,7 @@ class Bitmap:
             self._refused(err, start, start + n)
 
     def _refused(self, err: int, start: int, stop: int) -> NoReturn:
+        self._alive()
         raise refusal("commit", -err, (stop - start + 7) // 8, self._region.base + start // 8)
 
 

@@ -1,12 +1,14 @@
 """What this kernel and this process offer, found by trying and not by version number."""
 
+import errno
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyreserve import procfs
 from pyreserve._native import lib
-from pyreserve.limits import PAGE_SIZE, address_bits, rlimit
+from pyreserve.limits import PAGE_SIZE, address_bits, refusal, rlimit
 from pyreserve.units import KiB
 
 _HUGE = Path("/sys/kernel/mm/hugepages")
@@ -54,7 +56,11 @@ class Capabilities:
 
 
 def capabilities() -> Capabilities:
-    """Ask the running kernel what it offers to this process; each feature is tried."""
+    """Ask the running kernel what it offers to this process; each feature is tried.
+
+    Raises:
+        OutOfMemoryError: there is not even a page to try on.
+    """
     return Capabilities(
         page_size=PAGE_SIZE,
         huge_page_sizes=_huge_page_sizes(),
@@ -64,15 +70,22 @@ def capabilities() -> Capabilities:
         rlimit_as=rlimit(resource.RLIMIT_AS),
         rlimit_data=rlimit(resource.RLIMIT_DATA),
         max_map_count=procfs.vm_setting("max_map_count"),
-        madv_populate_write=lib.vm_try_populate() == 0,
-        madv_free=lib.vm_try_discard_lazy() == 0,
-        madv_wipeonfork=lib.vm_try_wipe_on_fork() == 0,
-        madv_guard_install=lib.vm_try_guard() == 0,
-        mseal=lib.vm_try_seal() == 0,
-        pagemap_scan=lib.vm_try_pagemap_scan() == 0,
-        procmap_query=lib.vm_try_procmap_query() == 0,
-        anon_vma_names=lib.vm_try_name() == 0,
+        madv_populate_write=_works(lib.vm_try_populate),
+        madv_free=_works(lib.vm_try_discard_lazy),
+        madv_wipeonfork=_works(lib.vm_try_wipe_on_fork),
+        madv_guard_install=_works(lib.vm_try_guard),
+        mseal=_works(lib.vm_try_seal),
+        pagemap_scan=_works(lib.vm_try_pagemap_scan),
+        procmap_query=_works(lib.vm_try_procmap_query),
+        anon_vma_names=_works(lib.vm_try_name),
     )
+
+
+def _works(attempt: Callable[[], int]) -> bool:
+    err = attempt()
+    if err == errno.ENOMEM:
+        raise refusal("map", err, PAGE_SIZE)
+    return err == 0
 
 
 def thp_size() -> int | None:

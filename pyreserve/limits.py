@@ -1,7 +1,6 @@
 """Which limit refused. Asked after a refusal, never before: the kernel decides, this explains."""
 
 import errno
-import functools
 import resource
 from typing import NamedTuple
 
@@ -21,17 +20,14 @@ class Limit(NamedTuple):
     detail: str
 
 
-@functools.cache
 def address_bits() -> int:
     """How many bits a user address has here: mappings lie below ``2**address_bits()``.
 
-    Found by asking for a page at each power of two (47 on x86-64 with 4-level page tables, where
-    the kernel keeps the upper half; Documentation/arch/x86/x86_64/mm.rst).
+    Read off the highest mapping, the stack, which the kernel puts right below the end (47 on
+    x86-64, also with 5-level page tables; Documentation/arch/x86/x86_64/mm.rst).
     """
-    for bits in range(63, 20, -1):
-        if lib.vm_try_address(1 << (bits - 1)) == 0:
-            return bits
-    return PAGE_SIZE.bit_length()
+    mappings = procfs.read_maps()
+    return max(m.end - 1 for m in mappings if m.name != "[vsyscall]").bit_length()
 
 
 def rlimit(which: int) -> int | None:

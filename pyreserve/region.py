@@ -15,6 +15,7 @@ All sizes, offsets and lengths are bytes. Verbs take whole OS pages (`pyreserve.
 """
 
 import errno
+import math
 import os
 import sys
 import weakref
@@ -57,7 +58,6 @@ _POLICIES = {
 _ADDRESS_LIMIT = 1 << (8 * ffi.sizeof("size_t"))
 # Bound once: an attribute look-up on the library costs a third of an empty call.
 _buffer = ffi.buffer
-_gc = ffi.gc
 _commit = lib.region_commit
 _decommit = lib.region_decommit
 _is_committed = lib.region_is_committed
@@ -65,8 +65,7 @@ _end = lib.region_end
 _release = lib.region_release
 _reserve = lib.region_reserve
 _NULL = ffi.NULL
-# What a released region has for a handle, and handles of released regions for the next to use:
-# making one costs as much as a third of a reservation.
+# What a region has for a handle after its end, and handles for the next regions to use.
 _CLOSED = ffi.new("struct region *")
 _spare_handles: deque[Any] = deque(maxlen=16)
 
@@ -91,7 +90,7 @@ class Region:
         "_busy",
         "_handle",
         "_lock",
-        "_owner",
+        "_unused",
         "_views",
         "fork",
         "mode",
@@ -106,11 +105,15 @@ class Region:
     fork: Fork
     name: str | None
 
-    def __init__(self, handle: Any, size: int, mode: Mode, fork: Fork, name: str | None) -> None:
-        """For `reserve`: takes over an open ``struct region`` from `new_handle`."""
-        # Whatever keeps the handle alive keeps the addresses: they are unmapped with it.
-        self._handle = handle
-        self._owner: Any = None
+    def __init__(self, size: int, mode: Mode, fork: Fork, name: str | None) -> None:
+        """For `reserve`: a region whose ``struct region`` is still to be opened."""
+        try:
+            self._handle = _spare_handles.pop()
+        except IndexError:
+            self._handle = ffi.new("struct region *")
+        # Who takes this away is alone with a region that nobody has used: its first user, who makes
+        # the lock, or its release, which then needs none.
+        self._unused = None
         self._lock: RLock | None = None
         self._views: ViewTable | None = None
         # A call that must not be interrupted by the making of a view is under way.
@@ -120,15 +123,24 @@ class Region:
         self.mode = mode
         self.fork = fork
         self.name = name
-        if fork == "exclude":
-            self._make_lock()
+
+    def __del__(self) -> None:
+        handle, self._handle = self._handle, _CLOSED
+        _view_tables.pop(id(self), None)
+        if self.released:
+            # Nobody has this handle any more: the next region may use it.
+            _spare_handles.append(handle)
+        else:
+            self.released = True
+            if not _outlived_by_views(self, handle):
+                _end(handle)
 
     # -- what it is ---------------------------------------------------------------------------
 
     @property
     def base(self) -> int:
         """Address of the first byte. Touching memory through it is at your own risk."""
-        with self._lock or _registry_lock:
+        with self._lock or self._make_lock():
             self._alive()
             return int(ffi.cast("uintptr_t", self._handle.base))
 
@@ -149,7 +161,7 @@ class Region:
     @property
     def sealed(self) -> bool:
         """Whether the region is sealed until the process ends."""
-        with self._lock or _registry_lock:
+        with self._lock or self._make_lock():
             self._alive()
             return bool(self._handle.sealed)
 
@@ -225,13 +237,13 @@ class Region:
 
         Raises:
             RangeError: not whole OS pages inside the region, or not all committed.
-            VMError: the kernel could not (memory locked by mlock).
+            VMError: the kernel could not (before Linux 5.18: memory locked by mlock).
             ReleasedError: the region was released.
         """
-        offset, length = _index(offset), _index(length)
+        offset, length, lazy = _index(offset), _index(length), bool(lazy)
         with self._lock or self._make_lock():
             try:
-                err = lib.region_discard(self._handle, offset, length, bool(lazy))
+                err = lib.region_discard(self._handle, offset, length, lazy)
             except OverflowError:
                 err = lib.REGION_OUTSIDE
         if err:
@@ -252,7 +264,7 @@ class Region:
         with self._lock or self._make_lock():
             interrupting, self._busy = self._busy, True
             try:
-                if self._views is not None and offset >= 0 and length > 0:
+                if self._views is not None and offset >= 0 < length <= self.size - offset:
                     self._refuse_views("decommit", offset, offset + length, interrupting)
                 err = _decommit(self._handle, offset, length)
             except OverflowError:
@@ -270,29 +282,30 @@ class Region:
             VMError: refused (max_map_count), or the region is sealed.
             ReleasedError: it was released before.
         """
-        # Without a lock the region was never used, and can't be as long as this one is held.
-        lock = self._lock or _registry_lock
-        lock.acquire()
         try:
-            if self.released:
-                raise _released()
-            # From here on nothing that interrupts this can make a view.
-            self.released = True
-            err = -1
+            del self._unused
+        except AttributeError:
+            err = self._release_used()
+        else:
+            err = _release(self._handle)
+            if err:
+                self._unused = None
+            self.released = not err
+        if err:
+            self._fail("release", err, 0, self.size)
+
+    def _release_used(self) -> int:
+        with self._lock or self._make_lock():
+            self._alive()
+            interrupting, self._busy = self._busy, True
             try:
                 if self._views is not None:
-                    self._refuse_views("release", 0, self.size, self._busy)
-                err = _release(self._handle)
-            finally:
+                    self._refuse_views("release", 0, self.size, interrupting)
+                err: int = _release(self._handle)
                 self.released = not err
-            if not err:
-                self._owner = None
-                self._handle, spare = _CLOSED, self._handle
-                _spare_handles.append(spare)
-                return
-        finally:
-            lock.release()
-        self._fail("release", err, 0, self.size)
+            finally:
+                self._busy = interrupting
+        return err
 
     # -- views --------------------------------------------------------------------------------
 
@@ -302,8 +315,7 @@ class Region:
         The bytes are pinned while the view, or anything made from it, is alive: slices, casts,
         ndarrays, ctypes objects. Two ways around this guard are at your own risk: the raw address,
         and consumers that keep only the memoryview object (``torch.frombuffer``) when you call its
-        ``release``. The view's ``obj`` shows the region from its base; only the view's own
-        bytes are known to be committed.
+        ``release``. A readonly view's ``obj`` is the writable buffer behind it.
 
         Raises:
             RangeError: outside the region, or not all committed.
@@ -314,7 +326,6 @@ class Region:
         if offset < 0 or length <= 0 or offset + length > self.size:
             self._alive()
             raise _out_of_range("view", offset, length, self.size)
-        end = offset + length
         with self._lock or self._make_lock():
             if self._busy:
                 msg = "view called from inside another call on the same region"
@@ -323,20 +334,16 @@ class Region:
             self._busy = True
             try:
                 if self._views is None:
-                    self._views = ViewTable(self.size)
-                    self._owner = _pin(self._handle, 0)
-                if end <= sys.maxsize:
-                    start, stop = offset, end
-                    exported = _buffer(self._owner, end)
-                else:  # 32-bit: a buffer of this length can't be said, so it starts at the offset
-                    start, stop = 0, length
-                    exported = _buffer(_pin(self._handle, offset), length)
+                    _view_tables[id(self)] = self._views = ViewTable(self.size)
+                # A fresh cdata each time: it lives exactly as long as the buffer made of it.
+                anchor = self._anchor(offset)
+                exported = _buffer(anchor, length)
                 # Known as live first, found committed afterwards: whatever decommits from here on
                 # is refused, and what was decommitted before is seen.
-                self._views.add(exported, offset, end)
+                self._views.add(anchor, offset, offset + length)
                 if _is_committed(self._handle, offset, length) != 1:
                     self._fail("view", lib.REGION_NOT_COMMITTED, offset, length)
-                view = memoryview(exported)[start:stop]
+                view = memoryview(exported)
             finally:
                 self._busy = False
         return view.toreadonly() if readonly else view
@@ -361,10 +368,8 @@ class Region:
             msg = "ndarray needs numpy: pip install 'pyreserve[numpy]'"
             raise ImportError(msg) from missing
         kind = np.dtype(dtype)
-        sides = (shape,) if isinstance(shape, int) else tuple(shape)
-        nbytes = kind.itemsize
-        for side in sides:
-            nbytes *= _index(side)
+        sides = tuple(_index(side) for side in (shape if isinstance(shape, tuple) else (shape,)))
+        nbytes = math.prod(sides, start=kind.itemsize)
         return np.frombuffer(self.view(offset, nbytes, readonly=readonly), dtype=kind).reshape(
             sides
         )
@@ -380,14 +385,15 @@ class Region:
             self.release()
 
     def __repr__(self) -> str:
+        if self.released:
+            return f"<Region of {format_size(self.size)}, released>"
         with self._lock or self._make_lock():
-            if self.released:
-                return f"<Region of {format_size(self.size)}, released>"
-            base, runs = self.base, self._handle.committed
+            runs = self._handle.committed
+            base = int(ffi.cast("uintptr_t", self._handle.base))
             committed, count = int(runs.total), int(runs.count)
         name = f" {self.name!r}" if self.name else ""
         pieces = f" in {count} piece{'s' if count != 1 else ''}" if count else ""
-        sealed = ", sealed" if self.sealed else ""
+        sealed = ", sealed" if self._handle.sealed else ""
         return (
             f"<Region{name} {base:#x}-{base + self.size:#x} of {format_size(self.size)}: "
             f"{format_size(committed)} committed{pieces}, mode {self.mode}{sealed}>"
@@ -404,19 +410,35 @@ class Region:
             raise _released()
 
     def _make_lock(self) -> RLock:
-        """Make the lock at the first use: a region that is only reserved does without."""
+        """Return the lock, made at the first use: a region that is only reserved does without."""
         with _registry_lock:
             if self._lock is None:
+                lock = RLock()
+                try:
+                    del self._unused
+                except AttributeError:
+                    raise _released() from None
+                self._lock = lock
                 _register(self)
-                self._lock = RLock()
             return self._lock
 
+    def _anchor(self, offset: int) -> Any:
+        base = self._handle.base
+        if offset <= sys.maxsize:
+            return base + offset
+        return ffi.cast("char *", int(ffi.cast("uintptr_t", base)) + offset)
+
     def _runs(self, which: Literal["committed", "reserved"]) -> list[tuple[int, int]]:
+        """Copy runs out in one call, so that nothing can come in between."""
         with self._lock or self._make_lock():
             self._alive()
-            runs = getattr(self._handle, which)
-            items = runs.items
-            return [(items[i].lo, items[i].hi - items[i].lo) for i in range(runs.count)]
+            room, count = 0, 1
+            while count > room:
+                room = 2 * count
+                runs = ffi.new("struct run[]", room)
+                count = lib.region_runs(self._handle, which == "committed", runs, room)
+            self._alive()
+        return [(runs[i].lo, runs[i].hi - runs[i].lo) for i in range(count)]
 
     def _refuse_views(self, verb: str, lo: int, hi: int, interrupting: bool) -> None:
         assert self._views is not None
@@ -448,7 +470,7 @@ class Region:
         raise refusal(verb, err, length, self.base + offset)
 
 
-def reserve(
+def reserve(  # noqa: PLR0912  # one branch a policy
     size: int,
     *,
     at: int | None = None,
@@ -506,32 +528,27 @@ def reserve(
         mode, accounting = "charge", 0
     if huge_pages == "prefer" and align is None and at is None:
         align = thp_size()
+    if at is not None:
+        at = _index(at)
     if at is None and hint is None and align is None and not guard and name is None:
         wish = _NULL
     else:
         wish = _wish(at, hint, align, guard, name)
-    handle = new_handle()
+    region = Region(size, mode, fork, name)
     try:
-        err = _reserve(handle, size, accounting, advice, wish)
+        err = _reserve(region._handle, size, accounting, advice, wish)
     except OverflowError:  # more bytes than an address can tell apart
         err = errno.ENOMEM
     if err:
-        raise refusal("reserve", err, size, at)
-    region = Region(handle, size, mode, fork, name)
+        raise refusal("reserve", err, size + (align or 0) + 2 * PAGE_SIZE * bool(guard), at)
+    if fork == "exclude":
+        region._make_lock()
     if seal:
-        err = lib.region_seal(handle)
+        err = lib.region_seal(region._handle)
         if err:
             region.release()
             raise refusal("seal", err, size)
     return region
-
-
-def new_handle() -> Any:
-    """Return a closed ``struct region`` that releases what it has when it is dropped."""
-    try:
-        return _spare_handles.pop()
-    except IndexError:
-        return _gc(ffi.new("struct region *"), _end)
 
 
 def _wish(
@@ -559,6 +576,9 @@ def _wish(
         wish.align = align
     if guard:
         wish.guard = PAGE_SIZE
+        if at is not None and at <= PAGE_SIZE:
+            msg = f"no room for a guard below the address {at:#x}"
+            raise RangeError(msg)
     if name is not None:
         wish.name = _checked_name(name)
     return wish
@@ -577,7 +597,7 @@ def _checked_name(name: str) -> bytes:
 
 def _unknown_word(mode: object, fork: object, huge_pages: object) -> ValueError:
     for given, known, what in ((mode, _MODES, "mode"), (fork, _FORKS, "fork")):
-        if given not in known:
+        if given not in list(known):
             return ValueError(f"{what} is one of {', '.join(known)}; not {given!r}")
     return ValueError(f"huge_pages is one of {', '.join(_HUGE)}; not {huge_pages!r}")
 
@@ -590,13 +610,42 @@ def _out_of_range(verb: str, offset: int, length: int, size: int) -> RangeError:
     return RangeError(f"can't {verb} {length} bytes at offset {offset} of a region of {size} bytes")
 
 
-def _pin(handle: Any, offset: int) -> Any:
-    """Return the address `offset` bytes into a region, which keeps the region mapped."""
+# -- views that outlive their region ----------------------------------------------------------
 
-    def keep(_: object) -> Any:
-        return handle
+# The view tables of all regions that have one. What is reachable only from a region that is garbage
+# itself loses its weak references before finalisers run; these are reachable from here.
+_view_tables: dict[int, ViewTable] = {}
 
-    return _gc(handle.base + offset, keep)
+# What is unmapped when the last anchor is gone.
+_outliving: dict[int, "_Outlived"] = {}
+
+
+class _Outlived:
+    """The addresses of a dropped region that live views still show."""
+
+    def __init__(
+        self, handle: Any, fork: Fork, anchors: list[Any], spans: list[tuple[int, int]]
+    ) -> None:
+        self.handle = handle
+        self.fork = fork
+        self.spans = spans
+        self.anchors = {id(ref): ref for ref in (weakref.ref(a, self._gone) for a in anchors)}
+
+    def _gone(self, ref: "weakref.ref[Any]") -> None:
+        self.anchors.pop(id(ref), None)
+        if not self.anchors and _outliving.pop(id(self), None) is not None:
+            _end(self.handle)
+
+
+def _outlived_by_views(region: Region, handle: Any) -> bool:
+    """Leave the addresses of a region that is being dropped to the views that still show them."""
+    anchors = region._views.anchors() if region._views is not None else []
+    if not anchors:
+        return False
+    spans = region._views.live(0, region.size, prune=False) if region._views is not None else []
+    left = _Outlived(handle, region.fork, anchors, spans)
+    _outliving[id(left)] = left
+    return True
 
 
 # -- fork -------------------------------------------------------------------------------------
@@ -614,30 +663,40 @@ def _register(region: Region) -> None:
     global _registry_limit  # noqa: PLW0603
     _registry.append(weakref.ref(region))
     if len(_registry) > _registry_limit:
-        _registry[:] = [ref for ref in _registry if ref() is not None]
+        # A finaliser may register another region meanwhile, at the end: it stays.
+        seen = len(_registry)
+        _registry[:seen] = [ref for ref in _registry[:seen] if ref() is not None]
         _registry_limit = 2 * len(_registry) + 64
 
 
 def _before_fork() -> None:
-    _registry_lock.acquire()
-    _held_for_fork[:] = [region for ref in _registry if (region := ref()) is not None]
-    while not _acquire_all(_locks_held_for_fork()):
-        pass
+    blocked: RLock | None = None
+    while True:
+        if blocked is not None:
+            with blocked:
+                pass
+        _registry_lock.acquire()
+        _held_for_fork[:] = [region for ref in _registry if (region := ref()) is not None]
+        blocked = _first_blocked(_locks_held_for_fork())
+        if blocked is None:
+            return
+        # To wait for one lock while holding others could deadlock.
+        _held_for_fork.clear()
+        _registry_lock.release()
 
 
 def _locks_held_for_fork() -> list[RLock]:
     return [region._lock for region in _held_for_fork if region._lock is not None]
 
 
-def _acquire_all(locks: list[RLock]) -> bool:
-    """Take all locks or none: waiting for one while holding another could deadlock."""
+def _first_blocked(locks: list[RLock]) -> RLock | None:
+    """Take all locks; or none, and return one that another thread has."""
     for i, lock in enumerate(locks):
         if not lock.acquire(blocking=False):
             for held in locks[:i]:
                 held.release()
-            with lock:
-                return False
-    return True
+            return lock
+    return None
 
 
 def _after_fork_in_parent() -> None:
@@ -649,22 +708,29 @@ def _after_fork_in_parent() -> None:
 
 def _after_fork_in_child() -> None:
     for region in _held_for_fork:
-        if region.fork == "exclude" and not region.released:
-            _leave_behind(region)
+        if region.fork == "exclude" and region._handle.base:
+            views = region._views
+            spans = [] if views is None else views.live(0, region.size, prune=False)
+            _leave_behind(region._handle, spans)
+            region.released = True
+    for left in _outliving.values():
+        if left.fork == "exclude":
+            _leave_behind(left.handle, left.spans)
     _after_fork_in_parent()
 
 
-def _leave_behind(region: Region) -> None:
-    """Make a region that the child did not inherit a released one, with zeros under its views."""
-    base = region.base
-    lib.region_forget(region._handle)
-    region.released = True
-    region._owner = None
-    if region._views is not None:
-        for lo, hi in region._views.live(0, region.size, prune=False):
-            start = (base + lo) & -PAGE_SIZE
-            for page in range(start, base + hi, PAGE_SIZE):
-                lib.vm_map_at(page, PAGE_SIZE, lib.VM_COMMITTED)
+def _leave_behind(handle: Any, spans: list[tuple[int, int]]) -> None:
+    """Forget addresses that the child did not inherit, and map zeros where views show them."""
+    base = int(ffi.cast("uintptr_t", handle.base))
+    lib.region_forget(handle)
+    at = 0
+    for lo, hi in sorted(spans):
+        start = max(at, (base + lo) & -PAGE_SIZE)
+        at = max(at, -(-(base + hi) // PAGE_SIZE) * PAGE_SIZE)
+        access = lib.VM_COMMITTED | lib.VM_NORESERVE
+        if start < at and lib.vm_map_at(start, at - start, access) != 0:
+            os.write(2, b"pyreserve: no memory for views of a region excluded from the fork\n")
+            os._exit(70)
 
 
 os.register_at_fork(

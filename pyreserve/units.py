@@ -48,6 +48,8 @@ def parse_size(text: str) -> int:
 
 def format_size(nbytes: int) -> str:
     """Write a number of bytes with four significant digits and a binary unit: ``136.1 GiB``."""
+    if abs(nbytes) >> 100:
+        return f"over 2**{abs(nbytes).bit_length() - 1} B"
     value, unit = float(nbytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
         if float(f"{abs(value):.4g}") < 1024:

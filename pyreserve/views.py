@@ -1,13 +1,12 @@
 """Which live buffers overlap a byte range, in a time that does not grow with their number.
 
-A buffer is known by a weak reference to its ``ffi.buffer`` object, which every consumer keeps
-alive: memoryviews and their slices, ndarrays, and also those that drop the Py_buffer and hold only
-the object, which an export counter misses. There are no weakref callbacks, so nothing ever runs
-inside the garbage collector; the dead are dropped when met, and all of them once twice as many
-buffers have been added as were alive at the last clean-up.
-
-Two rules of ``ffi.buffer``: it is unhashable, and two of them compare by the memory they show,
-which may not be readable. So references live in plain lists and are never compared.
+A buffer is known by a weak reference to its anchor: the address, a plain cdata, that its
+``ffi.buffer`` object keeps alive, as every consumer keeps that object alive: memoryviews and their
+slices, ndarrays, and also those that drop the Py_buffer and hold only the object, which an export
+counter misses. The anchor and not the buffer, since the garbage collector clears references to
+what it tracks before it runs finalisers, which may still use the buffer; it does not track a plain
+cdata. There are no weakref callbacks here; the dead are dropped when met, and all of them once
+twice as many buffers have been added as were alive at the last clean-up.
 """
 
 import weakref
@@ -46,12 +45,12 @@ class ViewTable:
         self._filled: list[int] = []  # the levels that have entries
         self._until_sweep = _PATIENCE
 
-    def add(self, exported: Any, lo: int, hi: int) -> None:
-        """Take in a buffer over [lo, hi)."""
+    def add(self, anchor: Any, lo: int, hi: int) -> None:
+        """Take in a buffer over [lo, hi) by its anchor."""
         if self._until_sweep == 0:
             self._sweep()
         self._until_sweep -= 1
-        self._insert((weakref.ref(exported), lo, hi))
+        self._insert((weakref.ref(anchor), lo, hi))
 
     def live(self, lo: int, hi: int, *, prune: bool) -> list[tuple[int, int]]:
         """Return the range of every live buffer that overlaps [lo, hi).
@@ -70,6 +69,16 @@ class ViewTable:
             for bucket in self._spanned(start, lo, hi):
                 self._descend(bucket, start, lo, hi, found, prune)
         return found
+
+    def anchors(self) -> list[Any]:
+        """Return the anchors of all live buffers."""
+        found = (
+            entry[0]()
+            for buckets in self._levels
+            for bucket in buckets.values()
+            for entry in bucket.entries
+        )
+        return [anchor for anchor in found if anchor is not None]
 
     def _level_of(self, length: int) -> int:
         bits = (length - 1).bit_length() - _FIRST_SHIFT

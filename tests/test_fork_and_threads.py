@@ -547,45 +547,31 @@ class TestThreads:
 
             assert sorted(outcomes) == ["released", "too late", "too late", "too late"]
 
-    def test_a_release_waits_for_a_first_use(self) -> None:
-        """A release that began before the region's first use still waits for a call under way."""
-        region = pyreserve.reserve(4 * PAGE_SIZE)
-        asked = threading.Event()
+    def test_a_release_and_a_first_use_exclude_each_other(self) -> None:
+        """Of a release and a first commit at the same moment, each happens wholly or not at all."""
+        regions = [pyreserve.reserve(4 * PAGE_SIZE) for _ in range(3000)]
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
 
-        class Announcing:
-            """Stands for the registry's lock and tells when somebody is about to wait for it."""
+        def use() -> None:
+            for region in regions:
+                with contextlib.suppress(ReleasedError):
+                    region.commit(0, 2 * PAGE_SIZE)
 
-            def __init__(self) -> None:
-                self.inner = region_module._registry_lock
+        def release() -> None:
+            for region in regions:
+                region.release()
 
-            def acquire(self, *_: object) -> bool:
-                asked.set()
-                return self.inner.acquire()
-
-            def release(self, *_: object) -> None:
-                self.inner.release()
-
-            __enter__, __exit__ = acquire, release
-
-        inner = region_module._registry_lock
-        thread = threading.Thread(target=region.release)
-        inner.acquire()
-        region_module._registry_lock = Announcing()  # type: ignore[assignment]
         try:
-            thread.start()
-            was_asked = asked.wait(PATIENCE)
+            threads = [threading.Thread(target=work) for work in (use, release)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(PATIENCE)
         finally:
-            region_module._registry_lock = inner
-        lock = region._make_lock()
-        lock.acquire()
-        inner.release()
+            sys.setswitchinterval(before)
 
-        # However slow the machine, a release that waits is never taken for one that does not.
-        thread.join(0.5)
-        finished_early = region.released
-        lock.release()
-        thread.join(PATIENCE)
-
-        assert was_asked
-        assert not finished_early
-        assert region.released
+        assert all(region.released for region in regions)
+        for region in regions:
+            with pytest.raises(ReleasedError):
+                region.commit(0, PAGE_SIZE)

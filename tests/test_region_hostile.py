@@ -309,10 +309,8 @@ class TestReserveArguments:
 
     def test_the_first_page_is_not_to_be_had_with_a_guard(self) -> None:
         """At the lowest page there is no room for a guard below."""
-        with pytest.raises(VMError) as caught:
+        with pytest.raises(RangeError, match="guard"):
             pyreserve.reserve(PAGE_SIZE, at=PAGE_SIZE, guard=True)
-
-        assert caught.value.errno in {errno.EINVAL, errno.EPERM}
 
     @pytest.mark.parametrize("align", [0, -1, 3, PAGE_SIZE + 1, 3 * PAGE_SIZE, 1 << 64, 1 << 70])
     def test_alignments_that_are_no_powers_of_two(self, align: int) -> None:

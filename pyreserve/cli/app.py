@@ -54,9 +54,12 @@ def _touch_size(text: str) -> int:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version  # noqa: PLC0415
+        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
 
-        typer.echo(f"pyreserve {version('pyreserve')}")
+        try:
+            typer.echo(f"pyreserve {version('pyreserve')}")
+        except PackageNotFoundError:
+            typer.echo("pyreserve, not installed")
         raise typer.Exit
 
 
@@ -92,7 +95,6 @@ def vsz(
         float | None,
         typer.Option(
             metavar="[SECONDS]",
-            min=0,
             help="Stay alive, to be looked at with ps, top, smem and /proc; Ctrl-C ends it.",
         ),
     ] = None,
@@ -102,6 +104,9 @@ def vsz(
     from pyreserve.cli import screen  # noqa: PLC0415
     from pyreserve.cli.report import VszRun  # noqa: PLC0415
 
+    if hold is not None and not hold >= 0:
+        msg = f"--hold takes a number of seconds, not {hold}"
+        raise typer.BadParameter(msg)
     if list_layouts:
         screen.list_layouts(as_json=json)
         return
@@ -119,7 +124,11 @@ def vsz(
                 screen.show(report)
             if hold is not None:
                 _hold(hold)
-    except (PyreserveError, MemoryError) as error:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except (PyreserveError, MemoryError, OSError) as error:
         message = getattr(error, "strerror", None) or str(error) or "out of memory"
         typer.echo(f"pyreserve: {message}", err=True)
         raise typer.Exit(1) from None
@@ -130,12 +139,14 @@ def _hold(seconds: float) -> None:
 
     pid = os.getpid()
     how_long = "until Ctrl-C" if math.isinf(seconds) else f"for {seconds:g} s"
-    typer.echo(
-        f"pid {pid} stays {how_long}: ps -o vsz,rss,cmd -p {pid}; cat /proc/{pid}/smaps", err=True
-    )
-    sys.stdout.flush()
     deadline = time.monotonic() + seconds
     try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        typer.echo(
+            f"pid {pid} stays {how_long}: ps -o vsz,rss,cmd -p {pid}; cat /proc/{pid}/smaps",
+            err=True,
+        )
         while (left := deadline - time.monotonic()) > 0:
             time.sleep(min(left, 3600))
     except KeyboardInterrupt:

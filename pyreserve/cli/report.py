@@ -174,12 +174,18 @@ def _steps(nbytes: int) -> Iterator[int]:
 
 
 def ps(pid: int) -> tuple[int, int] | None:
-    """Ask ``ps`` for VSZ and RSS of a process, in KiB; None where there is no ps."""
+    """Ask ``ps`` for VSZ and RSS of a process, in KiB; None where ps can't be run."""
     command = shutil.which("ps")
     if command is None:
         return None
-    answer = subprocess.run(
-        [command, "-o", "vsz=,rss=", "-p", str(pid)], capture_output=True, text=True, check=False
-    )
+    try:
+        answer = subprocess.run(
+            [command, "-o", "vsz=,rss=", "-p", str(pid)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no process may be started: ps is a witness, not a need
+        return None
     fields = answer.stdout.split()
     return (int(fields[0]), int(fields[1])) if len(fields) == 2 else None

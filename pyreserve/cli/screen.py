@@ -20,13 +20,16 @@ from pyreserve.units import GiB, KiB, format_size
 _LONG = 0.5  # seconds after which a progress bar is worth its lines
 
 
-def _console() -> Console:
-    # A pipe or a file has no width of its own; nothing here is wider than this.
-    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+def _console(width: int = 100) -> Console:
+    # A pipe or a file has no width of its own.
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Console(width=None if terminal else width, highlight=False)
 
 
 def show(report: VszReport) -> None:
-    """Print the whole screen."""
+    """Print the whole screen, if there is a standard output at all."""
+    if sys.stdout is None:
+        return
     console = _console()
     console.print(Text.assemble(("pyreserve vsz", "bold"), f"  {report.layout}, pid {report.pid}"))
     if report.fell_back is not None:
@@ -146,7 +149,7 @@ def list_layouts(*, as_json: bool) -> None:
     table.add_column("what it is")
     for layout in rows:
         table.add_row(layout.name, layouts.describe(layout))
-    _console().print(table)
+    _console(width=140).print(table)
 
 
 @contextmanager

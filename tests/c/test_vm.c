@@ -339,7 +339,6 @@ static void trying_leaves_no_mapping_behind(void) {
     (void)vm_try_name();
     (void)vm_try_pagemap_scan();
     (void)vm_try_procmap_query();
-    (void)vm_try_address(free_place());
     CHECK(witness_status("VmSize:") == before);
 }
 
@@ -372,17 +371,6 @@ static void a_refused_try_is_an_errno(void) {
     }
 }
 
-static void an_address_can_exist_whether_taken_or_free(void) {
-    uintptr_t at = mapped(1, VM_COMMITTED);
-    bytes(at)[0] = 42;
-    CHECK(vm_try_address(at) == 0);
-    CHECK(bytes(at)[0] == 42 && witness_all(at, page, 'w'));
-    CHECK(vm_release(at, page) == 0);
-    CHECK(vm_try_address(free_place()) == 0);
-    CHECK(vm_try_address((uint64_t)1 << 62) == ENOMEM);
-    CHECK(vm_try_address(UINT64_MAX / page * page) == ENOMEM);
-}
-
 int main(void) {
     page = vm_page_size();
     RUN(the_page_size_is_the_kernels);
@@ -411,6 +399,5 @@ int main(void) {
     RUN(trying_leaves_no_mapping_behind);
     RUN(what_was_tried_can_be_used);
     RUN(a_refused_try_is_an_errno);
-    RUN(an_address_can_exist_whether_taken_or_free);
     return check_report("test_vm");
 }
