@@ -398,12 +398,15 @@ class TestForkUnderThreads:
             lock = first._lock
             assert lock is not None
             inside, is_forked = threading.Event(), threading.Event()
+            sys.setswitchinterval(1e-6)
 
             def work() -> None:
                 registry = region_module._registry_lock
                 with lock:
                     inside.set()
-                    while not is_forked.is_set() and registry.acquire(blocking=False):
+                    for _ in range(20_000):
+                        if is_forked.is_set() or not registry.acquire(blocking=False):
+                            break
                         registry.release()
                     second.commit(0, PAGE_SIZE)
 

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import ctypes
-import errno
 import gc
 import pickle
 import threading
