@@ -126,7 +126,8 @@ class Region:
 
     def __del__(self) -> None:
         handle, self._handle = self._handle, _CLOSED
-        _view_tables.pop(id(self), None)
+        if self._views is not None:
+            del _view_tables[id(self)]
         if self.released:
             # Nobody has this handle any more: the next region may use it.
             _spare_handles.append(handle)
