@@ -19,7 +19,7 @@ class PyreserveError(Exception):
 
 
 class VMError(PyreserveError, OSError):
-    """The kernel refused a verb; nothing has changed.
+    """The kernel refused a verb; what the region holds is as it was, unless the verb says more.
 
     Attributes:
         verb: ``"reserve"``, ``"commit"``, ... (str).
@@ -27,7 +27,7 @@ class VMError(PyreserveError, OSError):
         address: where, or None if anywhere would have done (int or None).
         limit: which limit refused, if it can be known: ``"RLIMIT_AS"``, ``"RLIMIT_DATA"``,
             ``"RLIMIT_MEMLOCK"``, ``"overcommit"``, ``"max_map_count"``, ``"mmap_min_addr"``,
-            ``"address space"``; else None.
+            ``"address space"``, ``"layout"`` (an arena's own bounds); else None.
     """
 
     verb: str

@@ -20,7 +20,6 @@ import os
 import sys
 import weakref
 from _thread import RLock
-from collections import deque
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -67,7 +66,8 @@ _reserve = lib.region_reserve
 _NULL = ffi.NULL
 # What a region has for a handle after its end, and handles for the next regions to use.
 _CLOSED = ffi.new("struct region *")
-_spare_handles: deque[Any] = deque(maxlen=16)
+_spare_handles: list[Any] = []
+_SPARES = 16
 
 
 class Region:
@@ -128,13 +128,12 @@ class Region:
         handle, self._handle = self._handle, _CLOSED
         if self._views is not None:
             del _view_tables[id(self)]
-        if self.released:
+        if self.released and len(_spare_handles) < _SPARES:
             # Nobody has this handle any more: the next region may use it.
             _spare_handles.append(handle)
-        else:
-            self.released = True
-            if not _outlived_by_views(self, handle):
-                _end(handle)
+        elif not _outlived_by_views(self, handle):
+            _end(handle)
+        self.released = True
 
     # -- what it is ---------------------------------------------------------------------------
 
@@ -259,6 +258,8 @@ class Region:
             RangeError: not whole OS pages inside the region.
             ViewError: live views hold some of the bytes.
             VMError: refused (max_map_count: a hole splits a mapping), or the region is sealed.
+                Should the kernel refuse the region's policies for the fresh addresses, that is
+                raised although the bytes are decommitted.
             ReleasedError: the region was released.
         """
         offset, length = _index(offset), _index(length)
@@ -640,11 +641,11 @@ class _Outlived:
 
 def _outlived_by_views(region: Region, handle: Any) -> bool:
     """Leave the addresses of a region that is being dropped to the views that still show them."""
-    anchors = region._views.anchors() if region._views is not None else []
-    if not anchors:
+    views = region._views
+    anchors = [] if views is None else views.anchors()
+    if views is None or not anchors:
         return False
-    spans = region._views.live(0, region.size, prune=False) if region._views is not None else []
-    left = _Outlived(handle, region.fork, anchors, spans)
+    left = _Outlived(handle, region.fork, anchors, views.live(0, region.size, prune=False))
     _outliving[id(left)] = left
     return True
 
