@@ -9,8 +9,10 @@ from pyreserve.arena import WORD
 
 pytestmark = pytest.mark.skipif(WORD != 8, reason="reserves more than 32 bits have")
 
+# Python 3.12 and later warn of any fork under threads.
 PRELUDE = """
-import gc, os, signal
+import gc, os, signal, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
 from pyreserve import *
 from pyreserve import PAGE_SIZE as P, procfs
 """
