@@ -6,7 +6,6 @@ import gc
 import mmap
 import platform
 import resource
-import sys
 from collections.abc import Callable
 from typing import Literal
 
@@ -27,7 +26,7 @@ from pyreserve import (
     VMError,
 )
 
-only_64_bit = pytest.mark.skipif(sys.maxsize < 1 << 62, reason="needs 64-bit addresses")
+only_64_bit = witness.only_64_bit
 charged_by_heuristic = pytest.mark.skipif(
     witness.vm_setting("overcommit_memory") != 0, reason="vm.overcommit_memory is not 0"
 )

@@ -263,6 +263,7 @@ class TestReserveArguments:
 
         assert caught.value.limit == "address space"
 
+    @witness.only_64_bit
     @pytest.mark.parametrize("shift", [48, 57, 62, 63])
     def test_alignments_beyond_all_addresses(self, shift: int) -> None:
         """An alignment that no free address can have is out of memory."""
@@ -294,6 +295,7 @@ class TestReserveArguments:
         with pytest.raises(RangeError):
             pyreserve.reserve(PAGE_SIZE, **{where: address})  # type: ignore[arg-type]
 
+    @witness.only_64_bit
     @pytest.mark.parametrize("guard", [False, True])
     @pytest.mark.parametrize(
         "address", [(1 << 64) - PAGE_SIZE, (1 << 64) - 2 * PAGE_SIZE, 1 << 63, 1 << 60]
@@ -317,6 +319,7 @@ class TestReserveArguments:
         with pytest.raises(RangeError):
             pyreserve.reserve(PAGE_SIZE, align=align)
 
+    @witness.only_64_bit
     def test_places_that_contradict(self) -> None:
         """`at` excludes a hint, and must itself be aligned as asked."""
         with pytest.raises(ValueError, match="exclude"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import witness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -376,6 +377,7 @@ class TestManyViews:
 
         assert region.released
 
+    @witness.only_64_bit
     def test_a_wide_view_is_found_from_anywhere(self, region: Region) -> None:
         """One view over everything is found by the smallest decommit in its midst."""
         with pyreserve.reserve(1 << 33, mode="noreserve") as wide:

@@ -26,6 +26,8 @@ Answer = TypeVar("Answer")
 
 RESERVED, COMMITTED = "---p", "rw-p"
 
+only_64_bit = pytest.mark.skipif(sys.maxsize < 1 << 62, reason="needs 64-bit addresses")
+
 
 class Span(NamedTuple):
     """A mapping, or the part of it that lies inside the addresses that were asked about."""
