@@ -65,9 +65,10 @@ int64_t lazybitmap_set(struct region *bits, uint64_t start, uint64_t stop, uint6
     int err = runs_copy(&before, &bits->committed);
     if (err != 0)
         return -err;
-    if (step < COMMIT_STEP) /* no step of words is left out anyway */
+    bool dense = step <= COMMIT_STEP * 8; /* no step of words is left out anyway */
+    if (dense)
         err = commit(bits, start, stop);
-    for (uint64_t i = start; step >= COMMIT_STEP && i < stop && err == 0; i += step)
+    for (uint64_t i = start; !dense && i < stop && err == 0; i += step)
         err = commit(bits, i, i + 1);
     if (settle(bits, &before, err) != 0)
         return -err;

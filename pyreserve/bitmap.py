@@ -246,6 +246,10 @@ class Bitmap:
             low, stride, _ = _ascending(start, step, n)
             self._change_bits(_set if value else _clear, low, low + (n - 1) * stride + 1, stride)
 
+    def __contains__(self, index: int) -> bool:
+        """``i in bitmap``: whether bit i is set; False for what is no bit of it."""
+        return 0 <= _index(index) < self.nbits and self.test(index)
+
     def __enter__(self) -> "Self":
         self._alive()
         return self

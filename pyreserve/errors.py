@@ -22,7 +22,7 @@ class VMError(PyreserveError, OSError):
     """The kernel refused a verb; what the region holds is as it was, unless the verb says more.
 
     Attributes:
-        verb: ``"reserve"``, ``"commit"``, ... (str).
+        verb: ``"reserve"``, ``"commit"``, ...; ``"map"`` reserves and commits in one (str).
         nbytes: how many bytes were asked for (int).
         address: where, or None if anywhere would have done (int or None).
         limit: which limit refused, if it can be known: ``"RLIMIT_AS"``, ``"RLIMIT_DATA"``,

@@ -88,22 +88,16 @@ class Region:
     __slots__ = (
         "__weakref__",
         "_busy",
+        "_fork",
         "_handle",
         "_lock",
+        "_mode",
+        "_name",
+        "_released",
+        "_size",
         "_unused",
         "_views",
-        "fork",
-        "mode",
-        "name",
-        "released",
-        "size",
     )
-
-    released: bool
-    size: int
-    mode: Mode
-    fork: Fork
-    name: str | None
 
     def __init__(self, size: int, mode: Mode, fork: Fork, name: str | None) -> None:
         """For `reserve`: a region whose ``struct region`` is still to be opened."""
@@ -118,24 +112,49 @@ class Region:
         self._views: ViewTable | None = None
         # A call that must not be interrupted by the making of a view is under way.
         self._busy = False
-        self.released = False
-        self.size = size
-        self.mode = mode
-        self.fork = fork
-        self.name = name
+        self._released = False
+        self._size = size
+        self._mode: Mode = mode
+        self._fork: Fork = fork
+        self._name = name
 
     def __del__(self) -> None:
         handle, self._handle = self._handle, _CLOSED
         if self._views is not None:
             del _view_tables[id(self)]
-        if self.released and len(_spare_handles) < _SPARES:
+        if not handle.base and len(_spare_handles) < _SPARES:
             # Nobody has this handle any more: the next region may use it.
             _spare_handles.append(handle)
         elif not _outlived_by_views(self, handle):
             _end(handle)
-        self.released = True
+        self._released = True
 
     # -- what it is ---------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Bytes from the first to the last, guards not counted."""
+        return self._size
+
+    @property
+    def mode(self) -> Mode:
+        """How commits are accounted."""
+        return self._mode
+
+    @property
+    def fork(self) -> Fork:
+        """What a forked child finds."""
+        return self._fork
+
+    @property
+    def name(self) -> str | None:
+        """The name given, whether or not the kernel shows it."""
+        return self._name
+
+    @property
+    def released(self) -> bool:
+        """Whether the region was released."""
+        return self._released
 
     @property
     def base(self) -> int:
@@ -176,8 +195,8 @@ class Region:
         """
         offset, length = _index(offset), _index(length)
         if offset < 0 or length <= 0:
-            raise _out_of_range("is_committed", offset, length, self.size)
-        if offset + length > self.size:
+            raise _out_of_range("is_committed", offset, length, self._size)
+        if offset + length > self._size:
             self._alive()
             return False
         with self._lock or self._make_lock():
@@ -266,7 +285,7 @@ class Region:
         with self._lock or self._make_lock():
             interrupting, self._busy = self._busy, True
             try:
-                if self._views is not None and offset >= 0 < length <= self.size - offset:
+                if self._views is not None and offset >= 0 < length <= self._size - offset:
                     self._refuse_views("decommit", offset, offset + length, interrupting)
                 err = _decommit(self._handle, offset, length)
             except OverflowError:
@@ -284,17 +303,20 @@ class Region:
             VMError: refused (max_map_count), or the region is sealed.
             ReleasedError: it was released before.
         """
+        unused = True
         try:
             del self._unused
         except AttributeError:
-            err = self._release_used()
-        else:
+            unused = False
+        if unused:
             err = _release(self._handle)
             if err:
                 self._unused = None
-            self.released = not err
+            self._released = not err
+        else:
+            err = self._release_used()
         if err:
-            self._fail("release", err, 0, self.size)
+            self._fail("release", err, 0, self._size)
 
     def _release_used(self) -> int:
         with self._lock or self._make_lock():
@@ -302,9 +324,9 @@ class Region:
             interrupting, self._busy = self._busy, True
             try:
                 if self._views is not None:
-                    self._refuse_views("release", 0, self.size, interrupting)
+                    self._refuse_views("release", 0, self._size, interrupting)
                 err: int = _release(self._handle)
-                self.released = not err
+                self._released = not err
             finally:
                 self._busy = interrupting
         return err
@@ -325,9 +347,9 @@ class Region:
             RuntimeError: called by a finaliser or signal handler inside another call on the region.
         """
         offset, length = _index(offset), _index(length)
-        if offset < 0 or length <= 0 or offset + length > self.size:
+        if offset < 0 or length <= 0 or offset + length > self._size:
             self._alive()
-            raise _out_of_range("view", offset, length, self.size)
+            raise _out_of_range("view", offset, length, self._size)
         with self._lock or self._make_lock():
             if self._busy:
                 msg = "view called from inside another call on the same region"
@@ -336,7 +358,7 @@ class Region:
             self._busy = True
             try:
                 if self._views is None:
-                    _view_tables[id(self)] = self._views = ViewTable(self.size)
+                    _view_tables[id(self)] = self._views = ViewTable(self._size)
                 # A fresh cdata each time: it lives exactly as long as the buffer made of it.
                 anchor = self._anchor(offset)
                 exported = _buffer(anchor, length)
@@ -388,7 +410,7 @@ class Region:
 
     def __repr__(self) -> str:
         if self.released:
-            return f"<Region of {format_size(self.size)}, released>"
+            return f"<Region of {format_size(self._size)}, released>"
         with self._lock or self._make_lock():
             runs = self._handle.committed
             base = int(ffi.cast("uintptr_t", self._handle.base))
@@ -397,7 +419,7 @@ class Region:
         pieces = f" in {count} piece{'s' if count != 1 else ''}" if count else ""
         sealed = ", sealed" if self._handle.sealed else ""
         return (
-            f"<Region{name} {base:#x}-{base + self.size:#x} of {format_size(self.size)}: "
+            f"<Region{name} {base:#x}-{base + self._size:#x} of {format_size(self._size)}: "
             f"{format_size(committed)} committed{pieces}, mode {self.mode}{sealed}>"
         )
 
@@ -408,7 +430,7 @@ class Region:
     # -- inside -------------------------------------------------------------------------------
 
     def _alive(self) -> None:
-        if self.released:
+        if self._released:
             raise _released()
 
     def _make_lock(self) -> RLock:
@@ -460,7 +482,7 @@ class Region:
             msg = f"can't {verb}: the region is sealed until the process ends (mseal)"
             raise VMError(errno.EPERM, msg, verb=verb, nbytes=length, address=self.base + offset)
         if err == lib.REGION_OUTSIDE:
-            raise _out_of_range(verb, offset, length, self.size)
+            raise _out_of_range(verb, offset, length, self._size)
         if err < 0:
             reason = {
                 lib.REGION_MISALIGNED: f"not whole OS pages of {PAGE_SIZE} bytes",
@@ -714,7 +736,7 @@ def _after_fork_in_child() -> None:
             views = region._views
             spans = [] if views is None else views.live(0, region.size, prune=False)
             _leave_behind(region._handle, spans)
-            region.released = True
+            region._released = True
     for left in _outliving.values():
         if left.fork == "exclude":
             _leave_behind(left.handle, left.spans)

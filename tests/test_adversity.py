@@ -187,6 +187,18 @@ for n in ("commit","decommit","discard","populate","view","is_committed"):
     try: getattr(r,n)(0,P); assert 0,n
     except ReleasedError: pass
 """
+FACTS["what a region says of itself can not be overwritten"] = """
+r = reserve(1 << 20); r.commit(0, 1 << 20)
+for name in ("released", "size", "mode", "fork", "name"):
+    try: setattr(r, name, True); assert 0, name
+    except AttributeError: pass
+"""
+FACTS["a refused release shows its reason and nothing else"] = """
+r = reserve(1 << 20); r.commit(0, 1 << 20); v = r.view(0, 10)
+try: r.release(); assert 0
+except BufferError as refused: assert refused.__context__ is None
+b = Bitmap(100); b.set(5); assert 5 in b and 6 not in b and 1000 not in b
+"""
 
 
 @pytest.mark.parametrize("fact", FACTS)

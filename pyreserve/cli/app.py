@@ -49,7 +49,7 @@ def _size(text: str) -> int:
 
 
 def _touch_size(text: str) -> int:
-    return _size(text if not text.strip().isdigit() else f"{text}MiB")
+    return _size(f"{text}MiB" if _is_number(text) else text)
 
 
 def _version(wanted: bool) -> None:

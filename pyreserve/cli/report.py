@@ -1,5 +1,6 @@
 """What ``pyreserve vsz`` finds out: one object, for the screen and for JSON alike."""
 
+import errno
 import gc
 import json
 import os
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from pyreserve import procfs
 from pyreserve.arena import Arena, FellBack
 from pyreserve.errors import OutOfMemoryError
-from pyreserve.layouts import Piece
-from pyreserve.units import KiB, MiB, format_size
+from pyreserve.layouts import GO_PAGE, Piece, round_up
+from pyreserve.limits import PAGE_SIZE
+from pyreserve.units import MiB, format_size
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -154,7 +156,7 @@ def _refuse_too_much(touch: int) -> None:
             f"touching {format_size(touch)} takes that much memory, and {format_size(available)} "
             "are available"
         )
-        raise OutOfMemoryError(12, msg, verb="populate", nbytes=touch)
+        raise OutOfMemoryError(errno.ENOMEM, msg, verb="populate", nbytes=touch)
 
 
 def _touch(arena: Arena, nbytes: int, progress: Progress) -> None:
@@ -170,7 +172,7 @@ def _steps(nbytes: int) -> Iterator[int]:
     yield from (MiB for _ in range(nbytes // MiB))
     rest = nbytes % MiB
     if rest:
-        yield -(-rest // (64 * KiB)) * 64 * KiB
+        yield round_up(rest, max(GO_PAGE, PAGE_SIZE))
 
 
 def ps(pid: int) -> tuple[int, int] | None:

@@ -51,6 +51,8 @@ def show(report: VszReport) -> None:
 
 def _heading(report: VszReport) -> str:
     span = f"{report.start:x}-{report.end:x}, {format_size(report.end - report.start)}"
+    if report.strategy == "arenas":
+        return f"Mapped as whole arenas, their metadata elsewhere ({span}):"
     if report.strategy == "probe":
         return f"Mapped in the place that was probed, not reserved ({span}):"
     return f"Inside the reservation ({span}):"
@@ -113,6 +115,12 @@ def verdict(report: VszReport) -> str:
     touched = (
         f", {format_size(report.touched)} of them touched on request" if report.touched else ""
     )
+    if report.strategy == "arenas":
+        return (
+            f"This is no leak: {report.layout} maps whole arenas and their metadata, which take "
+            "memory only where they are touched. "
+            f"RSS, the memory in use, grew by {memory}{touched}."
+        )
     if not hidden:
         return (
             f"This is no leak, and VSZ does not even look like one: {report.layout} maps each "
