@@ -71,6 +71,12 @@ int vm_advise(uintptr_t address, size_t length, int advice);
  * built without CONFIG_ANON_VMA_NAME or does not like the characters. */
 int vm_name(uintptr_t address, size_t length, const char *name);
 
+/* How many bytes of a mapped range are in memory. */
+int vm_resident(uintptr_t address, size_t length, size_t *nbytes);
+
+/* Milliseconds of a clock that never goes back, good for a few of them; the number wraps round. */
+uint32_t vm_milliseconds(void);
+
 /* Forbids every later change of access or address of the range, for the rest of the process's
  * life (mseal, Linux 6.10). */
 int vm_seal(uintptr_t address, size_t length);

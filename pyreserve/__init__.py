@@ -7,10 +7,12 @@
 """
 
 from pyreserve import layouts
-from pyreserve.arena import Arena, HeapBitmap
+from pyreserve.arena import Arena
 from pyreserve.bitmap import Bitmap
+from pyreserve.blocks import Block, Blocks
 from pyreserve.capabilities import Capabilities, capabilities
 from pyreserve.errors import (
+    FreeError,
     OutOfMemoryError,
     PyreserveError,
     RangeError,
@@ -18,7 +20,10 @@ from pyreserve.errors import (
     ViewError,
     VMError,
 )
+from pyreserve.heapbitmap import HeapBitmap
 from pyreserve.limits import PAGE_SIZE
+from pyreserve.memstats import MemStats
+from pyreserve.pagealloc import PageAllocator
 from pyreserve.region import Region, reserve
 from pyreserve.units import GiB, KiB, MiB, TiB, format_size, parse_size
 
@@ -26,12 +31,17 @@ __all__ = [
     "PAGE_SIZE",
     "Arena",
     "Bitmap",
+    "Block",
+    "Blocks",
     "Capabilities",
+    "FreeError",
     "GiB",
     "HeapBitmap",
     "KiB",
+    "MemStats",
     "MiB",
     "OutOfMemoryError",
+    "PageAllocator",
     "PyreserveError",
     "RangeError",
     "Region",

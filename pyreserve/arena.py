@@ -1,47 +1,58 @@
-"""The engine that brings a layout to life: reserve, grow, and map the metadata that follows."""
+"""The arena: blocks out of a layout that is alive, and idle memory back to the system."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any
 
-from pyreserve import layouts, procfs
 from pyreserve._native import ffi, lib
-from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError, VMError
-from pyreserve.layouts import Layout, Piece, Placement, Request, round_up
-from pyreserve.limits import PAGE_SIZE, address_bits, refusal
-from pyreserve.region import Region, reserve
-from pyreserve.units import GiB, KiB, MiB, format_size
+from pyreserve.blocks import Block, Blocks, no_block
+from pyreserve.engine import WORD, Engine, FellBack
+from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError
+from pyreserve.forks import register
+from pyreserve.heapbitmap import HeapBitmap
+from pyreserve.limits import PAGE_SIZE, refusal
+from pyreserve.memstats import MemStats
+from pyreserve.pagealloc import TablesLock, _integers
+from pyreserve.region import Mode, Region, reserve
+from pyreserve.scavenger import FIVE_MINUTES, Scavenger
+from pyreserve.units import MiB, TiB, format_size
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+__all__ = ["WORD", "Arena", "FellBack"]
 
-WORD: int = ffi.sizeof("void *")
-_PROBE = 64 * KiB  # what Go mapped to see whether a place is free (src/runtime/mem_linux.c)
-_LOW = 4 * GiB  # where the 32-bit mechanism looks for its window
-_LOW_STEP = 16 * MiB
-_BRK_ROOM = 64 * MiB  # left to the C library's heap, which grows upward from the program's end
-
-
-class FellBack(NamedTuple):
-    """Why a layout could not be had: in words, and the limit that refused if it is known."""
-
-    because: str
-    limit: str | None
+_alloc = lib.heap_alloc
+_free = lib.heap_free
+_find = lib.heap_find
+_nbytes = lib.heap_nbytes
+_address = lib.heap_address
+_ZEROED = 1 << lib.HEAP_PAGE_BITS
+_BLOCKS_AT_ONCE = 256
+_PIECES_AT_ONCE = 256
+_LONGEST_PIECE = 64 * MiB  # given back in one system call, so that nobody waits for long
+_ARENAS_MOST = TiB  # of arenas that lie apart: what the tables are made for
 
 
-class Arena:
-    """A layout at work: addresses reserved as it says, memory committed as the arena grows.
+class Arena(Engine):
+    """A heap in a layout: addresses reserved as it says, memory committed as blocks need it.
+
+    Blocks are whole pages of the layout (8 KiB in Go's), placed by address-ordered first fit: the
+    lowest run of free pages that is long enough. To allocate or free takes the same time whatever
+    the size of the arena and the block, but for about 0.1 ns a page of the block to free.
 
     Args:
         layout: a name from `pyreserve.layouts.names`; None takes the article's layout for this
             interpreter's word size.
         size: bytes of arena, for ``"native"`` only.
+        mode: how commits are accounted, as for `pyreserve.reserve`.
+        scavenge_after: seconds; if given, a thread gives back what was idle for so long
+            (`start_scavenger`).
 
     A 64-bit Go layout whose reservation is refused falls back to the 32-bit mechanism, as the
     runtime did; `layout` then differs from `requested_layout`, and `fell_back` says why.
 
-    The methods may be called from any thread.
+    The methods may be called from any thread. A forked child has the arena with all its blocks, as
+    its own copy, and no scavenger.
 
     Raises:
         KeyError: no such layout.
@@ -49,40 +60,151 @@ class Arena:
         OutOfMemoryError: the addresses were refused; ``limit`` says by what.
     """
 
-    def __init__(self, layout: str | None = None, *, size: int | None = None) -> None:
-        name = layouts.default_name(WORD) if layout is None else layout
-        self.requested_layout = layouts.get(name, size=size, word=WORD)
-        self.fell_back: FellBack | None = None
-        self._elsewhere: list[Region] = []  # metadata that does not lie beside the arena
-        self._in_use = 0
-        self._undo: list[tuple[Any, ...]] | None = None  # while growing
+    def __init__(
+        self,
+        layout: str | None = None,
+        *,
+        size: int | None = None,
+        mode: Mode = "charge",
+        scavenge_after: float | None = None,
+    ) -> None:
+        self._heap: Any = None
+        self._tables: Region | None = None
+        self._scavenger: Scavenger | None = None
+        super().__init__(layout, size, mode)
+        self._region._owner = "an arena"
+        self._base = self._region.base
+        if scavenge_after is not None:
+            self.start_scavenger(scavenge_after)
+
+    def __del__(self) -> None:
+        if self._scavenger is not None:
+            self._scavenger.stop()
+        if self._heap is not None:
+            lib.heap_end(self._heap)
+
+    # -- allocate and free --------------------------------------------------------------------
+
+    def alloc(self, nbytes: int, align: int = 1, *, zero: bool = False) -> Block:
+        """Allocate a block of `nbytes` bytes.
+
+        Its address is a multiple of `align`, a power of two (and of the page in any case). The
+        contents are zero where nobody used the bytes before, which `Block.zeroed` tells; `zero`
+        clears the rest, and only that. Where no free run is long enough the arena grows, by 1 MiB
+        or what the block needs if that is more, and if that is refused by just what it needs.
+
+        Raises:
+            RangeError: `nbytes` is not positive, or `align` not a power of two.
+            OutOfMemoryError: the layout has no more room, or the kernel refused; it says what was
+                asked for, what is in use and what is reserved. Nothing has changed.
+            ReleasedError: the arena was released.
+            RuntimeError: called by a finaliser or signal handler inside a growth, and the arena had
+                to grow.
+        """
+        nbytes = _index(nbytes)
         try:
-            self.layout, self._region = self.requested_layout, self._open(self.requested_layout)
-        except VMError as refused:
-            other = layouts.fallback_of(self.requested_layout)
-            if other is None:
+            handle = _alloc(self._heap, nbytes, align, zero, False)
+        except (OverflowError, TypeError):  # no heap yet, or no numbers for C
+            handle = lib.HEAP_CLOSED
+        if handle < 0:
+            handle = self._alloc_slowly(nbytes, _index(align), bool(zero))
+        return Block(self, handle, nbytes)
+
+    def free(self, block: Block) -> None:
+        """Free a block. Its memory stays for the next one, until `scavenge`.
+
+        Raises:
+            FreeError: it was freed before.
+            RangeError: it is a block of another arena.
+            ViewError: live views hold some of the bytes; nothing has changed.
+            ReleasedError: the arena was released.
+        """
+        if block._arena is not self:
+            raise _foreign(block)
+        with self._lock:
+            region = self._region
+            if region._views is not None and _nbytes(self._heap, block._handle) > 0:
+                low = int(_address(self._heap, block._handle)) - self._base
+                region._refuse_views("free", low, low + block._nbytes, region._busy)
+            freed = _free(self._heap, block._handle)
+        if freed < 0:
+            self._alive()
+            raise no_block()
+
+    def alloc_many(self, sizes: Any) -> Blocks:
+        """Allocate a block for each of `sizes`: an iterable or a buffer of positive integers.
+
+        Raises:
+            As `alloc`, for the first size that is refused; then no block was allocated, though the
+            arena may have grown.
+        """
+        wanted = _integers(sizes, "sizes")
+        count = len(wanted.values)
+        handles = ffi.new("int64_t[]", count)
+        refused = ffi.new("int64_t *")
+        with self._lock:
+            self._alive()
+            self._open_heap()
+            done = 0
+            try:
+                while True:
+                    done += lib.heap_alloc_many(
+                        self._heap, wanted.struct, handles, done, count, True, refused
+                    )
+                    if done == count:
+                        break
+                    self._make_room(int(refused[0]), wanted.struct, done, count)
+            except BaseException:
+                lib.heap_free_many(self._heap, handles, done, True, ffi.new("size_t *"))
                 raise
-            self.fell_back = FellBack(refused.strerror or str(refused), refused.limit)
-            self.layout, self._region = other, self._open(other)
-        self._lock = self._region._make_lock()
+        return Blocks(self, handles)
 
-    # -- what it is ---------------------------------------------------------------------------
+    def free_many(self, blocks: Iterable[Block]) -> None:
+        """Free blocks, all or none: `Blocks`, or any iterable of Block.
 
-    placement: Placement
-    """Where everything lies at this moment; addresses."""
+        Raises:
+            As `free`, for the first block that is refused; then none was freed.
+        """
+        if isinstance(blocks, Blocks):
+            foreign: Block | Blocks | None = blocks if blocks.arena is not self else None
+            handles = blocks._handles
+        else:
+            some = list(blocks)
+            foreign = next((block for block in some if block._arena is not self), None)
+            handles = ffi.new("int64_t[]", [block._handle for block in some])
+        if foreign is not None:
+            raise _foreign(foreign)
+        failed = ffi.new("size_t *")
+        with self._lock:
+            self._alive()
+            if self._heap is None:
+                return
+            if self._region._views is not None:
+                self._refuse_views(handles)
+            freed = lib.heap_free_many(self._heap, handles, len(handles), False, failed)
+        if freed < 0:
+            raise no_block()
+
+    def block_at(self, address: int) -> Block | None:
+        """Return the block that has the byte at `address`; None if none has. Asks the spans."""
+        address = _index(address)
+        self._alive()
+        if self._heap is None or not 0 <= address < 1 << (8 * WORD):
+            return None
+        handle = int(_find(self._heap, address))
+        nbytes = int(_nbytes(self._heap, handle)) if handle >= 0 else handle
+        return Block(self, handle, nbytes) if nbytes > 0 else None
+
+    def blocks(self) -> Iterator[Block]:
+        """Iterate over all blocks, lowest address first.
+
+        Sees changes made meanwhile, except in the few hundred blocks that it is ahead.
+        """
+        self._alive()
+        return self._walk()
 
     @property
-    def region(self) -> Region:
-        """The region that holds spans, bitmap and arena."""
-        return self._region
-
-    @property
-    def in_use(self) -> int:
-        """Bytes of arena handed out by `grow`."""
-        return self._in_use
-
-    @property
-    def heap_bitmap(self) -> "HeapBitmap":
+    def heap_bitmap(self) -> HeapBitmap:
         """The heap bitmap.
 
         Raises:
@@ -93,429 +215,357 @@ class Arena:
             raise ValueError(msg)
         return HeapBitmap(self)
 
-    def maps(self) -> list[Piece]:
-        """What /proc/self/maps shows inside the addresses that the arena owns, lowest first."""
-        with self._lock:
-            base, placement = self._region.base, self.placement
-            owned = [(base + at, base + at + n) for at, n in self._region._runs("reserved")]
-        pieces = []
-        for mapping in procfs.read_maps():
-            for low, high in owned:
-                start, end = max(low, mapping.start), min(high, mapping.end)
-                if start < end:
-                    what = placement.what(start, end)
-                    pieces.append(Piece(start, end, mapping.perms, what))
-        return pieces
+    # -- give back ----------------------------------------------------------------------------
 
-    # -- growth -------------------------------------------------------------------------------
+    def scavenge(
+        self, nbytes: int | None = None, older_than: float | None = None, lazy: bool = False
+    ) -> int:
+        """Give memory of free pages back to the system, highest addresses first.
 
-    def grow(self, nbytes: int) -> int:
-        """Take `nbytes` more of the arena, commit them and the metadata for them.
+        Pages that nobody used since they were committed or given back have no memory and are left
+        alone. The address space stays reserved. In mode ``"charge"`` pieces of 1 MiB and more are
+        decommitted, so that the commit charge goes back too, unless that would leave the arena in
+        more than 512 pieces; everything else is discarded. To use such pages again costs a page
+        fault each, as at first, and a commit where they were decommitted.
 
-        Rounded up to whole pages of the layout. Where the arena is used up, more addresses are
-        asked for by the layout's rules.
+        Args:
+            nbytes: at the most so many bytes, rounded up to whole pages; None: all.
+            older_than: only what was free for so many seconds; None: all.
+            lazy: let the kernel take the memory when it needs some (MADV_FREE): cheaper, but it
+                counts in RSS until then, and the bytes do not count as zero.
 
         Returns:
-            The address of the first of the new bytes. They read zero.
+            Bytes given back.
 
         Raises:
-            RangeError: not positive.
-            OutOfMemoryError: refused; nothing has changed.
-            VMError: somebody mapped addresses that were only probed (EEXIST).
+            RangeError: negative numbers.
+            ViewError: live views from `region` hold some of the free bytes.
+            VMError: the kernel refused, and nothing was given back.
             ReleasedError: the arena was released.
-            RuntimeError: called by a finaliser or signal handler inside another growth.
         """
-        nbytes = _index(nbytes)
-        if nbytes <= 0:
-            msg = f"an arena grows by a positive number of bytes, not {nbytes}"
+        most = 1 << 62 if nbytes is None else _index(nbytes)
+        age = 0 if older_than is None else int(older_than * 1000)
+        if most < 0 or age < 0:
+            msg = "scavenge takes no negative numbers"
             raise RangeError(msg)
-        nbytes = round_up(nbytes, max(self.layout.page, PAGE_SIZE))
+        left, below, total, more = -(-most // self._page), 1 << 62, 0, True
+        pieces = ffi.new("struct pagealloc_run[]", _PIECES_AT_ONCE)
+        while more and left > 0:
+            with self._lock:
+                self._alive()
+                if self._heap is None:
+                    break
+                n = lib.heap_idle(
+                    self._heap,
+                    below,
+                    min(left, 1 << 62),
+                    _LONGEST_PIECE // self._page,
+                    min(age, (1 << 32) - 1),
+                    bool(lazy),
+                    pieces,
+                    _PIECES_AT_ONCE,
+                )
+                total += self._give_back(pieces, n, bool(lazy), total)
+            more = n == _PIECES_AT_ONCE
+            if more:
+                below = pieces[n - 1].start
+                left -= sum(pieces[i].stop - pieces[i].start for i in range(n))
+        return total
+
+    def start_scavenger(self, older_than: float = FIVE_MINUTES, *, lazy: bool = False) -> Scavenger:
+        """Start a thread that scavenges what was free for `older_than` seconds.
+
+        It looks every `older_than` / 2 seconds, at least once a minute, takes the place of one that
+        was started before, and ends with `stop_scavenger`, `release`, or when the arena is dropped.
+        """
+        if not older_than >= 0:
+            msg = f"an age is not negative, as {older_than} is"
+            raise RangeError(msg)
+        self._alive()
+        self.stop_scavenger()
+        self._scavenger = Scavenger(self, older_than, lazy)
+        return self._scavenger
+
+    def stop_scavenger(self) -> None:
+        """Stop that thread, if there is one, and wait for its end."""
+        scavenger, self._scavenger = self._scavenger, None
+        if scavenger is not None:
+            scavenger.stop()
+
+    # -- accounts -----------------------------------------------------------------------------
+
+    def memstats(self) -> MemStats:
+        """Return what is in use, idle, given back and reserved, at one moment.
+
+        Raises:
+            ReleasedError: the arena was released.
+        """
+        stats = ffi.new("struct heap_stats *")
         with self._lock:
             self._alive()
-            if self._undo is not None:
-                msg = "grow called from inside grow of the same arena"
-                raise RuntimeError(msg)
-            self._undo = []
-            # No view may be made of bytes that an undoing would take away.
-            self._region._busy, busy = True, self._region._busy
-            try:
-                after, block = self._grown(nbytes)
-            except BaseException:
-                for step, *arguments in reversed(self._undo):
-                    step(*arguments)
-                raise
-            finally:
-                self._undo, self._region._busy = None, busy
-            self.placement = after
-            self._in_use += nbytes
-        return block
+            if self._heap is not None:
+                lib.heap_measure(self._heap, stats)
+            heap_sys = sum(high - low for low, high in self.placement.arenas)
+            by_hand = self._in_use - stats.arena
+            inuse = stats.in_use + by_hand
+            gc_sys, other_sys = self._metadata_mapped()
+            return MemStats(
+                sys=heap_sys + gc_sys + other_sys,
+                heap_sys=heap_sys,
+                heap_idle=heap_sys - inuse,
+                heap_inuse=inuse,
+                heap_released=stats.released,
+                heap_alloc=stats.requested + by_hand,
+                heap_objects=stats.mallocs - stats.frees,
+                mallocs=stats.mallocs,
+                frees=stats.frees,
+                gc_sys=gc_sys,
+                other_sys=other_sys,
+                reserved=self._region.reserved + sum(r.size for r in self._elsewhere),
+                committed=self._region.committed + sum(r.size for r in self._elsewhere),
+                resident=sum(_resident(r) for r in (self._region, *self._elsewhere)),
+                tables=self._tables.size if self._tables is not None else 0,
+            )
 
-    def _grown(self, nbytes: int) -> tuple[Placement, int]:
-        """Take, commit and map; note in `_undo` how to take each step back."""
-        after, block = self.placement, None
-        if not after.fits(nbytes):
-            after, block = self._extend(nbytes)
-        if block is None:
-            block, after = after.arena_used, after.advanced(nbytes)
-        mapped = self.placement.mapped(PAGE_SIZE)
-        for piece in after.mapped(PAGE_SIZE):
-            for low, high in layouts.without(piece, mapped):
-                self._commit(low, high)
-        if self.layout.arena_metadata:
-            self._map_elsewhere(after)
-        return after, block
-
-    def _extend(self, nbytes: int) -> layouts.Answer:
-        """Ask for more addresses; return what follows."""
-        handle = self._region._handle
-        refused, reason = None, None
-        for request in self.placement.growth(nbytes):
-            err, address = self._ask(request)
-            if err == errno.ERANGE:
-                reason = self.placement.out_of_range(address)
-            elif err == errno.ENOMEM and refused is None:
-                refused = request
-            if err:
-                continue
-            claimed = self._offsets(address, address + round_up(request.size, PAGE_SIZE))
-            answer = self.placement.granted(request, address, nbytes)
-            if answer is not None:
-                self._note(lib.region_disclaim, handle, *claimed)
-                return answer
-            lib.region_disclaim(handle, *claimed)
-            reason = self.placement.out_of_range(address)
-        if refused is not None:
-            raise refusal("map", errno.ENOMEM, refused.size)
-        if reason is None:
-            low, high = self.placement.arena
-            reason = f"the arena of {format_size(high - low)} is used up"
-        msg = f"{reason}: cannot allocate {nbytes}-byte block ({self._in_use} in use)"
-        raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit="layout")
-
-    def _note(self, *step: Any) -> None:
-        assert self._undo is not None
-        self._undo.append(step)
-
-    def _ask(self, request: Request) -> tuple[int, int]:
-        """Put a request to the kernel; return an errno and an address."""
-        handle, access = self._region._handle, lib.VM_COMMITTED if request.committed else 0
-        size = round_up(request.size, PAGE_SIZE)
-        if size >> (8 * WORD - 1):
-            return errno.ENOMEM, 0
-        if request.exact:
-            err = lib.region_claim(handle, request.hint - self._region.base, size, access)
-            return err, request.hint
-        address = ffi.new("uintptr_t *")
-        floor = self.placement.arena_start - self._region.base
-        err = lib.region_claim_near(handle, floor, request.hint, size, access, address)
-        return err, int(address[0])
-
-    def _commit(self, low: int, high: int) -> None:
-        """Make a range that the placement has just come to map readable and writable."""
-        handle, err, verb = self._region._handle, 0, "commit"
-        if self.layout.strategy == "reserve":
-            base = self._region.base
-            committed = [(base + at, base + at + n) for at, n in self._region.committed_runs()]
-            for piece in layouts.without((low, high), committed):
-                self._note(lib.region_decommit, handle, *self._offsets(*piece))
-            err = lib.region_commit(handle, *self._offsets(low, high))
-        elif self.layout.strategy == "probe":
-            verb = "map"
-            self._note(lib.region_disclaim, handle, *self._offsets(low, high))
-            err = lib.region_claim(handle, *self._offsets(low, high), lib.VM_COMMITTED)
-            if err:
-                assert self._undo is not None
-                self._undo.pop()
-        # The third strategy claims an arena readable and writable.
-        if err:
-            conflict = "address space conflict: somebody mapped it since it was probed"
-            why = conflict if err == errno.EEXIST else None
-            raise refusal(verb, err, high - low, low, why)
-
-    def _map_elsewhere(self, after: Placement) -> None:
-        """Map the metadata of each arena that has none yet."""
-        arenas = sum(high - low for low, high in after.arenas) // self.layout.unit
-        while len(self._elsewhere) < arenas + 1:
-            self._elsewhere.append(_committed(self.layout.arena_metadata))
-            self._note(self._elsewhere.pop)
-
-    def _offsets(self, low: int, high: int) -> tuple[int, int]:
-        return low - self._region.base, high - low
-
-    # -- opening ------------------------------------------------------------------------------
-
-    def _open(self, layout: Layout) -> Region:
-        """Take the first addresses of a layout."""
-        if layout.window:
-            region, self.placement = _open_window(layout)
-        elif layout.strategy == "reserve":
-            region, self.placement = _open_whole(layout)
-        elif layout.strategy == "probe":
-            region, self.placement = _open_probed(layout)
-        else:
-            self._elsewhere = [_committed(layout.index)]
-            start = layout.hints[0]
-            self.placement = layout.place(start)
-            region = _window(start, (1 << address_bits()) - start)
-        return region
+    def _metadata_mapped(self) -> tuple[int, int]:
+        """Bytes of heap bitmap and of spans that are mapped."""
+        layout, placement = self.layout, self.placement
+        if layout.arena_metadata:
+            arenas = len(self._elsewhere) - 1
+            return self._unit_bitmap * arenas, layout.index + self._unit_spans * arenas
+        bitmap = placement.mapped_bitmap(PAGE_SIZE) if layout.bitmap else (0, 0)
+        spans = placement.mapped_spans(PAGE_SIZE)
+        return bitmap[1] - bitmap[0], spans[1] - spans[0]
 
     # -- the end ------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Give all addresses back.
+        """Give all addresses back, and with them all blocks.
 
         Raises:
             ViewError: live views hold some of the bytes.
             ReleasedError: it was released before.
         """
-        try:
-            self._region.release()
-        finally:
-            if self._region.released:
-                self._elsewhere.clear()
+        with self._lock:
+            self._alive()
+            # Calls that take no lock of ours are refused from here on.
+            if self._heap is not None:
+                lib.heap_close(self._heap, True)
+            try:
+                super().release()
+            finally:
+                if self._heap is not None and not self._region.released:
+                    lib.heap_close(self._heap, False)
+        self.stop_scavenger()
 
-    def __reduce__(self) -> NoReturn:
-        msg = "an Arena is addresses of this process: it can't be pickled or copied"
-        raise TypeError(msg)
+    # -- inside -------------------------------------------------------------------------------
 
-    def _alive(self) -> None:
-        if self._region.released:
-            msg = "the arena was released"
-            raise ReleasedError(msg)
+    def _alloc_slowly(self, nbytes: int, align: int, zero: bool) -> int:
+        """Allocate with all that may be needed: a heap, a commit, a growth."""
+        if nbytes <= 0:
+            msg = f"a block has a positive number of bytes, not {nbytes}"
+            raise RangeError(msg)
+        if align <= 0 or align & (align - 1):
+            msg = f"an alignment is a power of two, not {align}"
+            raise RangeError(msg)
+        if self.layout.arena_metadata and align > self.layout.unit:
+            msg = f"no alignment above {format_size(self.layout.unit)} in arenas of that size"
+            raise RangeError(msg)
+        with self._lock:
+            self._alive()
+            self._open_heap()
+            need = max(nbytes + (align if align > self._page else 0), 1)
+            if need >= 1 << 62:
+                raise self._out_of_memory(nbytes, "there are no such addresses")
+            handle = int(_alloc(self._heap, nbytes, align, zero, True))
+            if handle == lib.PAGEALLOC_FULL:
+                self._grow_heap(need, need, nbytes)
+                handle = int(_alloc(self._heap, nbytes, align, zero, True))
+            if handle < 0:
+                raise self._refused(handle, nbytes)
+        return handle
 
-    def __enter__(self) -> "Self":
-        self._alive()
-        return self
+    def _make_room(self, refused: int, wanted: Any, done: int, count: int) -> None:
+        """Grow for the sizes from `done` on, or raise why that is no help."""
+        nbytes = int(lib.pagealloc_integer(wanted, done))
+        if refused != lib.PAGEALLOC_FULL or nbytes >= 1 << 62:
+            raise self._refused(refused, nbytes)
+        self._grow_heap(int(lib.heap_need(self._heap, wanted, done, count)), nbytes, nbytes)
 
-    def __exit__(self, *exc: object) -> None:
-        if not self._region.released:
-            self.release()
+    def _grow_heap(self, wish: int, need: int, nbytes: int) -> None:
+        """Grow by `wish` bytes and at least the layout's step; if refused, by just `need`."""
+        page, first = self._page, None
+        for ask in (max(wish, self.layout.growth), max(need, self.layout.growth), need):
+            size = -(-ask // page) * page
+            try:
+                self._take(size, partial(self._add, size))
+            except OutOfMemoryError as refused:
+                first = first or refused
+            else:
+                return
+        assert first is not None
+        raise self._out_of_memory(nbytes, first.strerror or "", first.limit) from first
 
-    def __repr__(self) -> str:
-        if self._region.released:
-            return f"<Arena {self.layout.name}, released>"
-        low, high = self.placement.arena
-        return (
-            f"<Arena {self.layout.name} {low:#x}-{high:#x}: {format_size(self._in_use)} in use "
-            f"of {format_size(high - low)}>"
+    def _add(self, nbytes: int, address: int) -> None:
+        err = lib.heap_add(self._heap, address, nbytes)
+        if err:
+            raise self._refused(err, nbytes)
+
+    def _refused(self, refused: int, nbytes: int) -> Exception:
+        if refused <= lib.HEAP_ERRNO:
+            return refusal("commit", lib.HEAP_ERRNO - refused, nbytes)
+        if refused == lib.HEAP_EMPTY or nbytes >= 1 << 62:
+            return RangeError(f"not a number of bytes for a block: {nbytes}")
+        if refused == lib.HEAP_CLOSED:
+            return ReleasedError("the arena was released")
+        if refused == lib.HEAP_SCATTERED:
+            return self._out_of_memory(nbytes, "its arenas lie in too many pieces")
+        if refused == lib.PAGEALLOC_OUTSIDE:
+            return self._out_of_memory(nbytes, "the tables end here")
+        return self._out_of_memory(nbytes, "no free run is long enough")
+
+    def _out_of_memory(
+        self, nbytes: int, because: str, limit: str | None = "layout"
+    ) -> OutOfMemoryError:
+        stats = ffi.new("struct heap_stats *")
+        if self._heap is not None:
+            lib.heap_measure(self._heap, stats)
+        in_use = stats.in_use + self._in_use - stats.arena
+        msg = (
+            f"cannot allocate {nbytes}-byte block: {in_use} in use, {self._in_use - in_use} idle, "
+            f"{self._region.reserved} reserved: {because}"
         )
+        return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit=limit)
 
-
-class HeapBitmap:
-    """The collector's notes on each word of the arena, as the layout's runtime kept them.
-
-    Four bits a word up to Go 1.4: entry o stands in byte ``arena_start - o // 2 - 1`` at bit
-    ``o % 2 * 4``: bit 0 object start, bit 1 marked, bits 2-3 type (0 dead, 1 scalar, 2 pointer,
-    3 multi-word); Go 1.4 ``src/runtime/mgc0.h``. Two bits from Go 1.5 on: bit 0 pointer, bit 1 mark
-    or "more follows"; four entries a byte, pointer bits in its lower half (Go 1.5
-    ``src/runtime/mbitmap.go``). From Go 1.11 on each arena has a bitmap of its own, which runs
-    forward.
-
-    ``bitmap[o]`` is the entry of word o from ``arena_start``, an int; `at` and `set_at` take an
-    address. Only words that the arena has handed out have entries.
-
-    Raises (all methods):
-        RangeError: no such word, or not an entry.
-        ReleasedError: the arena was released.
-    """
-
-    __slots__ = ("_arena", "_bits", "_layout")
-
-    def __init__(self, arena: Arena) -> None:
-        """For `Arena.heap_bitmap`."""
-        self._arena = arena
-        self._layout = arena.layout
-        self._bits = arena.layout.bitmap_bits
-
-    def __len__(self) -> int:
-        """How many words have entries."""
-        self._arena._alive()
-        return self._arena.placement.used // self._layout.word
-
-    def index(self, address: int) -> int:
-        """Return the word index of an address inside the arena."""
-        word = (_index(address) - self._arena.placement.arena_start) // self._layout.word
-        self._check(word)
-        return word
-
-    def at(self, address: int) -> int:
-        """Return the entry of the word that holds `address`."""
-        return self[self.index(address)]
-
-    def set_at(self, address: int, value: int) -> None:
-        """Set the entry of the word that holds `address`."""
-        self[self.index(address)] = value
-
-    def __getitem__(self, word: int) -> int:
-        with self._arena._lock:
-            region, offset, shifts = self._entry(_index(word))
-            byte = self._known(lib.region_load(region._handle, offset))
-        return sum((byte >> shift & 1) << bit for bit, shift in enumerate(shifts))
-
-    def __setitem__(self, word: int, value: int) -> None:
-        value = _index(value)
-        if not 0 <= value < 1 << self._bits:
-            msg = f"an entry has {self._bits} bits: {value} is none"
-            raise RangeError(msg)
-        with self._arena._lock:
-            region, offset, shifts = self._entry(_index(word))
-            byte = self._known(lib.region_load(region._handle, offset))
-            for bit, shift in enumerate(shifts):
-                byte = byte & ~(1 << shift) | (value >> bit & 1) << shift
-            self._known(lib.region_store(region._handle, offset, byte))
-
-    def __iter__(self) -> Iterator[int]:
-        return (self[word] for word in range(len(self)))
-
-    def _check(self, word: int) -> None:
-        if not 0 <= word < len(self):
-            msg = f"no word {word}: the arena has handed out {len(self)}"
-            raise RangeError(msg)
-
-    def _known(self, answer: int) -> int:
-        """Pass on what region_load or region_store answered, unless it could not."""
-        if answer < 0:
-            self._arena._alive()
-            msg = "this part of the bitmap was decommitted"
-            raise RangeError(msg)
-        return answer
-
-    def _entry(self, word: int) -> tuple[Region, int, tuple[int, ...]]:
-        """Where an entry is: region and offset of its byte, and where its bits stand there."""
-        self._check(word)
-        a_byte = 8 // self._bits
-        at, place = divmod(word, a_byte)
-        shifts = tuple(range(4 * place, 4 * place + 4)) if self._bits == 4 else (place, place + 4)
-        if self._layout.arena_metadata:
-            region, inside = self._own_bitmap(word)
-            return region, inside // a_byte, shifts
-        region = self._arena.region
-        return region, self._arena.placement.arena_start - region.base - 1 - at, shifts
-
-    def _own_bitmap(self, word: int) -> tuple[Region, int]:
-        """The bitmap of the arena with this word, and the word's index in that arena."""
-        placement, unit = self._arena.placement, self._layout.unit
-        address = placement.arena_start + word * self._layout.word
-        before = 0
-        for low, high in placement.arenas:
-            if low <= address < high:
-                arena, inside = divmod(address - low, unit)
-                metadata = self._arena._elsewhere[1 + before // unit + arena]
-                return metadata, inside // self._layout.word
-            before += high - low
-        msg = f"word {word} lies in no arena"
-        raise RangeError(msg)
-
-
-# -- how the first addresses are taken --------------------------------------------------------
-
-
-def _committed(nbytes: int) -> Region:
-    region = reserve(nbytes)
-    region.commit(0, region.size)
-    return region
-
-
-def _window(start: int, size: int) -> Region:
-    """Open a region over addresses that are claimed piece by piece."""
-    size &= -PAGE_SIZE
-    region = Region(size, "charge", "copy", None)
-    try:
-        err = lib.region_window(region._handle, start, size, 0, lib.VM_NO_DUMP)
-    except OverflowError:
-        err = errno.ENOMEM
-    if err:
-        raise refusal("reserve", err, size, start)
-    return region
-
-
-def _open_whole(layout: Layout) -> tuple[Region, Placement]:
-    """Reserve all of a layout at once, near the first hint that the kernel accepts."""
-    refused = None
-    for hint in layout.hints or (None,):
-        fits = hint is None or hint >> (8 * WORD) == 0
-        try:
-            region = reserve(
-                layout.total(),
-                hint=hint if fits else None,
-                align=None if layout.slack else max(layout.page, PAGE_SIZE),
-            )
-        except OutOfMemoryError as error:
-            refused = error
+    def _open_heap(self) -> None:
+        """Make the tables: a reservation, of which memory is only what is touched."""
+        if self._heap is not None:
+            return
+        layout, placement = self.layout, self.placement
+        own_spans = not layout.spans and not layout.arena_metadata
+        if layout.arena_metadata:
+            room = _ARENAS_MOST
         else:
-            return region, layout.place(region.base)
-    assert refused is not None
-    raise refused
+            room = placement.window_end - placement.arena_start
+        capacity = min(room // self._page, 1 << lib.HEAP_PAGE_BITS)
+        tables = reserve(lib.heap_bytes(capacity, own_spans), mode="noreserve", huge_pages="never")
+        tables.commit(0, tables.size)
+        metadata = ffi.new("struct heap_metadata *")
+        metadata.page = self._page
+        metadata.word = layout.word
+        metadata.bitmap_bits = layout.bitmap_bits
+        metadata.start = placement.arena_start
+        metadata.spans = ffi.cast("void *", placement.spans[0] if layout.spans else 0)
+        if layout.arena_metadata:
+            metadata.index = ffi.cast("uintptr_t *", self._elsewhere[0].base)
+            metadata.unit = layout.unit
+            metadata.unit_bitmap = self._unit_bitmap
+        heap = ffi.new("struct heap *")
+        lib.heap_open(
+            heap,
+            ffi.cast("void *", tables.base),
+            capacity,
+            own_spans,
+            self._region._handle,
+            metadata,
+        )
+        self._tables = tables
+        self._heap = heap
+        register(self)
+
+    def _fork_lock(self) -> TablesLock:
+        """Return the lock that no other thread may hold at a fork, besides the region's."""
+        return TablesLock(self._heap.pages)
+
+    @property
+    def _unit_spans(self) -> int:
+        """Bytes of spans of one arena, where each has its own."""
+        return self.layout.unit // self.layout.page * self.layout.word
+
+    @property
+    def _unit_bitmap(self) -> int:
+        return self.layout.arena_metadata - self._unit_spans
+
+    def _address(self, handle: int) -> int:
+        self._alive()
+        return int(_address(self._heap, handle))
+
+    def _block(self, handle: int) -> Block:
+        nbytes = int(_nbytes(self._heap, handle))
+        if nbytes < 0:
+            self._alive()
+            raise no_block()
+        return Block(self, handle, nbytes)
+
+    def _view(self, block: Block, *, pin: bool = False) -> memoryview:
+        with self._lock:
+            self._alive()
+            if _nbytes(self._heap, block._handle) < 0:
+                raise no_block()
+            offset, nbytes = int(_address(self._heap, block._handle)) - self._base, block._nbytes
+            view = self._region.view(offset, nbytes)
+            if pin:
+                block._pin = self._region._pinned(offset, nbytes)
+        return view
+
+    def _refuse_views(self, handles: Any) -> None:
+        """Raise ViewError if a live view shows bytes of one of several blocks."""
+        region = self._region
+        assert region._views is not None
+        held = region._views.live(0, region.size, prune=not region._busy)
+        wanted = {handle & ~_ZEROED for handle in handles} if held else set()
+        for low, high in held:
+            at = low
+            while at < high:
+                handle = int(_find(self._heap, self._base + at))
+                if handle in wanted:
+                    region._refuse_views("free", low, high, region._busy)
+                at += self._page - at % self._page
+                if handle >= 0:
+                    end = int(_address(self._heap, handle)) + int(_nbytes(self._heap, handle))
+                    at = max(at, end - self._base)
+
+    def _give_back(self, pieces: Any, n: int, lazy: bool, before: int) -> int:
+        """Give pieces of free pages back; the bytes."""
+        if n < 0:
+            self._alive()
+        region, total = self._region, 0
+        if region._views is not None:
+            for i in range(n):
+                low = int(lib.heap_page_address(self._heap, pieces[i].start)) - self._base
+                nbytes = (pieces[i].stop - pieces[i].start) * self._page
+                region._refuse_views("scavenge", low, low + nbytes, region._busy)
+        for i in range(n):
+            given = int(lib.heap_give_back(self._heap, pieces + i, lazy))
+            if given < 0 and before + total == 0:
+                nbytes = (pieces[i].stop - pieces[i].start) * self._page
+                raise refusal("discard", lib.HEAP_ERRNO - given, nbytes)
+            total += max(given, 0)
+        return total
+
+    def _walk(self) -> Iterator[Block]:
+        at = ffi.new("uint64_t *")
+        handles = ffi.new("int64_t[]", _BLOCKS_AT_ONCE)
+        n = _BLOCKS_AT_ONCE
+        while n == _BLOCKS_AT_ONCE and self._heap is not None:
+            n = int(lib.heap_blocks(self._heap, at, handles, _BLOCKS_AT_ONCE))
+            self._alive()
+            for handle in ffi.unpack(handles, n):
+                nbytes = int(_nbytes(self._heap, handle))
+                if nbytes > 0:
+                    yield Block(self, handle, nbytes)
 
 
-def _open_probed(layout: Layout) -> tuple[Region, Placement]:
-    """Take the first hint at which a few pages are free, without keeping them."""
-    err = errno.ENOMEM
-    for hint in layout.hints:
-        if hint >> (8 * WORD):
-            break
-        err = lib.vm_map_at(hint, _PROBE, lib.VM_RESERVED)
-        if err == 0:
-            lib.vm_release(hint, _PROBE)
-            return _window(hint, layout.total()), layout.place(hint)
-    raise refusal("reserve", err, layout.total())
+def _resident(region: Region) -> int:
+    """How much of a region is in memory, in bytes, as the kernel says."""
+    total, seen = 0, ffi.new("size_t *")
+    for offset, length in region.committed_runs():
+        err = lib.vm_resident(region.base + offset, length, seen)
+        if err:
+            raise refusal("look at", err, length, region.base + offset)
+        total += int(seen[0])
+    return total
 
 
-def _open_window(layout: Layout) -> tuple[Region, Placement]:
-    """Reserve the first piece of the 32-bit mechanism, its window free above it if possible.
-
-    Smaller arenas are tried in turn.
-    """
-    refused = None
-    for arena in layout.arena_sizes:
-        try:
-            return _reserve_in_window(layout, arena)
-        except VMError as error:
-            refused = error
-    assert refused is not None
-    msg = f"cannot reserve arena virtual address space: {refused.strerror}"
-    raise OutOfMemoryError(
-        refused.errno or errno.ENOMEM,
-        msg,
-        verb="reserve",
-        nbytes=refused.nbytes,
-        limit=refused.limit,
-    ) from refused
-
-
-def _reserve_in_window(layout: Layout, arena: int) -> tuple[Region, Placement]:
-    total = round_up(layout.total(arena), PAGE_SIZE)
-    metadata = layout.spans + layout.bitmap + layout.page
-    top = 1 << address_bits()
-    for base in _window_bases(layout, metadata + layout.window):
-        region = _window(base, min(metadata + layout.window, top - base))
-        err = lib.region_claim(region._handle, 0, total, lib.VM_RESERVED)
-        if err == 0:
-            return region, layout.place(base, arena)
-        if err != errno.EEXIST:
-            raise refusal("reserve", err, total, base)
-    raise refusal("reserve", errno.EEXIST, total)
-
-
-def _window_bases(layout: Layout, span: int) -> Iterator[int]:
-    """Yield where `span` bytes are free, best first, then wherever the kernel likes."""
-    lowest = max(procfs.vm_setting("mmap_min_addr"), _LOW_STEP // 16)
-    gaps = list(procfs.free_gaps(_with_brk_room(procfs.read_maps()), lowest, _low_top()))
-    for base in (*layout.hints, *range(_LOW_STEP, _LOW, _LOW_STEP)):
-        if any(low <= base and base + span <= high for low, high in gaps):
-            yield base
-    for _ in range(3):  # another thread may take the place between the question and the claim
-        with reserve(layout.total()) as anywhere:
-            base = anywhere.base
-        yield base
-
-
-def _low_top() -> int:
-    return min(_LOW, 1 << address_bits())
-
-
-def _with_brk_room(mappings: list[procfs.Mapping]) -> list[procfs.Mapping]:
-    return [
-        mapping._replace(end=mapping.end + _BRK_ROOM) if mapping.name == "[heap]" else mapping
-        for mapping in mappings
-    ]
+def _foreign(block: Block | Blocks) -> RangeError:
+    return RangeError(f"not of this arena: {block!r}")

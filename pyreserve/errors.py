@@ -7,6 +7,7 @@ class                  also a               means
 `OutOfMemoryError`     `MemoryError`        ... because memory or addresses ran out
 `RangeError`           `ValueError`         offsets, lengths or addresses that make no sense here
 `ReleasedError`        `ValueError`         the region was released
+`FreeError`            `ValueError`         freed already, or never allocated here
 `ViewError`            `BufferError`        live views hold the bytes
 =====================  ===================  ====================================================
 """
@@ -67,6 +68,10 @@ class RangeError(PyreserveError, ValueError):
 
 class ReleasedError(PyreserveError, ValueError):
     """The region was released."""
+
+
+class FreeError(PyreserveError, ValueError):
+    """A page or slot that was freed already, or never allocated here; nothing has changed."""
 
 
 class ViewError(PyreserveError, BufferError):

@@ -59,6 +59,7 @@ class Layout:
         window: the 32-bit mechanism: bytes from ``arena_start`` that the metadata can describe;
             0: the arena does not grow beyond what was reserved.
         page: what the heap hands out is a multiple of this.
+        growth: the heap takes at least so much of the arena at once.
         unit: arenas are mapped in this unit.
         index: a table of arenas, mapped once, elsewhere.
         arena_metadata: mapped elsewhere with each arena.
@@ -76,6 +77,7 @@ class Layout:
     hints: tuple[int, ...]
     window: int = 0
     page: int = GO_PAGE
+    growth: int = MiB  # HeapAllocChunk, Go 1.4 src/runtime/malloc.h
     unit: int = GO_PAGE
     index: int = 0
     arena_metadata: int = 0
@@ -430,6 +432,7 @@ def get(name: str, *, size: int | None = None, word: int = 8) -> Layout:
             spans=0,
             slack=0,
             hints=(),
+            growth=2 * MiB,  # a huge page
             source="pyreserve",
         )
     if size is not None:

@@ -23,10 +23,11 @@ from _thread import RLock
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from pyreserve import procfs
+from pyreserve import forks, procfs
 from pyreserve._native import ffi, lib
 from pyreserve.capabilities import thp_size
 from pyreserve.errors import RangeError, ReleasedError, ViewError, VMError
+from pyreserve.forks import registry_lock as _registry_lock
 from pyreserve.limits import PAGE_SIZE, refusal
 from pyreserve.units import format_size
 from pyreserve.views import ViewTable
@@ -93,6 +94,7 @@ class Region:
         "_lock",
         "_mode",
         "_name",
+        "_owner",
         "_released",
         "_size",
         "_unused",
@@ -117,6 +119,8 @@ class Region:
         self._mode: Mode = mode
         self._fork: Fork = fork
         self._name = name
+        # Who alone may take access and contents away, in words.
+        self._owner: str | None = None
 
     def __del__(self) -> None:
         handle, self._handle = self._handle, _CLOSED
@@ -255,11 +259,13 @@ class Region:
         again, so reads show either; the memory counts in RSS until then. Allowed under live views.
 
         Raises:
-            RangeError: not whole OS pages inside the region, or not all committed.
+            RangeError: not whole OS pages inside the region, or not all committed; or the region is
+                part of an arena.
             VMError: the kernel could not (before Linux 5.18: memory locked by mlock).
             ReleasedError: the region was released.
         """
         offset, length, lazy = _index(offset), _index(length), bool(lazy)
+        self._refuse_owned("discard")
         with self._lock or self._make_lock():
             try:
                 err = lib.region_discard(self._handle, offset, length, lazy)
@@ -274,7 +280,7 @@ class Region:
         Bytes that are not committed stay so.
 
         Raises:
-            RangeError: not whole OS pages inside the region.
+            RangeError: not whole OS pages inside the region, or the region is part of an arena.
             ViewError: live views hold some of the bytes.
             VMError: refused (max_map_count: a hole splits a mapping), or the region is sealed.
                 Should the kernel refuse the region's policies for the fresh addresses, that is
@@ -282,6 +288,7 @@ class Region:
             ReleasedError: the region was released.
         """
         offset, length = _index(offset), _index(length)
+        self._refuse_owned("decommit")
         with self._lock or self._make_lock():
             interrupting, self._busy = self._busy, True
             try:
@@ -301,8 +308,13 @@ class Region:
         Raises:
             ViewError: live views hold some of the bytes.
             VMError: refused (max_map_count), or the region is sealed.
+            RangeError: the region is part of an arena, which is to be released instead.
             ReleasedError: it was released before.
         """
+        self._refuse_owned("release")
+        self._release()
+
+    def _release(self) -> None:
         unused = True
         try:
             del self._unused
@@ -405,7 +417,7 @@ class Region:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if not self.released:
+        if not self._released:
             self.release()
 
     def __repr__(self) -> str:
@@ -443,8 +455,17 @@ class Region:
                 except AttributeError:
                     raise _released() from None
                 self._lock = lock
-                _register(self)
+                forks.register(self)
             return self._lock
+
+    def _fork_lock(self) -> RLock | None:
+        return self._lock
+
+    def _forked_in_child(self) -> None:
+        if self._fork == "exclude" and self._handle.base:
+            spans = [] if self._views is None else self._views.live(0, self._size, prune=False)
+            _leave_behind(self._handle, spans)
+            self._released = True
 
     def _anchor(self, offset: int) -> Any:
         base = self._handle.base
@@ -463,6 +484,19 @@ class Region:
                 count = lib.region_runs(self._handle, which == "committed", runs, room)
             self._alive()
         return [(runs[i].lo, runs[i].hi - runs[i].lo) for i in range(count)]
+
+    def _refuse_owned(self, verb: str) -> None:
+        if self._owner is not None:
+            self._alive()
+            msg = f"can't {verb}: the region is part of {self._owner}, which does that itself"
+            raise RangeError(msg)
+
+    def _pinned(self, offset: int, length: int) -> Any:
+        """Return what pins bytes that are in view already, as long as it lives."""
+        anchor = self._anchor(offset)
+        assert self._views is not None
+        self._views.add(anchor, offset, offset + length)
+        return anchor
 
     def _refuse_views(self, verb: str, lo: int, hi: int, interrupting: bool) -> None:
         assert self._views is not None
@@ -548,8 +582,8 @@ def reserve(  # noqa: PLR0912  # one branch a policy
         accounting, advice = _POLICIES[mode, fork, huge_pages, not dump]
     except (KeyError, TypeError):
         raise _unknown_word(mode, fork, huge_pages) from None
-    if accounting and procfs.vm_setting("overcommit_memory") == 2:
-        mode, accounting = "charge", 0
+    if accounting:
+        mode, accounting = effective_mode(mode)
     if huge_pages == "prefer" and align is None and at is None:
         align = thp_size()
     if at is not None:
@@ -573,6 +607,19 @@ def reserve(  # noqa: PLR0912  # one branch a policy
             region.release()
             raise refusal("seal", err, size)
     return region
+
+
+def effective_mode(mode: Mode) -> tuple[Mode, int]:
+    """Return a mode as the kernel takes it, and the accounting of ``csrc/region.h`` for it.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    if mode not in _MODES:
+        raise _unknown_word(mode, "copy", "default")
+    if mode == "noreserve" and procfs.vm_setting("overcommit_memory") == 2:
+        mode = "charge"
+    return mode, _MODES[mode]
 
 
 def _wish(
@@ -660,6 +707,13 @@ class _Outlived:
         if not self.anchors and _outliving.pop(id(self), None) is not None:
             _end(self.handle)
 
+    def _fork_lock(self) -> None:
+        return None
+
+    def _forked_in_child(self) -> None:
+        if self.anchors:
+            _leave_behind(self.handle, self.spans)
+
 
 def _outlived_by_views(region: Region, handle: Any) -> bool:
     """Leave the addresses of a region that is being dropped to the views that still show them."""
@@ -669,78 +723,14 @@ def _outlived_by_views(region: Region, handle: Any) -> bool:
         return False
     left = _Outlived(handle, region.fork, anchors, views.live(0, region.size, prune=False))
     _outliving[id(left)] = left
+    if left.fork == "exclude":
+        forks.register(left)
     return True
 
 
 # -- fork -------------------------------------------------------------------------------------
-# Other threads do not exist in a forked child, so no lock may be held by one of them at the fork:
-# every region's lock is taken before it and given back after it, on both sides. Regions without a
-# lock are not in use, and the registry's lock keeps them from getting one meanwhile.
-
-_registry_lock = RLock()
-_registry: list["weakref.ref[Region]"] = []
-_registry_limit = 64
-_held_for_fork: list[Region] = []
-
-
-def _register(region: Region) -> None:
-    global _registry_limit  # noqa: PLW0603
-    _registry.append(weakref.ref(region))
-    if len(_registry) > _registry_limit:
-        # A finaliser may register another region meanwhile, at the end: it stays.
-        seen = len(_registry)
-        _registry[:seen] = [ref for ref in _registry[:seen] if ref() is not None]
-        _registry_limit = 2 * len(_registry) + 64
-
-
-def _before_fork() -> None:
-    blocked: RLock | None = None
-    while True:
-        if blocked is not None:
-            with blocked:
-                pass
-        _registry_lock.acquire()
-        _held_for_fork[:] = [region for ref in _registry if (region := ref()) is not None]
-        blocked = _first_blocked(_locks_held_for_fork())
-        if blocked is None:
-            return
-        # To wait for one lock while holding others could deadlock.
-        _held_for_fork.clear()
-        _registry_lock.release()
-
-
-def _locks_held_for_fork() -> list[RLock]:
-    return [region._lock for region in _held_for_fork if region._lock is not None]
-
-
-def _first_blocked(locks: list[RLock]) -> RLock | None:
-    """Take all locks; or none, and return one that another thread has."""
-    for i, lock in enumerate(locks):
-        if not lock.acquire(blocking=False):
-            for held in locks[:i]:
-                held.release()
-            return lock
-    return None
-
-
-def _after_fork_in_parent() -> None:
-    for lock in _locks_held_for_fork():
-        lock.release()
-    _held_for_fork.clear()
-    _registry_lock.release()
-
-
-def _after_fork_in_child() -> None:
-    for region in _held_for_fork:
-        if region.fork == "exclude" and region._handle.base:
-            views = region._views
-            spans = [] if views is None else views.live(0, region.size, prune=False)
-            _leave_behind(region._handle, spans)
-            region._released = True
-    for left in _outliving.values():
-        if left.fork == "exclude":
-            _leave_behind(left.handle, left.spans)
-    _after_fork_in_parent()
+# Regions without a lock are not in use, and the registry's lock keeps them from getting one while a
+# fork is under way.
 
 
 def _leave_behind(handle: Any, spans: list[tuple[int, int]]) -> None:
@@ -755,10 +745,3 @@ def _leave_behind(handle: Any, spans: list[tuple[int, int]]) -> None:
         if start < at and lib.vm_map_at(start, at - start, access) != 0:
             os.write(2, b"pyreserve: no memory for views of a region excluded from the fork\n")
             os._exit(70)
-
-
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
-    after_in_child=_after_fork_in_child,
-)

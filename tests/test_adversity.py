@@ -72,11 +72,13 @@ except MemoryError as e: assert e.limit=="RLIMIT_DATA",e
 assert r.committed_runs()==[(0,P)], r.committed_runs()
 v[0]
 """
-FACTS["the heap bitmap does not read what was decommitted"] = """
-a=Arena(); a.grow(1<<20); hb=a.heap_bitmap; lo,hi=a.placement.mapped_bitmap()
-a.region.decommit(lo-a.region.base, hi-lo)
-try: hb[0]; assert 0
-except ValueError as e: pass
+FACTS["nobody takes the memory of an arena away under it"] = """
+a=Arena(); b=a.alloc(1<<20); hb=a.heap_bitmap; lo,hi=a.placement.mapped_bitmap()
+for take in (lambda: a.region.decommit(lo-a.region.base, hi-lo), a.region.release,
+             lambda: a.region.discard(lo-a.region.base, hi-lo), lambda: a.region.__exit__()):
+    try: take(); assert 0
+    except ValueError as e: assert "part of an arena" in str(e), e
+assert hb.at(b.address)==1; b.free(); a.release()
 """
 FACTS["a list of runs survives a release in its middle"] = """
 r=reserve(1<<30); [r.commit(i*P,P) for i in range(0,40000,2)]

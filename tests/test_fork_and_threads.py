@@ -16,8 +16,7 @@ import pytest
 import witness
 
 import pyreserve
-from pyreserve import PAGE_SIZE, Region, ReleasedError, ViewError
-from pyreserve import region as region_module
+from pyreserve import PAGE_SIZE, Region, ReleasedError, ViewError, forks
 
 Mode = Literal["charge", "noreserve"]
 modes = pytest.mark.parametrize("mode", ["charge", "noreserve"])
@@ -401,7 +400,7 @@ class TestForkUnderThreads:
             sys.setswitchinterval(1e-6)
 
             def work() -> None:
-                registry = region_module._registry_lock
+                registry = forks.registry_lock
                 with lock:
                     inside.set()
                     for _ in range(20_000):

@@ -1,0 +1,620 @@
+#include "heap.h"
+
+#include <errno.h>
+#include <string.h>
+
+#include "bitmap.h"
+#include "vm.h"
+
+/* Decommitting gives the commit charge back too, but each hole costs the kernel two mappings. */
+enum { FEW_PIECES = 512, LARGE_PIECE = 1 << 20 };
+/* While the lock is held: bytes to clear, blocks to allocate or free. */
+enum { CLEAR_AT_ONCE = 1 << 18, BLOCKS_AT_ONCE = 1 << 12 };
+
+#define CONDEMNED (UINT32_C(1) << 31)
+#define SERIAL_MASK ((UINT32_C(1) << HEAP_SERIAL_BITS) - 1)
+#define PAGE_MASK ((UINT64_C(1) << HEAP_PAGE_BITS) - 1)
+
+static uint64_t up(uint64_t n, uint64_t to) {
+    return (n + to - 1) / to * to;
+}
+
+static uint64_t least(uint64_t a, uint64_t b) {
+    return a < b ? a : b;
+}
+
+static uint64_t pages_for(const struct heap *heap, uint64_t nbytes) {
+    return (nbytes - 1) / heap->meta.page + 1;
+}
+
+/* -- pages and addresses ------------------------------------------------------------------------ */
+
+uintptr_t heap_page_address(const struct heap *heap, uint64_t page) {
+    size_t i = heap->extent_count - 1;
+    while (i > 0 && heap->extents[i].page > page)
+        i--;
+    return heap->extents[i].address + (uintptr_t)(page - heap->extents[i].page) * heap->meta.page;
+}
+
+/* The page at an address; `end` if it lies in no page of the heap. */
+static uint64_t page_at(const struct heap *heap, uintptr_t address) {
+    uint64_t limit = heap->end;
+    for (size_t i = heap->extent_count; i-- > 0; limit = heap->extents[i].page) {
+        if (heap->extents[i].address > address)
+            continue;
+        uint64_t page = heap->extents[i].page +
+                        (address - heap->extents[i].address) / heap->meta.page;
+        return page < limit ? page : heap->end;
+    }
+    return heap->end;
+}
+
+/* Which page fresh addresses begin with. Under an index pages are numbered without the gaps between
+ * arenas, which may be terabytes: after a gap comes an extent of its own, apart from the last one
+ * and at a multiple of a unit, so that runs neither join across the gap nor lose their alignment. */
+static int64_t first_page(struct heap *heap, uintptr_t address, uint64_t *page) {
+    if (heap->meta.index == NULL) {
+        *page = (address - heap->meta.start) / heap->meta.page;
+        return 0;
+    }
+    *page = heap->end;
+    if (heap->extent_count > 0 && heap_page_address(heap, heap->end) == address)
+        return 0;
+    if (heap->extent_count == HEAP_EXTENTS)
+        return HEAP_SCATTERED;
+    uint64_t unit = heap->meta.unit / heap->meta.page;
+    if (heap->extent_count > 0)
+        *page = up(heap->end, unit) + unit;
+    heap->extents[heap->extent_count++] = (struct heap_extent){*page, address};
+    return 0;
+}
+
+/* -- metadata in the arena: a word a page, an entry a word -------------------------------------- */
+
+/* The word of the page at an address; NULL where no metadata is mapped. */
+static unsigned char *span_at(const struct heap *heap, uintptr_t address) {
+    const struct heap_metadata *meta = &heap->meta;
+    if (meta->index == NULL)
+        return (unsigned char *)meta->spans + (address - meta->start) / meta->page * meta->word;
+    unsigned char *own = (unsigned char *)meta->index[address / meta->unit];
+    if (own == NULL)
+        return NULL;
+    return own + meta->unit_bitmap + address % meta->unit / meta->page * meta->word;
+}
+
+static uint64_t read_span(const struct heap *heap, const unsigned char *span) {
+    return heap->meta.word == 4 ? *(const uint32_t *)(const void *)span
+                                : *(const uint64_t *)(const void *)span;
+}
+
+static void write_span(const struct heap *heap, uintptr_t address, uint64_t value) {
+    void *span = span_at(heap, address);
+    if (heap->meta.word == 4)
+        *(uint32_t *)span = (uint32_t)value;
+    else
+        *(uint64_t *)span = value;
+}
+
+/* The byte with the heap bitmap's entry for the word at a page's start, and the entry's bits. */
+static unsigned char *entry_at(const struct heap *heap, uintptr_t address, unsigned char *mask) {
+    const struct heap_metadata *meta = &heap->meta;
+    *mask = meta->bitmap_bits == 4 ? 0x0f : 0x11;
+    size_t a_byte = meta->word * (8 / meta->bitmap_bits); /* bytes of arena that a byte describes */
+    if (meta->index != NULL)
+        return (unsigned char *)meta->index[address / meta->unit] + address % meta->unit / a_byte;
+    return (unsigned char *)meta->start - 1 - (address - meta->start) / a_byte;
+}
+
+/* Writes the words of a block of `n` pages, or zeros them if `nbytes` is 0. */
+static void write_spans(const struct heap *heap, uintptr_t address, uint64_t n, uint64_t nbytes) {
+    uint64_t first = (address - heap->meta.start) / heap->meta.page + 1;
+    write_span(heap, address, nbytes == 0 ? 0 : 2 * nbytes + 1);
+    for (uint64_t at = first + (first & -first); at - first < n; at += at & -at)
+        write_span(heap, address + (uintptr_t)(at - first) * heap->meta.page,
+                   nbytes == 0 ? 0 : 2 * (at - first));
+}
+
+/* Where the block begins that has the page at an address, if the words there are in order. */
+static bool block_start(const struct heap *heap, uintptr_t address, uintptr_t *start) {
+    uint64_t page = (address - heap->meta.start) / heap->meta.page;
+    for (uint64_t at = page + 1; at > 0; at -= at & -at) {
+        uintptr_t here = heap->meta.start + (uintptr_t)(at - 1) * heap->meta.page;
+        const unsigned char *span = span_at(heap, here);
+        uint64_t word = span == NULL ? 0 : read_span(heap, span);
+        if (span == NULL)
+            return false;
+        if (word == 0)
+            continue;
+        uint64_t back = word % 2 == 1 ? 0 : word / 2;
+        *start = here - (uintptr_t)back * heap->meta.page;
+        return back < at;
+    }
+    return false;
+}
+
+/* -- blocks ------------------------------------------------------------------------------------- */
+
+static int64_t handle_of(uint64_t page, uint32_t serial, bool zeroed) {
+    return (int64_t)(page | (uint64_t)zeroed << HEAP_PAGE_BITS |
+                     (uint64_t)serial << (HEAP_PAGE_BITS + 1));
+}
+
+static uint64_t page_of(int64_t handle) {
+    return (uint64_t)handle & PAGE_MASK;
+}
+
+uintptr_t heap_address(const struct heap *heap, int64_t handle) {
+    return heap_page_address(heap, page_of(handle));
+}
+
+/* The size that the span of a page has for a block that starts there, if that makes sense: all its
+ * pages are in use; else 0. */
+static uint64_t size_at(const struct heap *heap, uint64_t page) {
+    if (page >= heap->end || !pagealloc_in_use_held(heap->pages, page, 1))
+        return 0;
+    const unsigned char *span = span_at(heap, heap_page_address(heap, page));
+    uint64_t word = span == NULL ? 0 : read_span(heap, span), nbytes = word % 2 * (word / 2);
+    uint64_t n = nbytes == 0 ? 0 : pages_for(heap, nbytes);
+    return n == 1 || (n > 1 && pagealloc_in_use_held(heap->pages, page, n)) ? nbytes : 0;
+}
+
+/* The size of the block that the handle stands for; 0 if there is no such block any more. */
+static uint64_t size_of(const struct heap *heap, int64_t handle) {
+    uint64_t page = page_of(handle);
+    uint32_t serial = (uint32_t)((uint64_t)handle >> (HEAP_PAGE_BITS + 1));
+    if (handle < 0 || page >= heap->end || heap->notes[page] != serial)
+        return 0;
+    return size_at(heap, page);
+}
+
+/* Takes pages that were given back into use again. */
+static int64_t recommit(struct heap *heap, uint64_t page, uint64_t n) {
+    size_t offset = heap_page_address(heap, page) - (uintptr_t)heap->region->base;
+    int err = region_commit(heap->region, offset, (size_t)n * heap->meta.page);
+    if (err != 0)
+        return err < 0 ? HEAP_CLOSED : HEAP_ERRNO - err;
+    heap->released_pages -= bitmap_clear(heap->released, page, page + n);
+    return 0;
+}
+
+/* Makes pages that were just taken ready for use, or gives them back and says why not. */
+static int64_t make_ready(struct heap *heap, uint64_t page, uint64_t n, bool region) {
+    if (heap->released_pages == 0 ||
+        bitmap_find(heap->released, page, page + n, true) == page + n)
+        return 0;
+    int64_t refused = region ? recommit(heap, page, n) : HEAP_COMMIT;
+    if (refused != 0)
+        (void)pagealloc_free_held(heap->pages, page, n);
+    return refused;
+}
+
+/* Notes a block at pages that are ready. */
+static int64_t enter(struct heap *heap, uint64_t page, uint64_t n, uint64_t nbytes) {
+    uintptr_t address = heap_page_address(heap, page);
+    write_spans(heap, address, n, nbytes);
+    if (heap->meta.bitmap_bits != 0) {
+        unsigned char mask, *entry = entry_at(heap, address, &mask);
+        *entry |= 1;
+    }
+    uint32_t serial = (uint32_t)++heap->mallocs & SERIAL_MASK;
+    heap->notes[page] = serial;
+    heap->requested += nbytes;
+    return handle_of(page, serial, bitmap_find(heap->dirty, page, page + n, true) == page + n);
+}
+
+/* Allocates with the lock held; does not clear. */
+static int64_t allocate(struct heap *heap, uint64_t nbytes, uint64_t align, bool region) {
+    if (heap->closed)
+        return HEAP_CLOSED;
+    if (nbytes == 0)
+        return HEAP_EMPTY;
+    if (align == 0 || (align & (align - 1)) != 0)
+        return PAGEALLOC_ALIGNMENT;
+    if (heap->extent_count == 0)
+        return PAGEALLOC_FULL;
+    uint64_t n = pages_for(heap, nbytes), coarse = align / heap->meta.page, phase = 0;
+    if (coarse > 1)
+        phase = heap_page_address(heap, 0) / heap->meta.page & (coarse - 1);
+    int64_t page = pagealloc_alloc_held(heap->pages, n, coarse > 1 ? coarse : 1, phase);
+    int64_t refused = page < 0 ? page : make_ready(heap, (uint64_t)page, n, region);
+    return refused != 0 ? refused : enter(heap, (uint64_t)page, n, nbytes);
+}
+
+/* Allocates blocks for sizes[i] and those after it, as many as the lowest run that fits the first
+ * has room for: as long as they are no smaller, it is the lowest that fits each of them. */
+static int64_t allocate_some(struct heap *heap, const struct pagealloc_integers *sizes,
+                             int64_t *handles, size_t *i, size_t stop, bool region) {
+    struct pagealloc_run run;
+    uint64_t first = pagealloc_integer(sizes, *i), total = 0;
+    if (heap->closed)
+        return HEAP_CLOSED;
+    if (first == 0)
+        return HEAP_EMPTY;
+    uint64_t least_pages = pages_for(heap, first), n = least_pages;
+    if (!pagealloc_lowest_held(heap->pages, least_pages, &run))
+        return PAGEALLOC_FULL;
+    size_t end = *i;
+    while (n >= least_pages && n <= run.stop - run.start - total) {
+        total += n;
+        if (++end == stop)
+            break;
+        uint64_t nbytes = pagealloc_integer(sizes, end);
+        n = nbytes == 0 ? 0 : pages_for(heap, nbytes);
+    }
+    (void)pagealloc_alloc_at_held(heap->pages, run.start, total);
+    int64_t refused = make_ready(heap, run.start, total, region);
+    for (uint64_t page = run.start; refused == 0 && *i < end; page += n, ++*i) {
+        uint64_t nbytes = pagealloc_integer(sizes, *i);
+        n = pages_for(heap, nbytes);
+        handles[*i] = enter(heap, page, n, nbytes);
+    }
+    return refused;
+}
+
+/* Forgets a block that is there; its pages are still to be freed. */
+static void forget(struct heap *heap, uint64_t page, uint64_t nbytes, uint32_t now) {
+    uint64_t n = pages_for(heap, nbytes);
+    uintptr_t address = heap_page_address(heap, page);
+    write_spans(heap, address, n, 0);
+    if (heap->meta.bitmap_bits != 0) {
+        unsigned char mask, *entry = entry_at(heap, address, &mask);
+        *entry &= (unsigned char)~mask;
+    }
+    for (uint64_t i = page; i < page + n; i++)
+        heap->notes[i] = now;
+    heap->requested -= nbytes;
+    heap->frees++;
+}
+
+static void free_pages(struct heap *heap, uint64_t page, uint64_t n) {
+    (void)bitmap_set(heap->dirty, page, page + n);
+    (void)pagealloc_free_held(heap->pages, page, n);
+}
+
+/* Clears what is dirty of a block, a piece at a time, so that others need not wait for all of it. */
+static void clear_dirty(struct heap *heap, uint64_t page, uint64_t n) {
+    uint64_t end = page + n, most = CLEAR_AT_ONCE / heap->meta.page + 1;
+    while (page < end) {
+        pagealloc_lock(heap->pages);
+        uint64_t start = heap->closed ? end : bitmap_find(heap->dirty, page, end, true);
+        page = start == end ? end
+                            : bitmap_find(heap->dirty, start, least(end, start + most), false);
+        if (start < page)
+            memset((void *)heap_page_address(heap, start), 0,
+                   (size_t)(page - start) * heap->meta.page);
+        pagealloc_unlock(heap->pages);
+    }
+}
+
+int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero, bool region) {
+    const int64_t zeroed = (int64_t)1 << HEAP_PAGE_BITS;
+    pagealloc_lock(heap->pages);
+    int64_t handle = allocate(heap, nbytes, align, region);
+    pagealloc_unlock(heap->pages);
+    if (handle >= 0 && zero && !(handle & zeroed)) {
+        clear_dirty(heap, page_of(handle), pages_for(heap, nbytes));
+        handle |= zeroed;
+    }
+    return handle;
+}
+
+int64_t heap_free(struct heap *heap, int64_t handle) {
+    uint32_t now = vm_milliseconds();
+    pagealloc_lock(heap->pages);
+    uint64_t nbytes = heap->closed ? 0 : size_of(heap, handle);
+    int64_t result = heap->closed ? HEAP_CLOSED : HEAP_NO_BLOCK;
+    if (nbytes > 0) {
+        forget(heap, page_of(handle), nbytes, now);
+        free_pages(heap, page_of(handle), pages_for(heap, nbytes));
+        result = (int64_t)nbytes;
+    }
+    pagealloc_unlock(heap->pages);
+    return result;
+}
+
+int64_t heap_alloc_many(struct heap *heap, const struct pagealloc_integers *sizes, int64_t *handles,
+                        size_t from, size_t count, bool region, int64_t *refused) {
+    size_t i = from;
+    *refused = 0;
+    while (i < count && *refused == 0) {
+        size_t stop = (size_t)least(count, i + BLOCKS_AT_ONCE);
+        pagealloc_lock(heap->pages);
+        while (i < stop && *refused == 0)
+            *refused = allocate_some(heap, sizes, handles, &i, stop, region);
+        pagealloc_unlock(heap->pages);
+    }
+    return (int64_t)(i - from);
+}
+
+uint64_t heap_need(const struct heap *heap, const struct pagealloc_integers *sizes, size_t from,
+                   size_t count) {
+    const uint64_t most = (UINT64_C(1) << 62) / heap->meta.page;
+    uint64_t pages = 0;
+    for (size_t i = from; i < count && pages <= most; i++) {
+        uint64_t nbytes = pagealloc_integer(sizes, i);
+        pages += nbytes == 0 ? 0 : pages_for(heap, nbytes);
+    }
+    return pages > most ? UINT64_MAX : pages * heap->meta.page;
+}
+
+int64_t heap_free_many(struct heap *heap, const int64_t *handles, size_t count, bool undo,
+                       size_t *failed) {
+    uint32_t now = vm_milliseconds();
+    int64_t result = 0;
+    size_t i = 0;
+    pagealloc_lock(heap->pages);
+    /* A condemned block is no block, so one that stands there twice is found. */
+    for (; i < count && result == 0; i++) {
+        if (heap->closed)
+            result = HEAP_CLOSED;
+        else if (size_of(heap, handles[i]) == 0)
+            result = HEAP_NO_BLOCK;
+        else
+            heap->notes[page_of(handles[i])] |= CONDEMNED;
+    }
+    if (result != 0) {
+        *failed = --i;
+        while (i-- > 0)
+            heap->notes[page_of(handles[i])] &= ~CONDEMNED;
+        count = 0;
+    }
+    struct pagealloc_run run = {0, 0}; /* neighbours are freed together */
+    for (i = 0; i < count; i++) {
+        uint64_t page = page_of(handles[i]), nbytes = size_at(heap, page);
+        if (nbytes == 0) /* somebody has written to the spans since */
+            continue;
+        if (page != run.stop && run.start < run.stop)
+            free_pages(heap, run.start, run.stop - run.start);
+        if (page != run.stop)
+            run.start = page;
+        run.stop = page + pages_for(heap, nbytes);
+        forget(heap, page, nbytes, now);
+        result += (int64_t)nbytes;
+    }
+    if (run.start < run.stop)
+        free_pages(heap, run.start, run.stop - run.start);
+    if (undo) {
+        heap->mallocs -= count;
+        heap->frees -= count;
+    }
+    pagealloc_unlock(heap->pages);
+    return result;
+}
+
+int64_t heap_find(struct heap *heap, uintptr_t address) {
+    int64_t found = HEAP_NO_BLOCK;
+    uintptr_t start;
+    pagealloc_lock(heap->pages);
+    uint64_t page = page_at(heap, address);
+    if (heap->closed) {
+        found = HEAP_CLOSED;
+    } else if (page < heap->end && pagealloc_in_use_held(heap->pages, page, 1) &&
+               block_start(heap, address, &start)) {
+        uint64_t first = page_at(heap, start), nbytes = size_at(heap, first);
+        if (nbytes > 0 && first <= page && page - first < pages_for(heap, nbytes))
+            found = handle_of(first, heap->notes[first] & SERIAL_MASK, false);
+    }
+    pagealloc_unlock(heap->pages);
+    return found;
+}
+
+int64_t heap_nbytes(struct heap *heap, int64_t handle) {
+    pagealloc_lock(heap->pages);
+    uint64_t nbytes = heap->closed ? 0 : size_of(heap, handle);
+    int64_t result = nbytes > 0 ? (int64_t)nbytes : heap->closed ? HEAP_CLOSED : HEAP_NO_BLOCK;
+    pagealloc_unlock(heap->pages);
+    return result;
+}
+
+int64_t heap_blocks(struct heap *heap, uint64_t *from, int64_t *handles, size_t max) {
+    struct pagealloc_run used;
+    size_t n = 0;
+    pagealloc_lock(heap->pages);
+    uint64_t page = *from;
+    while (n < max && !heap->closed &&
+           pagealloc_used_from_held(heap->pages, page, heap->end, &used)) {
+        for (page = used.start; page < used.stop && n < max;) {
+            uint64_t nbytes = size_at(heap, page);
+            if (nbytes > 0) {
+                handles[n++] = handle_of(page, heap->notes[page] & SERIAL_MASK, false);
+                page += pages_for(heap, nbytes);
+            } else { /* in use without a block: claimed */
+                page = page < heap->claimed.stop && page >= heap->claimed.start
+                           ? heap->claimed.stop
+                           : page + 1;
+            }
+        }
+    }
+    *from = page;
+    int64_t result = heap->closed ? HEAP_CLOSED : (int64_t)n;
+    pagealloc_unlock(heap->pages);
+    return result;
+}
+
+/* -- giving back -------------------------------------------------------------------------------- */
+
+/* Which of the 64 pages of bit word `i` may be given back, not looking at whether they are free. */
+static uint64_t eligible(const struct heap *heap, uint64_t i, uint32_t age, uint32_t now,
+                         bool lazy) {
+    uint64_t pages = heap->dirty[i] & (lazy ? ~heap->released[i] : ~UINT64_C(0));
+    for (uint64_t rest = age > 0 ? pages : 0; rest != 0; rest &= rest - 1) {
+        unsigned bit = (unsigned)__builtin_ctzll(rest);
+        if (now - heap->notes[i * 64 + bit] < age)
+            pages &= ~(UINT64_C(1) << bit);
+    }
+    return pages;
+}
+
+/* Behind the highest page of [start, stop) for which that is `wanted`; `start` if there is none. */
+static uint64_t behind_last(const struct heap *heap, uint64_t start, uint64_t stop, bool wanted,
+                            uint32_t age, uint32_t now, bool lazy) {
+    while (stop > start) {
+        uint64_t i = (stop - 1) / 64, low = i * 64 > start ? i * 64 : start;
+        uint64_t pages = eligible(heap, i, age, now, lazy) ^ (wanted ? 0 : ~UINT64_C(0));
+        pages &= (~UINT64_C(0) >> (63 - (stop - 1) % 64)) & (~UINT64_C(0) << (low % 64));
+        if (pages != 0)
+            return i * 64 + 64 - (unsigned)__builtin_clzll(pages);
+        stop = low;
+    }
+    return start;
+}
+
+int64_t heap_idle(struct heap *heap, uint64_t below, uint64_t most, uint64_t longest, uint32_t age,
+                  bool lazy, struct pagealloc_run *out, size_t max) {
+    uint32_t now = vm_milliseconds();
+    struct pagealloc_run run;
+    size_t n = 0;
+    pagealloc_lock(heap->pages);
+    while (n < max && most > 0 && pagealloc_run_below_held(heap->pages, below, &run)) {
+        uint64_t stop = behind_last(heap, run.start, run.stop, true, age, now, lazy);
+        below = run.start;
+        if (stop == run.start)
+            continue;
+        uint64_t length = least(least(most, longest), stop - run.start);
+        below = behind_last(heap, stop - length, stop, false, age, now, lazy);
+        out[n++] = (struct pagealloc_run){below, stop};
+        most -= stop - below;
+    }
+    int64_t result = heap->closed ? HEAP_CLOSED : (int64_t)n;
+    pagealloc_unlock(heap->pages);
+    return result;
+}
+
+/* Drops the whole OS pages in [low, high). To keep them is no harm. */
+static void discard_inside(const struct heap *heap, uintptr_t low, uintptr_t high) {
+    uintptr_t page = heap->region->page;
+    low = (low + page - 1) & ~(page - 1);
+    high &= ~(page - 1);
+    if (low < high)
+        (void)vm_discard(low, high - low);
+}
+
+/* Drops the metadata of pages that have no block: all zero, or without a meaning. */
+static void discard_metadata(const struct heap *heap, uint64_t start, uint64_t stop) {
+    const struct heap_metadata *meta = &heap->meta;
+    uintptr_t low = heap_page_address(heap, start);
+    uintptr_t high = low + (uintptr_t)(stop - start) * meta->page;
+    discard_inside(heap, (uintptr_t)(heap->notes + start), (uintptr_t)(heap->notes + stop));
+    while (low < high) {
+        uintptr_t end = meta->index == NULL ? high : (low / meta->unit + 1) * meta->unit;
+        uintptr_t last = (end < high ? end : high) - meta->page;
+        discard_inside(heap, (uintptr_t)span_at(heap, low),
+                       (uintptr_t)span_at(heap, last) + meta->word);
+        if (meta->bitmap_bits != 0) {
+            unsigned char mask, *first = entry_at(heap, low, &mask);
+            size_t nbytes = (last + meta->page - low) / (meta->word * (8 / meta->bitmap_bits));
+            uintptr_t begin = meta->index != NULL ? (uintptr_t)first : (uintptr_t)first + 1 - nbytes;
+            discard_inside(heap, begin, begin + nbytes);
+        }
+        low = last + meta->page;
+    }
+}
+
+/* Gives contents, or contents and charge, of committed bytes back. */
+static int give_back(struct region *region, size_t offset, size_t length, bool lazy) {
+    bool charged = !(region->accounting & VM_NORESERVE);
+    if (!lazy && charged && length >= LARGE_PIECE && region->committed.count < FEW_PIECES &&
+        (region_decommit(region, offset, length) == 0 ||
+         region_is_committed(region, offset, length) != 1))
+        return 0;
+    return region_discard(region, offset, length, lazy);
+}
+
+int64_t heap_give_back(struct heap *heap, const struct pagealloc_run *piece, bool lazy) {
+    uint64_t start = piece->start, n = piece->stop - piece->start;
+    /* The pages are claimed, as if they were a block, while the kernel is at work on them. */
+    pagealloc_lock(heap->pages);
+    bool taken = heap->closed || pagealloc_alloc_at_held(heap->pages, start, n) != 0;
+    if (!taken)
+        heap->claimed = *piece;
+    pagealloc_unlock(heap->pages);
+    if (taken)
+        return 0;
+    size_t offset = heap_page_address(heap, start) - (uintptr_t)heap->region->base;
+    size_t nbytes = (size_t)n * heap->meta.page;
+    int err = give_back(heap->region, offset, nbytes, lazy);
+    if (err == 0 && !lazy)
+        discard_metadata(heap, start, piece->stop);
+    pagealloc_lock(heap->pages);
+    (void)pagealloc_free_held(heap->pages, start, n);
+    heap->claimed = (struct pagealloc_run){0, 0};
+    if (err == 0) {
+        heap->released_pages += bitmap_set(heap->released, start, piece->stop);
+        if (!lazy)
+            (void)bitmap_clear(heap->dirty, start, piece->stop);
+    }
+    pagealloc_unlock(heap->pages);
+    return err == 0 ? (int64_t)nbytes : HEAP_ERRNO - err;
+}
+
+/* -- beginning and end -------------------------------------------------------------------------- */
+
+int64_t heap_add(struct heap *heap, uintptr_t address, size_t nbytes) {
+    uint64_t page;
+    pagealloc_lock(heap->pages);
+    int64_t result = heap->closed ? HEAP_CLOSED : first_page(heap, address, &page);
+    if (result == 0)
+        result = pagealloc_add_held(heap->pages, page, nbytes / heap->meta.page);
+    if (result == 0 && page + nbytes / heap->meta.page > heap->end)
+        heap->end = page + nbytes / heap->meta.page;
+    pagealloc_unlock(heap->pages);
+    return result;
+}
+
+void heap_measure(struct heap *heap, struct heap_stats *stats) {
+    pagealloc_lock(heap->pages);
+    uint64_t all = pagealloc_part_pages_held(heap->pages);
+    uint64_t claimed = heap->claimed.stop - heap->claimed.start;
+    uint64_t idle = pagealloc_free_pages_held(heap->pages) + claimed;
+    *stats = (struct heap_stats){
+        .arena = all * heap->meta.page,
+        .in_use = (all - idle) * heap->meta.page,
+        .released = heap->released_pages * heap->meta.page,
+        .requested = heap->requested,
+        .mallocs = heap->mallocs,
+        .frees = heap->frees,
+    };
+    pagealloc_unlock(heap->pages);
+}
+
+/* Lays out the tables from `memory` on; returns their bytes. */
+static uint64_t lay_out(struct heap *heap, char *memory, uint64_t capacity, bool spans) {
+    size_t page = vm_page_size();
+    uint64_t bits = up((capacity + 63) / 64 * 8, page);
+    uint64_t at = up(pagealloc_bytes(capacity), page);
+    heap->notes = (uint32_t *)(void *)(memory + at);
+    at += up(capacity * sizeof *heap->notes, page);
+    heap->dirty = (uint64_t *)(void *)(memory + at);
+    heap->released = (uint64_t *)(void *)(memory + at + bits);
+    at += 2 * bits;
+    if (spans) {
+        heap->meta.spans = memory + at;
+        at += up(capacity * sizeof(uint64_t), page);
+    }
+    return at;
+}
+
+uint64_t heap_bytes(uint64_t capacity, bool spans) {
+    struct heap heap;
+    return lay_out(&heap, NULL, capacity, spans);
+}
+
+void heap_open(struct heap *heap, void *tables, uint64_t capacity, bool spans,
+               struct region *region, const struct heap_metadata *metadata) {
+    heap->meta = *metadata;
+    heap->region = region;
+    (void)lay_out(heap, tables, capacity, spans);
+    heap->pages = pagealloc_open(tables, capacity);
+    if (metadata->index == NULL)
+        heap->extents[heap->extent_count++] = (struct heap_extent){0, metadata->start};
+}
+
+void heap_close(struct heap *heap, bool closed) {
+    pagealloc_lock(heap->pages);
+    heap->closed = closed;
+    pagealloc_unlock(heap->pages);
+}
+
+void heap_end(struct heap *heap) {
+    pagealloc_close(heap->pages);
+}

@@ -1,0 +1,1088 @@
+#include "pagealloc.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#include "bitmap.h"
+#include "runs.h"
+
+enum {
+    CHUNK = 512,        /* pages: a cache line of bits */
+    WORDS = CHUNK / 64, /* of a chunk */
+    FAN = 32,           /* children of a node: a cache line of codes */
+    LEVELS = 7,         /* enough for pagealloc_most() */
+    LINE = 64,          /* bytes */
+    GAP = 5 * LINE,     /* bytes between tables */
+    EXACT = 1 << 15,    /* codes below this are lengths */
+    CLASS_BITS = 10,    /* above, each doubling of the length has 2^10 codes */
+    PATIENCE = 64       /* misplaced runs before an aligned request takes one that is sure to fit */
+};
+
+#define NONE UINT64_MAX
+
+/* How far the runs reach that cross a chunk's borders. */
+struct tag {
+    uint64_t length; /* of the run that starts here and leaves; 0: none does */
+    uint64_t start;  /* 1 + the first page of the run that comes from below and ends here; 0: none */
+};
+
+struct pagealloc {
+    pthread_mutex_t lock;
+    bool wide; /* the machine has the instructions of the 512-bit kernels */
+    unsigned levels;
+    uint64_t capacity, chunks, free;
+    uint64_t count[LEVELS];  /* codes of a level; level 0 has a chunk's longest run ... */
+    uint16_t *codes[LEVELS]; /* ... and each above it the largest of 32 below */
+    struct tag *tags;
+    uint64_t (*bits)[WORDS]; /* 1 = free; all zero in chunks between a run's first and its last */
+    struct runs parts;       /* the pages that are part of the arena */
+};
+
+/* -- kernels: all that takes time on a cache line, portable and in 512-bit registers ------------ */
+
+/* `out` = `words` moved down by `by` bits, copies of `fill` (all zeros or all ones) moving in. */
+static void shift_down(uint64_t *out, const uint64_t *words, unsigned by, uint64_t fill) {
+    unsigned skip = by / 64, shift = by % 64;
+    for (unsigned i = 0; i < WORDS; i++) {
+        uint64_t low = i + skip < WORDS ? words[i + skip] : fill;
+        uint64_t high = i + skip + 1 < WORDS ? words[i + skip + 1] : fill;
+        out[i] = low >> shift | high << 1 << (63 - shift);
+    }
+}
+
+/* Keeps of each run of ones in `words` the part that has a one `by` further on, unless that leaves
+ * nothing; tells whether it did. */
+static bool shorten(uint64_t *words, unsigned by) {
+    uint64_t shorter[WORDS], any = 0;
+    shift_down(shorter, words, by, 0);
+    for (unsigned i = 0; i < WORDS; i++)
+        any |= shorter[i] &= words[i];
+    if (any != 0)
+        memcpy(words, shorter, sizeof shorter);
+    return any != 0;
+}
+
+/* The length of the longest run of ones. */
+static unsigned longest_portable(const uint64_t *words) {
+    uint64_t ones[WORDS], any = 0;
+    for (unsigned i = 0; i < WORDS; i++)
+        any |= ones[i] = words[i];
+    if (any == 0)
+        return 0;
+    unsigned length = 1, step = 1;
+    for (; shorten(ones, step); step *= 2)
+        length += step;
+    while ((step /= 2) > 0)
+        length += shorten(ones, step) ? step : 0;
+    return length;
+}
+
+/* Clears the bits [start, stop) and then tells the length of the longest run of ones. */
+static unsigned longest_without_portable(uint64_t *words, unsigned start, unsigned stop) {
+    (void)bitmap_clear(words, start, stop);
+    return longest_portable(words);
+}
+
+/* Where the lowest run of `n` ones begins, 0 < n <= CHUNK; what follows the last word is `fill`.
+ * There is such a run. */
+static unsigned find_portable(const uint64_t *words, unsigned n, uint64_t fill) {
+    uint64_t ones[WORDS], moved[WORDS];
+    memcpy(ones, words, sizeof ones);
+    for (unsigned have = 1; have < n;) {
+        unsigned step = have < n - have ? have : n - have;
+        shift_down(moved, ones, step, fill);
+        for (unsigned i = 0; i < WORDS; i++)
+            ones[i] &= moved[i];
+        have += step;
+    }
+    unsigned i = 0;
+    while (ones[i] == 0)
+        i++;
+    return i * 64 + (unsigned)__builtin_ctzll(ones[i]);
+}
+
+/* Which of a line's codes are at least `code`. */
+static uint32_t at_least_portable(const uint16_t *line, uint16_t code) {
+    uint32_t mask = 0;
+    for (unsigned i = 0; i < FAN; i++)
+        mask |= (uint32_t)(line[i] >= code) << i;
+    return mask;
+}
+
+/* The largest code of a line in which `code` stands in the place of number `at`. */
+static uint16_t largest_portable(const uint16_t *line, unsigned at, uint16_t code) {
+    uint16_t largest = code;
+    for (unsigned i = 0; i < FAN; i++)
+        largest = i != at && line[i] > largest ? line[i] : largest;
+    return largest;
+}
+
+#ifdef __x86_64__
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,bmi,bmi2")))
+
+WIDE static inline __m512i shift_down_wide(__m512i words, unsigned by, __m512i fill) {
+    const __m512i places = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i from = _mm512_add_epi64(places, _mm512_set1_epi64(by / 64));
+    __m512i low = _mm512_permutex2var_epi64(words, from, fill);
+    __m512i high = _mm512_permutex2var_epi64(
+        words, _mm512_add_epi64(from, _mm512_set1_epi64(1)), fill);
+    return _mm512_shrdv_epi64(low, high, _mm512_set1_epi64(by % 64));
+}
+
+/* The same by a power of two that the compiler knows. */
+#define SHIFT_DOWN(words, by, fill)                                                                \
+    ((by) < 64 ? _mm512_shrdi_epi64(words, _mm512_alignr_epi64(fill, words, 1), (by) % 64)         \
+               : _mm512_alignr_epi64(fill, words, (by) / 64 % 8))
+
+WIDE static inline unsigned longest_of(__m512i ones) {
+    const __m512i zero = _mm512_setzero_si512();
+    __m512i shorter;
+    unsigned length = 1;
+    if (_mm512_test_epi64_mask(ones, ones) == 0)
+        return 0;
+#define DOUBLE(by, otherwise)                                                                      \
+    shorter = _mm512_and_si512(ones, SHIFT_DOWN(ones, by, zero));                                  \
+    if (_mm512_test_epi64_mask(shorter, shorter) == 0)                                             \
+        goto otherwise;                                                                            \
+    ones = shorter;                                                                                \
+    length = 2 * (by)
+#define ADD(by)                                                                                    \
+    shorter = _mm512_and_si512(ones, SHIFT_DOWN(ones, by, zero));                                  \
+    some = _mm512_test_epi64_mask(shorter, shorter) != 0 ? 0xff : 0;                               \
+    ones = _mm512_mask_mov_epi64(ones, some, shorter);                                             \
+    length += some ? (by) : 0
+    __mmask8 some;
+    DOUBLE(1, below_2);
+    DOUBLE(2, below_4);
+    DOUBLE(4, below_8);
+    DOUBLE(8, below_16);
+    DOUBLE(16, below_32);
+    DOUBLE(32, below_64);
+    DOUBLE(64, below_128);
+    DOUBLE(128, below_256);
+    DOUBLE(256, below_512);
+    return length;
+below_512:
+    ADD(128);
+below_256:
+    ADD(64);
+below_128:
+    ADD(32);
+below_64:
+    ADD(16);
+below_32:
+    ADD(8);
+below_16:
+    ADD(4);
+below_8:
+    ADD(2);
+below_4:
+    ADD(1);
+below_2:
+    return length;
+#undef DOUBLE
+#undef ADD
+}
+
+WIDE static unsigned longest_wide(const uint64_t *words) {
+    return longest_of(_mm512_loadu_si512(words));
+}
+
+/* From bit `at` on, 0 <= at <= CHUNK, all bits of a chunk. */
+WIDE static inline __m512i bits_from(unsigned at) {
+    const __m512i begin = _mm512_set_epi64(448, 384, 320, 256, 192, 128, 64, 0);
+    __m512i skip = _mm512_sub_epi64(_mm512_set1_epi64(at), begin);
+    return _mm512_sllv_epi64(_mm512_set1_epi64(-1),
+                             _mm512_max_epi64(skip, _mm512_setzero_si512()));
+}
+
+WIDE static unsigned longest_without_wide(uint64_t *words, unsigned start, unsigned stop) {
+    __m512i out = _mm512_andnot_si512(bits_from(stop), bits_from(start));
+    __m512i rest = _mm512_andnot_si512(out, _mm512_load_si512(words));
+    _mm512_store_si512(words, rest);
+    return longest_of(rest);
+}
+
+WIDE static unsigned find_wide(const uint64_t *words, unsigned n, uint64_t fill) {
+    __m512i ones = _mm512_loadu_si512(words), filling = _mm512_set1_epi64((long long)fill);
+    unsigned have = 1;
+#define DOUBLE(by)                                                                                 \
+    if (n < 2 * (by))                                                                              \
+        goto rest;                                                                                 \
+    ones = _mm512_and_si512(ones, SHIFT_DOWN(ones, by, filling));                                  \
+    have = 2 * (by)
+    DOUBLE(1);
+    DOUBLE(2);
+    DOUBLE(4);
+    DOUBLE(8);
+    DOUBLE(16);
+    DOUBLE(32);
+    DOUBLE(64);
+    DOUBLE(128);
+    DOUBLE(256);
+#undef DOUBLE
+rest:
+    if (have < n)
+        ones = _mm512_and_si512(ones, shift_down_wide(ones, n - have, filling));
+    __mmask8 some = _mm512_test_epi64_mask(ones, ones);
+    __m128i lowest = _mm512_castsi512_si128(_mm512_maskz_compress_epi64(some, ones));
+    return (unsigned)__builtin_ctz(some) * 64 +
+           (unsigned)__builtin_ctzll((unsigned long long)_mm_cvtsi128_si64(lowest));
+}
+
+WIDE static uint32_t at_least_wide(const uint16_t *line, uint16_t code) {
+    return _mm512_cmpge_epu16_mask(_mm512_load_si512(line), _mm512_set1_epi16((short)code));
+}
+
+WIDE static uint16_t largest_wide(const uint16_t *line, unsigned at, uint16_t code) {
+    __m512i all = _mm512_mask_set1_epi16(_mm512_load_si512(line), 1U << at, (short)code);
+    __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    /* The instruction for the smallest of eight, asked about the complements. */
+    __m128i least = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
+    return (uint16_t)~_mm_extract_epi16(least, 0);
+}
+
+static bool machine_is_wide(void) {
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") &&
+           __builtin_cpu_supports("bmi2");
+}
+
+#define KERNEL(pages, name, ...)                                                                   \
+    ((pages)->wide ? name##_wide(__VA_ARGS__) : name##_portable(__VA_ARGS__))
+#else
+static bool machine_is_wide(void) {
+    return false;
+}
+
+#define KERNEL(pages, name, ...) ((void)(pages), name##_portable(__VA_ARGS__))
+#endif
+
+/* -- the tree of longest runs ------------------------------------------------------------------- */
+
+static uint16_t code_of(uint64_t length) {
+    if (length < EXACT)
+        return (uint16_t)length;
+    unsigned octave = 63 - (unsigned)__builtin_clzll(length);
+    uint64_t inside = length >> (octave - CLASS_BITS) & ((1U << CLASS_BITS) - 1);
+    return (uint16_t)(EXACT + ((octave - 15) << CLASS_BITS) + inside);
+}
+
+/* The first chunk from `from` on whose code is at least `code` (> 0). */
+static uint64_t chunk_from(const struct pagealloc *pages, uint64_t from, uint16_t code) {
+    unsigned level = 0;
+    uint64_t i = from;
+    if (from == 0)
+        level = pages->levels - 1;
+    for (;;) {
+        if (i >= pages->count[level])
+            return NONE;
+        uint64_t line = i / FAN * FAN;
+        uint32_t found = KERNEL(pages, at_least, pages->codes[level] + line, code);
+        found &= ~UINT32_C(0) << (i % FAN);
+        if (found != 0) {
+            i = line + (unsigned)__builtin_ctz(found);
+            break;
+        }
+        if (++level == pages->levels)
+            return NONE;
+        i = i / FAN + 1;
+    }
+    while (level-- > 0) {
+        uint32_t found = KERNEL(pages, at_least, pages->codes[level] + i * FAN, code);
+        i = i * FAN + (unsigned)__builtin_ctz(found);
+    }
+    return i;
+}
+
+/* The last chunk below `below` in which a run starts. */
+static uint64_t chunk_below(const struct pagealloc *pages, uint64_t below) {
+    uint64_t i = below;
+    unsigned level = 0;
+    for (;; level++) {
+        if (level == pages->levels || i == 0)
+            return NONE;
+        uint64_t line = (i - 1) / FAN * FAN;
+        uint32_t found = KERNEL(pages, at_least, pages->codes[level] + line, 1);
+        found &= ~UINT32_C(0) >> (FAN - 1 - (i - 1) % FAN);
+        if (found != 0) {
+            i = line + 31 - (unsigned)__builtin_clz(found);
+            break;
+        }
+        i = line / FAN;
+    }
+    while (level-- > 0) {
+        uint32_t found = KERNEL(pages, at_least, pages->codes[level] + i * FAN, 1);
+        i = i * FAN + 31 - (unsigned)__builtin_clz(found);
+    }
+    return i;
+}
+
+/* The largest code among the siblings of one that is about to become `code`. */
+static uint16_t largest_after(const struct pagealloc *pages, unsigned level, uint64_t i,
+                              uint16_t code) {
+    const uint16_t *line = pages->codes[level] + i / FAN * FAN;
+    unsigned at = (unsigned)(i % FAN);
+    uint32_t larger = code == UINT16_MAX ? 0 : KERNEL(pages, at_least, line, (uint16_t)(code + 1));
+    if ((larger & ~(UINT32_C(1) << at)) == 0)
+        return code;
+    return KERNEL(pages, largest, line, at, code);
+}
+
+/* Gives a chunk its code and the nodes above it what follows from that. A line is read before it is
+ * written: to read it as a whole right after a small write would wait for that. */
+static void set_code(struct pagealloc *pages, uint64_t i, uint16_t code) {
+    for (unsigned level = 0;; level++) {
+        uint16_t *node = &pages->codes[level][i], before = *node;
+        if (code == before)
+            return;
+        uint64_t parent = i / FAN;
+        uint16_t above = code;
+        if (level + 1 < pages->levels) {
+            above = pages->codes[level + 1][parent];
+            if (code > above)
+                above = code;
+            else if (before == above)
+                above = largest_after(pages, level, i, code);
+        }
+        *node = code;
+        if (level + 1 == pages->levels)
+            return;
+        i = parent;
+        code = above;
+    }
+}
+
+static void raise_code(struct pagealloc *pages, uint64_t chunk, uint64_t length) {
+    uint16_t code = code_of(length);
+    if (code > pages->codes[0][chunk])
+        set_code(pages, chunk, code);
+}
+
+/* -- runs of free pages ------------------------------------------------------------------------- */
+
+static uint64_t chunk_of(uint64_t page) {
+    return page / CHUNK;
+}
+
+/* Pages are the bits of one long bitmap, but for the chunks that are kept zero. */
+static uint64_t *bits_of(const struct pagealloc *pages) {
+    return pages->bits[0];
+}
+
+static bool is_set(const struct pagealloc *pages, uint64_t page) {
+    return bits_of(pages)[page / 64] >> (page % 64) & 1;
+}
+
+/* The bits of the runs that start in a chunk: `copy` if one from below has to be left out. */
+static const uint64_t *started_here(const struct pagealloc *pages, uint64_t chunk, uint64_t *copy) {
+    const uint64_t *words = pages->bits[chunk];
+    if (pages->tags[chunk].start == 0)
+        return words;
+    memcpy(copy, words, CHUNK / 8);
+    unsigned i = 0;
+    while (i < WORDS && copy[i] == ~UINT64_C(0))
+        copy[i++] = 0;
+    if (i < WORDS)
+        copy[i] &= copy[i] + 1;
+    return copy;
+}
+
+static void measure_chunk(struct pagealloc *pages, uint64_t chunk) {
+    uint64_t copy[WORDS], length = pages->tags[chunk].length;
+    if (length < CHUNK) {
+        uint64_t longest = KERNEL(pages, longest, started_here(pages, chunk, copy));
+        length = longest > length ? longest : length;
+    }
+    set_code(pages, chunk, code_of(length));
+}
+
+/* How far the ones of a chunk go on from bit `at`: the first bit that is not one, or CHUNK. */
+static unsigned ones_end(const uint64_t *words, unsigned at) {
+    for (unsigned i = at / 64, shift = at % 64; i < WORDS; i++, shift = 0) {
+        uint64_t zeros = ~words[i] >> shift;
+        if (zeros != 0)
+            return i * 64 + shift + (unsigned)__builtin_ctzll(zeros);
+    }
+    return CHUNK;
+}
+
+/* Where the ones of a chunk that reach up to bit `end`, exclusive, begin; `end` if there are none. */
+static unsigned ones_begin(const uint64_t *words, unsigned end) {
+    while (end > 0) {
+        unsigned i = (end - 1) / 64, above = 63 - (end - 1) % 64;
+        uint64_t zeros = ~words[i] << above;
+        if (zeros != 0)
+            return i * 64 + 64 - above - (unsigned)__builtin_clzll(zeros);
+        end = i * 64;
+    }
+    return 0;
+}
+
+/* Where the run that starts at `start` stops. */
+static uint64_t stop_of(const struct pagealloc *pages, uint64_t start) {
+    uint64_t chunk = chunk_of(start);
+    unsigned end = ones_end(pages->bits[chunk], (unsigned)(start % CHUNK));
+    if (end == CHUNK && pages->tags[chunk].length != 0)
+        return start + pages->tags[chunk].length;
+    return chunk * CHUNK + end;
+}
+
+/* Where the run begins whose last page in its chunk is below `end` (> 0), in the same chunk. */
+static uint64_t start_of(const struct pagealloc *pages, uint64_t end) {
+    uint64_t chunk = chunk_of(end - 1);
+    unsigned first = ones_begin(pages->bits[chunk], (unsigned)(end - chunk * CHUNK));
+    if (first == 0 && pages->tags[chunk].start != 0)
+        return pages->tags[chunk].start - 1;
+    return chunk * CHUNK + first;
+}
+
+/* The highest page below `below` at which a run starts. */
+static uint64_t last_start(const struct pagealloc *pages, uint64_t below) {
+    uint64_t chunk = below == 0 ? 0 : chunk_of(below - 1), copy[WORDS];
+    unsigned n = (unsigned)(below - chunk * CHUNK);
+    for (; chunk != NONE; chunk = chunk_below(pages, chunk), n = CHUNK) {
+        const uint64_t *words = started_here(pages, chunk, copy);
+        for (unsigned end = n; end > 0; end = (end - 1) / 64 * 64) {
+            unsigned i = (end - 1) / 64, above = 63 - (end - 1) % 64;
+            uint64_t ones = words[i] << above;
+            if (ones != 0)
+                return chunk * CHUNK +
+                       ones_begin(words, i * 64 + 64 - above - (unsigned)__builtin_clzll(ones));
+        }
+    }
+    return NONE;
+}
+
+/* The first page from `from` on, which is in no free run, at which one starts. */
+static uint64_t next_start(const struct pagealloc *pages, uint64_t from) {
+    if (from >= pages->capacity)
+        return NONE;
+    uint64_t chunk = chunk_of(from), end = (chunk + 1) * CHUNK, copy[WORDS];
+    uint64_t found = bitmap_find(bits_of(pages), from, end, true);
+    if (found < end)
+        return found;
+    chunk = chunk_from(pages, chunk + 1, 1);
+    if (chunk == NONE)
+        return NONE;
+    const uint64_t *words = started_here(pages, chunk, copy);
+    return chunk * CHUNK + bitmap_find(words, 0, CHUNK, true);
+}
+
+/* The words under [start, stop), of at most one chunk, and which bits of the outer ones. */
+struct span {
+    uint64_t first, last, low, high;
+};
+
+static struct span span_of(uint64_t start, uint64_t stop) {
+    struct span span = {start / 64, (stop - 1) / 64, ~UINT64_C(0) << (start % 64),
+                        ~UINT64_C(0) >> (63 - (stop - 1) % 64)};
+    if (span.first == span.last)
+        span.low = span.high &= span.low;
+    return span;
+}
+
+static bool any_bits(const struct pagealloc *pages, uint64_t start, uint64_t stop) {
+    const uint64_t *words = bits_of(pages);
+    struct span span = span_of(start, stop);
+    uint64_t any = (words[span.first] & span.low) | (words[span.last] & span.high);
+    for (uint64_t i = span.first + 1; i < span.last; i++)
+        any |= words[i];
+    return any != 0;
+}
+
+static void set_bits(struct pagealloc *pages, uint64_t start, uint64_t stop) {
+    uint64_t *words = bits_of(pages);
+    struct span span = span_of(start, stop);
+    words[span.first] |= span.low;
+    words[span.last] |= span.high;
+    for (uint64_t i = span.first + 1; i < span.last; i++)
+        words[i] = ~UINT64_C(0);
+}
+
+static void clear_bits(struct pagealloc *pages, uint64_t start, uint64_t stop) {
+    uint64_t *words = bits_of(pages);
+    struct span span = span_of(start, stop);
+    words[span.first] &= ~span.low;
+    words[span.last] &= ~span.high;
+    for (uint64_t i = span.first + 1; i < span.last; i++)
+        words[i] = 0;
+}
+
+/* Notes the run [start, stop), which touches no other. */
+static void insert(struct pagealloc *pages, uint64_t start, uint64_t stop) {
+    uint64_t first = chunk_of(start), last = chunk_of(stop - 1);
+    if (first == last) {
+        set_bits(pages, start, stop);
+    } else {
+        set_bits(pages, start, (first + 1) * CHUNK);
+        set_bits(pages, last * CHUNK, stop);
+        pages->tags[first].length = stop - start;
+        pages->tags[last].start = start + 1;
+    }
+    raise_code(pages, first, stop - start);
+}
+
+/* Forgets the run [start, stop), but for its length in its first chunk's code. */
+static void erase(struct pagealloc *pages, uint64_t start, uint64_t stop) {
+    uint64_t first = chunk_of(start), last = chunk_of(stop - 1);
+    if (first == last) {
+        clear_bits(pages, start, stop);
+    } else {
+        clear_bits(pages, start, (first + 1) * CHUNK);
+        clear_bits(pages, last * CHUNK, stop);
+        pages->tags[first].length = 0;
+        pages->tags[last].start = 0;
+    }
+}
+
+/* Whether a run of this length may be what the code of the chunk stands for. */
+static bool was_longest(const struct pagealloc *pages, uint64_t chunk, uint64_t length) {
+    return pages->codes[0][chunk] == code_of(length);
+}
+
+/* Takes [page, page + n) out of the free run [start, stop). */
+static void take(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_t page,
+                 uint64_t n) {
+    uint64_t first = chunk_of(start), last = chunk_of(stop - 1), end = page + n;
+    pages->free -= n;
+    if (first == last && pages->tags[first].start == 0 && was_longest(pages, first, stop - start)) {
+        uint64_t longest = KERNEL(pages, longest_without, pages->bits[first],
+                                  (unsigned)(page - first * CHUNK), (unsigned)(end - first * CHUNK));
+        uint64_t leaving = pages->tags[first].length;
+        set_code(pages, first, code_of(leaving > longest ? leaving : longest));
+        return;
+    }
+    if (first == last) {
+        clear_bits(pages, page, end);
+    } else if (page == start && chunk_of(end) == first) {
+        clear_bits(pages, page, end);
+        pages->tags[first].length -= n;
+        pages->tags[last].start += n;
+    } else {
+        erase(pages, start, stop);
+        if (start < page)
+            insert(pages, start, page);
+        if (end < stop)
+            insert(pages, end, stop);
+    }
+    if (was_longest(pages, first, stop - start))
+        measure_chunk(pages, first);
+}
+
+/* Makes [page, page + n), none of it free, free. */
+static void give(struct pagealloc *pages, uint64_t page, uint64_t n) {
+    uint64_t end = page + n, start = page, stop = end;
+    if (page > 0 && is_set(pages, page - 1))
+        start = start_of(pages, page);
+    if (end < pages->capacity && is_set(pages, end))
+        stop = stop_of(pages, end);
+    uint64_t first = chunk_of(start), last = chunk_of(stop - 1), right = chunk_of(end);
+    if (first == last || (first == right && end < stop)) {
+        set_bits(pages, page, end);
+        if (first != last) {
+            pages->tags[first].length = stop - start;
+            pages->tags[last].start = start + 1;
+        }
+        raise_code(pages, first, stop - start);
+    } else {
+        if (start < page)
+            erase(pages, start, page);
+        if (end < stop)
+            erase(pages, end, stop);
+        insert(pages, start, stop);
+        /* The run that was here starts lower now. */
+        if (end < stop && right != first && was_longest(pages, right, stop - end))
+            measure_chunk(pages, right);
+    }
+    pages->free += n;
+}
+
+/* -- what is asked for -------------------------------------------------------------------------- */
+
+static bool outside(const struct pagealloc *pages, uint64_t page, uint64_t n) {
+    return n == 0 || page >= pages->capacity || n > pages->capacity - page;
+}
+
+/* Whether a chunk whose bits are zero lies between the first and the last chunk of a free run. */
+static bool inside_a_run(const struct pagealloc *pages, uint64_t chunk) {
+    const uint64_t *words = pages->bits[chunk];
+    uint64_t any = pages->codes[0][chunk];
+    for (unsigned i = 0; i < WORDS; i++)
+        any |= words[i];
+    if (any != 0)
+        return false;
+    uint64_t start = last_start(pages, chunk * CHUNK);
+    return start != NONE && stop_of(pages, start) > chunk * CHUNK;
+}
+
+/* Whether some of [page, page + n), pages of the tables, are free. */
+static bool some_free(const struct pagealloc *pages, uint64_t page, uint64_t n) {
+    uint64_t first = chunk_of(page), last = chunk_of(page + n - 1);
+    uint64_t border = (first + 1) * CHUNK;
+    if (any_bits(pages, page, first == last ? page + n : border))
+        return true;
+    if (first != last &&
+        (chunk_from(pages, first + 1, 1) < last || any_bits(pages, last * CHUNK, page + n)))
+        return true;
+    return inside_a_run(pages, first);
+}
+
+/* Whether all of [page, page + n) is part of the arena. */
+static bool is_part(const struct pagealloc *pages, uint64_t page, uint64_t n) {
+    const struct runs *parts = &pages->parts;
+    if (parts->count == 1)
+        return parts->items->lo <= page && page + n <= parts->items->hi;
+    return runs_contain(parts, (size_t)page, (size_t)(page + n));
+}
+
+/* The run of `n` pages at or above `run->start` that is placed as asked; false if it has none. */
+static bool place(struct pagealloc_run *run, uint64_t n, uint64_t align, uint64_t phase,
+                  uint64_t *page) {
+    uint64_t off = (run->start + phase) & (align - 1);
+    uint64_t skip = off == 0 ? 0 : align - off;
+    *page = run->start + skip;
+    return run->stop - run->start >= skip && run->stop - *page >= n;
+}
+
+/* The lowest run of at least `n` pages that starts in `chunk`, or false: in classes of lengths, the
+ * longest one may be too short. */
+static bool run_in_chunk(const struct pagealloc *pages, uint64_t chunk, uint64_t n,
+                         struct pagealloc_run *run) {
+    uint64_t leaving = pages->tags[chunk].length, copy[WORDS];
+    const uint64_t *words = started_here(pages, chunk, copy);
+    if (n <= CHUNK) {
+        uint64_t fill = leaving >= n ? ~UINT64_C(0) : 0;
+        unsigned at = KERNEL(pages, find, words, (unsigned)n, fill);
+        run->start = chunk * CHUNK + at;
+        unsigned end = ones_end(words, at);
+        run->stop = end == CHUNK && leaving != 0 ? run->start + leaving : chunk * CHUNK + end;
+        return true;
+    }
+    run->start = chunk * CHUNK + ones_begin(words, CHUNK);
+    run->stop = run->start + leaving;
+    return leaving >= n;
+}
+
+/* The lowest free run of at least `n` pages in the chunks from `chunk` on. */
+static bool run_from_chunk(const struct pagealloc *pages, uint64_t chunk, uint64_t n,
+                           struct pagealloc_run *run) {
+    uint16_t code = code_of(n);
+    do {
+        chunk = chunk_from(pages, chunk, code);
+        if (chunk == NONE)
+            return false;
+    } while (!run_in_chunk(pages, chunk++, n, run));
+    return true;
+}
+
+/* The next run after `run` with at least `n` pages. */
+static bool run_after(const struct pagealloc *pages, uint64_t n, struct pagealloc_run *run) {
+    uint64_t chunk = chunk_of(run->start);
+    for (uint64_t start = run->stop; chunk_of(start) == chunk;) {
+        start = bitmap_find(bits_of(pages), start, (chunk + 1) * CHUNK, true);
+        if (chunk_of(start) != chunk)
+            break;
+        uint64_t stop = stop_of(pages, start);
+        if (stop - start >= n) {
+            *run = (struct pagealloc_run){start, stop};
+            return true;
+        }
+        start = stop;
+    }
+    return run_from_chunk(pages, chunk + 1, n, run);
+}
+
+/* The lowest well-placed run, unless it hides behind many long but misplaced ones. */
+static bool aligned_run(const struct pagealloc *pages, uint64_t n, uint64_t align, uint64_t phase,
+                        struct pagealloc_run *run, uint64_t *page) {
+    bool found = run_from_chunk(pages, 0, n, run);
+    for (unsigned seen = 0; found; found = run_after(pages, n, run)) {
+        if (place(run, n, align, phase, page))
+            return true;
+        if (++seen == PATIENCE) {
+            struct pagealloc_run sure;
+            if (align <= pages->capacity && run_from_chunk(pages, 0, n + align - 1, &sure)) {
+                *run = sure;
+                return place(run, n, align, phase, page);
+            }
+        }
+    }
+    return false;
+}
+
+static int64_t allocate(struct pagealloc *pages, uint64_t n, uint64_t align, uint64_t phase) {
+    struct pagealloc_run run;
+    uint64_t page;
+    if (n == 0 || n > INT64_MAX)
+        return PAGEALLOC_OUTSIDE;
+    if (n > pages->capacity)
+        return PAGEALLOC_FULL;
+    if (align == 0 || (align & (align - 1)) != 0 || phase >= align)
+        return PAGEALLOC_ALIGNMENT;
+    if (align == 1) {
+        if (!run_from_chunk(pages, 0, n, &run))
+            return PAGEALLOC_FULL;
+        page = run.start;
+    } else if (!aligned_run(pages, n, align, phase, &run, &page)) {
+        return PAGEALLOC_FULL;
+    }
+    take(pages, run.start, run.stop, page, n);
+    return (int64_t)page;
+}
+
+int64_t pagealloc_alloc_at_held(struct pagealloc *pages, uint64_t page, uint64_t n) {
+    if (outside(pages, page, n))
+        return PAGEALLOC_OUTSIDE;
+    if (!is_part(pages, page, n))
+        return PAGEALLOC_FOREIGN;
+    uint64_t start = last_start(pages, page + 1);
+    if (start == NONE)
+        return PAGEALLOC_IN_USE;
+    uint64_t stop = stop_of(pages, start);
+    if (stop < page + n)
+        return PAGEALLOC_IN_USE;
+    take(pages, start, stop, page, n);
+    return 0;
+}
+
+static int64_t liberate(struct pagealloc *pages, uint64_t page, uint64_t n) {
+    if (outside(pages, page, n))
+        return PAGEALLOC_OUTSIDE;
+    if (!is_part(pages, page, n))
+        return PAGEALLOC_FOREIGN;
+    if (some_free(pages, page, n))
+        return PAGEALLOC_NOT_IN_USE;
+    give(pages, page, n);
+    return 0;
+}
+
+#ifdef __x86_64__
+/* The two that have to be fast, once more with all they call made one function: kernels for other
+ * instructions can't be inlined otherwise. */
+#define FLAT WIDE __attribute__((flatten)) static
+
+FLAT int64_t allocate_wide(struct pagealloc *pages, uint64_t n, uint64_t align, uint64_t phase) {
+    if (!pages->wide)
+        __builtin_unreachable();
+    return allocate(pages, n, align, phase);
+}
+
+FLAT int64_t liberate_wide(struct pagealloc *pages, uint64_t page, uint64_t n) {
+    if (!pages->wide)
+        __builtin_unreachable();
+    return liberate(pages, page, n);
+}
+#endif
+
+int64_t pagealloc_alloc_held(struct pagealloc *pages, uint64_t n, uint64_t align, uint64_t phase) {
+#ifdef __x86_64__
+    if (pages->wide)
+        return allocate_wide(pages, n, align, phase);
+#endif
+    return allocate(pages, n, align, phase);
+}
+
+int64_t pagealloc_free_held(struct pagealloc *pages, uint64_t page, uint64_t n) {
+#ifdef __x86_64__
+    if (pages->wide)
+        return liberate_wide(pages, page, n);
+#endif
+    return liberate(pages, page, n);
+}
+
+int64_t pagealloc_add_held(struct pagealloc *pages, uint64_t page, uint64_t n) {
+    struct run piece;
+    if (outside(pages, page, n))
+        return PAGEALLOC_OUTSIDE;
+    if (runs_next(&pages->parts, (size_t)page, (size_t)(page + n), &piece))
+        return PAGEALLOC_IN_USE;
+    if (runs_make_room(&pages->parts) != 0)
+        return PAGEALLOC_NO_MEMORY;
+    runs_add(&pages->parts, (size_t)page, (size_t)(page + n));
+    give(pages, page, n);
+    return 0;
+}
+
+bool pagealloc_lowest_held(const struct pagealloc *pages, uint64_t n, struct pagealloc_run *run) {
+    return n > 0 && n <= pages->capacity && run_from_chunk(pages, 0, n, run);
+}
+
+bool pagealloc_in_use_held(const struct pagealloc *pages, uint64_t page, uint64_t n) {
+    return !outside(pages, page, n) && is_part(pages, page, n) && !some_free(pages, page, n);
+}
+
+uint64_t pagealloc_free_pages_held(const struct pagealloc *pages) {
+    return pages->free;
+}
+
+uint64_t pagealloc_part_pages_held(const struct pagealloc *pages) {
+    return pages->parts.total;
+}
+
+bool pagealloc_run_below_held(const struct pagealloc *pages, uint64_t stop,
+                              struct pagealloc_run *run) {
+    if (stop > pages->capacity)
+        stop = pages->capacity;
+    uint64_t start = last_start(pages, stop);
+    if (start == NONE)
+        return false;
+    uint64_t end = stop_of(pages, start);
+    *run = (struct pagealloc_run){start, end < stop ? end : stop};
+    return true;
+}
+
+/* The first run of free pages that reaches beyond `from`, cut there, and at `stop`. */
+static bool free_from(const struct pagealloc *pages, uint64_t from, uint64_t stop,
+                      struct pagealloc_run *run) {
+    if (from >= stop || from >= pages->capacity)
+        return false;
+    uint64_t start = last_start(pages, from + 1), end = start == NONE ? 0 : stop_of(pages, start);
+    if (end <= from) {
+        start = next_start(pages, from);
+        if (start == NONE || start >= stop)
+            return false;
+        end = stop_of(pages, start);
+    }
+    *run = (struct pagealloc_run){start > from ? start : from, end < stop ? end : stop};
+    return true;
+}
+
+bool pagealloc_used_from_held(const struct pagealloc *pages, uint64_t start, uint64_t stop,
+                              struct pagealloc_run *run) {
+    struct run part;
+    struct pagealloc_run free;
+    if (stop > pages->capacity)
+        stop = pages->capacity;
+    while (start < stop && runs_next(&pages->parts, (size_t)start, (size_t)stop, &part)) {
+        if (!free_from(pages, part.lo, part.hi, &free))
+            free.start = free.stop = part.hi;
+        if (free.start > part.lo) {
+            *run = (struct pagealloc_run){part.lo, free.start};
+            return true;
+        }
+        start = free.stop;
+    }
+    return false;
+}
+
+/* -- integers in foreign memory ----------------------------------------------------------------- */
+
+uint64_t pagealloc_integer(const struct pagealloc_integers *from, size_t i) {
+#define READ(type) ((const type *)from->items)[i]
+    switch (from->width) {
+    case 1: return READ(uint8_t);
+    case 2: return READ(uint16_t);
+    case 4: return READ(uint32_t);
+    case 8: return READ(uint64_t);
+    case -1: return (uint64_t)(int64_t)READ(int8_t);
+    case -2: return (uint64_t)(int64_t)READ(int16_t);
+    case -4: return (uint64_t)(int64_t)READ(int32_t);
+    case -8: return (uint64_t)READ(int64_t);
+    default: return from->constant;
+    }
+#undef READ
+}
+
+/* Whether the integer could be written without loss; if so it was. */
+static bool write_integer(const struct pagealloc_integers *to, size_t i, uint64_t value) {
+#define WRITE(type) (((type *)to->items)[i] = (type)value)
+    unsigned bits = 8 * (unsigned)(to->width < 0 ? -to->width : to->width);
+    unsigned room = to->width < 0 ? bits - 1 : bits;
+    if (bits == 0 || (room < 64 && value >> room != 0))
+        return false;
+    switch (bits) {
+    case 8: WRITE(uint8_t); break;
+    case 16: WRITE(uint16_t); break;
+    case 32: WRITE(uint32_t); break;
+    default: WRITE(uint64_t); break;
+    }
+    return true;
+#undef WRITE
+}
+
+int64_t pagealloc_alloc_many(struct pagealloc *pages, const struct pagealloc_integers *lengths,
+                             const struct pagealloc_integers *first, size_t count, size_t *failed) {
+    int64_t page = 0;
+    size_t i = 0;
+    pagealloc_lock(pages);
+    for (; i < count && page >= 0; i++) {
+        page = pagealloc_alloc_held(pages, pagealloc_integer(lengths, i), 1, 0);
+        if (page >= 0 && !write_integer(first, i, (uint64_t)page)) {
+            give(pages, (uint64_t)page, pagealloc_integer(lengths, i));
+            page = PAGEALLOC_NARROW;
+        }
+    }
+    if (page < 0) {
+        *failed = --i;
+        while (i-- > 0)
+            give(pages, pagealloc_integer(first, i), pagealloc_integer(lengths, i));
+    }
+    pagealloc_unlock(pages);
+    return page < 0 ? page : 0;
+}
+
+int64_t pagealloc_free_many(struct pagealloc *pages, const struct pagealloc_integers *lengths,
+                            const struct pagealloc_integers *first, size_t count, size_t *failed) {
+    int64_t refused = 0;
+    size_t i = 0;
+    pagealloc_lock(pages);
+    for (; i < count && refused == 0; i++)
+        refused = pagealloc_free_held(pages, pagealloc_integer(first, i), pagealloc_integer(lengths, i));
+    if (refused != 0) {
+        *failed = --i;
+        while (i-- > 0)
+            (void)pagealloc_alloc_at_held(pages, pagealloc_integer(first, i), pagealloc_integer(lengths, i));
+    }
+    pagealloc_unlock(pages);
+    return refused;
+}
+
+/* -- the rest of the contract ------------------------------------------------------------------- */
+
+uint64_t pagealloc_most(void) {
+    uint64_t most = UINT64_C(1) << 44;
+    return most < SIZE_MAX / 2 ? most : SIZE_MAX / 2;
+}
+
+static uint64_t up(uint64_t n, uint64_t to) {
+    return (n + to - 1) / to * to;
+}
+
+/* Fills in how many codes each level has. */
+static void count_levels(struct pagealloc *pages, uint64_t capacity) {
+    uint64_t n = (capacity + CHUNK - 1) / CHUNK;
+    pages->capacity = capacity;
+    pages->chunks = n;
+    pages->levels = 0;
+    do
+        pages->count[pages->levels++] = n;
+    while (n > FAN && (n = (n + FAN - 1) / FAN));
+}
+
+/* Lays the tables out behind the head, small and busy ones first; returns where they end. Their
+ * sizes are powers of two mostly: without a few lines between them, the last entries of all levels
+ * would lie at the same offset in an OS page, where a load waits for an unrelated store. */
+static uint64_t lay_out(struct pagealloc *pages, char *memory) {
+    uint64_t at = up(sizeof *pages, LINE);
+    for (unsigned level = pages->levels; level-- > 0;) {
+        pages->codes[level] = (uint16_t *)(void *)(memory + at);
+        at += up(pages->count[level] * sizeof *pages->codes[level], LINE) + GAP;
+    }
+    pages->tags = (struct tag *)(void *)(memory + at);
+    at = up(at + pages->chunks * sizeof *pages->tags, LINE) + GAP;
+    pages->bits = (uint64_t(*)[WORDS])(void *)(memory + at);
+    return at + pages->chunks * LINE;
+}
+
+uint64_t pagealloc_bytes(uint64_t capacity) {
+    struct pagealloc pages = {.levels = 0};
+    count_levels(&pages, capacity);
+    return lay_out(&pages, NULL);
+}
+
+uint64_t pagealloc_room(uint64_t capacity) {
+    uint64_t room = (uint64_t)CHUNK * FAN;
+    while (room < capacity)
+        room *= FAN;
+    return room < pagealloc_most() ? room : pagealloc_most();
+}
+
+struct pagealloc *pagealloc_open(void *memory, uint64_t capacity) {
+    struct pagealloc *pages = memory;
+    count_levels(pages, capacity);
+    (void)lay_out(pages, memory);
+    pages->wide = machine_is_wide();
+    (void)pthread_mutex_init(&pages->lock, NULL);
+    return pages;
+}
+
+void pagealloc_close(struct pagealloc *pages) {
+    runs_clear(&pages->parts);
+    (void)pthread_mutex_destroy(&pages->lock);
+}
+
+void pagealloc_lock(struct pagealloc *pages) {
+    (void)pthread_mutex_lock(&pages->lock);
+}
+
+int pagealloc_trylock(struct pagealloc *pages) {
+    return pthread_mutex_trylock(&pages->lock);
+}
+
+void pagealloc_unlock(struct pagealloc *pages) {
+    (void)pthread_mutex_unlock(&pages->lock);
+}
+
+#define LOCKED(pages, call)                                                                        \
+    do {                                                                                           \
+        pagealloc_lock(pages);                                                                     \
+        int64_t answer_ = (call);                                                                  \
+        pagealloc_unlock(pages);                                                                   \
+        return answer_;                                                                            \
+    } while (0)
+
+int64_t pagealloc_add(struct pagealloc *pages, uint64_t page, uint64_t n) {
+    LOCKED(pages, pagealloc_add_held(pages, page, n));
+}
+
+int64_t pagealloc_alloc(struct pagealloc *pages, uint64_t n, uint64_t align, uint64_t phase) {
+    LOCKED(pages, pagealloc_alloc_held(pages, n, align, phase));
+}
+
+int64_t pagealloc_alloc_at(struct pagealloc *pages, uint64_t page, uint64_t n) {
+    LOCKED(pages, pagealloc_alloc_at_held(pages, page, n));
+}
+
+int64_t pagealloc_free(struct pagealloc *pages, uint64_t page, uint64_t n) {
+    LOCKED(pages, pagealloc_free_held(pages, page, n));
+}
+
+uint64_t pagealloc_free_pages(struct pagealloc *pages) {
+    pagealloc_lock(pages);
+    uint64_t free = pagealloc_free_pages_held(pages);
+    pagealloc_unlock(pages);
+    return free;
+}
+
+uint64_t pagealloc_part_pages(struct pagealloc *pages) {
+    pagealloc_lock(pages);
+    uint64_t part = pagealloc_part_pages_held(pages);
+    pagealloc_unlock(pages);
+    return part;
+}
+
+uint64_t pagealloc_longest(struct pagealloc *pages) {
+    struct pagealloc_run run;
+    uint64_t longest = 0;
+    pagealloc_lock(pages);
+    unsigned root = pages->levels - 1;
+    uint16_t code = KERNEL(pages, largest, pages->codes[root], 0, pages->codes[root][0]);
+    if (code < EXACT)
+        longest = code;
+    else /* one of the runs in the highest class */
+        for (uint64_t chunk = 0; (chunk = chunk_from(pages, chunk, code)) != NONE; chunk++)
+            if (run_in_chunk(pages, chunk, longest > CHUNK ? longest : CHUNK + 1, &run))
+                longest = run.stop - run.start;
+    pagealloc_unlock(pages);
+    return longest;
+}
+
+size_t pagealloc_runs(struct pagealloc *pages, bool free, uint64_t start, uint64_t stop,
+                      struct pagealloc_run *out, size_t max) {
+    size_t n = 0;
+    pagealloc_lock(pages);
+    for (; n < max; n++) {
+        if (!(free ? free_from(pages, start, stop, &out[n])
+                   : pagealloc_used_from_held(pages, start, stop, &out[n])))
+            break;
+        start = out[n].stop;
+    }
+    pagealloc_unlock(pages);
+    return n;
+}
