@@ -49,22 +49,25 @@ static uint64_t page_at(const struct heap *heap, uintptr_t address) {
     return heap->end;
 }
 
-/* Which page fresh addresses begin with. Under an index pages are numbered without the gaps between
- * arenas, which may be terabytes: after a gap comes an extent of its own, apart from the last one
- * and at a multiple of a unit, so that runs neither join across the gap nor lose their alignment. */
+/* Which page fresh addresses begin with. Under an index pages are numbered without the wide gaps
+ * between arenas, which may be terabytes: what lies far above the last extent has one of its own, a
+ * unit further on, so that runs do not join across the gap, and as far from a multiple of a unit as
+ * its addresses, so that an aligned page has an aligned address. */
 static int64_t first_page(struct heap *heap, uintptr_t address, uint64_t *page) {
-    if (heap->meta.index == NULL) {
-        *page = (address - heap->meta.start) / heap->meta.page;
-        return 0;
+    const struct heap_metadata *meta = &heap->meta;
+    if (heap->extent_count > 0) {
+        const struct heap_extent *last = &heap->extents[heap->extent_count - 1];
+        if (address < last->address)
+            return HEAP_SCATTERED;
+        *page = last->page + (address - last->address) / meta->page;
+        if (meta->index == NULL || *page <= heap->end + meta->unit / meta->page)
+            return 0;
     }
-    *page = heap->end;
-    if (heap->extent_count > 0 && heap_page_address(heap, heap->end) == address)
-        return 0;
     if (heap->extent_count == HEAP_EXTENTS)
         return HEAP_SCATTERED;
-    uint64_t unit = heap->meta.unit / heap->meta.page;
-    if (heap->extent_count > 0)
-        *page = up(heap->end, unit) + unit;
+    uint64_t unit = meta->unit / meta->page;
+    uint64_t beyond = heap->extent_count == 0 ? 0 : up(heap->end, unit) + unit;
+    *page = beyond + address % meta->unit / meta->page;
     heap->extents[heap->extent_count++] = (struct heap_extent){*page, address};
     return 0;
 }
@@ -213,8 +216,8 @@ static int64_t allocate(struct heap *heap, uint64_t nbytes, uint64_t align, bool
     if (heap->extent_count == 0)
         return PAGEALLOC_FULL;
     uint64_t n = pages_for(heap, nbytes), coarse = align / heap->meta.page, phase = 0;
-    if (coarse > 1)
-        phase = heap_page_address(heap, 0) / heap->meta.page & (coarse - 1);
+    if (coarse > 1 && heap->meta.index == NULL)
+        phase = heap->meta.start / heap->meta.page & (coarse - 1);
     int64_t page = pagealloc_alloc_held(heap->pages, n, coarse > 1 ? coarse : 1, phase);
     int64_t refused = page < 0 ? page : make_ready(heap, (uint64_t)page, n, region);
     return refused != 0 ? refused : enter(heap, (uint64_t)page, n, nbytes);
@@ -561,6 +564,15 @@ int64_t heap_add(struct heap *heap, uintptr_t address, size_t nbytes) {
     return result;
 }
 
+int64_t heap_tail(struct heap *heap) {
+    struct pagealloc_run run = {0, 0};
+    pagealloc_lock(heap->pages);
+    bool found = pagealloc_run_below_held(heap->pages, heap->end, &run) && run.stop == heap->end;
+    int64_t nbytes = found ? (int64_t)((run.stop - run.start) * heap->meta.page) : 0;
+    pagealloc_unlock(heap->pages);
+    return nbytes;
+}
+
 void heap_measure(struct heap *heap, struct heap_stats *stats) {
     pagealloc_lock(heap->pages);
     uint64_t all = pagealloc_part_pages_held(heap->pages);
@@ -613,8 +625,4 @@ void heap_close(struct heap *heap, bool closed) {
     pagealloc_lock(heap->pages);
     heap->closed = closed;
     pagealloc_unlock(heap->pages);
-}
-
-void heap_end(struct heap *heap) {
-    pagealloc_close(heap->pages);
 }

@@ -91,19 +91,20 @@ struct heap {
  * if `spans`. */
 uint64_t heap_bytes(uint64_t capacity, bool spans);
 
-/* Makes an empty heap of a zeroed one, with tables in heap_bytes() zero bytes at an OS page's start.
- * The blocks' pages lie in `region`. */
+/* Makes an empty heap of a zeroed one, with tables in heap_bytes() zero bytes at an OS page's start,
+ * where its page allocator comes first: to close that one is the end of the heap. The blocks' pages
+ * lie in `region`. */
 void heap_open(struct heap *heap, void *tables, uint64_t capacity, bool spans,
                struct region *region, const struct heap_metadata *metadata);
 
 /* From now on every call is refused, or not any more. */
 void heap_close(struct heap *heap, bool closed);
 
-/* Frees what the tables refer to; the tables' memory is the caller's. Nobody uses the heap. */
-void heap_end(struct heap *heap);
-
 /* Takes in fresh committed bytes of the region, which read zero, whole pages. Returns 0. */
 int64_t heap_add(struct heap *heap, uintptr_t address, size_t nbytes);
+
+/* Bytes of the free run at the end of what was added, which a growth in place would lengthen. */
+int64_t heap_tail(struct heap *heap);
 
 /* Allocates a block at a multiple of `align` bytes, a power of two; cleared if `zero`. Without
  * `region`, pages that were given back are left alone: HEAP_COMMIT. Returns its handle. */

@@ -14,7 +14,7 @@ from pyreserve.forks import register
 from pyreserve.heapbitmap import HeapBitmap
 from pyreserve.limits import PAGE_SIZE, refusal
 from pyreserve.memstats import MemStats
-from pyreserve.pagealloc import TablesLock, _integers
+from pyreserve.pagealloc import TablesLock, _integers, close_with
 from pyreserve.region import Mode, Region, reserve
 from pyreserve.scavenger import FIVE_MINUTES, Scavenger
 from pyreserve.units import MiB, TiB, format_size
@@ -80,8 +80,6 @@ class Arena(Engine):
     def __del__(self) -> None:
         if self._scavenger is not None:
             self._scavenger.stop()
-        if self._heap is not None:
-            lib.heap_end(self._heap)
 
     # -- allocate and free --------------------------------------------------------------------
 
@@ -244,10 +242,10 @@ class Arena(Engine):
             ReleasedError: the arena was released.
         """
         most = 1 << 62 if nbytes is None else _index(nbytes)
-        age = 0 if older_than is None else int(older_than * 1000)
-        if most < 0 or age < 0:
-            msg = "scavenge takes no negative numbers"
+        if most < 0 or not (older_than is None or older_than >= 0):
+            msg = f"scavenge takes no negative numbers: {most} bytes, {older_than} seconds"
             raise RangeError(msg)
+        age = int(min((older_than or 0) * 1000, (1 << 32) - 1))
         left, below, total, more = -(-most // self._page), 1 << 62, 0, True
         pieces = ffi.new("struct pagealloc_run[]", _PIECES_AT_ONCE)
         while more and left > 0:
@@ -260,7 +258,7 @@ class Arena(Engine):
                     below,
                     min(left, 1 << 62),
                     _LONGEST_PIECE // self._page,
-                    min(age, (1 << 32) - 1),
+                    age,
                     bool(lazy),
                     pieces,
                     _PIECES_AT_ONCE,
@@ -393,10 +391,15 @@ class Arena(Engine):
         self._grow_heap(int(lib.heap_need(self._heap, wanted, done, count)), nbytes, nbytes)
 
     def _grow_heap(self, wish: int, need: int, nbytes: int) -> None:
-        """Grow by `wish` bytes and at least the layout's step; if refused, by just `need`."""
-        page, first = self._page, None
-        for ask in (max(wish, self.layout.growth), max(need, self.layout.growth), need):
+        """Grow by `wish` bytes and at least the layout's step; if refused, by just `need`.
+
+        At the very last, by what `need` lacks beyond the free pages at the end.
+        """
+        page, step, first = self._page, self.layout.growth, None
+        for ask in (max(wish, step), max(need, step), need, need - int(lib.heap_tail(self._heap))):
             size = -(-ask // page) * page
+            if size <= 0:
+                continue
             try:
                 self._take(size, partial(self._add, size))
             except OutOfMemoryError as refused:
@@ -469,6 +472,9 @@ class Arena(Engine):
             self._region._handle,
             metadata,
         )
+        # What the heap's calls touch lives as long as this cdata, which they hold and the garbage
+        # collector does not track: longer than any finaliser that may still use the arena.
+        close_with(heap, tables, self._region, self._elsewhere)
         self._tables = tables
         self._heap = heap
         register(self)

@@ -70,7 +70,7 @@ class PageAllocator:
         # Whatever calls into C keeps this cdata alive meanwhile. It is not tracked by the garbage
         # collector, so it dies after the last finaliser that could still use it.
         self._pages = lib.pagealloc_open(tables._handle.base, most)
-        weakref.finalize(self._pages, _close, tables).atexit = False
+        close_with(self._pages, tables)
         self._capacity = most
         forks.register(self)
         if npages:
@@ -327,8 +327,12 @@ class TablesLock:
         lib.pagealloc_unlock(self._pages)
 
 
-def _close(tables: Region) -> None:
-    """End an allocator that nobody can reach any more; its tables go with the region."""
+def close_with(cdata: Any, tables: Region, *kept: object) -> None:
+    """Close the allocator in `tables` when `cdata` dies; keep them, and `kept`, until then."""
+    weakref.finalize(cdata, _close, tables, *kept).atexit = False
+
+
+def _close(tables: Region, *_: object) -> None:
     lib.pagealloc_close(ffi.cast("struct pagealloc *", tables._handle.base))
 
 

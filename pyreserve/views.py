@@ -61,11 +61,17 @@ class ViewTable:
         # From the level up at which the range spans three buckets at the most, buckets are asked
         # for by index; below it, only those that exist are visited.
         start = self._level_of(hi - lo)
+        below = False
         for level in self._filled:
-            if level >= start:
-                for bucket in self._spanned(level, lo, hi):
-                    self._scan(bucket, lo, hi, found, prune)
-        if self._filled and min(self._filled) < start:
+            if level < start:
+                below = True
+                continue
+            shift = _FIRST_SHIFT + _STEP * level
+            buckets = self._levels[level]
+            for index in range((lo >> shift) - 1, ((hi - 1) >> shift) + 1):
+                if index in buckets:
+                    self._scan(buckets[index], lo, hi, found, prune)
+        if below:
             for bucket in self._spanned(start, lo, hi):
                 self._descend(bucket, start, lo, hi, found, prune)
         return found
