@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from pyreserve import PAGE_SIZE, GiB, format_size
-from pyreserve.bump import BumpArena
+from pyreserve import BumpArena
 
 
 def serve(arena: BumpArena, client: socket.socket, length: int) -> str:

@@ -2,7 +2,8 @@
 
 - `reserve` owns addresses; a `Region` commits pieces of them, exports safe views, and gives back.
 - `Bitmap` is a bitmap of any size that takes memory only where bits were set.
-- `layouts` are Go's address-space plans as data, and `Arena` brings one to life.
+- `layouts` are Go's address-space plans as data, and `Arena` brings one to life and allocates in it.
+- `BumpArena`, `Pool` and `PageAllocator` are allocators for what needs less than that.
 - `capabilities` says what this kernel and process offer.
 """
 
@@ -10,6 +11,7 @@ from pyreserve import layouts
 from pyreserve.arena import Arena
 from pyreserve.bitmap import Bitmap
 from pyreserve.blocks import Block, Blocks
+from pyreserve.bump import BumpArena
 from pyreserve.capabilities import Capabilities, capabilities
 from pyreserve.errors import (
     FreeError,
@@ -24,6 +26,7 @@ from pyreserve.heapbitmap import HeapBitmap
 from pyreserve.limits import PAGE_SIZE
 from pyreserve.memstats import MemStats
 from pyreserve.pagealloc import PageAllocator
+from pyreserve.pool import Pool
 from pyreserve.region import Region, reserve
 from pyreserve.units import GiB, KiB, MiB, TiB, format_size, parse_size
 
@@ -33,6 +36,7 @@ __all__ = [
     "Bitmap",
     "Block",
     "Blocks",
+    "BumpArena",
     "Capabilities",
     "FreeError",
     "GiB",
@@ -42,6 +46,7 @@ __all__ = [
     "MiB",
     "OutOfMemoryError",
     "PageAllocator",
+    "Pool",
     "PyreserveError",
     "RangeError",
     "Region",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     Integers = Buffer | Iterable[int]
-    Out = TypeVar("Out", bound=Buffer)
+    Out = TypeVar("Out")  # before Python 3.12, the types of ndarrays are no Buffers
 
 _RUNS_AT_ONCE = 256
 _MOST: int = lib.pagealloc_most()

@@ -65,6 +65,9 @@ class Pool:
             raise RangeError(msg)
         stride = -(-size // align) * align
         most = max(GiB // stride, 1) if capacity is None else _index(capacity)
+        if most <= 0:
+            msg = f"no pool of {most} slots"
+            raise RangeError(msg)
         self._pages = PageAllocator(most, capacity=most)
         self._tables = self._pages._pages
         # Steps end on multiples of themselves, as huge pages need it.
