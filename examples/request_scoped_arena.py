@@ -13,8 +13,7 @@ import threading
 from itertools import accumulate
 from pathlib import Path
 
-from pyreserve import PAGE_SIZE, GiB, format_size
-from pyreserve import BumpArena
+from pyreserve import PAGE_SIZE, BumpArena, GiB, format_size
 
 
 def serve(arena: BumpArena, client: socket.socket, length: int) -> str:

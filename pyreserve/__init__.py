@@ -2,7 +2,7 @@
 
 - `reserve` owns addresses; a `Region` commits pieces of them, exports safe views, and gives back.
 - `Bitmap` is a bitmap of any size that takes memory only where bits were set.
-- `layouts` are Go's address-space plans as data, and `Arena` brings one to life and allocates in it.
+- `layouts` are Go's address-space plans as data; `Arena` brings one to life and allocates in it.
 - `BumpArena`, `Pool` and `PageAllocator` are allocators for what needs less than that.
 - `capabilities` says what this kernel and process offer.
 """
