@@ -229,7 +229,7 @@ class Engine:
         units = [at // unit for low, high in after.arenas for at in range(low, high, unit)]
         index = ffi.cast("uintptr_t *", self._elsewhere[0].base)
         for number in units[len(self._elsewhere) - 1 :]:
-            metadata = _committed(self.layout.arena_metadata)
+            metadata = _committed(self.layout.arena_metadata, self._mode)
             self._elsewhere.append(metadata)
             self._note(self._elsewhere.pop)
             index[number] = metadata.base
@@ -249,7 +249,7 @@ class Engine:
         elif layout.strategy == "probe":
             region, self.placement = _open_probed(layout, self._mode)
         else:
-            self._elsewhere = [_committed(layout.index)]
+            self._elsewhere = [_committed(layout.index, self._mode)]
             start = layout.hints[0]
             self.placement = layout.place(start)
             region = _window(start, (1 << address_bits()) - start, self._mode)
@@ -300,8 +300,8 @@ class Engine:
 # -- how the first addresses are taken --------------------------------------------------------
 
 
-def _committed(nbytes: int) -> Region:
-    region = reserve(nbytes)
+def _committed(nbytes: int, mode: Mode) -> Region:
+    region = reserve(nbytes, mode=mode)
     region.commit(0, region.size)
     return region
 

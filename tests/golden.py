@@ -17,7 +17,7 @@ class Trace(NamedTuple):
     """One run of a Go program that touched so many MiB.
 
     `heap_maps` are address ranges and permissions as /proc/PID/maps shows them; `fatal` is what a
-    run that died wrote.
+    run that died wrote. `memstats` are fields of its runtime.MemStats, in bytes.
     """
 
     runtime: str
@@ -26,6 +26,7 @@ class Trace(NamedTuple):
     rlimit_as_kib: int | None
     heap_maps: list[tuple[str, str]]
     fatal: list[str]
+    memstats: dict[str, int]
 
     @property
     def name(self) -> str:
@@ -67,6 +68,7 @@ def _load() -> list[Trace]:
             rlimit_as_kib=found["rlimit_as_kib"],
             heap_maps=[(addresses, perms) for addresses, perms in found.get("heap_maps", [])],
             fatal=found.get("fatal", []),
+            memstats=found.get("memstats", {}),
         )
         for found in json.loads(text)
     ]
