@@ -40,6 +40,7 @@ def _arena(layout: str, mode: str = "charge") -> str:
     return ARENA.format(layout=layout, mode=mode)
 
 
+UNDRESSED = "decommitted bytes that the kernel refused to keep out of core dumps"
 LAYOUTS = ["native", "go-tip-2014-12/amd64", "go1.4/amd64", "go1.11/amd64", "fallback"]
 OPERATIONS = {
     **{
@@ -70,11 +71,13 @@ OPERATIONS = {
     "a bump arena that gives back": Operation(
         "x = BumpArena(1 << 30); x.alloc(5 << 20)",
         "x.reset(keep=False)",
-        leaves="decommitted bytes that the kernel refused to keep out of core dumps",
+        leaves=UNDRESSED,
     ),
     "a slot": Operation("x = Pool(100)", "x.alloc()"),
     "slots that need growth": Operation("x = Pool(4096); x.alloc()", "x.alloc_many(2000)"),
-    "a trimmed pool": Operation("x = Pool(4096); x.free_many(x.alloc_many(2000))", "x.trim()"),
+    "a trimmed pool": Operation(
+        "x = Pool(4096); x.free_many(x.alloc_many(2000))", "x.trim()", leaves=UNDRESSED
+    ),
     "a page allocator": Operation("x = None", "x = PageAllocator(1000)"),
     "a commit": Operation("x = reserve(1 << 30)", "x.commit(1 << 20, 1 << 20)"),
     "bits": Operation("x = Bitmap(1 << 30)", "x.set(1 << 20, 1 << 24)"),
