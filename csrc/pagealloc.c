@@ -81,8 +81,11 @@ static unsigned longest_portable(const uint64_t *words) {
     return length;
 }
 
-/* Clears the bits [start, stop) and then tells the length of the longest run of ones. */
-static unsigned longest_without_portable(uint64_t *words, unsigned start, unsigned stop) {
+/* Clears the bits [start, stop) and then tells the length of the longest run of ones. There is one
+ * of `rest`, which is often the answer. */
+static unsigned longest_without_portable(uint64_t *words, unsigned start, unsigned stop,
+                                         unsigned rest) {
+    (void)rest;
     (void)bitmap_clear(words, start, stop);
     return longest_portable(words);
 }
@@ -200,15 +203,8 @@ WIDE static inline __m512i bits_from(unsigned at) {
                              _mm512_max_epi64(skip, _mm512_setzero_si512()));
 }
 
-WIDE static unsigned longest_without_wide(uint64_t *words, unsigned start, unsigned stop) {
-    __m512i out = _mm512_andnot_si512(bits_from(stop), bits_from(start));
-    __m512i rest = _mm512_andnot_si512(out, _mm512_load_si512(words));
-    _mm512_store_si512(words, rest);
-    return longest_of(rest);
-}
-
-WIDE static unsigned find_wide(const uint64_t *words, unsigned n, uint64_t fill) {
-    __m512i ones = _mm512_loadu_si512(words), filling = _mm512_set1_epi64((long long)fill);
+/* Where runs of at least `n` ones begin, 0 < n <= CHUNK, with copies of `fill` behind the last. */
+WIDE static inline __m512i starts_of(__m512i ones, unsigned n, __m512i filling) {
     unsigned have = 1;
 #define DOUBLE(by)                                                                                 \
     if (n < 2 * (by))                                                                              \
@@ -228,6 +224,25 @@ WIDE static unsigned find_wide(const uint64_t *words, unsigned n, uint64_t fill)
 rest:
     if (have < n)
         ones = _mm512_and_si512(ones, shift_down_wide(ones, n - have, filling));
+    return ones;
+}
+
+WIDE static unsigned longest_without_wide(uint64_t *words, unsigned start, unsigned stop,
+                                          unsigned rest) {
+    __m512i out = _mm512_andnot_si512(bits_from(stop), bits_from(start));
+    __m512i ones = _mm512_andnot_si512(out, _mm512_load_si512(words));
+    _mm512_store_si512(words, ones);
+    if (rest > 0 && rest < CHUNK) {
+        __m512i longer = starts_of(ones, rest + 1, _mm512_setzero_si512());
+        if (_mm512_test_epi64_mask(longer, longer) == 0)
+            return rest;
+    }
+    return longest_of(ones);
+}
+
+WIDE static unsigned find_wide(const uint64_t *words, unsigned n, uint64_t fill) {
+    __m512i filling = _mm512_set1_epi64((long long)fill);
+    __m512i ones = starts_of(_mm512_loadu_si512(words), n, filling);
     __mmask8 some = _mm512_test_epi64_mask(ones, ones);
     __m128i lowest = _mm512_castsi512_si128(_mm512_maskz_compress_epi64(some, ones));
     return (unsigned)__builtin_ctz(some) * 64 +
@@ -546,6 +561,23 @@ static bool was_longest(const struct pagealloc *pages, uint64_t chunk, uint64_t 
     return pages->codes[0][chunk] == code_of(length);
 }
 
+/* Lets a run that reaches `stop` begin at `start`, in a later chunk than before; no run if they are
+ * the same. The bits between its old and its new beginning are zero, but for those in the last chunk. */
+static void begin_later(struct pagealloc *pages, uint64_t start, uint64_t stop) {
+    uint64_t first = chunk_of(start), last = chunk_of(stop - 1);
+    if (first < last) {
+        set_bits(pages, start, (first + 1) * CHUNK);
+        pages->tags[first].length = stop - start;
+        pages->tags[last].start = start + 1;
+    } else {
+        if (last * CHUNK < start)
+            clear_bits(pages, last * CHUNK, start);
+        pages->tags[last].start = 0;
+    }
+    if (start < stop)
+        raise_code(pages, first, stop - start);
+}
+
 /* Takes [page, page + n) out of the free run [start, stop). */
 static void take(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_t page,
                  uint64_t n) {
@@ -553,7 +585,8 @@ static void take(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_
     pages->free -= n;
     if (first == last && pages->tags[first].start == 0 && was_longest(pages, first, stop - start)) {
         uint64_t longest = KERNEL(pages, longest_without, pages->bits[first],
-                                  (unsigned)(page - first * CHUNK), (unsigned)(end - first * CHUNK));
+                                  (unsigned)(page - first * CHUNK), (unsigned)(end - first * CHUNK),
+                                  (unsigned)(stop - end));
         uint64_t leaving = pages->tags[first].length;
         set_code(pages, first, code_of(leaving > longest ? leaving : longest));
         return;
@@ -564,6 +597,10 @@ static void take(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_
         clear_bits(pages, page, end);
         pages->tags[first].length -= n;
         pages->tags[last].start += n;
+    } else if (page == start) {
+        clear_bits(pages, page, (first + 1) * CHUNK);
+        pages->tags[first].length = 0;
+        begin_later(pages, end, stop);
     } else {
         erase(pages, start, stop);
         if (start < page)
@@ -573,6 +610,32 @@ static void take(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_
     }
     if (was_longest(pages, first, stop - start))
         measure_chunk(pages, first);
+}
+
+/* Zeros a chunk that has come to lie between a run's first and last one. */
+static void empty_between(struct pagealloc *pages, uint64_t chunk, uint64_t first, uint64_t last) {
+    if (first < chunk && chunk < last) {
+        memset(pages->bits[chunk], 0, CHUNK / 8);
+        pages->tags[chunk] = (struct tag){0, 0};
+    }
+}
+
+/* Joins the run [start, page), the pages [page, end) and the run [end, stop), each of the runs
+ * possibly empty, to one that spans several chunks. */
+static void join(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_t page,
+                 uint64_t end) {
+    uint64_t first = chunk_of(start), last = chunk_of(stop - 1), border = (first + 1) * CHUNK;
+    if (start < page)
+        empty_between(pages, chunk_of(page - 1), first, last);
+    if (end < stop)
+        empty_between(pages, chunk_of(end), first, last);
+    if (page < border)
+        set_bits(pages, page, border < end ? border : end);
+    if (last * CHUNK < end)
+        set_bits(pages, page > last * CHUNK ? page : last * CHUNK, end);
+    pages->tags[first].length = stop - start;
+    pages->tags[last].start = start + 1;
+    raise_code(pages, first, stop - start);
 }
 
 /* Makes [page, page + n), none of it free, free. */
@@ -591,11 +654,7 @@ static void give(struct pagealloc *pages, uint64_t page, uint64_t n) {
         }
         raise_code(pages, first, stop - start);
     } else {
-        if (start < page)
-            erase(pages, start, page);
-        if (end < stop)
-            erase(pages, end, stop);
-        insert(pages, start, stop);
+        join(pages, start, stop, page, end);
         /* The run that was here starts lower now. */
         if (end < stop && right != first && was_longest(pages, right, stop - end))
             measure_chunk(pages, right);
@@ -650,6 +709,15 @@ static bool place(struct pagealloc_run *run, uint64_t n, uint64_t align, uint64_
     return run->stop - run->start >= skip && run->stop - *page >= n;
 }
 
+/* Where the run of `n` ones begins, n > CHUNK / 2, if it is not the one that leaves the chunk: it
+ * goes across the middle. */
+static unsigned find_half(const uint64_t *words, unsigned n) {
+    unsigned begin = ones_begin(words, CHUNK / 2);
+    if (begin < CHUNK / 2 && ones_end(words, CHUNK / 2) - begin >= n)
+        return begin;
+    return ones_begin(words, CHUNK);
+}
+
 /* The lowest run of at least `n` pages that starts in `chunk`, or false: in classes of lengths, the
  * longest one may be too short. */
 static bool run_in_chunk(const struct pagealloc *pages, uint64_t chunk, uint64_t n,
@@ -658,7 +726,8 @@ static bool run_in_chunk(const struct pagealloc *pages, uint64_t chunk, uint64_t
     const uint64_t *words = started_here(pages, chunk, copy);
     if (n <= CHUNK) {
         uint64_t fill = leaving >= n ? ~UINT64_C(0) : 0;
-        unsigned at = KERNEL(pages, find, words, (unsigned)n, fill);
+        unsigned at = n > CHUNK / 2 ? find_half(words, (unsigned)n)
+                                    : KERNEL(pages, find, words, (unsigned)n, fill);
         run->start = chunk * CHUNK + at;
         unsigned end = ones_end(words, at);
         run->stop = end == CHUNK && leaving != 0 ? run->start + leaving : chunk * CHUNK + end;
