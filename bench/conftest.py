@@ -1,25 +1,39 @@
-"""Benchmarks run side by side with what they are compared with; a table of ratios ends the run."""
+"""Benchmarks run side by side with what they are compared with; a table of ratios ends the run.
+
+What the table knows of a benchmark stands in its ``extra_info``:
+
+- ``calls``: how many calls a round has;
+- ``reference``: whether the others of its group are compared with it;
+- ``c_loop_ns``: what the same system calls took in a C loop before each round, ns a call;
+- ``beside``, ``beside_ns``: what something else took before each round, ns a call;
+- ``aim``, ``note``: text to show. An aim decides nothing.
+"""
 
 import ctypes
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from time import perf_counter_ns
+from typing import Any, Protocol
 
 import pytest
 
 HERE = Path(__file__).parent
+CSRC = HERE.parent / "csrc"
+
+
+def _compiled(into: Path, name: str, *arguments: "str | Path") -> ctypes.CDLL:
+    library = into / f"{name}.so"
+    command = ["cc", "-std=c11", "-shared", "-fPIC", "-o", library, HERE / f"{name}.c", *arguments]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
 
 
 @pytest.fixture(scope="session")
 def c_loops(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """bench/c_loops.c, compiled for this run."""
-    library = tmp_path_factory.mktemp("c_loops") / "c_loops.so"
-    subprocess.run(
-        ["cc", "-std=c11", "-O2", "-shared", "-fPIC", "-o", library, HERE / "c_loops.c"],
-        check=True,
-    )
-    loops = ctypes.CDLL(str(library))
+    loops = _compiled(tmp_path_factory.mktemp("c_loops"), "c_loops", "-O2")
     loops.reserve_release.restype = ctypes.c_double
     loops.reserve_release.argtypes = (ctypes.c_size_t, ctypes.c_int, ctypes.c_long)
     loops.commit.restype = ctypes.c_double
@@ -27,22 +41,136 @@ def c_loops(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return loops
 
 
-def _fastest(bench: Any) -> float:
+@pytest.fixture(scope="session")
+def c_pairs(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """bench/c_pairs.c with the page allocator, compiled for this run as the package is built."""
+    rooms = [CSRC / f"{room}.c" for room in ("pagealloc", "runs", "bitmap")]
+    flags = ("-O3", "-DNDEBUG", "-fvisibility=hidden", f"-I{CSRC}")
+    into = tmp_path_factory.mktemp("c_pairs")
+    pairs = _compiled(into, "c_pairs", *flags, *rooms, "-lm", "-pthread")
+    u32, u64, size, i64 = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_int64
+    pages, integers = ctypes.c_void_p, ctypes.c_void_p
+    for name, restype, argtypes in (
+        ("pages_open", pages, (u64,)),
+        ("pages_close", None, (pages,)),
+        ("pages_pairs", i64, (pages, u32, u64, ctypes.c_int, size)),
+        ("pages_clock", ctypes.c_double, ()),
+        ("pages_fill_front", i64, (pages, u64, ctypes.c_int)),
+        ("pages_last", i64, (pages, u64, size)),
+        ("pages_replay", i64, (pages, integers, size, integers, integers)),
+        ("pages_resident", i64, (pages,)),
+        ("getppid_ns", ctypes.c_double, (ctypes.c_long,)),
+    ):
+        function = getattr(pairs, name)
+        function.restype, function.argtypes = restype, argtypes
+    return pairs
+
+
+class Run(Protocol):
+    """What the fixture `run` gives."""
+
+    def __call__(
+        self,
+        group: str,
+        calls: int,
+        function: Callable[..., object],
+        *,
+        before: Callable[[], tuple[Any, ...]] = ...,
+        beside: tuple[str, Callable[[], float]] | None = ...,
+        rounds: int = ...,
+        **shown: object,
+    ) -> None:
+        """Time `function`, which does `calls` calls, in a group of the table.
+
+        Before each round runs `before`, which makes the arguments, and then what `beside` names,
+        which answers in ns a call: the machine's mood swings hit both sides alike.
+        """
+
+
+@pytest.fixture
+def run(benchmark: Any) -> Run:
+    """Run a benchmark; see `Run`."""
+
+    def run(
+        group: str,
+        calls: int,
+        function: Callable[..., object],
+        *,
+        before: Callable[[], tuple[Any, ...]] = tuple,
+        beside: tuple[str, Callable[[], float]] | None = None,
+        rounds: int = 40,
+        **shown: object,
+    ) -> None:
+        beside_ns: list[float] = []
+
+        def prepare() -> tuple[tuple[Any, ...], dict[str, Any]]:
+            arguments = before()
+            if beside is not None:
+                beside_ns.append(beside[1]())
+            return arguments, {}
+
+        benchmark.group = group
+        benchmark.extra_info.update(calls=calls, **shown)
+        if beside is not None:
+            benchmark.extra_info.update(beside=beside[0], beside_ns=beside_ns)
+        benchmark.pedantic(function, setup=prepare, rounds=rounds)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ns_a_call() -> Callable[[int, Callable[[], object]], float]:
+    """A function that runs something that does so many calls, and tells the ns a call."""
+
+    def ns_a_call(calls: int, function: Callable[[], object]) -> float:
+        start = perf_counter_ns()
+        function()
+        return (perf_counter_ns() - start) / calls
+
+    return ns_a_call
+
+
+@pytest.fixture
+def getppid(c_pairs: ctypes.CDLL) -> tuple[str, Callable[[], float]]:
+    """The system call that does nothing, for `Run` to run beside something."""
+    return "getppid", lambda: float(c_pairs.getppid_ns(40_000))
+
+
+def _ns(bench: Any) -> list[float]:
     calls: int = bench.extra_info.get("calls", 1)
-    return float(bench.stats.min) * 1e9 / calls
+    return [spent * 1e9 / calls for spent in bench.stats.data]
 
 
-def _beside_c(bench: Any) -> str:
-    """Compare each round with the C loop that ran just before."""
-    calls: int = bench.extra_info["calls"]
-    in_c = bench.extra_info["c_loop_ns"]
-    rounds = [spent * 1e9 / calls for spent in bench.stats.data][-len(in_c) :]
-    more = median(ours - theirs for ours, theirs in zip(rounds, in_c, strict=True))
-    return f"{median(rounds):14,.0f}   C loop {median(in_c):,.0f}, median difference {more:+,.0f}"
+def _ratio(ratio: float, to: str = "") -> str:
+    if ratio < 0.05:
+        return f"{1 / ratio:,.0f} times faster" + (f" than {to}" if to else "")
+    return f"x{ratio:.3g}" + (f" of {to}" if to else "")
+
+
+def _line(bench: Any, reference: Any) -> str:
+    info, rounds = bench.extra_info, _ns(bench)
+    if "c_loop_ns" in info:
+        in_c = info["c_loop_ns"]
+        rounds = rounds[-len(in_c) :]
+        more = median(ours - theirs for ours, theirs in zip(rounds, in_c, strict=True))
+        return (
+            f"{median(rounds):14,.0f}   C loop {median(in_c):,.0f}, median difference {more:+,.0f}"
+        )
+    fastest = min(rounds)
+    parts = [f"{fastest:14,.0f}" if fastest >= 100 else f"{fastest:14,.1f}"]
+    if "beside_ns" in info:
+        beside = info["beside_ns"]
+        ratio = median(ours / theirs for ours, theirs in zip(rounds, beside, strict=True))
+        parts.append(_ratio(ratio, f"{info['beside']} ({min(beside):,.0f})"))
+    elif reference is not None and bench is not reference:
+        parts.append(_ratio(fastest / min(_ns(reference))))
+    parts += [f"[aim: {info['aim']}]"] if "aim" in info else []
+    parts += [info["note"]] if "note" in info else []
+    return "   ".join(parts)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print each group side by side: nanoseconds a call."""
+    """Print each group side by side: nanoseconds a call, the fastest round's."""
     session = getattr(config, "_benchmarksession", None)
     groups: dict[str, list[Any]] = {}
     for bench in session.benchmarks if session else []:
@@ -55,10 +183,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         reference = next((b for b in benches if b.extra_info.get("reference")), None)
         terminalreporter.write_line(group)
         for bench in benches:
-            if "c_loop_ns" in bench.extra_info:
-                line = _beside_c(bench)
-            else:
-                line = f"{_fastest(bench):14,.0f}"
-                if reference is not None and bench is not reference:
-                    line += f"   x{_fastest(bench) / _fastest(reference):.3g}"
-            terminalreporter.write_line(f"  {bench.name:{width}} {line}")
+            terminalreporter.write_line(f"  {bench.name:{width}} {_line(bench, reference)}")

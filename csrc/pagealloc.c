@@ -124,8 +124,43 @@ static uint16_t largest_portable(const uint16_t *line, unsigned at, uint16_t cod
     return largest;
 }
 
+/* Ones from bit 0 on, and down from bit 63. */
+static inline unsigned low_ones(uint64_t word) {
+    return word == ~UINT64_C(0) ? 64 : (unsigned)__builtin_ctzll(~word);
+}
+
+static inline unsigned high_ones(uint64_t word) {
+    return word == ~UINT64_C(0) ? 64 : (unsigned)__builtin_clzll(~word);
+}
+
+/* Runs of 64 and more reach a word's end: going from word to word finds them sooner than the other
+ * kernels do. Where the lowest one of `n` >= 64 ones begins, or else the one that reaches the end. */
+static inline unsigned find_long(const uint64_t *words, unsigned n) {
+    unsigned open = 0, found = CHUNK; /* `open` ones reach the end of what has been seen */
+    for (unsigned i = 0; i < WORDS; i++) {
+        unsigned low = low_ones(words[i]);
+        found = found == CHUNK && open + low >= n ? i * 64 - open : found;
+        open = low == 64 ? open + 64 : high_ones(words[i]);
+    }
+    return found < CHUNK ? found : CHUNK - open;
+}
+
+/* The length of the longest run of ones, if that is 64 or more; 0 only if there is none at all. */
+static inline unsigned longest_long(const uint64_t *words) {
+    unsigned open = 0, longest = 0;
+    uint64_t any = 0;
+    for (unsigned i = 0; i < WORDS; i++) {
+        unsigned low = low_ones(words[i]);
+        longest = open + low > longest ? open + low : longest;
+        any |= words[i];
+        open = low == 64 ? open + 64 : high_ones(words[i]);
+    }
+    longest = open > longest ? open : longest;
+    return longest == 0 && any != 0 ? 1 : longest;
+}
+
 #ifdef __x86_64__
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,bmi,bmi2")))
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,bmi,bmi2,lzcnt")))
 
 WIDE static inline __m512i shift_down_wide(__m512i words, unsigned by, __m512i fill) {
     const __m512i places = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
@@ -232,7 +267,9 @@ WIDE static unsigned longest_without_wide(uint64_t *words, unsigned start, unsig
     __m512i out = _mm512_andnot_si512(bits_from(stop), bits_from(start));
     __m512i ones = _mm512_andnot_si512(out, _mm512_load_si512(words));
     _mm512_store_si512(words, ones);
-    if (rest > 0 && rest < CHUNK) {
+    if (rest >= 64)
+        return longest_long(words);
+    if (rest > 0) {
         __m512i longer = starts_of(ones, rest + 1, _mm512_setzero_si512());
         if (_mm512_test_epi64_mask(longer, longer) == 0)
             return rest;
@@ -265,7 +302,7 @@ WIDE static uint16_t largest_wide(const uint16_t *line, unsigned at, uint16_t co
 static bool machine_is_wide(void) {
     return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") &&
-           __builtin_cpu_supports("bmi2");
+           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
 }
 
 #define KERNEL(pages, name, ...)                                                                   \
@@ -411,7 +448,10 @@ static const uint64_t *started_here(const struct pagealloc *pages, uint64_t chun
 static void measure_chunk(struct pagealloc *pages, uint64_t chunk) {
     uint64_t copy[WORDS], length = pages->tags[chunk].length;
     if (length < CHUNK) {
-        uint64_t longest = KERNEL(pages, longest, started_here(pages, chunk, copy));
+        const uint64_t *words = started_here(pages, chunk, copy);
+        uint64_t longest = longest_long(words);
+        if (longest > 0 && longest < 64)
+            longest = KERNEL(pages, longest, words);
         length = longest > length ? longest : length;
     }
     set_code(pages, chunk, code_of(length));
@@ -709,15 +749,6 @@ static bool place(struct pagealloc_run *run, uint64_t n, uint64_t align, uint64_
     return run->stop - run->start >= skip && run->stop - *page >= n;
 }
 
-/* Where the run of `n` ones begins, n > CHUNK / 2, if it is not the one that leaves the chunk: it
- * goes across the middle. */
-static unsigned find_half(const uint64_t *words, unsigned n) {
-    unsigned begin = ones_begin(words, CHUNK / 2);
-    if (begin < CHUNK / 2 && ones_end(words, CHUNK / 2) - begin >= n)
-        return begin;
-    return ones_begin(words, CHUNK);
-}
-
 /* The lowest run of at least `n` pages that starts in `chunk`, or false: in classes of lengths, the
  * longest one may be too short. */
 static bool run_in_chunk(const struct pagealloc *pages, uint64_t chunk, uint64_t n,
@@ -726,8 +757,8 @@ static bool run_in_chunk(const struct pagealloc *pages, uint64_t chunk, uint64_t
     const uint64_t *words = started_here(pages, chunk, copy);
     if (n <= CHUNK) {
         uint64_t fill = leaving >= n ? ~UINT64_C(0) : 0;
-        unsigned at = n > CHUNK / 2 ? find_half(words, (unsigned)n)
-                                    : KERNEL(pages, find, words, (unsigned)n, fill);
+        unsigned at = n >= 64 ? find_long(words, (unsigned)n)
+                              : KERNEL(pages, find, words, (unsigned)n, fill);
         run->start = chunk * CHUNK + at;
         unsigned end = ones_end(words, at);
         run->stop = end == CHUNK && leaving != 0 ? run->start + leaving : chunk * CHUNK + end;

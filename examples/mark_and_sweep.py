@@ -1,75 +1,70 @@
-"""A toy mark-and-sweep collector, with its marks where Go 1.4 had them: in the heap bitmap.
+"""A toy mark-and-sweep collector that keeps its notes in the arena's heap bitmap.
 
-Every object is a block of a Go arena: a few words, some of which are addresses of other objects.
-What can't be reached from the roots is freed, and what that leaves idle goes back to the system.
+As in Go 1.4, a word's entry says whether the word is a pointer, which may lead anywhere into an
+object; the entry of an object's first word says whether it was reached.
+
+    python examples/mark_and_sweep.py
 """
 
-from random import Random
+import random
 
-from pyreserve import Arena, Block, format_size
+from pyreserve import Arena, format_size
 
-MARKED = 2  # bit 1 of an entry (Go 1.4 src/runtime/mgc0.h)
-WORDS = 1024
+MARKED, POINTER = 1 << 1, 2 << 2
 
 
-class Collector:
-    """Objects of WORDS words in an arena; words that are no addresses of objects point nowhere."""
+def new(arena: Arena, *pointers: int) -> int:
+    """Make an object that holds `pointers` and ends with a zero; return its address."""
+    bits, block = arena.heap_bitmap, arena.alloc((len(pointers) + 1) * arena.layout.word, zero=True)
+    words, first = block.view.cast("P"), bits.index(block.address)
+    for i, pointer in enumerate(pointers):
+        words[i] = pointer
+        bits[first + i] |= POINTER
+    bits[first + len(pointers)] &= ~POINTER  # an entry may be left from an earlier object
+    return block.address
 
-    def __init__(self) -> None:
-        self.arena = Arena("go1.4/amd64")
-        self.roots: set[int] = set()
 
-    def new(self) -> int:
-        """Make an object of zeros; return its address."""
-        return self.arena.alloc(8 * WORDS, zero=True).address
+def mark(arena: Arena, roots: list[int]) -> int:
+    """Mark all objects that can be reached; return how many."""
+    bits, grey, reached = arena.heap_bitmap, list(roots), 0
+    while grey:
+        block = arena.block_at(grey.pop())
+        assert block is not None, "a pointer out of the heap"
+        first, words = bits.index(block.address), block.view.cast("P")
+        if not bits[first] & MARKED:
+            bits[first] |= MARKED
+            grey += (word for i, word in enumerate(words) if bits[first + i] & POINTER)
+            reached += 1
+    return reached
 
-    def words(self, address: int) -> memoryview:
-        """Return the words of an object."""
-        return self._object(address).view.cast("Q")
 
-    def collect(self) -> tuple[int, int]:
-        """Free what the roots do not lead to; return how many objects live, and how many died."""
-        bitmap, waiting = self.arena.heap_bitmap, list(self.roots)
-        while waiting:
-            block = self.arena.block_at(waiting.pop())
-            if block is None or bitmap.at(block.address) & MARKED:
-                continue
-            bitmap.set_at(block.address, bitmap.at(block.address) | MARKED)
-            waiting += [word for word in block.view.cast("Q") if word]
-        dead, live = [], 0
-        for block in self.arena.blocks():
-            entry = bitmap.at(block.address)
-            if entry & MARKED:
-                live += 1
-                bitmap.set_at(block.address, entry & ~MARKED)
-            else:
-                dead.append(block)
-        self.arena.free_many(dead)
-        return live, len(dead)
-
-    def _object(self, address: int) -> Block:
-        block = self.arena.block_at(address)
-        if block is None:
-            msg = f"no object at {address:#x}"
-            raise ValueError(msg)
-        return block
+def sweep(arena: Arena) -> int:
+    """Free all objects without a mark, and take the others' marks away; return how many died."""
+    bits, dead = arena.heap_bitmap, []
+    for block in arena.blocks():
+        if not bits.at(block.address) & MARKED:
+            dead.append(block)
+        bits.set_at(block.address, bits.at(block.address) & ~MARKED)
+    arena.free_many(dead)
+    return len(dead)
 
 
 def main() -> None:
-    """Make a thousand objects that point at each other, keep three of them, collect."""
-    random, gc = Random(1), Collector()
-    objects = [gc.new() for _ in range(1000)]
-    for address in objects:
-        if random.random() < 0.6:
-            gc.words(address)[random.randrange(WORDS)] = random.choice(objects)
-    gc.roots.update(objects[:3])
-    before = gc.arena.memstats()
-    live, dead = gc.collect()
-    given_back = gc.arena.scavenge()
-    after = gc.arena.memstats()
-    print(f"{live} objects can be reached, {dead} were freed")
-    print(f"in use: {format_size(before.heap_inuse)}, then {format_size(after.heap_inuse)}")
-    print(f"given back to the system: {format_size(given_back)}")
+    """Make 3000 objects that point at each other, and forget most of them, then the rest."""
+    with Arena() as arena:
+        chance, objects = random.Random(2014), [new(arena)]
+        for _ in range(2999):
+            known = chance.sample(objects[-50:], min(2, len(objects)))
+            objects.append(new(arena, known[0], known[-1] + arena.layout.word // 2))
+        for roots in ([objects[1500]], []):
+            before, reached, dead = arena.memstats(), mark(arena, roots), sweep(arena)
+            given, after = format_size(arena.scavenge()), arena.memstats()
+            print(
+                f"{len(roots)} roots: {reached} objects reached, {dead} freed; {given} given back"
+            )
+            for it in before, after:
+                sizes = map(format_size, (it.heap_inuse, it.heap_idle, it.resident))
+                print("  {:>9} in use, {:>9} idle, {:>9} resident".format(*sizes))
 
 
 if __name__ == "__main__":

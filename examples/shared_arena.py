@@ -1,45 +1,62 @@
-"""An arena shared by threads: each gets bytes of its own, and idle memory goes back by itself."""
+"""An arena that eight threads share, while a scavenger gives idle memory back behind them.
 
-import threading
-from random import Random
+Each thread fills its blocks with patterns of its own, and looks whether they still hold them before
+it frees them.
 
-from pyreserve import Arena, format_size
+    python examples/shared_arena.py
+"""
 
-THREADS = 8
-ROUNDS = 500
+import random
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+
+from pyreserve import Arena, Block, KiB, MiB, format_size
+
+THREADS, STEPS, MOST = 8, 600, 24
 
 
-def work(arena: Arena, number: int, wrong: list[str]) -> None:
-    """Allocate, write, look whether it is still there, free."""
-    random = Random(number)
-    for _ in range(ROUNDS):
-        with arena.alloc(random.randrange(1, 200_000)) as block:
-            view = block.view
-            view[0] = view[-1] = number
-            others = arena.alloc_many([random.randrange(1, 20_000) for _ in range(5)])
-            if view[0] != number or view[-1] != number:
-                wrong.append(f"thread {number} found another's byte")
-            others.free()
-            del view  # a block can't be freed while anything shows its bytes
+def times(pattern: bytes, nbytes: int) -> bytes:
+    """Repeat a pattern up to so many bytes."""
+    return (pattern * (nbytes // len(pattern) + 1))[:nbytes]
+
+
+def work(arena: Arena, me: int) -> int:
+    """Allocate and free at random; return how many blocks held to the end what they should."""
+    chance, good = random.Random(me), 0
+    mine: list[tuple[Block, bytes]] = []
+    for step in range(STEPS):
+        block = arena.alloc(chance.randint(1, 128 * KiB), zero=True)
+        assert not any(block.view[:: 4 * KiB]), "asked for zeros"
+        mine.append((block, b"thread %d, step %d; " % (me, step)))
+        block.view[:] = times(mine[-1][1], len(block))
+        if len(mine) == MOST or step == STEPS - 1:
+            chance.shuffle(mine)
+            done, mine = mine[MOST // 4 :], mine[: MOST // 4]
+            good += sum(block.view == times(pattern, len(block)) for block, pattern in done)
+            arena.free_many(block for block, _ in done)
+    good += sum(block.view == times(pattern, len(block)) for block, pattern in mine)
+    arena.free_many(block for block, _ in mine)
+    return good
+
+
+def show(when: str, arena: Arena) -> None:
+    """Print a line of the arena's statistics."""
+    stats = arena.memstats()
+    sizes = map(format_size, (stats.heap_inuse, stats.heap_idle, stats.resident))
+    print("{:>22}: {} in use, {} idle, {} resident".format(when, *sizes))
 
 
 def main() -> None:
-    """Let eight threads use one arena, with a scavenger beside them."""
-    wrong: list[str] = []
-    with Arena("native", scavenge_after=0.05) as arena:
-        threads = [
-            threading.Thread(target=work, args=(arena, number, wrong))
-            for number in range(1, THREADS + 1)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    """Let the threads work, and show what is left."""
+    with Arena("native", size=256 * MiB) as arena, ThreadPoolExecutor(THREADS) as threads:
+        scavenger = arena.start_scavenger(older_than=0.02)
+        good = sum(threads.map(work, repeat(arena), range(THREADS)))
+        arena.stop_scavenger()
+        print(f"{good} of {arena.memstats().mallocs} blocks held their patterns to the end")
+        print(f"the scavenger gave back {format_size(scavenger.given_back)} meanwhile")
+        show("when the threads ended", arena)
         arena.scavenge()
-        stats = arena.memstats()
-    print(f"{stats.mallocs:,} blocks allocated, {stats.frees:,} freed, {len(wrong)} mistakes")
-    print(f"{format_size(stats.heap_sys)} of arena, {format_size(stats.heap_inuse)} in use")
-    print(f"{format_size(stats.resident)} in memory, {format_size(stats.reserved)} reserved")
+        show("after a last scavenge", arena)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""Arenas, bump arenas and pools against what Python has for it, and against Python itself."""
+
+import mmap
+import threading
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pyreserve import Arena, Blocks, GiB, KiB, PageAllocator
+from pyreserve._native import ffi, lib
+
+if TYPE_CHECKING:
+    from conftest import Run
+
+CALLS = 1000
+PAGE = 8 * KiB
+MANY = 1_000_000
+PYTHON = "what Python itself costs"
+ONE = "allocate and free"
+SIZES = array("q", [PAGE]) * MANY
+
+
+@pytest.fixture(params=["native", None], ids=["native", "default layout"])
+def layout(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def arena(layout: Any) -> Iterator[Arena]:
+    # 8 GiB of blocks are more than some machines would promise to have memory for.
+    with Arena(layout, mode="noreserve") as made:
+        yield made
+
+
+class Nothing:
+    def nothing(self) -> None:
+        pass
+
+
+def bench_empty_loop(run: "Run") -> None:
+    def calls() -> None:
+        for _ in range(CALLS):
+            pass
+
+    run(PYTHON, CALLS, calls)
+
+
+def bench_empty_method(run: "Run") -> None:
+    nothing = Nothing()
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            nothing.nothing()
+
+    run(PYTHON, CALLS, calls)
+
+
+def bench_empty_cffi_call(run: "Run") -> None:
+    closed, load = ffi.new("struct region *"), lib.region_load
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            load(closed, 0)
+
+    run(PYTHON, CALLS, calls)
+
+
+def bench_with_lock(run: "Run") -> None:
+    lock = threading.Lock()
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            with lock:
+                pass
+
+    run(PYTHON, CALLS, calls)
+
+
+def bench_arena(run: "Run", arena: Arena, ns_a_call: Any) -> None:
+    def calls() -> None:
+        for _ in range(CALLS):
+            arena.free(arena.alloc(PAGE))
+
+    def mapped() -> None:
+        for _ in range(CALLS):
+            mmap.mmap(-1, PAGE).close()
+
+    beside = "mmap.mmap and close", lambda: float(ns_a_call(CALLS, mapped))
+    run(f"{ONE} 8 KiB of Arena", CALLS, calls, beside=beside, aim="1,500, x0.2")
+
+
+def bench_pages(run: "Run") -> None:
+    pages = PageAllocator(1 << 18)
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            pages.free(pages.alloc())
+
+    run(f"{ONE} a page of PageAllocator", CALLS, calls)
+
+
+def bench_pool(run: "Run") -> None:
+    pool_type = pytest.importorskip("pyreserve.pool").Pool
+    with pool_type(64) as pool:
+
+        def calls() -> None:
+            for _ in range(CALLS):
+                pool.free(pool.alloc())
+
+        run(f"{ONE} a slot of Pool", CALLS, calls, aim="1,000")
+
+
+def bench_bump(run: "Run", ns_a_call: Any) -> None:
+    bump_type = pytest.importorskip("pyreserve.bump").BumpArena
+    with bump_type(GiB) as bump:
+
+        def calls() -> None:
+            for _ in range(CALLS):
+                bump.alloc(64)
+
+        def before() -> tuple[()]:
+            bump.reset()
+            return ()
+
+        def bytearrays() -> None:
+            for _ in range(CALLS):
+                bytearray(64)
+
+        beside = "bytearray(64)", lambda: float(ns_a_call(CALLS, bytearrays))
+        run("allocate 64 bytes of BumpArena", CALLS, calls, before=before, beside=beside, aim="x4")
+
+
+def bench_alloc_many_fresh(run: "Run", layout: Any) -> None:
+    arenas: list[Arena] = []
+
+    def before() -> tuple[Arena]:
+        while arenas:
+            arenas.pop().release()
+        arenas.append(Arena(layout, mode="noreserve"))
+        return (arenas[0],)
+
+    def alloc_many(arena: Arena) -> None:
+        arena.alloc_many(SIZES)
+
+    run(f"{MANY:,} blocks of 8 KiB at once", MANY, alloc_many, before=before, rounds=8, aim="60")
+    arenas.pop().release()
+
+
+def bench_alloc_many_warm(run: "Run", arena: Arena) -> None:
+    blocks: list[Blocks] = []
+
+    def before() -> tuple[()]:
+        while blocks:
+            blocks.pop().free()
+        return ()
+
+    def alloc_many() -> None:
+        blocks.append(arena.alloc_many(SIZES))
+
+    alloc_many()
+    run(f"{MANY:,} blocks of 8 KiB at once", MANY, alloc_many, before=before, rounds=8, aim="60")
+
+
+def bench_free_many(run: "Run", arena: Arena) -> None:
+    def before() -> tuple[Blocks]:
+        return (arena.alloc_many(SIZES),)
+
+    run(f"{MANY:,} blocks of 8 KiB at once", MANY, arena.free_many, before=before, rounds=8)
