@@ -29,7 +29,7 @@ static uint64_t pages_for(const struct heap *heap, uint64_t nbytes) {
 
 /* -- pages and addresses ------------------------------------------------------------------------ */
 
-uintptr_t heap_page_address(const struct heap *heap, uint64_t page) {
+static uintptr_t address_of(const struct heap *heap, uint64_t page) {
     size_t i = heap->extent_count - 1;
     while (i > 0 && heap->extents[i].page > page)
         i--;
@@ -50,9 +50,9 @@ static uint64_t page_at(const struct heap *heap, uintptr_t address) {
 }
 
 /* Which page fresh addresses begin with. Under an index pages are numbered without the wide gaps
- * between arenas, which may be terabytes: what lies far above the last extent has one of its own, a
- * unit further on, so that runs do not join across the gap, and as far from a multiple of a unit as
- * its addresses, so that an aligned page has an aligned address. */
+ * between arenas, which may be terabytes: what lies far above the last extent has one of its own, at
+ * least a page further on, so that runs do not join across the gap, and as far from a multiple of a
+ * unit as its addresses, so that an aligned page has an aligned address. */
 static int64_t first_page(struct heap *heap, uintptr_t address, uint64_t *page) {
     const struct heap_metadata *meta = &heap->meta;
     if (heap->extent_count > 0) {
@@ -66,7 +66,7 @@ static int64_t first_page(struct heap *heap, uintptr_t address, uint64_t *page) 
     if (heap->extent_count == HEAP_EXTENTS)
         return HEAP_SCATTERED;
     uint64_t unit = meta->unit / meta->page;
-    uint64_t beyond = heap->extent_count == 0 ? 0 : up(heap->end, unit) + unit;
+    uint64_t beyond = heap->extent_count == 0 ? 0 : up(heap->end + 1, unit);
     *page = beyond + address % meta->unit / meta->page;
     heap->extents[heap->extent_count++] = (struct heap_extent){*page, address};
     return 0;
@@ -146,19 +146,31 @@ static uint64_t page_of(int64_t handle) {
     return (uint64_t)handle & PAGE_MASK;
 }
 
-uintptr_t heap_address(const struct heap *heap, int64_t handle) {
+uintptr_t heap_page_address(struct heap *heap, uint64_t page) {
+    pagealloc_lock(heap->pages);
+    uintptr_t address = address_of(heap, page);
+    pagealloc_unlock(heap->pages);
+    return address;
+}
+
+uintptr_t heap_address(struct heap *heap, int64_t handle) {
     return heap_page_address(heap, page_of(handle));
 }
 
-/* The size that the span of a page has for a block that starts there, if that makes sense: all its
- * pages are in use; else 0. */
+/* Whether all of [page, page + n) may be a block's: in use, and not because they are claimed. */
+static bool may_be_block(const struct heap *heap, uint64_t page, uint64_t n) {
+    return pagealloc_in_use_held(heap->pages, page, n) &&
+           (page >= heap->claimed.stop || page + n <= heap->claimed.start);
+}
+
+/* The size that the span of a page has for a block that starts there, if that makes sense; else 0. */
 static uint64_t size_at(const struct heap *heap, uint64_t page) {
-    if (page >= heap->end || !pagealloc_in_use_held(heap->pages, page, 1))
+    if (page >= heap->end || !may_be_block(heap, page, 1))
         return 0;
-    const unsigned char *span = span_at(heap, heap_page_address(heap, page));
+    const unsigned char *span = span_at(heap, address_of(heap, page));
     uint64_t word = span == NULL ? 0 : read_span(heap, span), nbytes = word % 2 * (word / 2);
     uint64_t n = nbytes == 0 ? 0 : pages_for(heap, nbytes);
-    return n == 1 || (n > 1 && pagealloc_in_use_held(heap->pages, page, n)) ? nbytes : 0;
+    return n == 1 || (n > 1 && may_be_block(heap, page, n)) ? nbytes : 0;
 }
 
 /* The size of the block that the handle stands for; 0 if there is no such block any more. */
@@ -172,7 +184,7 @@ static uint64_t size_of(const struct heap *heap, int64_t handle) {
 
 /* Takes pages that were given back into use again. */
 static int64_t recommit(struct heap *heap, uint64_t page, uint64_t n) {
-    size_t offset = heap_page_address(heap, page) - (uintptr_t)heap->region->base;
+    size_t offset = address_of(heap, page) - (uintptr_t)heap->region->base;
     int err = region_commit(heap->region, offset, (size_t)n * heap->meta.page);
     if (err != 0)
         return err < 0 ? HEAP_CLOSED : HEAP_ERRNO - err;
@@ -193,13 +205,14 @@ static int64_t make_ready(struct heap *heap, uint64_t page, uint64_t n, bool reg
 
 /* Notes a block at pages that are ready. */
 static int64_t enter(struct heap *heap, uint64_t page, uint64_t n, uint64_t nbytes) {
-    uintptr_t address = heap_page_address(heap, page);
+    uintptr_t address = address_of(heap, page);
     write_spans(heap, address, n, nbytes);
     if (heap->meta.bitmap_bits != 0) {
         unsigned char mask, *entry = entry_at(heap, address, &mask);
         *entry |= 1;
     }
-    uint32_t serial = (uint32_t)++heap->mallocs & SERIAL_MASK;
+    heap->mallocs++;
+    uint32_t serial = (uint32_t)++heap->serials & SERIAL_MASK;
     heap->notes[page] = serial;
     heap->requested += nbytes;
     return handle_of(page, serial, bitmap_find(heap->dirty, page, page + n, true) == page + n);
@@ -257,7 +270,7 @@ static int64_t allocate_some(struct heap *heap, const struct pagealloc_integers 
 /* Forgets a block that is there; its pages are still to be freed. */
 static void forget(struct heap *heap, uint64_t page, uint64_t nbytes, uint32_t now) {
     uint64_t n = pages_for(heap, nbytes);
-    uintptr_t address = heap_page_address(heap, page);
+    uintptr_t address = address_of(heap, page);
     write_spans(heap, address, n, 0);
     if (heap->meta.bitmap_bits != 0) {
         unsigned char mask, *entry = entry_at(heap, address, &mask);
@@ -283,7 +296,7 @@ static void clear_dirty(struct heap *heap, uint64_t page, uint64_t n) {
         page = start == end ? end
                             : bitmap_find(heap->dirty, start, least(end, start + most), false);
         if (start < page)
-            memset((void *)heap_page_address(heap, start), 0,
+            memset((void *)address_of(heap, start), 0,
                    (size_t)(page - start) * heap->meta.page);
         pagealloc_unlock(heap->pages);
     }
@@ -391,7 +404,7 @@ int64_t heap_find(struct heap *heap, uintptr_t address) {
     uint64_t page = page_at(heap, address);
     if (heap->closed) {
         found = HEAP_CLOSED;
-    } else if (page < heap->end && pagealloc_in_use_held(heap->pages, page, 1) &&
+    } else if (page < heap->end && may_be_block(heap, page, 1) &&
                block_start(heap, address, &start)) {
         uint64_t first = page_at(heap, start), nbytes = size_at(heap, first);
         if (nbytes > 0 && first <= page && page - first < pages_for(heap, nbytes))
@@ -495,7 +508,7 @@ static void discard_inside(const struct heap *heap, uintptr_t low, uintptr_t hig
 /* Drops the metadata of pages that have no block: all zero, or without a meaning. */
 static void discard_metadata(const struct heap *heap, uint64_t start, uint64_t stop) {
     const struct heap_metadata *meta = &heap->meta;
-    uintptr_t low = heap_page_address(heap, start);
+    uintptr_t low = address_of(heap, start);
     uintptr_t high = low + (uintptr_t)(stop - start) * meta->page;
     discard_inside(heap, (uintptr_t)(heap->notes + start), (uintptr_t)(heap->notes + stop));
     while (low < high) {
@@ -533,7 +546,7 @@ int64_t heap_give_back(struct heap *heap, const struct pagealloc_run *piece, boo
     pagealloc_unlock(heap->pages);
     if (taken)
         return 0;
-    size_t offset = heap_page_address(heap, start) - (uintptr_t)heap->region->base;
+    size_t offset = address_of(heap, start) - (uintptr_t)heap->region->base;
     size_t nbytes = (size_t)n * heap->meta.page;
     int err = give_back(heap->region, offset, nbytes, lazy);
     if (err == 0 && !lazy)
@@ -555,10 +568,13 @@ int64_t heap_give_back(struct heap *heap, const struct pagealloc_run *piece, boo
 int64_t heap_add(struct heap *heap, uintptr_t address, size_t nbytes) {
     uint64_t page;
     pagealloc_lock(heap->pages);
+    size_t extents = heap->extent_count;
     int64_t result = heap->closed ? HEAP_CLOSED : first_page(heap, address, &page);
     if (result == 0)
         result = pagealloc_add_held(heap->pages, page, nbytes / heap->meta.page);
-    if (result == 0 && page + nbytes / heap->meta.page > heap->end)
+    if (result != 0)
+        heap->extent_count = extents;
+    else if (page + nbytes / heap->meta.page > heap->end)
         heap->end = page + nbytes / heap->meta.page;
     pagealloc_unlock(heap->pages);
     return result;

@@ -83,7 +83,7 @@ struct heap {
     size_t extent_count;
     uint64_t end; /* the first page above all that were added */
     struct pagealloc_run claimed; /* free pages that are being given back just now */
-    uint64_t released_pages, requested, mallocs, frees;
+    uint64_t released_pages, requested, mallocs, frees, serials;
     bool closed;
 };
 
@@ -132,8 +132,9 @@ int64_t heap_free_many(struct heap *heap, const int64_t *handles, size_t count, 
 int64_t heap_find(struct heap *heap, uintptr_t address);
 int64_t heap_nbytes(struct heap *heap, int64_t handle);
 
-/* Where a block of this handle begins. Pure arithmetic. */
-uintptr_t heap_address(const struct heap *heap, int64_t handle);
+/* Where a page, or a block of this handle, begins, whether or not it lives. */
+uintptr_t heap_page_address(struct heap *heap, uint64_t page);
+uintptr_t heap_address(struct heap *heap, int64_t handle);
 
 /* Writes the handles of up to `max` blocks from page `*from` on, lowest first; `*from` is then where
  * to go on. Returns how many; 0: no more. */
@@ -150,9 +151,6 @@ int64_t heap_idle(struct heap *heap, uint64_t below, uint64_t most, uint64_t lon
  * pieces; else the contents are discarded, `lazy`: when the kernel needs the memory. Returns the
  * bytes, 0 if somebody has taken pages of it meanwhile. */
 int64_t heap_give_back(struct heap *heap, const struct pagealloc_run *piece, bool lazy);
-
-/* Bytes of a page run, and where it lies. */
-uintptr_t heap_page_address(const struct heap *heap, uint64_t page);
 
 void heap_measure(struct heap *heap, struct heap_stats *stats);
 

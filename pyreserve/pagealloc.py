@@ -45,7 +45,7 @@ class PageAllocator:
     Raises (all methods):
         TypeError: something that is not an integer.
         RangeError: pages that are not all there, a number of pages that is not positive, or
-            integers beyond 64 bits.
+            integers of 2**63 and more.
     """
 
     __slots__ = ("__weakref__", "_capacity", "_pages")

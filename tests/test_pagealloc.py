@@ -188,7 +188,7 @@ class TestRefusals:
         error = caught.value
         assert (error.errno_name, error.limit, error.verb) == ("ENOMEM", "layout", "alloc")
 
-    @pytest.mark.parametrize("n", [1001, 1 << 40, (1 << 64) - 1])
+    @pytest.mark.parametrize("n", [1001, 1 << 40, (1 << 63) - 1])
     def test_more_than_there_is(self, pages: PageAllocator, n: int) -> None:
         """A number of pages that there never were is out of memory."""
         with unchanged(pages), pytest.raises(OutOfMemoryError):
@@ -202,7 +202,7 @@ class TestRefusals:
         with unchanged(pages), pytest.raises(OutOfMemoryError, match="multiple of 512"):
             pages.alloc(1, align=512)
 
-    @pytest.mark.parametrize("n", [0, -1, -(1 << 70), 1 << 64, 1 << 70])
+    @pytest.mark.parametrize("n", [0, -1, -(1 << 70), 1 << 63, (1 << 64) - 1, 1 << 64, 1 << 70])
     def test_lengths_that_make_no_sense(self, pages: PageAllocator, n: int) -> None:
         """No, negative and astronomical numbers of pages are out of range, not an overflow."""
         pages.alloc_at(0, 10)
