@@ -12,9 +12,10 @@ from pyreserve.engine import WORD, Engine, FellBack
 from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError
 from pyreserve.forks import register
 from pyreserve.heapbitmap import HeapBitmap
+from pyreserve.integers import integers
 from pyreserve.limits import PAGE_SIZE, refusal
 from pyreserve.memstats import MemStats
-from pyreserve.pagealloc import TablesLock, _integers, close_with
+from pyreserve.pagealloc import TablesLock, close_with
 from pyreserve.region import Mode, Region, reserve
 from pyreserve.scavenger import FIVE_MINUTES, Scavenger
 from pyreserve.units import MiB, TiB, format_size
@@ -136,7 +137,10 @@ class Arena(Engine):
             As `alloc`, for the first size that is refused; then no block was allocated, though the
             arena may have grown.
         """
-        wanted = _integers(sizes, "sizes")
+        wanted = integers(sizes, "sizes")
+        if not wanted.struct.width:
+            msg = "sizes are many integers, not one"
+            raise TypeError(msg)
         count = len(wanted.values)
         handles = ffi.new("int64_t[]", count)
         refused = ffi.new("int64_t *")

@@ -4,22 +4,21 @@ What a page is, and where, is the caller's business: pages are numbers from 0 on
 """
 
 import errno
-import sys
 import weakref
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from pyreserve import forks
 from pyreserve._native import ffi, lib
 from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, VMError
+from pyreserve.integers import integers, item_width, own, same_count
 from pyreserve.region import Region, reserve
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    from pyreserve.integers import Integers
 
-    Integers = Buffer | Iterable[int]
     Out = TypeVar("Out")  # before Python 3.12, the types of ndarrays are no Buffers
 
 _RUNS_AT_ONCE = 256
@@ -199,7 +198,7 @@ class PageAllocator:
             RangeError: also if `out` has not as many items, or too narrow ones.
             TypeError, ValueError: not such a buffer.
         """
-        wanted = _integers(lengths, "lengths")
+        wanted = integers(lengths, "lengths")
         if out is None:
             if not wanted.struct.width:
                 msg = "one length for all needs an out that says how many"
@@ -207,12 +206,12 @@ class PageAllocator:
             out = array("q", bytes(8 * len(wanted.values)))
         # Exported until the end, so that nobody can resize it.
         view = memoryview(out)
-        width = _width(view, "out")
+        width = item_width(view, "out")
         if view.readonly:
             msg = "out is read-only"
             raise TypeError(msg)
-        first, failed = _own(bytearray(view.nbytes), width), ffi.new("size_t *")
-        count = _same_count(first, wanted, "out")
+        first, failed = own(bytearray(view.nbytes), width), ffi.new("size_t *")
+        count = same_count(first, wanted, "out")
         err = lib.pagealloc_alloc_many(self._pages, wanted.struct, first.struct, count, failed)
         if err:
             at = failed[0]
@@ -231,11 +230,11 @@ class PageAllocator:
             FreeError: pages of a run are free already, or in two runs; the text says in which.
             TypeError, ValueError: no contiguous buffer of integers.
         """
-        first, freed = _integers(pages, "pages"), _integers(lengths, "lengths")
+        first, freed = integers(pages, "pages"), integers(lengths, "lengths")
         if not first.struct.width:
             msg = "pages are integers in a buffer or an iterable"
             raise TypeError(msg)
-        count, failed = _same_count(first, freed, "pages"), ffi.new("size_t *")
+        count, failed = same_count(first, freed, "pages"), ffi.new("size_t *")
         err = lib.pagealloc_free_many(self._pages, freed.struct, first.struct, count, failed)
         if err:
             at = failed[0]
@@ -334,84 +333,3 @@ def close_with(cdata: Any, tables: Region, *kept: object) -> None:
 
 def _close(tables: Region, *_: object) -> None:
     lib.pagealloc_close(ffi.cast("struct pagealloc *", tables._handle.base))
-
-
-# -- integers in buffers ----------------------------------------------------------------------
-
-_NATIVE = {"", "@", "=", "<" if sys.byteorder == "little" else ">"}
-_SIGNED, _UNSIGNED = set("bhilqn"), set("BHILQN")
-_LETTERS = {1: "B", 2: "H", 4: "I", 8: "Q", -1: "b", -2: "h", -4: "i", -8: "q"}
-
-
-class _Integers(NamedTuple):
-    """Integers for C, in memory that nobody else changes while it works: what it did can be undone.
-
-    `values` has them for Python, only one if the struct says that all are the same. Keep the whole
-    while C uses the struct.
-    """
-
-    struct: Any
-    pin: Any
-    values: "memoryview[int] | tuple[int]"
-
-    def item(self, i: int) -> int:
-        """Return number `i`."""
-        return self.values[i if self.struct.width else 0]
-
-
-def _integers(numbers: "Integers | int", what: str) -> _Integers:
-    """Copy integers from wherever they are.
-
-    Raises:
-        TypeError: neither a buffer of native integers nor an iterable of integers.
-        ValueError: a buffer that is not contiguous; RangeError for numbers beyond 64 bits.
-    """
-    try:
-        n = _index(numbers)  # type: ignore[arg-type]
-    except TypeError:
-        pass
-    else:
-        if not 0 < n < 1 << 64:
-            msg = f"{what} are positive and below 2**64, not {n}"
-            raise RangeError(msg)
-        return _Integers(ffi.new("struct pagealloc_integers *", {"constant": n}), None, (n,))
-    try:
-        view = memoryview(numbers)  # type: ignore[arg-type]
-    except TypeError:
-        view = memoryview(_array(list(numbers), what))  # type: ignore[arg-type]
-    return _own(view.tobytes(), _width(view, what))
-
-
-def _own(data: bytes | bytearray, width: int) -> _Integers:
-    pin = ffi.from_buffer(data)
-    struct = ffi.new("struct pagealloc_integers *", {"items": pin, "width": width})
-    return _Integers(struct, pin, memoryview(data).cast(_LETTERS[width]))  # type: ignore[call-overload]
-
-
-def _width(view: memoryview, what: str) -> int:
-    """Return the bytes of an item, negative if it is signed, once the buffer is known to fit."""
-    order, letter = view.format[:-1], view.format[-1:]
-    if order not in _NATIVE or letter not in _SIGNED | _UNSIGNED:
-        msg = f"{what} has items of format {view.format!r}, not native integers"
-        raise TypeError(msg)
-    if not view.c_contiguous:
-        msg = f"{what} is not contiguous"
-        raise ValueError(msg)
-    return -view.itemsize if letter in _SIGNED else view.itemsize
-
-
-def _array(numbers: list[int], what: str) -> "array[int]":
-    try:
-        return array("q", numbers)
-    except OverflowError:
-        at = next(i for i, n in enumerate(numbers) if not -1 << 63 <= n < 1 << 63)
-        msg = f"{what}[{at}] does not fit in 64 bits: {numbers[at]}"
-        raise RangeError(msg) from None
-
-
-def _same_count(first: _Integers, lengths: _Integers, what: str) -> int:
-    count = len(first.values)
-    if lengths.struct.width and len(lengths.values) != count:
-        msg = f"{what} has {count} items for {len(lengths.values)} lengths"
-        raise RangeError(msg)
-    return count

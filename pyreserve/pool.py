@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pyreserve._native import ffi, lib
 from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError, ViewError
+from pyreserve.integers import integers
 from pyreserve.limits import PAGE_SIZE
-from pyreserve.pagealloc import PageAllocator, _integers
+from pyreserve.pagealloc import PageAllocator
 from pyreserve.region import Mode, reserve
 from pyreserve.units import GiB, MiB, format_size
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from pyreserve.pagealloc import Integers
+    from pyreserve.integers import Integers
 
 _alloc = lib.pagealloc_alloc
 _free = lib.pagealloc_free
@@ -160,7 +161,7 @@ class Pool:
             FreeError: one of them is free already, or there twice.
             ViewError: live views hold some of their bytes.
         """
-        given, one = _integers(slots, "slots"), _integers(1, "lengths")
+        given, one = integers(slots, "slots"), integers(1, "lengths")
         count, failed, region = len(given.values), ffi.new("size_t *"), self._region
         with self._lock:
             interrupting, region._busy = region._busy, True
