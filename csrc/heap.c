@@ -287,12 +287,14 @@ static void free_pages(struct heap *heap, uint64_t page, uint64_t n) {
     (void)pagealloc_free_held(heap->pages, page, n);
 }
 
-/* Clears what is dirty of a block, a piece at a time, so that others need not wait for all of it. */
-static void clear_dirty(struct heap *heap, uint64_t page, uint64_t n) {
-    uint64_t end = page + n, most = CLEAR_AT_ONCE / heap->meta.page + 1;
+/* Clears what is dirty of a block, a piece at a time, so that others need not wait for all of it; as
+ * long as it is there, since anybody may find it and free it meanwhile. */
+static void clear_dirty(struct heap *heap, int64_t handle, uint64_t n) {
+    uint64_t page = page_of(handle), end = page + n, most = CLEAR_AT_ONCE / heap->meta.page + 1;
     while (page < end) {
         pagealloc_lock(heap->pages);
-        uint64_t start = heap->closed ? end : bitmap_find(heap->dirty, page, end, true);
+        bool gone = heap->closed || size_of(heap, handle) == 0;
+        uint64_t start = gone ? end : bitmap_find(heap->dirty, page, end, true);
         page = start == end ? end
                             : bitmap_find(heap->dirty, start, least(end, start + most), false);
         if (start < page)
@@ -308,7 +310,7 @@ int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero
     int64_t handle = allocate(heap, nbytes, align, region);
     pagealloc_unlock(heap->pages);
     if (handle >= 0 && zero && !(handle & zeroed)) {
-        clear_dirty(heap, page_of(handle), pages_for(heap, nbytes));
+        clear_dirty(heap, handle, pages_for(heap, nbytes));
         handle |= zeroed;
     }
     return handle;

@@ -152,6 +152,7 @@ int64_t heap_idle(struct heap *heap, uint64_t below, uint64_t most, uint64_t lon
  * bytes, 0 if somebody has taken pages of it meanwhile. */
 int64_t heap_give_back(struct heap *heap, const struct pagealloc_run *piece, bool lazy);
 
+/* Writes what the heap has at this moment. */
 void heap_measure(struct heap *heap, struct heap_stats *stats);
 
 #endif

@@ -1020,8 +1020,9 @@ int64_t pagealloc_alloc_many(struct pagealloc *pages, const struct pagealloc_int
     }
     if (page < 0) {
         *failed = --i;
-        while (i-- > 0)
-            give(pages, pagealloc_integer(first, i), pagealloc_integer(lengths, i));
+        while (i-- > 0) /* checked: others may have written to their memory */
+            (void)pagealloc_free_held(pages, pagealloc_integer(first, i),
+                                      pagealloc_integer(lengths, i));
     }
     pagealloc_unlock(pages);
     return page < 0 ? page : 0;

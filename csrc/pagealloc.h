@@ -21,7 +21,7 @@
  * length asked for, runs are looked at one by one.
  *
  * Holds for every function here:
- *  - the result is a page or a count, or a negative enum pagealloc_refusal, and then nothing has
+ *  - an int64_t is a page or a count, or a negative enum pagealloc_refusal, and then nothing has
  *    changed;
  *  - any thread may call: each function takes the allocator's lock, but those that end in _held,
  *    whose caller holds it. Functions on many runs hold it all along, so others see all or nothing.
@@ -70,6 +70,8 @@ uint64_t pagealloc_room(uint64_t capacity);
 /* Makes an allocator with no parts in pagealloc_bytes(capacity) zero bytes at a cache line's start.
  * It lives there until pagealloc_close. */
 struct pagealloc *pagealloc_open(void *memory, uint64_t capacity);
+
+/* The end of an allocator that nobody uses; the tables' memory is the caller's. */
 void pagealloc_close(struct pagealloc *pages);
 
 /* Makes [page, page + n) part of the arena, free. Returns 0. */
@@ -87,9 +89,9 @@ int64_t pagealloc_alloc_at(struct pagealloc *pages, uint64_t page, uint64_t n);
  * Returns 0. */
 int64_t pagealloc_free(struct pagealloc *pages, uint64_t page, uint64_t n);
 
-/* Allocates, or frees, `count` runs of lengths[i] pages at first[i]: all, or none. On a refusal
- * `*failed` is the index of the run that was refused, and what was written to first[] means nothing.
- * Return 0. */
+/* Allocates `count` runs of lengths[i] pages and writes their first pages to first[i]; or frees such
+ * runs: all, or none. On a refusal `*failed` is the index of the run that was refused, and what an
+ * allocation has written to first[] means nothing. Return 0. */
 int64_t pagealloc_alloc_many(struct pagealloc *pages, const struct pagealloc_integers *lengths,
                              const struct pagealloc_integers *first, size_t count, size_t *failed);
 int64_t pagealloc_free_many(struct pagealloc *pages, const struct pagealloc_integers *lengths,

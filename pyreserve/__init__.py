@@ -28,6 +28,7 @@ from pyreserve.memstats import MemStats
 from pyreserve.pagealloc import PageAllocator
 from pyreserve.pool import Pool
 from pyreserve.region import Region, reserve
+from pyreserve.scavenger import Scavenger
 from pyreserve.units import GiB, KiB, MiB, TiB, format_size, parse_size
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "RangeError",
     "Region",
     "ReleasedError",
+    "Scavenger",
     "TiB",
     "VMError",
     "ViewError",

@@ -51,12 +51,18 @@ class Block:
 
     @property
     def address(self) -> int:
-        """Address of the first byte. Touching memory through it is at your own risk."""
+        """Address of the first byte, also after it was freed.
+
+        Touching memory through it is at your own risk.
+
+        Raises:
+            ReleasedError: the arena was released.
+        """
         return self._arena._address(self._handle)
 
     @property
     def offset(self) -> int:
-        """Offset of the first byte in `Arena.region`, in bytes."""
+        """Offset of the first byte in `Arena.region`, in bytes; likewise."""
         return self.address - self._arena.region.base
 
     @property
@@ -176,6 +182,6 @@ class Blocks(Sequence[Block]):
         raise TypeError(msg)
 
 
-def no_block() -> FreeError:
+def no_block(which: str = "the block") -> FreeError:
     """Make the exception for a block that is not there any more."""
-    return FreeError("the block was freed, or its arena has none like it")
+    return FreeError(f"{which} was freed already")

@@ -15,10 +15,9 @@ from operator import index as _index
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from pyreserve.errors import OutOfMemoryError, PyreserveError, RangeError, ReleasedError, ViewError
-from pyreserve.layouts import round_up
 from pyreserve.limits import PAGE_SIZE
 from pyreserve.region import HugePages, Mode, Region, reserve
-from pyreserve.units import KiB, MiB, format_size
+from pyreserve.units import KiB, MiB, format_size, round_up
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -122,6 +121,11 @@ class BumpArena:
         with self._lock:
             self._alive()
             return self._floor + self._at
+
+    @property
+    def released(self) -> bool:
+        """Whether the arena was released."""
+        return self._region.released
 
     # -- blocks -------------------------------------------------------------------------------
 

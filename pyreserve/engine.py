@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from pyreserve import layouts, procfs
 from pyreserve._native import ffi, lib
 from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError, VMError
-from pyreserve.layouts import Layout, Piece, Placement, Request, round_up
+from pyreserve.layouts import Layout, Piece, Placement, Request
 from pyreserve.limits import PAGE_SIZE, address_bits, refusal
 from pyreserve.region import Mode, Region, effective_mode, reserve
-from pyreserve.units import GiB, KiB, MiB, format_size
+from pyreserve.units import GiB, KiB, MiB, format_size, round_up
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,7 +43,7 @@ class Engine:
         self._mode: Mode = mode
         self.fell_back: FellBack | None = None
         self._elsewhere: list[Region] = []  # metadata that does not lie beside the arena
-        self._in_use = 0
+        self._taken = 0  # bytes of arena
         self._undo: list[tuple[Any, ...]] | None = None  # while growing
         try:
             self.layout, self._region = self.requested_layout, self._open(self.requested_layout)
@@ -64,11 +64,6 @@ class Engine:
     def region(self) -> Region:
         """The region that holds spans, bitmap and arena."""
         return self._region
-
-    @property
-    def in_use(self) -> int:
-        """Bytes of arena taken so far: by `grow`, and for blocks."""
-        return self._in_use
 
     def maps(self) -> list[Piece]:
         """What /proc/self/maps shows inside the addresses that the arena owns, lowest first."""
@@ -134,7 +129,7 @@ class Engine:
             finally:
                 self._undo, self._region._busy = None, busy
             self.placement = after
-            self._in_use += nbytes
+            self._taken += nbytes
         return block
 
     def _grown(self, nbytes: int) -> tuple[Placement, int]:
@@ -178,7 +173,7 @@ class Engine:
             reason = f"the arena of {format_size(high - low)} is used up"
         reserved = self._region.reserved
         msg = (
-            f"{reason}: cannot allocate {nbytes}-byte block ({self._in_use} in use), "
+            f"{reason}: cannot allocate {nbytes}-byte block ({self._taken} in use), "
             f"{reserved} reserved"
         )
         raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit="layout")
@@ -286,15 +281,6 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         if not self._region.released:
             self.release()
-
-    def __repr__(self) -> str:
-        if self._region.released:
-            return f"<Arena {self.layout.name}, released>"
-        low, high = self.placement.arena
-        return (
-            f"<Arena {self.layout.name} {low:#x}-{high:#x}: {format_size(self._in_use)} in use "
-            f"of {format_size(high - low)}>"
-        )
 
 
 # -- how the first addresses are taken --------------------------------------------------------

@@ -67,11 +67,11 @@ class RangeError(PyreserveError, ValueError):
 
 
 class ReleasedError(PyreserveError, ValueError):
-    """The region was released."""
+    """What was asked was released before: a region, bitmap, arena or pool."""
 
 
 class FreeError(PyreserveError, ValueError):
-    """A page or slot that was freed already, or never allocated here; nothing has changed."""
+    """A page, slot or block was freed already, or never allocated here; nothing has changed."""
 
 
 class ViewError(PyreserveError, BufferError):

@@ -35,27 +35,31 @@ class IntegersForC(NamedTuple):
         return self.values[i if self.struct.width else 0]
 
 
-def integers(numbers: "Integers | int", what: str) -> IntegersForC:
-    """Copy integers from wherever they are.
+def integers(numbers: "Integers | int", what: str, *, or_one: bool = False) -> IntegersForC:
+    """Copy integers from wherever they are; `or_one`: a single one stands for as many as wanted.
 
     Raises:
         TypeError: neither a buffer of native integers nor an iterable of integers.
         ValueError: a buffer that is not contiguous; RangeError for numbers beyond 64 bits.
     """
-    try:
-        n = _index(numbers)  # type: ignore[arg-type]
-    except TypeError:
-        pass
-    else:
-        if not 0 < n < 1 << 64:
-            msg = f"{what} are positive and below 2**64, not {n}"
+    one = _one(numbers) if or_one else None
+    if one is not None:
+        if not 0 < one < 1 << 64:
+            msg = f"{what} are positive and below 2**64, not {one}"
             raise RangeError(msg)
-        return IntegersForC(ffi.new("struct pagealloc_integers *", {"constant": n}), None, (n,))
+        return IntegersForC(ffi.new("struct pagealloc_integers *", {"constant": one}), None, (one,))
     try:
         view = memoryview(numbers)  # type: ignore[arg-type]
     except TypeError:
         view = memoryview(_array(list(numbers), what))  # type: ignore[arg-type]
     return own(view.tobytes(), item_width(view, what))
+
+
+def _one(numbers: Any) -> int | None:
+    try:
+        return _index(numbers)
+    except TypeError:  # arrays have the method too
+        return None
 
 
 def own(data: bytes | bytearray, width: int) -> IntegersForC:

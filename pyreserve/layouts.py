@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from pyreserve.errors import RangeError
-from pyreserve.units import GiB, KiB, MiB, format_size
+from pyreserve.units import GiB, KiB, MiB, format_size, round_up
 
 Strategy = Literal["reserve", "probe", "arenas"]
 
@@ -35,11 +35,6 @@ _HINTS_64 = tuple(i << 40 | 0x00C0 << 32 for i in range(0x80))
 _GROWTH_STEP_32 = 256 * MiB
 _WINDOW_32 = 2 * GiB
 _X86_PAGE = 4 * KiB
-
-
-def round_up(n: int, to: int) -> int:
-    """Round `n` up to a multiple of `to`."""
-    return -(-n // to) * to
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,7 +198,7 @@ class PageAllocator:
             RangeError: also if `out` has not as many items, or too narrow ones.
             TypeError, ValueError: not such a buffer.
         """
-        wanted = integers(lengths, "lengths")
+        wanted = integers(lengths, "lengths", or_one=True)
         if out is None:
             if not wanted.struct.width:
                 msg = "one length for all needs an out that says how many"
@@ -230,7 +230,7 @@ class PageAllocator:
             FreeError: pages of a run are free already, or in two runs; the text says in which.
             TypeError, ValueError: no contiguous buffer of integers.
         """
-        first, freed = integers(pages, "pages"), integers(lengths, "lengths")
+        first, freed = integers(pages, "pages"), integers(lengths, "lengths", or_one=True)
         if not first.struct.width:
             msg = "pages are integers in a buffer or an iterable"
             raise TypeError(msg)

@@ -12,7 +12,7 @@ from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedEr
 from pyreserve.integers import integers
 from pyreserve.limits import PAGE_SIZE
 from pyreserve.pagealloc import PageAllocator
-from pyreserve.region import Mode, reserve
+from pyreserve.region import Mode, Region, reserve
 from pyreserve.units import GiB, MiB, format_size
 
 if TYPE_CHECKING:
@@ -103,6 +103,11 @@ class Pool:
         return self._region.committed
 
     @property
+    def region(self) -> Region:
+        """The region behind it. What others decommit there can't be handed out any more."""
+        return self._region
+
+    @property
     def released(self) -> bool:
         """Whether the pool was released."""
         return self._region.released
@@ -161,7 +166,7 @@ class Pool:
             FreeError: one of them is free already, or there twice.
             ViewError: live views hold some of their bytes.
         """
-        given, one = integers(slots, "slots"), integers(1, "lengths")
+        given, one = integers(slots, "slots"), integers(1, "lengths", or_one=True)
         count, failed, region = len(given.values), ffi.new("size_t *"), self._region
         with self._lock:
             interrupting, region._busy = region._busy, True

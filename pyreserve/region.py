@@ -20,6 +20,8 @@ import os
 import sys
 import weakref
 from _thread import RLock
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -490,6 +492,18 @@ class Region:
             self._alive()
             msg = f"can't {verb}: the region is part of {self._owner}, which does that itself"
             raise RangeError(msg)
+
+    @contextmanager
+    def _taking_away(self) -> Iterator[bool]:
+        """Let no view be made inside; yields whether this interrupts another such call.
+
+        For whoever holds the lock, looks for live views, and then takes bytes away.
+        """
+        interrupting, self._busy = self._busy, True
+        try:
+            yield interrupting
+        finally:
+            self._busy = interrupting
 
     def _pinned(self, offset: int, length: int) -> Any:
         """Return what pins bytes that are in view already, as long as it lives."""

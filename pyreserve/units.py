@@ -8,6 +8,12 @@ MiB = 1 << 20
 GiB = 1 << 30
 TiB = 1 << 40
 
+
+def round_up(n: int, to: int) -> int:
+    """Round `n` up to a multiple of `to`."""
+    return -(-n // to) * to
+
+
 _UNITS = {
     "": 1,
     "b": 1,

@@ -30,6 +30,7 @@ from pyreserve import (
 )
 from pyreserve.arena import WORD
 from pyreserve.layouts import Placement, Request
+from pyreserve.units import round_up
 
 GO_PAGE = 8 * KiB
 LAYOUT_32 = "go-tip-2014-12/386"
@@ -313,7 +314,7 @@ class TestReservation:
         )
 
         before, after, grown, committed, released = found
-        total = layouts.round_up(layouts.get(name, word=WORD).total(), PAGE_SIZE)
+        total = round_up(layouts.get(name, word=WORD).total(), PAGE_SIZE)
         assert after[0] - before[0] == total
         assert after[1] == before[1]
         assert grown == [after[0], after[1] + committed]
@@ -359,7 +360,7 @@ class TestReservation:
             low, high = arena.placement.arena
 
             assert high - low == 10 * MiB + GO_PAGE
-            assert arena.region.reserved == layouts.round_up(high - low, PAGE_SIZE)
+            assert arena.region.reserved == round_up(high - low, PAGE_SIZE)
             assert arena.placement.start == low == arena.region.base
 
     def test_a_native_arena_is_whole_wherever_it_lies(self) -> None:
@@ -467,7 +468,7 @@ class TestGrowth:
 
         blocks = [any_arena.grow(size) for size in sizes]
 
-        rounded = [layouts.round_up(size, page) for size in sizes]
+        rounded = [round_up(size, page) for size in sizes]
         assert blocks[0] == any_arena.placement.arena_start
         for block, size, following in zip(blocks, rounded, blocks[1:], strict=False):
             assert block + size == following
@@ -614,7 +615,7 @@ class TestGrowthOf32Bits:
             while arena.placement.fits(MiB):
                 arena.grow(MiB)
             end = arena.placement.arena_end
-            elsewhere = layouts.round_up(end, MiB) + 64 * MiB
+            elsewhere = round_up(end, MiB) + 64 * MiB
             _steer(arena, lambda request: request if request.committed else _to(request, elsewhere))
 
             block = arena.grow(MiB)
@@ -641,8 +642,8 @@ class TestGrowthOf32Bits:
             while arena.placement.fits(MiB):
                 arena.grow(MiB)
             end = arena.placement.arena_end
-            above = layouts.round_up(end, MiB) + 512 * MiB
-            hole = layouts.round_up(end, MiB) + 16 * MiB
+            above = round_up(end, MiB) + 512 * MiB
+            hole = round_up(end, MiB) + 16 * MiB
             _steer(arena, lambda request: _to(request, above) if request.committed else None)
             first = arena.grow(MiB)
             arena.placement = _steered(

@@ -19,6 +19,7 @@ import pytest
 
 from pyreserve import PAGE_SIZE, GiB, KiB, MiB, layouts, procfs
 from pyreserve.arena import WORD
+from pyreserve.units import round_up
 
 DEFAULT = layouts.default_name(WORD)
 LAYOUT_32 = "go-tip-2014-12/386"
@@ -114,7 +115,7 @@ class TestScreen:
         for name in ("VSZ", "RSS", "PSS"):
             before, after, change = (int(text.replace(",", "")) for text in rows[name])
             assert after - before == change
-        assert int(rows["VSZ"][2].replace(",", "")) * KiB == layouts.round_up(
+        assert int(rows["VSZ"][2].replace(",", "")) * KiB == round_up(
             layouts.get(DEFAULT).total(), PAGE_SIZE
         )
 
@@ -348,7 +349,7 @@ class TestChoosing:
         assert report["layout"] == "native"
         where = report["reservation"]
         assert where["end"] - where["start"] == nbytes
-        assert grown(report, "VmSize") == layouts.round_up(nbytes, PAGE_SIZE)
+        assert grown(report, "VmSize") == round_up(nbytes, PAGE_SIZE)
 
     @pytest.mark.parametrize(
         "arguments",

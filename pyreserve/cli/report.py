@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from pyreserve import procfs
 from pyreserve.arena import Arena, FellBack
 from pyreserve.errors import OutOfMemoryError
-from pyreserve.layouts import GO_PAGE, Piece, round_up
+from pyreserve.layouts import GO_PAGE, Piece
 from pyreserve.limits import PAGE_SIZE
-from pyreserve.units import MiB, format_size
+from pyreserve.units import MiB, format_size, round_up
 
 if TYPE_CHECKING:
     from typing_extensions import Self
