@@ -15,8 +15,8 @@ from pyreserve.heapbitmap import HeapBitmap
 from pyreserve.integers import IntegersForC, integers
 from pyreserve.limits import PAGE_SIZE, refusal
 from pyreserve.memstats import MemStats
-from pyreserve.pagealloc import TablesLock, close_with
-from pyreserve.region import Mode, Region, reserve
+from pyreserve.pagealloc import TablesLock, close_with, reserve_tables
+from pyreserve.region import Mode, Region
 from pyreserve.scavenger import FIVE_MINUTES, Scavenger
 from pyreserve.units import MiB, TiB, format_size
 
@@ -502,8 +502,7 @@ class Arena(Engine):
         else:
             room = placement.window_end - placement.arena_start
         capacity = min(room // self._page, 1 << lib.HEAP_PAGE_BITS)
-        tables = reserve(lib.heap_bytes(capacity, own_spans), mode="noreserve", huge_pages="never")
-        tables.commit(0, tables.size)
+        tables = reserve_tables(lib.heap_bytes(capacity, own_spans))
         metadata = ffi.new("struct heap_metadata *")
         metadata.page = self._page
         metadata.word = layout.word

@@ -155,8 +155,8 @@ class Engine:
             err, address = self._ask(request)
             if err == errno.ERANGE:
                 reason = self.placement.out_of_range(address)
-            elif err == errno.ENOMEM and refused is None:
-                refused = request
+            elif err in {errno.ENOMEM, errno.EAGAIN} and refused is None:
+                refused = refusal("map", err, request.size)
             if err:
                 continue
             claimed = self._offsets(address, address + round_up(request.size, PAGE_SIZE))
@@ -167,7 +167,7 @@ class Engine:
             lib.region_disclaim(handle, *claimed)
             reason = self.placement.out_of_range(address)
         if refused is not None:
-            raise refusal("map", errno.ENOMEM, refused.size)
+            raise refused
         if reason is None:
             low, high = self.placement.arena
             reason = f"the arena of {format_size(high - low)} is used up"
@@ -334,7 +334,9 @@ def _open_probed(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
             break
         err = lib.vm_map_at(hint, _PROBE, lib.VM_RESERVED)
         if err == 0:
-            lib.vm_release(hint, _PROBE)
+            err = lib.vm_release(hint, _PROBE)
+            if err:
+                raise refusal("release", err, _PROBE, hint)
             return _window(hint, layout.total(), mode), layout.place(hint)
     raise refusal("reserve", err, layout.total())
 

@@ -64,8 +64,7 @@ class PageAllocator:
             raise RangeError(msg)
         if capacity is None:
             most = int(lib.pagealloc_room(min(max(2 * npages, 1), _MOST)))
-        tables = reserve(lib.pagealloc_bytes(most), mode="noreserve", huge_pages="never")
-        tables.commit(0, tables.size)
+        tables = reserve_tables(lib.pagealloc_bytes(most))
         # Whatever calls into C keeps this cdata alive meanwhile. It is not tracked by the garbage
         # collector, so it dies after the last finaliser that could still use it.
         self._pages = lib.pagealloc_open(tables._handle.base, most)
@@ -324,6 +323,19 @@ class TablesLock:
     def release(self) -> None:
         """Give it back."""
         lib.pagealloc_unlock(self._pages)
+
+
+def reserve_tables(nbytes: int) -> Region:
+    """Reserve and commit memory for tables: never charged, and taken where it is touched."""
+    try:
+        region = reserve(nbytes, mode="noreserve", huge_pages="never")
+    except VMError as refused:
+        if refused.errno != errno.EINVAL:
+            raise
+        # A kernel without huge pages does not know the advice, nor needs it.
+        region = reserve(nbytes, mode="noreserve")
+    region.commit(0, region.size)
+    return region
 
 
 def close_with(cdata: Any, tables: Region, *kept: object) -> None:

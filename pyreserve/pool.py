@@ -206,7 +206,8 @@ class Pool:
         """Decommit the whole OS pages above the highest slot in use; return their bytes.
 
         Raises:
-            VMError: refused (max_map_count); nothing has changed.
+            VMError: refused (max_map_count); nothing has changed, unless it was the policies of the
+                fresh addresses that the kernel refused: see `Region.decommit`.
         """
         with self._lock:
             self._alive()
