@@ -254,10 +254,8 @@ static int withdraw(struct region *region, size_t lo, size_t hi) {
         return dress(region, address, hi - lo);
     }
     struct run piece;
-    /* A piece that can't be opened again has no access, so the books say so. */
     for (size_t at = lo; !charged && runs_next(&region->committed, at, hi, &piece); at = piece.hi)
-        if (vm_protect(address_of(region, piece.lo), piece.hi - piece.lo, VM_COMMITTED) != 0)
-            runs_remove(&region->committed, piece.lo, piece.hi);
+        (void)vm_protect(address_of(region, piece.lo), piece.hi - piece.lo, VM_COMMITTED);
     return err;
 }
 

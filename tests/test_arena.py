@@ -1198,4 +1198,4 @@ class TestRelease:
             arena.grow(MiB)
 
             assert "native" in repr(arena)
-            assert "1 MiB in use of 8 MiB" in repr(arena)
+            assert "of 8 MiB: 1 MiB in use of 1 MiB taken so far" in repr(arena)
