@@ -38,8 +38,8 @@ class Arena(Engine):
     """A heap in a layout: addresses reserved as it says, memory committed as blocks need it.
 
     Blocks are whole pages of the layout (8 KiB in Go's), placed by address-ordered first fit: the
-    lowest run of free pages that is long enough. To allocate or free takes the same time whatever
-    the size of the arena and the block, but for about 0.1 ns a page of the block to free.
+    lowest run of free pages that is long enough. To allocate or free takes much the same time
+    whatever the size of the arena and of the block: a few bytes of notes are written for each page.
 
     Args:
         layout: a name from `pyreserve.layouts.names`; None takes the article's layout for this
