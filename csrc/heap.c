@@ -182,10 +182,29 @@ static uint64_t size_of(const struct heap *heap, int64_t handle) {
     return size_at(heap, page);
 }
 
+/* Commits the whole gap around [lo, hi) in the arena, offsets in the region: pieces join there. */
+static int commit_gap(struct heap *heap, size_t lo, size_t hi) {
+    const struct runs *committed = &heap->region->committed;
+    uintptr_t base = (uintptr_t)heap->region->base;
+    size_t low = heap->meta.start - base, high = address_of(heap, heap->end) - base;
+    for (size_t i = 0; i < committed->count; i++) {
+        const struct run *run = &committed->items[i];
+        if (run->hi <= lo && run->hi > low)
+            low = run->hi;
+        if (run->lo >= hi && run->lo < high)
+            high = run->lo;
+    }
+    return region_commit(heap->region, low, high - low);
+}
+
 /* Takes pages that were given back into use again. */
 static int64_t recommit(struct heap *heap, uint64_t page, uint64_t n) {
     size_t offset = address_of(heap, page) - (uintptr_t)heap->region->base;
-    int err = region_commit(heap->region, offset, (size_t)n * heap->meta.page);
+    size_t length = (size_t)n * heap->meta.page;
+    bool many = heap->region->committed.count >= FEW_PIECES && heap->meta.index == NULL;
+    int err = many && commit_gap(heap, offset, offset + length) == 0
+                  ? 0
+                  : region_commit(heap->region, offset, length);
     if (err != 0)
         return err < 0 ? HEAP_CLOSED : HEAP_ERRNO - err;
     heap->released_pages -= bitmap_clear(heap->released, page, page + n);
@@ -225,6 +244,8 @@ static int64_t allocate(struct heap *heap, uint64_t nbytes, uint64_t align, bool
     if (nbytes == 0)
         return HEAP_EMPTY;
     if (align == 0 || (align & (align - 1)) != 0)
+        return PAGEALLOC_ALIGNMENT;
+    if (heap->meta.index != NULL && align > heap->meta.unit)
         return PAGEALLOC_ALIGNMENT;
     if (heap->extent_count == 0)
         return PAGEALLOC_FULL;

@@ -106,7 +106,8 @@ int64_t heap_add(struct heap *heap, uintptr_t address, size_t nbytes);
 /* Bytes of the free run at the end of what was added, which a growth in place would lengthen. */
 int64_t heap_tail(struct heap *heap);
 
-/* Allocates a block at a multiple of `align` bytes, a power of two; cleared if `zero`. Without
+/* Allocates a block at a multiple of `align` bytes, a power of two, under an index at most a unit;
+ * cleared if `zero`. Without
  * `region`, pages that were given back are left alone: HEAP_COMMIT. Returns its handle. */
 int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero, bool region);
 

@@ -340,7 +340,6 @@ class Arena(Engine):
             self._alive()
             heap_sys = sum(high - low for low, high in self.placement.arenas)
             stats, inuse = self._counts()
-            by_hand = inuse - stats.in_use
             gc_sys, other_sys = self._metadata_mapped()
             return MemStats(
                 sys=heap_sys + gc_sys + other_sys,
@@ -348,7 +347,7 @@ class Arena(Engine):
                 heap_idle=heap_sys - inuse,
                 heap_inuse=inuse,
                 heap_released=stats.released,
-                heap_alloc=stats.requested + by_hand,
+                heap_alloc=stats.requested + self._by_hand,
                 heap_objects=stats.mallocs - stats.frees,
                 mallocs=stats.mallocs,
                 frees=stats.frees,
@@ -360,13 +359,16 @@ class Arena(Engine):
                 tables=self._tables.size if self._tables is not None else 0,
             )
 
+    def _in_heap(self) -> int:
+        return int(self._counts()[0].arena)
+
     def _counts(self) -> tuple[Any, int]:
         """What the heap counts, and the bytes that are in use, those of `grow` among them."""
         stats = ffi.new("struct heap_stats *")
         with self._lock:
             if self._heap is not None:
                 lib.heap_measure(self._heap, stats)
-            return stats, int(stats.in_use) + self._taken - int(stats.arena)
+            return stats, int(stats.in_use) + self._by_hand
 
     def _metadata_mapped(self) -> tuple[int, int]:
         """Bytes of heap bitmap and of spans that are mapped."""
@@ -395,16 +397,23 @@ class Arena(Engine):
         Raises:
             ViewError: live views hold some of the bytes.
             ReleasedError: it was released before.
+            RuntimeError: called by a finaliser or signal handler inside a growth.
         """
-        with self._lock:
+        region = self._region
+        with self._lock, region._taking_away() as interrupting:
             self._alive()
-            # Calls that take no lock of ours are refused from here on.
-            if self._heap is not None:
-                lib.heap_close(self._heap, True)
+            if self._undo is not None:
+                msg = "release called from inside a growth of the same arena"
+                raise RuntimeError(msg)
+            if region._views is not None:
+                region._refuse_views("release", 0, region.size, interrupting)
             try:
+                # Calls that take no lock of ours are refused from here on.
+                if self._heap is not None:
+                    lib.heap_close(self._heap, True)
                 super().release()
             finally:
-                if self._heap is not None and not self._region.released:
+                if self._heap is not None and not region.released:
                     lib.heap_close(self._heap, False)
         self.stop_scavenger()
 
@@ -441,9 +450,9 @@ class Arena(Engine):
         if nbytes <= 0:
             msg = f"a block has a positive number of bytes, not {nbytes} (sizes[{done}])"
             raise RangeError(msg)
-        if refused != lib.PAGEALLOC_FULL or nbytes >= 1 << 62:
-            raise self._refused(refused, nbytes)
         need = int(lib.heap_need(self._heap, wanted.struct, done, len(wanted.values)))
+        if refused != lib.PAGEALLOC_FULL or nbytes >= 1 << 62:
+            raise self._refused(refused, nbytes, need)
         self._grow_heap(need, nbytes, nbytes)
 
     def _grow_heap(self, wish: int, need: int, nbytes: int) -> None:
@@ -470,9 +479,13 @@ class Arena(Engine):
         if err:
             raise self._refused(err, nbytes)
 
-    def _refused(self, refused: int, nbytes: int) -> Exception:
+    def _refused(self, refused: int, nbytes: int, wanted: int = 0) -> Exception:
+        """Make the exception for a block of `nbytes`, one of many that are `wanted` together."""
         if refused <= lib.HEAP_ERRNO:
-            return refusal("commit", lib.HEAP_ERRNO - refused, nbytes)
+            why = refusal("commit", lib.HEAP_ERRNO - refused, wanted or nbytes)
+            if not isinstance(why, OutOfMemoryError):
+                return why
+            return self._out_of_memory(nbytes, why.strerror or "", why.limit)
         if refused == lib.HEAP_CLOSED:
             return ReleasedError("the arena was released")
         if refused == lib.HEAP_SCATTERED:
@@ -524,10 +537,11 @@ class Arena(Engine):
         )
         # What the heap's calls touch lives as long as this cdata, which they hold and the garbage
         # collector does not track: longer than any finaliser that may still use the arena.
-        close_with(heap, tables, self._region, self._elsewhere)
-        self._tables = tables
-        self._heap = heap
-        register(self)
+        close_with(heap, tables, self._region, self._region._handle, self._elsewhere)
+        # A signal handler or finaliser may have made one meanwhile, and blocks: it stays.
+        if self._heap is None:
+            self._tables, self._heap = tables, heap
+            register(self)
 
     def _fork_lock(self) -> TablesLock:
         """Return the lock that no other thread may hold at a fork, besides the region's."""
@@ -560,6 +574,8 @@ class Arena(Engine):
                 raise no_block()
             offset, nbytes = int(_address(self._heap, block._handle)) - self._base, block._nbytes
             view = self._region.view(offset, nbytes)
+            if _nbytes(self._heap, block._handle) < 0:  # a signal handler freed it meanwhile
+                raise no_block()
             if pin:
                 block._pin = self._region._pinned(offset, nbytes)
         return view
@@ -612,7 +628,7 @@ class Arena(Engine):
         while n == _BLOCKS_AT_ONCE and self._heap is not None:
             n = int(lib.heap_blocks(self._heap, at, handles, _BLOCKS_AT_ONCE))
             self._alive()
-            for handle in ffi.unpack(handles, n):
+            for handle in ffi.unpack(handles, max(n, 0)):
                 nbytes = int(_nbytes(self._heap, handle))
                 if nbytes > 0:
                     yield Block(self, handle, nbytes)

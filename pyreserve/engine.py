@@ -43,7 +43,7 @@ class Engine:
         self._mode: Mode = mode
         self.fell_back: FellBack | None = None
         self._elsewhere: list[Region] = []  # metadata that does not lie beside the arena
-        self._taken = 0  # bytes of arena
+        self._taken = self._by_hand = 0  # bytes of arena: all, and those handed out by `grow`
         self._undo: list[tuple[Any, ...]] | None = None  # while growing
         try:
             self.layout, self._region = self.requested_layout, self._open(self.requested_layout)
@@ -102,7 +102,10 @@ class Engine:
             msg = f"an arena grows by a positive number of bytes, not {nbytes}"
             raise RangeError(msg)
         with self._lock:
-            return self._take(round_up(nbytes, self._page), lambda _: None)
+            nbytes = round_up(nbytes, self._page)
+            address = self._take(nbytes, lambda _: None)
+            self._by_hand += nbytes
+        return address
 
     @property
     def _page(self) -> int:
@@ -116,6 +119,7 @@ class Engine:
             if self._undo is not None:
                 msg = "grow called from inside grow of the same arena"
                 raise RuntimeError(msg)
+            before = self._in_heap()
             self._undo = []
             # No view may be made of bytes that an undoing would take away.
             self._region._busy, busy = True, self._region._busy
@@ -123,6 +127,10 @@ class Engine:
                 after, block = self._grown(nbytes)
                 then(block)
             except BaseException:
+                if self._in_heap() != before:
+                    # A signal handler raised after the heap had taken the bytes: they stay.
+                    self.placement, self._taken = after, self._taken + nbytes
+                    raise
                 for step, *arguments in reversed(self._undo):
                     step(*arguments)
                 raise
@@ -131,6 +139,10 @@ class Engine:
             self.placement = after
             self._taken += nbytes
         return block
+
+    def _in_heap(self) -> int:
+        """Bytes of arena that blocks are made of."""
+        return 0
 
     def _grown(self, nbytes: int) -> tuple[Placement, int]:
         """Take, commit and map; note in `_undo` how to take each step back."""

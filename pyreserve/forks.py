@@ -8,6 +8,7 @@ gives back what it has, waits for the one that was taken, and begins again.
 
 import gc
 import os
+import signal
 import weakref
 from _thread import RLock
 from typing import Protocol
@@ -39,6 +40,7 @@ registry_lock = RLock()
 _registry: list["weakref.ref[Registered]"] = []
 _registry_limit = 64
 _held: list[Lock] = []
+_masks: list[set[int]] = []  # of signals, one for each fork under way
 _collects = False
 
 
@@ -65,6 +67,8 @@ def _before_fork() -> None:
         if blocked is not None:
             blocked.acquire()
             blocked.release()
+        # Signal handlers that come in while this thread has locks in C would wait for it, for ever.
+        _masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()))
         registry_lock.acquire()
         # A lock in C can't be taken twice: no finaliser shall want it while this thread has it.
         _collects = gc.isenabled()
@@ -91,6 +95,7 @@ def _end() -> None:
     if _collects:
         gc.enable()
     registry_lock.release()
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.pop())
 
 
 def _after_fork_in_parent() -> None:

@@ -12,7 +12,7 @@ from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedEr
 from pyreserve.integers import integers
 from pyreserve.limits import PAGE_SIZE
 from pyreserve.pagealloc import PageAllocator
-from pyreserve.region import Mode, Region, reserve
+from pyreserve.region import Mode, reserve
 from pyreserve.units import GiB, MiB, format_size
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class Pool:
         self._lock = self._region._make_lock()
         self._item_size, self._stride, self._capacity, self._step = size, stride, most, step
         self._committed = 0
+        self._at_work = False  # a call is about to touch memory
         # Slots below were handed out, so they are committed and may be dirty; no other is dirty.
         self._seen = 0
 
@@ -101,11 +102,6 @@ class Pool:
     def committed(self) -> int:
         """How many bytes are committed."""
         return self._region.committed
-
-    @property
-    def region(self) -> Region:
-        """The region behind it. What others decommit there can't be handed out any more."""
-        return self._region
 
     @property
     def released(self) -> bool:
@@ -188,8 +184,9 @@ class Pool:
             RuntimeError: see `pyreserve.Region.view`.
         """
         with self._lock:
-            offset = self._offset(slot)
-            return self._region.view(offset, self._item_size, readonly=readonly)
+            view = self._region.view(self._offset(slot), self._item_size, readonly=readonly)
+            self._offset(slot)  # a signal handler may have freed it meanwhile
+        return view
 
     def address(self, slot: int) -> int:
         """Return the address of a slot in use. Touching memory through it is at your own risk.
@@ -232,9 +229,13 @@ class Pool:
         Raises:
             ViewError: live views hold some of the bytes.
             ReleasedError: it was released before.
+            RuntimeError: called by a finaliser or signal handler inside another call.
         """
         with self._lock:
             self._alive()
+            if self._at_work:
+                msg = "release called from inside another call on the same pool"
+                raise RuntimeError(msg)
             self._region.release()
             self._seen = 0  # so that each `alloc` looks whether the region is there
 
@@ -316,7 +317,12 @@ class Pool:
             raise
 
     def _clear(self, offset: int, nbytes: int) -> None:
-        ffi.memmove(self._region._anchor(offset), bytes(nbytes), nbytes)
+        inside, self._at_work = self._at_work, True
+        try:
+            self._alive()
+            ffi.memmove(self._region._anchor(offset), bytes(nbytes), nbytes)
+        finally:
+            self._at_work = inside
 
     def _take_tail(self) -> tuple[int, int]:
         """Take all slots above the highest in use; return the first of them and its offset."""

@@ -155,9 +155,10 @@ class ViewTable:
                     bucket.entries = [entry for entry in bucket.entries if entry[0]() is not None]
                     alive += len(bucket.entries)
             for index in [i for i, b in buckets.items() if not b.entries and not b.children]:
-                del buckets[index]
+                # First from above: what interrupts this may read, and finds no child that is gone.
                 if level + 1 < len(self._levels):
                     self._levels[level + 1][index >> _STEP].children.discard(index)
+                del buckets[index]
         self._filled = [
             level
             for level, buckets in enumerate(self._levels)

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(WORD != 8, reason="reserves more than 32 bits ha
 
 # Python 3.12 and later warn of any fork under threads.
 PRELUDE = """
-import gc, os, signal, warnings
+import gc, os, signal, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 from pyreserve import *
 from pyreserve import PAGE_SIZE as P, procfs
@@ -79,6 +79,46 @@ for take in (lambda: a.region.decommit(lo-a.region.base, hi-lo), a.region.releas
     try: take(); assert 0
     except ValueError as e: assert "part of an arena" in str(e), e
 assert hb.at(b.address)==1; b.free(); a.release()
+"""
+FACTS["an arena that is interrupted while it opens its heap has one heap"] = """
+for i in range(400):
+    a=Arena("native",size=8<<20); got=[]
+    def h(*_):
+        try: got.append(a.alloc(8))
+        except RuntimeError: pass
+    signal.signal(signal.SIGALRM, h)
+    signal.setitimer(signal.ITIMER_REAL, 2e-6*(i+1)); b=a.alloc(8)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert not any(block.freed for block in [b,*got]), i
+    assert len(list(a.blocks()))==1+len(got)
+    a.release()
+"""
+FACTS["no view is made between the look for views and what takes the bytes away"] = """
+a=Arena("native",size=64<<20); keep=a.alloc(8); v=keep.view
+b=a.alloc(2<<20); off=b.offset; w=b.view; w[0]=1; del w; r=a.region; look=Region._refuse_views
+made=[]
+def late(self,*arguments):
+    look(self,*arguments)
+    try: made.append(r.view(off,8))
+    except RuntimeError: made.append(None)
+Region._refuse_views=late
+b.free(); assert made==[None], made
+a.scavenge(); assert set(made)=={None} and len(made)>1, made
+"""
+FACTS["a block that is found and freed while it is cleared does no harm"] = """
+a=Arena("native",size=256<<20); a.alloc(100<<20).free(); stop=False; errors=[]
+def thief():
+    while not stop:
+        for b in a.blocks():
+            try: b.free()
+            except ValueError: pass
+        a.scavenge()
+for _ in range(3): fill=a.alloc(60<<20); fill.free()
+t=threading.Thread(target=thief); t.start()
+for _ in range(40):
+    try: a.alloc(60<<20, zero=True)
+    except MemoryError: pass
+stop=True; t.join()
 """
 FACTS["a list of runs survives a release in its middle"] = """
 r=reserve(1<<30); [r.commit(i*P,P) for i in range(0,40000,2)]
