@@ -331,7 +331,7 @@ class Arena(Engine):
     def memstats(self) -> MemStats:
         """Return what is in use, idle, given back and reserved, at one moment.
 
-        Asks the kernel about every committed page: about 0.3 ms a GiB.
+        Asks the kernel about every committed page.
 
         Raises:
             ReleasedError: the arena was released.

@@ -291,13 +291,10 @@ class BumpArena:
     def _live(self, offset: int) -> list[tuple[int, int]]:
         """Return the windows and other views of the region that reach above `offset`."""
         region = self._region
-        interrupting, region._busy = region._busy, True
-        try:
+        with region._taking_away() as interrupting:
             if region._views is None or offset == region.size:
                 return []
             return region._views.live(offset, region.size, prune=not interrupting)
-        finally:
-            region._busy = interrupting
 
     # -- the end ------------------------------------------------------------------------------
 

@@ -163,14 +163,10 @@ class Pool:
             ViewError: live views hold some of their bytes.
         """
         given, one = integers(slots, "slots"), integers(1, "lengths", or_one=True)
-        count, failed, region = len(given.values), ffi.new("size_t *"), self._region
-        with self._lock:
-            interrupting, region._busy = region._busy, True
-            try:
-                self._refuse_views(given.values, interrupting)
-                err = lib.pagealloc_free_many(self._tables, one.struct, given.struct, count, failed)
-            finally:
-                region._busy = interrupting
+        count, failed = len(given.values), ffi.new("size_t *")
+        with self._lock, self._region._taking_away() as interrupting:
+            self._refuse_views(given.values, interrupting)
+            err = lib.pagealloc_free_many(self._tables, one.struct, given.struct, count, failed)
         if err:
             self._refuse(given.values[failed[0]], err)
 
