@@ -13,8 +13,9 @@ import weakref
 from typing import Any
 
 # A buffer of n bytes stands in a bucket of at least n bytes, so it reaches into one more at the
-# most. Buckets of level k hold 2**(16 + 3k) bytes each; a bucket that has anything in it or below
-# it stands among its parent's children.
+# most. Buckets of level k hold 2**(16 + 3k) bytes each. A bucket that exists stands among its
+# parent's children, wherever an exception out of a signal handler may strike: links are made from
+# above and undone from below. Children that are gone may stay named until the next sweep.
 _FIRST_SHIFT = 16
 _STEP = 3
 _PATIENCE = 256
@@ -111,15 +112,11 @@ class ViewTable:
         bucket.entries.append(entry)
 
     def _new_bucket(self, level: int, index: int) -> _Bucket:
-        made = self._levels[level][index] = _Bucket()
-        for above in self._levels[level + 1 :]:
-            parent = above.get(index >> _STEP)
-            if parent is not None:
-                parent.children.add(index)
-                break
-            parent = above[index >> _STEP] = _Bucket()
+        if level + 1 < len(self._levels):
+            above = index >> _STEP
+            parent = self._levels[level + 1].get(above) or self._new_bucket(level + 1, above)
             parent.children.add(index)
-            index >>= _STEP
+        made = self._levels[level][index] = _Bucket()
         return made
 
     def _descend(
@@ -134,9 +131,10 @@ class ViewTable:
         shift = _FIRST_SHIFT + _STEP * (level - 1)
         for index in bucket.children:
             if (index << shift) < hi and ((index + 2) << shift) > lo:
-                child = self._levels[level - 1][index]
-                self._scan(child, lo, hi, found, prune)
-                self._descend(child, level - 1, lo, hi, found, prune)
+                child = self._levels[level - 1].get(index)
+                if child is not None:
+                    self._scan(child, lo, hi, found, prune)
+                    self._descend(child, level - 1, lo, hi, found, prune)
 
     @staticmethod
     def _scan(bucket: _Bucket, lo: int, hi: int, found: list[tuple[int, int]], prune: bool) -> None:
@@ -154,10 +152,9 @@ class ViewTable:
                 if bucket.entries:
                     bucket.entries = [entry for entry in bucket.entries if entry[0]() is not None]
                     alive += len(bucket.entries)
+                if bucket.children:
+                    bucket.children = {i for i in bucket.children if i in self._levels[level - 1]}
             for index in [i for i, b in buckets.items() if not b.entries and not b.children]:
-                # First from above: what interrupts this may read, and finds no child that is gone.
-                if level + 1 < len(self._levels):
-                    self._levels[level + 1][index >> _STEP].children.discard(index)
                 del buckets[index]
         self._filled = [
             level

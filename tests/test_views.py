@@ -1,7 +1,11 @@
 """Views, and the table that knows which of them are alive."""
 
+import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from random import Random
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -11,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyreserve
-from pyreserve import PAGE_SIZE, GiB, KiB, MiB, RangeError, Region, ViewError
+from pyreserve import PAGE_SIZE, GiB, KiB, MiB, RangeError, Region, ViewError, views
 from pyreserve.views import ViewTable
 
 
@@ -276,6 +280,69 @@ class TestTable:
         del exported
 
         assert watch() is None
+
+
+class Struck(Exception):  # noqa: N818
+    """What a signal handler raises."""
+
+
+@contextmanager
+def struck_after(opcodes: int) -> Iterator[None]:
+    """Raise Struck in the table's code once so many of its opcodes have run."""
+    left = opcodes
+
+    def tracer(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != views.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left < 0:
+                raise Struck
+        return tracer
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+class TestTableStruck:
+    @pytest.mark.parametrize("sweeping", [False, True])
+    def test_an_exception_anywhere_in_an_addition(self, sweeping: bool) -> None:
+        """Wherever a handler's exception strikes, every buffer taken in before and after is found,
+        and the next sweep leaves no bucket behind."""
+        lo, hi, opcodes, survived = 0, 40, 0, False
+        while not survived:
+            table, dead, kept = ViewTable(1 << 40), Exported(), Exported()
+            new, late = Exported(), Exported()
+            table.add(dead, 3 << 30, (3 << 30) + 5)
+            table.add(kept, 5 << 30, (5 << 30) + 9)
+            del dead
+            if sweeping:
+                table._until_sweep = 0
+            try:
+                with struck_after(opcodes):
+                    table.add(new, lo, hi)
+                survived = True
+            except Struck:
+                pass
+            opcodes += 1
+
+            table.add(late, lo + 8, hi + 8)
+
+            found = table.live(0, 1 << 40, prune=True)
+            assert (lo + 8, hi + 8) in found
+            assert (5 << 30, (5 << 30) + 9) in found
+            assert (lo, hi) in found or not survived
+            assert table.live(lo, hi + 8, prune=True) == [r for r in found if r[0] < 1 << 30]
+            del new, late, kept
+            table._sweep()
+            assert buckets(table) == 0
+        assert opcodes > 100
 
 
 class TestTableSize:
