@@ -146,8 +146,9 @@ class ViewTable:
             found.extend((a, b) for _, a, b in alive if a < hi and b > lo)
 
     def _sweep(self) -> None:
-        alive = 0
+        alive, filled = 0, []
         for level, buckets in enumerate(self._levels):
+            below = alive
             for bucket in buckets.values():
                 if bucket.entries:
                     bucket.entries = [entry for entry in bucket.entries if entry[0]() is not None]
@@ -156,9 +157,7 @@ class ViewTable:
                     bucket.children = {i for i in bucket.children if i in self._levels[level - 1]}
             for index in [i for i, b in buckets.items() if not b.entries and not b.children]:
                 del buckets[index]
-        self._filled = [
-            level
-            for level, buckets in enumerate(self._levels)
-            if any(bucket.entries for bucket in buckets.values())
-        ]
+            if alive > below:
+                filled.append(level)
+        self._filled = filled
         self._until_sweep = 2 * alive + _PATIENCE

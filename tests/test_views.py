@@ -303,6 +303,7 @@ def struck_after(opcodes: int) -> Iterator[None]:
         return tracer
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # or Python 3.12 has no such events in other frames
     sys.settrace(tracer)
     try:
         yield
