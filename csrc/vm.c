@@ -3,11 +3,13 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -27,8 +29,15 @@
 #ifndef MADV_DONTNEED_LOCKED
 #define MADV_DONTNEED_LOCKED 24
 #endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
 #ifndef MADV_GUARD_INSTALL
 #define MADV_GUARD_INSTALL 102
+#define MADV_GUARD_REMOVE 103
+#endif
+#ifndef MAP_HUGE_SHIFT
+#define MAP_HUGE_SHIFT 26
 #endif
 #ifndef PR_SET_VMA
 #define PR_SET_VMA 0x53564d41
@@ -84,6 +93,11 @@ int vm_map_at(uintptr_t address, size_t length, int access) {
     return EEXIST;
 }
 
+int vm_map_huge(size_t length, int access, size_t huge, uintptr_t *address) {
+    int size = __builtin_ctzll((unsigned long long)huge) << MAP_HUGE_SHIFT;
+    return map(0, length, access, MAP_HUGETLB | size, address);
+}
+
 int vm_renew(uintptr_t address, size_t length, int access) {
     uintptr_t got;
     return map(address, length, access, MAP_FIXED, &got);
@@ -134,6 +148,18 @@ int vm_advise(uintptr_t address, size_t length, int advice) {
     return 0;
 }
 
+int vm_collapse(uintptr_t address, size_t length) {
+    return result(madvise(pointer(address), length, MADV_COLLAPSE));
+}
+
+int vm_guard(uintptr_t address, size_t length) {
+    return result(madvise(pointer(address), length, MADV_GUARD_INSTALL));
+}
+
+int vm_unguard(uintptr_t address, size_t length) {
+    return result(madvise(pointer(address), length, MADV_GUARD_REMOVE));
+}
+
 int vm_name(uintptr_t address, size_t length, const char *name) {
     return result(prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, address, length, name));
 }
@@ -142,6 +168,46 @@ uint32_t vm_milliseconds(void) {
     struct timespec now = {0};
     (void)clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
     return (uint32_t)((uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000);
+}
+
+uint64_t vm_nanoseconds(void) {
+    struct timespec now = {0};
+    (void)clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+int vm_parent(void) {
+    return (int)getppid();
+}
+
+int vm_end_with(int parent) {
+    int err = result(prctl(PR_SET_PDEATHSIG, SIGKILL));
+    if (err == 0 && getppid() != parent)
+        err = ESRCH;
+    return err;
+}
+
+int vm_fork(int *child) {
+    /* The bare system call: the C library's fork would run other people's handlers. */
+    long pid = syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
+    if (pid < 0)
+        return errno;
+    if (pid == 0) {
+        (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
+        for (;;)
+            (void)pause();
+    }
+    *child = (int)pid;
+    return 0;
+}
+
+int vm_reap(int child) {
+    if (kill(child, SIGKILL) != 0)
+        return errno;
+    while (waitpid(child, NULL, 0) < 0)
+        if (errno != EINTR)
+            return errno;
+    return 0;
 }
 
 int vm_resident(uintptr_t address, size_t length, size_t *nbytes) {

@@ -43,6 +43,10 @@ int vm_map(uintptr_t hint, size_t length, int access, uintptr_t *address);
  * there is ever replaced. */
 int vm_map_at(uintptr_t address, size_t length, int access);
 
+/* Like vm_map, out of the kernel's pool of huge pages (hugetlb) of `huge` bytes, of which `length` is
+ * a multiple. ENOMEM if the pool has too few, EINVAL if there is none of that size. */
+int vm_map_huge(size_t length, int access, size_t huge, uintptr_t *address);
+
 /* Replaces what the caller owns at [address, address + length) by a fresh mapping. Contents,
  * commit charge, advice and name of the old one are gone. */
 int vm_renew(uintptr_t address, size_t length, int access);
@@ -67,6 +71,15 @@ int vm_release(uintptr_t address, size_t length);
 /* Gives every advice of the or-ed enum vm_advice; stops at the first that is refused. */
 int vm_advise(uintptr_t address, size_t length, int advice);
 
+/* Makes huge pages of a committed range's small ones, now (MADV_COLLAPSE, Linux 6.1). The kernel may
+ * stop half way. */
+int vm_collapse(uintptr_t address, size_t length);
+
+/* Guard pages, which fault on any access and need no mapping of their own, and their removal
+ * (MADV_GUARD_INSTALL and _REMOVE, Linux 6.13). Contents are gone. */
+int vm_guard(uintptr_t address, size_t length);
+int vm_unguard(uintptr_t address, size_t length);
+
 /* Names an anonymous mapping for /proc/PID/maps; `name` is copied. EINVAL where the kernel was
  * built without CONFIG_ANON_VMA_NAME or does not like the characters. */
 int vm_name(uintptr_t address, size_t length, const char *name);
@@ -76,6 +89,21 @@ int vm_resident(uintptr_t address, size_t length, size_t *nbytes);
 
 /* Milliseconds of a clock that never goes back, good for a few of them; the number wraps round. */
 uint32_t vm_milliseconds(void);
+
+/* Nanoseconds of CLOCK_MONOTONIC. */
+uint64_t vm_nanoseconds(void);
+
+/* The parent's process id: what any system call costs, and nothing else. */
+int vm_parent(void);
+
+/* Ends this process when the thread of process `parent` that started it ends (Linux). ESRCH if that
+ * process is gone already. */
+int vm_end_with(int parent);
+
+/* Forks a child that does nothing and runs none of the caller's code. It lives until vm_reap, or
+ * until the thread that forked it ends. */
+int vm_fork(int *child);
+int vm_reap(int child);
 
 /* Forbids every later change of access or address of the range, for the rest of the process's
  * life (mseal, Linux 6.10). */

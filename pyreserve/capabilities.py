@@ -97,16 +97,59 @@ def thp_size() -> int | None:
 
 
 def _huge_page_sizes() -> tuple[int, ...]:
-    sizes = {int(entry.name[len("hugepages-") : -len("kB")]) * KiB for entry in _HUGE.glob("*kB")}
+    sizes = _sizes_in(_HUGE)
     transparent = thp_size()
     if transparent is not None:
         sizes.add(transparent)
     return tuple(sorted(sizes))
 
 
+def thp_settings() -> dict[int, str]:
+    """Return what is set for each size of transparent huge pages, in bytes, smallest first.
+
+    ``"always"``, ``"madvise"`` or ``"never"``; each size has a switch of its own since Linux 6.8
+    (Documentation/admin-guide/mm/transhuge.rst).
+    """
+    general, found = _thp_mode(), {}
+    if general is None:
+        return {}
+    for size in sorted(_sizes_in(_THP)):
+        own = _chosen(_THP / f"hugepages-{size // KiB}kB/enabled")
+        if own is not None:
+            found[size] = general if own == "inherit" else own
+    largest = thp_size()
+    if largest is not None:
+        found.setdefault(largest, general)
+    return found
+
+
+def hugetlb_free() -> dict[int, int]:
+    """Return how many huge pages of each size, in bytes, are free in the pool (hugetlb)."""
+    found = {}
+    for size in sorted(_sizes_in(_HUGE)):
+        pool = _HUGE / f"hugepages-{size // KiB}kB"
+        free, reserved = (
+            int((pool / name).read_text(encoding="ascii"))
+            for name in ("free_hugepages", "resv_hugepages")
+        )
+        found[size] = free - reserved
+    return found
+
+
+def _sizes_in(folder: Path) -> set[int]:
+    return {
+        int(entry.name[len("hugepages-") : -len("kB")]) * KiB
+        for entry in folder.glob("hugepages-*kB")
+    }
+
+
 def _thp_mode() -> str | None:
+    return _chosen(_THP / "enabled")
+
+
+def _chosen(switch: Path) -> str | None:
     try:
-        modes = (_THP / "enabled").read_text(encoding="ascii")
+        choices = switch.read_text(encoding="ascii")
     except OSError:
         return None
-    return modes[modes.index("[") + 1 : modes.index("]")]
+    return choices[choices.index("[") + 1 : choices.index("]")]

@@ -1,0 +1,289 @@
+#define _GNU_SOURCE
+#include "timing.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "vm.h"
+
+enum { CLOCK_READINGS = 255, SPINS = 1000 };
+
+/* What the threads of one run share. */
+struct run {
+    const struct timing_program *program;
+    size_t threads, rounds, page;
+    double *samples, clock;
+    _Atomic size_t arrived, generation;
+    _Atomic int err; /* the first refusal, whose place is in failed and done */
+    size_t failed, done;
+};
+
+/* One thread's mapping. */
+struct stage {
+    uintptr_t base;
+    int child; /* 0: none */
+};
+
+static int compare(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+double timing_clock(void) {
+    double apart[CLOCK_READINGS];
+    for (size_t i = 0; i < CLOCK_READINGS; i++) {
+        uint64_t before = vm_nanoseconds(), after = vm_nanoseconds();
+        apart[i] = (double)(after - before);
+    }
+    qsort(apart, CLOCK_READINGS, sizeof apart[0], compare);
+    return apart[CLOCK_READINGS / 2];
+}
+
+static void store(uintptr_t at, size_t length, size_t page) {
+    for (size_t offset = 0; offset < length; offset += page)
+        *(volatile unsigned char *)(at + offset) = 1;
+}
+
+static void load(uintptr_t at, size_t length, size_t page) {
+    for (size_t offset = 0; offset < length; offset += page)
+        (void)*(volatile unsigned char *)(at + offset);
+}
+
+/* Maps with room to spare, and gives back what lies around the piece with the address wanted. */
+static int reserve_aligned(const struct timing_program *program, uintptr_t *base) {
+    size_t room = program->length + program->align;
+    uintptr_t found;
+    int err = vm_map(0, room, VM_RESERVED | program->access, &found);
+    if (err != 0)
+        return err;
+    size_t before = (size_t)((program->phase - found) & (program->align - 1));
+    size_t after = program->align - before;
+    if (before != 0)
+        err = vm_release(found, before);
+    if (err == 0)
+        err = vm_release(found + before + program->length, after);
+    if (err != 0) {
+        (void)vm_release(found, room);
+        return err;
+    }
+    *base = found + before;
+    return 0;
+}
+
+static int reserve(const struct timing_program *program, uintptr_t *base) {
+    int access = VM_RESERVED | program->access;
+    if (program->huge != 0)
+        return vm_map_huge(program->length, access, program->huge, base);
+    if (program->align != 0)
+        return reserve_aligned(program, base);
+    return vm_map(0, program->length, access, base);
+}
+
+static int release(const struct timing_program *program, struct stage *stage) {
+    int err = vm_release(stage->base, program->length);
+    if (err == 0)
+        stage->base = 0;
+    return err;
+}
+
+static int reap(struct stage *stage) {
+    int child = stage->child;
+    stage->child = 0;
+    return vm_reap(child);
+}
+
+static int discard_off(uintptr_t at, size_t length) {
+    int err = vm_discard(at, length);
+    return err != 0 ? err : vm_protect(at, length, VM_RESERVED);
+}
+
+static int perform(const struct run *run, const struct timing_step *step, struct stage *stage) {
+    const struct timing_program *program = run->program;
+    uintptr_t at = stage->base + step->offset;
+    size_t length = step->length;
+    switch (step->verb) {
+    case TIMING_RESERVE:
+        return reserve(program, &stage->base);
+    case TIMING_RELEASE:
+        return release(program, stage);
+    case TIMING_COMMIT:
+        return vm_protect(at, length, VM_COMMITTED);
+    case TIMING_COMMIT_MAP:
+        return vm_renew(at, length, VM_COMMITTED | program->access);
+    case TIMING_UNCOMMIT:
+        return vm_protect(at, length, VM_RESERVED);
+    case TIMING_DECOMMIT:
+        return vm_renew(at, length, VM_RESERVED | program->access);
+    case TIMING_DISCARD_OFF:
+        return discard_off(at, length);
+    case TIMING_ADVISE:
+        return vm_advise(at, length, program->advice);
+    case TIMING_WRITE:
+        store(at, length, run->page);
+        return 0;
+    case TIMING_READ:
+        load(at, length, run->page);
+        return 0;
+    case TIMING_POPULATE:
+        return vm_populate(at, length);
+    case TIMING_DISCARD:
+        return vm_discard(at, length);
+    case TIMING_DISCARD_LAZY:
+        return vm_discard_lazy(at, length);
+    case TIMING_COLLAPSE:
+        return vm_collapse(at, length);
+    case TIMING_HUGE_PREFER:
+        return vm_advise(at, length, VM_HUGE_PREFER);
+    case TIMING_GUARD:
+        return vm_guard(at, length);
+    case TIMING_UNGUARD:
+        return vm_unguard(at, length);
+    case TIMING_FORK:
+        return vm_fork(&stage->child);
+    case TIMING_REAP:
+        return reap(stage);
+    case TIMING_SYSTEM_CALL:
+        (void)vm_parent();
+        return 0;
+    default:
+        return EINVAL;
+    }
+}
+
+static bool is_sound(const struct timing_program *program, size_t threads, size_t page) {
+    if (program->length == 0 || program->length % page != 0 || program->nsteps < 2 ||
+        (program->align & (program->align - 1)) != 0 || program->align % page != 0 ||
+        (program->huge & (program->huge - 1)) != 0 ||
+        program->steps[0].verb != TIMING_RESERVE ||
+        program->steps[program->nsteps - 1].verb != TIMING_RELEASE)
+        return false;
+    bool forked = false;
+    for (size_t i = 0; i < program->nsteps; i++) {
+        const struct timing_step *step = &program->steps[i];
+        bool ends = i == 0 || i == program->nsteps - 1;
+        if ((step->verb == TIMING_RESERVE || step->verb == TIMING_RELEASE) != ends ||
+            step->length == 0 || step->length % page != 0 || step->offset % page != 0 ||
+            step->offset > program->length || step->length > program->length - step->offset ||
+            step->repeat == 0 || step->slot < -1 || step->slot >= (int64_t)program->nslots)
+            return false;
+        if ((step->verb == TIMING_FORK && (forked || threads != 1)) ||
+            (step->verb == TIMING_REAP && !forked))
+            return false;
+        if (step->verb == TIMING_FORK || step->verb == TIMING_REAP)
+            forked = step->verb == TIMING_FORK;
+    }
+    return true;
+}
+
+/* Waits for all threads of the run; false once any of them has been refused. */
+static bool meet(struct run *run) {
+    if (run->threads == 1)
+        return true;
+    size_t generation = atomic_load(&run->generation);
+    if (atomic_fetch_add(&run->arrived, 1) + 1 == run->threads) {
+        atomic_store(&run->arrived, 0);
+        atomic_fetch_add(&run->generation, 1);
+    }
+    for (unsigned spins = 0; atomic_load(&run->generation) == generation; spins++) {
+        if (atomic_load(&run->err) != 0)
+            return false;
+        if (spins >= SPINS)
+            (void)sched_yield();
+    }
+    return true;
+}
+
+static void refused(struct run *run, int err, size_t step, size_t round) {
+    int none = 0;
+    if (atomic_compare_exchange_strong(&run->err, &none, err)) {
+        run->failed = step;
+        run->done = round;
+    }
+}
+
+static void clean_up(const struct run *run, struct stage *stage) {
+    if (stage->child != 0)
+        (void)reap(stage);
+    if (stage->base != 0)
+        (void)release(run->program, stage);
+}
+
+static void run_thread(struct run *run, size_t thread) {
+    const struct timing_program *program = run->program;
+    struct stage stage = {0};
+    for (size_t round = 0; round < run->rounds; round++)
+        for (size_t i = 0; i < program->nsteps; i++) {
+            const struct timing_step *step = &program->steps[i];
+            if (!meet(run)) {
+                clean_up(run, &stage);
+                return;
+            }
+            int err = 0;
+            uint64_t begun = vm_nanoseconds();
+            for (uint32_t n = 0; n < step->repeat && err == 0; n++)
+                err = perform(run, step, &stage);
+            uint64_t ended = vm_nanoseconds();
+            if (err != 0) {
+                refused(run, err, i, round);
+                clean_up(run, &stage);
+                return;
+            }
+            if (step->slot >= 0)
+                run->samples[((size_t)step->slot * run->rounds + round) * run->threads + thread] =
+                    ((double)(ended - begun) - run->clock) / step->repeat;
+        }
+}
+
+struct worker {
+    struct run *run;
+    size_t thread;
+    pthread_t id;
+};
+
+static void *work(void *argument) {
+    struct worker *worker = argument;
+    run_thread(worker->run, worker->thread);
+    return NULL;
+}
+
+static void run_threads(struct run *run) {
+    struct worker *workers = calloc(run->threads, sizeof *workers);
+    size_t made = 0;
+    int err = workers == NULL ? ENOMEM : 0;
+    for (; err == 0 && made + 1 < run->threads; made++) {
+        workers[made] = (struct worker){.run = run, .thread = made + 1};
+        err = pthread_create(&workers[made].id, NULL, work, &workers[made]);
+        if (err != 0)
+            break;
+    }
+    if (err != 0)
+        refused(run, err, run->program->nsteps, 0);
+    else
+        run_thread(run, 0);
+    for (size_t i = 0; i < made; i++)
+        (void)pthread_join(workers[i].id, NULL);
+    free(workers);
+}
+
+int timing_run(const struct timing_program *program, size_t threads, size_t rounds, double *samples,
+               size_t *done, size_t *failed) {
+    struct run run = {.program = program, .threads = threads, .rounds = rounds,
+                      .page = vm_page_size(), .samples = samples};
+    *done = *failed = 0;
+    if (threads == 0 || rounds == 0 || !is_sound(program, threads, run.page))
+        return EINVAL;
+    run.clock = timing_clock();
+    run.done = rounds;
+    if (threads == 1)
+        run_thread(&run, 0);
+    else
+        run_threads(&run);
+    *done = run.done;
+    *failed = run.failed;
+    return atomic_load(&run.err);
+}

@@ -1,0 +1,278 @@
+"""The fresh process in which a group's programs run: takes a job, gives a line for every result.
+
+The job comes pickled on standard input. The answers are lines of JSON on standard output, so what
+was measured is with the parent even if this process is killed the next moment.
+"""
+
+import errno
+import json
+import pickle
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pyreserve._native import ffi, lib
+from pyreserve.costs.cells import SMALL, Cell, PageKind
+from pyreserve.costs.entries import map_entries
+from pyreserve.costs.programs import Program, Setting, Step
+from pyreserve.limits import PAGE_SIZE, refusal
+from pyreserve.units import MiB, format_size, round_up
+
+PIECE = 2 * MiB
+"""Memory is warmed up in pieces of so many bytes, each timed."""
+
+_SWEEPS = 3  # times that the programs take turns
+_SLICE = 0.005  # seconds that a program runs in one turn, if one round takes less
+_MOST_ROUNDS = 60
+_LONG = 0.1  # seconds; a round that takes longer runs once a pass, and none goes to warming up
+_CALLS = 1000
+
+_VERBS = {
+    "COMMIT_MAP": "commit",
+    "UNCOMMIT": "decommit",
+    "DISCARD_OFF": "decommit",
+    "HUGE_PREFER": "advise",
+    "DISCARD_LAZY": "lazy discard",
+    "REAP": "fork",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one child is to do.
+
+    Attributes:
+        parent: pid of the parent, without which nothing is done.
+        deadline: time.monotonic() at which to stop, in seconds.
+        share: seconds that one round of a program may take at most.
+        setting: what its programs have in common.
+        warm: bytes to touch at first.
+        entries: whether to count map entries too.
+        programs: what to run, by number.
+        seconds: what a round of each has taken, as far as known.
+    """
+
+    parent: int
+    deadline: float
+    share: float
+    setting: Setting
+    warm: int
+    entries: bool
+    programs: dict[int, Program]
+    seconds: dict[int, float]
+
+
+class Refused(Exception):  # noqa: N818
+    """The kernel refused step number `step` of a program with `err`."""
+
+    def __init__(self, err: int, step: int) -> None:
+        super().__init__(err, step)
+        self.err, self.step = err, step
+
+
+def run(program: Program, rounds: int) -> list[list[float]]:
+    """Run a program in C; return the samples of each of its `cells`, in ns.
+
+    Raises:
+        Refused: the kernel refused a step.
+    """
+    timed = [step.cell for step in program.steps if step.cell is not None]
+    steps = ffi.new("struct timing_step[]", len(program.steps))
+    slot = 0
+    for row, step in zip(steps, program.steps, strict=True):
+        row.verb = getattr(lib, f"TIMING_{step.verb}")
+        row.slot = -1 if step.cell is None else slot
+        row.offset, row.length, row.repeat = step.offset, step.nbytes, step.repeat
+        slot += step.cell is not None
+    made = ffi.new("struct timing_program *")
+    made.steps, made.nsteps, made.nslots = steps, len(program.steps), len(timed)
+    made.length, made.align, made.phase = program.nbytes, program.align, program.phase
+    made.huge, made.access, made.advice = program.huge, program.access, program.advice
+    each = rounds * program.threads
+    samples = ffi.new("double[]", max(1, len(timed)) * each)
+    done, failed = ffi.new("size_t *"), ffi.new("size_t *")
+    err = lib.timing_run(made, program.threads, rounds, samples, done, failed)
+    if err:
+        raise Refused(err, int(failed[0]))
+    found: dict[Cell, list[float]] = {cell: [] for cell in program.cells}
+    for i, cell in enumerate(timed):
+        found[cell].extend(samples[i * each : (i + 1) * each])
+    return list(found.values())
+
+
+_NAMELESS = Cell("", "", SMALL, "charge", PAGE_SIZE)
+
+
+def _bare(steps: list[Step], nbytes: int, *, align: int = 0, advice: int = 0) -> Program:
+    whole = [Step("RESERVE", 0, nbytes), *steps, Step("RELEASE", 0, nbytes)]
+    return Program("bare", tuple(whole), nbytes, nbytes, nbytes, align, 0, 0, 0, advice, 1)
+
+
+def system_call_ns() -> float:
+    """Time a getppid: what entering the kernel costs just now, in ns."""
+    step = Step("SYSTEM_CALL", 0, PAGE_SIZE, _NAMELESS, _CALLS)
+    return min(run(_bare([step], PAGE_SIZE), 5)[0])
+
+
+def warm_up(nbytes: int, advice: int) -> list[float]:
+    """Touch so much memory once and give it back; return what each `PIECE` of it took, in ns.
+
+    The host of a virtual machine may have taken it away while it was idle, and bringing it again
+    is many times as slow.
+    """
+    nbytes = round_up(nbytes, PIECE)
+    steps = [Step("ADVISE", 0, nbytes), Step("COMMIT", 0, nbytes)]
+    steps += [Step("WRITE", at, PIECE, _NAMELESS) for at in range(0, nbytes, PIECE)]
+    return run(_bare(steps, nbytes, align=PIECE, advice=advice), 1)[0]
+
+
+def why_not_given(program: Program, kind: PageKind) -> str | None:
+    """Say why a touch does not give a page of this kind in a program's mapping, if it doesn't."""
+    room = program.nbytes + program.align
+    address, resident = ffi.new("uintptr_t *"), ffi.new("size_t *")
+    err = lib.vm_map(0, room, lib.VM_RESERVED, address)
+    if err:
+        return str(refusal("reserve", err, room).strerror)
+    try:
+        at = address[0] + (program.phase - address[0]) % program.align
+        err = lib.vm_advise(at, program.nbytes, program.advice)
+        err = err or lib.vm_protect(at, kind.size, lib.VM_COMMITTED)
+        if err:
+            return str(refusal("commit", err, kind.size).strerror)
+        ffi.cast("char *", at)[0] = b"\1"
+        lib.vm_resident(at, kind.size, resident)
+    finally:
+        lib.vm_release(address[0], room)
+    if resident[0] == kind.size:
+        return None
+    return f"the kernel gave {format_size(resident[0])} at a touch: no page of this size is free"
+
+
+def answer(**found: Any) -> None:
+    """Send a line to the parent."""
+    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.flush()
+
+
+class Pass:
+    """One pass over a group's programs."""
+
+    def __init__(self, job: Job) -> None:
+        """Take what is to be done."""
+        self._job = job
+        self._left = dict(job.programs)
+        self._seconds = dict(job.seconds)
+        self._warm: set[int] = set()
+
+    def sweep(self, *, first: bool) -> None:
+        """Give every program its turn."""
+        answer(system_call=system_call_ns())
+        for number in list(self._left):
+            if time.monotonic() >= self._job.deadline:
+                return
+            seconds = self._predict(number)
+            if not first and seconds >= _LONG:
+                continue
+            if seconds > self._job.share:
+                why = (
+                    f"one round would take {seconds:.2g} s, and the budget leaves "
+                    f"{self._job.share:.2g} s for one"
+                )
+                answer(skipped=number, why=why)
+            elif time.monotonic() + seconds <= self._job.deadline:
+                self._turn(number, seconds)
+
+    def _predict(self, number: int) -> float:
+        """Say how many seconds a round will take: as it did, or as a shorter piece lets expect.
+
+        The less of both: where the host had to bring the memory, it took longer than it will.
+        """
+        program, known = self._left[number], self._seconds.get(number)
+        shorter = [
+            (other.piece, self._seconds[n])
+            for n, other in self._job.programs.items()
+            if n in self._seconds and other.script == program.script and other.piece < program.piece
+        ]
+        if not shorter or not program.memory:
+            return known or 0.0
+        piece, seconds = max(shorter)
+        scaled = seconds * program.piece / piece
+        return scaled if known is None else min(known, scaled)
+
+    def _turn(self, number: int, seconds: float) -> None:
+        program = self._left[number]
+        try:
+            if number not in self._warm and seconds < _LONG:
+                begun = time.monotonic()
+                run(program, 1)
+                seconds = time.monotonic() - begun
+            self._warm.add(number)
+            rounds = max(1, min(_MOST_ROUNDS, int(_SLICE / max(seconds, 1e-6))))
+            begun = time.monotonic()
+            samples = run(program, rounds)
+            self._seconds[number] = (time.monotonic() - begun) / rounds
+        except Refused as refused:
+            self._refused(number, refused)
+            return
+        order = self._job.programs[number].cells
+        answer(
+            program=number,
+            seconds=self._seconds[number],
+            cells=[order.index(cell) for cell in program.cells],
+            ns=[[round(ns, 2) for ns in values] for values in samples],
+        )
+
+    def _refused(self, number: int, refused: Refused) -> None:
+        """Drop what can't be done; the other steps have their turn the next time."""
+        program = self._left[number]
+        if refused.step == len(program.steps):
+            why = f"a thread was refused ({errno.errorcode.get(refused.err, refused.err)})"
+            self._give_up(number, why)
+            return
+        step = program.steps[refused.step]
+        verb = _VERBS.get(step.verb, step.verb.lower())
+        why = str(refusal(verb, refused.err, step.nbytes).strerror)
+        if step.bound is None:
+            self._give_up(number, why)
+            return
+        end = refused.step + 1 + step.bound
+        kept = replace(program, steps=program.steps[: refused.step] + program.steps[end:])
+        gone = [cell for cell in program.cells if cell not in kept.cells]
+        self._give_up(number, why, gone)
+        self._left[number] = kept
+        self._turn(number, 0.0)
+
+    def _give_up(self, number: int, why: str, cells: list[Cell] | None = None) -> None:
+        program = self._left.pop(number)
+        order = self._job.programs[number].cells
+        gone = program.cells if cells is None else cells
+        answer(program=number, refused=[order.index(cell) for cell in gone], why=why)
+
+
+def work(job: Job) -> None:
+    """Do a job."""
+    # All but a bare reservation are placed where pages of the kind fit.
+    placed = next((program for program in job.programs.values() if program.align), None)
+    if placed is not None:
+        why = why_not_given(placed, job.setting.kind)
+        if why is not None:
+            answer(unavailable=why)
+            return
+    try:
+        answer(warm_up=warm_up(job.warm, job.setting.advice))
+    except Refused as refused:
+        # The programs will be refused too, and say so one by one; short ones may not be.
+        answer(not_warmed=errno.errorcode.get(refused.err, str(refused.err)))
+    if job.entries:
+        answer(map_entries=map_entries())
+    whole = Pass(job)
+    for sweep in range(_SWEEPS):
+        whole.sweep(first=sweep == 0)
+
+
+def main() -> None:
+    """Do the job on standard input, for as long as the parent lives."""
+    job: Job = pickle.load(sys.stdin.buffer)
+    if lib.vm_end_with(job.parent) == 0:
+        work(job)

@@ -1,0 +1,54 @@
+"""How many map entries a plan costs: counted, not assumed (vm.max_map_count is the budget)."""
+
+from collections.abc import Callable
+
+from pyreserve import procfs
+from pyreserve._native import ffi, lib
+from pyreserve.limits import PAGE_SIZE
+
+_TIMES = 16
+_SPAN = 4 * PAGE_SIZE  # a place of its own for each, with room around what is done there
+
+
+def map_entries() -> dict[str, float]:
+    """Count what each way to use a piece of a mapping adds to the process's map entries.
+
+    Keys are ``"VERB METHOD"``; each is done at 16 places that do not touch. What the kernel refuses
+    is left out.
+    """
+    reserved, committed = lib.VM_RESERVED, lib.VM_COMMITTED
+    page = PAGE_SIZE
+    ways: dict[str, tuple[int, Callable[[int], int]]] = {
+        "commit mprotect": (reserved, lambda at: lib.vm_protect(at, page, committed)),
+        "commit mmap-fixed": (reserved, lambda at: lib.vm_renew(at, page, committed)),
+        "decommit mmap-fixed": (committed, lambda at: lib.vm_renew(at, page, reserved)),
+        "decommit mprotect": (committed, lambda at: lib.vm_protect(at, page, reserved)),
+        "discard dontneed": (committed, lambda at: lib.vm_discard(at, page)),
+        "discard free": (committed, lambda at: lib.vm_discard_lazy(at, page)),
+        "guard madvise": (committed, lambda at: lib.vm_guard(at, page)),
+        "guard mprotect": (committed, lambda at: lib.vm_protect(at, page, reserved)),
+        "advise dontfork": (committed, lambda at: lib.vm_advise(at, page, lib.VM_NO_FORK)),
+    }
+    added = {name: _added(access, way) for name, (access, way) in ways.items()}
+    # Growth is next to what is committed already.
+    added["grow mprotect"] = _added(*ways["commit mprotect"], step=page)
+    added["grow mmap-fixed"] = _added(*ways["commit mmap-fixed"], step=page)
+    return {name: entries for name, entries in added.items() if entries is not None}
+
+
+def _added(access: int, way: Callable[[int], int], step: int = _SPAN) -> float | None:
+    length = (_TIMES + 2) * _SPAN
+    address = ffi.new("uintptr_t *")
+    if lib.vm_map(0, length, access, address):
+        return None
+    try:
+        lib.vm_advise(address[0], length, lib.VM_NO_DUMP)  # merges with no neighbour
+        begin = address[0] + PAGE_SIZE
+        if way(begin):
+            return None
+        before = procfs.map_count()
+        if any(way(begin + i * step) for i in range(1, _TIMES + 1)):
+            return None
+        return (procfs.map_count() - before) / _TIMES
+    finally:
+        lib.vm_release(address[0], length)

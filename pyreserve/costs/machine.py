@@ -1,0 +1,78 @@
+"""The facts of a machine that decide what its memory costs."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pyreserve import procfs
+from pyreserve.capabilities import hugetlb_free, thp_settings
+from pyreserve.limits import PAGE_SIZE
+
+_SYS = Path("/sys")
+
+
+def facts() -> dict[str, Any]:
+    """Return them, ready for JSON; sizes in bytes, None for what can't be known here.
+
+    - ``cpu``, ``cpus`` (those that this process may use), ``architecture``, ``kernel``;
+    - ``memory``, ``page_size``, ``overcommit_memory`` (vm.overcommit_memory), ``max_map_count``;
+    - ``transparent_huge_pages`` (what is set for each size), ``transparent_huge_pages_defrag``,
+      ``hugetlb_free`` (free huge pages of each size);
+    - ``virtualised``: the hypervisor's name, ``"yes"`` if it gives none, ``"no"``;
+    - ``balloon``: whether a virtio balloon may take idle memory back;
+    - ``clocksource``, ``python``, ``pyreserve``.
+    """
+    cpu = _cpu_info()
+    return {
+        "cpu": cpu.get("model name") or cpu.get("Model") or platform.processor() or None,
+        "cpus": len(os.sched_getaffinity(0)),
+        "architecture": platform.machine(),
+        "kernel": platform.release(),
+        "memory": procfs.meminfo_kib()["MemTotal"] * 1024,
+        "page_size": PAGE_SIZE,
+        "overcommit_memory": procfs.vm_setting("overcommit_memory"),
+        "max_map_count": procfs.vm_setting("max_map_count"),
+        "transparent_huge_pages": {str(size): how for size, how in thp_settings().items()},
+        "transparent_huge_pages_defrag": _chosen("kernel/mm/transparent_hugepage/defrag"),
+        "hugetlb_free": {str(size): free for size, free in hugetlb_free().items()},
+        "virtualised": _virtualised(cpu.get("flags", "")),
+        "balloon": any((_SYS / "bus/virtio/drivers/virtio_balloon").glob("virtio*")),
+        "clocksource": _text("devices/system/clocksource/clocksource0/current_clocksource"),
+        "python": platform.python_version(),
+        "pyreserve": _version(),
+    }
+
+
+def _cpu_info() -> dict[str, str]:
+    """Read the first processor of /proc/cpuinfo."""
+    first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _virtualised(flags: str) -> str:
+    name = _text("hypervisor/type") or _text("class/dmi/id/sys_vendor")
+    if "hypervisor" not in flags.split() and _text("hypervisor/type") is None:
+        return "no"
+    return name or "yes"
+
+
+def _text(path: str) -> str | None:
+    try:
+        return (_SYS / path).read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def _chosen(path: str) -> str | None:
+    choices = _text(path)
+    return choices and choices[choices.index("[") + 1 : choices.index("]")]
+
+
+def _version() -> str | None:
+    try:
+        return version("pyreserve")
+    except PackageNotFoundError:
+        return None

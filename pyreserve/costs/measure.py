@@ -1,0 +1,352 @@
+"""Runs a plan: pass after pass, each group in a fresh child process, until it is sure or out of time."""
+
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import IO, Any
+
+from pyreserve.costs import machine
+from pyreserve.costs.cells import Cell, Curve
+from pyreserve.costs.child import PIECE, Job
+from pyreserve.costs.plan import Group, Plan
+from pyreserve.costs.stats import quantile, split_cold, summarise
+from pyreserve.costs.table import CostTable, Measured, Noise
+
+BUDGET = 50.0
+"""Seconds that a run takes at most unless told otherwise."""
+
+WIDTH = 0.04
+"""Width of a median's 95 % interval at which a cell is known well enough, as a share of it."""
+
+_LEAST_PASSES = 6  # an interval of fewer says little
+_SHARE = 25  # so many rounds of the slowest program fit into the budget
+_GRACE = 3.0  # seconds after the deadline at which a child that does not end is killed
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from pyreserve.costs.child import main; main()"
+)
+_NO_TIME = "the budget was spent before its turn"
+# Verbs that bring memory: how fast depends on whether the host has it.
+_BRINGING = frozenset({"touch", "populate", "retouch", "collapse"})
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        seconds, budget: how long it has taken and may take at most.
+        passes: whole passes so far.
+        settled, cells: how many cells are known well enough, of how many.
+        doing: what is being measured.
+    """
+
+    seconds: float
+    budget: float
+    passes: int
+    settled: int
+    cells: int
+    doing: str
+
+
+class Interrupted(KeyboardInterrupt):  # noqa: N818
+    """Ctrl-C came during `measure`; `table` holds what was measured until then."""
+
+    def __init__(self, table: CostTable) -> None:
+        super().__init__("interrupted")
+        self.table = table
+
+
+def measure(
+    plan: Plan,
+    *,
+    budget: float = BUDGET,
+    width: float = WIDTH,
+    progress: Callable[[Progress], None] | None = None,
+) -> CostTable:
+    """Measure a plan's cells.
+
+    Every pass runs each group in a fresh child process, warmed up, its programs taking turns, so
+    that whatever drifts hits all of them alike. Passes go on until each median's 95 % interval is
+    narrow enough, but at least six, or until the budget is spent. What can't be measured is in the
+    table with the reason.
+
+    Args:
+        plan: see `pyreserve.costs.plan`.
+        budget: seconds, from now.
+        width: width of the interval at which a cell is known well enough, as a share of its median.
+        progress: called now and then.
+
+    Raises:
+        OutOfMemoryError: the machine, or this process's cgroup, has less memory than it takes.
+        ValueError: the budget or the width is not positive.
+        Interrupted: Ctrl-C came; the table of what was measured is in it.
+    """
+    if not budget > 0 or not width > 0:
+        msg = f"budget and width are positive, not {budget} and {width}"
+        raise ValueError(msg)
+    plan.check_memory()
+    run = _Run(plan, budget, width, progress)
+    try:
+        run.work()
+    except KeyboardInterrupt:
+        raise Interrupted(run.table(complete=False)) from None
+    return run.table(complete=True)
+
+
+class _Run:
+    """One run of a plan."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        budget: float,
+        width: float,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._plan, self._budget, self._width, self._progress = plan, budget, width, progress
+        self._begun = time.monotonic()
+        self._passes = 0
+        self._samples: dict[Cell, list[list[float]]] = {}
+        self._warm_ups: dict[Cell, list[list[float]]] = {}
+        self._refused: dict[Cell, str] = dict(plan.unmeasurable)
+        self._seconds: dict[Group, dict[int, float]] = {group: {} for group in plan.groups}
+        self._skipped: dict[Cell, str] = {}
+        self._settled: set[Cell] = set()
+        self._system_calls: list[list[float]] = []
+        self._entries: dict[str, float] = {}
+        self._machine_time = _MachineTime()
+
+    def work(self) -> None:
+        """Make passes."""
+        while self._left() > 0:
+            groups = [(group, self._open(group)) for group in self._plan.groups]
+            groups = [(group, numbers) for group, numbers in groups if numbers]
+            if not groups:
+                return
+            self._system_calls.append([])
+            for group, numbers in groups:
+                if self._left() <= 0:
+                    return
+                self._new_pass(group)
+                self._run_group(group, numbers)
+            self._passes += 1
+            if self._passes >= _LEAST_PASSES:
+                self._settle()
+
+    def _left(self) -> float:
+        return self._begun + self._budget - time.monotonic()
+
+    def _open(self, group: Group) -> list[int]:
+        """Return the numbers of the programs that still have something to find out."""
+        return [
+            number
+            for number, program in enumerate(group.programs)
+            if any(
+                cell not in self._settled and cell not in self._refused for cell in program.cells
+            )
+        ]
+
+    def _settle(self) -> None:
+        for cell, passes in self._samples.items():
+            if any(passes) and summarise(split_cold(passes)[0]).width <= self._width:
+                self._settled.add(cell)
+
+    def _new_pass(self, group: Group) -> None:
+        for program in group.programs:
+            for cell in program.cells:
+                passes = self._samples.setdefault(cell, [])
+                if not passes or passes[-1]:
+                    passes.append([])
+
+    def _report(self, doing: str) -> None:
+        if self._progress is not None:
+            self._progress(
+                Progress(
+                    seconds=time.monotonic() - self._begun,
+                    budget=self._budget,
+                    passes=self._passes,
+                    settled=len(self._settled),
+                    cells=len(self._plan.cells),
+                    doing=doing,
+                )
+            )
+
+    def _run_group(self, group: Group, numbers: list[int]) -> None:
+        job = Job(
+            parent=os.getpid(),
+            deadline=self._begun + self._budget,
+            share=self._budget / _SHARE,
+            setting=group.setting,
+            warm=max(group.programs[number].memory for number in numbers),
+            entries=not self._entries,
+            programs={number: group.programs[number] for number in numbers},
+            seconds=self._seconds[group],
+        )
+        self._report(str(group.setting))
+        for found in _answers(job):
+            self._take(group, found)
+            self._report(str(group.setting))
+
+    def _take(self, group: Group, found: dict[str, Any]) -> None:
+        """Take in one answer of a child."""
+        if "ns" in found:
+            cells = group.programs[found["program"]].cells
+            self._seconds[group][found["program"]] = found["seconds"]
+            for position, values in zip(found["cells"], found["ns"], strict=True):
+                self._samples[cells[position]][-1].extend(values)
+        elif "refused" in found:
+            cells = group.programs[found["program"]].cells
+            for position in found["refused"]:
+                self._refused.setdefault(cells[position], found["why"])
+        elif "skipped" in found:
+            self._skipped |= dict.fromkeys(group.programs[found["skipped"]].cells, found["why"])
+        elif "system_call" in found:
+            self._system_calls[-1].append(found["system_call"])
+        elif "warm_up" in found:
+            setting = group.setting
+            if PIECE % setting.kind.size == 0:
+                touch = Curve("touch", "write", setting.kind.name, setting.mode).at(PIECE)
+                self._warm_ups.setdefault(touch, []).append(found["warm_up"])
+        elif "map_entries" in found:
+            self._entries = found["map_entries"]
+        elif "unavailable" in found or "died" in found:
+            why = found.get("unavailable") or found["died"]
+            for program in group.programs:
+                for cell in program.cells:
+                    self._refused.setdefault(cell, why)
+
+    def table(self, *, complete: bool) -> CostTable:
+        """Put together what is known by now."""
+        cells: list[Measured] = []
+        for cell in self._plan.cells:
+            passes = [one for one in self._samples.get(cell, []) if one]
+            warm, cold = passes, list[list[float]]()
+            if cell.verb in _BRINGING and passes:
+                warm, cold = split_cold(passes, self._warm_ups.get(cell, []))
+            if warm:
+                cells.append(Measured(cell, "warm", summarise(warm), None, warm))
+            else:
+                why = self._refused.get(cell) or self._skipped.get(cell, _NO_TIME)
+                cells.append(Measured(cell, "warm", None, why))
+            if cold:
+                cells.append(Measured(cell, "cold", summarise(cold), None, cold))
+        cells += [Measured(cell, "warm", None, why) for cell, why in self._plan.unmeasurable]
+        calls = [median(one) for one in self._system_calls if one]
+        facts = machine.facts()
+        facts["system_call_ns"] = round(median(calls), 1) if calls else None
+        facts["map_entries"] = self._entries
+        return CostTable(
+            machine=facts,
+            cells=tuple(cells),
+            noise=self._machine_time.noise(calls),
+            seconds=time.monotonic() - self._begun,
+            complete=complete,
+        )
+
+
+class _MachineTime:
+    """What the CPUs have done since this was made."""
+
+    def __init__(self) -> None:
+        self._begun, self._busy, self._stolen = time.monotonic(), *self._read()
+        self._own = self._spent()
+
+    @staticmethod
+    def _read() -> tuple[float, float]:
+        """Read the seconds that all CPUs were busy, and had stolen from them (proc(5))."""
+        with Path("/proc/stat").open(encoding="ascii") as stat:
+            fields = [int(field) for field in stat.readline().split()[1:]]
+        user, nice, system, _, _, irq, softirq, stolen = fields[:8]
+        return (user + nice + system + irq + softirq) / _TICKS, stolen / _TICKS
+
+    @staticmethod
+    def _spent() -> float:
+        """Return the CPU seconds of this process and of the children that have ended."""
+        usages = (resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+    def noise(self, calls: list[float]) -> Noise:
+        """Say what others did meanwhile; `calls` are a system call's times, pass by pass."""
+        seconds = max(time.monotonic() - self._begun, 1e-9)
+        busy, stolen = self._read()
+        own = self._spent() - self._own
+        return Noise(
+            other_cpus=max(0.0, (busy - self._busy - own) / seconds),
+            stolen_cpus=max(0.0, (stolen - self._stolen) / seconds),
+            speed_spread=_spread(calls) if calls else 0.0,
+        )
+
+
+def _spread(values: list[float]) -> float:
+    ordered = sorted(values)
+    return (quantile(ordered, 0.75) - quantile(ordered, 0.25)) / median(ordered)
+
+
+def _answers(job: Job) -> Iterator[dict[str, Any]]:
+    """Run a child; yield its answers, and at last ``died`` if it did not end by itself.
+
+    Whatever ends the iteration ends the child.
+    """
+    if not sys.executable:
+        msg = "measuring starts a fresh Python, and sys.executable does not say where one is"
+        raise RuntimeError(msg)
+    command = [sys.executable, "-c", _START, json.dumps(sys.path)]
+    with tempfile.TemporaryFile() as complaints:
+        # A session of its own: Ctrl-C in the terminal is for the parent, who ends the child.
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            start_new_session=True,
+        )
+        late = threading.Timer(max(0.0, job.deadline + _GRACE - time.monotonic()), child.kill)
+        late.daemon = True
+        try:
+            late.start()
+            yield from _talk(child, job)
+            status = child.wait()
+        finally:
+            late.cancel()
+            child.kill()
+            child.wait()
+            for pipe in (child.stdin, child.stdout):
+                if pipe is not None:
+                    pipe.close()
+        if status != 0 and time.monotonic() < job.deadline:
+            yield {"died": _obituary(status, complaints)}
+
+
+def _talk(child: "subprocess.Popen[bytes]", job: Job) -> Iterator[dict[str, Any]]:
+    assert child.stdin is not None and child.stdout is not None  # noqa: S101, PT018
+    try:
+        pickle.dump(job, child.stdin)
+        child.stdin.close()
+    except BrokenPipeError:  # it has died, and its status will say of what
+        return
+    for line in child.stdout:
+        if line.endswith(b"\n"):
+            yield json.loads(line)
+
+
+def _obituary(status: int, complaints: IO[bytes]) -> str:
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = ": the system may be out of memory" if status == -signal.SIGKILL else ""
+        return f"the measuring process was ended by {name}{hint}"
+    complaints.seek(0)
+    last = complaints.read().decode(errors="replace").strip().rpartition("\n")[2]
+    return f"the measuring process ended with status {status}: {last}"
