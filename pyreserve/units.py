@@ -1,4 +1,4 @@
-"""Sizes in bytes: constants, and reading and writing them as people do."""
+"""Sizes in bytes and times: constants, and reading and writing them as people do."""
 
 import re
 from fractions import Fraction
@@ -62,3 +62,13 @@ def format_size(nbytes: int) -> str:
             break
         value, unit = value / 1024, larger
     return f"{value:.4g} {unit}"
+
+
+def format_time(ns: float) -> str:
+    """Write nanoseconds with three significant digits and a unit: ``1.59 µs``."""
+    value, unit = ns, "ns"
+    for larger in ("µs", "ms", "s"):
+        if abs(float(f"{value:.3g}")) < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"

@@ -1,9 +1,14 @@
 """Options and exit statuses. What a command finds out and how it looks are in its own modules."""
 
 import math
+import os
 import sys
 import time
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -11,6 +16,12 @@ from typer.core import TyperCommand
 from pyreserve import layouts, parse_size
 from pyreserve.arena import WORD
 from pyreserve.errors import PyreserveError
+from pyreserve.units import GiB
+
+if TYPE_CHECKING:
+    from pyreserve.costs import CostTable
+
+_FULL_BUDGET = 600.0  # seconds
 
 app = typer.Typer(
     help="Reserve virtual memory, and see what that does to a process.",
@@ -115,7 +126,7 @@ def vsz(
         layouts.get(name, size=size, word=WORD)
     except (KeyError, ValueError) as error:
         raise typer.BadParameter(str(error.args[0])) from None
-    try:
+    with _refusals():
         with VszRun(name, size) as run:
             report = run.measure(touch or 0, screen.progress)
             if json:
@@ -126,17 +137,129 @@ def vsz(
                 _hold(hold)
         if sys.stdout is not None:
             sys.stdout.flush()
+
+
+@app.command()
+def costs(
+    *,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="How long to measure at most; 50 seconds by default."),
+    ] = None,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="Measure all page kinds, modes, thread counts and powers of two; takes 600 "
+            "seconds unless --budget says otherwise.",
+        ),
+    ] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="VERB,...", help="Measure these verbs alone, such as commit,touch."),
+    ] = None,
+    longest: Annotated[
+        int | None,
+        typer.Option(
+            parser=_size, metavar="SIZE", help="Longest piece of memory; 1GiB by default."
+        ),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the figures as CSV, a line a cell.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png|.svg", help="Draw cost against length.")
+    ] = None,
+    pyperf: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write all samples for pyperf show and compare_to."),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(metavar="OLD.json", help="Say what changed since a file of --json."),
+    ] = None,
+) -> None:
+    """Measure what commit, touch, decommit and the rest cost on this machine, and what follows."""
+    from pyreserve import costs as laboratory  # noqa: PLC0415
+    from pyreserve.cli import costs as command  # noqa: PLC0415
+
+    if budget is not None and not 0 < budget < math.inf:
+        msg = f"--budget takes a positive number of seconds, not {budget}"
+        raise typer.BadParameter(msg)
+    verbs = None if only is None else [verb.strip() for verb in only.split(",") if verb.strip()]
+    try:
+        plan = laboratory.plan(full=full, only=verbs, longest=longest or GiB)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    asked = (
+        (command.write_json, json, None),
+        (command.write_csv, csv, None),
+        (command.write_plot, plot, ("matplotlib", "plot")),
+        (command.write_pyperf, pyperf, ("pyperf", "pyperf")),
+    )
+    outputs = []
+    for write, path, extra in asked:
+        if path is not None:
+            _check_output(path, extra)
+            outputs.append((write, path))
+    if plot is not None and plot.suffix not in {".png", ".svg"}:
+        msg = f"--plot takes a file that ends in .png or .svg, not {plot}"
+        raise typer.BadParameter(msg)
+    with _refusals():
+        run = command.CostsRun(
+            plan=plan,
+            budget=budget or (_FULL_BUDGET if full else laboratory.BUDGET),
+            outputs=tuple(outputs),
+            old=None if compare is None else (_load(compare), str(compare)),
+        )
+        complete = run.run()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    if not complete:
+        raise typer.Exit(130)  # as a shell says of what Ctrl-C ended
+
+
+def _load(path: Path) -> "CostTable":
+    from pyreserve.costs import CostTable  # noqa: PLC0415
+
+    try:
+        return CostTable.load(path)
+    except ValueError as error:
+        msg = f"--compare {path}: {error}"
+        raise typer.BadParameter(msg) from None
+
+
+def _check_output(path: Path, extra: tuple[str, str] | None) -> None:
+    """Refuse before a minute of measuring what could not be written after it."""
+    if extra is not None and find_spec(extra[0]) is None:
+        typer.echo(
+            f"pyreserve: --{extra[1]} needs {extra[0]}: pip install 'pyreserve[{extra[1]}]'",
+            err=True,
+        )
+        raise typer.Exit(1)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        msg = f"{path} can't be written"
+        raise typer.BadParameter(msg)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Say in one line what was refused."""
+    try:
+        yield
     except BrokenPipeError:
         raise
     except (PyreserveError, MemoryError, OSError) as error:
         message = getattr(error, "strerror", None) or str(error) or "out of memory"
-        typer.echo(f"pyreserve: {message}", err=True)
+        where = getattr(error, "filename", None)
+        typer.echo(f"pyreserve: {f'{where}: ' if where else ''}{message}", err=True)
         raise typer.Exit(1) from None
 
 
 def _hold(seconds: float) -> None:
-    import os  # noqa: PLC0415
-
     pid = os.getpid()
     how_long = "until Ctrl-C" if math.isinf(seconds) else f"for {seconds:g} s"
     deadline = time.monotonic() + seconds

@@ -20,7 +20,8 @@ from pyreserve.units import GiB, KiB, format_size
 _LONG = 0.5  # seconds after which a progress bar is worth its lines
 
 
-def _console(width: int = 100) -> Console:
+def console_for(width: int = 100) -> Console:
+    """Return a console on standard output, as wide as the terminal."""
     # A pipe or a file has no width of its own.
     terminal = sys.stdout is not None and sys.stdout.isatty()
     return Console(width=None if terminal else width, highlight=False)
@@ -30,7 +31,7 @@ def show(report: VszReport) -> None:
     """Print the whole screen, if there is a standard output at all."""
     if sys.stdout is None:
         return
-    console = _console()
+    console = console_for()
     console.print(Text.assemble(("pyreserve vsz", "bold"), f"  {report.layout}, pid {report.pid}"))
     if report.fell_back is not None:
         console.print(
@@ -157,7 +158,7 @@ def list_layouts(*, as_json: bool) -> None:
     table.add_column("what it is")
     for layout in rows:
         table.add_row(layout.name, layouts.describe(layout))
-    _console(width=140).print(table)
+    console_for(width=140).print(table)
 
 
 @contextmanager

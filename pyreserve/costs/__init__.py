@@ -1,0 +1,45 @@
+"""The cost laboratory: what the verbs of virtual memory cost on this machine.
+
+- `plan` chooses which cells to measure, `measure` measures them and returns a `CostTable`;
+- `CostTable.model` fits a `CostModel`, which estimates what any length costs;
+- `recommend` says what follows, `compare` what changed between two tables.
+
+    table = measure(plan(only=["commit", "touch"]), budget=10)
+    table.model().estimate("touch", pages=1000)  # nanoseconds
+"""
+
+from pyreserve.costs.cells import GROUPS, METHODS, Cell, Curve
+from pyreserve.costs.comparison import Compared, Comparison, compare
+from pyreserve.costs.measuring import BUDGET, Interrupted, Progress, measure
+from pyreserve.costs.model import CostModel, Estimate, Fit
+from pyreserve.costs.planning import Plan, plan
+from pyreserve.costs.recommendation import Answer, Recommendations, measured_step, recommend
+from pyreserve.costs.stats import Times
+from pyreserve.costs.table import CostTable, Measured, Noise
+
+__all__ = [
+    "BUDGET",
+    "GROUPS",
+    "METHODS",
+    "Answer",
+    "Cell",
+    "Compared",
+    "Comparison",
+    "CostModel",
+    "CostTable",
+    "Curve",
+    "Estimate",
+    "Fit",
+    "Interrupted",
+    "Measured",
+    "Noise",
+    "Plan",
+    "Progress",
+    "Recommendations",
+    "Times",
+    "compare",
+    "measure",
+    "measured_step",
+    "plan",
+    "recommend",
+]

@@ -1,4 +1,4 @@
-"""What can be measured: verbs, the methods of each, page kinds; a cell is one of each at one length.
+"""What can be measured: a cell is a verb, done by a method, on a page kind, at one length.
 
 The words are those of the README; the methods are the system calls that do it:
 
@@ -160,7 +160,7 @@ class PageKind:
 
 
 def page_kinds() -> list[PageKind]:
-    """Return what this machine backs memory with, smallest first, and what it could but does not."""
+    """Return what this machine backs memory with, or could if it were set so."""
     thp = thp_settings()
     kinds = [PageKind(SMALL, PAGE_SIZE, "small")]
     on = [size for size, setting in thp.items() if setting in {"always", "madvise"}]

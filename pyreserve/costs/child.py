@@ -26,6 +26,7 @@ _SWEEPS = 3  # times that the programs take turns
 _SLICE = 0.005  # seconds that a program runs in one turn, if one round takes less
 _MOST_ROUNDS = 60
 _LONG = 0.1  # seconds; a round that takes longer runs once a pass, and none goes to warming up
+_TRIED = 32 * PIECE
 _CALLS = 1000
 
 _VERBS = {
@@ -47,7 +48,8 @@ class Job:
         deadline: time.monotonic() at which to stop, in seconds.
         share: seconds that one round of a program may take at most.
         setting: what its programs have in common.
-        warm: bytes to touch at first.
+        warm: bytes to touch at first,
+        warm_seconds: in so many seconds, or less memory.
         entries: whether to count map entries too.
         programs: what to run, by number.
         seconds: what a round of each has taken, as far as known.
@@ -58,6 +60,7 @@ class Job:
     share: float
     setting: Setting
     warm: int
+    warm_seconds: float
     entries: bool
     programs: dict[int, Program]
     seconds: dict[int, float]
@@ -115,12 +118,20 @@ def system_call_ns() -> float:
     return min(run(_bare([step], PAGE_SIZE), 5)[0])
 
 
-def warm_up(nbytes: int, advice: int) -> list[float]:
+def warm_up(nbytes: int, seconds: float, advice: int) -> list[float]:
     """Touch so much memory once and give it back; return what each `PIECE` of it took, in ns.
 
     The host of a virtual machine may have taken it away while it was idle, and bringing it again
-    is many times as slow.
+    is many times as slow: what can't be brought in the time given is left.
     """
+    tried = _touch_once(min(nbytes, _TRIED), advice)
+    most = int(seconds * 1e9 / max(sum(tried), 1.0) * len(tried)) * PIECE
+    if nbytes <= _TRIED or most <= _TRIED:
+        return tried
+    return _touch_once(min(nbytes, most), advice)
+
+
+def _touch_once(nbytes: int, advice: int) -> list[float]:
     nbytes = round_up(nbytes, PIECE)
     steps = [Step("ADVISE", 0, nbytes), Step("COMMIT", 0, nbytes)]
     steps += [Step("WRITE", at, PIECE, _NAMELESS) for at in range(0, nbytes, PIECE)]
@@ -260,7 +271,7 @@ def work(job: Job) -> None:
             answer(unavailable=why)
             return
     try:
-        answer(warm_up=warm_up(job.warm, job.setting.advice))
+        answer(warm_up=warm_up(job.warm, job.warm_seconds, job.setting.advice))
     except Refused as refused:
         # The programs will be refused too, and say so one by one; short ones may not be.
         answer(not_warmed=errno.errorcode.get(refused.err, str(refused.err)))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyreserve.costs.table import CostTable
 
 _DRAWS = 99
+_FAR = 100.0
 _FORMULA = "ns = fixed_ns + ns_per_page * pages"
 
 # A measured length in pages, its median, and the median's 95 % interval; all times in ns.
@@ -69,10 +70,9 @@ class Fit:
 
     @property
     def gib_per_second(self) -> float:
-        """How fast memory is handled where the fixed cost no longer counts; inf if it costs nothing."""
-        if self.ns_per_page == 0:
-            return math.inf
-        return PAGE_SIZE / GiB / self.ns_per_page * 1e9
+        """How fast the longest measured length is done."""
+        pages, ns, *_ = self.points[-1]
+        return pages * PAGE_SIZE / GiB / ns * 1e9
 
     @classmethod
     def of(cls, curve: Curve, points: Sequence[Point]) -> "Fit":
@@ -80,7 +80,7 @@ class Fit:
         lengths = [x for x, *_ in points]
         medians = [y for _, y, *_ in points]
         fixed, per_page = _line(lengths, medians)
-        drawn = random.Random(0)  # noqa: S311 - the same figures from the same table
+        drawn = random.Random(0)  # the same figures from the same table
         lines = [_line(lengths, [_draw(drawn, *p[1:]) for p in points]) for _ in range(_DRAWS)]
         return cls(
             curve=curve,
@@ -95,6 +95,10 @@ class Fit:
     def line(self, pages: float) -> float:
         """Return what the straight line says for so many OS pages, in ns."""
         return self.fixed_ns + self.ns_per_page * pages
+
+    def at(self, nbytes: float) -> Estimate:
+        """Return what so many bytes take; see `estimate`."""
+        return self.estimate(nbytes / PAGE_SIZE)
 
     def estimate(self, pages: float) -> Estimate:
         """Return what so many OS pages take: the line, bent to go through what was measured.
@@ -132,7 +136,7 @@ class CostModel:
                 if one.times is not None and one.times.min > 0
             ]
             if points:
-                fits[curve] = Fit.of(curve, [_positive(p) for p in points])
+                fits[curve] = Fit.of(curve, [_bounded(p) for p in points])
         return cls(fits)
 
     def estimate(
@@ -150,9 +154,12 @@ class CostModel:
 
         Args:
             verb: see `pyreserve.costs.cells`.
-            pages, nbytes: how much, in OS pages or in bytes; one of the two.
+            pages: how much, in OS pages; either this
+            nbytes: or this, in bytes.
             method: the verb's first if None.
-            page_kind, mode, threads: as of a cell.
+            page_kind: as of a cell, like the next two.
+            mode: ``"charge"`` or ``"noreserve"``.
+            threads: how many do it at once.
 
         Raises:
             ValueError: no such verb or method, a length that is not positive, or none or two.
@@ -199,7 +206,7 @@ class CostModel:
 
 
 def _line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
-    """Return the fixed and the per-page cost, neither below zero, with the least relative deviation.
+    """Return the fixed and the per-page cost, neither below zero, that deviate least.
 
     The best line goes through two of the points, or through one with one of the costs zero.
     """
@@ -228,10 +235,10 @@ def _middle(values: list[float], value: float) -> tuple[float, float]:
     return min(values[cut], value), max(values[-1 - cut], value)
 
 
-def _positive(point: Point) -> Point:
-    """Keep a low end off zero, whose logarithm is not finite."""
+def _bounded(point: Point) -> Point:
+    """Keep the interval's ends off zero and infinity, whose logarithms are not finite."""
     x, y, low, high = point
-    return x, y, max(low, y / 100), high
+    return x, y, max(low, y / _FAR), min(high, y * _FAR)
 
 
 def _interpolate(xs: Sequence[float], ys: Sequence[float], at: float) -> float:

@@ -1,4 +1,4 @@
-"""Runs a plan: pass after pass, each group in a fresh child process, until it is sure or out of time."""
+"""Runs a plan: pass after pass, each group in a fresh child process, until sure or out of time."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from typing import IO, Any
 from pyreserve.costs import machine
 from pyreserve.costs.cells import Cell, Curve
 from pyreserve.costs.child import PIECE, Job
-from pyreserve.costs.plan import Group, Plan
+from pyreserve.costs.planning import Group, Plan
 from pyreserve.costs.stats import quantile, split_cold, summarise
 from pyreserve.costs.table import CostTable, Measured, Noise
 
@@ -30,7 +30,8 @@ WIDTH = 0.04
 """Width of a median's 95 % interval at which a cell is known well enough, as a share of it."""
 
 _LEAST_PASSES = 6  # an interval of fewer says little
-_SHARE = 25  # so many rounds of the slowest program fit into the budget
+_SHARE = 20  # so many rounds of the slowest program fit into the budget
+_WARM_SHARE = 15  # and so many of the longest warming up
 _GRACE = 3.0  # seconds after the deadline at which a child that does not end is killed
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -61,7 +62,7 @@ class Progress:
     doing: str
 
 
-class Interrupted(KeyboardInterrupt):  # noqa: N818
+class Interrupted(KeyboardInterrupt):
     """Ctrl-C came during `measure`; `table` holds what was measured until then."""
 
     def __init__(self, table: CostTable) -> None:
@@ -137,11 +138,13 @@ class _Run:
             if not groups:
                 return
             self._system_calls.append([])
-            for group, numbers in groups:
+            for i, (group, numbers) in enumerate(groups):
                 if self._left() <= 0:
                     return
+                # No group may use up what the others of this pass need.
+                ahead = sum(len(others) for _, others in groups[i:])
                 self._new_pass(group)
-                self._run_group(group, numbers)
+                self._run_group(group, numbers, self._left() * len(numbers) / ahead)
             self._passes += 1
             if self._passes >= _LEAST_PASSES:
                 self._settle()
@@ -184,12 +187,13 @@ class _Run:
                 )
             )
 
-    def _run_group(self, group: Group, numbers: list[int]) -> None:
+    def _run_group(self, group: Group, numbers: list[int], seconds: float) -> None:
         job = Job(
             parent=os.getpid(),
-            deadline=self._begun + self._budget,
+            deadline=time.monotonic() + seconds,
             share=self._budget / _SHARE,
             setting=group.setting,
+            warm_seconds=self._budget / _WARM_SHARE,
             warm=max(group.programs[number].memory for number in numbers),
             entries=not self._entries,
             programs={number: group.programs[number] for number in numbers},
@@ -331,7 +335,8 @@ def _answers(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def _talk(child: "subprocess.Popen[bytes]", job: Job) -> Iterator[dict[str, Any]]:
-    assert child.stdin is not None and child.stdout is not None  # noqa: S101, PT018
+    assert child.stdin is not None
+    assert child.stdout is not None
     try:
         pickle.dump(job, child.stdin)
         child.stdin.close()

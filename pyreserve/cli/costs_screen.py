@@ -1,0 +1,277 @@
+"""How ``pyreserve costs`` looks in a terminal."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from pyreserve.cli.screen import console_for
+from pyreserve.costs import (
+    GROUPS,
+    Comparison,
+    CostModel,
+    CostTable,
+    Curve,
+    Fit,
+    Measured,
+    Plan,
+    Progress,
+    Recommendations,
+)
+from pyreserve.costs.cells import SMALL
+from pyreserve.units import format_size, format_time
+
+_REFRESH = 0.2  # seconds between two drawings of the bar
+_LINE = 10.0  # and between two lines where there is no terminal
+
+
+@contextmanager
+def progress(plan: Plan, budget: float) -> Iterator[Callable[[Progress], None]]:
+    """Say on standard error how far the run is: a bar on a terminal, a line now and then elsewhere.
+
+    Drawn by the caller's thread, between two answers of the measuring process.
+    """
+    console = Console(stderr=True, highlight=False)
+    console.print(
+        f"pyreserve costs: measuring {len(plan.cells)} cells for at most {budget:g} s, in up to "
+        f"{format_size(plan.memory)} of memory; Ctrl-C keeps what there is",
+        soft_wrap=True,
+    )
+    bar = Bar(
+        TextColumn("{task.fields[doing]}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("pass {task.fields[passes]}, {task.fields[settled]} cells settled"),
+        console=console,
+        auto_refresh=False,
+        transient=True,
+    )
+    task = bar.add_task("", total=budget, doing="", passes=1, settled=0)
+    drawn = time.monotonic()
+
+    def show(now: Progress) -> None:
+        nonlocal drawn
+        if time.monotonic() - drawn < (_REFRESH if console.is_terminal else _LINE):
+            return
+        drawn = time.monotonic()
+        fields: dict[str, Any] = {"passes": now.passes + 1, "settled": now.settled}
+        if console.is_terminal:
+            bar.update(task, completed=now.seconds, doing=now.doing, **fields)
+            bar.refresh()
+        else:
+            console.print(
+                f"{now.seconds:.0f} of {budget:g} s, pass {fields['passes']}, {now.settled} of "
+                f"{now.cells} cells settled, now {now.doing}",
+                soft_wrap=True,
+            )
+
+    if console.is_terminal:
+        bar.start()
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
+def show(table: CostTable, recommendations: Recommendations) -> None:
+    """Print the machine, the costs, what could not be measured and what follows."""
+    if sys.stdout is None:
+        return
+    console = console_for(120)
+    _show_machine(console, table)
+    model = table.model()
+    for group, verbs in GROUPS.items():
+        rows = [fit for verb in verbs for fit in _sorted(model, verb)]
+        if rows:
+            console.print()
+            console.print(_group(group, rows, table, wide=console.width >= 110))
+    _show_cold(console, table)
+    _show_unmeasured(console, table)
+    console.print()
+    console.print(Text("What follows", "bold"))
+    for answer in recommendations.answers().values():
+        if answer.value is not None:
+            console.print(Padding(Text(answer.text), (0, 0, 0, 2)))
+            console.print(Padding(Text(answer.because, "dim"), (0, 0, 0, 4)))
+
+
+def _show_machine(console: Console, table: CostTable) -> None:
+    facts = table.machine
+    huge = {int(size): how for size, how in facts["transparent_huge_pages"].items()}
+    on = [f"{format_size(size)} {how}" for size, how in huge.items() if how != "never"]
+    virtual = {"no": "not virtualised", "yes": "virtualised"}.get(
+        facts["virtualised"], f"virtualised ({facts['virtualised']})"
+    )
+    balloon = ", with a balloon" if facts["balloon"] else ""
+    console.print(
+        Text.assemble(
+            ("pyreserve costs", "bold"),
+            f"  {facts['cpu'] or 'unknown CPU'}, {facts['cpus']} CPUs, "
+            f"{format_size(facts['memory'])}, Linux {facts['kernel']}, {virtual}{balloon}",
+        )
+    )
+    call = facts["system_call_ns"]
+    console.print(
+        f"OS page {format_size(facts['page_size'])}; transparent huge pages: "
+        f"{', '.join(on) or 'never'} (defrag {facts['transparent_huge_pages_defrag']}); "
+        f"vm.overcommit_memory {facts['overcommit_memory']}"
+        + (f"; a system call {format_time(call)}" if call else "")
+    )
+    passes = max((one.times.passes for one in table.cells if one.times), default=0)
+    console.print(
+        f"{'' if table.complete else 'Interrupted after '}{table.seconds:.1f} s, up to {passes} "
+        "passes. Medians; ± half of the 95 % interval; a page is an OS page; GiB/s at the longest "
+        "length; off: how far the line of fixed and per page is from a median at most; outliers: "
+        "how many, and the worst in medians."
+    )
+    why = table.noise.why
+    if why is not None:
+        console.print(Text(f"Noisy: {why}; small differences mean nothing here.", "yellow"))
+
+
+def _sorted(model: CostModel, verb: str) -> list[Fit]:
+    from pyreserve.costs import METHODS  # noqa: PLC0415
+
+    def order(fit: Fit) -> tuple[object, ...]:
+        curve = fit.curve
+        return (
+            METHODS[verb].index(curve.method),
+            curve.page_kind != SMALL,
+            curve.page_kind,
+            curve.mode,
+            curve.threads,
+        )
+
+    return sorted((fit for fit in model.fits.values() if fit.curve.verb == verb), key=order)
+
+
+def _group(name: str, fits: list[Fit], table: CostTable, *, wide: bool) -> Table:
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    shown.add_column(name, no_wrap=True, header_style="bold", min_width=24)
+    shown.add_column("pages", no_wrap=True, min_width=15)
+    shown.add_column("fixed", justify="right", no_wrap=True, min_width=13)
+    shown.add_column("per page", justify="right", no_wrap=True, min_width=15)
+    shown.add_column("GiB/s", justify="right", no_wrap=True, min_width=5)
+    if wide:
+        shown.add_column("at", no_wrap=True, min_width=7)
+        shown.add_column("off", justify="right", no_wrap=True, min_width=4)
+        shown.add_column("outliers", no_wrap=True, min_width=12)
+    cells, last = table.curves(), None
+    for fit in fits:
+        label = f"{fit.curve.verb} {fit.curve.method}"
+        longest = cells[fit.curve][-1].cell
+        # A rate makes sense where it is the pages that cost.
+        paged = fit.ns_per_page > 1 and fit.ns_per_page * longest.pages > fit.fixed_ns
+        row = [
+            label if label != last else "",
+            _setting(fit.curve),
+            _figure(fit.fixed_ns, fit.fixed_ci95),
+            _figure(fit.ns_per_page, fit.ns_per_page_ci95),
+            f"{fit.gib_per_second:.3g}" if paged else "",
+        ]
+        if wide:
+            at = format_size(longest.nbytes) if paged else ""
+            row += [at, f"{fit.residual:.0%}", _outliers(cells[fit.curve])]
+        shown.add_row(*row)
+        last = label
+    return shown
+
+
+def _setting(curve: Curve) -> str:
+    threads = f" {curve.threads} threads" if curve.threads > 1 else ""
+    return f"{curve.page_kind}{'' if curve.mode == 'charge' else f' {curve.mode}'}{threads}"
+
+
+def _figure(ns: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    half = (high - low) / 2
+    if ns < 0.001 and half < 0.001:
+        return "0 ns     "
+    if ns < half:
+        return f"up to {format_time(high)}     "
+    return f"{format_time(ns)} ±{half / ns:3.0%}"
+
+
+def _outliers(cells: list[Measured]) -> str:
+    times = [one.times for one in cells if one.times is not None]
+    outliers, samples = sum(t.outliers for t in times), sum(t.samples for t in times)
+    if not outliers:
+        return ""
+    worst = max(t.max / t.median for t in times if t.median > 0)
+    return f"{outliers / samples:.1%}, to {worst:.0f}x"
+
+
+def _show_cold(console: Console, table: CostTable) -> None:
+    warm = {one.cell: one.times for one in table.cells if one.host == "warm"}
+    for one in table.cells:
+        if one.host != "cold" or one.times is None:
+            continue
+        usual = warm.get(one.cell)
+        times = f", {one.times.median / usual.median:.3g} times as long" if usual else ""
+        console.print()
+        console.print(
+            Text(
+                f"Cold host: {one.cell}: {format_time(one.times.median)}{times}, in "
+                f"{one.times.samples} samples. The host had taken this memory away while it was "
+                "idle; these samples are in no other figure.",
+                "yellow",
+            )
+        )
+
+
+def _show_unmeasured(console: Console, table: CostTable) -> None:
+    reasons: dict[str, list[Measured]] = {}
+    for one in table.cells:
+        if one.times is None:
+            reasons.setdefault(one.why or "", []).append(one)
+    if reasons:
+        console.print()
+    for why, cells in reasons.items():
+        first = str(cells[0].cell)
+        others = f" and {len(cells) - 1} more cells" if len(cells) > 1 else ""
+        console.print(Text(f"Not measured: {first}{others}: {why}", "dim"))
+
+
+def show_comparison(comparison: Comparison, old: str) -> None:
+    """Print what changed."""
+    if sys.stdout is None:
+        return
+    console = console_for(120)
+    console.print()
+    console.print(Text(f"Compared with {old}", "bold"))
+    for name, before, after in comparison.differences:
+        console.print(Text(f"  not the same: {name} was {_plain(before)}, is {_plain(after)}"))
+    changed = [one for one in comparison.cells if one.verdict != "same"]
+    if changed:
+        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+        for column in ("cell", "before", "now", "ratio", "verdict"):
+            right = column in {"before", "now", "ratio"}
+            shown.add_column(column, justify="right" if right else "left", no_wrap=True)
+        for one in sorted(changed, key=lambda one: -abs(one.ratio - 1)):
+            cold = ", cold host" if one.host == "cold" else ""
+            shown.add_row(
+                f"{one.cell}{cold}",
+                format_time(one.old.median),
+                format_time(one.new.median),
+                f"{one.ratio:.2f}",
+                one.verdict,
+            )
+        console.print(shown)
+    counts = {v: comparison.count(v) for v in ("same", "slower", "faster", "noisy")}
+    said = ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n or verdict == "same")
+    console.print(f"{len(comparison.cells)} cells in both: {said}")
+    if comparison.noisy is not None:
+        console.print(Text(f"Noisy, so nothing is called a change: {comparison.noisy}", "yellow"))
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
