@@ -30,6 +30,7 @@ class CostsRun:
 
     def run(self) -> bool:
         """Measure, write and show; False if Ctrl-C came before the end."""
+        self.plan.check_memory()
         complete = True
         with costs_screen.progress(self.plan, self.budget) as show:
             try:

@@ -79,7 +79,8 @@ def progress(plan: Plan, budget: float) -> Iterator[Callable[[Progress], None]]:
     try:
         yield show
     finally:
-        bar.stop()
+        if console.is_terminal:
+            bar.stop()
 
 
 def show(table: CostTable, recommendations: Recommendations) -> None:

@@ -25,8 +25,8 @@ PIECE = 2 * MiB
 _SWEEPS = 3  # times that the programs take turns
 _SLICE = 0.005  # seconds that a program runs in one turn, if one round takes less
 _MOST_ROUNDS = 60
-_LONG = 0.1  # seconds; a round that takes longer runs once a pass, and none goes to warming up
-_TRIED = 32 * PIECE
+_LONG = 0.1  # seconds; what takes longer runs once a pass, and no round goes to warming up
+_TRIED = 32  # pieces touched to see how fast that goes
 _CALLS = 1000
 
 _VERBS = {
@@ -124,9 +124,10 @@ def warm_up(nbytes: int, seconds: float, advice: int) -> list[float]:
     The host of a virtual machine may have taken it away while it was idle, and bringing it again
     is many times as slow: what can't be brought in the time given is left.
     """
-    tried = _touch_once(min(nbytes, _TRIED), advice)
+    few = _TRIED * PIECE
+    tried = _touch_once(min(nbytes, few), advice)
     most = int(seconds * 1e9 / max(sum(tried), 1.0) * len(tried)) * PIECE
-    if nbytes <= _TRIED or most <= _TRIED:
+    if nbytes <= few or most <= few:
         return tried
     return _touch_once(min(nbytes, most), advice)
 
@@ -176,23 +177,43 @@ class Pass:
         self._seconds = dict(job.seconds)
         self._warm: set[int] = set()
 
-    def sweep(self, *, first: bool) -> None:
-        """Give every program its turn."""
-        answer(system_call=system_call_ns())
-        for number in list(self._left):
-            if time.monotonic() >= self._job.deadline:
-                return
-            seconds = self._predict(number)
-            if not first and seconds >= _LONG:
-                continue
-            if seconds > self._job.share:
-                why = (
-                    f"one round would take {seconds:.2g} s, and the budget leaves "
-                    f"{self._job.share:.2g} s for one"
-                )
-                answer(skipped=number, why=why)
-            elif time.monotonic() + seconds <= self._job.deadline:
-                self._turn(number, seconds)
+    def run(self) -> None:
+        """Let the short programs take turns; then the long ones, each once, the largest first.
+
+        What a long one touches would be taken away again if it were idle for long, so its memory is
+        warmed up right before.
+        """
+        self._warm_up(min(self._job.warm, _TRIED * PIECE))
+        for _ in range(_SWEEPS):
+            answer(system_call=system_call_ns())
+            for number in list(self._left):
+                if self._predict(number) < _LONG:
+                    self._turn(number)
+        long = [number for number in self._left if self._is_long(number)]
+        long.sort(key=lambda number: -self._left[number].memory)
+        if long:
+            self._warm_up(self._left[long[0]].memory)
+        for number in long:
+            self._turn(number)
+
+    def _is_long(self, number: int) -> bool:
+        """Whether it is long, and short enough for the budget; tell the parent if it is not."""
+        seconds = self._predict(number)
+        if seconds > self._job.share:
+            why = (
+                f"one round would take {seconds:.2g} s, and the budget leaves "
+                f"{self._job.share:.2g} s for one"
+            )
+            answer(skipped=number, why=why)
+            return False
+        return seconds >= _LONG
+
+    def _warm_up(self, nbytes: int) -> None:
+        try:
+            answer(warm_up=warm_up(nbytes, self._job.warm_seconds, self._job.setting.advice))
+        except Refused as refused:
+            # The programs that need as much will be refused too, and say so one by one.
+            answer(not_warmed=errno.errorcode.get(refused.err, str(refused.err)))
 
     def _predict(self, number: int) -> float:
         """Say how many seconds a round will take: as it did, or as a shorter piece lets expect.
@@ -211,8 +232,10 @@ class Pass:
         scaled = seconds * program.piece / piece
         return scaled if known is None else min(known, scaled)
 
-    def _turn(self, number: int, seconds: float) -> None:
-        program = self._left[number]
+    def _turn(self, number: int) -> None:
+        program, seconds = self._left[number], self._predict(number)
+        if time.monotonic() + seconds > self._job.deadline:
+            return
         try:
             if number not in self._warm and seconds < _LONG:
                 begun = time.monotonic()
@@ -252,7 +275,7 @@ class Pass:
         gone = [cell for cell in program.cells if cell not in kept.cells]
         self._give_up(number, why, gone)
         self._left[number] = kept
-        self._turn(number, 0.0)
+        self._turn(number)
 
     def _give_up(self, number: int, why: str, cells: list[Cell] | None = None) -> None:
         program = self._left.pop(number)
@@ -270,16 +293,9 @@ def work(job: Job) -> None:
         if why is not None:
             answer(unavailable=why)
             return
-    try:
-        answer(warm_up=warm_up(job.warm, job.warm_seconds, job.setting.advice))
-    except Refused as refused:
-        # The programs will be refused too, and say so one by one; short ones may not be.
-        answer(not_warmed=errno.errorcode.get(refused.err, str(refused.err)))
     if job.entries:
         answer(map_entries=map_entries())
-    whole = Pass(job)
-    for sweep in range(_SWEEPS):
-        whole.sweep(first=sweep == 0)
+    Pass(job).run()
 
 
 def main() -> None:

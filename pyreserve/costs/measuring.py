@@ -22,6 +22,7 @@ from pyreserve.costs.child import PIECE, Job
 from pyreserve.costs.planning import Group, Plan
 from pyreserve.costs.stats import quantile, split_cold, summarise
 from pyreserve.costs.table import CostTable, Measured, Noise
+from pyreserve.units import MiB
 
 BUDGET = 50.0
 """Seconds that a run takes at most unless told otherwise."""
@@ -32,6 +33,7 @@ WIDTH = 0.04
 _LEAST_PASSES = 6  # an interval of fewer says little
 _SHARE = 20  # so many rounds of the slowest program fit into the budget
 _WARM_SHARE = 15  # and so many of the longest warming up
+_BIG = 256 * MiB  # what holds more memory takes part in every second pass
 _GRACE = 3.0  # seconds after the deadline at which a child that does not end is killed
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -146,21 +148,24 @@ class _Run:
                 self._new_pass(group)
                 self._run_group(group, numbers, self._left() * len(numbers) / ahead)
             self._passes += 1
-            if self._passes >= _LEAST_PASSES:
-                self._settle()
+            self._settle()
 
     def _left(self) -> float:
         return self._begun + self._budget - time.monotonic()
 
     def _open(self, group: Group) -> list[int]:
         """Return the numbers of the programs that still have something to find out."""
+        big_too = self._passes % 2 == 0
         return [
             number
             for number, program in enumerate(group.programs)
-            if any(
-                cell not in self._settled and cell not in self._refused for cell in program.cells
-            )
+            if (big_too or program.memory <= _BIG)
+            and any(self._is_open(cell) for cell in program.cells)
         ]
+
+    def _is_open(self, cell: Cell) -> bool:
+        settled = self._passes >= _LEAST_PASSES and cell in self._settled
+        return not settled and cell not in self._refused
 
     def _settle(self) -> None:
         for cell, passes in self._samples.items():
