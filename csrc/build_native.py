@@ -5,7 +5,16 @@ from pathlib import Path
 
 from cffi import FFI
 
-ROOMS = ("vm", "runs", "bitmap", "region", "lazybitmap", "pagealloc", "heap", "timing")  # lowest first
+ROOMS = (
+    "vm",
+    "runs",
+    "bitmap",
+    "region",
+    "lazybitmap",
+    "pagealloc",
+    "heap",
+    "timing",
+)  # lowest first
 HERE = Path("csrc")  # setuptools wants paths relative to setup.py, and runs this from there
 
 

@@ -266,7 +266,8 @@ class Pass:
             return
         step = program.steps[refused.step]
         verb = _VERBS.get(step.verb, step.verb.lower())
-        why = str(refusal(verb, refused.err, step.nbytes).strerror)
+        pool = "the pool has too few huge pages" if program.huge and verb == "reserve" else None
+        why = str(refusal(verb, refused.err, step.nbytes, why=pool).strerror)
         if step.bound is None:
             self._give_up(number, why)
             return

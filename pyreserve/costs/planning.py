@@ -64,7 +64,7 @@ class Plan:
         if self.memory > available:
             msg = (
                 f"measuring needs {format_size(self.memory)} of memory and "
-                f"{format_size(available)} are available; a smaller longest piece (--longest) needs less"
+    """Choose what to measure.
             )
             raise OutOfMemoryError(errno.ENOMEM, msg, verb="populate", nbytes=self.memory)
 

@@ -171,25 +171,26 @@ def life(s: Setting, n: int) -> Program:
         Step("WRITE", 0, n, cell("retouch", "after-dontneed", n)),
         Step("DISCARD_LAZY", 0, n, cell("discard", "free", n), bound=1),
         Step("WRITE", 0, n, cell("retouch", "after-free", n)),
-        Step("DECOMMIT", 0, n, cell("decommit", "mmap-fixed", n)),
-        Step("ADVISE", 0, n),
-        Step("COMMIT", 0, n, cell("recommit", "mmap-fixed", n)),
-        Step("WRITE", 0, n),
         Step("UNCOMMIT", 0, n, cell("decommit", "mprotect", n)),
         Step("COMMIT", 0, n, cell("recommit", "mprotect", n)),
         Step("DISCARD_OFF", 0, n, cell("decommit", "dontneed+mprotect", n), bound=1),
         Step("COMMIT", 0, n, cell("recommit", "dontneed+mprotect", n)),
+        Step("WRITE", 0, n),
+        Step("DECOMMIT", 0, n, cell("decommit", "mmap-fixed", n)),
     ]
+    if s.kind.sort != "hugetlb":  # what replaces hugetlb pages is ordinary memory
+        steps.append(Step("ADVISE", 0, n))
+        steps.append(Step("COMMIT", 0, n, cell("recommit", "mmap-fixed", n)))
     return s.program("life", steps, n, memory=n)
 
 
 def read(s: Setting, n: int) -> Program:
-    """Commit by mapping anew, and read."""
-    steps = [
-        Step("COMMIT_MAP", 0, n, s.cell("commit", "mmap-fixed", n)),
-        Step("ADVISE", 0, n),
-        Step("READ", 0, n, s.cell("touch", "read", n)),
-    ]
+    """Commit by mapping anew, where that keeps the kind of page, and read."""
+    if s.kind.sort == "hugetlb":
+        steps = [Step("COMMIT", 0, n)]
+    else:
+        steps = [Step("COMMIT_MAP", 0, n, s.cell("commit", "mmap-fixed", n)), Step("ADVISE", 0, n)]
+    steps.append(Step("READ", 0, n, s.cell("touch", "read", n)))
     # Small pages read from the page of zeros, and take memory for page tables alone.
     return s.program("read", steps, n, memory=n if s.kind.sort == "hugetlb" else n // 256)
 
@@ -273,6 +274,18 @@ class Script:
     sorts: tuple[str, ...] = ("small", "transparent", "hugetlb")
     one_thread: bool = False
 
+    def suits(self, setting: Setting, nbytes: int) -> bool:
+        """Whether a setting has such programs for pieces of a length."""
+        longest = min(self.longest or nbytes, setting.longest or nbytes)
+        return (
+            setting.kind.sort in self.sorts
+            and nbytes % setting.unit == 0
+            and nbytes <= longest
+            and not (self.one_thread and setting.threads > 1)
+            # Only the largest of the transparent sizes is what pages are collapsed to.
+            and not (self.write is collapsed and setting.kind.size != thp_size())
+        )
+
 
 SCRIPTS: dict[str, Script] = {
     "untouched": Script(untouched),
@@ -294,12 +307,5 @@ def write(setting: Setting, names: tuple[str, ...], lengths: list[int]) -> Itera
     """Write the programs of the named scripts at each length that they make sense for."""
     for nbytes in lengths:
         for name in names:
-            script = SCRIPTS[name]
-            if (
-                setting.kind.sort in script.sorts
-                and nbytes % setting.unit == 0
-                and not (script.longest and nbytes > script.longest)
-                and not (setting.longest and nbytes > setting.longest)
-                and not (script.one_thread and setting.threads > 1)
-            ):
-                yield script.write(setting, nbytes)
+            if SCRIPTS[name].suits(setting, nbytes):
+                yield SCRIPTS[name].write(setting, nbytes)
