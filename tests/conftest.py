@@ -14,6 +14,13 @@ settings.register_profile("pyreserve", deadline=None, print_blob=True)
 settings.load_profile("pyreserve")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """State machines are heavy: thousands of steps against a model."""
+    for item in items:
+        if item.path.stem.endswith("_machine"):
+            item.add_marker(pytest.mark.heavy)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _collections_are_quick() -> None:
     """Tests that collect garbage need not look at all the modules that were imported, each time."""

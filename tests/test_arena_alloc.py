@@ -549,6 +549,7 @@ class TestGoldenTraces:
         assert found[1] == "layout"
 
 
+@pytest.mark.heavy
 class TestThreads:
     @pytest.mark.parametrize("layout", ["native", "go1.4/amd64"])
     @needs_64_bits

@@ -228,6 +228,7 @@ class TestJSON:
         assert ranges(report) == golden.find(row, 0).heap_maps
 
 
+@pytest.mark.heavy
 class TestTouch:
     @pytest.mark.parametrize("mib", [1, 10, 100])
     @needs_64_bits

@@ -984,6 +984,7 @@ class TestRefusals:
 @pytest.mark.skipif(
     witness.vm_setting("max_map_count") > 140_000, reason="vm.max_map_count is too high to reach"
 )
+@pytest.mark.heavy
 class TestMapCount:
     PIECES = 70_000
     SECONDS = 10

@@ -200,6 +200,7 @@ BURST = """
 
 
 @needs_64_bits
+@pytest.mark.heavy
 class TestBurst:
     @pytest.mark.skipif(witness.meminfo("MemAvailable") < 4 << 30, reason="needs 4 GiB of memory")
     @pytest.mark.parametrize(

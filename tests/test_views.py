@@ -347,6 +347,7 @@ class TestTableStruck:
 
 
 class TestTableSize:
+    @pytest.mark.heavy
     def test_a_million_transient_views_leave_no_trace(self) -> None:
         """Views made and dropped in ever new places keep the table at a few hundred entries."""
         table = ViewTable(1 << 46)

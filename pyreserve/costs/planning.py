@@ -64,7 +64,8 @@ class Plan:
         if self.memory > available:
             msg = (
                 f"measuring needs {format_size(self.memory)} of memory and "
-    """Choose what to measure.
+                f"{format_size(available)} are available; a smaller longest piece (--longest) needs"
+                " less"
             )
             raise OutOfMemoryError(errno.ENOMEM, msg, verb="populate", nbytes=self.memory)
 
@@ -79,8 +80,7 @@ def plan(*, full: bool = False, only: Iterable[str] | None = None, longest: int 
     Args:
         full: all page kinds, both modes and one to all threads, at every power of two.
         only: verbs to measure; None for all.
-        longest: the longest piece of memory, in bytes. Half of it, about, is the least that a
-            machine must have.
+        longest: the longest piece of memory, in bytes, up to 1 GiB; `Plan.memory` follows from it.
 
     Raises:
         ValueError: a verb that there is not, none at all, or `longest` is less than an OS page.
