@@ -91,22 +91,36 @@ def available_bytes() -> int:
     return available
 
 
+# Version 2 (Documentation/admin-guide/cgroup-v2.rst), then version 1 (cgroup-v1/memory.rst): where
+# the groups are, the files of limit and use, and the line of memory.stat for the page cache.
+_CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "file "),
+    (
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_cache ",
+    ),
+)
+
+
 def _cgroup_memory() -> Iterator[tuple[int, int]]:
-    """Yield limit and use, page cache left out, of each limited cgroup above this process (v2)."""
-    root = Path("/sys/fs/cgroup")
+    """Yield limit and use, page cache left out, of each limited cgroup above this process."""
     for line in (_PROC / "self/cgroup").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("0::/"):
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
             continue
-        group = root / line[len("0::/") :]
+        root, limit_file, use_file, cache_line = _CGROUPS[bool(controllers)]
+        group = root / name.lstrip("/")
         for place in (group, *group.parents):
             if not place.is_relative_to(root):
                 break
             try:
-                limit = (place / "memory.max").read_text(encoding="ascii").strip()
+                limit = (place / limit_file).read_text(encoding="ascii").strip()
                 if limit != "max":
-                    used = int((place / "memory.current").read_text(encoding="ascii"))
+                    used = int((place / use_file).read_text(encoding="ascii"))
                     stat = (place / "memory.stat").read_text(encoding="ascii").splitlines()
-                    cache = next(int(row[5:]) for row in stat if row.startswith("file "))
-                    yield int(limit), used - cache
+                    cache = next(row.split()[1] for row in stat if row.startswith(cache_line))
+                    yield int(limit), used - int(cache)
             except FileNotFoundError:  # the root group, or one without the memory controller
                 continue

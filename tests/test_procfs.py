@@ -252,3 +252,24 @@ class TestAvailableMemory:
         monkeypatch.setattr(procfs, "_cgroup_memory", limited)
 
         assert procfs.available_bytes() == available
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_both_versions_of_cgroups(
+        self, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A group's limit counts in either version, its page cache does not, and parents count."""
+        proc, groups = tmp_path / "proc", tmp_path / "groups"
+        (proc / "self").mkdir(parents=True)
+        line = "0::/a/b\n" if version == 2 else "1:cpu:/\n7:memory,x:/a/b\n"
+        (proc / "self/cgroup").write_text(line)
+        (groups / "a/b").mkdir(parents=True)
+        _, limit, use, cache = procfs._CGROUPS[2 - version]
+        for place, most in ((groups / "a/b", "1000000"), (groups / "a", "900000")):
+            (place / limit).write_text(most)
+            (place / use).write_text("500000")
+            (place / "memory.stat").write_text(f"anon 1\n{cache}200000\nfile_mapped 5\n")
+        monkeypatch.setattr(procfs, "_PROC", proc)
+        moved = tuple((groups, *rest) for _, *rest in procfs._CGROUPS)
+        monkeypatch.setattr(procfs, "_CGROUPS", moved)
+
+        assert list(procfs._cgroup_memory()) == [(1000000, 300000), (900000, 300000)]
