@@ -1,13 +1,12 @@
 """What ``pyreserve costs`` does, from its options to its files."""
 
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyreserve.cli import costs_screen
 from pyreserve.costs import CostTable, Interrupted, Plan, compare, measure, recommend
+from pyreserve.costs.files import write_text
 
 Writer = Callable[[CostTable, Path], None]
 
@@ -61,27 +60,9 @@ def write_pyperf(table: CostTable, path: Path) -> None:
 
 def write_json(table: CostTable, path: Path) -> None:
     """Write the documented JSON."""
-    _write(path, table.to_json() + "\n")
+    write_text(path, table.to_json() + "\n")
 
 
 def write_csv(table: CostTable, path: Path) -> None:
     """Write a line a cell."""
-    _write(path, table.to_csv())
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    if path.exists() and not path.is_file():  # /dev/stdout, a pipe
-        path.write_text(text, encoding="utf-8")
-        return
-    handle, made = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(made).chmod(0o666 & ~umask)
-        Path(made).replace(path)
-    except BaseException:
-        Path(made).unlink(missing_ok=True)
-        raise
+    write_text(path, table.to_csv())

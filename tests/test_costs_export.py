@@ -1,0 +1,558 @@
+"""Costs as pictures and as files of pyperf."""
+
+import itertools
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import pyperf
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from PIL import Image
+
+from pyreserve import GiB, KiB, MiB
+from pyreserve.cli import costs as command
+from pyreserve.costs import GROUPS, METHODS, Cell, CostTable, Curve, Measured, Noise
+from pyreserve.costs import plot as module
+from pyreserve.costs.files import write_bytes, write_text
+from pyreserve.costs.plot import MOST_LINES, choose, draw, figure, label, spread
+from pyreserve.costs.pyperf_export import MOST_VALUES, name, to_pyperf, write_pyperf
+from pyreserve.costs.stats import summarise
+
+MACHINE = {"cpu": "$A$ CPU", "kernel": "6.1", "cpus": 2, "balloon": True, "virtualised": None}
+LENGTHS = (4 * KiB, 16 * KiB, 64 * KiB, 256 * KiB, 2 * MiB, 32 * MiB, GiB)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def cell(
+    curve: Curve, nbytes: int, ns: float, *, host: str = "warm", samples: int = 5, passes: int = 3
+) -> Measured:
+    """Return a cell whose samples lie evenly around a median."""
+    spans = [1 + 0.02 * (i - samples // 2) for i in range(samples)]
+    found = [[ns * span for span in spans] for _ in range(passes)]
+    return Measured(curve.at(nbytes), host, summarise(found), None, found)
+
+
+def line(curve: Curve, fixed: float, per_page: float, lengths: Any = LENGTHS) -> list[Measured]:
+    """Return the cells of a curve that costs so much a call and so much a page, in ns."""
+    small = 512 if curve.page_kind == "2MiB" else 1
+    lengths = [nbytes for nbytes in lengths if nbytes >= small * 4 * KiB]
+    return [cell(curve, n, fixed + per_page * n / (4 * KiB) / small) for n in lengths]
+
+
+def table(*lines: list[Measured], machine: dict[str, Any] = MACHINE) -> CostTable:
+    """Return a table of these cells."""
+    cells = tuple(one for cells in lines for one in cells)
+    return CostTable(machine, cells, Noise(0.0, 0.0, 0.0), 1.0)
+
+
+def everything() -> CostTable:
+    """Return a table of all verbs and methods, two page kinds, and some variants."""
+    lines = []
+    for number, (verb, methods) in enumerate(METHODS.items()):
+        for other, method in enumerate(methods):
+            fixed, per_page = 500 * (1 + number), 10 * (1 + 3 * other)
+            lines.append(line(Curve(verb, method), fixed, per_page))
+            lines.append(line(Curve(verb, method, "2MiB"), 3 * fixed, 20 * per_page))
+            lines.append(line(Curve(verb, method, mode="noreserve"), 2 * fixed, per_page))
+            lines.append(line(Curve(verb, method, threads=2), 4 * fixed, per_page))
+    touch = Curve("touch", "write")
+    lines.append([cell(touch, 2 * MiB, 9e6, host="cold"), cell(touch, GiB, 9e8, host="cold")])
+    lines.append([Measured(Cell("fork", "inherit", "64KiB", "charge", MiB), "warm", None, "no")])
+    return table(*lines)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Figure:
+    return figure(everything())
+
+
+def artists(picture: Figure, kind: type[Any], prefix: str) -> list[Any]:
+    found = picture.findobj(lambda artist: isinstance(artist, kind) and bool(artist.get_gid()))
+    return [one for one in found if str(one.get_gid()).startswith(prefix)]
+
+
+def panels(picture: Figure) -> list[list[Line2D]]:
+    """Return the named lines of each panel."""
+    return [
+        [one for one in axes.lines if str(one.get_gid()).startswith("line-")]
+        for axes in picture.axes
+    ]
+
+
+def texts(svg: Path) -> dict[str, str]:
+    """Return the texts of the named groups of an SVG."""
+    found = {}
+    for group in ET.parse(svg).iter(f"{SVG}g"):
+        words = [element.text or "" for element in group.findall(f"{SVG}text")]
+        if words:
+            found[group.get("id", "")] = " ".join(words)
+    return found
+
+
+class TestTheChoiceOfLines:
+    SMALL = Curve("commit", "mprotect")
+    HUGE = Curve("commit", "mprotect", "2MiB")
+
+    def chosen(self, *lines: list[Measured]) -> list[list[Curve]]:
+        found = choose(table(*lines).curves(), GROUPS["get memory"])
+        return [[one.curve, *one.joined] for one in found.lines]
+
+    def test_lines_on_each_other_are_joined(self) -> None:
+        """Curves within 15 % of each other at all lengths are one line; others are not."""
+        alike, other = Curve("commit", "mmap-fixed"), Curve("guard", "madvise")
+
+        found = self.chosen(
+            line(self.SMALL, 1000, 10), line(alike, 1100, 11), line(other, 1500, 10)
+        )
+
+        assert found == [[self.SMALL, alike], [other]]
+
+    def test_overlapping_bands_join(self) -> None:
+        """Up to 30 % apart, curves whose intervals overlap are one line too."""
+        alike = Curve("commit", "mmap-fixed")
+        noisy = [[900.0, 1000.0, 1300.0], [850.0, 1000.0, 1400.0]]
+        wide = [Measured(self.SMALL.at(KiB * 4), "warm", summarise(noisy), None, noisy)]
+
+        assert self.chosen(wide, [cell(alike, KiB * 4, 1250)]) == [[self.SMALL, alike]]
+        assert self.chosen(wide, [cell(alike, KiB * 4, 1350)]) == [[self.SMALL], [alike]]
+
+    def test_another_page_kind_joins_only_its_own_method(self) -> None:
+        """A line of two page kinds and two verbs has no name that could be understood."""
+        other = Curve("guard", "mprotect", "2MiB")
+
+        assert self.chosen(line(self.SMALL, 1000, 0), line(other, 1000, 0)) == [
+            [self.SMALL],
+            [other],
+        ]
+        assert self.chosen(line(self.SMALL, 1000, 0), line(self.HUGE, 1000, 0)) == [
+            [self.SMALL, self.HUGE]
+        ]
+
+    def test_variants_only_where_they_differ(self) -> None:
+        """Noreserve and threads are drawn where some length takes over 30 % more or less."""
+        same = Curve("commit", "mprotect", mode="noreserve")
+        slow = Curve("commit", "mprotect", threads=2)
+
+        found = self.chosen(line(self.SMALL, 1000, 1), line(same, 800, 1), line(slow, 1500, 1))
+
+        assert found == [[self.SMALL], [slow]]
+
+    def test_a_full_panel_says_what_it_lacks(self) -> None:
+        """No panel has more than nine lines, and each plain curve is drawn, joined or named."""
+        curves = everything().curves()
+        for verbs in GROUPS.values():
+            chosen = choose(curves, verbs)
+
+            drawn = [curve for one in chosen.lines for curve in (one.curve, *one.joined)]
+            gone = [one.curve for one in chosen.left_out]
+            plain = [
+                curve
+                for curve in curves
+                if curve.verb in verbs and (curve.mode, curve.threads) == ("charge", 1)
+            ]
+            assert len(chosen.lines) <= MOST_LINES
+            assert len(set(drawn + gone)) == len(drawn + gone)
+            assert set(plain) <= set(drawn + gone)
+            assert {one.near for one in chosen.left_out} <= {one.curve for one in chosen.lines}
+
+    @pytest.mark.parametrize(
+        ("curves", "expected"),
+        [
+            ([SMALL], "commit mprotect"),
+            ([Curve("reserve", "mmap")], "reserve"),
+            ([HUGE], "commit mprotect 2 MiB"),
+            ([SMALL, HUGE], "commit mprotect (also 2 MiB)"),
+            ([SMALL, Curve("commit", "mmap-fixed")], "commit mprotect, mmap-fixed"),
+            (
+                [Curve("touch", "write", "2MiB"), Curve("populate", "madvise", "2MiB")],
+                "touch write, populate, both 2 MiB",
+            ),
+            ([Curve("touch", "read", threads=4)], "touch read 4 threads"),
+            ([Curve("touch", "read", "hugetlb-2MiB", "noreserve")], None),
+        ],
+    )
+    def test_labels(self, curves: list[Curve], expected: str | None) -> None:
+        """A label names what differs from 4 KiB pages, mode charge and one thread."""
+        expected = expected or "touch read hugetlb 2 MiB, noreserve"
+
+        assert label(curves, "4KiB").replace("\u00a0", " ") == expected
+
+
+class TestSpreading:
+    @given(
+        st.lists(st.tuples(st.floats(0, 100), st.floats(0.5, 9)), max_size=12).filter(
+            lambda labels: sum(height for _, height in labels) <= 100
+        )
+    )
+    def test_apart_in_order_and_inside(self, labels: list[tuple[float, float]]) -> None:
+        """No two labels overlap or change places, and all stay inside if they fit."""
+        wanted, heights = [one for one, _ in labels], [height for _, height in labels]
+
+        found = spread(wanted, heights, 0, 100)
+
+        order = sorted(range(len(labels)), key=lambda i: wanted[i])
+        for low, high in itertools.pairwise(order):
+            assert found[high] - found[low] >= (heights[high] + heights[low]) / 2 - 1e-9
+        for place, height in zip(found, heights, strict=True):
+            assert height / 2 - 1e-9 <= place <= 100 - height / 2 + 1e-9
+
+    def test_what_is_apart_stays(self) -> None:
+        """Labels that have room are where they want to be; others share what is too little."""
+        assert spread([50, 10, 90], [4, 4, 4], 0, 100) == [50, 10, 90]
+        assert spread([50, 50, 90], [4, 6, 4], 0, 100) == [47.5, 52.5, 90]
+
+
+class TestThePicture:
+    def test_a_panel_for_each_group(self, drawn: Figure) -> None:
+        """Each group of verbs has a panel with its title; what was not measured has none."""
+        titles = [text.get_text() for text in drawn.texts]
+        alone = figure(table(line(Curve("fork", "inherit"), 1e5, 10)))
+
+        assert [title for title in titles if title in GROUPS] == list(GROUPS)
+        assert len(drawn.axes) == len(GROUPS)
+        assert [text.get_text() for text in alone.texts if text.get_text() in GROUPS] == ["fork"]
+
+    def test_no_texts_overlap(self, drawn: Figure) -> None:
+        """No label, title, note or name of a hollow marker lies on another one or off the page."""
+        drawn.draw_without_rendering()
+        shown = drawn.texts + artists(drawn, Text, "cold-")
+        boxes = [(text.get_text(), text.get_window_extent()) for text in shown]
+
+        for (text, box), (other, other_box) in itertools.combinations(boxes, 2):
+            assert not box.overlaps(other_box), (text, other)
+        for text, box in boxes:
+            assert drawn.bbox.x0 <= box.x0, text
+            assert box.x1 <= drawn.bbox.x1, text
+            assert drawn.bbox.y0 <= box.y0, text
+            assert box.y1 <= drawn.bbox.y1, text
+
+    def test_labels_are_off_the_axes(self, drawn: Figure) -> None:
+        """Each line has one label, to the right of its panel's axes, in the same colour."""
+        drawn.draw_without_rendering()
+        labels = {text.get_gid(): text for text in artists(drawn, Text, "label-")}
+
+        for axes, lines in zip(drawn.axes, panels(drawn), strict=True):
+            for one in lines:
+                text = labels.pop(str(one.get_gid()).replace("line", "label"))
+                assert text.get_window_extent().x0 > axes.get_window_extent().x1
+                assert text.get_color() == one.get_color()
+        assert not labels
+
+    def test_lines_differ_without_colour(self, drawn: Figure) -> None:
+        """No two lines of a panel have dashes, marker and weight in common."""
+        for lines in panels(drawn):
+            styles = [
+                (str(one._dash_pattern), one.get_marker(), one.get_linewidth())  # type: ignore[attr-defined]
+                for one in lines
+            ]
+            assert len(set(styles)) == len(styles) > 1
+
+    def test_lines_are_the_medians(self) -> None:
+        """A line goes through the medians, and its band lies between the interval's ends."""
+        cells = line(Curve("touch", "write"), 1000, 250)
+        picture = figure(table(cells))
+
+        [[drawn]] = panels(picture)
+        times = [one.times for one in cells if one.times]
+        expected = [[one.cell.nbytes, one.times.median] for one in cells if one.times]
+        band = picture.axes[0].collections[0].get_paths()[0].vertices
+        assert np.allclose(np.asarray(drawn.get_xydata()), expected)
+        assert {ns for one in times for ns in one.ci95} <= set(np.asarray(band)[:, 1])
+
+    def test_axes_are_named_as_people_write(self) -> None:
+        """Lengths and times on the axes are powers of ten or sixteen with a unit."""
+        picture = figure(table(line(Curve("touch", "write"), 100, 250)))
+
+        [axes] = picture.axes
+        assert [text.get_text() for text in axes.get_xticklabels()] == [
+            *("4 KiB", "64 KiB", "1 MiB", "16 MiB", "256 MiB")
+        ]
+        times = [text.get_text() for text in axes.get_yticklabels()]
+        assert times == ["1 µs", "10 µs", "100 µs", "1 ms", "10 ms", "100 ms"]
+
+    def test_cold_host_is_hollow(self, drawn: Figure) -> None:
+        """Cold-host cells are hollow markers, named so, and no line goes through them."""
+        hollow = [
+            one
+            for axes in drawn.axes
+            for one in axes.lines
+            if one.get_marker() != "None" and one.get_markerfacecolor() == "white"
+        ]
+
+        assert sorted(one.get_xydata().tolist() for one in hollow) == [  # type: ignore[union-attr]
+            [[2 * MiB, 9e6]],
+            [[GiB, 9e8]],
+        ]
+        assert {text.get_text() for text in artists(drawn, Text, "cold-")} == {"cold host"}
+
+    @pytest.mark.parametrize(
+        ("machine", "expected"),
+        [
+            (MACHINE, "What virtual memory costs on $A$ CPU, Linux 6.1"),
+            ({"cpu": None}, "What virtual memory costs on an unknown CPU"),
+        ],
+    )
+    def test_title(self, machine: dict[str, Any], expected: str) -> None:
+        """The title names the machine as far as it is known, dollars and all."""
+        picture = figure(table(line(Curve("fork", "inherit"), 9, 1), machine=machine))
+
+        assert picture.texts[0].get_text() == expected
+        assert not picture.texts[0].get_parse_math()
+
+    def test_what_has_no_place_on_a_logarithmic_axis(self) -> None:
+        """Times of zero, and bands without end, are left out; nothing measured is a picture too."""
+        curve = Curve("retouch", "resident")
+        cells = [cell(curve, 4 * KiB, 0), cell(curve, 16 * KiB, 5, samples=1, passes=1)]
+
+        [[drawn]] = panels(figure(table(cells)))
+
+        assert np.asarray(drawn.get_xydata()).tolist() == [[16 * KiB, 5]]
+        assert "Nothing was measured." in figure(table()).texts[-1].get_text()
+
+
+class TestTheFileOfAPicture:
+    def test_png(self, tmp_path: Path) -> None:
+        """A PNG is a picture of many shades, twice as wide as a README shows it."""
+        path = tmp_path / "costs.png"
+
+        draw(table(line(Curve("touch", "write"), 9, 1), line(Curve("fork", "inherit"), 9, 1)), path)
+
+        with Image.open(path) as picture:
+            picture.load()
+            grey = np.asarray(picture.convert("L"))
+        assert grey.shape[1] >= 2000
+        assert len(np.unique(grey)) > 50
+        assert 0.01 < (grey < 200).mean() < 0.2
+
+    def test_svg(self, tmp_path: Path, drawn: Figure, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An SVG holds each panel's title and each curve's label as text, once."""
+        path = tmp_path / "costs.svg"
+        monkeypatch.setattr(module, "figure", lambda table: drawn)
+
+        draw(everything(), path)
+
+        found = texts(path)
+        labels = {text.get_gid(): text.get_text() for text in artists(drawn, Text, "label-")}
+        assert {gid: found[gid] for gid in labels} == {
+            gid: text.replace("\n", " ") for gid, text in labels.items()
+        }
+        assert len(set(labels.values())) == len(labels)
+        written = [element.text for element in ET.parse(path).iter(f"{SVG}text")]
+        assert all(written.count(group) == 1 for group in GROUPS)
+
+    def test_settings_of_others(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The same table makes the same file whatever somebody has set, and leaves that alone."""
+        costs = table(line(Curve("touch", "write"), 9, 1))
+        draw(costs, tmp_path / "one.svg")
+        monkeypatch.setitem(rcParams, "font.size", 30.0)
+        monkeypatch.setitem(rcParams, "svg.fonttype", "path")
+
+        draw(costs, tmp_path / "other.svg")
+
+        assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "other.svg").read_bytes()
+        assert rcParams["font.size"] == 30.0
+
+    @pytest.mark.parametrize("suffix", [".pdf", ".PNG", ""])
+    def test_another_suffix(self, tmp_path: Path, suffix: str) -> None:
+        """Any other suffix is refused with the two that there are, and nothing is written."""
+        with pytest.raises(ValueError, match=r"\.png or \.svg"):
+            draw(table(), tmp_path / f"costs{suffix}")
+
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("library", "extra", "call"),
+    [("matplotlib", "plot", figure), ("pyperf", "pyperf", to_pyperf)],
+)
+def test_missing_extra(
+    monkeypatch: pytest.MonkeyPatch, library: str, extra: str, call: Callable[[CostTable], object]
+) -> None:
+    """Without its library each says in one line what to install."""
+    monkeypatch.setitem(sys.modules, library, None)
+
+    with pytest.raises(ImportError, match=rf"^\w+ needs {library}: .*'pyreserve\[{extra}\]'$"):
+        call(table(line(Curve("fork", "inherit"), 9, 1)))
+
+
+def pyperf_says(*args: str | Path) -> str:
+    command = [sys.executable, "-m", "pyperf", *map(str, args)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+class TestPyperf:
+    TOUCH = Curve("touch", "write")
+
+    def test_one_benchmark_a_cell_and_one_run_a_pass(self) -> None:
+        """All samples are there, in seconds, pass by pass; what was not measured is not."""
+        costs = everything()
+
+        suite = to_pyperf(costs)
+
+        measured = {name(one): one for one in costs.measured()}
+        assert {bench.get_name() for bench in suite} == set(measured)
+        assert len(suite) == len(costs.cells) - 1
+        for bench in suite.get_benchmarks()[::7]:
+            one = measured[bench.get_name()]
+            assert [list(run.values) for run in bench.get_runs()] == [
+                [pytest.approx(ns / 1e9) for ns in samples] for samples in one.passes
+            ]
+            assert one.times is not None
+            assert bench.median() == pytest.approx(one.times.median / 1e9)
+
+    def test_names(self) -> None:
+        """Names say the threads if there are several and the host if it was cold; none is twice."""
+        odd = 4 * MiB + 4 * KiB  # which format_size rounds
+        cells = [
+            cell(self.TOUCH, GiB, 5),
+            cell(self.TOUCH, 64 * KiB, 5),
+            cell(self.TOUCH, 64 * KiB, 9, host="cold"),
+            cell(self.TOUCH, odd, 5),
+            cell(Curve("commit", "mprotect", "2MiB", "noreserve", 2), 2 * MiB, 5),
+        ]
+
+        found = [bench.get_name() for bench in to_pyperf(table(cells))]
+
+        assert found == [
+            "commit/mprotect 2MiB [2MiB pages, noreserve, 2 threads]",
+            "touch/write 64KiB [4KiB pages, charge]",
+            "touch/write 64KiB [4KiB pages, charge, cold host]",
+            "touch/write 4100KiB [4KiB pages, charge]",
+            "touch/write 1GiB [4KiB pages, charge]",
+        ]
+
+    def test_metadata(self) -> None:
+        """Facts of the machine and the cell go along, those that are unknown do not."""
+        [bench] = to_pyperf(table([cell(self.TOUCH, 64 * KiB, 5)]))
+
+        found = bench.get_metadata()
+
+        assert found["cpu_model_name"] == "$A$ CPU"
+        assert found["cpu_count"] == 2
+        assert found["nbytes"] == 64 * KiB
+        assert "virtualised" not in found
+
+    def test_long_passes_are_thinned(self) -> None:
+        """At most a hundred samples of a pass are kept, evenly, and the median stays close."""
+        one = cell(self.TOUCH, 64 * KiB, 1000)
+        samples = [float(ns) for ns in range(1, 1051)]
+        one = Measured(one.cell, "warm", summarise([samples]), None, [samples])
+
+        [bench] = to_pyperf(table([one]))
+
+        values = [value * 1e9 for value in bench.get_values()]
+        assert len(values) == MOST_VALUES
+        assert {round(b - a) for a, b in itertools.pairwise(values)} == {10, 11}
+        assert median(values) == pytest.approx(525.5, rel=0.01)
+        assert fmean(values) == pytest.approx(525.5, rel=0.01)
+
+    def test_no_time_at_all(self) -> None:
+        """Samples of no time become 1 ps, so that the median is that of all samples."""
+        samples = [-3.0, 0.0, 5.0, 6.0, 7.0]
+        one = Measured(self.TOUCH.at(4 * KiB), "warm", summarise([samples]), None, [samples])
+
+        [bench] = to_pyperf(table([one]))
+
+        assert list(bench.get_values()) == pytest.approx([1e-12, 1e-12, 5e-9, 6e-9, 7e-9])
+        assert bench.median() == pytest.approx(5e-9)
+
+    def test_without_samples(self, tmp_path: Path) -> None:
+        """A table read from JSON is refused, for it has no samples; so is one of nothing."""
+        costs = CostTable.from_json(table([cell(self.TOUCH, 64 * KiB, 5)]).to_json())
+        path = tmp_path / "costs.json"
+
+        with pytest.raises(ValueError, match="read from JSON"):
+            write_pyperf(costs, path)
+        with pytest.raises(ValueError, match="nothing was measured"):
+            write_pyperf(table(), path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_show(self, tmp_path: Path) -> None:
+        """``pyperf show`` reads the file, plain or compressed, and finds the same means."""
+        cells = [cell(self.TOUCH, 64 * KiB, 25_000), cell(self.TOUCH, 2 * MiB, 1_000_000)]
+        path = tmp_path / "costs.json.gz"
+
+        write_pyperf(table(cells), path)
+
+        shown = pyperf_says("show", "--quiet", path)
+        assert "touch/write 64KiB [4KiB pages, charge]: Mean +- std dev: 25.0 us +-" in shown
+        assert "touch/write 2MiB [4KiB pages, charge]: Mean +- std dev: 1.00 ms +-" in shown
+
+    def test_compare_to(self, tmp_path: Path) -> None:
+        """``pyperf compare_to`` finds what became slower between two runs."""
+        old, new = tmp_path / "old.json", tmp_path / "new.json"
+        write_pyperf(table(line(self.TOUCH, 1000, 0, [4 * KiB, MiB])), old)
+        write_pyperf(table(line(self.TOUCH, 2000, 0, [4 * KiB, MiB])), new)
+
+        found = pyperf_says("compare_to", old, new)
+
+        for length in ("4KiB", "1MiB"):
+            assert f"touch/write {length} [4KiB pages, charge]: Mean" in found
+        assert found.count("1.00 us +- 0.03 us -> [new] 2.00 us +- 0.06 us: 2.00x slower") == 2
+        assert "Geometric mean: 2.00x slower" in found
+        assert json.loads(old.read_text())["version"] == "1.0"
+        assert isinstance(pyperf.BenchmarkSuite.load(str(old)), pyperf.BenchmarkSuite)
+
+
+class TestWritingWhole:
+    @pytest.fixture
+    def broken(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Let the last step of each write fail, in the way of a full disk."""
+
+        def refuse(self: Path, target: Path) -> Path:
+            raise OSError(28, "No space left on device", str(target))
+
+        monkeypatch.setattr(Path, "replace", refuse)
+        yield
+        monkeypatch.undo()
+
+    @pytest.mark.parametrize(
+        ("write", "suffix"),
+        [
+            (command.write_json, ".json"),
+            (command.write_csv, ".csv"),
+            (command.write_plot, ".svg"),
+            (command.write_pyperf, ".json"),
+        ],
+    )
+    def test_a_failed_write_leaves_the_old_file(
+        self, tmp_path: Path, write: command.Writer, suffix: str, broken: None
+    ) -> None:
+        """Of the four writers none harms the old file or leaves anything else when it fails."""
+        path = tmp_path / f"costs{suffix}"
+        path.write_text("old")
+
+        with pytest.raises(OSError, match="No space"):
+            write(table(line(Curve("fork", "inherit"), 9, 1)), path)
+
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_bytes_and_text(self, tmp_path: Path) -> None:
+        """What was written is what is read, with the permissions of any new file."""
+        path, other = tmp_path / "one", tmp_path / "other"
+        other.touch()
+
+        write_bytes(path, b"old")
+        write_text(path, "µs\n")
+
+        assert path.read_bytes() == "µs\n".encode()
+        assert path.stat().st_mode == other.stat().st_mode
+
+    def test_no_regular_file(self) -> None:
+        """What is no regular file is written to and stays what it is."""
+        write_text(Path("/dev/null"), "text")
+
+        assert Path("/dev/null").is_char_device()
