@@ -37,7 +37,10 @@ class CostsRun:
             except Interrupted as interrupted:
                 table, complete = interrupted.table, False
         for write, path in self.outputs:
-            write(table, path)
+            if write is write_pyperf and not any(table.measured()):
+                costs_screen.say(f"nothing was measured, so there is no {path}")
+            else:
+                write(table, path)
         costs_screen.show(table, recommend(table))
         if self.old is not None:
             costs_screen.show_comparison(compare(self.old[0], table), self.old[1])

@@ -41,10 +41,9 @@ def progress(plan: Plan, budget: float) -> Iterator[Callable[[Progress], None]]:
     Drawn by the caller's thread, between two answers of the measuring process.
     """
     console = Console(stderr=True, highlight=False)
-    console.print(
-        f"pyreserve costs: measuring {len(plan.cells)} cells for at most {budget:g} s, in up to "
-        f"{format_size(plan.memory)} of memory; Ctrl-C keeps what there is",
-        soft_wrap=True,
+    say(
+        f"measuring {len(plan.cells)} cells for at most {budget:g} s, in up to "
+        f"{format_size(plan.memory)} of memory; Ctrl-C keeps what there is"
     )
     bar = Bar(
         TextColumn("{task.fields[doing]}"),
@@ -81,6 +80,11 @@ def progress(plan: Plan, budget: float) -> Iterator[Callable[[Progress], None]]:
     finally:
         if console.is_terminal:
             bar.stop()
+
+
+def say(message: str) -> None:
+    """Say something on standard error."""
+    Console(stderr=True, highlight=False).print(f"pyreserve costs: {message}", soft_wrap=True)
 
 
 def show(table: CostTable, recommendations: Recommendations) -> None:
