@@ -62,17 +62,17 @@ static int reserve_aligned(const struct timing_program *program, uintptr_t *base
     if (err != 0)
         return err;
     size_t before = (size_t)((program->phase - found) & (program->align - 1));
-    size_t after = program->align - before;
-    if (before != 0)
-        err = vm_release(found, before);
+    uintptr_t at = found + before, end = found + room;
+    err = before != 0 ? vm_release(found, before) : 0;
     if (err == 0)
-        err = vm_release(found + before + program->length, after);
-    if (err != 0) {
-        (void)vm_release(found, room);
-        return err;
-    }
-    *base = found + before;
-    return 0;
+        found = at; /* what was before it may be another thread's by now */
+    if (err == 0)
+        err = vm_release(at + program->length, end - at - program->length);
+    if (err != 0)
+        (void)vm_release(found, end - found);
+    else
+        *base = at;
+    return err;
 }
 
 static int reserve(const struct timing_program *program, uintptr_t *base) {
@@ -82,6 +82,12 @@ static int reserve(const struct timing_program *program, uintptr_t *base) {
     if (program->align != 0)
         return reserve_aligned(program, base);
     return vm_map(0, program->length, access, base);
+}
+
+static int renew(const struct timing_program *program, uintptr_t at, size_t length, int access) {
+    access |= program->access;
+    return program->huge != 0 ? vm_renew_huge(at, length, access, program->huge)
+                              : vm_renew(at, length, access);
 }
 
 static int release(const struct timing_program *program, struct stage *stage) {
@@ -114,11 +120,11 @@ static int perform(const struct run *run, const struct timing_step *step, struct
     case TIMING_COMMIT:
         return vm_protect(at, length, VM_COMMITTED);
     case TIMING_COMMIT_MAP:
-        return vm_renew(at, length, VM_COMMITTED | program->access);
+        return renew(program, at, length, VM_COMMITTED);
     case TIMING_UNCOMMIT:
         return vm_protect(at, length, VM_RESERVED);
     case TIMING_DECOMMIT:
-        return vm_renew(at, length, VM_RESERVED | program->access);
+        return renew(program, at, length, VM_RESERVED);
     case TIMING_DISCARD_OFF:
         return discard_off(at, length);
     case TIMING_ADVISE:
@@ -155,29 +161,52 @@ static int perform(const struct run *run, const struct timing_step *step, struct
     }
 }
 
-static bool is_sound(const struct timing_program *program, size_t threads, size_t page) {
-    if (program->length == 0 || program->length % page != 0 || program->nsteps < 2 ||
-        (program->align & (program->align - 1)) != 0 || program->align % page != 0 ||
-        (program->huge & (program->huge - 1)) != 0 ||
-        program->steps[0].verb != TIMING_RESERVE ||
-        program->steps[program->nsteps - 1].verb != TIMING_RELEASE)
+static bool is_sound_mapping(const struct timing_program *program, size_t page) {
+    size_t length = program->length, align = program->align, huge = program->huge;
+    if (length == 0 || length % page != 0 || (program->access & ~VM_NORESERVE) != 0)
         return false;
+    if (huge != 0) /* aligned as the kernel does it */
+        return (huge & (huge - 1)) == 0 && huge % page == 0 && length % huge == 0 && align == 0;
+    return (align & (align - 1)) == 0 && align % page == 0 && align <= SIZE_MAX - length &&
+           program->phase % page == 0;
+}
+
+static bool is_sound_step(const struct timing_program *program, size_t i, size_t page) {
+    const struct timing_step *step = &program->steps[i];
+    int verb = step->verb;
+    bool first = i == 0, last = i == program->nsteps - 1;
+    if (verb < TIMING_RESERVE || verb > TIMING_SYSTEM_CALL || (verb == TIMING_RESERVE) != first ||
+        (verb == TIMING_RELEASE) != last)
+        return false;
+    bool once = verb == TIMING_RESERVE || verb == TIMING_RELEASE || verb == TIMING_FORK ||
+                verb == TIMING_REAP;
+    return step->length != 0 && step->length % page == 0 && step->offset % page == 0 &&
+           step->offset <= program->length && step->length <= program->length - step->offset &&
+           step->repeat != 0 && (step->repeat == 1 || !once) && step->slot >= -1 &&
+           (step->slot == -1 || (size_t)step->slot < program->nslots);
+}
+
+/* Whether each fork is followed by its reap. */
+static bool is_sound_family(const struct timing_program *program, size_t threads) {
     bool forked = false;
     for (size_t i = 0; i < program->nsteps; i++) {
-        const struct timing_step *step = &program->steps[i];
-        bool ends = i == 0 || i == program->nsteps - 1;
-        if ((step->verb == TIMING_RESERVE || step->verb == TIMING_RELEASE) != ends ||
-            step->length == 0 || step->length % page != 0 || step->offset % page != 0 ||
-            step->offset > program->length || step->length > program->length - step->offset ||
-            step->repeat == 0 || step->slot < -1 || step->slot >= (int64_t)program->nslots)
+        int verb = program->steps[i].verb;
+        if (verb != TIMING_FORK && verb != TIMING_REAP)
+            continue;
+        if (threads != 1 || forked != (verb == TIMING_REAP))
             return false;
-        if ((step->verb == TIMING_FORK && (forked || threads != 1)) ||
-            (step->verb == TIMING_REAP && !forked))
-            return false;
-        if (step->verb == TIMING_FORK || step->verb == TIMING_REAP)
-            forked = step->verb == TIMING_FORK;
+        forked = !forked;
     }
-    return true;
+    return !forked;
+}
+
+static bool is_sound(const struct timing_program *program, size_t threads, size_t page) {
+    if (program->nsteps < 2 || !is_sound_mapping(program, page))
+        return false;
+    for (size_t i = 0; i < program->nsteps; i++)
+        if (!is_sound_step(program, i, page))
+            return false;
+    return is_sound_family(program, threads);
 }
 
 /* Waits for all threads of the run; false once any of them has been refused. */

@@ -32,7 +32,7 @@ enum timing_verb {
     TIMING_HUGE_PREFER, /* vm_advise VM_HUGE_PREFER, for pages that are collapsed later */
     TIMING_GUARD,
     TIMING_UNGUARD,
-    TIMING_FORK, /* the child stays until TIMING_REAP; for one thread */
+    TIMING_FORK, /* the child stays until the TIMING_REAP that must follow; for one thread */
     TIMING_REAP,
     TIMING_SYSTEM_CALL /* getppid: what entering the kernel costs */
 };
@@ -43,7 +43,7 @@ struct timing_step {
     size_t offset;   /* the piece [offset, offset + length) of the mapping, whole OS pages */
     size_t length;
     uint32_t repeat; /* how many times one sample does it and is divided by; 1 unless the verb finds
-                        the same state again */
+                        the same state again, as RESERVE, RELEASE, FORK and REAP never do */
 };
 
 struct timing_program {
@@ -52,8 +52,8 @@ struct timing_program {
     size_t nslots;
     size_t length; /* of the mapping */
     size_t align;  /* a power of two; 0: the mapping lies wherever the kernel likes */
-    size_t phase;  /* its address is this much above a multiple of align */
-    size_t huge;   /* page size of hugetlb pages; 0: ordinary memory */
+    size_t phase;  /* its address is this much above a multiple of align; whole OS pages */
+    size_t huge;   /* page size of hugetlb pages; 0: ordinary memory. length is whole ones, align 0 */
     int access;    /* VM_NORESERVE or 0 */
     int advice;    /* enum vm_advice, given by TIMING_ADVISE */
 };
@@ -64,7 +64,7 @@ struct timing_program {
  * 0, or the errno with which a step was refused; *failed is then its index (nsteps: a thread could
  * not be made), and how many rounds were whole is in *done, the same for all threads. Nothing stays
  * mapped, and no thread or child stays, whatever happens. EINVAL, with nothing done, if the program
- * makes no sense. */
+ * makes no sense; but it has to take care itself that what it writes and reads is accessible. */
 int timing_run(const struct timing_program *program, size_t threads, size_t rounds, double *samples,
                size_t *done, size_t *failed);
 

@@ -93,14 +93,24 @@ int vm_map_at(uintptr_t address, size_t length, int access) {
     return EEXIST;
 }
 
+/* Flags of mmap for hugetlb pages of this size. */
+static int hugetlb(size_t huge) {
+    unsigned size = (unsigned)__builtin_ctzll((unsigned long long)huge);
+    return (int)(MAP_HUGETLB | size << MAP_HUGE_SHIFT); /* 34, for 16 GiB, reaches the sign */
+}
+
 int vm_map_huge(size_t length, int access, size_t huge, uintptr_t *address) {
-    int size = __builtin_ctzll((unsigned long long)huge) << MAP_HUGE_SHIFT;
-    return map(0, length, access, MAP_HUGETLB | size, address);
+    return map(0, length, access, hugetlb(huge), address);
 }
 
 int vm_renew(uintptr_t address, size_t length, int access) {
     uintptr_t got;
     return map(address, length, access, MAP_FIXED, &got);
+}
+
+int vm_renew_huge(uintptr_t address, size_t length, int access, size_t huge) {
+    uintptr_t got;
+    return map(address, length, access, MAP_FIXED | hugetlb(huge), &got);
 }
 
 int vm_protect(uintptr_t address, size_t length, int access) {
@@ -187,16 +197,26 @@ int vm_end_with(int parent) {
     return err;
 }
 
-int vm_fork(int *child) {
-    /* The bare system call: the C library's fork would run other people's handlers. */
-    long pid = syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
-    if (pid < 0)
-        return errno;
-    if (pid == 0) {
-        (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
+/* What a forked child does. */
+static _Noreturn void idle(int parent) {
+    sigset_t every;
+    (void)sigfillset(&every);
+    (void)sigprocmask(SIG_SETMASK, &every, NULL); /* the handlers are the caller's code */
+    if (vm_end_with(parent) == 0)
         for (;;)
             (void)pause();
-    }
+    _exit(0);
+}
+
+int vm_fork(int *child) {
+    int parent = (int)getpid();
+    /* The bare system call: the C library's fork would run other people's handlers. And no SIGCHLD:
+     * the caller may have a handler for it, or ignore it, and then nothing is left to wait for. */
+    long pid = syscall(SYS_clone, 0, 0, 0, 0, 0);
+    if (pid < 0)
+        return errno;
+    if (pid == 0)
+        idle(parent);
     *child = (int)pid;
     return 0;
 }
@@ -204,7 +224,7 @@ int vm_fork(int *child) {
 int vm_reap(int child) {
     if (kill(child, SIGKILL) != 0)
         return errno;
-    while (waitpid(child, NULL, 0) < 0)
+    while (waitpid(child, NULL, __WALL) < 0)
         if (errno != EINTR)
             return errno;
     return 0;

@@ -51,6 +51,9 @@ int vm_map_huge(size_t length, int access, size_t huge, uintptr_t *address);
  * commit charge, advice and name of the old one are gone. */
 int vm_renew(uintptr_t address, size_t length, int access);
 
+/* Like vm_renew, out of the pool of huge pages; both ends are multiples of `huge`. */
+int vm_renew_huge(uintptr_t address, size_t length, int access, size_t huge);
+
 /* Changes the access of what is mapped there, VM_RESERVED or VM_COMMITTED; contents stay. The
  * kernel works mapping by mapping and may stop half way. */
 int vm_protect(uintptr_t address, size_t length, int access);
@@ -101,7 +104,8 @@ int vm_parent(void);
 int vm_end_with(int parent);
 
 /* Forks a child that does nothing and runs none of the caller's code. It lives until vm_reap, or
- * until the thread that forked it ends. */
+ * until the thread that forked it ends. No SIGCHLD tells of its end, and no wait finds it unless it
+ * asks for __WALL or __WCLONE. */
 int vm_fork(int *child);
 int vm_reap(int child);
 
