@@ -682,33 +682,40 @@ static void touching_and_discarding_are_seen_in_memory(void) {
 
 static void a_write_takes_a_page_each_and_a_read_none(void) {
     open_stage(0, VM_HUGE_NEVER);
-    CHECK(perform_on(TIMING_COMMIT, 0, PIECE) == 0);
-    (void)perform_on(TIMING_ADVISE, 0, PIECE);
+    CHECK(perform_on(TIMING_COMMIT, 1, PIECE) == 0);
+    (void)perform_on(TIMING_ADVISE, 1, PIECE);
     struct rusage before, between, after;
     CHECK(getrusage(RUSAGE_SELF, &before) == 0);
-    CHECK(perform_on(TIMING_READ, 0, PIECE) == 0);
+    CHECK(perform_on(TIMING_READ, 1, PIECE) == 0);
     CHECK(getrusage(RUSAGE_SELF, &between) == 0);
     CHECK(between.ru_minflt - before.ru_minflt >= PIECE);
-    const char *private = witness_detail(stage.base, "Anonymous:");
+    const char *private = witness_detail(stage.base + page, "Anonymous:");
     CHECK(private != NULL && strtoul(private, NULL, 10) == 0); /* the page of zeros is nobody's */
-    CHECK(perform_on(TIMING_WRITE, 0, PIECE) == 0);
+    CHECK(perform_on(TIMING_WRITE, 1, PIECE) == 0);
     CHECK(getrusage(RUSAGE_SELF, &after) == 0);
     CHECK(after.ru_minflt - between.ru_minflt >= PIECE);
-    private = witness_detail(stage.base, "Anonymous:");
+    private = witness_detail(stage.base + page, "Anonymous:");
     CHECK(private != NULL && strtoul(private, NULL, 10) == PIECE * page / 1024);
     close_stage();
 }
 
 static void discarding_lazily_marks_pages(void) {
     open_stage(0, 0);
-    CHECK(perform_on(TIMING_COMMIT, 0, PIECE) == 0 && perform_on(TIMING_WRITE, 0, PIECE) == 0);
-    if (perform_on(TIMING_DISCARD_LAZY, 0, PIECE) != 0) {
-        SKIP("no MADV_FREE here");
-    } else {
-        const char *dirty = witness_detail(stage.base, "Private_Dirty:");
-        CHECK(dirty != NULL && strtoul(dirty, NULL, 10) == 0);
-        CHECK(*at(0) == 1 || *at(0) == 0);
+    /* Beside pages without access, or the kernel may show it with a mapping of somebody else. */
+    CHECK(perform_on(TIMING_COMMIT, 1, PIECE) == 0);
+    int err = 0;
+    unsigned long dirty = 1;
+    /* The kernel passes over a page that it is busy with. */
+    for (int i = 0; i < 100 && err == 0 && dirty != 0; i++) {
+        CHECK(perform_on(TIMING_WRITE, 1, PIECE) == 0);
+        err = perform_on(TIMING_DISCARD_LAZY, 1, PIECE);
+        const char *shown = witness_detail(stage.base + page, "Private_Dirty:");
+        dirty = shown == NULL ? 1 : strtoul(shown, NULL, 10);
     }
+    if (err != 0)
+        SKIP("no MADV_FREE here");
+    CHECK(err != 0 || dirty == 0);
+    CHECK(*at(1) == 1 || *at(1) == 0);
     close_stage();
 }
 
