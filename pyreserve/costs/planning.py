@@ -125,7 +125,7 @@ def _default(longest: int) -> Iterator[tuple[Setting, list[Program]]]:
         if kind.sort == "transparent" and not kind.next_size:
             yield setting, list(write(setting, _EVERY_SCRIPT, _up_to(longest, large)))
         elif kind.sort == "hugetlb" and kind.size <= 32 * MiB:
-            yield setting, list(write(setting, ("life",), [kind.size]))
+            yield setting, list(write(setting, ("life",), _up_to(longest, [kind.size])))
     names = ("life", "growth mprotect")
     for setting in (Setting(small, "noreserve", 1), Setting(small, "charge", 2)):
         if setting.threads <= _cpus():

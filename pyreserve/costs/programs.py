@@ -177,20 +177,19 @@ def life(s: Setting, n: int) -> Program:
         Step("COMMIT", 0, n, cell("recommit", "dontneed+mprotect", n)),
         Step("WRITE", 0, n),
         Step("DECOMMIT", 0, n, cell("decommit", "mmap-fixed", n)),
+        Step("ADVISE", 0, n),
+        Step("COMMIT", 0, n, cell("recommit", "mmap-fixed", n)),
     ]
-    if s.kind.sort != "hugetlb":  # what replaces hugetlb pages is ordinary memory
-        steps.append(Step("ADVISE", 0, n))
-        steps.append(Step("COMMIT", 0, n, cell("recommit", "mmap-fixed", n)))
     return s.program("life", steps, n, memory=n)
 
 
 def read(s: Setting, n: int) -> Program:
-    """Commit by mapping anew, where that keeps the kind of page, and read."""
-    if s.kind.sort == "hugetlb":
-        steps = [Step("COMMIT", 0, n)]
-    else:
-        steps = [Step("COMMIT_MAP", 0, n, s.cell("commit", "mmap-fixed", n)), Step("ADVISE", 0, n)]
-    steps.append(Step("READ", 0, n, s.cell("touch", "read", n)))
+    """Commit by mapping anew, and read."""
+    steps = [
+        Step("COMMIT_MAP", 0, n, s.cell("commit", "mmap-fixed", n)),
+        Step("ADVISE", 0, n),
+        Step("READ", 0, n, s.cell("touch", "read", n)),
+    ]
     # Small pages read from the page of zeros, and take memory for page tables alone.
     return s.program("read", steps, n, memory=n if s.kind.sort == "hugetlb" else n // 256)
 
@@ -293,9 +292,7 @@ SCRIPTS: dict[str, Script] = {
     "read": Script(read),
     "populated": Script(populated),
     "growth mprotect": Script(lambda s, n: growth(s, n, "mprotect", "COMMIT"), 128 * MiB),
-    "growth mmap-fixed": Script(
-        lambda s, n: growth(s, n, "mmap-fixed", "COMMIT_MAP"), 128 * MiB, ("small", "transparent")
-    ),
+    "growth mmap-fixed": Script(lambda s, n: growth(s, n, "mmap-fixed", "COMMIT_MAP"), 128 * MiB),
     "guards": Script(guards, 128 * MiB, ("small",)),
     "collapsed": Script(collapsed, 128 * MiB, ("transparent",)),
     "forked": Script(forked, 128 * MiB, one_thread=True),
