@@ -4,7 +4,7 @@ import errno
 from collections.abc import Iterable, Iterator
 from functools import partial
 from operator import index as _index
-from typing import Any
+from typing import Any, Literal
 
 from pyreserve._native import ffi, lib
 from pyreserve.blocks import Block, Blocks, no_block
@@ -18,7 +18,8 @@ from pyreserve.memstats import MemStats
 from pyreserve.pagealloc import TablesLock, close_with, reserve_tables
 from pyreserve.region import Mode, Region
 from pyreserve.scavenger import FIVE_MINUTES, Scavenger
-from pyreserve.units import MiB, TiB, format_size
+from pyreserve.steps import as_step
+from pyreserve.units import MiB, TiB, format_size, round_up
 
 __all__ = ["WORD", "Arena", "FellBack"]
 
@@ -48,6 +49,9 @@ class Arena(Engine):
         mode: how commits are accounted, as for `pyreserve.reserve`.
         scavenge_after: seconds; if given, a thread gives back what was idle for so long
             (`start_scavenger`).
+        step: how much the arena grows by at least, in bytes, whole pages of the layout and of the
+            OS; None: by the layout's rule, 1 MiB in Go's; ``"measured"``: what suits this machine,
+            as `pyreserve.costs.measured_step` finds it in up to two seconds, once in a process.
 
     A 64-bit Go layout whose reservation is refused falls back to the 32-bit mechanism, as the
     runtime did; `layout` then differs from `requested_layout`, and `fell_back` says why.
@@ -57,7 +61,9 @@ class Arena(Engine):
 
     Raises:
         KeyError: no such layout.
-        RangeError: a size that makes no sense.
+        RangeError: a size or step that makes no sense.
+        ValueError, OSError: another word, or ``"measured"`` can't be told: see
+            `pyreserve.costs.measured_step`.
         OutOfMemoryError: the addresses were refused; ``limit`` says by what.
     """
 
@@ -68,12 +74,19 @@ class Arena(Engine):
         size: int | None = None,
         mode: Mode = "charge",
         scavenge_after: float | None = None,
+        step: int | Literal["measured"] | None = None,
     ) -> None:
+        nbytes = None if step is None else as_step(step, huge_pages=False)
         # What it has for C, once there are blocks.
         self._heap: Any = None
         self._tables: Region | None = None
         self._scavenger: Scavenger | None = None
         super().__init__(layout, size, mode)
+        self._step = self.layout.growth if nbytes is None else round_up(nbytes, self._page)
+        if nbytes not in {None, self._step} and step != "measured":
+            super().release()
+            msg = f"a step is whole pages of {self._page} bytes in this layout, not {step}"
+            raise RangeError(msg)
         self._region._owner = "an arena"
         self._base = self._region.base
         if scavenge_after is not None:
@@ -103,8 +116,8 @@ class Arena(Engine):
 
         Its address is a multiple of `align`, a power of two (and of the page in any case). The
         contents are zero where nobody used the bytes before, which `Block.zeroed` tells; `zero`
-        clears the rest, and only that. Where no free run is long enough the arena grows, by 1 MiB
-        or what the block needs if that is more, and if that is refused by just what it needs.
+        clears the rest, and only that. Where no free run is long enough the arena grows, by its
+        step or what the block needs if that is more, and if that is refused by just what it needs.
 
         Raises:
             RangeError: `nbytes` is not positive, or `align` not a power of two.
@@ -456,11 +469,11 @@ class Arena(Engine):
         self._grow_heap(need, nbytes, nbytes)
 
     def _grow_heap(self, wish: int, need: int, nbytes: int) -> None:
-        """Grow by `wish` bytes and at least the layout's step; if refused, by just `need`.
+        """Grow by `wish` bytes and at least a step; if refused, by just `need`.
 
         At the very last, by what `need` lacks beyond the free pages at the end.
         """
-        page, step, first = self._page, self.layout.growth, None
+        page, step, first = self._page, self._step, None
         for ask in (max(wish, step), max(need, step), need, need - int(lib.heap_tail(self._heap))):
             size = -(-ask // page) * page
             if size <= 0:

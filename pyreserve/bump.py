@@ -12,15 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import index as _index
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import Literal, TypeVar
 
-from pyreserve.errors import OutOfMemoryError, PyreserveError, RangeError, ReleasedError, ViewError
+from pyreserve.errors import OutOfMemoryError, PyreserveError, RangeError, ViewError
 from pyreserve.limits import PAGE_SIZE
 from pyreserve.region import HugePages, Mode, Region, reserve
+from pyreserve.steps import InSteps, as_step
 from pyreserve.units import KiB, MiB, format_size, round_up
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 _T = TypeVar("_T")
 
@@ -43,7 +41,7 @@ class Mark:
     _depth: int
 
 
-class BumpArena:
+class BumpArena(InSteps):
     """An arena of `size` bytes that commits memory as its blocks need it, in place.
 
     The first 64 KiB are committed alone, in small pages; further commits end on addresses that are
@@ -55,43 +53,41 @@ class BumpArena:
 
     Args:
         size: bytes to reserve, rounded up to whole OS pages; all that it can ever hold.
-        step: in bytes, whole OS pages.
+        step: in bytes, whole OS pages; or ``"measured"``: what suits this machine, as
+            `pyreserve.costs.measured_step` finds it in up to two seconds, once in a process.
         mode, huge_pages, name: as for `pyreserve.reserve`, which may raise what it says there.
 
     Raises:
         RangeError: a size or step that makes no sense.
+        ValueError, OSError: another word, or ``"measured"`` can't be told: see
+            `pyreserve.costs.measured_step`.
 
     After `release`, everything raises `ReleasedError`, a ValueError.
     """
+
+    _what = "arena"
 
     def __init__(
         self,
         size: int,
         *,
         mode: Mode = "charge",
-        step: int = 2 * MiB,
+        step: int | Literal["measured"] = 2 * MiB,
         huge_pages: HugePages = "default",
         name: str | None = None,
     ) -> None:
-        self._step = _index(step)
-        if self._step <= 0 or self._step % PAGE_SIZE:
-            msg = f"a step is whole OS pages of {PAGE_SIZE} bytes, not {step}"
-            raise RangeError(msg)
-        # Many a small arena never needs more, and has no use for a huge page.
-        small = max(64 * KiB, PAGE_SIZE)
-        self._first = small if small < self._step and huge_pages != "prefer" else 0
-        self._region = reserve(size, mode=mode, huge_pages=huge_pages, name=name)
-        self._lock, self._base = self._region._make_lock(), self._region.base
+        small_first, step = huge_pages != "prefer", as_step(step, huge_pages=huge_pages == "prefer")
+        region = reserve(size, mode=mode, huge_pages=huge_pages, name=name)
+        super().__init__(region, step, small_first=small_first)
         self._marks: list[Mark] = []
         self._window = _NOTHING
-        # Offsets: where the window begins, where the committed bytes end, and up to where bytes may
-        # hold what was written before a reset.
-        self._floor = self._end = self._dirty = 0
+        # Offsets: where the window begins, and up to where bytes may hold what was written before a
+        # reset.
+        self._floor = self._dirty = 0
         # The window's length, and how much of it is handed out.
         self._length = self._at = 0
-        # The length again; but 0 while a call does more than hand out, which holds the lock and is
-        # busy: other threads wait for it, and what interrupts it is refused.
-        self._room, self._busy = 0, False
+        # The length again; but 0 while a call does more than hand out.
+        self._room = 0
 
     # -- what it is ---------------------------------------------------------------------------
 
@@ -106,26 +102,11 @@ class BumpArena:
         return self._region.size
 
     @property
-    def base(self) -> int:
-        """Address of the first byte. Touching memory through it is at your own risk."""
-        return self._region.base
-
-    @property
-    def committed(self) -> int:
-        """How many bytes are committed. Exact."""
-        return self._region.committed
-
-    @property
     def in_use(self) -> int:
         """Bytes up to the end of the last block, gaps between blocks included."""
         with self._lock:
             self._alive()
             return self._floor + self._at
-
-    @property
-    def released(self) -> bool:
-        """Whether the arena was released."""
-        return self._region.released
 
     # -- blocks -------------------------------------------------------------------------------
 
@@ -161,7 +142,9 @@ class BumpArena:
             line = self._aligned(start, 8)
             if line + nbytes <= self._region.size:
                 start = line
-            self._commit(start + nbytes, nbytes, used)
+            if start + nbytes > self._region.size:
+                raise self._no_room(nbytes, used)
+            self._commit(start + nbytes)
             self._window = self._region.view(start, self._end - start)
             self._floor, self._length, self._at = start, self._end - start, 0
         at = start - self._floor
@@ -176,25 +159,9 @@ class BumpArena:
     def _aligned(self, offset: int, align: int) -> int:
         return (self._base + offset + align - 1 & -align) - self._base
 
-    def _commit(self, end: int, nbytes: int, used: int) -> None:
-        """Commit to the end of a step, or if that is refused just up to `end`."""
-        size, ahead = self._region.size, self._first
-        if end > size:
-            msg = f"no room for {nbytes} bytes: {used} in use of {size} reserved"
-            raise OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit="layout")
-        if end <= self._end:
-            return
-        if self._end or end > ahead:
-            ahead = round_up(self._base + end, self._step) - self._base
-        need, ahead = round_up(end, PAGE_SIZE), min(ahead, size)
-        try:
-            self._region.commit(self._end, ahead - self._end)
-        except OutOfMemoryError:
-            if ahead == need:
-                raise
-            self._region.commit(self._end, need - self._end)
-            ahead = need
-        self._end = ahead
+    def _no_room(self, nbytes: int, used: int) -> OutOfMemoryError:
+        msg = f"no room for {nbytes} bytes: {used} in use of {self._region.size} reserved"
+        return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit="layout")
 
     # -- marks --------------------------------------------------------------------------------
 
@@ -298,44 +265,19 @@ class BumpArena:
 
     # -- the end ------------------------------------------------------------------------------
 
-    def release(self) -> None:
-        """Give all addresses back.
-
-        Raises:
-            ViewError: live views show blocks; nothing has changed.
-            VMError, ReleasedError, RuntimeError: as for `Region.release` and `alloc`.
-        """
-        self._alone(self._release)
-
     def _release(self) -> None:
         self._close()
-        self._region.release()
+        super()._release()
 
     def _alone(self, do: Callable[..., _T], *arguments: object) -> _T:
-        """Do what must be interrupted by no other call; whatever that might be waits or fails."""
-        with self._lock:
-            if self._busy:
-                msg = "called from inside another call on the same arena"
-                raise RuntimeError(msg)
-            self._alive()
-            self._busy, self._room = True, 0
-            try:
-                return do(*arguments)
-            finally:
-                self._room, self._busy = self._length, False
+        return super()._alone(self._without_room, do, *arguments)  # type: ignore[no-any-return]
 
-    def _alive(self) -> None:
-        if self._region._released:
-            msg = "the arena was released"
-            raise ReleasedError(msg)
-
-    def __enter__(self) -> "Self":
-        self._alive()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if not self._region.released:
-            self.release()
+    def _without_room(self, do: Callable[..., _T], *arguments: object) -> _T:
+        self._room = 0
+        try:
+            return do(*arguments)
+        finally:
+            self._room = self._length
 
     def __repr__(self) -> str:
         region = self._region
@@ -346,7 +288,3 @@ class BumpArena:
             f"<BumpArena{name} {self._base:#x}-{self._base + region.size:#x} of {size}: "
             f"{format_size(self.in_use)} in use, {format_size(self.committed)} committed>"
         )
-
-    def __reduce__(self) -> NoReturn:
-        msg = "a BumpArena is addresses of this process: it can't be pickled or copied"
-        raise TypeError(msg)

@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import index as _index
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from pyreserve._native import ffi, lib
 from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError, ViewError
@@ -13,6 +13,7 @@ from pyreserve.integers import integers
 from pyreserve.limits import PAGE_SIZE
 from pyreserve.pagealloc import PageAllocator
 from pyreserve.region import Mode, reserve
+from pyreserve.steps import as_step
 from pyreserve.units import GiB, MiB, format_size
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Pool:
         align: slots lie at multiples of this power of two, in bytes, and so many apart; None: the
             next power of two that holds a slot, at most 16.
         mode: how commits are accounted, as for `pyreserve.reserve`.
-        step: bytes to commit at a time, whole OS pages.
+        step: bytes to commit at a time, whole OS pages; or ``"measured"``: what suits this machine,
+            as `pyreserve.costs.measured_step` finds it in up to two seconds, once in a process.
 
     Any number of threads may use a pool. A forked child has a copy of its own.
 
@@ -56,19 +58,20 @@ class Pool:
         capacity: int | None = None,
         align: int | None = None,
         mode: Mode = "charge",
-        step: int = 2 * MiB,
+        step: int | Literal["measured"] = 2 * MiB,
     ) -> None:
         """Reserve the addresses."""
-        size, step = _index(item_size), _index(step)
+        size = _index(item_size)
         align = min(1 << max(size - 1, 0).bit_length(), 16) if align is None else _index(align)
-        if size <= 0 or align <= 0 or align & (align - 1) or step <= 0 or step % PAGE_SIZE:
-            msg = f"no pool of {size}-byte slots aligned to {align}, committed by {step} bytes"
+        if size <= 0 or align <= 0 or align & (align - 1):
+            msg = f"no pool of {size}-byte slots aligned to {align}"
             raise RangeError(msg)
         stride = -(-size // align) * align
         most = max(GiB // stride, 1) if capacity is None else _index(capacity)
         if most <= 0:
             msg = f"no pool of {most} slots"
             raise RangeError(msg)
+        step = as_step(step, huge_pages=False)
         self._pages = PageAllocator(most, capacity=most)
         self._tables = self._pages._pages
         # Steps end on multiples of themselves, as huge pages need it.

@@ -400,17 +400,13 @@ class Region:
             ImportError: numpy is missing (extra ``numpy``).
             RangeError, ReleasedError, RuntimeError: as for `view`.
         """
-        try:
-            import numpy as np  # noqa: PLC0415  # only where needed: importing pyreserve is cheap
-        except ImportError as missing:
-            msg = "ndarray needs numpy: pip install 'pyreserve[numpy]'"
-            raise ImportError(msg) from missing
-        kind = np.dtype(dtype)
+        numpy = import_numpy("ndarray")
+        kind = numpy.dtype(dtype)
         sides = tuple(_index(side) for side in (shape if isinstance(shape, tuple) else (shape,)))
         nbytes = math.prod(sides, start=kind.itemsize)
-        return np.frombuffer(self.view(offset, nbytes, readonly=readonly), dtype=kind).reshape(
-            sides
-        )
+        view = self.view(offset, nbytes, readonly=readonly)
+        array: np.ndarray[Any, Any] = numpy.frombuffer(view, dtype=kind).reshape(sides)
+        return array
 
     # -- Python's protocols -------------------------------------------------------------------
 
@@ -621,6 +617,20 @@ def reserve(  # noqa: PLR0912  # one branch a policy
             region.release()
             raise refusal("seal", err, size)
     return region
+
+
+def import_numpy(who: str) -> Any:
+    """Import numpy where it is needed, and only there: importing pyreserve is cheap.
+
+    Raises:
+        ImportError: it is missing, which `who` needs (extra ``numpy``).
+    """
+    try:
+        import numpy as np  # noqa: PLC0415
+    except ImportError as missing:
+        msg = f"{who} needs numpy: pip install 'pyreserve[numpy]'"
+        raise ImportError(msg) from missing
+    return np
 
 
 def effective_mode(mode: Mode) -> tuple[Mode, int]:
