@@ -4,6 +4,7 @@
 - `Bitmap` is a bitmap of any size that takes memory only where bits were set.
 - `layouts` are Go's address-space plans as data; `Arena` brings one to life and allocates in it.
 - `BumpArena`, `Pool` and `PageAllocator` are allocators for what needs less than that.
+- `GrowableBuffer` and `GrowableArray` grow where they stand: growing ends no view of them.
 - `capabilities` says what this kernel and process offer.
 """
 
@@ -22,6 +23,7 @@ from pyreserve.errors import (
     ViewError,
     VMError,
 )
+from pyreserve.growable import GrowableArray, GrowableBuffer
 from pyreserve.heapbitmap import HeapBitmap
 from pyreserve.limits import PAGE_SIZE
 from pyreserve.memstats import MemStats
@@ -41,6 +43,8 @@ __all__ = [
     "Capabilities",
     "FreeError",
     "GiB",
+    "GrowableArray",
+    "GrowableBuffer",
     "HeapBitmap",
     "KiB",
     "MemStats",

@@ -6,7 +6,7 @@ is committed ahead is in no view: whatever stands above the length may be writte
 
 import errno
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pyreserve._native import ffi
 from pyreserve.errors import OutOfMemoryError, RangeError
@@ -24,8 +24,10 @@ _Step = int | Literal["measured"]
 _from_buffer = ffi.from_buffer
 _memmove = ffi.memmove
 
-# From so many bytes on, whole pages are dropped instead of overwritten: they may never be used.
-_MUCH = 256 * KiB
+# From so many bytes on, whole pages are dropped instead of overwritten, though to touch them again
+# costs more: they may never be used.
+_MUCH = 32 * MiB
+_ZEROS = bytes(64 * KiB)
 
 # Kinds of numpy's dtypes whose items are nothing but their bytes.
 _PLAIN = frozenset("biufcmMSUV")
@@ -33,6 +35,9 @@ _PLAIN = frozenset("biufcmMSUV")
 
 class _Growable(InSteps):
     """Bytes from the start of a region on: what the classes below have in common."""
+
+    _unit: ClassVar[str]  # in messages: what is counted, and how many bytes it has
+    _itemsize = 1
 
     def __init__(
         self,
@@ -50,9 +55,33 @@ class _Growable(InSteps):
         align = None if prefer else min(step & -step, 1 << max(size - 1, 0).bit_length())
         region = reserve(size, align=align, mode=mode, fork=fork, huge_pages=huge_pages, name=name)
         super().__init__(region, step, small_first=not prefer)
-        self._size = size
+        self._size, self._fork_excludes = size, fork == "exclude"
         # In bytes; and up to where bytes may be other than zero, which is never below.
         self._length = self._dirty = 0
+
+    @property
+    def capacity(self) -> int:
+        """How long it can get."""
+        return self._size // self._itemsize
+
+    def resize(self, length: int) -> None:
+        """Make it `length` long; what it gains reads zero. Memory stays committed.
+
+        Raises:
+            RangeError: a negative length.
+            ViewError: live views show bytes that would be cut off; nothing has changed.
+            OutOfMemoryError: beyond the capacity (``limit="layout"``), or refused; nothing has
+                changed.
+            VMError: the kernel can't clear what was used before (before Linux 5.18: memory locked
+                by mlock); the length is as it was.
+            ReleasedError: it was released.
+            RuntimeError: called by a finaliser or signal handler inside another call.
+        """
+        self._alone(self._resize, _index(length) * self._itemsize)
+
+    def clear(self) -> None:
+        """Make it empty: ``resize(0)``."""
+        self._alone(self._resize, 0)
 
     def shrink_to_fit(self) -> int:
         """Decommit the whole OS pages above the length; return how many bytes that gave back.
@@ -63,6 +92,19 @@ class _Growable(InSteps):
             ReleasedError, RuntimeError: as for `resize`.
         """
         return self._alone(self._shrink)
+
+    def __len__(self) -> int:
+        self._alive()
+        return self._length // self._itemsize
+
+    def __repr__(self) -> str:
+        name = f" {self._region.name!r}" if self._region.name else ""
+        if self.released:
+            return f"<{type(self).__name__}{name} for {self.capacity:,} {self._unit}, released>"
+        return (
+            f"<{type(self).__name__}{name} of {len(self):,} {self._unit}: room for "
+            f"{self.capacity:,}, {format_size(self.committed)} committed>"
+        )
 
     def _shrink(self) -> int:
         region, cut = self._region, round_up(self._length, PAGE_SIZE)
@@ -83,6 +125,9 @@ class _Growable(InSteps):
         self._length = length
 
     def _cut(self, length: int) -> None:
+        if length < 0:
+            msg = f"a length is not negative: {length // self._itemsize}"
+            raise RangeError(msg)
         region = self._region
         with region._taking_away() as interrupting:
             if region._views is not None:
@@ -91,15 +136,18 @@ class _Growable(InSteps):
 
     def _put(self, source: Any, nbytes: int) -> None:
         """Append bytes; where they come from may be part of what is there already."""
+        if not nbytes:
+            return
         start, end = self._length, self._length + nbytes
         self._make_room(end)
         self._dirty = max(self._dirty, end)
-        _memmove(self._region._anchor(start), source, nbytes)
+        _memmove(self._at(start, nbytes), source, nbytes)
         self._length = end
 
     def _make_room(self, end: int) -> None:
         if end > self._size:
-            msg = f"no room for {end} bytes: {self._length} in use of {self._size} reserved"
+            items, length = end // self._itemsize, self._length // self._itemsize
+            msg = f"no room for {items} {self._unit}: {length} in use of {self.capacity} reserved"
             raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=end, limit="layout")
         self._commit(end)
 
@@ -107,12 +155,20 @@ class _Growable(InSteps):
         """Make committed bytes that are in no view read zero."""
         first, last = round_up(start, PAGE_SIZE), end // PAGE_SIZE * PAGE_SIZE
         if last - first < _MUCH:
-            first = last = max(start, end)
+            first = last = end
         else:
             self._region.discard(first, last - first)
-        for low, high in ((start, min(first, end)), (last, end)):
-            if low < high:
-                _memmove(self._region._anchor(low), bytes(high - low), high - low)
+        for low, high in ((start, first), (last, end)):
+            for at in range(low, high, len(_ZEROS)):
+                nbytes = min(high - at, len(_ZEROS))
+                _memmove(self._at(at, nbytes), _ZEROS, nbytes)
+
+    def _at(self, offset: int, nbytes: int) -> Any:
+        """Return where to write so many bytes, committed ones."""
+        if self._fork_excludes:
+            # A signal handler may fork before they are written: in the child a view can be.
+            return _from_buffer(self._region.view(offset, nbytes))
+        return self._region._anchor(offset)
 
 
 class GrowableBuffer(_Growable):
@@ -141,7 +197,7 @@ class GrowableBuffer(_Growable):
     After `release`, everything raises `ReleasedError`, a ValueError.
     """
 
-    _what = "buffer"
+    _what, _unit = "buffer", "bytes"
 
     def __init__(
         self,
@@ -155,30 +211,6 @@ class GrowableBuffer(_Growable):
     ) -> None:
         super().__init__(_index(capacity), step, mode, fork, huge_pages, name)
 
-    @property
-    def capacity(self) -> int:
-        """How many bytes it can hold."""
-        return self._size
-
-    def resize(self, length: int) -> None:
-        """Make it `length` bytes long. Bytes gained read zero; memory stays committed.
-
-        Raises:
-            RangeError: a negative length.
-            ViewError: live views show bytes that would be cut off; nothing has changed.
-            OutOfMemoryError: beyond the capacity (``limit="layout"``), or refused; nothing has
-                changed.
-            VMError: bytes that were in use before can't be cleared (before Linux 5.18: memory
-                locked by mlock); nothing has changed.
-            ReleasedError: the buffer was released.
-            RuntimeError: called by a finaliser or signal handler inside another call.
-        """
-        length = _index(length)
-        if length < 0:
-            msg = f"a length is not negative: {length}"
-            raise RangeError(msg)
-        self._alone(self._resize, length)
-
     def extend(self, data: Any) -> None:
         """Append the bytes of any C-contiguous buffer, such as a view of this one. One copy.
 
@@ -188,10 +220,6 @@ class GrowableBuffer(_Growable):
         """
         with _from_buffer(data) as source:
             self._alone(self._put, source, len(source))
-
-    def clear(self) -> None:
-        """Make it empty, its memory still committed: ``resize(0)``."""
-        self._alone(self._resize, 0)
 
     def view(self, lo: int = 0, hi: int | None = None, *, readonly: bool = False) -> memoryview:
         """Return a memoryview of [lo, hi), by default of all there is now; safe as a region's.
@@ -215,19 +243,6 @@ class GrowableBuffer(_Growable):
             return self._region.view(lo, hi - lo, readonly=readonly)
         return memoryview(b"" if readonly else bytearray())
 
-    def __len__(self) -> int:
-        self._alive()
-        return self._length
-
-    def __repr__(self) -> str:
-        name = f" {self._region.name!r}" if self._region.name else ""
-        if self.released:
-            return f"<GrowableBuffer{name} for {format_size(self._size)}, released>"
-        return (
-            f"<GrowableBuffer{name} of {self._length:,} bytes: "
-            f"{format_size(self.committed)} committed of {format_size(self._size)}>"
-        )
-
 
 class GrowableArray(_Growable):
     """Up to `capacity` items of one dtype, a numpy array that grows where it stands, from none.
@@ -248,7 +263,7 @@ class GrowableArray(_Growable):
     After `release`, everything raises `ReleasedError`, a ValueError.
     """
 
-    _what = "array"
+    _what, _unit = "array", "items"
 
     def __init__(
         self,
@@ -276,11 +291,6 @@ class GrowableArray(_Growable):
     def dtype(self) -> "np.dtype[Any]":
         """The dtype of the items."""
         return self._dtype  # type: ignore[no-any-return]
-
-    @property
-    def capacity(self) -> int:
-        """How many items it can hold."""
-        return self._size // self._itemsize
 
     @property
     def array(self) -> "np.ndarray[Any, Any]":
@@ -321,19 +331,6 @@ class GrowableArray(_Growable):
         with _from_buffer(items.view("uint8")) as source:
             self._alone(self._put, source, len(source))
 
-    def resize(self, length: int) -> None:
-        """Make it `length` items long. Items gained are zero bytes; memory stays committed.
-
-        Raises:
-            RangeError, ViewError, OutOfMemoryError, VMError, ReleasedError, RuntimeError: as for
-                `GrowableBuffer.resize`; messages count bytes.
-        """
-        length = _index(length)
-        if length < 0:
-            msg = f"a length is not negative: {length}"
-            raise RangeError(msg)
-        self._alone(self._resize, length * self._itemsize)
-
     def _whole(self) -> Any:
         if self._kept is None or self._kept.nbytes != self._length:
             if not self._length:
@@ -350,10 +347,6 @@ class GrowableArray(_Growable):
         self._kept = None
         super()._release()
 
-    def __len__(self) -> int:
-        self._alive()
-        return self._length // self._itemsize
-
     def __getitem__(self, key: Any) -> Any:
         """Return what numpy finds there: an item, or an array that shares memory for a slice."""
         return self._alone(self._whole)[key]
@@ -365,13 +358,3 @@ class GrowableArray(_Growable):
             msg = f"items of {self._dtype} can't be had as {kind} without a copy"
             raise ValueError(msg)
         return self.array.astype(kind, copy=bool(copy))
-
-    def __repr__(self) -> str:
-        name = f" {self._region.name!r}" if self._region.name else ""
-        kind = f"GrowableArray{name} of {self._dtype}"
-        if self.released:
-            return f"<{kind} for {self.capacity:,} items, released>"
-        return (
-            f"<{kind}: {len(self):,} of {self.capacity:,} items, "
-            f"{format_size(self.committed)} committed>"
-        )
