@@ -5,6 +5,7 @@ is committed ahead is in no view: whatever stands above the length may be writte
 """
 
 import errno
+from collections.abc import Iterator
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -350,6 +351,10 @@ class GrowableArray(_Growable):
     def __getitem__(self, key: Any) -> Any:
         """Return what numpy finds there: an item, or an array that shares memory for a slice."""
         return self._alone(self._whole)[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over the items that there are now."""
+        return iter(self.array)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> "np.ndarray[Any, Any]":
         """Return `array`, or a copy if it must be one: numpy's protocol."""
