@@ -33,6 +33,7 @@ FIRST = max(64 * KiB, PAGE_SIZE)
 STEP = 2 * MiB
 
 Growable = GrowableBuffer | GrowableArray
+Calls = tuple[Callable[[], object], ...]
 
 
 def address(view: Any) -> int:
@@ -168,7 +169,8 @@ class TestBytes:
         buffer.extend(b"x" * capacity)
 
         assert len(buffer) == buffer.capacity == capacity
-        for grow in (lambda: buffer.extend(b"y"), lambda: buffer.resize(capacity + 1)):
+        too_much: Calls = (lambda: buffer.extend(b"y"), lambda: buffer.resize(capacity + 1))
+        for grow in too_much:
             with pytest.raises(OutOfMemoryError):
                 grow()
         assert bytes(buffer.view()) == b"x" * capacity
@@ -179,7 +181,7 @@ class TestBytes:
         buffer = GrowableBuffer(MiB)
         buffer.extend(b"abc")
         before = state(buffer)
-        calls: tuple[Callable[[], object], ...] = (
+        calls: Calls = (
             lambda: GrowableBuffer(wrong),
             lambda: GrowableArray("f8", wrong),
             lambda: buffer.resize(wrong),
@@ -293,7 +295,7 @@ class TestViews:
         held = [made[how](buffer.view(8, 32))]
         before = state(buffer)
 
-        refused: tuple[Callable[[], object], ...] = (
+        refused: Calls = (
             lambda: buffer.resize(31),
             buffer.clear,
             buffer.release,
@@ -651,7 +653,8 @@ class TestArrays:
         array.extend(range(100))
         held = [array[:50]]
 
-        for shorten in (lambda: array.resize(49), array.clear, array.release):
+        refused: Calls = (lambda: array.resize(49), array.clear, array.release)
+        for shorten in refused:
             with pytest.raises(BufferError, match="live view"):
                 shorten()
 
@@ -806,7 +809,8 @@ class TestArrays:
         array = GrowableArray("i8", 10)
         array.extend(range(10))
 
-        for grow in (lambda: array.append(1), lambda: array.resize(11)):
+        too_much: Calls = (lambda: array.append(1), lambda: array.resize(11))
+        for grow in too_much:
             with pytest.raises(OutOfMemoryError) as refused:
                 grow()
             assert "no room for 11 items: 10 in use of 10 reserved" in str(refused.value)
@@ -963,7 +967,7 @@ class TestThreads:
     def test_interrupted_from_inside(self) -> None:
         """What interrupts a call is refused, and the call goes on."""
         buffer, array, refused = GrowableBuffer(MiB), GrowableArray("i4", 100), 0
-        uses: tuple[Callable[[], object], ...] = (
+        uses: Calls = (
             lambda: buffer.extend(b"x"),
             lambda: buffer.resize(0),
             buffer.view,
@@ -998,7 +1002,7 @@ class TestThreads:
                 return 2.0
 
         array.append(Value())
-        array.extend([Value(), 3])  # type: ignore[list-item]
+        array.extend([Value(), 3])  # type: ignore[arg-type]
 
         assert array.array.tolist() == [1, 2, 1, 2, 3]
 
@@ -1031,7 +1035,7 @@ class TestFork:
         view, items = buffer.view(), array.array
 
         def child() -> tuple[bytes, list[int]]:
-            uses: tuple[Callable[[], object], ...] = (
+            uses: Calls = (
                 lambda: buffer.extend(b"x"),
                 lambda: len(buffer),
                 lambda: array.append(3),
