@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import pytest
 
 HERE = Path(__file__).parent
+TABLES = pytest.StashKey[dict[str, list[str]]]()
 CSRC = HERE.parent / "csrc"
 
 
@@ -28,6 +29,12 @@ def _compiled(into: Path, name: str, *arguments: "str | Path") -> ctypes.CDLL:
     command = ["cc", "-std=c11", "-shared", "-fPIC", "-o", library, HERE / f"{name}.c", *arguments]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="session")
+def tables(pytestconfig: pytest.Config) -> dict[str, list[str]]:
+    """Tables to print at the end, lines by title, for what the side-by-side one does not fit."""
+    return pytestconfig.stash.setdefault(TABLES, {})
 
 
 @pytest.fixture(scope="session")
@@ -171,6 +178,10 @@ def _line(bench: Any, reference: Any) -> str:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print each group side by side: nanoseconds a call, the fastest round's."""
+    for title, lines in config.stash.get(TABLES, {}).items():
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)
     session = getattr(config, "_benchmarksession", None)
     groups: dict[str, list[Any]] = {}
     for bench in session.benchmarks if session else []:

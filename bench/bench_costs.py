@@ -1,0 +1,147 @@
+"""What `pyreserve costs` measures, against an independent C program and its own cost model."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from pyreserve import GiB, KiB, MiB
+from pyreserve.costs import Curve, measure, plan
+from pyreserve.costs.planning import Group, Plan
+from pyreserve.costs.programs import SCRIPTS, write
+
+HERE = Path(__file__).parent
+WHOLE, PIECE, SHORT, LONG = 136 * GiB, 64 * KiB, 2 * MiB, 32 * MiB
+ROUNDS = {WHOLE: 200, PIECE: 100, SHORT: 8, LONG: 2}
+TURNS = 17  # the first is thrown away
+FIELDS = (
+    ("reserve", "mmap"),
+    ("touch", "write"),
+    ("discard", "dontneed"),
+    ("decommit", "mmap-fixed"),
+    ("release", "untouched"),
+)  # as c_costs prints them; of a piece, the first is commit
+BETWEEN = [8 * KiB, 32 * KiB, 128 * KiB, MiB, 4 * MiB, 16 * MiB, 64 * MiB]
+
+# Prints what c_costs prints, out of pyreserve's own programs and its own timing.
+OURS = f"""
+import sys
+from pyreserve.costs import plan
+from pyreserve.costs.child import run
+
+FIELDS = {FIELDS!r}
+only = ("reserve", "commit", "touch", "discard", "decommit", "release")
+programs = {{}}
+for group in plan(only=only).groups[:1]:
+    for program in group.programs:
+        if program.script == "life" or program.script == "untouched" and program.piece > 2**30:
+            programs[program.piece] = program
+for line in sys.stdin:
+    length, rounds = map(int, line.split())
+    program = programs[length]
+    samples = dict(zip(((c.verb, c.method) for c in program.cells), run(program, rounds)))
+    samples.setdefault(FIELDS[0], samples.get(("commit", "mprotect")))
+    none = [0.0] * rounds
+    columns = [samples.get(field, none) for field in FIELDS]
+    print(*(f"{{ns:.0f}}" for row in zip(*columns) for ns in row), flush=True)
+"""
+
+
+class Side:
+    """A process that answers a turn with samples."""
+
+    def __init__(self, *command: str) -> None:
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def turn(self, length: int) -> list[float]:
+        """Run a turn; return the median of each field, in ns."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{length} {ROUNDS[length]}\n")
+        self._process.stdin.flush()
+        values = [float(word) for word in self._process.stdout.readline().split()]
+        return [median(values[field :: len(FIELDS)]) for field in range(len(FIELDS))]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
+    """Pyreserve's side and the C program's."""
+    program = str(tmp_path / "c_costs")
+    subprocess.run(["cc", "-std=c11", "-O2", "-o", program, HERE / "c_costs.c"], check=True)
+    both = Side(sys.executable, "-c", OURS), Side(program)
+    yield both
+    for side in both:
+        side.close()
+
+
+def _quantities(found: dict[int, list[list[float]]]) -> dict[str, float]:
+    """Return the medians of the turns' medians by quantity, in ns."""
+    middle = {
+        length: [median(turn[field] for turn in turns[1:]) for field in range(len(FIELDS))]
+        for length, turns in found.items()
+    }
+    named = {
+        "reserve and release 136 GiB": middle[WHOLE][0] + middle[WHOLE][4],
+        "commit 64 KiB": middle[PIECE][0],
+    }
+    for field, what in ((1, "touch"), (2, "discard"), (3, "decommit")):
+        for length in (SHORT, LONG):
+            pages = length // (4 * KiB)
+            named[f"{what} a page of {length // MiB} MiB"] = middle[length][field] / pages
+    return named
+
+
+def bench_against_c(sides: tuple[Side, Side], tables: dict[str, list[str]]) -> None:
+    found: list[dict[int, list[list[float]]]] = [{}, {}]
+    for turn in range(TURNS):
+        for length in ROUNDS:
+            for i in (0, 1) if turn % 2 else (1, 0):
+                found[i].setdefault(length, []).append(sides[i].turn(length))
+    ours, in_c = (_quantities(one) for one in found)
+    tables["measured by pyreserve costs and by a C program, ns [aim: within 15 %]"] = [
+        f"{what:30} {ours[what]:12,.1f}   C {in_c[what]:12,.1f}   {ours[what] / in_c[what] - 1:+.1%}"
+        for what in ours
+    ]
+
+
+def bench_estimates(tables: dict[str, list[str]]) -> None:
+    groups, between = [], set[int]()
+    for group in plan(longest=128 * MiB).groups:
+        setting = group.setting
+        if setting.mode == "charge" and setting.threads == 1:
+            more = tuple(write(setting, tuple(SCRIPTS), BETWEEN))
+            groups.append(Group(setting, group.programs + more))
+            between |= {program.piece for program in more}
+    table = measure(Plan(tuple(groups)), budget=20)
+    fitted = tuple(one for one in table.cells if one.cell.nbytes not in between)
+    model = replace(table, cells=fitted).model()
+    worst: dict[Curve, tuple[float, str]] = {}
+    for one in table.measured():
+        curve = Curve.of(one.cell)
+        if one.host == "cold" or one.cell.nbytes not in between or curve not in model.fits:
+            continue
+        assert one.times is not None
+        off = float(model.of(curve).at(one.cell.nbytes)) / one.times.median - 1
+        text = f"{off:+7.1%} at {one.cell.nbytes // KiB:,} KiB of {one.times.median:,.0f} ns"
+        if curve not in worst or abs(off) > abs(worst[curve][0]):
+            worst[curve] = off, text + f" ({one.times.width:.0%} sure, {one.times.samples} samples)"
+    rows = sorted(worst.items(), key=lambda item: -abs(item[1][0]))
+    tables["estimates for lengths that were not fitted, the worst of each [aim: 25 %]"] = [
+        f"{curve.verb + ' ' + curve.method:30} {curve.page_kind:6} {text}"
+        for curve, (_, text) in rows
+    ]
+    noise = table.noise.why
+    if noise:
+        tables["estimates for lengths that were not fitted, the worst of each [aim: 25 %]"] += [
+            f"noise: {noise}"
+        ]

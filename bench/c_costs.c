@@ -1,0 +1,90 @@
+/* What the verbs of virtual memory take, by the plain calls of the C library: what there is to hold
+ * pyreserve's own measuring against. Shares no code with csrc.
+ *
+ * Each line on standard input, "LENGTH ROUNDS", is a turn. A line answers it: the five times of each
+ * round in turn, in nanoseconds: reserve or commit, touch, discard, decommit, release. With a length
+ * beyond 1 GiB the mapping is only reserved and released, and the three between are 0. */
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+
+enum { PAGE = 4096 };
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e9 + (double)t.tv_nsec;
+}
+
+static void need(int holds, const char *what) {
+    if (!holds) {
+        perror(what);
+        exit(EXIT_FAILURE);
+    }
+}
+
+static void touch(volatile char *at, size_t length) {
+    for (size_t i = 0; i < length; i += PAGE)
+        at[i] = 1;
+}
+
+static char *reserve(size_t length) {
+    char *at = mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    need(at != MAP_FAILED, "mmap");
+    return at;
+}
+
+static void bare(size_t length) {
+    double t0 = now();
+    char *at = reserve(length);
+    double t1 = now();
+    int released = munmap(at, length);
+    double t2 = now();
+    need(released == 0, "munmap");
+    printf("%.0f 0 0 0 %.0f ", t1 - t0, t2 - t1);
+}
+
+/* The piece is the beginning of a reservation that is a page longer, as in pyreserve's programs,
+ * and goes through the same states in the same order. */
+static void life(size_t length) {
+    char *at = reserve(length + PAGE);
+    need(madvise(at, length + PAGE, MADV_NOHUGEPAGE) == 0, "MADV_NOHUGEPAGE");
+    double t0 = now();
+    int committed = mprotect(at, length, PROT_READ | PROT_WRITE);
+    double t1 = now();
+    need(committed == 0, "mprotect");
+    double t2 = now();
+    touch(at, length);
+    double t3 = now();
+    touch(at, length);
+    double t4 = now();
+    int discarded = madvise(at, length, MADV_DONTNEED);
+    double t5 = now();
+    need(discarded == 0, "MADV_DONTNEED");
+    touch(at, length);
+    need(madvise(at, length, MADV_FREE) == 0, "MADV_FREE");
+    touch(at, length);
+    double t6 = now();
+    char *fresh = mmap(at, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    double t7 = now();
+    need(fresh == at, "MAP_FIXED");
+    need(munmap(at, length + PAGE) == 0, "munmap");
+    printf("%.0f %.0f %.0f %.0f 0 ", t1 - t0, t3 - t2, t5 - t4, t7 - t6);
+}
+
+int main(void) {
+    size_t length;
+    long rounds;
+    while (scanf("%zu %ld", &length, &rounds) == 2) {
+        for (long i = 0; i < rounds; i++)
+            if (length > (size_t)1 << 30)
+                bare(length);
+            else
+                life(length);
+        putchar('\n');
+        fflush(stdout);
+    }
+    return 0;
+}
