@@ -120,7 +120,9 @@ def bench_estimates(tables: dict[str, list[str]]) -> None:
         setting = group.setting
         if setting.mode == "charge" and setting.threads == 1:
             more = tuple(write(setting, tuple(SCRIPTS), BETWEEN))
-            groups.append(Group(setting, group.programs + more))
+            # The order in which plan has them: by length.
+            programs = sorted(group.programs + more, key=lambda program: program.piece)
+            groups.append(Group(setting, tuple(programs)))
             between |= {program.piece for program in more}
     table = measure(Plan(tuple(groups)), budget=20)
     fitted = tuple(one for one in table.cells if one.cell.nbytes not in between)
