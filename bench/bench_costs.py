@@ -16,8 +16,8 @@ from pyreserve.costs.programs import SCRIPTS, write
 
 HERE = Path(__file__).parent
 WHOLE, PIECE, SHORT, LONG = 136 * GiB, 64 * KiB, 2 * MiB, 32 * MiB
-ROUNDS = {WHOLE: 200, PIECE: 100, SHORT: 8, LONG: 2}
-TURNS = 17  # the first is thrown away
+ROUNDS = {WHOLE: 2000, PIECE: 100, SHORT: 8, LONG: 2}
+TURNS = 15  # the first is thrown away
 FIELDS = (
     ("reserve", "mmap"),
     ("touch", "write"),

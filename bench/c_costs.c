@@ -10,7 +10,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
-enum { PAGE = 4096, MOST = 1000, FIELDS = 5 };
+enum { PAGE = 4096, MOST = 2000, FIELDS = 5 };
 
 static double found[MOST][FIELDS]; /* printed afterwards: printing would cool the caches */
 
@@ -28,8 +28,8 @@ static void need(int holds, const char *what) {
 }
 
 static void touch(volatile char *at, size_t length) {
-    for (size_t i = 0; i < length; i += PAGE)
-        at[i] = 1;
+    for (volatile char *end = at + length; at != end; at += PAGE)
+        *at = 1;
 }
 
 static char *reserve(size_t length) {
@@ -53,8 +53,7 @@ static void set_access(char *at, size_t length, int access) {
     need(mprotect(at, length, access) == 0, "mprotect");
 }
 
-/* The second half of a life; the page allocator gives back what it was given last, so what a life
- * frees, and in which order, decides by a tenth what the next one's touching takes. */
+/* The second half of a life, whose end is what the next life finds in the page allocator. */
 static void live_on(char *at, size_t length) {
     need(madvise(at, length, MADV_NOHUGEPAGE) == 0, "MADV_NOHUGEPAGE");
     set_access(at, length, PROT_READ | PROT_WRITE);

@@ -44,14 +44,16 @@ double timing_clock(void) {
     return apart[CLOCK_READINGS / 2];
 }
 
+/* A pointer that walks, not an offset: a first store was measured to take a seventh longer in the loop
+ * that gcc makes of the latter. */
 static void store(uintptr_t at, size_t length, size_t page) {
-    for (size_t offset = 0; offset < length; offset += page)
-        *(volatile unsigned char *)(at + offset) = 1;
+    for (uintptr_t end = at + length; at != end; at += page)
+        *(volatile unsigned char *)at = 1;
 }
 
 static void load(uintptr_t at, size_t length, size_t page) {
-    for (size_t offset = 0; offset < length; offset += page)
-        (void)*(volatile unsigned char *)(at + offset);
+    for (uintptr_t end = at + length; at != end; at += page)
+        (void)*(volatile unsigned char *)at;
 }
 
 /* Maps with room to spare, and gives back what lies around the piece with the address wanted. */
