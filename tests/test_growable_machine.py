@@ -25,8 +25,13 @@ SIZE = ITEM * ITEMS
 lengths = st.one_of(st.integers(0, 50), st.integers(0, 2 * PAGE_SIZE), st.integers(0, ITEMS + 9))
 
 
-class Done(Exception):  # noqa: N818
-    """Nothing was refused."""
+def refusal(thing: GrowableBuffer | GrowableArray, length: int) -> type[Exception] | None:
+    """Resize; return what refused it, if anything did."""
+    try:
+        thing.resize(length)
+    except (OutOfMemoryError, ViewError) as refused:
+        return type(refused)
+    return None
 
 
 class GrowableMachine(RuleBasedStateMachine):
@@ -73,12 +78,10 @@ class GrowableMachine(RuleBasedStateMachine):
         self.count += 1
         data = bytes([self.count % 255 + 1]) * (items * ITEM)
         if len(self.model) + len(data) > SIZE:
-            for extend in (
-                lambda: buffer.extend(data),
-                lambda: array.extend(np.frombuffer(data, array.dtype)),
-            ):
-                with pytest.raises(OutOfMemoryError):
-                    extend()
+            with pytest.raises(OutOfMemoryError):
+                buffer.extend(data)
+            with pytest.raises(OutOfMemoryError):
+                array.extend(np.frombuffer(data, array.dtype))
             return
         buffer.extend(data)
         array.extend(np.frombuffer(data, array.dtype))
@@ -107,31 +110,21 @@ class GrowableMachine(RuleBasedStateMachine):
     def resize(self, items: int) -> None:
         buffer, array = self.both
         length = items * ITEM
+        found = refusal(buffer, length), refusal(array, items)
         if length > SIZE:
-            refusals: tuple[type[Exception], type[Exception]] = (OutOfMemoryError,) * 2
-        else:
-            refusals = (
-                ViewError if any(hi > length for _, _, hi in self.views) else Done,
-                ViewError if any(len(held) > items for held in self.arrays) else Done,
-            )
-        for thing, to, refusal in zip((buffer, array), (length, items), refusals, strict=True):
-            with pytest.raises(refusal):
-                thing.resize(to)
-                raise Done
-        self.follow(refusals, length)
-
-    def follow(self, refusals: tuple[type[Exception], type[Exception]], length: int) -> None:
-        """Bring both to one length again, dropping the views that refused it to one of them."""
-        if OutOfMemoryError in refusals:
+            assert found == (OutOfMemoryError, OutOfMemoryError)
             return
-        if ViewError in refusals:
-            buffer, array = self.both
-            if refusals == (ViewError, ViewError):
-                return
-            self.views = [held for held in self.views if held[2] <= length]
-            self.arrays = [held for held in self.arrays if len(held) * ITEM <= length]
-            buffer.resize(length)
-            array.resize(length // ITEM)
+        over = [held for held in self.views if held[2] > length]
+        arrays_over = [held for held in self.arrays if len(held) > items]
+        assert found == (ViewError if over else None, ViewError if arrays_over else None)
+        if over and arrays_over:
+            return
+        # One may have refused it: without these views it does not.
+        over.clear()
+        arrays_over.clear()
+        self.views = [held for held in self.views if held[2] <= length]
+        self.arrays = [held for held in self.arrays if len(held) <= items]
+        assert (refusal(buffer, length), refusal(array, items)) == (None, None)
         del self.model[length:]
         self.model += bytes(length - len(self.model))
 
