@@ -222,8 +222,8 @@ class GrowableMachine(RuleBasedStateMachine):
 TestGrowableMachine = GrowableMachine.TestCase
 TestGrowableMachine.__doc__ = """Any order of calls leaves the bytes and views of the model."""
 TestGrowableMachine.settings = settings(
-    max_examples=30,
-    stateful_step_count=30,
+    max_examples=25,
+    stateful_step_count=25,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
