@@ -239,10 +239,12 @@ class BumpArena(InSteps):
 
     def _give_back(self, first: int, pinned: int) -> None:
         """Decommit all but what windows below the mark reach up to, and discard that."""
-        end, pinned = self._end, min(max(first, round_up(pinned, PAGE_SIZE)), self._end)
+        # More than the arena counts on may be committed, after a refusal below.
+        end = max(self._end, self._region.committed)
+        pinned = min(max(first, round_up(pinned, PAGE_SIZE)), end)
         if pinned < end:
             # Before it is so: whatever comes in between, to commit again does no harm.
-            self._end = pinned
+            self._end = min(self._end, pinned)
             self._region.decommit(pinned, end - pinned)
         if first < pinned:
             self._region.discard(first, pinned - first)

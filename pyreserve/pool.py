@@ -14,7 +14,7 @@ from pyreserve.limits import PAGE_SIZE
 from pyreserve.pagealloc import PageAllocator
 from pyreserve.region import Mode, reserve
 from pyreserve.steps import as_step
-from pyreserve.units import GiB, MiB, format_size
+from pyreserve.units import GiB, MiB, format_size, round_up
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -302,10 +302,7 @@ class Pool:
         try:
             end = slots[-1] + 1
             if end * self._stride > self._committed:
-                ahead = -(-end * self._stride // self._step) * self._step
-                ahead = min(ahead, self._region.size)
-                self._region.commit(self._committed, ahead - self._committed)
-                self._committed = max(self._committed, ahead)
+                self._commit(end * self._stride)
             if zero:
                 for slot in slots:
                     if slot < self._seen:
@@ -314,6 +311,19 @@ class Pool:
         except BaseException:
             self._pages.free_many(slots)
             raise
+
+    def _commit(self, end: int) -> None:
+        """Commit to the end of a step, or if that is refused just up to `end`."""
+        begin, need = self._committed, round_up(end, PAGE_SIZE)
+        ahead = min(round_up(end, self._step), self._region.size)
+        try:
+            self._region.commit(begin, ahead - begin)
+        except OutOfMemoryError:
+            if ahead == need:
+                raise
+            self._region.commit(begin, need - begin)
+            ahead = need
+        self._committed = max(self._committed, ahead)
 
     def _clear(self, offset: int, nbytes: int) -> None:
         inside, self._at_work = self._at_work, True

@@ -2,6 +2,7 @@
 
 import copy
 import dis
+import errno
 import gc
 import pickle
 import signal
@@ -22,8 +23,10 @@ from pyreserve import (
     MiB,
     OutOfMemoryError,
     RangeError,
+    Region,
     ReleasedError,
     ViewError,
+    VMError,
 )
 from pyreserve.bump import _QUICK, BumpArena, Mark
 
@@ -487,6 +490,24 @@ class TestGivingBack:
         assert bytes(shared[MiB:]) == bytes(len(shared) - MiB)
         assert bytes(arena.alloc(16 * MiB, zero=True)) == bytes(16 * MiB)
 
+    def test_again_after_a_refusal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What could not be given back, since the kernel refused, is given back the next time."""
+        arena = BumpArena(64 * MiB)
+        arena.alloc(8 * MiB)
+
+        def refuse(*_: object) -> None:
+            raise VMError(errno.ENOMEM, "no", verb="decommit", nbytes=1)
+
+        with monkeypatch.context() as refusing:
+            refusing.setattr(Region, "decommit", refuse)
+            with pytest.raises(VMError):
+                arena.reset(keep=False)
+        assert arena.committed >= 8 * MiB
+
+        arena.reset(keep=False)
+
+        assert arena.committed == resident(arena) == 0
+
     def test_nothing_above_the_mark(self) -> None:
         """Giving back right after a mark takes what was committed ahead."""
         arena = BumpArena(64 * MiB)
@@ -906,7 +927,10 @@ print(json.dumps([refused, same, len(arena.alloc(32 * MiB))]))
         found = witness.fresh_python(
             LIMITED
             + """
-arena = BumpArena(1 * GiB, step=256 * MiB)
+arenas = [BumpArena(1 * GiB, step=256 * MiB)]
+while -arenas[-1].base % (256 * MiB) < 64 * MiB:  # the rest of a step is more than is allowed
+    arenas.append(BumpArena(1 * GiB + len(arenas) * 64 * MiB, step=256 * MiB))
+arena = arenas[-1]
 arena.alloc(100)
 allow(8 * MiB)
 block = arena.alloc(2 * MiB)

@@ -362,6 +362,24 @@ class TestMemory:
 
         witness.in_child(child)
 
+    def test_a_step_that_is_refused(self) -> None:
+        """If a whole step is refused, just what the slots need is committed."""
+
+        def child() -> None:
+            pool = Pool(64 * KiB, capacity=4096, step=64 * MiB)
+            used = witness.status("VmData")
+            resource.setrlimit(resource.RLIMIT_DATA, (used + 8 * MiB, used + 8 * MiB))
+            assert pool.alloc() == 0
+            assert pool.committed == 64 * KiB
+            assert len(pool.alloc_many(20)) == 20
+            assert pool.committed == 21 * 64 * KiB
+            pool.view(20)[:1] = b"x"
+            with pytest.raises(OutOfMemoryError):
+                pool.alloc_many(400)
+            assert len(pool) == 21
+
+        witness.in_child(child)
+
     def test_trim(self) -> None:
         """Whole OS pages above the highest slot in use are given back, and zero when used again."""
         pool = Pool(100, capacity=10_000, align=4, step=64 * PAGE_SIZE)
