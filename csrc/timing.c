@@ -176,7 +176,7 @@ static bool is_sound_mapping(const struct timing_program *program, size_t page) 
     if (huge != 0) /* aligned as the kernel does it */
         return (huge & (huge - 1)) == 0 && huge % page == 0 && length % huge == 0 && align == 0;
     return (align & (align - 1)) == 0 && align % page == 0 && align <= SIZE_MAX - length &&
-           program->phase % page == 0;
+           program->phase % page == 0 && (align == 0 ? program->phase == 0 : program->phase < align);
 }
 
 static bool is_sound_step(const struct timing_program *program, size_t i, size_t page) {

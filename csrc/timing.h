@@ -52,7 +52,8 @@ struct timing_program {
     size_t nslots;
     size_t length; /* of the mapping */
     size_t align;  /* a power of two; 0: the mapping lies wherever the kernel likes */
-    size_t phase;  /* its address is this much above a multiple of align; whole OS pages */
+    size_t phase;  /* its address is this much above a multiple of align, less than one; whole OS
+                      pages */
     size_t huge;   /* page size of hugetlb pages; 0: ordinary memory. length is whole ones, align 0 */
     int access;    /* VM_NORESERVE or 0 */
     int advice;    /* enum vm_advice, given by TIMING_ADVISE */

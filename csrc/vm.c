@@ -199,9 +199,6 @@ int vm_end_with(int parent) {
 
 /* What a forked child does. */
 static _Noreturn void idle(int parent) {
-    sigset_t every;
-    (void)sigfillset(&every);
-    (void)sigprocmask(SIG_SETMASK, &every, NULL); /* the handlers are the caller's code */
     if (vm_end_with(parent) == 0)
         for (;;)
             (void)pause();
@@ -210,15 +207,19 @@ static _Noreturn void idle(int parent) {
 
 int vm_fork(int *child) {
     int parent = (int)getpid();
+    sigset_t every, before;
+    (void)sigfillset(&every);
+    (void)pthread_sigmask(SIG_SETMASK, &every, &before); /* handlers are the caller's code */
     /* The bare system call: the C library's fork would run other people's handlers. And no SIGCHLD:
      * the caller may have a handler for it, or ignore it, and then nothing is left to wait for. */
     long pid = syscall(SYS_clone, 0, 0, 0, 0, 0);
-    if (pid < 0)
-        return errno;
     if (pid == 0)
         idle(parent);
-    *child = (int)pid;
-    return 0;
+    int err = pid < 0 ? errno : 0;
+    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (err == 0)
+        *child = (int)pid;
+    return err;
 }
 
 int vm_reap(int child) {
