@@ -26,7 +26,7 @@ FIELDS = (
     ("decommit", "mmap-fixed"),
     ("release", "untouched"),
 )  # as c_costs prints them; of a piece, the first is commit
-BETWEEN = [8 * KiB, 32 * KiB, 128 * KiB, MiB, 4 * MiB, 16 * MiB, 64 * MiB]
+BETWEEN = [n * KiB for n in (8, 32, 128, 512)] + [n * MiB for n in (4, 12, 24, 64)]
 
 # Prints what c_costs prints, out of pyreserve's own programs and its own timing.
 OURS = f"""
@@ -56,8 +56,8 @@ _ADDR_NO_RANDOMIZE = 0x0040000  # personality(2)
 
 
 def _not_randomized() -> None:
-    # Releasing an untouched mapping walks the 2 MiB entries of the page table around its end: two to
-    # six microseconds, by where the kernel happens to place it.
+    # Releasing an untouched mapping walks the 2 MiB entries of the page table around its end: two
+    # to six microseconds, by where the kernel happens to place it.
     ctypes.CDLL(None).personality(_ADDR_NO_RANDOMIZE)
 
 
@@ -70,7 +70,7 @@ class Side:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            preexec_fn=_not_randomized,
+            preexec_fn=_not_randomized,  # noqa: PLW1509 - there are no threads
         )
 
     def turn(self, length: int) -> list[float]:

@@ -114,8 +114,9 @@ def _verbs(only: Iterable[str] | None) -> frozenset[str]:
 
 
 def _default(longest: int) -> Iterator[tuple[Setting, list[Program]]]:
-    large = [2 * MiB, 8 * MiB, 32 * MiB, 128 * MiB, GiB]
-    lengths = _up_to(longest, [PAGE_SIZE * n for n in (1, 4, 16, 64)] + large)
+    # Closer to each other where caches end, and costs bend.
+    large = [2 * MiB, 8 * MiB, 16 * MiB, 32 * MiB, 128 * MiB, GiB]
+    lengths = _up_to(longest, [PAGE_SIZE * n for n in (1, 4, 16, 64, 256)] + large)
     some = _up_to(longest, [PAGE_SIZE, 16 * PAGE_SIZE, 2 * MiB, 32 * MiB])
     small, *kinds = page_kinds()
     first = Setting(small, "charge", 1)
