@@ -44,7 +44,8 @@ for group in plan(only=only).groups[:1]:
 for line in sys.stdin:
     length, rounds = map(int, line.split())
     program = programs[length]
-    samples = dict(zip(((c.verb, c.method) for c in program.cells), run(program, rounds)))
+    taken = [[ns for ns, _ in values] for values in run(program, rounds)]
+    samples = dict(zip(((c.verb, c.method) for c in program.cells), taken))
     samples.setdefault(FIELDS[0], samples.get(("commit", "mprotect")))
     none = [0.0] * rounds
     columns = [samples.get(field, none) for field in FIELDS]
@@ -156,7 +157,7 @@ def bench_estimates(tables: dict[str, list[str]]) -> None:
         f"{curve.verb + ' ' + curve.method:30} {curve.page_kind:6} {text}"
         for curve, (_, text) in rows
     ]
-    noise = table.noise.why
+    noise = table.disturbed
     if noise:
         tables["estimates for lengths that were not fitted, the worst of each [aim: 25 %]"] += [
             f"noise: {noise}"

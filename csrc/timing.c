@@ -18,15 +18,18 @@ struct run {
     const struct timing_program *program;
     size_t threads, rounds, page;
     double *samples, clock;
+    unsigned char *preempted;
     _Atomic size_t arrived, generation;
     _Atomic int err; /* the first refusal, whose place is in failed and done */
     size_t failed, done;
 };
 
-/* One thread's mapping. */
+/* What one thread has. */
 struct stage {
+    size_t thread;
     uintptr_t base;
     int child; /* 0: none */
+    uint64_t preemptions; /* when the last sample was taken */
 };
 
 static int compare(const void *a, const void *b) {
@@ -250,30 +253,39 @@ static void clean_up(const struct run *run, struct stage *stage) {
         (void)release(run->program, stage);
 }
 
+static void note(const struct run *run, size_t slot, size_t round, struct stage *stage,
+                 uint64_t elapsed, uint32_t repeat) {
+    size_t i = (slot * run->rounds + round) * run->threads + stage->thread;
+    uint64_t preemptions = vm_preemptions();
+    run->samples[i] = ((double)elapsed - run->clock) / repeat;
+    run->preempted[i] = preemptions != stage->preemptions;
+    stage->preemptions = preemptions;
+}
+
+/* Does a step together with the other threads; false if the run is over. */
+static bool take_step(struct run *run, size_t i, size_t round, struct stage *stage) {
+    const struct timing_step *step = &run->program->steps[i];
+    int err = 0;
+    if (!meet(run))
+        return false;
+    uint64_t begun = vm_nanoseconds();
+    for (uint32_t n = 0; n < step->repeat && err == 0; n++)
+        err = perform(run, step, stage);
+    uint64_t ended = vm_nanoseconds();
+    if (err != 0)
+        refused(run, err, i, round);
+    else if (step->slot >= 0)
+        note(run, (size_t)step->slot, round, stage, ended - begun, step->repeat);
+    return err == 0;
+}
+
 static void run_thread(struct run *run, size_t thread) {
-    const struct timing_program *program = run->program;
-    struct stage stage = {0};
-    for (size_t round = 0; round < run->rounds; round++)
-        for (size_t i = 0; i < program->nsteps; i++) {
-            const struct timing_step *step = &program->steps[i];
-            if (!meet(run)) {
-                clean_up(run, &stage);
-                return;
-            }
-            int err = 0;
-            uint64_t begun = vm_nanoseconds();
-            for (uint32_t n = 0; n < step->repeat && err == 0; n++)
-                err = perform(run, step, &stage);
-            uint64_t ended = vm_nanoseconds();
-            if (err != 0) {
-                refused(run, err, i, round);
-                clean_up(run, &stage);
-                return;
-            }
-            if (step->slot >= 0)
-                run->samples[((size_t)step->slot * run->rounds + round) * run->threads + thread] =
-                    ((double)(ended - begun) - run->clock) / step->repeat;
-        }
+    struct stage stage = {.thread = thread, .preemptions = vm_preemptions()};
+    bool goes_on = true;
+    for (size_t round = 0; round < run->rounds && goes_on; round++)
+        for (size_t i = 0; i < run->program->nsteps && goes_on; i++)
+            goes_on = take_step(run, i, round, &stage);
+    clean_up(run, &stage);
 }
 
 struct worker {
@@ -308,9 +320,9 @@ static void run_threads(struct run *run) {
 }
 
 int timing_run(const struct timing_program *program, size_t threads, size_t rounds, double *samples,
-               size_t *done, size_t *failed) {
+               unsigned char *preempted, size_t *done, size_t *failed) {
     struct run run = {.program = program, .threads = threads, .rounds = rounds,
-                      .page = vm_page_size(), .samples = samples};
+                      .page = vm_page_size(), .samples = samples, .preempted = preempted};
     *done = *failed = 0;
     if (threads == 0 || rounds == 0 || !is_sound(program, threads, run.page))
         return EINVAL;

@@ -5,6 +5,9 @@
  * what reading the clock takes. All other steps only bring the mapping into the state that the
  * timed ones want. Nothing is averaged here, and no sample is left out.
  *
+ * A sample into which another process's turn on the CPU fell tells of that process too; it is said of
+ * which samples that may be true: the CPU was taken away since the sample before.
+ *
  * With several threads each runs the program on a mapping of its own, in one address space, and
  * they begin every step together, so what a step costs then holds the price of the kernel's locks.
  */
@@ -60,14 +63,14 @@ struct timing_program {
 };
 
 /* Runs a program `rounds` times on each of `threads` threads. The sample of slot s, round r, thread t
- * is samples[(s * rounds + r) * threads + t].
+ * is samples[i], i = (s * rounds + r) * threads + t, and preempted[i] is 1 or 0.
  *
  * 0, or the errno with which a step was refused; *failed is then its index (nsteps: a thread could
  * not be made), and how many rounds were whole is in *done, the same for all threads. Nothing stays
  * mapped, and no thread or child stays, whatever happens. EINVAL, with nothing done, if the program
  * makes no sense; but it has to take care itself that what it writes and reads is accessible. */
 int timing_run(const struct timing_program *program, size_t threads, size_t rounds, double *samples,
-               size_t *done, size_t *failed);
+               unsigned char *preempted, size_t *done, size_t *failed);
 
 /* The median of what two readings of the clock in a row are apart, ns: taken off every sample. */
 double timing_clock(void);

@@ -96,6 +96,9 @@ uint32_t vm_milliseconds(void);
 /* Nanoseconds of CLOCK_MONOTONIC. */
 uint64_t vm_nanoseconds(void);
 
+/* How often the kernel has taken the CPU away from this thread (ru_nivcsw of getrusage(2)). */
+uint64_t vm_preemptions(void);
+
 /* The parent's process id: what any system call costs, and nothing else. */
 int vm_parent(void);
 

@@ -76,7 +76,7 @@ class Arena(Engine):
         scavenge_after: float | None = None,
         step: int | Literal["measured"] | None = None,
     ) -> None:
-        nbytes = None if step is None else as_step(step, huge_pages=False)
+        nbytes = None if step is None else as_step(step)
         # What it has for C, once there are blocks.
         self._heap: Any = None
         self._tables: Region | None = None

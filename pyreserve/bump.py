@@ -76,7 +76,7 @@ class BumpArena(InSteps):
         huge_pages: HugePages = "default",
         name: str | None = None,
     ) -> None:
-        small_first, step = huge_pages != "prefer", as_step(step, huge_pages=huge_pages == "prefer")
+        small_first, step = huge_pages != "prefer", as_step(step, huge_pages)
         region = reserve(size, mode=mode, huge_pages=huge_pages, name=name)
         super().__init__(region, step, small_first=small_first)
         self._marks: list[Mark] = []

@@ -64,7 +64,7 @@ def capabilities() -> Capabilities:
     return Capabilities(
         page_size=PAGE_SIZE,
         huge_page_sizes=_huge_page_sizes(),
-        transparent_huge_pages=_thp_mode(),
+        transparent_huge_pages=transparent_huge_pages(),
         address_bits=address_bits(),
         overcommit_memory=procfs.vm_setting("overcommit_memory"),
         rlimit_as=rlimit(resource.RLIMIT_AS),
@@ -110,7 +110,7 @@ def thp_settings() -> dict[int, str]:
     ``"always"``, ``"madvise"`` or ``"never"``; each size has a switch of its own since Linux 6.8
     (Documentation/admin-guide/mm/transhuge.rst).
     """
-    general, found = _thp_mode(), {}
+    general, found = transparent_huge_pages(), {}
     if general is None:
         return {}
     for size in sorted(_sizes_in(_THP)):
@@ -143,7 +143,8 @@ def _sizes_in(folder: Path) -> set[int]:
     }
 
 
-def _thp_mode() -> str | None:
+def transparent_huge_pages() -> str | None:
+    """Return what is set for them in general; see `Capabilities`."""
     return _chosen(_THP / "enabled")
 
 

@@ -50,7 +50,7 @@ class _Growable(InSteps):
         name: str | None,
     ) -> None:
         prefer = huge_pages == "prefer"
-        step = as_step(step, huge_pages=prefer)
+        step = as_step(step, huge_pages)
         # On a line of steps, which `reserve` sees to where huge pages are preferred; but no further
         # apart than what is small can ever need.
         align = None if prefer else min(step & -step, 1 << max(size - 1, 0).bit_length())

@@ -71,7 +71,7 @@ class Pool:
         if most <= 0:
             msg = f"no pool of {most} slots"
             raise RangeError(msg)
-        step = as_step(step, huge_pages=False)
+        step = as_step(step)
         self._pages = PageAllocator(most, capacity=most)
         self._tables = self._pages._pages
         # Steps end on multiples of themselves, as huge pages need it.

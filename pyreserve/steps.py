@@ -4,9 +4,10 @@ from collections.abc import Callable
 from operator import index as _index
 from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn, TypeVar
 
+from pyreserve.capabilities import transparent_huge_pages
 from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError
 from pyreserve.limits import PAGE_SIZE
-from pyreserve.region import Region
+from pyreserve.region import HugePages, Region
 from pyreserve.units import KiB, round_up
 
 if TYPE_CHECKING:
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-def as_step(step: int | Literal["measured"], *, huge_pages: bool) -> int:
+def as_step(step: int | Literal["measured"], huge_pages: HugePages = "default") -> int:
     """Return a step in bytes.
 
     Args:
         step: in bytes, whole OS pages; or ``"measured"``: what suits this machine, as
             `pyreserve.costs.measured_step` finds it in up to two seconds, once in a process.
-        huge_pages: whether the memory shall be backed with transparent huge pages.
+        huge_pages: the memory's policy, as for `pyreserve.reserve`.
 
     Raises:
         TypeError: neither an integer nor a string.
@@ -34,7 +35,8 @@ def as_step(step: int | Literal["measured"], *, huge_pages: bool) -> int:
             raise ValueError(msg)
         from pyreserve.costs import measured_step  # noqa: PLC0415  # only where it is wanted
 
-        step = measured_step(huge_pages=huge_pages)
+        always = huge_pages == "default" and transparent_huge_pages() == "always"
+        step = measured_step(huge_pages=always or huge_pages == "prefer")
     nbytes = _index(step)
     if nbytes <= 0 or nbytes % PAGE_SIZE:
         msg = f"a step is whole OS pages of {PAGE_SIZE} bytes, not {step}"

@@ -1,13 +1,14 @@
 """Steps: what counts as one, and who measures it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import costs_tables
 import pytest
 import witness
 
 import pyreserve.costs
+import pyreserve.steps
 from pyreserve import (
     PAGE_SIZE,
     Arena,
@@ -32,38 +33,54 @@ class TestNumbers:
         """A number is taken as it is, and nothing is measured."""
         monkeypatch.setattr(pyreserve.costs, "measured_step", refuse_to_measure)
 
-        assert as_step(3 * PAGE_SIZE, huge_pages=False) == 3 * PAGE_SIZE
-        assert as_step(2 * MiB, huge_pages=True) == 2 * MiB
+        assert as_step(3 * PAGE_SIZE) == 3 * PAGE_SIZE
+        assert as_step(2 * MiB, "prefer") == 2 * MiB
 
     @pytest.mark.parametrize("step", [0, -PAGE_SIZE, 1, PAGE_SIZE + 1, PAGE_SIZE // 2])
     def test_what_makes_no_sense(self, step: int) -> None:
         """Steps are whole OS pages, at least one."""
         with pytest.raises(RangeError, match=f"whole OS pages of {PAGE_SIZE} bytes, not {step}"):
-            as_step(step, huge_pages=False)
+            as_step(step)
 
     @pytest.mark.parametrize("wrong", [4096.0, None, b"measured", [4096]])
     def test_what_is_no_number(self, wrong: Any) -> None:
         """What is neither an integer nor a string is a TypeError."""
         with pytest.raises(TypeError):
-            as_step(wrong, huge_pages=False)
+            as_step(wrong)
 
     @pytest.mark.parametrize("word", ["", "4096", "Measured", "auto"])
     def test_other_words(self, word: Any) -> None:
         """There is one word."""
         with pytest.raises(ValueError, match="in bytes or 'measured', not"):
-            as_step(word, huge_pages=False)
+            as_step(word)
 
 
 class TestMeasured:
-    @pytest.mark.parametrize("huge", [False, True])
-    def test_for_the_pages_wanted(self, huge: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The laboratory is asked, and told which pages are wanted."""
+    @pytest.mark.parametrize(
+        ("policy", "setting", "huge"),
+        [
+            ("prefer", "madvise", True),
+            ("default", "madvise", False),
+            ("default", "always", True),
+            ("never", "always", False),
+            ("default", None, False),
+        ],
+    )
+    def test_for_the_pages_wanted(
+        self,
+        policy: Literal["default", "prefer", "never"],
+        setting: str | None,
+        huge: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The laboratory is asked, and told which pages the memory will get."""
         steps = {False: 5 * PAGE_SIZE, True: 7 * PAGE_SIZE}
         monkeypatch.setattr(
             pyreserve.costs, "measured_step", lambda *, huge_pages: steps[huge_pages]
         )
+        monkeypatch.setattr(pyreserve.steps, "transparent_huge_pages", lambda: setting)
 
-        assert as_step("measured", huge_pages=huge) == steps[huge]
+        assert as_step("measured", policy) == steps[huge]
 
     def test_in_every_room(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """All that commit ahead take the word, and grow by what it says."""
@@ -93,6 +110,7 @@ class TestMeasured:
             return 4 * MiB
 
         monkeypatch.setattr(pyreserve.costs, "measured_step", measured_step)
+        monkeypatch.setattr(pyreserve.steps, "transparent_huge_pages", lambda: "madvise")
         BumpArena(64 * MiB, step="measured", huge_pages="prefer")
         GrowableBuffer(64 * MiB, step="measured", huge_pages="prefer")
         GrowableBuffer(64 * MiB, step="measured", huge_pages="never")
@@ -110,7 +128,7 @@ class TestMeasured:
         buffer.resize(64 * KiB + 1)
 
         assert buffer.committed == 64 * PAGE_SIZE
-        assert as_step("measured", huge_pages=True) == 4 * MiB
+        assert as_step("measured", "prefer") == 4 * MiB
 
     def test_a_file_that_is_not_there(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -156,12 +156,16 @@ def costs(
     ] = False,
     only: Annotated[
         str | None,
-        typer.Option(metavar="VERB,...", help="Measure these verbs alone, such as commit,touch."),
+        typer.Option(
+            metavar="VERB,...",
+            help="Measure these verbs alone, of reserve, commit, grow, guard, unguard, touch, "
+            "populate, collapse, discard, decommit, release, retouch, recommit, fork.",
+        ),
     ] = None,
     longest: Annotated[
         int | None,
         typer.Option(
-            parser=_size, metavar="SIZE", help="Longest piece of memory; 1GiB by default."
+            parser=_size, metavar="SIZE", help="Longest piece of memory, up to 1GiB, the default."
         ),
     ] = None,
     json: Annotated[
@@ -191,7 +195,7 @@ def costs(
         raise typer.BadParameter(msg)
     verbs = None if only is None else [verb.strip() for verb in only.split(",") if verb.strip()]
     try:
-        plan = laboratory.plan(full=full, only=verbs, longest=longest or GiB)
+        plan = laboratory.plan(full=full, only=verbs, longest=GiB if longest is None else longest)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     asked = (
@@ -240,8 +244,15 @@ def _check_output(path: Path, extra: tuple[str, str] | None) -> None:
             err=True,
         )
         raise typer.Exit(1)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        msg = f"{path} can't be written"
+    why = None
+    if path.is_dir():
+        why = "it is a folder"
+    elif not path.parent.is_dir():
+        why = f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        why = "permission denied"
+    if why is not None:
+        msg = f"{path} can't be written: {why}"
         raise typer.BadParameter(msg)
 
 

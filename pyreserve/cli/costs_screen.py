@@ -17,6 +17,8 @@ from rich.text import Text
 from pyreserve.cli.screen import console_for
 from pyreserve.costs import (
     GROUPS,
+    METHODS,
+    Cell,
     Comparison,
     CostModel,
     CostTable,
@@ -93,12 +95,9 @@ def show(table: CostTable, recommendations: Recommendations) -> None:
         return
     console = console_for(120)
     _show_machine(console, table)
-    model = table.model()
-    for group, verbs in GROUPS.items():
-        rows = [fit for verb in verbs for fit in _sorted(model, verb)]
-        if rows:
-            console.print()
-            console.print(_group(group, rows, table, wide=console.width >= 110))
+    console.print()
+    console.print(_costs(table, console))
+    console.print(Text(_LEGEND, "dim"))
     _show_cold(console, table)
     _show_unmeasured(console, table)
     console.print()
@@ -120,7 +119,7 @@ def _show_machine(console: Console, table: CostTable) -> None:
     console.print(
         Text.assemble(
             ("pyreserve costs", "bold"),
-            f"  {facts['cpu'] or 'unknown CPU'}, {facts['cpus']} CPUs, "
+            f"  {facts['cpu'] or 'unknown CPU'}, {_count(facts['cpus'], 'CPU')}, "
             f"{format_size(facts['memory'])}, Linux {facts['kernel']}, {virtual}{balloon}",
         )
     )
@@ -132,63 +131,81 @@ def _show_machine(console: Console, table: CostTable) -> None:
         + (f"; a system call {format_time(call)}" if call else "")
     )
     passes = max((one.times.passes for one in table.cells if one.times), default=0)
-    console.print(
-        f"{'' if table.complete else 'Interrupted after '}{table.seconds:.1f} s, up to {passes} "
-        "passes. Medians; ± half of the 95 % interval; a page is an OS page; GiB/s at the longest "
-        "length; off: how far the line of fixed and per page is from a median at most; outliers: "
-        "how many, and the worst in medians."
-    )
-    why = table.noise.why
-    if why is not None:
-        console.print(Text(f"Noisy: {why}; small differences mean nothing here.", "yellow"))
+    interrupted = "" if table.complete else "Interrupted after "
+    console.print(f"{interrupted}{table.seconds:.1f} s, up to {_count(passes, 'pass', 'passes')}")
+    if table.disturbed is not None:
+        why = f"Noisy: {table.disturbed}; small differences mean nothing here."
+        console.print(Text(why, "yellow"))
+
+
+def _count(n: int, one: str, more: str = "") -> str:
+    return f"{n} {one if n == 1 else more or one + 's'}"
+
+
+# What a narrow terminal does without comes last.
+_COLUMNS = ("", "pages", "fixed", "per page", "GiB/s", "at", "off", "outliers")
+_LEFT = {"", "pages", "at", "outliers"}
+_LEGEND = (
+    "Medians, ± half of the 95 % interval. fixed: of a call; per page: and for each OS page; up to: "
+    "not told from nothing. GiB/s: of one thread, at the longest length, where it is pages that "
+    "cost; a touch is a byte of each page. off: how far a median is from fixed and per page at most; "
+    "much, where the cost bends, as at the size of a cache. outliers: how many samples, and the "
+    "worst in medians. pyreserve.costs.cells says what each verb and method does."
+)
+
+
+def _costs(table: CostTable, console: Console) -> Table:
+    """Return the table with as many columns as the console has room for."""
+    shown = Table()
+    for last in range(len(_COLUMNS), 4, -1):
+        shown = _costs_in(table, last)
+        if console.measure(shown).maximum <= console.width:
+            break
+    return shown
+
+
+def _costs_in(table: CostTable, columns: int) -> Table:
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in _COLUMNS[:columns]:
+        shown.add_column(name, no_wrap=True, justify="left" if name in _LEFT else "right")
+    model, cells = table.model(), table.curves()
+    for group, verbs in GROUPS.items():
+        fits = [fit for verb in verbs for fit in _sorted(model, verb)]
+        if fits:
+            shown.add_row(Text(group, "bold"))
+        last = None
+        for fit in fits:
+            label = f"  {fit.curve.verb} {fit.curve.method}"
+            row = [label if label != last else "", *_row(fit, cells[fit.curve])]
+            shown.add_row(*row[:columns])
+            last = label
+    return shown
 
 
 def _sorted(model: CostModel, verb: str) -> list[Fit]:
-    from pyreserve.costs import METHODS  # noqa: PLC0415
-
     def order(fit: Fit) -> tuple[object, ...]:
         curve = fit.curve
-        return (
-            METHODS[verb].index(curve.method),
-            curve.page_kind != SMALL,
-            curve.page_kind,
-            curve.mode,
-            curve.threads,
-        )
+        small = curve.page_kind == SMALL
+        method = METHODS[verb].index(curve.method)
+        return (method, not small, curve.page_kind, curve.mode, curve.threads)
 
     return sorted((fit for fit in model.fits.values() if fit.curve.verb == verb), key=order)
 
 
-def _group(name: str, fits: list[Fit], table: CostTable, *, wide: bool) -> Table:
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    shown.add_column(name, no_wrap=True, header_style="bold", min_width=24)
-    shown.add_column("pages", no_wrap=True, min_width=15)
-    shown.add_column("fixed", justify="right", no_wrap=True, min_width=13)
-    shown.add_column("per page", justify="right", no_wrap=True, min_width=15)
-    shown.add_column("GiB/s", justify="right", no_wrap=True, min_width=5)
-    if wide:
-        shown.add_column("at", no_wrap=True, min_width=7)
-        shown.add_column("off", justify="right", no_wrap=True, min_width=4)
-        shown.add_column("outliers", no_wrap=True, min_width=12)
-    cells, last = table.curves(), None
-    for fit in fits:
-        label = f"{fit.curve.verb} {fit.curve.method}"
-        longest = cells[fit.curve][-1].cell
-        # A rate makes sense where it is the pages that cost.
-        paged = fit.ns_per_page > 1 and fit.ns_per_page * longest.pages > fit.fixed_ns
-        row = [
-            label if label != last else "",
-            _setting(fit.curve),
-            _figure(fit.fixed_ns, fit.fixed_ci95),
-            _figure(fit.ns_per_page, fit.ns_per_page_ci95),
-            f"{fit.gib_per_second:.3g}" if paged else "",
-        ]
-        if wide:
-            at = format_size(longest.nbytes) if paged else ""
-            row += [at, f"{fit.residual:.0%}", _outliers(cells[fit.curve])]
-        shown.add_row(*row)
-        last = label
-    return shown
+def _row(fit: Fit, cells: list[Measured]) -> list[str]:
+    longest = cells[-1].cell
+    # A rate makes sense where it is the pages that cost.
+    paged = fit.ns_per_page > 1 and fit.ns_per_page * longest.pages > fit.fixed_ns
+    rate = fit.gib_per_second
+    return [
+        _setting(fit.curve),
+        _figure(fit.fixed_ns, fit.fixed_ci95),
+        _figure(fit.ns_per_page, fit.ns_per_page_ci95),
+        (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}") if paged else "",
+        format_size(longest.nbytes) if paged else "",
+        f"{fit.residual:.0%}",
+        _outliers(cells),
+    ]
 
 
 def _setting(curve: Curve) -> str:
@@ -216,34 +233,46 @@ def _outliers(cells: list[Measured]) -> str:
 
 
 def _show_cold(console: Console, table: CostTable) -> None:
+    cold = [one for one in table.measured() if one.host == "cold"]
+    if not cold:
+        return
     warm = {one.cell: one.times for one in table.cells if one.host == "warm"}
-    for one in table.cells:
-        if one.host != "cold" or one.times is None:
-            continue
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+    for column in ("cell", "cold", "warm", "samples"):
+        shown.add_column(column, justify="left" if column == "cell" else "right", no_wrap=True)
+    for one in cold:
         usual = warm.get(one.cell)
-        times = f", {one.times.median / usual.median:.3g} times as long" if usual else ""
-        console.print()
-        console.print(
-            Text(
-                f"Cold host: {one.cell}: {format_time(one.times.median)}{times}, in "
-                f"{one.times.samples} samples. The host had taken this memory away while it was "
-                "idle; these samples are in no other figure.",
-                "yellow",
+        if one.times is not None:
+            shown.add_row(
+                str(one.cell),
+                format_time(one.times.median),
+                format_time(usual.median) if usual else "",
+                f"{one.times.samples}",
             )
-        )
+    console.print()
+    console.print(Text("Cold host", "bold"))
+    console.print(
+        "  Samples far beyond the others of memory that was idle: the host of this virtual machine "
+        "had probably taken it away. They are in no figure above.",
+    )
+    console.print(shown)
 
 
 def _show_unmeasured(console: Console, table: CostTable) -> None:
-    reasons: dict[str, list[Measured]] = {}
+    reasons: dict[tuple[str, str], list[Cell]] = {}
     for one in table.cells:
         if one.times is None:
-            reasons.setdefault(one.why or "", []).append(one)
+            setting = _setting(Curve.of(one.cell))
+            reasons.setdefault((one.why or "", setting), []).append(one.cell)
     if reasons:
         console.print()
-    for why, cells in reasons.items():
-        first = str(cells[0].cell)
-        others = f" and {len(cells) - 1} more cells" if len(cells) > 1 else ""
-        console.print(Text(f"Not measured: {first}{others}: {why}", "dim"))
+    for (why, setting), cells in reasons.items():
+        verbs = dict.fromkeys(cell.verb for cell in cells)
+        lengths = sorted({cell.nbytes for cell in cells})
+        of = format_size(lengths[0])
+        of += f" to {format_size(lengths[-1])}" if len(lengths) > 1 else ""
+        what = f"{_count(len(cells), 'cell')} of {setting} pages, {of} ({', '.join(verbs)})"
+        console.print(Text(f"Not measured: {what}: {why}", "dim"))
 
 
 def show_comparison(comparison: Comparison, old: str) -> None:
@@ -255,7 +284,7 @@ def show_comparison(comparison: Comparison, old: str) -> None:
     console.print(Text(f"Compared with {old}", "bold"))
     for name, before, after in comparison.differences:
         console.print(Text(f"  not the same: {name} was {_plain(before)}, is {_plain(after)}"))
-    changed = [one for one in comparison.cells if one.verdict != "same"]
+    changed = [one for one in comparison.cells if one.verdict not in {"same", "unsure"}]
     if changed:
         shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
         for column in ("cell", "before", "now", "ratio", "verdict"):
@@ -271,9 +300,13 @@ def show_comparison(comparison: Comparison, old: str) -> None:
                 one.verdict,
             )
         console.print(shown)
-    counts = {v: comparison.count(v) for v in ("same", "slower", "faster", "noisy")}
+    counts = {v: comparison.count(v) for v in ("same", "slower", "faster", "noisy", "unsure")}
     said = ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n or verdict == "same")
     console.print(f"{len(comparison.cells)} cells in both: {said}")
+    if comparison.only_old or comparison.only_new:
+        console.print(
+            f"{comparison.only_old} were measured in the old run only, {comparison.only_new} in this"
+        )
     if comparison.noisy is not None:
         console.print(Text(f"Noisy, so nothing is called a change: {comparison.noisy}", "yellow"))
 

@@ -10,7 +10,7 @@ commit    mprotect            mprotect of a piece of a larger reservation
 commit    mmap-fixed          mmap(MAP_FIXED) of a piece of a larger reservation
 grow      mprotect            the next piece, right after what is committed and touched
 grow      mmap-fixed          the same by mmap(MAP_FIXED)
-guard     madvise             MADV_GUARD_INSTALL in the middle of a committed piece
+guard     madvise             MADV_GUARD_INSTALL in a committed piece, where nothing was touched
 guard     mprotect            mprotect(PROT_NONE) there
 unguard   madvise, mprotect   the way back
 touch     write               the first store into each OS page
@@ -26,8 +26,10 @@ retouch   resident            a store into each OS page, all of them in memory
 retouch   after-dontneed      the next store after discard/dontneed
 retouch   after-free          the next store after discard/free, not yet taken by the kernel
 retouch   after-fork          the next store after a fork: copy on write
-recommit  mmap-fixed, ...     mprotect after a decommit by that method
-fork      inherit, dontfork   fork(2) with touched pages, without and with MADV_DONTFORK
+recommit  after-mmap-fixed    mprotect after a decommit by that method; likewise
+                              after-mprotect and after-dontneed+mprotect
+fork      inherit, dontfork   fork(2) with touched pages, without and with MADV_DONTFORK; the
+                              fixed part is that of the measuring Python
 ========  ==================  ===========================================================
 """
 
@@ -60,7 +62,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "decommit": ("mmap-fixed", "mprotect", "dontneed+mprotect"),
     "release": ("touched", "untouched"),
     "retouch": ("after-dontneed", "after-free", "resident", "after-fork"),
-    "recommit": ("mmap-fixed", "mprotect", "dontneed+mprotect"),
+    "recommit": ("after-mmap-fixed", "after-mprotect", "after-dontneed+mprotect"),
     "fork": ("inherit", "dontfork"),
 }
 """The methods of each verb, the one that is meant when none is named first."""
@@ -136,7 +138,7 @@ class Curve:
 
     def __str__(self) -> str:
         threads = "" if self.threads == 1 else f", {self.threads} threads"
-        return f"{self.verb} by {self.method}, {self.page_kind} pages, {self.mode}{threads}"
+        return f"{self.verb} {self.method}, {self.page_kind} pages, {self.mode}{threads}"
 
 
 @dataclass(frozen=True, slots=True)

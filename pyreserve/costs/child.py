@@ -16,6 +16,7 @@ from pyreserve._native import ffi, lib
 from pyreserve.costs.cells import SMALL, Cell, PageKind
 from pyreserve.costs.entries import map_entries
 from pyreserve.costs.programs import Program, Setting, Step
+from pyreserve.costs.stats import Sample
 from pyreserve.limits import PAGE_SIZE, refusal
 from pyreserve.units import MiB, format_size, round_up
 
@@ -74,8 +75,8 @@ class Refused(Exception):  # noqa: N818
         self.err, self.step = err, step
 
 
-def run(program: Program, rounds: int) -> list[list[float]]:
-    """Run a program in C; return the samples of each of its `cells`, in ns.
+def run(program: Program, rounds: int) -> list[list[Sample]]:
+    """Run a program in C; return the samples of each of its `cells`.
 
     Raises:
         Refused: the kernel refused a step.
@@ -93,14 +94,15 @@ def run(program: Program, rounds: int) -> list[list[float]]:
     made.length, made.align, made.phase = program.nbytes, program.align, program.phase
     made.huge, made.access, made.advice = program.huge, program.access, program.advice
     each = rounds * program.threads
-    samples = ffi.new("double[]", max(1, len(timed)) * each)
+    n = len(timed) * each
+    samples, preempted = ffi.new("double[]", n or 1), ffi.new("unsigned char[]", n or 1)
     done, failed = ffi.new("size_t *"), ffi.new("size_t *")
-    err = lib.timing_run(made, program.threads, rounds, samples, done, failed)
+    err = lib.timing_run(made, program.threads, rounds, samples, preempted, done, failed)
     if err:
         raise Refused(err, int(failed[0]))
-    found: dict[Cell, list[float]] = {cell: [] for cell in program.cells}
-    for i, cell in enumerate(timed):
-        found[cell].extend(samples[i * each : (i + 1) * each])
+    found: dict[Cell, list[Sample]] = {cell: [] for cell in program.cells}
+    for i in range(n):
+        found[timed[i // each]].append((round(samples[i], 2), bool(preempted[i])))
     return list(found.values())
 
 
@@ -115,24 +117,24 @@ def _bare(steps: list[Step], nbytes: int, *, align: int = 0, advice: int = 0) ->
 def system_call_ns() -> float:
     """Time a getppid: what entering the kernel costs just now, in ns."""
     step = Step("SYSTEM_CALL", 0, PAGE_SIZE, _NAMELESS, _CALLS)
-    return min(run(_bare([step], PAGE_SIZE), 5)[0])
+    return min(run(_bare([step], PAGE_SIZE), 5)[0])[0]
 
 
-def warm_up(nbytes: int, seconds: float, advice: int) -> list[float]:
-    """Touch so much memory once and give it back; return what each `PIECE` of it took, in ns.
+def warm_up(nbytes: int, seconds: float, advice: int) -> list[Sample]:
+    """Touch so much memory once and give it back; return what each `PIECE` of it took.
 
     The host of a virtual machine may have taken it away while it was idle, and bringing it again
     is many times as slow: what can't be brought in the time given is left.
     """
     few = _TRIED * PIECE
     tried = _touch_once(min(nbytes, few), advice)
-    most = int(seconds * 1e9 / max(sum(tried), 1.0) * len(tried)) * PIECE
+    most = int(seconds * 1e9 / max(sum(ns for ns, _ in tried), 1.0) * len(tried)) * PIECE
     if nbytes <= few or most <= few:
         return tried
     return _touch_once(min(nbytes, most), advice)
 
 
-def _touch_once(nbytes: int, advice: int) -> list[float]:
+def _touch_once(nbytes: int, advice: int) -> list[Sample]:
     nbytes = round_up(nbytes, PIECE)
     steps = [Step("ADVISE", 0, nbytes), Step("COMMIT", 0, nbytes)]
     steps += [Step("WRITE", at, PIECE, _NAMELESS) for at in range(0, nbytes, PIECE)]
@@ -202,7 +204,7 @@ class Pass:
         if seconds > self._job.share:
             why = (
                 f"one round would take {seconds:.2g} s, and the budget leaves "
-                f"{self._job.share:.2g} s for one"
+                f"{self._job.share:.2g} s, a 20th, for one"
             )
             answer(skipped=number, why=why)
             return False
@@ -211,9 +213,8 @@ class Pass:
     def _warm_up(self, nbytes: int) -> None:
         try:
             answer(warm_up=warm_up(nbytes, self._job.warm_seconds, self._job.setting.advice))
-        except Refused as refused:
-            # The programs that need as much will be refused too, and say so one by one.
-            answer(not_warmed=errno.errorcode.get(refused.err, str(refused.err)))
+        except Refused:
+            return  # the programs that need as much will be refused too, and say so one by one
 
     def _predict(self, number: int) -> float:
         """Say how many seconds a round will take: as it did, or as a shorter piece lets expect.
@@ -254,7 +255,7 @@ class Pass:
             program=number,
             seconds=self._seconds[number],
             cells=[order.index(cell) for cell in program.cells],
-            ns=[[round(ns, 2) for ns in values] for values in samples],
+            samples=samples,
         )
 
     def _refused(self, number: int, refused: Refused) -> None:

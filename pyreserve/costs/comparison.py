@@ -9,6 +9,7 @@ from pyreserve.costs.table import CostTable
 # Smaller changes can be told from none only by many more runs.
 _LEAST_CHANGE = 0.05
 _OTHER_SPEED = 0.1
+_WIDE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +20,8 @@ class Compared:
         cell, host: which.
         old, new: its times.
         verdict: ``"slower"`` or ``"faster"`` if the intervals do not overlap and the medians differ
-            by 5 % at least; ``"noisy"`` if that holds, but either run was disturbed; ``"same"``
-            if it does not.
+            by 5 % at least; ``"noisy"`` if that holds, but either run was disturbed; else
+            ``"same"``, or ``"unsure"`` if an interval is wider than half its median.
     """
 
     cell: Cell
@@ -79,7 +80,7 @@ def compare(old: CostTable, new: CostTable) -> Comparison:
 def _verdict(old: Times, new: Times, noisy: bool) -> str:
     apart = new.ci95[0] > old.ci95[1] or new.ci95[1] < old.ci95[0]
     if not apart or abs(new.median - old.median) < _LEAST_CHANGE * old.median:
-        return "same"
+        return "same" if max(old.width, new.width) <= _WIDE else "unsure"
     if noisy:
         return "noisy"
     return "slower" if new.median > old.median else "faster"
@@ -88,7 +89,7 @@ def _verdict(old: Times, new: Times, noisy: bool) -> str:
 def _noise(old: CostTable, new: CostTable) -> str | None:
     """Say what disturbed either run, or that the same machine runs at another speed now."""
     for which, table in (("the old run", old), ("this run", new)):
-        why = table.noise.why
+        why = table.disturbed
         if why is not None:
             return f"{which} was disturbed: {why}"
     before, after = (table.machine.get("system_call_ns") for table in (old, new))

@@ -20,7 +20,7 @@ from pyreserve.costs import machine
 from pyreserve.costs.cells import Cell, Curve
 from pyreserve.costs.child import PIECE, Job
 from pyreserve.costs.planning import Group, Plan
-from pyreserve.costs.stats import quantile, split_cold, summarise
+from pyreserve.costs.stats import Sample, quantile, split_cold, summarise
 from pyreserve.costs.table import CostTable, Measured, Noise
 from pyreserve.units import MiB
 
@@ -40,8 +40,18 @@ _START = (
     "from pyreserve.costs.child import main; main()"
 )
 _NO_TIME = "the budget was spent before its turn"
-# Verbs that bring memory: how fast depends on whether the host has it.
-_BRINGING = frozenset({"touch", "populate", "retouch", "collapse"})
+_ALL_COLD = "the host had to bring the memory each time"
+# What brings memory: how fast depends on whether the host has it. (A first read brings none.)
+_BRINGING = frozenset(
+    {
+        ("touch", "write"),
+        ("populate", "madvise"),
+        ("collapse", "madvise"),
+        ("retouch", "after-dontneed"),
+        ("retouch", "after-fork"),
+    }
+)
+_FEW = 64 * MiB  # pieces of so many bytes have so few samples that shorter ones have to tell
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -122,8 +132,8 @@ class _Run:
         self._plan, self._budget, self._width, self._progress = plan, budget, width, progress
         self._begun = time.monotonic()
         self._passes = 0
-        self._samples: dict[Cell, list[list[float]]] = {}
-        self._warm_ups: dict[Cell, list[list[float]]] = {}
+        self._samples: dict[Cell, list[list[Sample]]] = {}
+        self._warm_ups: dict[Cell, list[list[Sample]]] = {}
         self._refused: dict[Cell, str] = dict(plan.unmeasurable)
         self._seconds: dict[Group, dict[int, float]] = {group: {} for group in plan.groups}
         self._skipped: dict[Cell, str] = {}
@@ -169,7 +179,7 @@ class _Run:
 
     def _settle(self) -> None:
         for cell, passes in self._samples.items():
-            if any(passes) and summarise(split_cold(passes)[0]).width <= self._width:
+            if any(passes) and summarise(_all_of(passes)).width <= self._width:
                 self._settled.add(cell)
 
     def _new_pass(self, group: Group) -> None:
@@ -211,10 +221,10 @@ class _Run:
 
     def _take(self, group: Group, found: dict[str, Any]) -> None:
         """Take in one answer of a child."""
-        if "ns" in found:
+        if "samples" in found:
             cells = group.programs[found["program"]].cells
             self._seconds[group][found["program"]] = found["seconds"]
-            for position, values in zip(found["cells"], found["ns"], strict=True):
+            for position, values in zip(found["cells"], found["samples"], strict=True):
                 self._samples[cells[position]][-1].extend(values)
         elif "refused" in found:
             cells = group.programs[found["program"]].cells
@@ -239,22 +249,24 @@ class _Run:
 
     def table(self, *, complete: bool) -> CostTable:
         """Put together what is known by now."""
+        facts = machine.facts()
         cells: list[Measured] = []
-        for cell in self._plan.cells:
-            passes = [one for one in self._samples.get(cell, []) if one]
-            warm, cold = passes, list[list[float]]()
-            if cell.verb in _BRINGING and passes:
-                warm, cold = split_cold(passes, self._warm_ups.get(cell, []))
+        usual: dict[Curve, float] = {}  # ns a page, of the last length that had samples
+        for cell in sorted(self._plan.cells, key=lambda cell: cell.nbytes):
+            warm, cold = self._parted(cell, facts["virtualised"] != "no", usual)
             if warm:
-                cells.append(Measured(cell, "warm", summarise(warm), None, warm))
+                times = summarise(warm)
+                usual[Curve.of(cell)] = times.median / cell.pages
+                cells.append(Measured(cell, "warm", times, None, warm))
             else:
                 why = self._refused.get(cell) or self._skipped.get(cell, _NO_TIME)
-                cells.append(Measured(cell, "warm", None, why))
+                cells.append(Measured(cell, "warm", None, _ALL_COLD if cold else why))
             if cold:
                 cells.append(Measured(cell, "cold", summarise(cold), None, cold))
+        order = {cell: i for i, cell in enumerate(self._plan.cells)}
+        cells.sort(key=lambda one: order[one.cell])
         cells += [Measured(cell, "warm", None, why) for cell, why in self._plan.unmeasurable]
         calls = [median(one) for one in self._system_calls if one]
-        facts = machine.facts()
         facts["system_call_ns"] = round(median(calls), 1) if calls else None
         facts["map_entries"] = self._entries
         return CostTable(
@@ -264,6 +276,21 @@ class _Run:
             seconds=time.monotonic() - self._begun,
             complete=complete,
         )
+
+    def _parted(
+        self, cell: Cell, has_host: bool, usual: dict[Curve, float]
+    ) -> tuple[list[list[float]], list[list[float]]]:
+        """Return a cell's warm and its cold samples, pass by pass."""
+        passes = [one for one in self._samples.get(cell, []) if one]
+        if not has_host or (cell.verb, cell.method) not in _BRINGING:
+            return _all_of(passes), []
+        page_ns = usual.get(Curve.of(cell)) if cell.nbytes >= _FEW else None
+        expected = None if page_ns is None else page_ns * cell.pages
+        return split_cold(passes, self._warm_ups.get(cell, []), expected)
+
+
+def _all_of(passes: list[list[Sample]]) -> list[list[float]]:
+    return [[ns for ns, _ in one] for one in passes if one]
 
 
 class _MachineTime:

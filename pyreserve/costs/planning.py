@@ -83,7 +83,8 @@ def plan(*, full: bool = False, only: Iterable[str] | None = None, longest: int 
         longest: the longest piece of memory, in bytes, up to 1 GiB; `Plan.memory` follows from it.
 
     Raises:
-        ValueError: a verb that there is not, none at all, or `longest` is less than an OS page.
+        ValueError: a verb that there is not, none at all, `longest` is less than an OS page, or
+            nothing is left to measure.
     """
     verbs = _verbs(only)
     if longest < PAGE_SIZE:
@@ -98,6 +99,9 @@ def plan(*, full: bool = False, only: Iterable[str] | None = None, longest: int 
                 unmeasurable[cell] = setting.kind.why_not
         elif programs:
             groups.append(Group(setting, tuple(programs)))
+    if not groups and not unmeasurable:
+        msg = f"nothing to measure: no piece of {format_size(longest)} or less has these verbs"
+        raise ValueError(msg)
     return Plan(tuple(groups), tuple(unmeasurable.items()))
 
 

@@ -662,8 +662,8 @@ def _notes(table: CostTable, panels: Iterable[Chosen], small: str, huge: str) ->
                 text += f" (within {times:g} times {label([one.near], small)})"
             texts.append(text)
         found.append(f"Not drawn: {'; '.join(texts)}.")
-    if table.noise.why:
-        found.append(f"Noise: {table.noise.why}.")
+    if table.disturbed:
+        found.append(f"Noise: {table.disturbed}.")
     if not table.complete:
         found.append("The measuring was interrupted.")
     return found

@@ -172,13 +172,13 @@ def life(s: Setting, n: int) -> Program:
         Step("DISCARD_LAZY", 0, n, cell("discard", "free", n), bound=1),
         Step("WRITE", 0, n, cell("retouch", "after-free", n)),
         Step("UNCOMMIT", 0, n, cell("decommit", "mprotect", n)),
-        Step("COMMIT", 0, n, cell("recommit", "mprotect", n)),
+        Step("COMMIT", 0, n, cell("recommit", "after-mprotect", n)),
         Step("DISCARD_OFF", 0, n, cell("decommit", "dontneed+mprotect", n), bound=1),
-        Step("COMMIT", 0, n, cell("recommit", "dontneed+mprotect", n)),
+        Step("COMMIT", 0, n, cell("recommit", "after-dontneed+mprotect", n)),
         Step("WRITE", 0, n),
         Step("DECOMMIT", 0, n, cell("decommit", "mmap-fixed", n)),
         Step("ADVISE", 0, n),
-        Step("COMMIT", 0, n, cell("recommit", "mmap-fixed", n)),
+        Step("COMMIT", 0, n, cell("recommit", "after-mmap-fixed", n)),
     ]
     return s.program("life", steps, n, memory=n)
 
@@ -214,18 +214,18 @@ def growth(s: Setting, n: int, method: str, verb: str) -> Program:
     return s.program(f"growth {method}", steps, n, memory=(_GROWTHS + 1) * max(s.unit, PAGE_SIZE))
 
 
-def guards(s: Setting, n: int) -> Program:
-    """Guard a piece in the middle of a committed one, and take the guard away."""
-    cell = s.cell
+def guards(s: Setting, n: int, method: str, guard: str, unguard: str) -> Program:
+    """Guard an untouched piece in the middle of a committed one, and take the guard away.
+
+    A life for each method: guard pages leave page tables behind, and mprotect would walk them.
+    """
     steps = [
         Step("COMMIT", 0, 3 * n),
         Step("WRITE", 0, PAGE_SIZE),
-        Step("GUARD", n, n, cell("guard", "madvise", n), bound=1),
-        Step("UNGUARD", n, n, cell("unguard", "madvise", n)),
-        Step("UNCOMMIT", n, n, cell("guard", "mprotect", n)),
-        Step("COMMIT", n, n, cell("unguard", "mprotect", n)),
+        Step(guard, n, n, s.cell("guard", method, n)),
+        Step(unguard, n, n, s.cell("unguard", method, n)),
     ]
-    return s.program("guards", steps, n, memory=s.unit)
+    return s.program(f"guards {method}", steps, n, memory=n // 256 + s.unit)
 
 
 def collapsed(s: Setting, n: int) -> Program:
@@ -287,13 +287,18 @@ class Script:
 
 
 SCRIPTS: dict[str, Script] = {
-    "untouched": Script(untouched),
+    "untouched": Script(untouched, sorts=("small", "hugetlb")),
     "life": Script(life),
     "read": Script(read),
     "populated": Script(populated),
     "growth mprotect": Script(lambda s, n: growth(s, n, "mprotect", "COMMIT"), 128 * MiB),
     "growth mmap-fixed": Script(lambda s, n: growth(s, n, "mmap-fixed", "COMMIT_MAP"), 128 * MiB),
-    "guards": Script(guards, 128 * MiB, ("small",)),
+    "guards madvise": Script(
+        lambda s, n: guards(s, n, "madvise", "GUARD", "UNGUARD"), 128 * MiB, ("small",)
+    ),
+    "guards mprotect": Script(
+        lambda s, n: guards(s, n, "mprotect", "UNCOMMIT", "COMMIT"), 128 * MiB, ("small",)
+    ),
     "collapsed": Script(collapsed, 128 * MiB, ("transparent",)),
     "forked": Script(forked, 128 * MiB, one_thread=True),
     "not inherited": Script(not_inherited, 128 * MiB, one_thread=True),

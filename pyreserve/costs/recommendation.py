@@ -2,8 +2,9 @@
 
 import math
 import os
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,7 @@ from pyreserve.costs.measuring import measure
 from pyreserve.costs.model import CostModel, Fit
 from pyreserve.costs.planning import plan
 from pyreserve.costs.table import CostTable
+from pyreserve.errors import OutOfMemoryError
 from pyreserve.limits import PAGE_SIZE
 from pyreserve.units import GiB, MiB, format_size, format_time, parse_size
 
@@ -20,6 +22,8 @@ FILE = "PYRESERVE_COSTS"
 
 _SHARE = 0.05  # of touching: what calls for growing may cost
 _LONGEST_STEP = 64 * MiB
+_SURE = 1.3  # an interval from one end to 1.3 times that is good enough to build on
+_DEFAULT_STEP = 2 * MiB
 _BUDGET, _STEP_BUDGET, _WIDTH = 10.0, 2.0, 0.1
 
 
@@ -121,7 +125,8 @@ def measured_step(*, huge_pages: bool = False) -> int:
     """Return the growth step for this machine, in bytes: what ``step="measured"`` stands for.
 
     It comes from the file that ``PYRESERVE_COSTS`` names, or else from a measurement of two seconds
-    at most, made once in a process. Where nothing can be measured it is 2 MiB.
+    at most, made once in a process by starting ``sys.executable``. Where that can't measure what it
+    takes, or has too little memory, it is 2 MiB.
 
     Args:
         huge_pages: whether the memory shall be backed with transparent huge pages.
@@ -129,25 +134,47 @@ def measured_step(*, huge_pages: bool = False) -> int:
     Raises:
         OSError, ValueError: as `recommend`.
     """
-    table = _from_file() or _measured_growth()
+    try:
+        table = _from_file() or _measured_growth()
+    except OutOfMemoryError:
+        return _DEFAULT_STEP
     answer = _answered(_huge_step if huge_pages else _step, table.model(), table)
-    return 2 * MiB if answer.value is None else int(answer.value)
+    return _DEFAULT_STEP if answer.value is None else int(answer.value)
 
 
 def _from_file() -> CostTable | None:
     path = os.environ.get(FILE)
-    return CostTable.load(path) if path else None
+    if not path:
+        return None
+    try:
+        return CostTable.load(path)
+    except ValueError as error:
+        msg = f"{FILE} names {error}"
+        raise ValueError(msg) from None
 
 
-@cache
+_measuring = threading.Lock()  # two at once would disturb each other
+
+
 def _measured() -> CostTable:
-    verbs = ("grow", "touch", "discard", "retouch")
-    return measure(plan(only=verbs, longest=128 * MiB), budget=_BUDGET, width=_WIDTH)
+    with _measuring:
+        return _measured_once(("grow", "touch", "discard", "retouch"), 128 * MiB, _BUDGET)
+
+
+def _measured_growth() -> CostTable:
+    with _measuring:
+        return _measured_once(("grow", "touch"), 8 * MiB, _STEP_BUDGET)
 
 
 @cache
-def _measured_growth() -> CostTable:
-    return measure(plan(only=("grow", "touch"), longest=8 * MiB), budget=_STEP_BUDGET, width=_WIDTH)
+def _measured_once(verbs: tuple[str, ...], longest: int, budget: float) -> CostTable:
+    whole = plan(only=verbs, longest=longest)
+    groups = (
+        group
+        for group in whole.groups
+        if group.setting.mode == "charge" and group.setting.threads == 1
+    )
+    return measure(replace(whole, groups=tuple(groups)), budget=budget, width=_WIDTH)
 
 
 def _answered(question: Callable[[CostModel, CostTable], Answer], *of: Any) -> Answer:
@@ -164,7 +191,7 @@ def _step(model: CostModel, _table: CostTable) -> Answer:
         step *= 2
     return Answer(
         step,
-        f"Grow by {format_size(step)} or more: the calls then cost under 5 % of touching.",
+        f"Grow by {format_size(step)} or more: the calls then cost {_little(grow, touch, step)}.",
         f"a step of {format_size(step)} costs {format_time(grow.at(step))}, "
         f"touching it {format_time(touch.at(step))}",
     )
@@ -190,17 +217,30 @@ def _idle(model: CostModel, table: CostTable) -> Answer:
     discard = model.of(Curve("discard", "dontneed"))
     again, kept = (model.of(Curve("retouch", way)) for way in ("after-dontneed", "resident"))
     nbytes = _longest(discard, again, kept)
-    cost = discard.at(nbytes) + again.at(nbytes) - kept.at(nbytes)
-    per_gib = cost * (GiB / nbytes) / 1e9
+    gone, touched, spared = (fit.at(nbytes) for fit in (discard, again, kept))
     gib_per_cpu = table.machine["memory"] / GiB / table.machine["cpus"]
-    seconds = per_gib * gib_per_cpu
-    return Answer(
-        seconds,
-        f"Give back what stays idle for more than {seconds:.2g} s.",
+
+    def seconds(cost: float) -> float:
+        return cost * (GiB / nbytes) / 1e9
+
+    per_gib = seconds(gone + touched - spared)
+    low = seconds(gone.low + touched.low - spared.high) * gib_per_cpu
+    high = seconds(gone.high + touched.high - spared.low) * gib_per_cpu
+    idle = per_gib * gib_per_cpu
+    because = (
         f"discarding 1 GiB and touching it again costs {per_gib:.2g} s of a CPU, and this machine "
         f"has {gib_per_cpu:.2g} GiB for each of its CPUs: at that price, holding 1 GiB for "
-        f"{seconds:.2g} s costs as much (after Gray and Putzolu's five-minute rule, 1987)",
+        f"{idle:.2g} s ({low:.2g} to {high:.2g}) costs as much (after Gray and Putzolu's "
+        "five-minute rule, 1987)"
     )
+    cold = [one for one in table.measured() if one.host == "cold" and one.cell.verb == "touch"]
+    if cold:
+        worst = max(one.times.median / one.cell.nbytes for one in cold if one.times) * GiB / 1e9
+        because += (
+            f"; if the host takes it meanwhile, touching 1 GiB again costs {worst:.2g} s, and it "
+            f"pays after {worst * gib_per_cpu:.2g} s"
+        )
+    return Answer(idle, f"Give back what stays idle for more than {idle:.2g} s.", because)
 
 
 def _lazy(model: CostModel, _table: CostTable) -> Answer:
@@ -225,7 +265,8 @@ def _lazy(model: CostModel, _table: CostTable) -> Answer:
         above,
         text,
         f"{format_size(nbytes)}: eager {format_time(gone)} and {format_time(touched)} to touch "
-        f"again, lazy {format_time(marked)} and {format_time(kept)}",
+        f"again, lazy {format_time(marked)} and {format_time(kept)}; what the kernel spends on "
+        "taking lazily discarded memory is not in it",
     )
 
 
@@ -233,19 +274,30 @@ def _huge(model: CostModel, _table: CostTable) -> Answer:
     kind, size = _huge_kind(model)
     small, huge = model.of(Curve("touch", "write")), model.of(Curve("touch", "write", kind))
     nbytes = _longest(small, huge)
-    above = min(1.0, huge.at(nbytes) / small.at(nbytes))
+    one, other = huge.at(nbytes), small.at(nbytes)
+    above = min(1.0, one / other)
     return Answer(
         above,
-        f"Huge pages win once {above:.0%} of each {format_size(size)} is used; if all of it is, "
-        f"first touch is {1 / above:.2g} times as fast. All of it is in memory, used or not.",
+        f"Huge pages win at first touch once {above:.0%} ({one.low / other.high:.0%} to "
+        f"{one.high / other.low:.0%}) of each {format_size(size)} is used; if all of it is, they "
+        f"are {other / one:.2g} times as fast. All of it is in memory, used or not.",
         f"touching {format_size(nbytes)} takes {format_time(small.at(nbytes))} in small pages and "
         f"{format_time(huge.at(nbytes))} in huge ones",
     )
 
 
 def _longest(*fits: Fit) -> int:
-    """Return the longest length, in bytes, that all of them were measured at."""
-    return int(min(fit.points[-1][0] for fit in fits)) * PAGE_SIZE
+    """Return the longest length, in bytes, that all of them have a good figure of; or just have."""
+    common = set[float].intersection(*({pages for pages, *_ in fit.points} for fit in fits))
+    sure = set[float].intersection(
+        *({pages for pages, _, low, high in fit.points if high <= _SURE * low} for fit in fits)
+    )
+    return int(max(sure or common, default=min(fit.points[-1][0] for fit in fits))) * PAGE_SIZE
+
+
+def _little(grow: Fit, touch: Fit, step: int) -> str:
+    share = grow.at(step) / touch.at(step)
+    return f"under {_SHARE:.0%} of touching" if share <= _SHARE else f"{share:.0%} of touching"
 
 
 def _islands(_model: CostModel, table: CostTable) -> Answer:

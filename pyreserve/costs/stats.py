@@ -14,8 +14,11 @@ from statistics import median, stdev
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; 1.96 beyond.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 # Cold memory measured thirty times as slow as warm; noise of a few times is not that, nor is a rare
-# sample that something interrupted.
-_COLD_RATIO, _COLD_GAP, _COLD_LEAST, _COLD_SHARE = 4.0, 2.0, 3, 0.03
+# sample. What is partly cold, in a long piece, is twice as slow as a shorter one lets expect.
+_COLD_RATIO, _COLD_GAP, _COLD_LEAST, _COLD_SHARE, _COLD_USUAL = 4.0, 2.0, 3, 0.03, 2.0
+
+Sample = tuple[float, bool]
+"""Nanoseconds, and whether another process may have had the CPU meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,29 +98,41 @@ def _interval(
 
 
 def split_cold(
-    passes: Sequence[Sequence[float]], first: Sequence[Sequence[float]] = ()
+    passes: Sequence[Sequence[Sample]],
+    first: Sequence[Sequence[Sample]] = (),
+    usual: float | None = None,
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Part the samples whose memory the host had taken away from all others.
+    """Part the samples whose memory the host of a virtual machine had to bring from all others.
+
+    Cold is what lies beyond a wide gap and far above the rest, and for long pieces, which have few
+    samples, what is far above what their length should take. A sample that was preempted is never
+    taken for cold, however long it is.
 
     Args:
         passes: the samples.
         first: others of the same thing, from the first time that a process used its memory; they
             help to find the cold ones, and only those of them are kept.
+        usual: what a sample should take, in ns, as shorter pieces have it; None if that is not
+            known.
 
-    Returns the warm passes and the cold ones; the latter are empty unless some samples
-    lie beyond a wide gap and far above the rest, which noise on a loaded machine does not do.
+    Returns:
+        The warm passes and the cold ones, without those that are empty.
     """
     every = [*passes, *first]
-    border = _border(sorted(value for one in every for value in one if value > 0))
-    if border is None:
-        return [list(one) for one in passes], []
-    warm = [[value for value in one if value < border] for one in passes]
-    cold = [[value for value in one if value >= border] for one in every]
+    quiet = sorted(ns for one in every for ns, preempted in one if ns > 0 and not preempted)
+    borders = [_border(quiet), usual and usual * _COLD_USUAL]
+    border = min((one for one in borders if one is not None), default=math.inf)
+
+    def is_cold(sample: Sample) -> bool:
+        return sample[0] >= border and not sample[1]
+
+    warm = ([sample[0] for sample in one if not is_cold(sample)] for one in passes)
+    cold = ([sample[0] for sample in one if is_cold(sample)] for one in every)
     return [one for one in warm if one], [one for one in cold if one]
 
 
 def _border(ordered: Sequence[float]) -> float | None:
-    """Return the least of the cold values, or None if there are none."""
+    """Return the least of the cold values, or None if no gap tells them from the others."""
     least = max(_COLD_LEAST, round(_COLD_SHARE * len(ordered)))
     inner = range(_COLD_LEAST, len(ordered) - least + 1)
     widest = max(inner, key=lambda i: ordered[i] / ordered[i - 1], default=None)

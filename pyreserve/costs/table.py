@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ SCHEMA = 1
 
 # What of CPUs, and which share, is too much of noise.
 _OTHERS, _STOLEN, _SPREAD = 0.25, 0.1, 0.25
+
+
+class _OtherSchemaError(ValueError):
+    """JSON of this kind, but of another schema."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +62,12 @@ class Noise:
     stolen_cpus: float
     speed_spread: float
 
-    @property
-    def why(self) -> str | None:
-        """What makes small changes measured under it doubtful; None if nothing does."""
-        if self.other_cpus > _OTHERS:
+    def why(self, cpus: int) -> str | None:
+        """What makes small changes measured under it doubtful, on a machine of so many CPUs.
+
+        None if nothing does.
+        """
+        if self.other_cpus > max(_OTHERS, cpus / 8):
             return f"other processes kept {self.other_cpus:.2g} CPUs busy"
         if self.stolen_cpus > _STOLEN:
             return f"the hypervisor gave the time of {self.stolen_cpus:.2g} CPUs to others"
@@ -69,7 +76,7 @@ class Noise:
         return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CostTable:
     """What the verbs cost on one machine.
 
@@ -101,12 +108,21 @@ class CostTable:
 
     def model(self) -> "CostModel":
         """Fit a fixed cost and a cost per page to each curve."""
+        return self._model
+
+    @cached_property
+    def _model(self) -> "CostModel":
         from pyreserve.costs.model import CostModel  # noqa: PLC0415
 
         return CostModel.fit(self)
 
+    @property
+    def disturbed(self) -> str | None:
+        """What makes small changes doubtful; None if nothing does."""
+        return self.noise.why(self.machine.get("cpus") or 1)
+
     def to_json(self) -> str:
-        """Return the documented JSON, schema 1 (``docs`` in the README)."""
+        """Return the JSON that the README documents, schema 1."""
         found = {
             "schema": SCHEMA,
             "machine": self.machine,
@@ -134,7 +150,7 @@ class CostTable:
             schema = found["schema"]
             if schema != SCHEMA:
                 msg = f"this is schema {schema}, and only schema {SCHEMA} is known"
-                raise ValueError(msg)
+                raise _OtherSchemaError(msg)
             return cls(
                 machine=found["machine"],
                 cells=tuple(_from_dict(one) for one in found["cells"]),
@@ -142,7 +158,9 @@ class CostTable:
                 seconds=found["seconds"],
                 complete=found["complete"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+            if isinstance(error, _OtherSchemaError):
+                raise
             msg = f"this is not what pyreserve costs --json writes: {error!r}"
             raise ValueError(msg) from None
 
@@ -152,9 +170,13 @@ class CostTable:
 
         Raises:
             OSError: it can't be read.
-            ValueError: as `from_json`.
+            ValueError: as `from_json`, with the file's name.
         """
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            msg = f"{path}: {error}"
+            raise ValueError(msg) from None
 
     def to_csv(self) -> str:
         """Return a line a cell; times in nanoseconds."""

@@ -22,6 +22,7 @@ enum { PIECE = 16, ROUNDS = 3, MOST = 16, MOST_SAMPLES = 256 };
 
 static size_t page;
 static double samples[MOST_SAMPLES];
+static unsigned char preempted[MOST_SAMPLES];
 static size_t done, failed;
 
 /* A program that a test changes as it likes. Lengths and offsets in pages. */
@@ -60,7 +61,7 @@ static int run_threads_of(const struct made *made, size_t threads, size_t rounds
     for (size_t i = 0; i < MOST_SAMPLES; i++)
         samples[i] = UNWRITTEN;
     done = failed = 99;
-    return timing_run(&made->program, threads, rounds, samples, &done, &failed);
+    return timing_run(&made->program, threads, rounds, samples, preempted, &done, &failed);
 }
 
 static size_t written(void) {
@@ -329,7 +330,7 @@ static void nothing_need_be_timed(void) {
     begin(&made);
     end(&made);
     CHECK(run_threads_of(&made, 1, ROUNDS) == 0 && done == ROUNDS && written() == 0);
-    CHECK(timing_run(&made.program, 2, 1, NULL, &done, &failed) == 0 && done == 1);
+    CHECK(timing_run(&made.program, 2, 1, NULL, NULL, &done, &failed) == 0 && done == 1);
 }
 
 static void all_samples_together_are_within_the_time_the_run_took(void) {
@@ -515,7 +516,7 @@ static void all_threads_end_when_one_is_refused_in_a_later_round(void) {
         for (size_t i = 0; i < MOST_SAMPLES; i++)
             samples[i] = UNWRITTEN;
         struct run run = {.program = &made.program, .threads = 3, .rounds = ROUNDS, .page = page,
-                          .samples = samples, .done = ROUNDS};
+                          .samples = samples, .preempted = preempted, .done = ROUNDS};
         struct worker workers[2] = {{.run = &run, .thread = 1}, {.run = &run, .thread = 2}};
         remember();
         for (size_t i = 0; i < 2; i++)
@@ -538,7 +539,7 @@ static void threads_begin_each_step_together(void) {
     struct made made;
     make_life(&made);
     struct run run = {.program = &made.program, .threads = 2, .rounds = 1, .page = page,
-                      .samples = samples, .done = 1};
+                      .samples = samples, .preempted = preempted, .done = 1};
     struct worker worker = {.run = &run, .thread = 1};
     REQUIRE(pthread_create(&worker.id, NULL, work, &worker) == 0);
     for (size_t i = 0; i < made.program.nsteps; i++) {
