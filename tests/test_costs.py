@@ -36,6 +36,7 @@ from pyreserve.costs import (
     Plan,
     Progress,
     compare,
+    machine,
     measure,
     measuring,
     plan,
@@ -681,9 +682,11 @@ class TestMeasure:
         reasons = {one.why for one in table.cells if one.times is None}
         assert any(one.times is not None for one in table.cells) or reasons
 
-    @pytest.mark.parametrize("wrong", [{"budget": 0}, {"budget": -1}, {"width": 0}])
+    @pytest.mark.parametrize(
+        "wrong", [{"budget": 0}, {"budget": -1}, {"budget": math.inf}, {"width": 0}]
+    )
     def test_what_makes_no_sense(self, wrong: dict[str, Any]) -> None:
-        """Budget and width are positive."""
+        """Budget and width are positive, and a budget ends."""
         with pytest.raises(ValueError, match="positive"):
             measure(SMALL_PLAN, **wrong)
 
@@ -705,6 +708,23 @@ class TestMeasure:
         assert not CostTable.from_json(table.to_json()).complete
         assert children() == before
 
+    def test_ctrl_c_at_the_very_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An interrupt while the figures are put together loses none of them."""
+        answers: list[Any] = [KeyboardInterrupt(), facts()]
+
+        def facts_then() -> dict[str, Any]:
+            answer = answers.pop(0)
+            if isinstance(answer, KeyboardInterrupt):
+                raise answer
+            return dict(answer)
+
+        monkeypatch.setattr(machine, "facts", facts_then)
+
+        with pytest.raises(Interrupted) as caught:
+            measure(SMALL_PLAN, budget=1)
+
+        assert any(one.times is not None for one in caught.value.table.cells)
+
     def test_an_exception_of_the_callers(self) -> None:
         """Whatever the progress function raises comes out, and no process stays."""
         before = children()
@@ -720,6 +740,8 @@ class TestMeasure:
             ("raise SystemExit('no luck')", "ended with status 1: no luck"),
             ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL: the system may be out of"),
             ("import os; os.kill(os.getpid(), 15)", "ended by SIGTERM"),
+            ("import os; os.kill(os.getpid(), 40)", "ended by signal 40"),
+            ("pass", "ended with status 0"),
         ],
     )
     def test_a_child_that_dies(self, code: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -731,6 +753,71 @@ class TestMeasure:
         assert {one.times for one in table.cells} == {None}
         assert all(why in (one.why or "") for one in table.cells if one.cell in SMALL_PLAN.cells)
         assert table.seconds < 10
+
+    @pytest.mark.parametrize("executable", ["", None, "/nonexistent/python", "/"])
+    def test_a_child_that_can_not_be_started(
+        self, executable: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Cells say why there is no measuring process, and a measured step is the usual one."""
+        monkeypatch.setattr(sys, "executable", executable)
+        recommendation._measured_growth.cache_clear()
+
+        table = measure(SMALL_PLAN)
+        step = costs.measured_step()
+        recommendation._measured_growth.cache_clear()
+
+        whys = {one.why for one in table.cells if one.cell in SMALL_PLAN.cells}
+        assert {(why or "").partition(": ")[0] for why in whys} == {
+            "the measuring process can't be started"
+        }
+        assert step == 2 * MiB
+
+    def test_a_python_that_is_a_grandchild(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nothing is measured where the process started only starts another, and it says so."""
+        wrapper = tmp_path / "python"
+        wrapper.write_text(f'#!/bin/sh\n"{sys.executable}" "$@"\nexit 0\n')
+        wrapper.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(wrapper))
+
+        table = measure(SMALL_PLAN)
+
+        whys = {one.why for one in table.cells if one.cell in SMALL_PLAN.cells}
+        assert len(whys) == 1
+        assert f"process {os.getpid()}, whose job it is" in str(whys)
+        assert table.seconds < 10
+
+    def test_no_thread_is_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It measures where no thread can be started: under a limit one may never begin."""
+
+        def refused(*_: object) -> None:
+            msg = "can't start new thread"
+            raise RuntimeError(msg)
+
+        monkeypatch.setattr(threading.Thread, "start", refused)
+
+        table = measure(SMALL_PLAN, budget=30, width=10)
+
+        assert any(one.times is not None for one in table.cells)
+
+    def test_modules_beside_the_caller(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A module of the working directory is not imported, nor what sitecustomize prints taken
+        for an answer; what is no string in sys.path counts for nothing, as for Python itself."""
+        for name in ("json", "sys", "pickle", "pyreserve"):
+            (tmp_path / f"{name}.py").write_text("raise SystemExit('not the one meant')")
+        site = tmp_path / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text("print('hello'); print(5)")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(site))
+        monkeypatch.setattr(sys, "path", [*filter(None, sys.path), tmp_path / "nothing"])
+
+        table = measure(SMALL_PLAN, budget=30, width=10)
+
+        assert {one.why for one in table.cells} == {None}
 
     def test_a_child_that_hangs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is ended soon after the budget is spent."""

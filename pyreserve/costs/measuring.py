@@ -1,16 +1,18 @@
 """Runs a plan: pass after pass, each group in a fresh child process, until sure or out of time."""
 
 import json
+import math
 import os
 import pickle
 import resource
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -35,10 +37,9 @@ _SHARE = 20  # so many rounds of the slowest program fit into the budget
 _WARM_SHARE = 15  # and so many of the longest warming up
 _BIG = 256 * MiB  # what holds more memory takes part in every second pass
 _GRACE = 3.0  # seconds after the deadline at which a child that does not end is killed
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from pyreserve.costs.child import main; main()"
-)
+# Nothing is imported before the path is the caller's: the directory that it is in would come first.
+_START = "import sys; sys.path[:] = sys.argv[1:]; from pyreserve.costs.child import main; main()"
+_LOOK = 3600.0  # seconds that are waited for an answer at a time
 _NO_TIME = "the budget was spent before its turn"
 _ALL_COLD = "the host had to bring the memory each time"
 # What brings memory: how fast depends on whether the host has it. (A first read brings none.)
@@ -104,19 +105,19 @@ def measure(
 
     Raises:
         OutOfMemoryError: the machine, or this process's cgroup, has less memory than it takes.
-        ValueError: the budget or the width is not positive.
+        ValueError: the budget or the width is not positive, or the budget infinite.
         Interrupted: Ctrl-C came; the table of what was measured is in it.
     """
-    if not budget > 0 or not width > 0:
-        msg = f"budget and width are positive, not {budget} and {width}"
+    if not 0 < budget < math.inf or not width > 0:
+        msg = f"budget and width are positive, the budget finite, not {budget} and {width}"
         raise ValueError(msg)
     plan.check_memory()
     run = _Run(plan, budget, width, progress)
     try:
         run.work()
+        return run.table(complete=True)
     except KeyboardInterrupt:
         raise Interrupted(run.table(complete=False)) from None
-    return run.table(complete=True)
 
 
 class _Run:
@@ -332,56 +333,80 @@ def _spread(values: list[float]) -> float:
 
 
 def _answers(job: Job) -> Iterator[dict[str, Any]]:
-    """Run a child; yield its answers, and at last ``died`` if it did not end by itself.
+    """Run a child; yield its answers, and at last ``died`` if it did not do its job to the end.
 
     Whatever ends the iteration ends the child.
     """
+    with ExitStack() as stack:
+        try:
+            complaints = stack.enter_context(tempfile.TemporaryFile())
+            child = _start(job, complaints)
+        except OSError as error:
+            yield {"died": f"the measuring process can't be started: {error}"}
+            return
+        done = False
+        try:
+            for found in _talk(child, job.deadline + _GRACE):
+                done = done or "done" in found
+                yield found
+            if done:
+                return
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, job.deadline + _GRACE - time.monotonic()))
+        finally:
+            child.kill()
+            child.wait()
+            assert child.stdout is not None
+            child.stdout.close()
+        if time.monotonic() < job.deadline:
+            yield {"died": _obituary(child.returncode, complaints)}
+
+
+def _start(job: Job, complaints: IO[bytes]) -> "subprocess.Popen[bytes]":
     if not sys.executable:
-        msg = "measuring starts a fresh Python, and sys.executable does not say where one is"
-        raise RuntimeError(msg)
-    command = [sys.executable, "-c", _START, json.dumps(sys.path)]
-    with tempfile.TemporaryFile() as complaints:
+        msg = "it is a fresh Python, and sys.executable does not say where one is"
+        raise FileNotFoundError(msg)
+    # Only strings count there.
+    command = [sys.executable, "-c", _START, *(at for at in sys.path if isinstance(at, str))]
+    # The job lies in a file: to write it waits for nobody, and nobody who dies breaks it.
+    with tempfile.TemporaryFile() as written:
+        pickle.dump(job, written)
+        written.seek(0)
         # A session of its own: Ctrl-C in the terminal is for the parent, who ends the child.
-        child = subprocess.Popen(
+        return subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,
+            stdin=written,
             stdout=subprocess.PIPE,
             stderr=complaints,
             start_new_session=True,
         )
-        late = threading.Timer(max(0.0, job.deadline + _GRACE - time.monotonic()), child.kill)
-        late.daemon = True
-        try:
-            late.start()
-            yield from _talk(child, job)
-            status = child.wait()
-        finally:
-            late.cancel()
-            child.kill()
-            child.wait()
-            for pipe in (child.stdin, child.stdout):
-                if pipe is not None:
-                    pipe.close()
-        if status != 0 and time.monotonic() < job.deadline:
-            yield {"died": _obituary(status, complaints)}
 
 
-def _talk(child: "subprocess.Popen[bytes]", job: Job) -> Iterator[dict[str, Any]]:
-    assert child.stdin is not None
+def _talk(child: "subprocess.Popen[bytes]", until: float) -> Iterator[dict[str, Any]]:
+    """Yield the answers that a child gives before time.monotonic() is `until`."""
     assert child.stdout is not None
-    try:
-        pickle.dump(job, child.stdin)
-        child.stdin.close()
-    except BrokenPipeError:  # it has died, and its status will say of what
-        return
-    for line in child.stdout:
-        if line.endswith(b"\n"):
-            yield json.loads(line)
+    pipe, rest = child.stdout.fileno(), b""
+    readable = select.poll()
+    readable.register(pipe, select.POLLIN)
+    while (left := until - time.monotonic()) > 0:
+        if not readable.poll(1000 * min(left, _LOOK)):
+            continue
+        chunk = os.read(pipe, 1 << 16)
+        if not chunk:
+            return
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            # A sitecustomize may have something to say too.
+            with suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    yield found
 
 
 def _obituary(status: int, complaints: IO[bytes]) -> str:
     if status < 0:
-        name = signal.Signals(-status).name
+        names = {one.value: one.name for one in signal.Signals}
+        name = names.get(-status, f"signal {-status}")  # those of real time have no names
         hint = ": the system may be out of memory" if status == -signal.SIGKILL else ""
         return f"the measuring process was ended by {name}{hint}"
     complaints.seek(0)
