@@ -1,10 +1,12 @@
 """The cost laboratory: what its figures mean, and that they are measured on the real kernel."""
 
+import copy
 import csv
 import io
 import json
 import math
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -272,12 +274,63 @@ class TestModel:
         with pytest.raises(error):
             model.estimate(**arguments)
 
+    def test_an_estimate_can_be_copied(self) -> None:
+        """Copies and pickles have the interval too."""
+        one = costs_tables.table({TOUCH: line(100, 7)}).model().estimate("touch", pages=3)
+
+        others = [copy.copy(one), copy.deepcopy(one)]
+        others += [pickle.loads(pickle.dumps(one, protocol)) for protocol in range(5)]
+
+        assert {(other, other.low, other.high) for other in others} == {(one, one.low, one.high)}
+
+    def test_a_sample_that_took_no_time(self) -> None:
+        """One sample of which the clock's own time leaves nothing takes no length off a curve."""
+        passes = [[100.0] * 60 for _ in range(6)]
+        passes[3][7] = -1.0
+        one = Measured(TOUCH.at(PAGE_SIZE), "warm", summarise(passes))
+
+        model = CostTable({}, (one,), QUIET, 1.0).model()
+
+        assert model.estimate("touch", pages=1) == pytest.approx(100)
+
     def test_cold_memory_is_left_out(self) -> None:
         """The model is of warm memory."""
         cold = replace(measured(TOUCH.at(2 * MiB), 1e9), host="cold")
         with_cold = costs_tables.table({TOUCH: line(100, 7)}, more=[cold])
 
         assert with_cold.model() == costs_tables.table({TOUCH: line(100, 7)}).model()
+
+
+def at(path: tuple[Any, ...], *values: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    return [(path, value) for value in values]
+
+
+HOSTILE: list[tuple[tuple[Any, ...], Any]] = [
+    *at((), "[" * 100_000, "NaN"),
+    *at(("machine",), 5, None, []),
+    *at(("machine", "cpus"), 0, "4", True),
+    (("machine", "memory"), []),
+    (("machine", "max_map_count"), "many"),
+    *at(("machine", "map_entries"), None, [1], {"a": "b"}),
+    *at(("machine", "system_call_ns"), "fast", 0, -1),
+    *at(("noise", "other_cpus"), "none", math.nan, -1),
+    (("noise",), {}),
+    *at(("seconds",), "x", math.inf),
+    (("complete",), "no"),
+    *at(("cells",), {}, 3, "abc", [1]),
+    *at(("cells", 0, "verb"), [1], None),
+    *at(("cells", 0, "bytes"), 0, -PAGE_SIZE, "x", 0.5, 10**400),
+    (("cells", 0, "threads"), "z"),
+    (("cells", 0, "host"), []),
+    (("cells", 0, "why"), [1]),
+    *at(("cells", 0, "samples"), math.inf, 0, -1),
+    *at(("cells", 0, "ns"), [], {}),
+    *at(("cells", 0, "ns", "median"), math.nan, 10**400, "x"),
+    *at(("cells", 0, "ns", "ci95"), [1], [None, 1], [1, math.inf]),
+    (("cells", 1, "bytes"), PAGE_SIZE),  # which cell 0 is of
+]
+"""Values that do not belong where they are put in the JSON; the text itself where there is no
+path."""
 
 
 class TestTable:
@@ -337,6 +390,39 @@ class TestTable:
         """Anything else is a ValueError."""
         with pytest.raises(ValueError, match=r"not what|schema|Expecting"):
             CostTable.from_json(text)
+
+    @pytest.mark.parametrize(("path", "value"), HOSTILE)
+    def test_what_is_hostile(self, path: tuple[Any, ...], value: Any) -> None:
+        """Whatever stands in it where something else belongs is a ValueError at once: nothing that
+        was read makes comparing or recommending fail."""
+        found: Any = json.loads(costs_tables.table({TOUCH: line(100, 7)}).to_json())
+        inside = found
+        for key in path[:-1]:
+            inside = inside[key]
+        if path:
+            inside[path[-1]] = value
+
+        with pytest.raises(ValueError, match="this is not what pyreserve costs --json writes"):
+            CostTable.from_json(json.dumps(found) if path else value)
+
+    @pytest.mark.parametrize("ns", [0, -3.5, 1e-300, 1e18])
+    @pytest.mark.parametrize("nbytes", [1, PAGE_SIZE - 1, PAGE_SIZE + 1, 2**60])
+    def test_what_is_only_odd(self, ns: float, nbytes: int) -> None:
+        """Figures of no time or less, and lengths that are no whole OS pages here, can be compared
+        and recommended from, both ways."""
+        usual = costs_tables.table(USUAL)
+        found: Any = json.loads(usual.to_json())
+        for cell in found["cells"][::2]:
+            cell["ns"] = dict.fromkeys(cell["ns"], ns) | {"ci95": [ns, None]}
+        found["cells"][4]["bytes"] = nbytes
+        found["machine"]["map_entries"]["commit mprotect"] = 1e-320
+
+        odd = CostTable.from_json(json.dumps(found))
+
+        for one in compare(odd, usual).cells + compare(usual, odd).cells:
+            assert not math.isnan(one.ratio)
+        assert recommend(odd).islands.value == usual.machine["max_map_count"]
+        assert CostTable.from_json(odd.to_json()).to_json() == odd.to_json()
 
     def test_csv(self) -> None:
         """The CSV has a line a cell, and the same figures."""

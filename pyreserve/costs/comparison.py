@@ -1,5 +1,6 @@
 """Two tables side by side: what changed, and what only looks as if it had."""
 
+import math
 from dataclasses import dataclass
 
 from pyreserve.costs.cells import Cell
@@ -32,8 +33,10 @@ class Compared:
 
     @property
     def ratio(self) -> float:
-        """The new median over the old."""
-        return self.new.median / self.old.median
+        """The new median over the old; infinite if only the old one took no time."""
+        if self.new.median == self.old.median:
+            return 1.0
+        return self.new.median / self.old.median if self.old.median else math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,10 @@ class Estimate(float):
         made.low, made.high = low, high
         return made
 
+    def __reduce__(self) -> tuple[type["Estimate"], tuple[float, float, float]]:
+        """Copy and pickle the interval too."""
+        return type(self), (float(self), self.low, self.high)
+
     def __repr__(self) -> str:
         return f"Estimate({float(self):.4g} ns, {self.low:.4g} to {self.high:.4g})"
 
@@ -131,9 +135,10 @@ class CostModel:
         fits = {}
         for curve, cells in table.curves().items():
             points = [
-                (float(one.cell.pages), one.times.median, *one.times.ci95)
+                # Not whole pages if the table is of a machine whose OS page is smaller.
+                (one.cell.nbytes / PAGE_SIZE, one.times.median, *one.times.ci95)
                 for one in cells
-                if one.times is not None and one.times.min > 0
+                if one.times is not None and one.times.median > 0
             ]
             if points:
                 fits[curve] = Fit.of(curve, [_bounded(p) for p in points])
@@ -168,9 +173,12 @@ class CostModel:
         if (pages is None) == (nbytes is None):
             msg = "an estimate is for a number of pages or of bytes: name one of them"
             raise ValueError(msg)
-        length = pages if pages is not None else (nbytes or 0) / PAGE_SIZE
+        try:
+            length = 1.0 * (pages if pages is not None else (nbytes or 0) / PAGE_SIZE)
+        except OverflowError:
+            length = math.inf
         if not 0 < length < math.inf:
-            msg = f"an estimate is for a positive length, not {length} pages"
+            msg = f"an estimate is for a positive length with an end, not {length} pages"
             raise ValueError(msg)
         curve = Curve.named(verb, method, page_kind=page_kind, mode=mode, threads=threads)
         return self.of(curve).estimate(length)

@@ -303,7 +303,7 @@ def _little(grow: Fit, touch: Fit, step: int) -> str:
 def _islands(_model: CostModel, table: CostTable) -> Answer:
     most, entries = table.machine["max_map_count"], table.machine["map_entries"]
     each = entries["commit mprotect"]
-    islands = int(most / each) if each else most
+    islands = most if each < 1e-3 else int(most / each)  # counted at 16 places
     guards = ", ".join(
         f"{entries[way]:.2g} for a guard by {way.split()[1]}"
         for way in ("guard madvise", "guard mprotect")

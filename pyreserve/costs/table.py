@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyreserve.costs.cells import Cell, Curve
 from pyreserve.costs.stats import Times
@@ -16,10 +16,18 @@ from pyreserve.costs.stats import Times
 if TYPE_CHECKING:
     from pyreserve.costs.model import CostModel
 
+_T = TypeVar("_T")
+
 SCHEMA = 1
 
 # What of CPUs, and which share, is too much of noise.
 _OTHERS, _STOLEN, _SPREAD = 0.25, 0.1, 0.25
+# No number in the JSON is larger (a century of ns is less), and no system call takes less time.
+_MOST, _LEAST_CALL = 1e19, 0.01
+
+
+# What comes of taking apart what is something else.
+_NOT_OURS = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError)
 
 
 class _OtherSchemaError(ValueError):
@@ -146,19 +154,23 @@ class CostTable:
             ValueError: it is not JSON of this kind, or of another schema.
         """
         try:
-            found = json.loads(text)
+            found = json.loads(text, parse_constant=_is_no_number)
             schema = found["schema"]
             if schema != SCHEMA:
                 msg = f"this is schema {schema}, and only schema {SCHEMA} is known"
                 raise _OtherSchemaError(msg)
+            cells = tuple(_from_dict(one) for one in _is(list, found["cells"]))
+            if len({(one.cell, one.host) for one in cells}) < len(cells):
+                msg = "a cell is there twice"
+                raise TypeError(msg)  # noqa: TRY301
             return cls(
-                machine=found["machine"],
-                cells=tuple(_from_dict(one) for one in found["cells"]),
-                noise=Noise(**found["noise"]),
-                seconds=found["seconds"],
-                complete=found["complete"],
+                machine=_machine(found["machine"]),
+                cells=cells,
+                noise=Noise(**{name: _number(n) for name, n in found["noise"].items()}),
+                seconds=_number(found["seconds"]),
+                complete=_is(bool, found["complete"]),
             )
-        except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        except _NOT_OURS as error:
             if isinstance(error, _OtherSchemaError):
                 raise
             msg = f"this is not what pyreserve costs --json writes: {error!r}"
@@ -233,19 +245,65 @@ def _to_dict(one: Measured) -> dict[str, Any]:
     return found
 
 
-def _from_dict(found: dict[str, Any]) -> Measured:
-    cell = Cell(
-        *(found[key] for key in ("verb", "method", "page_kind", "mode", "bytes", "threads"))
-    )
+# Reading takes nothing on trust: what is not of the kind that was written is a TypeError here, and
+# neither comparing nor recommending has to look again.
+
+
+def _is_no_number(word: str) -> None:
+    msg = f"{word} is no JSON"
+    raise TypeError(msg)
+
+
+def _is(kind: type[_T], found: Any) -> _T:
+    if type(found) is not kind:
+        msg = f"{str(found)[:40]!r} instead of a {kind.__name__}"
+        raise TypeError(msg)
+    return found
+
+
+def _number(found: Any, least: float = 0) -> float:
+    if type(found) not in {int, float} or not least <= found <= _MOST:
+        msg = f"{str(found)[:40]!r} instead of a number from {least:g} to {_MOST:g}"
+        raise TypeError(msg)
+    return found  # type: ignore[no-any-return]
+
+
+def _count(found: Any, least: int = 0) -> int:
+    return int(_number(_is(int, found), least))
+
+
+def _machine(found: Any) -> dict[str, Any]:
+    """Return the facts, if those that are reckoned with can be."""
+    machine = _is(dict, found)
+    for name in ("cpus", "memory", "page_size", "max_map_count"):
+        if name in machine:
+            _count(machine[name], 1)
+    for entries in _is(dict, machine.get("map_entries", {})).values():
+        _number(entries)
+    if machine.get("system_call_ns") is not None:
+        _number(machine["system_call_ns"], _LEAST_CALL)
+    return machine
+
+
+def _from_dict(found: Any) -> Measured:
+    words = [_is(str, found[key]) for key in ("verb", "method", "page_kind", "mode")]
+    counts = [_count(found[key], 1) for key in ("bytes", "threads")]
+    cell = Cell(*words, *counts)  # type: ignore[arg-type]
     times = None
     ns = found["ns"]
     if ns is not None:
-        low, high = ns["ci95"]
+        low, high = (_is(list, ns["ci95"])[i] for i in (0, 1))
+        names = ("min", "median", "p90", "p99", "max")
+        # Taking off what reading the clock takes may leave less than nothing.
         times = Times(
-            **{name: float(ns[name]) for name in ("min", "median", "p90", "p99", "max")},
-            ci95=(float(low), math.inf if high is None else float(high)),
-            samples=int(found["samples"]),
-            passes=int(found["passes"]),
-            outliers=int(found["outliers"]),
+            **{name: float(_number(ns[name], -_MOST)) for name in names},
+            ci95=(
+                float(_number(low, -_MOST)),
+                math.inf if high is None else float(_number(high, -_MOST)),
+            ),
+            samples=_count(found["samples"], 1),
+            passes=_count(found["passes"], 1),
+            outliers=_count(found["outliers"]),
         )
-    return Measured(cell, found["host"], times, found["why"])
+    why = None if found["why"] is None else _is(str, found["why"])
+    return Measured(cell, _is(str, found["host"]), times, why)
