@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -25,7 +26,7 @@ from pyreserve import GiB, KiB, MiB
 from pyreserve.cli import costs as command
 from pyreserve.costs import GROUPS, METHODS, Cell, CostTable, Curve, Measured, Noise
 from pyreserve.costs import plot as module
-from pyreserve.costs.files import write_bytes, write_text
+from pyreserve.costs.files import check_writable, write_bytes, write_text
 from pyreserve.costs.plot import MOST_LINES, choose, draw, figure, label, spread
 from pyreserve.costs.pyperf_export import MOST_VALUES, name, to_pyperf, write_pyperf
 from pyreserve.costs.stats import summarise
@@ -556,3 +557,56 @@ class TestWritingWhole:
         write_text(Path("/dev/null"), "text")
 
         assert Path("/dev/null").is_char_device()
+
+    def test_a_link_and_who_may_read(self, tmp_path: Path) -> None:
+        """What a link names is written, the link stays, and so does who may read the file."""
+        path, link = tmp_path / "costs.json", tmp_path / "link"
+        path.write_bytes(b"old")
+        path.chmod(0o600)
+        link.symlink_to(path)
+
+        write_text(link, "new")
+
+        assert link.is_symlink()
+        assert path.read_text() == "new"
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert set(tmp_path.iterdir()) == {path, link}
+
+    def test_a_name_as_long_as_can_be(self, tmp_path: Path) -> None:
+        """The name it has for a moment is not the longer one."""
+        path = tmp_path / ("a" * 255)
+
+        write_text(path, "text")
+
+        assert path.read_text() == "text"
+
+    def test_standard_output_under_another_name(self, tmp_path: Path) -> None:
+        """Where standard output is a file, a link to it is not replaced by one: both what is
+        printed and what is written are in the file, in order."""
+        link, out = tmp_path / "stdout", tmp_path / "out"
+        link.symlink_to("/proc/self/fd/1")
+        code = (
+            "import sys; from pathlib import Path; from pyreserve.costs.files import *; "
+            "print('before'); check_writable(Path(sys.argv[1])); "
+            "write_text(Path(sys.argv[1]), 'between\\n'); print('after')"
+        )
+
+        with out.open("w") as file:
+            subprocess.run([sys.executable, "-c", code, link], stdout=file, check=True)
+
+        assert link.is_symlink()
+        assert out.read_text() == "before\nbetween\nafter\n"
+
+    def test_a_directory_where_nothing_can_be_made(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A file that can be written in a directory that can't is refused beforehand, for a file is
+        replaced; what is no file needs no directory."""
+        path = tmp_path / "costs.json"
+        path.write_text("old")
+        monkeypatch.setattr(os, "access", lambda which, _: which not in {tmp_path, Path("/dev")})
+
+        with pytest.raises(PermissionError, match="can't be written"):
+            check_writable(path)
+
+        check_writable(Path("/dev/null"))

@@ -244,16 +244,12 @@ def _check_output(path: Path, extra: tuple[str, str] | None) -> None:
             err=True,
         )
         raise typer.Exit(1)
-    why = None
-    if path.is_dir():
-        why = "it is a folder"
-    elif not path.parent.is_dir():
-        why = f"there is no folder {path.parent}"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        why = "permission denied"
-    if why is not None:
-        msg = f"{path} can't be written: {why}"
-        raise typer.BadParameter(msg)
+    from pyreserve.costs.files import check_writable  # noqa: PLC0415
+
+    try:
+        check_writable(path)
+    except PermissionError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @contextmanager
