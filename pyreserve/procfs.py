@@ -120,7 +120,9 @@ def _cgroup_memory() -> Iterator[tuple[int, int]]:
                 if limit != "max":
                     used = int((place / use_file).read_text(encoding="ascii"))
                     stat = (place / "memory.stat").read_text(encoding="ascii").splitlines()
-                    cache = next(row.split()[1] for row in stat if row.startswith(cache_line))
-                    yield int(limit), used - int(cache)
-            except FileNotFoundError:  # the root group, or one without the memory controller
+                    cache = [int(row.split()[1]) for row in stat if row.startswith(cache_line)]
+                    yield int(limit), used - sum(cache)
+            except (
+                OSError
+            ):  # the root group, one without the memory controller, or one just removed
                 continue

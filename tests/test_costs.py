@@ -108,10 +108,14 @@ class TestTimes:
 
     def test_passes_that_disagree_widen_it(self) -> None:
         """Samples of one pass agree more than those of others, and the interval knows."""
-        together = summarise([[100.0 + i % 3 for i in range(200)]])
+        together = summarise([[100.0 + i % 3 for i in range(100)]] * 2)
         apart = summarise([[90.0 + i % 3 for i in range(100)], [110.0 + i % 3 for i in range(100)]])
 
         assert apart.width > 10 * together.width
+
+    def test_a_single_pass(self) -> None:
+        """However alike its samples are, one pass leaves a quarter to either side."""
+        assert summarise([[100.0] * 50]).ci95 == (80, 125)
 
     def test_one_sample_says_nothing(self) -> None:
         """A single sample's interval has no end."""
@@ -846,11 +850,11 @@ class TestMeasure:
     ) -> None:
         """Cells say why there is no measuring process, and a measured step is the usual one."""
         monkeypatch.setattr(sys, "executable", executable)
-        recommendation._measured_growth.cache_clear()
+        recommendation._measured_once.cache_clear()
 
         table = measure(SMALL_PLAN)
         step = costs.measured_step()
-        recommendation._measured_growth.cache_clear()
+        recommendation._measured_once.cache_clear()
 
         whys = {one.why for one in table.cells if one.cell in SMALL_PLAN.cells}
         assert {(why or "").partition(": ")[0] for why in whys} == {

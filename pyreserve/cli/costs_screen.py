@@ -146,22 +146,22 @@ def _count(n: int, one: str, more: str = "") -> str:
 _COLUMNS = ("", "pages", "fixed", "per page", "GiB/s", "at", "off", "outliers")
 _LEFT = {"", "pages", "at", "outliers"}
 _LEGEND = (
-    "Medians, ± half of the 95 % interval. fixed: of a call; per page: and for each OS page; up to: "
-    "not told from nothing. GiB/s: of one thread, at the longest length, where it is pages that "
-    "cost; a touch is a byte of each page. off: how far a median is from fixed and per page at most; "
-    "much, where the cost bends, as at the size of a cache. outliers: how many samples, and the "
-    "worst in medians. pyreserve.costs.cells says what each verb and method does."
+    "Medians, ± half of the 95 % interval. fixed: for each call; per page: and for each OS page; "
+    "up to: not told from nothing. GiB/s: of one thread, at the length beside it, where pages are "
+    "what costs; a touch is a byte of each page. off: how far a median is from fixed and per page "
+    "at most; much where the cost bends, as at a cache's size. outliers: how many samples, and "
+    "the worst in medians. pyreserve.costs.cells says what each verb and method does."
 )
 
 
 def _costs(table: CostTable, console: Console) -> Table:
     """Return the table with as many columns as the console has room for."""
-    shown = Table()
+    unbounded = console.options.update(max_width=1000)
     for last in range(len(_COLUMNS), 4, -1):
         shown = _costs_in(table, last)
-        if console.measure(shown).maximum <= console.width:
-            break
-    return shown
+        if console.measure(shown, options=unbounded).maximum <= console.width:
+            return shown
+    return _costs_in(table, 4)
 
 
 def _costs_in(table: CostTable, columns: int) -> Table:
@@ -305,7 +305,7 @@ def show_comparison(comparison: Comparison, old: str) -> None:
     console.print(f"{len(comparison.cells)} cells in both: {said}")
     if comparison.only_old or comparison.only_new:
         console.print(
-            f"{comparison.only_old} were measured in the old run only, {comparison.only_new} in this"
+            f"{comparison.only_old} more in the old run only, {comparison.only_new} in this only"
         )
     if comparison.noisy is not None:
         console.print(Text(f"Noisy, so nothing is called a change: {comparison.noisy}", "yellow"))

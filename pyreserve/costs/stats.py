@@ -13,6 +13,7 @@ from statistics import median, stdev
 
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; 1.96 beyond.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+_ONE_PASS = 1.25
 # Cold memory measured thirty times as slow as warm; noise of a few times is not that, nor is a rare
 # sample. What is partly cold, in a long piece, is twice as slow as a shorter one lets expect.
 _COLD_RATIO, _COLD_GAP, _COLD_LEAST, _COLD_SHARE, _COLD_USUAL = 4.0, 2.0, 3, 0.03, 2.0
@@ -28,8 +29,9 @@ class Times:
     Attributes:
         min, median, p90, p99, max: of all samples of all passes.
         ci95: where the median lies with 95 % confidence: the wider of the binomial interval of all
-            samples and Student's interval of the logarithms of the passes' medians. One sample
-            alone says nothing: from 0 to infinity.
+            samples and Student's interval of the logarithms of the passes' medians. A single pass
+            can't tell what the next would say, and has 25 % to either side at least; one sample
+            alone says nothing, from 0 to infinity.
         samples, passes: how many there were.
         outliers: how many lie above the third quartile by more than three times the distance of the
             quartiles (Tukey's outer fence). They are among the samples of all the above.
@@ -88,6 +90,8 @@ def _interval(
     half = 0.98 * math.sqrt(n)
     low = ordered[max(0, math.floor(n / 2 - half - 0.5))]
     high = ordered[min(n - 1, math.ceil(n / 2 + half - 0.5))]
+    if len(medians) == 1:
+        low, high = min(low, middle / _ONE_PASS), max(high, middle * _ONE_PASS)
     alike = medians if len(medians) > 1 else ordered if n <= len(_T95) else ()
     if alike and min(alike) > 0:
         k = len(alike)

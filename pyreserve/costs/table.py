@@ -162,7 +162,7 @@ class CostTable:
             cells = tuple(_from_dict(one) for one in _is(list, found["cells"]))
             if len({(one.cell, one.host) for one in cells}) < len(cells):
                 msg = "a cell is there twice"
-                raise TypeError(msg)  # noqa: TRY301
+                raise TypeError(msg)
             return cls(
                 machine=_machine(found["machine"]),
                 cells=cells,
