@@ -217,9 +217,9 @@ def _figure(ns: float, interval: tuple[float, float]) -> str:
     low, high = interval
     half = (high - low) / 2
     if ns < 0.001 and half < 0.001:
-        return "0 ns     "
+        return "0 ns"
     if ns < half:
-        return f"up to {format_time(high)}     "
+        return f"up to {format_time(high)}"
     return f"{format_time(ns)} ±{half / ns:3.0%}"
 
 
