@@ -26,10 +26,11 @@ from pyreserve import GiB, KiB, MiB
 from pyreserve.cli import costs as command
 from pyreserve.costs import GROUPS, METHODS, Cell, CostTable, Curve, Measured, Noise
 from pyreserve.costs import plot as module
-from pyreserve.costs.files import check_writable, write_bytes, write_text
-from pyreserve.costs.plot import MOST_LINES, choose, draw, figure, label, spread
-from pyreserve.costs.pyperf_export import MOST_VALUES, name, to_pyperf, write_pyperf
+from pyreserve.costs.plot import draw, figure, spread
+from pyreserve.costs.plot_choice import MOST_LINES, choose, label
+from pyreserve.costs.pyperf_export import COUNTS, name, thin, to_pyperf, write_pyperf
 from pyreserve.costs.stats import summarise
+from pyreserve.files import check_writable, write_bytes, write_text
 
 MACHINE = {"cpu": "$A$ CPU", "kernel": "6.1", "cpus": 2, "balloon": True, "virtualised": None}
 LENGTHS = (4 * KiB, 16 * KiB, 64 * KiB, 256 * KiB, 2 * MiB, 32 * MiB, GiB)
@@ -107,29 +108,63 @@ class TestTheChoiceOfLines:
     HUGE = Curve("commit", "mprotect", "2MiB")
 
     def chosen(self, *lines: list[Measured]) -> list[list[Curve]]:
-        found = choose(table(*lines).curves(), GROUPS["get memory"])
-        return [[one.curve, *one.joined] for one in found.lines]
+        return [one.curves for one in choose(table(*lines).curves(), GROUPS["get memory"]).lines]
 
     def test_lines_on_each_other_are_joined(self) -> None:
-        """Curves within 15 % of each other at all lengths are one line; others are not."""
+        """Curves within 30 % of each other at all lengths are one line; others are not."""
         alike, other = Curve("commit", "mmap-fixed"), Curve("guard", "madvise")
 
         found = self.chosen(
-            line(self.SMALL, 1000, 10), line(alike, 1100, 11), line(other, 1500, 10)
+            line(self.SMALL, 1000, 10), line(alike, 1250, 12), line(other, 1700, 10)
         )
 
         assert found == [[self.SMALL, alike], [other]]
 
-    def test_overlapping_bands_join(self) -> None:
-        """Up to 30 % apart, curves whose intervals overlap are one line too."""
+    def test_the_nearest_line_is_joined(self) -> None:
+        """A curve that lies on two lines goes to the nearer one."""
+        near, between = Curve("guard", "madvise"), Curve("guard", "mprotect")
+
+        found = self.chosen(line(self.SMALL, 1000, 0), line(near, 1400, 0), line(between, 1250, 0))
+
+        assert found == [[self.SMALL], [near, between]]
+
+    def test_a_longer_curve_is_not_joined(self) -> None:
+        """Where a line has no length of a curve's, the curve has a line of its own."""
+        longer = Curve("commit", "mmap-fixed")
+
+        found = self.chosen(line(self.SMALL, 1000, 0, LENGTHS[:3]), line(longer, 1000, 0))
+
+        assert found == [[self.SMALL], [longer]]
+
+    def test_the_first_method_of_each_verb_is_there(self) -> None:
+        """On small pages each verb's first method is drawn or joined, full as a panel may be."""
+        curves = everything().curves()
+        for verbs in GROUPS.values():
+            chosen = choose(curves, verbs)
+
+            first = [Curve(verb, METHODS[verb][0]) for verb in verbs]
+            assert set(first) <= {curve for one in chosen.lines for curve in one.curves}
+
+    def test_small_pages_never_go_for_being_near(self) -> None:
+        """Between 30 and 50 % apart, small pages are drawn, and others only if they are apart."""
         alike = Curve("commit", "mmap-fixed")
-        noisy = [[900.0, 1000.0, 1300.0], [850.0, 1000.0, 1400.0]]
-        wide = [Measured(self.SMALL.at(KiB * 4), "warm", summarise(noisy), None, noisy)]
+        huge, far = Curve("commit", "mmap-fixed", "2MiB"), Curve("grow", "mprotect", "2MiB")
 
-        assert self.chosen(wide, [cell(alike, KiB * 4, 1250)]) == [[self.SMALL, alike]]
-        assert self.chosen(wide, [cell(alike, KiB * 4, 1350)]) == [[self.SMALL], [alike]]
+        found = choose(
+            table(
+                line(self.SMALL, 1000, 0),
+                line(alike, 1400, 0),
+                line(self.HUGE, 1400, 0),
+                line(huge, 1400, 0),
+                line(far, 3000, 0),
+            ).curves(),
+            GROUPS["get memory"],
+        )
 
-    def test_another_page_kind_joins_only_its_own_method(self) -> None:
+        assert [one.curves for one in found.lines] == [[self.SMALL], [alike], [far]]
+        assert (found.near, found.others) == (2, 0)
+
+    def test_another_page_kind_is_not_joined(self) -> None:
         """A line of two page kinds and two verbs has no name that could be understood."""
         other = Curve("guard", "mprotect", "2MiB")
 
@@ -137,36 +172,37 @@ class TestTheChoiceOfLines:
             [self.SMALL],
             [other],
         ]
-        assert self.chosen(line(self.SMALL, 1000, 0), line(self.HUGE, 1000, 0)) == [
-            [self.SMALL, self.HUGE]
-        ]
 
     def test_variants_only_where_they_differ(self) -> None:
-        """Noreserve and threads are drawn where some length takes over 30 % more or less."""
+        """Noreserve and threads are drawn where some length takes over 50 % more or less."""
         same = Curve("commit", "mprotect", mode="noreserve")
-        slow = Curve("commit", "mprotect", threads=2)
+        slow, slowest = (Curve("commit", "mprotect", threads=n) for n in (2, 4))
 
-        found = self.chosen(line(self.SMALL, 1000, 1), line(same, 800, 1), line(slow, 1500, 1))
+        found = choose(
+            table(
+                line(self.SMALL, 1000, 1),
+                line(same, 800, 1),
+                line(slow, 1600, 1),
+                line(slowest, 1700, 1),
+            ).curves(),
+            GROUPS["get memory"],
+        )
 
-        assert found == [[self.SMALL], [slow]]
+        assert [one.curves for one in found.lines] == [[self.SMALL], [slowest]]
+        assert (found.near, found.others) == (1, 1)
 
-    def test_a_full_panel_says_what_it_lacks(self) -> None:
-        """No panel has more than nine lines, and each plain curve is drawn, joined or named."""
+    def test_a_full_panel_counts_what_it_lacks(self) -> None:
+        """No panel has more than nine lines, and each curve is in one place or counted once."""
         curves = everything().curves()
         for verbs in GROUPS.values():
             chosen = choose(curves, verbs)
 
-            drawn = [curve for one in chosen.lines for curve in (one.curve, *one.joined)]
-            gone = [one.curve for one in chosen.left_out]
-            plain = [
-                curve
-                for curve in curves
-                if curve.verb in verbs and (curve.mode, curve.threads) == ("charge", 1)
-            ]
+            shown = [curve for one in chosen.lines for curve in one.curves]
+            here = [curve for curve in curves if curve.verb in verbs]
             assert len(chosen.lines) <= MOST_LINES
-            assert len(set(drawn + gone)) == len(drawn + gone)
-            assert set(plain) <= set(drawn + gone)
-            assert {one.near for one in chosen.left_out} <= {one.curve for one in chosen.lines}
+            assert len(set(shown)) == len(shown)
+            assert len(shown) + chosen.near + chosen.others == len(here)
+            assert min(chosen.near, chosen.others) >= 0
 
     @pytest.mark.parametrize(
         ("curves", "expected"),
@@ -174,20 +210,17 @@ class TestTheChoiceOfLines:
             ([SMALL], "commit mprotect"),
             ([Curve("reserve", "mmap")], "reserve"),
             ([HUGE], "commit mprotect 2 MiB"),
-            ([SMALL, HUGE], "commit mprotect (also 2 MiB)"),
             ([SMALL, Curve("commit", "mmap-fixed")], "commit mprotect, mmap-fixed"),
             (
                 [Curve("touch", "write", "2MiB"), Curve("populate", "madvise", "2MiB")],
                 "touch write, populate, both 2 MiB",
             ),
             ([Curve("touch", "read", threads=4)], "touch read 4 threads"),
-            ([Curve("touch", "read", "hugetlb-2MiB", "noreserve")], None),
+            ([Curve("touch", "read", "2MiB", "noreserve")], "touch read 2 MiB, noreserve"),
         ],
     )
-    def test_labels(self, curves: list[Curve], expected: str | None) -> None:
+    def test_labels(self, curves: list[Curve], expected: str) -> None:
         """A label names what differs from 4 KiB pages, mode charge and one thread."""
-        expected = expected or "touch read hugetlb 2 MiB, noreserve"
-
         assert label(curves, "4KiB").replace("\u00a0", " ") == expected
 
 
@@ -283,8 +316,56 @@ class TestThePicture:
         times = [text.get_text() for text in axes.get_yticklabels()]
         assert times == ["1 µs", "10 µs", "100 µs", "1 ms", "10 ms", "100 ms"]
 
+    def test_bands_only_where_they_say_something(self) -> None:
+        """Two passes, or an interval of over three times, make no band and stretch no axis."""
+        curve = Curve("touch", "write")
+        wide = [[100.0, 110.0], [1000.0, 1100.0], [9000.0, 10000.0]]
+        cells = [
+            cell(curve, 4 * KiB, 1000),
+            cell(curve, 16 * KiB, 1000),
+            cell(curve, 64 * KiB, 1000, samples=2, passes=2),
+            Measured(curve.at(256 * KiB), "warm", summarise(wide), None, wide),
+        ]
+
+        [axes] = figure(table(cells)).axes
+
+        [band] = axes.collections[0].get_paths()
+        assert np.asarray(band.vertices)[:, 0].max() == 16 * KiB
+        low, high = axes.get_ylim()
+        assert 100 < low < 1000 < high < 10_000
+
+    @pytest.mark.parametrize(
+        ("ns", "expected"),
+        [
+            (0.01, {"0.01 ns"}),
+            (1e6, {"500 µs", "1 ms", "2 ms"}),
+            (1e9, {"1 s"}),
+            (1e12, {"500 s", "1000 s"}),
+        ],
+    )
+    def test_any_time_is_named(self, ns: float, expected: set[str]) -> None:
+        """Labels of the times are what a person writes, from a picosecond to an hour."""
+        cells = [cell(Curve("fork", "inherit"), nbytes, ns) for nbytes in LENGTHS]
+
+        [axes] = figure(table(cells)).axes
+
+        found = {text.get_text() for text in axes.get_yticklabels()}
+        assert expected <= found
+        assert not any("e" in text for text in found)
+        assert not axes.get_yticklabels(minor=True)
+
+    def test_the_note_is_short(self, drawn: Figure) -> None:
+        """It has six lines at most, and says how many curves are not drawn."""
+        note = drawn.texts[-1].get_text()
+
+        left_out = [choose(everything().curves(), verbs) for verbs in GROUPS.values()]
+        near, others = sum(one.near for one in left_out), sum(one.others for one in left_out)
+        assert len(note.splitlines()) <= 6
+        assert f"Not drawn: {near} curves within 50% of a line, {others} others" in note
+        assert "Hollow: cold" in note
+
     def test_cold_host_is_hollow(self, drawn: Figure) -> None:
-        """Cold-host cells are hollow markers, named so, and no line goes through them."""
+        """Cold-host cells are hollow markers, named once, and no line goes through them."""
         hollow = [
             one
             for axes in drawn.axes
@@ -296,7 +377,7 @@ class TestThePicture:
             [[2 * MiB, 9e6]],
             [[GiB, 9e8]],
         ]
-        assert {text.get_text() for text in artists(drawn, Text, "cold-")} == {"cold host"}
+        assert [text.get_text() for text in artists(drawn, Text, "cold-")] == ["cold host"]
 
     @pytest.mark.parametrize(
         ("machine", "expected"),
@@ -320,7 +401,7 @@ class TestThePicture:
         [[drawn]] = panels(figure(table(cells)))
 
         assert np.asarray(drawn.get_xydata()).tolist() == [[16 * KiB, 5]]
-        assert "Nothing was measured." in figure(table()).texts[-1].get_text()
+        assert "Nothing was measured" in figure(table()).texts[-1].get_text()
 
 
 class TestTheFileOfAPicture:
@@ -397,7 +478,7 @@ class TestPyperf:
     TOUCH = Curve("touch", "write")
 
     def test_one_benchmark_a_cell_and_one_run_a_pass(self) -> None:
-        """All samples are there, in seconds, pass by pass; what was not measured is not."""
+        """As many samples as may be are there, in seconds, pass by pass; the unmeasured is not."""
         costs = everything()
 
         suite = to_pyperf(costs)
@@ -407,11 +488,14 @@ class TestPyperf:
         assert len(suite) == len(costs.cells) - 1
         for bench in suite.get_benchmarks()[::7]:
             one = measured[bench.get_name()]
-            assert [list(run.values) for run in bench.get_runs()] == [
-                [pytest.approx(ns / 1e9) for ns in samples] for samples in one.passes
-            ]
             assert one.times is not None
-            assert bench.median() == pytest.approx(one.times.median / 1e9)
+            assert one.times.samples == 15
+            assert [list(run.values) for run in bench.get_runs()] == [
+                [pytest.approx(ns / 1e9) for ns in samples] for samples in thin(one.passes)
+            ]
+            assert bench.get_nvalue() == 12
+            assert bench.get_nrun() == 3
+            assert bench.median() == pytest.approx(one.times.median / 1e9, rel=0.05)
 
     def test_names(self) -> None:
         """Names say the threads if there are several and the host if it was cold; none is twice."""
@@ -445,29 +529,48 @@ class TestPyperf:
         assert found["nbytes"] == 64 * KiB
         assert "virtualised" not in found
 
-    def test_long_passes_are_thinned(self) -> None:
-        """At most a hundred samples of a pass are kept, evenly, and the median stays close."""
-        one = cell(self.TOUCH, 64 * KiB, 1000)
+    @given(st.lists(st.lists(st.floats(-1, 100), max_size=40), max_size=5))
+    def test_counts(self, passes: list[list[float]]) -> None:
+        """The largest of the counts that the samples above zero allow is kept, in their order."""
+        positive = [ns for one in passes for ns in one if ns > 0]
+
+        found = thin(passes)
+
+        values = [ns for one in found for ns in one]
+        assert len(values) == max((n for n in COUNTS if n <= len(positive)), default=0)
+        rest = iter(positive)
+        assert all(ns in rest for ns in values)
+        assert all(found)
+
+    def test_thinning_is_even(self) -> None:
+        """Sixty of a thousand samples lie evenly among them, so median and mean stay close."""
         samples = [float(ns) for ns in range(1, 1051)]
-        one = Measured(one.cell, "warm", summarise([samples]), None, [samples])
 
-        [bench] = to_pyperf(table([one]))
+        kept = thin([samples[:100], samples[100:1040], samples[1040:]])
 
-        values = [value * 1e9 for value in bench.get_values()]
-        assert len(values) == MOST_VALUES
-        assert {round(b - a) for a, b in itertools.pairwise(values)} == {10, 11}
+        assert [len(one) for one in kept] == [6, 53, 1]
+        values = [ns for one in kept for ns in one]
+        assert {round(b - a) for a, b in itertools.pairwise(values)} == {17, 18}
         assert median(values) == pytest.approx(525.5, rel=0.01)
         assert fmean(values) == pytest.approx(525.5, rel=0.01)
 
+    def test_runs_left_empty_are_dropped(self) -> None:
+        """A pass of which no sample is kept has no run."""
+        assert thin([[1.0], [], [2.0], [-1.0, 3.0], [4.0]]) == [[1.0], [3.0], [4.0]]
+
     def test_no_time_at_all(self) -> None:
-        """Samples of no time become 1 ps, so that the median is that of all samples."""
-        samples = [-3.0, 0.0, 5.0, 6.0, 7.0]
-        one = Measured(self.TOUCH.at(4 * KiB), "warm", summarise([samples]), None, [samples])
+        """Samples of no time are left out, and so is a benchmark that has no others."""
+        none = [[-3.0, 0.0], [0.0]]
+        cells = [
+            Measured(self.TOUCH.at(4 * KiB), "warm", summarise(none), None, none),
+            Measured(self.TOUCH.at(MiB), "warm", summarise(none), None, [[-3.0], [5.0, 0.0]]),
+        ]
 
-        [bench] = to_pyperf(table([one]))
+        [bench] = to_pyperf(table(cells))
 
-        assert list(bench.get_values()) == pytest.approx([1e-12, 1e-12, 5e-9, 6e-9, 7e-9])
-        assert bench.median() == pytest.approx(5e-9)
+        assert list(bench.get_values()) == pytest.approx([5e-9])
+        with pytest.raises(ValueError, match="took any time"):
+            to_pyperf(table(cells[:1]))
 
     def test_without_samples(self, tmp_path: Path) -> None:
         """A table read from JSON is refused, for it has no samples; so is one of nothing."""
@@ -494,14 +597,17 @@ class TestPyperf:
     def test_compare_to(self, tmp_path: Path) -> None:
         """``pyperf compare_to`` finds what became slower between two runs."""
         old, new = tmp_path / "old.json", tmp_path / "new.json"
-        write_pyperf(table(line(self.TOUCH, 1000, 0, [4 * KiB, MiB])), old)
-        write_pyperf(table(line(self.TOUCH, 2000, 0, [4 * KiB, MiB])), new)
+        lengths = [4 * KiB, MiB]
+        write_pyperf(table([cell(self.TOUCH, n, 1000, samples=5) for n in lengths]), old)
+        write_pyperf(table([cell(self.TOUCH, n, 2000, samples=7) for n in lengths]), new)
 
-        found = pyperf_says("compare_to", old, new)
+        found = pyperf_says("compare_to", "--verbose", old, new)
 
         for length in ("4KiB", "1MiB"):
-            assert f"touch/write {length} [4KiB pages, charge]: Mean" in found
-        assert found.count("1.00 us +- 0.03 us -> [new] 2.00 us +- 0.06 us: 2.00x slower") == 2
+            assert f"touch/write {length} [4KiB pages, charge]\n" in found
+        assert found.count("us: 2.00x slower") == 2
+        assert found.count("Significant (t=") == 2
+        assert "ERROR" not in found
         assert "Geometric mean: 2.00x slower" in found
         assert json.loads(old.read_text())["version"] == "1.0"
         assert isinstance(pyperf.BenchmarkSuite.load(str(old)), pyperf.BenchmarkSuite)
@@ -586,7 +692,7 @@ class TestWritingWhole:
         link, out = tmp_path / "stdout", tmp_path / "out"
         link.symlink_to("/proc/self/fd/1")
         code = (
-            "import sys; from pathlib import Path; from pyreserve.costs.files import *; "
+            "import sys; from pathlib import Path; from pyreserve.files import *; "
             "print('before'); check_writable(Path(sys.argv[1])); "
             "write_text(Path(sys.argv[1]), 'between\\n'); print('after')"
         )

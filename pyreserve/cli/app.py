@@ -244,7 +244,7 @@ def _check_output(path: Path, extra: tuple[str, str] | None) -> None:
             err=True,
         )
         raise typer.Exit(1)
-    from pyreserve.costs.files import check_writable  # noqa: PLC0415
+    from pyreserve.files import check_writable  # noqa: PLC0415
 
     try:
         check_writable(path)

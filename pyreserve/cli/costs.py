@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pyreserve.cli import costs_screen
 from pyreserve.costs import CostTable, Interrupted, Plan, compare, measure, recommend
-from pyreserve.costs.files import write_text
+from pyreserve.files import write_text
 
 Writer = Callable[[CostTable, Path], None]
 

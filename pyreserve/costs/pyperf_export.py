@@ -1,9 +1,14 @@
 """A table of costs as a file of pyperf, with its samples.
 
 ``python -m pyperf show``, ``stats``, ``hist`` and ``compare_to`` read it. The test of significance
-in ``compare_to`` takes only samples of equal number, which those of two runs here seldom are (it
-says so with ``--verbose``, and calls every change significant): whether a change is more than noise
-is what `pyreserve.costs.compare` says.
+in ``compare_to`` wants as many values in both files, and two at least; where it has not, it says
+"ERROR when testing if values are significant" and calls the change significant. So a benchmark has
+as many values as the largest of `COUNTS` that its samples allow: two runs of the same plan and
+budget agree in nearly all. What remains are the few whose samples are just about one of `COUNTS`,
+those too slow for three samples, and those whose values in both files are all the same.
+
+The test takes samples to be independent, which those of a pass are not, so it finds more
+differences than there are; `pyreserve.costs.compare` knows about passes.
 """
 
 import gzip
@@ -13,17 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyreserve.costs.cells import GROUPS, METHODS, MODES, Cell
-from pyreserve.costs.files import write_bytes
 from pyreserve.costs.table import CostTable, Measured
+from pyreserve.files import write_bytes
 from pyreserve.units import GiB, KiB, MiB, TiB, parse_size
 
 if TYPE_CHECKING:
     import pyperf
 
-MOST_VALUES = 100
-"""How many samples of a pass are written at most."""
+COUNTS = (60, 12, 3, 1)
+"""How many values a benchmark may have."""
 
-_LEAST_NS = 1e-3
 # What pyperf calls the facts that it knows too; runs that differ in them it keeps apart.
 _NAMES = {
     "cpu": "cpu_model_name",
@@ -36,48 +40,59 @@ _VERBS = [verb for verbs in GROUPS.values() for verb in verbs]
 
 
 def to_pyperf(table: CostTable) -> "pyperf.BenchmarkSuite":
-    """Return a benchmark for each measured cell, with a run for each of its passes.
+    """Return a benchmark for each measured cell, with runs that are its passes.
 
     They are in order of verb, method, page kind, mode, threads and length, and have names such as
     ``commit/mprotect 64KiB [4KiB pages, charge]``, with the threads if they are several, and
-    ``cold host`` where `Measured.host` says so. Values are in seconds. A pass of more than
-    `MOST_VALUES` samples is thinned evenly, in the order measured, so medians and means may differ
-    a little from the table's. A sample that took no measurable time (taking off what reading the
-    clock takes leaves nothing, or less) becomes 1 ps, for pyperf has only times above zero.
+    ``cold host`` where `Measured.host` says so. Values are in seconds, and as many as `COUNTS`
+    says, evenly from all samples in the order measured: medians and means may differ a little from
+    the table's. A sample that took no measurable time (taking off what reading the clock takes
+    leaves nothing, or less) is left out, for pyperf has only times above zero; so is a benchmark of
+    which nothing is left.
 
     Raises:
         ImportError: pyperf is missing (extra ``pyperf``).
-        ValueError: there are no samples: nothing was measured, or the table was read from JSON.
+        ValueError: there are no samples: nothing was measured that took any time, or the table was
+            read from JSON.
     """
     try:
         import pyperf  # noqa: PLC0415  # only where needed: it is an extra
     except ImportError as missing:
         msg = "to_pyperf needs pyperf: pip install 'pyreserve[pyperf]'"
         raise ImportError(msg) from missing
-    measured = sorted(table.measured(), key=_place)
-    if not measured:
-        msg = "nothing was measured, and pyperf has no empty files"
-        raise ValueError(msg)
     machine = _machine(table.machine)
     benchmarks = []
-    for one in measured:
-        passes = [samples for samples in one.passes if samples]
-        if not passes:
+    for one in sorted(table.measured(), key=_place):
+        if not any(one.passes):
             msg = (
                 f"{name(one)}: there are no samples; pyperf needs every single one, and a table "
                 "read from JSON has only what sums them up: measure anew"
             )
             raise ValueError(msg)
         metadata = machine | _facts(one)
-        benchmarks.append(
-            pyperf.Benchmark(
-                [
-                    pyperf.Run(_seconds(samples), metadata=metadata, collect_metadata=False)
-                    for samples in passes
-                ]
-            )
-        )
+        runs = [
+            pyperf.Run([ns / 1e9 for ns in samples], metadata=metadata, collect_metadata=False)
+            for samples in thin(one.passes)
+        ]
+        if runs:
+            benchmarks.append(pyperf.Benchmark(runs))
+    if not benchmarks:
+        msg = "nothing was measured that took any time, and pyperf has no empty files"
+        raise ValueError(msg)
     return pyperf.BenchmarkSuite(benchmarks)
+
+
+def thin(passes: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Keep as many samples above zero as `COUNTS` says, evenly from all, pass by pass."""
+    samples = [(i, ns) for i, one in enumerate(passes) for ns in one if ns > 0]
+    n = len(samples)
+    kept = next((count for count in COUNTS if count <= n), 0)
+    found: dict[int, list[float]] = {}
+    # The middles of as many equal parts: neither end weighs more.
+    for k in range(kept):
+        i, ns = samples[(2 * k + 1) * n // (2 * kept)]
+        found.setdefault(i, []).append(ns)
+    return list(found.values())
 
 
 def write_pyperf(table: CostTable, path: Path) -> None:
@@ -130,14 +145,6 @@ def _place(one: Measured) -> tuple[Any, ...]:
 
 def _rank(known: Sequence[str], word: str) -> tuple[int, str]:
     return known.index(word) if word in known else len(known), word
-
-
-def _seconds(samples: Sequence[float]) -> list[float]:
-    """Thin the samples of a pass and turn nanoseconds into seconds."""
-    n, kept = len(samples), min(len(samples), MOST_VALUES)
-    # The middles of as many equal parts: neither end of the pass weighs more.
-    thinned = (samples[(2 * i + 1) * n // (2 * kept)] for i in range(kept))
-    return [max(ns, _LEAST_NS) / 1e9 for ns in thinned]
 
 
 def _facts(one: Measured) -> dict[str, Any]:
