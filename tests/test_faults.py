@@ -750,8 +750,8 @@ OPERATIONS: dict[str, Operation] = {
     "Pool": _operation(
         partial(Make, lambda: Pool(64), lambda pool: pool.alloc()), _after_tables(_never)
     ),
-    "Pool.alloc": _operation(PoolOne),
-    "Pool.alloc_many": _operation(PoolScene),
+    "Pool.alloc": _operation(PoolOne, _needs_less),
+    "Pool.alloc_many": _operation(PoolScene, _needs_less),
     "Pool.trim": _operation(PoolTrim),
     "PageAllocator": _operation(
         partial(Make, lambda: PageAllocator(1000), _use_pages), _does_without

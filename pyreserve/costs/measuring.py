@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -337,15 +337,16 @@ def _answers(job: Job) -> Iterator[dict[str, Any]]:
 
     Whatever ends the iteration ends the child.
     """
+    child, done = None, False
     with ExitStack() as stack:
         try:
-            complaints = stack.enter_context(tempfile.TemporaryFile())
-            child = _start(job, complaints)
-        except OSError as error:
-            yield {"died": f"the measuring process can't be started: {error}"}
-            return
-        done = False
-        try:
+            try:
+                complaints = stack.enter_context(tempfile.TemporaryFile())
+                with _no_interrupt():  # between its start and the name by which it is ended
+                    child = _start(job, complaints)
+            except OSError as error:
+                yield {"died": f"the measuring process can't be started: {error}"}
+                return
             for found in _talk(child, job.deadline + _GRACE):
                 done = done or "done" in found
                 yield found
@@ -354,12 +355,23 @@ def _answers(job: Job) -> Iterator[dict[str, Any]]:
             with suppress(subprocess.TimeoutExpired):
                 child.wait(max(0.0, job.deadline + _GRACE - time.monotonic()))
         finally:
-            child.kill()
-            child.wait()
-            assert child.stdout is not None
-            child.stdout.close()
+            if child is not None:
+                child.kill()
+                child.wait()
+                assert child.stdout is not None
+                child.stdout.close()
         if time.monotonic() < job.deadline:
             yield {"died": _obituary(child.returncode, complaints)}
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Let Ctrl-C wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(job: Job, complaints: IO[bytes]) -> "subprocess.Popen[bytes]":
