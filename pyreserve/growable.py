@@ -303,7 +303,7 @@ class GrowableArray(_Growable):
         Raises:
             ReleasedError, RuntimeError: as for `resize`.
         """
-        return self._alone(self._whole).view()  # type: ignore[no-any-return]
+        return self._alone(self._whole)
 
     def append(self, value: Any) -> None:
         """Append one item, whatever numpy can make an item of.
@@ -333,12 +333,12 @@ class GrowableArray(_Growable):
             self._alone(self._put, source, len(source))
 
     def _whole(self) -> Any:
+        if not self._length:
+            return self._numpy.empty(0, self._dtype)
         if self._kept is None or self._kept.nbytes != self._length:
-            if not self._length:
-                return self._numpy.empty(0, self._dtype)
-            view = self._region.view(0, self._length)
-            self._kept = self._numpy.frombuffer(view, dtype=self._dtype)
-        return self._kept
+            self._kept = self._region.view(0, self._length)
+        # An array of its own for each caller, who may give it another shape or dtype.
+        return self._numpy.frombuffer(self._kept, dtype=self._dtype)
 
     def _cut(self, length: int) -> None:
         self._kept = None

@@ -616,6 +616,17 @@ print(json.dumps([first, limits[0], buffer.committed]))
 
 
 class TestArrays:
+    def test_each_array_is_its_own(self) -> None:
+        """No two share an array behind them, whose shape or dtype somebody could change."""
+        growable = GrowableArray("i4", 100)
+        growable.extend([1, 2, 3, 4])
+
+        one, other = growable.array, growable.array
+
+        assert one is not other
+        assert not isinstance(one.base, np.ndarray)
+        assert np.shares_memory(one, other)
+
     def test_items(self) -> None:
         """Items are appended one by one and many at once, and are found again."""
         array = GrowableArray("f8", 1000)
