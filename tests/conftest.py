@@ -1,6 +1,7 @@
 """Fixtures and settings that all tests share."""
 
 import gc
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,11 @@ from pyreserve import PAGE_SIZE, Region
 # Deadlines would let the machine's load decide a test.
 settings.register_profile("pyreserve", deadline=None, print_blob=True)
 settings.load_profile("pyreserve")
+
+
+# A shell lets what it runs in the background ignore Ctrl-C, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
