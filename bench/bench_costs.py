@@ -26,7 +26,7 @@ FIELDS = (
     ("decommit", "mmap-fixed"),
     ("release", "untouched"),
 )  # as c_costs prints them; of a piece, the first is commit
-BETWEEN = [n * KiB for n in (8, 32, 128, 512)] + [n * MiB for n in (4, 12, 24, 64)]
+BETWEEN = [n * KiB for n in (8, 48, 112, 192, 512)] + [n * MiB for n in (6, 10, 20, 28, 64)]
 
 # Prints what c_costs prints, out of pyreserve's own programs and its own timing.
 OURS = f"""

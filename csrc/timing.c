@@ -47,22 +47,22 @@ double timing_clock(void) {
     return apart[CLOCK_READINGS / 2];
 }
 
-/* A line further in each page: the same line of every page would have the cache's few ways for one
- * set to itself, and a dozen pages would miss it. */
-static uintptr_t next_line(uintptr_t line, size_t page) {
-    return (line + LINE) & (page - 1);
+static void store(uintptr_t at, size_t length, size_t page) {
+    for (uintptr_t end = at + length; at != end; at += page)
+        *(volatile unsigned char *)at = 1;
 }
 
-static void store(uintptr_t at, size_t length, size_t page) {
+/* A line further in each page: the same line of every page would share a set of the cache, whose few
+ * ways a dozen pages would use up. */
+static void store_again(uintptr_t at, size_t length, size_t page) {
     uintptr_t line = 0;
-    for (uintptr_t end = at + length; at != end; at += page, line = next_line(line, page))
+    for (uintptr_t end = at + length; at != end; at += page, line = (line + LINE) & (page - 1))
         *(volatile unsigned char *)(at + line) = 1;
 }
 
 static void load(uintptr_t at, size_t length, size_t page) {
-    uintptr_t line = 0;
-    for (uintptr_t end = at + length; at != end; at += page, line = next_line(line, page))
-        (void)*(volatile unsigned char *)(at + line);
+    for (uintptr_t end = at + length; at != end; at += page)
+        (void)*(volatile unsigned char *)at;
 }
 
 /* Maps with room to spare, and gives back what lies around the piece with the address wanted. */
@@ -142,6 +142,9 @@ static int perform(const struct run *run, const struct timing_step *step, struct
         return vm_advise(at, length, program->advice);
     case TIMING_WRITE:
         store(at, length, run->page);
+        return 0;
+    case TIMING_REWRITE:
+        store_again(at, length, run->page);
         return 0;
     case TIMING_READ:
         load(at, length, run->page);

@@ -26,8 +26,9 @@ enum timing_verb {
     TIMING_DECOMMIT,    /* vm_renew as VM_RESERVED */
     TIMING_DISCARD_OFF, /* vm_discard, then vm_protect to VM_RESERVED */
     TIMING_ADVISE,      /* vm_advise of the program's advice: a fresh mapping has none */
-    TIMING_WRITE,       /* stores a byte into every OS page, each into another cache line */
-    TIMING_READ,        /* loads a byte of every OS page likewise */
+    TIMING_WRITE,       /* stores a byte into every OS page */
+    TIMING_REWRITE,     /* the same, into another cache line of each */
+    TIMING_READ,        /* loads a byte of every OS page */
     TIMING_POPULATE,
     TIMING_DISCARD,
     TIMING_DISCARD_LAZY,

@@ -118,17 +118,32 @@ def _verbs(only: Iterable[str] | None) -> frozenset[str]:
 
 
 def _default(longest: int) -> Iterator[tuple[Setting, list[Program]]]:
-    # Closer to each other where caches end, and costs bend.
+    # Where caches end, and the kernel's lists of free pages, what touches memory bends.
+    bends = [PAGE_SIZE * n for n in (8, 24, 32)] + [4 * MiB, 12 * MiB, 24 * MiB]
     large = [2 * MiB, 8 * MiB, 16 * MiB, 32 * MiB, 128 * MiB, GiB]
     lengths = _up_to(longest, [PAGE_SIZE * n for n in (1, 4, 16, 64, 256)] + large)
     some = _up_to(longest, [PAGE_SIZE, 16 * PAGE_SIZE, 2 * MiB, 32 * MiB])
     small, *kinds = page_kinds()
     first = Setting(small, "charge", 1)
-    yield first, [*write(first, _EVERY_SCRIPT, lengths), untouched(first, _ARTICLE)]
+    yield (
+        first,
+        [
+            *write(first, _EVERY_SCRIPT, lengths),
+            *write(first, ("life", "populated", "forked"), _up_to(longest, bends[:3])),
+            *write(first, ("life", "populated"), _up_to(longest, bends[3:])),
+            untouched(first, _ARTICLE),
+        ],
+    )
     for kind in kinds:
         setting = Setting(kind, "charge", 1)
         if kind.sort == "transparent" and not kind.next_size:
-            yield setting, list(write(setting, _EVERY_SCRIPT, _up_to(longest, large)))
+            yield (
+                setting,
+                [
+                    *write(setting, _EVERY_SCRIPT, _up_to(longest, large)),
+                    *write(setting, ("life", "populated"), _up_to(longest, bends[3:])),
+                ],
+            )
         elif kind.sort == "hugetlb" and kind.size <= 32 * MiB:
             yield setting, list(write(setting, ("life",), _up_to(longest, [kind.size])))
     names = ("life", "growth mprotect")

@@ -166,7 +166,7 @@ def life(s: Setting, n: int) -> Program:
     steps = [
         Step("COMMIT", 0, n, cell("commit", "mprotect", n)),
         Step("WRITE", 0, n, cell("touch", "write", n)),
-        Step("WRITE", 0, n, cell("retouch", "resident", n), repeat=max(1, 1024 * PAGE_SIZE // n)),
+        Step("REWRITE", 0, n, cell("retouch", "resident", n), repeat=max(1, 1024 * PAGE_SIZE // n)),
         Step("DISCARD", 0, n, cell("discard", "dontneed", n), bound=1),
         Step("WRITE", 0, n, cell("retouch", "after-dontneed", n)),
         Step("DISCARD_LAZY", 0, n, cell("discard", "free", n), bound=1),

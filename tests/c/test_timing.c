@@ -677,6 +677,9 @@ static void touching_and_discarding_are_seen_in_memory(void) {
     CHECK(perform_on(TIMING_WRITE, 3, 5) == 0);
     CHECK(err != 0 || resident() == 5);
     CHECK(wrote(3) && wrote(7) && !wrote(2) && !wrote(8));
+    CHECK(*at(3) == 1 && *at(7) == 1);
+    CHECK(perform_on(TIMING_REWRITE, 3, 5) == 0);
+    CHECK(at(4)[64] == 1 && at(7)[4 * 64] == 1 && at(7)[64] == 0);
     CHECK(perform_on(TIMING_READ, 0, 2 * PIECE) == 0);
     CHECK(wrote(3) && !wrote(0));
     CHECK(perform_on(TIMING_DISCARD, 4, 2) == 0);
