@@ -670,7 +670,7 @@ class TestPlan:
         lengths = {
             c.nbytes for c in full if (c.verb, c.page_kind, c.threads) == ("touch", SMALL, 1)
         }
-        assert {PAGE_SIZE << k for k in range((GiB // PAGE_SIZE).bit_length())} == lengths
+        assert {PAGE_SIZE << k for k in range((GiB // PAGE_SIZE).bit_length())} <= lengths
 
     def test_only(self) -> None:
         """Only the verbs named are timed."""

@@ -15,6 +15,8 @@ from pyreserve.units import GiB, MiB, format_size
 # Beside the memory measured: the two interpreters, and the kernel's page tables.
 _BESIDE = 128 * MiB
 _ARTICLE = 136 * GiB  # what Go's first 64-bit layout reserved
+# Where caches end, and the kernel's lists of free pages, what touches memory bends.
+_BENDS = [PAGE_SIZE * n for n in (8, 24, 32)] + [4 * MiB, 12 * MiB, 24 * MiB]
 _EVERY_SCRIPT = tuple(SCRIPTS)
 
 
@@ -118,8 +120,6 @@ def _verbs(only: Iterable[str] | None) -> frozenset[str]:
 
 
 def _default(longest: int) -> Iterator[tuple[Setting, list[Program]]]:
-    # Where caches end, and the kernel's lists of free pages, what touches memory bends.
-    bends = [PAGE_SIZE * n for n in (8, 24, 32)] + [4 * MiB, 12 * MiB, 24 * MiB]
     large = [2 * MiB, 8 * MiB, 16 * MiB, 32 * MiB, 128 * MiB, GiB]
     lengths = _up_to(longest, [PAGE_SIZE * n for n in (1, 4, 16, 64, 256)] + large)
     some = _up_to(longest, [PAGE_SIZE, 16 * PAGE_SIZE, 2 * MiB, 32 * MiB])
@@ -129,8 +129,8 @@ def _default(longest: int) -> Iterator[tuple[Setting, list[Program]]]:
         first,
         [
             *write(first, _EVERY_SCRIPT, lengths),
-            *write(first, ("life", "populated", "forked"), _up_to(longest, bends[:3])),
-            *write(first, ("life", "populated"), _up_to(longest, bends[3:])),
+            *write(first, ("life", "populated", "forked"), _up_to(longest, _BENDS[:3])),
+            *write(first, ("life", "populated"), _up_to(longest, _BENDS[3:])),
             untouched(first, _ARTICLE),
         ],
     )
@@ -141,7 +141,7 @@ def _default(longest: int) -> Iterator[tuple[Setting, list[Program]]]:
                 setting,
                 [
                     *write(setting, _EVERY_SCRIPT, _up_to(longest, large)),
-                    *write(setting, ("life", "populated"), _up_to(longest, bends[3:])),
+                    *write(setting, ("life", "populated"), _up_to(longest, _BENDS[3:])),
                 ],
             )
         elif kind.sort == "hugetlb" and kind.size <= 32 * MiB:
@@ -153,7 +153,8 @@ def _default(longest: int) -> Iterator[tuple[Setting, list[Program]]]:
 
 
 def _full(longest: int) -> Iterator[tuple[Setting, list[Program]]]:
-    every = [PAGE_SIZE << shift for shift in range((GiB // PAGE_SIZE).bit_length())]
+    powers = (PAGE_SIZE << shift for shift in range((GiB // PAGE_SIZE).bit_length()))
+    every = sorted({*powers, *_BENDS})
     for kind in page_kinds():
         for mode in MODES if kind.sort != "hugetlb" else MODES[:1]:
             for threads in _thread_counts():
