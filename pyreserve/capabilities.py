@@ -114,7 +114,7 @@ def thp_settings() -> dict[int, str]:
     if general is None:
         return {}
     for size in sorted(_sizes_in(_THP)):
-        own = _chosen(_THP / f"hugepages-{size // KiB}kB/enabled")
+        own = chosen(_THP / f"hugepages-{size // KiB}kB/enabled")
         if own is not None:
             found[size] = general if own == "inherit" else own
     largest = thp_size()
@@ -145,10 +145,11 @@ def _sizes_in(folder: Path) -> set[int]:
 
 def transparent_huge_pages() -> str | None:
     """Return what is set for them in general; see `Capabilities`."""
-    return _chosen(_THP / "enabled")
+    return chosen(_THP / "enabled")
 
 
-def _chosen(switch: Path) -> str | None:
+def chosen(switch: Path) -> str | None:
+    """Read which of the choices in a file of /sys is in brackets; None if there is no such file."""
     try:
         choices = switch.read_text(encoding="ascii")
     except OSError:

@@ -68,7 +68,13 @@ METHODS: dict[str, tuple[str, ...]] = {
 """The methods of each verb, the one that is meant when none is named first."""
 
 MODES = ("charge", "noreserve")
-SMALL = format_size(PAGE_SIZE).replace(" ", "")
+
+
+def _name(size: int) -> str:
+    return format_size(size).replace(" ", "")
+
+
+SMALL = _name(PAGE_SIZE)
 """The name of the page kind that every machine has: the OS page."""
 
 
@@ -137,8 +143,12 @@ class Curve:
         return Cell(self.verb, self.method, self.page_kind, self.mode, nbytes, self.threads)
 
     def __str__(self) -> str:
-        threads = "" if self.threads == 1 else f", {self.threads} threads"
-        return f"{self.verb} {self.method}, {self.page_kind} pages, {self.mode}{threads}"
+        return f"{self.verb} {self.method}, {in_words(self.page_kind, self.mode, self.threads)}"
+
+
+def in_words(page_kind: str, mode: str, threads: int) -> str:
+    """Say what the cells of a setting have in common."""
+    return f"{page_kind} pages, {mode}" + ("" if threads == 1 else f", {threads} threads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +187,3 @@ def page_kinds() -> list[PageKind]:
         why_not = None if free else f"no huge page of {format_size(size)} is free in the pool"
         kinds.append(PageKind(f"hugetlb-{_name(size)}", size, "hugetlb", why_not=why_not))
     return kinds
-
-
-def _name(size: int) -> str:
-    return format_size(size).replace(" ", "")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyreserve import procfs
-from pyreserve.capabilities import hugetlb_free, thp_settings
+from pyreserve.capabilities import chosen, hugetlb_free, thp_settings
 from pyreserve.limits import PAGE_SIZE
 
 _SYS = Path("/sys")
@@ -35,7 +35,7 @@ def facts() -> dict[str, Any]:
         "overcommit_memory": procfs.vm_setting("overcommit_memory"),
         "max_map_count": procfs.vm_setting("max_map_count"),
         "transparent_huge_pages": {str(size): how for size, how in thp_settings().items()},
-        "transparent_huge_pages_defrag": _chosen("kernel/mm/transparent_hugepage/defrag"),
+        "transparent_huge_pages_defrag": chosen(_SYS / "kernel/mm/transparent_hugepage/defrag"),
         "hugetlb_free": {str(size): free for size, free in hugetlb_free().items()},
         "virtualised": _virtualised(cpu.get("flags", "")),
         "balloon": any((_SYS / "bus/virtio/drivers/virtio_balloon").glob("virtio*")),
@@ -64,11 +64,6 @@ def _text(path: str) -> str | None:
         return (_SYS / path).read_text(encoding="utf-8").strip() or None
     except OSError:
         return None
-
-
-def _chosen(path: str) -> str | None:
-    choices = _text(path)
-    return choices and choices[choices.index("[") + 1 : choices.index("]")]
 
 
 def _version() -> str | None:

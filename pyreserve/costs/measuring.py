@@ -131,6 +131,7 @@ class _Run:
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self._plan, self._budget, self._width, self._progress = plan, budget, width, progress
+        self._cells = plan.cells  # once: they are counted at every answer of a child
         self._begun = time.monotonic()
         self._passes = 0
         self._samples: dict[Cell, list[list[Sample]]] = {}
@@ -198,7 +199,7 @@ class _Run:
                     budget=self._budget,
                     passes=self._passes,
                     settled=len(self._settled),
-                    cells=len(self._plan.cells),
+                    cells=len(self._cells),
                     doing=doing,
                 )
             )
@@ -253,7 +254,7 @@ class _Run:
         facts = machine.facts()
         cells: list[Measured] = []
         usual: dict[Curve, float] = {}  # ns a page, of the last length that had samples
-        for cell in sorted(self._plan.cells, key=lambda cell: cell.nbytes):
+        for cell in sorted(self._cells, key=lambda cell: cell.nbytes):
             warm, cold = self._parted(cell, facts["virtualised"] != "no", usual)
             if warm:
                 times = summarise(warm)
@@ -264,7 +265,7 @@ class _Run:
                 cells.append(Measured(cell, "warm", None, _ALL_COLD if cold else why))
             if cold:
                 cells.append(Measured(cell, "cold", summarise(cold), None, cold))
-        order = {cell: i for i, cell in enumerate(self._plan.cells)}
+        order = {cell: i for i, cell in enumerate(self._cells)}
         cells.sort(key=lambda one: order[one.cell])
         cells += [Measured(cell, "warm", None, why) for cell, why in self._plan.unmeasurable]
         calls = [median(one) for one in self._system_calls if one]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from pyreserve._native import lib
 from pyreserve.capabilities import thp_size
-from pyreserve.costs.cells import Cell, Curve, PageKind
+from pyreserve.costs.cells import Cell, Curve, PageKind, in_words
 from pyreserve.limits import PAGE_SIZE
 from pyreserve.units import MiB
 
@@ -114,8 +114,7 @@ class Setting:
         return Curve(verb, method, self.kind.name, self.mode, self.threads).at(nbytes)
 
     def __str__(self) -> str:
-        threads = "" if self.threads == 1 else f", {self.threads} threads"
-        return f"{self.kind.name} pages, {self.mode}{threads}"
+        return in_words(self.kind.name, self.mode, self.threads)
 
     def program(
         self, script: str, steps: list[Step], piece: int, *, memory: int, advice: int | None = None
@@ -272,6 +271,7 @@ class Script:
     longest: int | None = None
     sorts: tuple[str, ...] = ("small", "transparent", "hugetlb")
     one_thread: bool = False
+    largest_kind: bool = False  # the largest of the transparent sizes alone
 
     def suits(self, setting: Setting, nbytes: int) -> bool:
         """Whether a setting has such programs for pieces of a length."""
@@ -281,8 +281,7 @@ class Script:
             and nbytes % setting.unit == 0
             and nbytes <= longest
             and not (self.one_thread and setting.threads > 1)
-            # Only the largest of the transparent sizes is what pages are collapsed to.
-            and not (self.write is collapsed and setting.kind.size != thp_size())
+            and not (self.largest_kind and setting.kind.size != thp_size())
         )
 
 
@@ -299,7 +298,7 @@ SCRIPTS: dict[str, Script] = {
     "guards mprotect": Script(
         lambda s, n: guards(s, n, "mprotect", "UNCOMMIT", "COMMIT"), 128 * MiB, ("small",)
     ),
-    "collapsed": Script(collapsed, 128 * MiB, ("transparent",)),
+    "collapsed": Script(collapsed, 128 * MiB, ("transparent",), largest_kind=True),
     "forked": Script(forked, 128 * MiB, one_thread=True),
     "not inherited": Script(not_inherited, 128 * MiB, one_thread=True),
 }

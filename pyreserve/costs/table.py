@@ -20,6 +20,8 @@ _T = TypeVar("_T")
 
 SCHEMA = 1
 
+_FIGURES = ("min", "median", "p90", "p99", "max")  # of Times, each a number of ns
+
 # What of CPUs, and which share, is too much of noise.
 _OTHERS, _STOLEN, _SPREAD = 0.25, 0.1, 0.25
 # No number in the JSON is larger (a century of ns is less), and no system call takes less time.
@@ -193,11 +195,10 @@ class CostTable:
     def to_csv(self) -> str:
         """Return a line a cell; times in nanoseconds."""
         out = io.StringIO()
-        names = ["min", "median", "p90", "p99", "max"]
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(
             ["verb", "method", "page_kind", "mode", "bytes", "pages", "threads", "host"]
-            + [f"{name}_ns" for name in names]
+            + [f"{name}_ns" for name in _FIGURES]
             + ["ci95_low_ns", "ci95_high_ns", "samples", "passes", "outliers", "why"]
         )
         for one in self.cells:
@@ -205,9 +206,9 @@ class CostTable:
             row: list[object] = [cell.verb, cell.method, cell.page_kind, cell.mode]
             row += [cell.nbytes, cell.pages, cell.threads, one.host]
             if times is None:
-                row += [""] * (len(names) + 2) + [0, 0, 0]
+                row += [""] * (len(_FIGURES) + 2) + [0, 0, 0]
             else:
-                row += [_round(getattr(times, name)) for name in names]
+                row += [_round(getattr(times, name)) for name in _FIGURES]
                 row += [_round(ns) for ns in times.ci95]
                 row += [times.samples, times.passes, times.outliers]
             writer.writerow([*row, one.why or ""])
@@ -237,8 +238,7 @@ def _to_dict(one: Measured) -> dict[str, Any]:
         "why": one.why,
     }
     if times is not None:
-        names = ("min", "median", "p90", "p99", "max")
-        found["ns"] = {name: _round(getattr(times, name)) for name in names}
+        found["ns"] = {name: _round(getattr(times, name)) for name in _FIGURES}
         # JSON has no infinity: null is where a single sample's interval ends.
         found["ns"]["ci95"] = [_round(ns) if math.isfinite(ns) else None for ns in times.ci95]
         found |= {"samples": times.samples, "passes": times.passes, "outliers": times.outliers}
@@ -293,10 +293,9 @@ def _from_dict(found: Any) -> Measured:
     ns = found["ns"]
     if ns is not None:
         low, high = (_is(list, ns["ci95"])[i] for i in (0, 1))
-        names = ("min", "median", "p90", "p99", "max")
         # Taking off what reading the clock takes may leave less than nothing.
         times = Times(
-            **{name: float(_number(ns[name], -_MOST)) for name in names},
+            **{name: float(_number(ns[name], -_MOST)) for name in _FIGURES},
             ci95=(
                 float(_number(low, -_MOST)),
                 math.inf if high is None else float(_number(high, -_MOST)),
