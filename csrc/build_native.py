@@ -14,6 +14,7 @@ ROOMS = (
     "pagealloc",
     "heap",
     "timing",
+    "procmaps",
 )  # lowest first
 HERE = Path("csrc")  # setuptools wants paths relative to setup.py, and runs this from there
 

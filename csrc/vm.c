@@ -1,4 +1,5 @@
 #define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
 #include "vm.h"
 
 #include <errno.h>
@@ -175,6 +176,38 @@ int vm_name(uintptr_t address, size_t length, const char *name) {
     return result(prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, address, length, name));
 }
 
+int vm_pages(int fd, uint64_t from, uint64_t end, struct vm_run *runs, size_t room, size_t *found,
+             uint64_t *next) {
+    /* struct pm_scan_arg of <linux/fs.h>; struct vm_run is its struct page_region. */
+    struct {
+        uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+        uint64_t inverted, mask, anyof_mask, return_mask;
+    } scan = {0};
+    scan.size = sizeof scan;
+    scan.start = from;
+    scan.end = end;
+    scan.vec = (uintptr_t)runs;
+    scan.vec_len = room;
+    scan.anyof_mask = VM_PAGE_PRESENT | VM_PAGE_SWAPPED;
+    scan.return_mask = scan.anyof_mask | VM_PAGE_ZERO;
+    int count = ioctl(fd, _IOWR('f', 16, scan), &scan);
+    if (count < 0)
+        return errno;
+    if (scan.walk_end <= from) /* it would go round for ever */
+        return EIO;
+    *found = (size_t)count;
+    *next = scan.walk_end;
+    return 0;
+}
+
+int vm_read(int fd, uint64_t offset, void *bytes, size_t length, size_t *got) {
+    ssize_t read = pread(fd, bytes, length, (off_t)offset);
+    if (read < 0)
+        return errno;
+    *got = (size_t)read;
+    return 0;
+}
+
 uint32_t vm_milliseconds(void) {
     struct timespec now = {0};
     (void)clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
@@ -313,24 +346,18 @@ static int try_ioctl(const char *path, unsigned long request, void *argument) {
 }
 
 int vm_try_pagemap_scan(void) {
-    /* struct pm_scan_arg and struct page_region of <linux/fs.h>, Linux 6.7. */
-    struct {
-        uint64_t start, end, categories;
-    } found[1];
-    struct {
-        uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-        uint64_t inverted, mask, anyof_mask, return_mask;
-    } scan = {0};
+    struct vm_run run;
+    size_t found;
+    uint64_t next;
     uintptr_t page = scratch();
     if (page == 0)
         return ENOMEM;
-    scan.size = sizeof scan;
-    scan.start = page;
-    scan.end = page + vm_page_size();
-    scan.vec = (uintptr_t)found;
-    scan.vec_len = 1;
-    scan.anyof_mask = scan.return_mask = 8 | 16; /* PAGE_IS_PRESENT | PAGE_IS_SWAPPED */
-    int err = try_ioctl("/proc/self/pagemap", _IOWR('f', 16, scan), &scan);
+    int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    int err = fd < 0 ? errno : 0;
+    if (err == 0) {
+        err = vm_pages(fd, page, page + vm_page_size(), &run, 1, &found, &next);
+        (void)close(fd);
+    }
     (void)vm_release(page, vm_page_size());
     return err;
 }

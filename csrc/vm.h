@@ -90,6 +90,24 @@ int vm_name(uintptr_t address, size_t length, const char *name);
 /* How many bytes of a mapped range are in memory. */
 int vm_resident(uintptr_t address, size_t length, size_t *nbytes);
 
+/* Pages of a process that are alike, [start, end). */
+struct vm_run {
+    uint64_t start;
+    uint64_t end;
+    uint64_t is; /* the or-ed enum vm_page */
+};
+
+enum vm_page { VM_PAGE_PRESENT = 8, VM_PAGE_SWAPPED = 16, VM_PAGE_ZERO = 32 };
+
+/* Finds the pages of [from, end) that are in memory or in swap, through the /proc/PID/pagemap open at
+ * `fd` (PAGEMAP_SCAN, Linux 6.7): up to `room` runs of them, `*found` of them, and `*next`, the address
+ * to go on at. ENOTTY where the kernel has none of it. */
+int vm_pages(int fd, uint64_t from, uint64_t end, struct vm_run *runs, size_t room, size_t *found,
+             uint64_t *next);
+
+/* Reads up to `length` bytes of a file at an offset; `*got` is fewer at its end. */
+int vm_read(int fd, uint64_t offset, void *bytes, size_t length, size_t *got);
+
 /* Milliseconds of a clock that never goes back, good for a few of them; the number wraps round. */
 uint32_t vm_milliseconds(void);
 

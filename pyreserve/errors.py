@@ -1,15 +1,18 @@
 """What can go wrong. Each class is also the builtin that a caller would think of.
 
-=====================  ===================  ====================================================
-class                  also a               means
-=====================  ===================  ====================================================
-`VMError`              `OSError`            the kernel refused a verb; ``errno`` says how
-`OutOfMemoryError`     `MemoryError`        ... because memory or addresses ran out
-`RangeError`           `ValueError`         offsets, lengths or addresses that make no sense here
-`ReleasedError`        `ValueError`         the region was released
-`FreeError`            `ValueError`         freed already, or never allocated here
-`ViewError`            `BufferError`        live views hold the bytes
-=====================  ===================  ====================================================
+=====================  ====================  ====================================================
+class                  also a                means
+=====================  ====================  ====================================================
+`VMError`              `OSError`             the kernel refused a verb; ``errno`` says how
+`OutOfMemoryError`     `MemoryError`         ... because memory or addresses ran out
+`RangeError`           `ValueError`          offsets, lengths or addresses that make no sense here
+`ReleasedError`        `ValueError`          the region was released
+`FreeError`            `ValueError`          freed already, or never allocated here
+`ViewError`            `BufferError`         live views hold the bytes
+`MapsError`            `ValueError`          files of /proc/PID, saved or not, that make no sense
+`NoAddressSpaceError`  `ProcessLookupError`  no such process, a zombie, a kernel thread
+`AccessError`          `PermissionError`     a process that this one may not look into
+=====================  ====================  ====================================================
 """
 
 import errno as _errno
@@ -76,3 +79,15 @@ class FreeError(PyreserveError, ValueError):
 
 class ViewError(PyreserveError, BufferError):
     """Live views hold bytes that would become inaccessible; nothing has changed."""
+
+
+class MapsError(PyreserveError, ValueError):
+    """What was read is not what /proc/PID/maps, smaps or another of its files would say."""
+
+
+class NoAddressSpaceError(PyreserveError, ProcessLookupError):
+    """There is no such process, or it has no memory of its own: a zombie or a kernel thread."""
+
+
+class AccessError(PyreserveError, PermissionError):
+    """This process may not look into that one (ptrace(2), "Ptrace access mode checking")."""

@@ -43,11 +43,21 @@ def map_count() -> int:
 
 
 def _kib_fields(path: Path) -> Iterator[tuple[str, int]]:
-    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+    return parse_kib(path.read_text(encoding="ascii", errors="replace"))
+
+
+def parse_kib(text: str) -> Iterator[tuple[str, int]]:
+    """Yield the lines with a size, such as ``VmRSS:  12 kB``, of status, meminfo or smaps_rollup."""
+    for line in text.splitlines():
         key, _, rest = line.partition(":")
         value = rest.split()
-        if len(value) == 2 and value[1] == "kB":
+        if len(value) == 2 and value[1] == "kB" and is_natural(value[0]):
             yield key, int(value[0])
+
+
+def is_natural(text: str) -> bool:
+    """Tell whether a text is a number as the kernel prints it, of at most 64 bits or so."""
+    return text.isascii() and text.isdigit() and len(text) <= 20
 
 
 def status_kib(pid: int | str = "self") -> dict[str, int]:
@@ -86,7 +96,7 @@ def free_gaps(mappings: list[Mapping], low: int, high: int) -> Iterator[tuple[in
 def available_bytes() -> int:
     """Estimate how much memory this process can still take: MemAvailable, or less by its cgroup."""
     available = meminfo_kib()["MemAvailable"] * 1024
-    for limit, used in _cgroup_memory():
+    for limit, used in cgroup_memory():
         available = min(available, max(0, limit - used))
     return available
 
@@ -104,9 +114,9 @@ _CGROUPS = (
 )
 
 
-def _cgroup_memory() -> Iterator[tuple[int, int]]:
-    """Yield limit and use, page cache left out, of each limited cgroup above this process."""
-    for line in (_PROC / "self/cgroup").read_text(encoding="utf-8").splitlines():
+def cgroup_memory(pid: int | str = "self") -> Iterator[tuple[int, int]]:
+    """Yield limit and use in bytes, page cache left out, of each limited cgroup of a process."""
+    for line in (_PROC / str(pid) / "cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, name = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue

@@ -249,7 +249,7 @@ class TestAvailableMemory:
             yield from groups
 
         monkeypatch.setattr(procfs, "meminfo_kib", lambda: {"MemAvailable": 1000})
-        monkeypatch.setattr(procfs, "_cgroup_memory", limited)
+        monkeypatch.setattr(procfs, "cgroup_memory", limited)
 
         assert procfs.available_bytes() == available
 
@@ -272,4 +272,4 @@ class TestAvailableMemory:
         moved = tuple((groups, *rest) for _, *rest in procfs._CGROUPS)
         monkeypatch.setattr(procfs, "_CGROUPS", moved)
 
-        assert list(procfs._cgroup_memory()) == [(1000000, 300000), (900000, 300000)]
+        assert list(procfs.cgroup_memory()) == [(1000000, 300000), (900000, 300000)]

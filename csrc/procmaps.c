@@ -1,0 +1,338 @@
+#include "procmaps.h"
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "vm.h"
+
+#define FLAGS \
+    "rdwrexshmrmwmemsgdpfdwloiosrrrdcdeacnrhtsfarwfddsdmmhgnhmgbtmtumuwuisssllfdp"
+
+/* ---- reading a line -------------------------------------------------------------------------- */
+
+/* What is left of the line; the end is its newline. */
+struct cursor {
+    const char *at;
+    const char *end;
+};
+
+static int digit(char c) {
+    if (c >= '0' && c <= '9')
+        return c - '0';
+    if (c >= 'a' && c <= 'f')
+        return c - 'a' + 10;
+    return 16;
+}
+
+/* Reads digits of `base` and then, unless it is 0, the character `after`. */
+static bool number(struct cursor *line, int base, char after, uint64_t *value) {
+    const char *start = line->at;
+    uint64_t n = 0;
+    for (; line->at < line->end && digit(*line->at) < base; line->at++) {
+        if (n > (UINT64_MAX - 15) / (uint64_t)base)
+            return false;
+        n = n * (uint64_t)base + (uint64_t)digit(*line->at);
+    }
+    *value = n;
+    if (line->at == start)
+        return false;
+    if (after == 0)
+        return true;
+    return line->at < line->end && *line->at++ == after;
+}
+
+static void skip_spaces(struct cursor *line) {
+    while (line->at < line->end && *line->at == ' ')
+        line->at++;
+}
+
+static bool permissions(struct cursor *line, uint64_t *perms) {
+    static const char on[] = "rwxs", off[] = "---p";
+    if (line->end - line->at < 5 || line->at[4] != ' ')
+        return false;
+    *perms = 0;
+    for (int i = 0; i < 4; i++) {
+        if (line->at[i] == on[i])
+            *perms |= 1u << i;
+        else if (line->at[i] != off[i])
+            return false;
+    }
+    line->at += 5;
+    return true;
+}
+
+/* ---- a line for a row ------------------------------------------------------------------------ */
+
+static int grow(void **storage, size_t *capacity, size_t needed, size_t size, size_t first) {
+    if (needed <= *capacity)
+        return 0;
+    size_t enough = *capacity == 0 ? first : *capacity;
+    while (enough < needed) {
+        if (enough > SIZE_MAX / size / 2)
+            return ENOMEM;
+        enough *= 2;
+    }
+    void *moved = realloc(*storage, enough * size);
+    if (moved == NULL)
+        return ENOMEM;
+    *storage = moved;
+    *capacity = enough;
+    return 0;
+}
+
+static uint64_t *row(const struct procmaps *table, size_t i) {
+    return table->rows + i * PROCMAPS_COLUMNS;
+}
+
+/* Keeps a name, once for neighbours: a file's mappings lie side by side. */
+static int keep_name(struct procmaps *table, const char *name, size_t length, uint64_t *fresh) {
+    fresh[PROCMAPS_NAME_LENGTH] = length;
+    if (length == 0)
+        return 0;
+    if (table->count > 0) {
+        const uint64_t *last = row(table, table->count - 1);
+        if (last[PROCMAPS_NAME_LENGTH] == length &&
+            memcmp(table->names + last[PROCMAPS_NAME], name, length) == 0) {
+            fresh[PROCMAPS_NAME] = last[PROCMAPS_NAME];
+            return 0;
+        }
+    }
+    void *names = table->names;
+    int err = grow(&names, &table->names_capacity, table->names_length + length, 1, 4096);
+    table->names = names;
+    if (err != 0)
+        return err;
+    memcpy(table->names + table->names_length, name, length);
+    fresh[PROCMAPS_NAME] = table->names_length;
+    table->names_length += length;
+    return 0;
+}
+
+/* "7f00-7f10 rw-p 0000 fe:00 12   /name", as show_vma_header_prefix of fs/proc/task_mmu.c makes it. A
+ * newline in a name is printed as \012, so a line is a line; a name starts with no space. */
+static int mapping(struct procmaps *table, struct cursor line) {
+    uint64_t fresh[PROCMAPS_COLUMNS] = {0}, major, minor;
+    if (!number(&line, 16, '-', &fresh[PROCMAPS_START]) ||
+        !number(&line, 16, ' ', &fresh[PROCMAPS_END]) || !permissions(&line, &fresh[PROCMAPS_PERMS]) ||
+        !number(&line, 16, ' ', &fresh[PROCMAPS_OFFSET]) || !number(&line, 16, ':', &major) ||
+        !number(&line, 16, ' ', &minor) || !number(&line, 10, 0, &fresh[PROCMAPS_INODE]))
+        return EINVAL;
+    if (line.at < line.end && *line.at != ' ')
+        return EINVAL;
+    uint64_t last = table->count == 0 ? 0 : row(table, table->count - 1)[PROCMAPS_END];
+    if (fresh[PROCMAPS_START] >= fresh[PROCMAPS_END] || fresh[PROCMAPS_START] < last ||
+        (fresh[PROCMAPS_START] | fresh[PROCMAPS_END]) % 4096 != 0 || (major | minor) >> 32 != 0)
+        return EINVAL;
+    fresh[PROCMAPS_DEVICE] = major << 32 | minor;
+    skip_spaces(&line);
+    int err = keep_name(table, line.at, (size_t)(line.end - line.at), fresh);
+    if (err != 0)
+        return err;
+    void *rows = table->rows;
+    err = grow(&rows, &table->capacity, table->count + 1, sizeof fresh, 64);
+    table->rows = rows;
+    if (err != 0)
+        return err;
+    memcpy(row(table, table->count++), fresh, sizeof fresh);
+    return 0;
+}
+
+static uint64_t flag_bits(struct cursor line) {
+    uint64_t bits = 0;
+    for (; line.end - line.at >= 2; line.at += 2) {
+        for (unsigned i = 0; i < sizeof FLAGS / 2; i++)
+            if (line.at[0] == FLAGS[2 * i] && line.at[1] == FLAGS[2 * i + 1])
+                bits |= UINT64_C(1) << i;
+        line.at += 2;
+        skip_spaces(&line);
+        line.at -= 2;
+    }
+    return bits;
+}
+
+/* The lines of smaps that become columns, in the order in which the kernel prints them. */
+static const struct {
+    const char *name;
+    size_t length;
+    enum procmaps_column column;
+} FIELDS[] = {
+#define FIELD(name, column) {name, sizeof name - 1, column}
+    FIELD("Rss", PROCMAPS_RSS),
+    FIELD("Pss", PROCMAPS_PSS),
+    FIELD("Shared_Clean", PROCMAPS_SHARED_CLEAN),
+    FIELD("Shared_Dirty", PROCMAPS_SHARED_DIRTY),
+    FIELD("Private_Clean", PROCMAPS_PRIVATE_CLEAN),
+    FIELD("Private_Dirty", PROCMAPS_PRIVATE_DIRTY),
+    FIELD("Anonymous", PROCMAPS_ANONYMOUS),
+    FIELD("LazyFree", PROCMAPS_LAZY_FREE),
+    FIELD("AnonHugePages", PROCMAPS_ANON_HUGE),
+    FIELD("ShmemPmdMapped", PROCMAPS_SHMEM_HUGE),
+    FIELD("FilePmdMapped", PROCMAPS_FILE_HUGE),
+    FIELD("Shared_Hugetlb", PROCMAPS_SHARED_HUGETLB),
+    FIELD("Private_Hugetlb", PROCMAPS_PRIVATE_HUGETLB),
+    FIELD("Swap", PROCMAPS_SWAP),
+    FIELD("Locked", PROCMAPS_LOCKED),
+};
+
+/* "Rss:   12 kB" or "VmFlags: rd wr"; what it does not know, a newer kernel's, it leaves alone. */
+static int field(struct procmaps *table, struct cursor line) {
+    const char *colon = memchr(line.at, ':', (size_t)(line.end - line.at));
+    if (table->count == 0 || colon == NULL)
+        return EINVAL;
+    size_t length = (size_t)(colon - line.at);
+    const char *name = line.at;
+    uint64_t *last = row(table, table->count - 1);
+    line.at = colon + 1;
+    skip_spaces(&line);
+    if (length == 7 && memcmp(name, "VmFlags", 7) == 0) {
+        last[PROCMAPS_FLAGS] = flag_bits(line);
+        return 0;
+    }
+    for (size_t i = 0; i < sizeof FIELDS / sizeof *FIELDS; i++) {
+        if (FIELDS[i].length != length || memcmp(FIELDS[i].name, name, length) != 0)
+            continue;
+        uint64_t kib;
+        if (!number(&line, 10, ' ', &kib) || line.end - line.at != 2 || memcmp(line.at, "kB", 2) != 0)
+            return EINVAL;
+        /* No more than there are addresses, so that sums of sizes never wrap. */
+        if (kib > (last[PROCMAPS_END] - last[PROCMAPS_START]) / 1024)
+            return EINVAL;
+        last[FIELDS[i].column] = kib;
+        return 0;
+    }
+    return 0;
+}
+
+/* ---- counting pages -------------------------------------------------------------------------- */
+
+/* Adds a run of pages that are alike to the rows that it covers, from row `*at` on. */
+static void add_run(struct procmaps *table, size_t *at, const struct vm_run *run, const int *columns) {
+    while (*at < table->count && row(table, *at)[PROCMAPS_END] <= run->start)
+        ++*at;
+    for (size_t i = *at; i < table->count && row(table, i)[PROCMAPS_START] < run->end; i++) {
+        uint64_t *one = row(table, i);
+        uint64_t start = one[PROCMAPS_START] > run->start ? one[PROCMAPS_START] : run->start;
+        uint64_t end = one[PROCMAPS_END] < run->end ? one[PROCMAPS_END] : run->end;
+        for (const int *column = columns; *column >= 0; column++)
+            one[*column] += (end - start) / 1024;
+    }
+}
+
+/* Entries of the pagemap, 512 pages of them from an address on. */
+struct window {
+    uint64_t start;
+    uint64_t end;
+    uint64_t entries[512];
+};
+
+static int look(struct window *window, uint64_t address, int fd) {
+    uint64_t page = vm_page_size();
+    size_t size = sizeof *window->entries, got = 0;
+    int err = vm_read(fd, address / page * size, window->entries, sizeof window->entries, &got);
+    if (err != 0)
+        return err;
+    window->start = address;
+    window->end = address + got / size * page;
+    return got < size ? EAGAIN : 0;
+}
+
+/* Tells the pages of a run that only this process maps (bit 56 of Documentation/admin-guide/mm/
+ * pagemap.rst) from those that others map too. */
+static int add_resident(struct procmaps *table, size_t *at, const struct vm_run *run, int fd,
+                        struct window *window) {
+    static const int own[] = {PROCMAPS_RSS, PROCMAPS_PRIVATE_CLEAN, -1};
+    static const int shared[] = {PROCMAPS_RSS, PROCMAPS_SHARED_CLEAN, -1};
+    uint64_t page = vm_page_size();
+    struct vm_run piece = {run->start, run->start, run->is};
+    while (piece.end < run->end) {
+        if (piece.end < window->start || piece.end >= window->end) {
+            int err = look(window, piece.end, fd);
+            if (err != 0)
+                return err;
+        }
+        const uint64_t *entry = window->entries + (piece.end - window->start) / page;
+        uint64_t end = run->end < window->end ? run->end : window->end;
+        bool alone = *entry >> 56 & 1;
+        piece.start = piece.end;
+        for (; piece.end < end && (*entry >> 56 & 1) == alone; entry++)
+            piece.end += page;
+        add_run(table, at, &piece, alone ? own : shared);
+    }
+    return 0;
+}
+
+int procmaps_count_pages(struct procmaps *table, int fd) {
+    static const int swapped[] = {PROCMAPS_SWAP, -1};
+    struct vm_run runs[512]; /* more made the kernel say wrongly how far it came (Linux 6.18) */
+    struct window window = {0};
+    size_t count = table->count, at = 0;
+    while (count > 0 && row(table, count - 1)[PROCMAPS_END] >> 63 != 0) /* [vsyscall], the kernel's */
+        count--;
+    if (count == 0)
+        return 0;
+    uint64_t from = row(table, 0)[PROCMAPS_START], end = row(table, count - 1)[PROCMAPS_END];
+    while (from < end) {
+        size_t found = 0;
+        int err = vm_pages(fd, from, end, runs, 512, &found, &from);
+        for (size_t i = 0; err == 0 && i < found; i++) {
+            if (runs[i].is & VM_PAGE_PRESENT && !(runs[i].is & VM_PAGE_ZERO))
+                err = add_resident(table, &at, &runs[i], fd, &window);
+            else if (runs[i].is & VM_PAGE_SWAPPED)
+                add_run(table, &at, &runs[i], swapped);
+        }
+        if (err != 0)
+            return err;
+    }
+    return 0;
+}
+
+/* ---- the faces ------------------------------------------------------------------------------- */
+
+const char *procmaps_flags(void) {
+    return FLAGS;
+}
+
+int procmaps_feed(struct procmaps *table, const char *text, size_t length, size_t *used) {
+    struct cursor line = {text, text};
+    const char *end = text + length;
+    *used = 0;
+    while (line.at < end && (line.end = memchr(line.at, '\n', (size_t)(end - line.at))) != NULL) {
+        table->lines++;
+        /* Addresses are of small letters, fields begin with a capital one. */
+        int err = line.at < line.end && *line.at >= 'A' && *line.at <= 'Z' ? field(table, line)
+                                                                         : mapping(table, line);
+        if (err != 0)
+            return err;
+        line.at = line.end + 1;
+        *used = (size_t)(line.at - text);
+    }
+    return 0;
+}
+
+int procmaps_divide(struct procmaps *table, size_t *wrong) {
+    for (size_t i = 0; i < table->count; i++) {
+        uint64_t *one = row(table, i);
+        uint64_t own = one[PROCMAPS_PRIVATE_CLEAN] + one[PROCMAPS_PRIVATE_DIRTY] +
+                       one[PROCMAPS_PRIVATE_HUGETLB];
+        uint64_t others = one[PROCMAPS_SHARED_CLEAN] + one[PROCMAPS_SHARED_DIRTY] +
+                          one[PROCMAPS_SHARED_HUGETLB];
+        uint64_t size = (one[PROCMAPS_END] - one[PROCMAPS_START]) / 1024;
+        if (own + others + one[PROCMAPS_SWAP] > size) {
+            *wrong = i;
+            return EINVAL;
+        }
+        one[PROCMAPS_SIZE] = size;
+        one[PROCMAPS_PRIVATE] = own;
+        one[PROCMAPS_SHARED_MEMORY] = others;
+        one[PROCMAPS_REST] = size - own - others - one[PROCMAPS_SWAP];
+    }
+    return 0;
+}
+
+void procmaps_free(struct procmaps *table) {
+    free(table->rows);
+    free(table->names);
+    memset(table, 0, sizeof *table);
+}

@@ -1,0 +1,175 @@
+"""All that is known of a process's memory at one moment, read as consistently as it lets us."""
+
+import re
+from dataclasses import dataclass, field
+
+from pyreserve import procfs
+from pyreserve.errors import MapsError
+from pyreserve.procmem.source import LiveSource, SavedSource, Source
+from pyreserve.procmem.table import MapTable
+
+# From so many mappings on, the kernel's printing of smaps takes longer than counting pages.
+_MANY = 10_000
+_ATTEMPTS = 4
+_LIMIT = re.compile(r"^Max (.+?)  +(\S+)  +(\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """What was read of a process.
+
+    Attributes:
+        table: its mappings.
+        rss, private: KiB in memory, the sums of the mappings'.
+        pss: KiB by the kernel's own sum, which rounds once; the mappings' lose up to 1 KiB each.
+        settled: the kernel's totals are those of the mappings: all is of one moment.
+        status: the sizes of /proc/PID/status in KiB, such as ``VmPTE``; may be empty.
+        facts: other lines of it, such as ``Name``.
+        limits: soft limits by their name in /proc/PID/limits; None is unlimited.
+        machine: ``max_map_count``, ``overcommit_memory``, ``CommitLimit`` and ``Committed_AS`` (KiB),
+            as far as known; ``core_piped`` 1 if core dumps go to a program.
+        cgroups: limit and use in bytes of each limited memory cgroup.
+        live: the process runs on this machine.
+        pid: its number, None if not known.
+    """
+
+    table: MapTable
+    rss: int
+    pss: int
+    private: int
+    settled: bool
+    status: dict[str, int]
+    facts: dict[str, str]
+    limits: dict[str, int | None] = field(default_factory=dict)
+    machine: dict[str, int] = field(default_factory=dict)
+    cgroups: tuple[tuple[int, int], ...] = ()
+    live: bool = True
+    pid: int | None = None
+
+
+def capture(source: LiveSource | SavedSource) -> Capture:
+    """Read it all.
+
+    Raises:
+        MapsError: a file makes no sense.
+        OSError: see the source.
+    """
+    table, status_text, rollup, settled = _of_one_moment(source)
+    status = dict(procfs.parse_kib(status_text))
+    facts = dict(line.split(":\t", 1) for line in status_text.splitlines() if ":\t" in line)
+    return Capture(
+        table=table,
+        rss=sum(table.rss),
+        pss=rollup.get("Pss", sum(table.pss)),
+        private=sum(table.private),
+        settled=settled,
+        status=status,
+        facts=facts,
+        limits=_limits(source.text("limits") or ""),
+        machine=_machine(source),
+        cgroups=_cgroups(source.text("cgroup_memory") or ""),
+        live=isinstance(source, LiveSource),
+        pid=_pid(source, facts),
+    )
+
+
+def _of_one_moment(source: LiveSource | SavedSource) -> tuple[MapTable, str, dict[str, int], bool]:
+    """Read mappings and totals until they agree: a process that never rests is read as it comes."""
+    for _ in range(_ATTEMPTS if isinstance(source, LiveSource) else 1):
+        rollup = dict(procfs.parse_kib(source.text("smaps_rollup") or ""))
+        table = _table(source, rollup)
+        status = source.text("status") or ""
+        if _agree(table, rollup, dict(procfs.parse_kib(status))):
+            return table, status, rollup, True
+    return table, status, rollup, False
+
+
+def _table(source: LiveSource | SavedSource, rollup: dict[str, int]) -> MapTable:
+    if not isinstance(source, LiveSource):
+        return _divided(source.table("smaps"))
+    table = source.table("maps")
+    if not len(table):
+        raise source.without_memory()
+    if len(table) >= _MANY and _counted(source, table, rollup):
+        return table
+    return _divided(source.table("smaps"))
+
+
+def _divided(table: MapTable) -> MapTable:
+    table.divide()
+    return table
+
+
+def _counted(source: LiveSource, table: MapTable, rollup: dict[str, int]) -> bool:
+    """Count pages instead of reading smaps; False unless the sums are the kernel's own."""
+    try:
+        with source.open("pagemap") as pagemap:
+            table.count_pages(pagemap.fileno())
+        table.divide()
+    except (
+        MapsError,
+        OSError,
+    ):  # an older kernel, a 32-bit Python looking at a 64-bit process, a seccomp filter
+        return False
+    return (
+        sum(table.rss) == rollup.get("Rss")
+        and sum(table.swap) == rollup.get("Swap")
+        and sum(table.private) == _private_kib(rollup)
+        and not rollup.get("Shared_Hugetlb", 0) + rollup.get("Private_Hugetlb", 0)
+    )
+
+
+def _private_kib(rollup: dict[str, int]) -> int:
+    parts = ("Private_Clean", "Private_Dirty", "Private_Hugetlb")
+    return sum(rollup.get(part, 0) for part in parts)
+
+
+def _agree(table: MapTable, rollup: dict[str, int], status: dict[str, int]) -> bool:
+    """Tell whether the kernel's totals, as far as they are known, are the sums of the mappings."""
+    size = sum(table.size) - (table.size[-1] if table.names[-1:] == ["[vsyscall]"] else 0)
+    return (
+        status.get("VmSize", size) == size
+        and rollup.get("Rss", sum(table.rss)) == sum(table.rss)
+        and (not rollup or _private_kib(rollup) == sum(table.private))
+    )
+
+
+def _limits(text: str) -> dict[str, int | None]:
+    found: dict[str, int | None] = {}
+    for name, soft, _ in _LIMIT.findall(text):
+        if soft != "unlimited" and not procfs.is_natural(soft):
+            msg = f"limits: {soft!r} is no limit"
+            raise MapsError(msg)
+        found[name] = None if soft == "unlimited" else int(soft)
+    return found
+
+
+def _machine(source: Source) -> dict[str, int]:
+    found = {}
+    for name in ("max_map_count", "overcommit_memory"):
+        text = source.text(name)
+        if text is not None:
+            if not procfs.is_natural(text.strip()):
+                msg = f"{name}: not a number"
+                raise MapsError(msg)
+            found[name] = int(text)
+    for name, kib in procfs.parse_kib(source.text("meminfo") or ""):
+        if name in {"CommitLimit", "Committed_AS"}:
+            found[name] = kib
+    found["core_piped"] = (source.text("core_pattern") or "").startswith("|")
+    return found
+
+
+def _cgroups(text: str) -> tuple[tuple[int, int], ...]:
+    pairs = [line.split() for line in text.splitlines()]
+    if any(len(pair) != 2 or not all(map(procfs.is_natural, pair)) for pair in pairs):
+        msg = "cgroup_memory: lines of a limit and a use in bytes were expected"
+        raise MapsError(msg)
+    return tuple((int(limit), int(used)) for limit, used in pairs)
+
+
+def _pid(source: LiveSource | SavedSource, facts: dict[str, str]) -> int | None:
+    if isinstance(source, LiveSource):
+        return source.pid
+    pid = facts.get("Pid", "")
+    return int(pid) if procfs.is_natural(pid) else None

@@ -1,0 +1,101 @@
+"""Every byte of VSZ is in one class.
+
+============================  ======================================================================
+class                         bytes
+============================  ======================================================================
+``no_access_reserved``        that nobody may read, write or execute and that are not in memory:
+                              address space that costs nothing
+``accessible_untouched``      that the process may use and has not, or gave back: memory at first use.
+                              The zero page, which reading brings, counts as untouched
+``resident_private``          in memory, of this process alone (USS)
+``resident_shared``           in memory, of others too
+``file_not_resident``         of files, to be read when used
+``swapped``                   in swap
+``special_pfn``               of the kernel or a device, such as ``[vvar]``: in no count of memory
+============================  ======================================================================
+
+A mapping's bytes in memory and in swap are those of its smaps (proc(5), fs/proc/task_mmu.c); the rest
+is in one class by what the mapping is. Pages of huge page pools count as resident here, as in USS,
+though the kernel's RSS leaves them out. ``[vsyscall]`` is in no class: it is not in VmSize.
+"""
+
+from typing import NamedTuple
+
+from pyreserve.procmem.table import EXECUTE, FLAGS, READ, WRITE, MapTable
+
+NAMES = (
+    "no_access_reserved",
+    "accessible_untouched",
+    "resident_private",
+    "resident_shared",
+    "file_not_resident",
+    "swapped",
+    "special_pfn",
+)
+NO_ACCESS, UNTOUCHED, PRIVATE, SHARED, FILE, SWAPPED, SPECIAL = range(len(NAMES))
+
+_ACCESS = READ | WRITE | EXECUTE
+_NO_MEMORY = FLAGS["pf"] | FLAGS["io"]
+# What has an inode without being a file: memory that is shared under a name of the kernel's.
+_SHARED_MEMORY = ("/dev/zero", "/memfd:", "/SYSV", "/dev/shm/", "/anon_hugepage", "anon_inode:")
+
+
+class MemoryClass(NamedTuple):
+    """One class: how many KiB, in how many mappings."""
+
+    name: str
+    kib: int
+    mappings: int
+
+
+def is_shared_memory(name: str) -> bool:
+    """Tell whether a mapping with an inode is of memory and not of a file."""
+    return name.startswith(_SHARED_MEMORY)
+
+
+def kinds(table: MapTable) -> list[int | None]:
+    """Return which class, by its index in `NAMES`, the rest of each mapping is in.
+
+    The rest is what is neither in memory nor in swap. None is for ``[vsyscall]``.
+    """
+    of_name: dict[tuple[str, bool], int | None] = {}
+    found: list[int | None] = []
+    for perms, flags, inode, name in zip(
+        table.perms, table.flags, table.inode, table.names, strict=True
+    ):
+        if not name and not inode and not flags & _NO_MEMORY:  # most, and all that count
+            found.append(UNTOUCHED if perms & _ACCESS else NO_ACCESS)
+            continue
+        key = (name, inode != 0)
+        if key not in of_name:
+            of_name[key] = _kind_of_name(*key)
+        kind = of_name[key]
+        if kind is not None and kind != SPECIAL:
+            if not perms & _ACCESS:
+                kind = NO_ACCESS
+            elif flags & _NO_MEMORY:
+                kind = SPECIAL
+        found.append(kind)
+    return found
+
+
+def _kind_of_name(name: str, of_inode: bool) -> int | None:
+    if name == "[vsyscall]":
+        return None
+    if name.startswith("[vvar"):
+        return SPECIAL
+    return FILE if of_inode and not is_shared_memory(name) else UNTOUCHED
+
+
+def totals(table: MapTable, kind: list[int | None]) -> tuple[MemoryClass, ...]:
+    """Add the classes up: they sum to VmSize. `kind` is what `kinds` returns."""
+    kib = [0] * len(NAMES)
+    mappings = [0] * len(NAMES)
+    for part, which in ((table.private, PRIVATE), (table.shared, SHARED), (table.swap, SWAPPED)):
+        kib[which] = sum(part)
+        mappings[which] = len(part) - part.count(0)
+    for rest, which_rest in zip(table.rest, kind, strict=True):
+        if which_rest is not None and rest:
+            kib[which_rest] += rest
+            mappings[which_rest] += 1
+    return tuple(map(MemoryClass, NAMES, kib, mappings))

@@ -1,0 +1,39 @@
+"""Who has mapped what: told by the shape of the maps, with the evidence, or "unknown".
+
+Each recogniser claims what it is sure of; what an earlier one has, a later one leaves alone. The
+shapes were learned from processes whose every mmap and brk was traced, so that a name is never a
+guess: what looks like two things is named by neither.
+"""
+
+from pyreserve.procmem.capture import Capture
+from pyreserve.procmem.owners import allocators, go, jvm, ours, plain, v8
+from pyreserve.procmem.owners.sight import UNKNOWN, Owner, Sight
+
+__all__ = ["UNKNOWN", "Owner", "Sight", "recognise"]
+
+_RECOGNISERS = (
+    plain.kernel_pages,
+    plain.named,
+    ours.own_regions,
+    go.go,
+    ours.regions,
+    allocators.address_sanitizer,
+    plain.stacks,
+    plain.shared_memory,
+    allocators.glibc_arenas,
+    jvm.jvm,
+    allocators.mimalloc,
+    allocators.jemalloc,
+    v8.v8,
+    plain.heap,
+    plain.files,
+    plain.rest,
+)
+
+
+def recognise(capture: Capture) -> Sight:
+    """Find the owners of a process's mappings."""
+    sight = Sight(capture)
+    for recogniser in _RECOGNISERS:
+        recogniser(sight)
+    return sight

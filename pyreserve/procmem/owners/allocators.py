@@ -1,0 +1,146 @@
+"""Allocators told by their maps: glibc's arenas, jemalloc, mimalloc, AddressSanitizer."""
+
+from collections.abc import Iterator
+
+from pyreserve.procmem.owners.sight import NONE, RW, Sight, count
+from pyreserve.units import KiB, MiB, TiB, format_size
+
+
+def glibc_arenas(sight: Sight) -> None:
+    """Claim heaps of malloc's arenas for threads.
+
+    glibc malloc/arena.c new_heap: HEAP_MAX_SIZE bytes aligned to as many, reserved PROT_NONE and
+    MAP_NORESERVE, readable and writable from the start on as far as it was needed: 64 MiB, on 32
+    bits 1 MiB.
+    """
+    if sight.runs_code_of(r"libmimalloc|ld-musl|libc\.musl"):
+        return
+    libc = sight.runs_code_of(r"libc(\.so\.6|-2\.\d+\.so)$")
+    if libc is None and not sight.knows_flags:
+        return
+    other = sight.runs_code_of(r"libjemalloc|libtcmalloc")
+    size = MiB if sight.narrow else 64 * MiB
+    heaps = []
+    for low in _aligned(sight, size):
+        tail = _heap_tail(sight, low, low + size)
+        if tail is not None and (tail or not other):
+            heaps.append(low)
+    # A full heap has no tail and tells little alone.
+    if not any(_heap_tail(sight, low, low + size) for low in heaps):
+        return
+    evidence = (
+        f"{count(len(heaps), 'range')} of {format_size(size)}, aligned to it: readable and writable "
+        "from the start, no access to exactly the end"
+        + (", never charged (nr)" if sight.knows_flags else "")
+        + (f"; {libc} is mapped" if libc else "")
+    )
+    for low in heaps:
+        sight.claim_range(low, low + size, "glibc malloc arenas", evidence)
+
+
+def _aligned(sight: Sight, size: int) -> Iterator[int]:
+    """Yield the multiples of `size` at which something writable begins or goes on."""
+    last = -1
+    for i in sight.anonymous:
+        if sight.perms[i] != RW:
+            continue
+        at = -(-sight.start[i] // size) * size
+        while at < sight.end[i]:
+            if at != last:
+                yield at
+            last = at
+            at += size
+
+
+def _heap_tail(sight: Sight, low: int, high: int) -> int | None:
+    """Return the inaccessible bytes at the end of what looks like a heap; None if it does not."""
+    at = low
+    tail = 0
+    for i in sight.between(low, high):
+        if sight.start[i] > at or sight.names[i] or sight.inode[i] or not sight.free(i):
+            return None
+        if sight.perms[i] == RW and not tail:
+            pass
+        elif sight.perms[i] == NONE and at >= low + 128 * KiB:
+            if sight.end[i] > high:
+                return None
+            tail += sight.end[i] - sight.start[i]
+        else:
+            return None
+        if sight.knows_flags and not (
+            sight.has(i, "nr") and sight.lacks(i, "dc dd nh")
+        ):
+            return None
+        at = sight.end[i]
+    return tail if at >= high else None
+
+
+def mimalloc(sight: Sight) -> None:
+    """Claim what mimalloc has: all that is never charged, or in its range of hints.
+
+    mimalloc src/os.c asks for addresses from 2 TiB up to 30 TiB.
+    """
+    library = sight.runs_code_of(r"libmimalloc")
+    if library is None:
+        return
+    sight.claim(
+        (
+            i
+            for i in sight.unclaimed()
+            if (
+                sight.has(i, "nr") and sight.lacks(i, "dc dd nh")
+                if sight.knows_flags
+                else 2 * TiB <= sight.start[i] < 30 * TiB
+            )
+        ),
+        "mimalloc",
+        f"{library} is mapped, and these are "
+        + ("never charged (nr)" if sight.knows_flags else "where it asks for addresses"),
+    )
+
+
+def jemalloc(sight: Sight) -> None:
+    """Claim what jemalloc has: it maps its extents readable and writable and MAP_NORESERVE."""
+    library = sight.runs_code_of(r"libjemalloc")
+    if library is None or not sight.knows_flags:
+        return
+    sight.claim(
+        (
+            i
+            for i in sight.unclaimed()
+            if sight.perms[i] == RW and sight.has(i, "nr") and sight.lacks(i, "dc dd nh")
+        ),
+        "jemalloc",
+        f"{library} is mapped, and these are readable, writable and never charged (nr)",
+    )
+
+
+# Where shadow begins and ends, and where the allocator may (compiler-rt/lib/asan/asan_mapping.h,
+# asan_allocator.h; x86-64, then i386).
+_SHADOWS = ((0x7FFF7000, 0x10007FFF8000), (0x20000000, 0x40000000))
+_ALLOCATORS = (0x600000000000, 0x500000000000)
+
+
+def address_sanitizer(sight: Sight) -> None:
+    """Claim AddressSanitizer's shadow and allocator, at addresses that its code fixes."""
+    for low, high in _SHADOWS:
+        inside = sight.between(low, high)
+        if not inside or (sight.start[inside[0]], sight.end[inside[-1]]) != (low, high):
+            continue
+        if any(sight.names[i] or sight.inode[i] for i in inside) or any(
+            sight.end[i] != sight.start[i + 1] for i in inside[:-1]
+        ):
+            continue
+        where = f"all of {low:x}-{high:x} is mapped, where its shadow is"
+        shadow = [i for i in inside if sight.perms[i] != NONE]
+        sight.claim(shadow, "AddressSanitizer shadow", f"{where}, a byte for each eight")
+        sight.claim(inside, "AddressSanitizer shadow gap", f"{where}: the part without access")
+        for base in _ALLOCATORS:
+            run = next(((i, j) for i, j in sight.runs if sight.start[i] == base), None)
+            if run is not None and sight.end[run[1] - 1] - base >= 4 * TiB:
+                sight.claim(
+                    range(*run), "AddressSanitizer allocator",
+                    f"{format_size(sight.end[run[1] - 1] - base)} at {base:x}, where it is",
+                )
+        return
+

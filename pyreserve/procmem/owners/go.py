@@ -1,0 +1,195 @@
+"""Go's heap, told by the arithmetic of its layouts, and pyreserve's where it runs one of them."""
+
+from dataclasses import replace
+
+from pyreserve import layouts
+from pyreserve.layouts import Layout, Piece, Placement
+from pyreserve.procmem.owners.sight import NONE, RW, Sight, count
+from pyreserve.units import MiB, format_size
+
+_HINT = 0xC0 << 32
+_HINT_MASK = (1 << 40) - 1
+# Page summaries that Go 1.14 and later reserve for 48-bit addresses: 8 bytes for each of 2^14, 2^17,
+# 2^20, 2^23 and 2^26 chunks (src/runtime/mpagealloc_64bit.go), and since 1.19 an index of 8 MiB or
+# less for the scavenger.
+_SUMMARIES = sum(8 << bits for bits in (14, 17, 20, 23, 26))
+
+# Layouts that differ in nothing that maps show are one row.
+_CONTIGUOUS = tuple(
+    layouts.get(name)
+    for name in ("go-tip-2014-12/amd64", "go1.4/amd64", "go1.5/amd64", "go1.10/amd64")
+)
+_WINDOWED = tuple(
+    layouts.get(name) for name in ("go1.4/386", "go1.5/386", "fallback")
+)
+_RELEASES = {
+    "go-tip-2014-12/amd64": "a development build of December 2014",
+    "go1.4/amd64": "1.3 or 1.4",
+    "go1.5/amd64": "1.5 or 1.6",
+    "go1.10/amd64": "1.7 to 1.10",
+    "go1.4/386": "1.4 or earlier, 32 bits",
+    "go1.5/386": "1.5 or 1.6, 32 bits",
+    "fallback": "1.4 or earlier, after its reservation was refused",
+}
+
+
+def go(sight: Sight) -> None:
+    """Claim Go's heap, of whichever generation, and in a static program the runtime's tables."""
+    evidence = _old_heap(sight) or _new_heap(sight)
+    if evidence and not sight.runs_code_of(r"ld-linux|ld-musl|ld\.so|libc\.so|libc-2"):
+        sight.claim(
+            sight.unclaimed(),
+            "Go runtime tables",
+            "the rest of a program that maps no C library, so that only Go's runtime maps memory",
+        )
+
+
+def _whose(sight: Sight, low: int) -> str:
+    """Return ``Go``, or ``pyreserve`` where it plays Go: it asks for no core dumps (dd)."""
+    ours = sight.runs_code_of(r"_native\.(abi3|.*)\.so") and "/pyreserve/_native." in " ".join(
+        sight.programs
+    )
+    i = sight.at(low)
+    if ours and i is not None and (not sight.knows_flags or sight.has(i, "dd")):
+        return "pyreserve Go"
+    return "Go"
+
+
+# -- up to 1.10: spans, bitmap and arena in one range -----------------------------------------
+
+
+def _old_heap(sight: Sight) -> bool:
+    for placement in _candidates(sight):
+        expected = placement.maps()
+        if not expected or _shown(sight, placement.start, placement.end) != _merged(expected):
+            continue
+        layout = placement.layout
+        who = _whose(sight, placement.start)
+        used = placement.used
+        evidence = (
+            f"its pieces lie as {layout.name} puts them (Go {_RELEASES[layout.name]}) with "
+            f"{format_size(used)} of arena used: the bitmap ends at {placement.arena_start:x} and has "
+            f"{layout.bitmap_bits} bits a word of it, spans a word a page"
+        )
+        for part, (low, high) in (
+            ("spans", placement.spans),
+            ("bitmap", placement.bitmap),
+            ("arena", placement.arena),
+        ):
+            low = placement.start if part == "spans" else low  # noqa: PLW2901
+            sight.claim_range(low, high, f"{who} {part}", f"{part} {low:x}-{high:x}: {evidence}")
+        sight.pieces += [
+            Piece(piece.start, piece.end, piece.perms, piece.what) for piece in expected
+        ]
+        return True
+    return False
+
+
+def _candidates(sight: Sight) -> "list[Placement]":
+    """Return placements that some mapping's start and the end of what is writable suggest."""
+    found = []
+    for first, last in sight.runs:
+        for i in range(first, last):
+            low = sight.start[i]
+            if low & _HINT_MASK == _HINT:
+                found += [_used_up_to(sight, layout, low) for layout in _CONTIGUOUS]
+            elif low < 1 << 32 and low % MiB == 0 and sight.perms[i] == RW:
+                found += [
+                    _used_up_to(sight, layout, low, sight.end[last - 1]) for layout in _WINDOWED
+                ]
+    return [placement for placement in found if placement is not None]
+
+
+def _used_up_to(
+    sight: Sight, layout: Layout, low: int, end: int | None = None
+) -> Placement | None:
+    """Place a layout at an address, its arena used as far as what is writable there goes on."""
+    placement = layout.place(low)
+    i = sight.at(placement.arena_start)
+    if i is None or sight.perms[i] != RW or sight.start[i] >= placement.arena_start:
+        return None
+    while (j := sight.next_to(i)) is not None and sight.perms[j] == RW and not sight.names[j]:
+        i = j
+    if end is not None:
+        if end < placement.end or (end - placement.end) % (256 * MiB):
+            return None
+        placement = replace(placement, arena_end=end, owned=((low, end),))
+    used = sight.end[i] - placement.arena_start
+    return placement.advanced(used) if placement.fits(used) else None
+
+
+def _shown(sight: Sight, low: int, high: int) -> list[tuple[int, int, bool]]:
+    """Return what is mapped of a range: [start, end) and whether it is writable, neighbours joined."""
+    pieces = []
+    for i in sight.between(low, high):
+        if sight.inode[i] or sight.perms[i] not in {RW, NONE}:
+            return []
+        pieces.append((sight.start[i], sight.end[i], sight.perms[i] == RW))
+    return _joined(pieces)
+
+
+def _merged(pieces: list[Piece]) -> list[tuple[int, int, bool]]:
+    return _joined([(piece.start, piece.end, piece.perms == "rw-p") for piece in pieces])
+
+
+def _joined(pieces: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
+    joined: list[tuple[int, int, bool]] = []
+    for start, end, writable in pieces:
+        if joined and joined[-1][1:] == (start, writable):
+            joined[-1] = (joined[-1][0], end, writable)
+        else:
+            joined.append((start, end, writable))
+    return joined
+
+
+# -- since 1.11: arenas of 64 MiB, tables elsewhere -------------------------------------------
+
+
+def _new_heap(sight: Sight) -> bool:
+    heaps = []
+    for first, last in sight.runs:
+        i = next((i for i in range(first, last) if sight.start[i] & _HINT_MASK == _HINT), None)
+        if i is None or not sight.free(i):
+            continue
+        j = i
+        while j + 1 < last and sight.lacks(j + 1, "nr dd dc"):
+            j += 1
+        if (sight.end[j] - sight.start[i]) % (64 * MiB) == 0 and sight.lacks(i, "nr dd dc"):
+            heaps.append(range(i, j + 1))
+    if not heaps:
+        return False
+    tables = _summaries(sight, {i for heap in heaps for i in heap})
+    static = not sight.runs_code_of(r"ld-linux|ld-musl|ld\.so|libc\.so|libc-2")
+    no_brk = "[heap]" not in sight.names
+    if not tables and not (static and no_brk):
+        return False
+    arenas = sum(sight.end[heap[-1]] - sight.start[heap[0]] for heap in heaps) // (64 * MiB)
+    release = "1.14 or later" if tables else "1.11 to 1.13"
+    for heap in heaps:
+        sight.claim(
+            heap,
+            f"Go heap arenas (Go {release})",
+            f"{count(arenas, 'arena')} of 64 MiB from {sight.start[heap[0]]:x}, Go's first hint; "
+            + ("beside it the page summaries of Go 1.14 and later, 585 MiB without access"
+               if tables else "no C library and no [heap] in the program, and no page summaries"),
+        )
+    if tables:
+        sight.claim(
+            tables, "Go runtime tables",
+            "page summaries (585 MiB reserved for 48-bit addresses) and what lies between them",
+        )
+    return True
+
+
+def _summaries(sight: Sight, heap: set[int]) -> list[int]:
+    """Return the mappings of the page summaries: a run with the right amount without access."""
+    found: list[int] = []
+    for first, last in sight.runs:
+        mine = [
+            i for i in range(first, last)
+            if i not in heap and sight.free(i) and sight.lacks(i, "nr dd dc nh")
+        ]
+        none = sum(sight.size(i) for i in mine if sight.perms[i] == NONE)
+        if 512 * MiB <= none <= _SUMMARIES + 64 * MiB:
+            found += mine
+    return found

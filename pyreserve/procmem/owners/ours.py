@@ -1,0 +1,38 @@
+"""pyreserve's own reservations: exactly in this process, by their shape in another."""
+
+import gc
+import os
+
+from pyreserve.procmem.owners.sight import NONE, RW, Sight
+from pyreserve.region import Region
+
+NAME = "pyreserve regions"
+
+
+def own_regions(sight: Sight) -> None:
+    """Claim the regions of this very process, whose addresses it knows."""
+    if not sight.capture.live or sight.capture.pid != os.getpid():
+        return
+    for thing in gc.get_objects():
+        if type(thing) is Region and not thing.released:
+            sight.claim_range(
+                thing.base, thing.base + thing.size, NAME, "this process's own Region objects"
+            )
+
+
+def regions(sight: Sight) -> None:
+    """Claim what is kept out of core dumps (``dd``) in a process that has pyreserve's library."""
+    library = next((path for path in sight.programs if "/pyreserve/_native." in path), None)
+    if library is None or not sight.knows_flags:
+        return
+    sight.claim(
+        (
+            i
+            for i in sight.unclaimed()
+            if sight.perms[i] in {RW, NONE} and sight.has(i, "dd") and sight.lacks(i, "nh io")
+        ),
+        NAME,
+        f"kept out of core dumps (dd), as pyreserve asks by default; {library} is mapped",
+    )
+
+

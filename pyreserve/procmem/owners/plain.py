@@ -1,0 +1,172 @@
+"""Owners that need no knowledge of an allocator: files, shared memory, stacks, the heap, the kernel."""
+
+import re
+
+from pyreserve.procmem.classes import is_shared_memory
+from pyreserve.procmem.owners.sight import NONE, RW, RWX, Sight, count
+from pyreserve.procmem.table import SHARED
+from pyreserve.units import KiB, MiB, format_size
+
+_BSS_MOST = 8 * MiB
+_GUARD_MOST = 64 * KiB
+
+
+def kernel_pages(sight: Sight) -> None:
+    """Claim what the kernel maps into every process, and the first stack."""
+    mine = [i for i, name in enumerate(sight.names)
+            if name.startswith(("[vdso", "[vvar", "[uprobes", "[sigpage", "[vectors"))]
+    sight.claim(mine, "kernel pages (vdso, vvar)", "the kernel's own names")
+    stack = [i for i, name in enumerate(sight.names) if name == "[stack]"]
+    sight.claim(stack, "main stack", "the kernel names it [stack]")
+
+
+def named(sight: Sight) -> None:
+    """Claim what its program has named (prctl(PR_SET_VMA), Linux 5.17, CONFIG_ANON_VMA_NAME)."""
+    kinds = (
+        (r"glibc: malloc arena", "glibc malloc arenas"),
+        (r"glibc: (loader )?malloc", "glibc malloc"),
+        (r"glibc: pthread stack", "thread stacks"),
+        (r"[Gg]o: heap", "Go heap arenas"),
+        (r"[Gg]o: ", "Go runtime tables"),
+        (r"jemalloc", "jemalloc"),
+        (r"mimalloc", "mimalloc"),
+        (r"tcmalloc", "tcmalloc"),
+        (r"(cpython|pymalloc).*(pymalloc|arena)|pymalloc", "pymalloc arenas"),
+        (r"partition_alloc", "PartitionAlloc"),
+        (r"v8", "V8"),
+    )
+    for i, name in enumerate(sight.names):
+        match = re.fullmatch(r"\[anon(?:_shmem)?:(.*)\]", name, re.DOTALL)
+        if match is None:
+            continue
+        label = match[1].strip()
+        for pattern, owner in kinds:
+            if re.match(pattern, label):
+                sight.claim([i], owner, f"the program named it [anon:{label}]")
+                break
+        else:
+            sight.claim([i], f"named {label}", f"the program named it [anon:{label}]")
+
+
+def stacks(sight: Sight) -> None:
+    """Claim stacks of threads: one guard page without access and, right above it, the stack.
+
+    glibc maps both at once with MAP_STACK, which keeps huge pages away (VmFlags ``nh``) since Linux
+    6.7; older kernels show a stack of the limit's size. HotSpot's guard zone is of several pages.
+    """
+    limit = sight.capture.limits.get("Max stack size", 8 * MiB) or 2 * MiB  # unlimited: 2 MiB
+    java = sight.runs_code_of(r"libjvm\.so") is not None
+    found: list[int] = []
+    sizes: dict[int, int] = {}
+    for i in sight.anonymous:
+        if sight.perms[i] != NONE or sight.size(i) > _GUARD_MOST or not sight.free(i):
+            continue
+        j = sight.next_to(i)
+        if j is None or sight.perms[j] != RW or sight.names[j] or not sight.free(j):
+            continue
+        if sight.has(j, "nh"):
+            fits = sight.lacks(i, "nr dd dc") and sight.lacks(j, "nr dd dc")
+            fits = fits and (sight.has(i, "nh") or java)
+        else:
+            one_page = sight.size(i) == 4 * KiB and sight.size(j) == limit
+            fits = one_page or (java and sight.end[j] - sight.start[i] in {limit, MiB})
+            fits = fits and (sight.lacks(j, "nr dd dc") if sight.knows_flags else True)
+        if fits:
+            found += [i, j]
+            sizes[sight.size(j)] = sizes.get(sight.size(j), 0) + 1
+    each = ", ".join(f"{n} of {format_size(size)}" for size, n in sorted(sizes.items())[-3:])
+    sight.claim(
+        found,
+        "thread stacks",
+        f"{count(len(found) // 2, 'pair')} of a guard without access and what is readable and "
+        f"writable right above it ({each})"
+        + (", both mapped for a stack (nh)" if sight.knows_flags else ""),
+    )
+
+
+def heap(sight: Sight) -> None:
+    """Claim what brk made, ``[heap]``: whose it is depends on the allocator."""
+    mine = [i for i, name in enumerate(sight.names) if name == "[heap]" and sight.perms[i] & RWX]
+    tcmalloc = sight.runs_code_of(r"libtcmalloc")
+    others = tcmalloc or sight.runs_code_of(r"libjemalloc|libmimalloc|libpypy|ld-musl|libhoard")
+    libc = sight.runs_code_of(r"libc(\.so\.6|-2\.\d+\.so)$")
+    if tcmalloc:
+        sight.claim(mine, "tcmalloc (brk heap)", f"the kernel names it [heap], {tcmalloc} is mapped")
+    elif libc and not others:
+        sight.claim(
+            mine, "glibc malloc main heap", f"the kernel names it [heap], {libc} is mapped"
+        )
+    else:
+        sight.claim(mine, "main heap (brk)", "the kernel names it [heap]")
+
+
+def shared_memory(sight: Sight) -> None:
+    """Claim memory that has an inode but no file."""
+    postgres = sight.runs_code_of(r"postgres$|postmaster$")
+    kinds = (
+        ("/SYSV", "System V shared memory"),
+        ("/dev/shm/", "POSIX shared memory"),
+        ("/memfd:", "memfd"),
+        ("/anon_hugepage", "huge pages (hugetlb)"),
+        ("anon_inode:", "anonymous inodes"),
+        ("/dev/zero", "shared anonymous memory"),
+    )
+    for i, name in enumerate(sight.names):
+        if not name or not is_shared_memory(name) or not sight.inode[i]:
+            continue
+        for start, owner in kinds:
+            if name.startswith(start):
+                if postgres and start in {"/dev/zero", "/dev/shm/", "/SYSV"}:
+                    sight.claim(
+                        [i], "PostgreSQL shared memory",
+                        f"{postgres} is mapped and shares {name.removesuffix(' (deleted)')}",
+                    )
+                else:
+                    sight.claim([i], owner, f"the kernel names it {start}")
+                break
+
+
+def files(sight: Sight) -> None:
+    """Claim mapped files, and the zeroed data (.bss) that the loader maps behind a program's."""
+    mine = [i for i, inode in enumerate(sight.inode)
+            if inode and sight.names[i].startswith("/") and not is_shared_memory(sight.names[i])]
+    sight.claim(
+        mine,
+        "mapped files",
+        f"their names; {count(len({sight.names[i] for i in mine}), 'file')}, of which "
+        f"{len(sight.programs)} with code",
+    )
+    programs = set(sight.programs)
+    first = sight.programs and min(
+        (i for i in mine if sight.names[i] in programs), default=None, key=lambda i: sight.start[i]
+    )
+    for i in mine:
+        j = sight.next_to(i)
+        if j is None or sight.names[i] not in programs or sight.perms[i] & SHARED:
+            continue
+        if sight.names[j] or sight.inode[j] or sight.perms[j] not in {RW, RWX}:
+            continue
+        if not sight.free(j) or sight.perms[i] != RW or sight.size(j) > _BSS_MOST:
+            continue
+        if not sight.lacks(j, "nr dd dc nh"):
+            continue
+        own = isinstance(first, int) and sight.names[i] == sight.names[first]
+        sight.claim(
+            [j],
+            "program data (.bss)" if own else "library data (.bss, dynamic loader)",
+            "readable and writable memory right behind a file's writable data",
+        )
+
+
+def rest(sight: Sight) -> None:
+    """Say of what nobody has claimed why it is hard to tell."""
+    left = [i for i in sight.anonymous if sight.free(i)]
+    if left:
+        largest = max(left, key=sight.size)
+        plain = sum(sight.size(i) for i in left if sight.perms[i] == RW)
+        sight.claims.evidence["unknown"] = (
+            f"{count(len(left), 'anonymous mapping')} of no shape that is known, the largest "
+            f"{format_size(sight.size(largest))} at {sight.start[largest]:x}; "
+            f"{format_size(plain)} readable and writable, as malloc's large blocks, Python's "
+            "arenas and a program's own mmap all look"
+        )

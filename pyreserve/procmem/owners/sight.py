@@ -1,0 +1,234 @@
+"""What a recogniser sees of a process, and how it claims bytes for an owner."""
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from pyreserve.layouts import Piece
+from pyreserve.procmem.capture import Capture
+from pyreserve.procmem.table import EXECUTE, FLAGS, READ, SHARED, WRITE
+from pyreserve.units import KiB
+
+RW = READ | WRITE
+RWX = READ | WRITE | EXECUTE
+NONE = 0  # private, no access
+UNKNOWN = "unknown"
+
+
+@dataclass(slots=True)
+class Owner:
+    """Who has how much of the address space, in KiB, and by which evidence.
+
+    Attributes:
+        name: such as ``"thread stacks"``; ``"unknown"`` for what was not recognised.
+        kib: all of it.
+        rss_kib: of it, in memory (pages of huge page pools included).
+        no_access_kib: of it, neither readable nor writable nor executable, and not in memory.
+        mappings: how many mappings it has or shares.
+        evidence: what told it, in words.
+    """
+
+    name: str
+    kib: int = 0
+    rss_kib: int = 0
+    no_access_kib: int = 0
+    mappings: int = 0
+    evidence: str = ""
+
+
+@dataclass(slots=True)
+class Claims:
+    """Who has which bytes: an owner's name for every mapping, and for parts of those divided."""
+
+    whole: list[str | None]
+    parts: dict[int, list[tuple[int, int, str]]] = field(default_factory=dict)
+    evidence: dict[str, str] = field(default_factory=dict)
+
+
+class Sight:
+    """The mappings of a process as a recogniser sees them, those that are taken left out.
+
+    Mappings are named by their index in the table, ``start``, ``end``, ``perms``, ``flags`` and
+    ``names`` are its columns; the bits of VmFlags are only known where `knows_flags`.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+        self.table = table = capture.table
+        self.start, self.end, self.perms = table.start, table.end, table.perms
+        self.flags, self.names, self.inode = table.flags, table.names, table.inode
+        self.claims = Claims([None] * len(table))
+        self.pieces: list[Piece] = []
+        """Address ranges that a recogniser can name more finely than by owner."""
+        self.knows_flags = any(self.flags)
+        top = max((end for end, name in zip(self.end, self.names, strict=True)
+                   if name != "[vsyscall]"), default=0)
+        self.narrow = top <= 1 << 32
+        """A 32-bit process."""
+
+    # -- looking ------------------------------------------------------------------------------
+
+    @cached_property
+    def programs(self) -> list[str]:
+        """The paths of what has code mapped: a file that is merely data tells nothing."""
+        found = {
+            name
+            for name, perms in zip(self.names, self.perms, strict=True)
+            if perms & EXECUTE and name.startswith("/")
+        }
+        return sorted(name.removesuffix(" (deleted)") for name in found)
+
+    def runs_code_of(self, pattern: str) -> str | None:
+        """Return the first program or library whose file name matches, or None."""
+        for path in self.programs:
+            if re.match(pattern, path.rpartition("/")[2]):
+                return path
+        return None
+
+    @cached_property
+    def anonymous(self) -> list[int]:
+        """Private mappings of no file and no name of the kernel's."""
+        return [
+            i
+            for i, (name, inode, perms) in enumerate(
+                zip(self.names, self.inode, self.perms, strict=True)
+            )
+            if not name and not inode and not perms & SHARED
+        ]
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """Ranges [i, j) of anonymous mappings without a gap between them."""
+        found: list[tuple[int, int]] = []
+        first = last = -2
+        for i in self.anonymous:
+            if i != last + 1 or self.start[i] != self.end[last]:
+                if last >= 0:
+                    found.append((first, last + 1))
+                first = i
+            last = i
+        if last >= 0:
+            found.append((first, last + 1))
+        return found
+
+    def free(self, i: int) -> bool:
+        """Tell whether nobody has claimed any of a mapping."""
+        return self.claims.whole[i] is None and i not in self.claims.parts
+
+    def unclaimed(self) -> Iterator[int]:
+        """Yield the anonymous mappings that nobody has."""
+        return (i for i in self.anonymous if self.free(i))
+
+    def has(self, i: int, codes: str) -> bool:
+        """Tell whether a mapping's VmFlags hold all of these, as in ``"nr dd"``."""
+        return all(self.flags[i] & FLAGS[code] for code in codes.split())
+
+    def lacks(self, i: int, codes: str) -> bool:
+        """Tell whether none of these is among a mapping's VmFlags."""
+        return not any(self.flags[i] & FLAGS[code] for code in codes.split())
+
+    def size(self, i: int) -> int:
+        """Return a mapping's bytes."""
+        return self.end[i] - self.start[i]
+
+    def at(self, address: int) -> int | None:
+        """Return the mapping that an address is in."""
+        i = bisect_right(self.start, address) - 1
+        return i if i >= 0 and address < self.end[i] else None
+
+    def between(self, low: int, high: int) -> range:
+        """Return the mappings that [low, high) touches."""
+        first = bisect_right(self.end, low)
+        last = first
+        while last < len(self.start) and self.start[last] < high:
+            last += 1
+        return range(first, last)
+
+    def next_to(self, i: int) -> int | None:
+        """Return the mapping that begins where this one ends."""
+        j = i + 1
+        return j if j < len(self.start) and self.start[j] == self.end[i] else None
+
+    # -- claiming -----------------------------------------------------------------------------
+
+    def claim(self, mappings: Iterable[int], name: str, evidence: str) -> None:
+        """Give whole mappings to an owner, but for those that have one."""
+        for i in mappings:
+            if self.free(i):
+                self.claims.whole[i] = name
+                self.claims.evidence.setdefault(name, evidence)
+
+    def claim_range(self, low: int, high: int, name: str, evidence: str) -> None:
+        """Give the free anonymous bytes of an address range to an owner."""
+        for i in self.between(low, high):
+            if self.claims.whole[i] is not None or self.inode[i] or self.perms[i] & SHARED:
+                continue
+            start, end = max(low, self.start[i]), min(high, self.end[i])
+            if (start, end) == (self.start[i], self.end[i]) and self.free(i):
+                self.claims.whole[i] = name
+            else:
+                self.claims.parts.setdefault(i, []).append((start, end, name))
+            self.claims.evidence.setdefault(name, evidence)
+
+    def summary(self) -> list[Owner]:
+        """Add up what everyone has, most first. All bytes but ``[vsyscall]`` have an owner."""
+        owners: dict[str, Owner] = {}
+        table = self.table
+        rest_of_none = [
+            rest if not perms & RWX else 0
+            for rest, perms in zip(table.rest, self.perms, strict=True)
+        ]
+        for name, size, private, shared, none, mapping in zip(
+            self.claims.whole, table.size, table.private, table.shared, rest_of_none,
+            self.names, strict=True,
+        ):
+            if mapping == "[vsyscall]":
+                continue
+            key = name or UNKNOWN
+            owner = owners.get(key)
+            if owner is None:
+                owner = owners[key] = Owner(key)
+            owner.kib += size
+            owner.rss_kib += private + shared
+            owner.no_access_kib += none
+            owner.mappings += 1
+        for i, parts in self.claims.parts.items():
+            self._divide(i, parts, owners, rest_of_none[i])
+        for owner in owners.values():
+            owner.evidence = self.claims.evidence.get(owner.name, "")
+        return sorted((o for o in owners.values() if o.kib), key=lambda o: (-o.kib, o.name))
+
+    def _divide(
+        self, i: int, parts: list[tuple[int, int, str]], owners: dict[str, Owner], none: int
+    ) -> None:
+        """Move parts of a mapping from unknown to their owners.
+
+        What is in memory goes with the largest part: where in the mapping it lies is not known.
+        """
+        unknown = owners[UNKNOWN]
+        unknown.mappings -= 1
+        whole = self.table.size[i]
+        rss = self.table.private[i] + self.table.shared[i]
+        unknown.rss_kib -= rss
+        sizes: dict[str, int] = {}
+        for start, end, name in parts:
+            sizes[name] = sizes.get(name, 0) + (end - start) // KiB
+        left = whole - sum(sizes.values())
+        unknown.kib -= whole
+        unknown.no_access_kib -= none
+        if left:
+            sizes[UNKNOWN] = left
+        for name, kib in sizes.items():
+            owner = owners.setdefault(name, Owner(name))
+            owner.kib += kib
+            owner.mappings += 1
+            owner.no_access_kib += none * kib // whole
+        owners[max(sizes, key=lambda name: sizes[name])].rss_kib += rss
+
+
+def count(n: int, one: str, many: str | None = None) -> str:
+    """Write ``1 heap`` or ``3 heaps``."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+

@@ -1,0 +1,84 @@
+"""V8 in Node.js and Chromium: its pages, code and WebAssembly memories; PartitionAlloc's pools."""
+
+from pyreserve.procmem.owners.sight import NONE, RWX, Sight
+from pyreserve.units import GiB, KiB, MiB, TiB, format_size
+
+_PROGRAMS = r"node$|nodejs$|node-v|deno$|electron|chrom|d8$|workerd|libnode\.so|libv8"
+_CODE_RANGE = 512 * MiB  # kMaximalCodeRangeSize, V8 src/common/globals.h, x86-64
+
+
+def v8(sight: Sight) -> None:
+    """Claim what V8 maps: never charged and not for children (``nr dc``)."""
+    program = sight.runs_code_of(_PROGRAMS)
+    if program is None or not sight.knows_flags:
+        return
+    mine = [i for i in sight.unclaimed() if sight.has(i, "nr dc") and sight.lacks(i, "dd nh")]
+    _code_range(sight, set(mine), program)
+    for group in _neighbours(sight, [i for i in mine if sight.free(i)]):
+        none = sum(sight.size(i) for i in group if sight.perms[i] == NONE)
+        if none >= 4 * GiB:
+            sight.claim(
+                group,
+                "V8 WebAssembly memories and guards",
+                "4 GiB and more without access, around what is used: V8 reserves some 10 GiB for "
+                f"each memory, so that compiled code need not check its bounds; {program} is mapped",
+            )
+        else:
+            sight.claim(
+                group, "V8 heap",
+                f"never charged and not for children (nr dc), as V8 maps; {program} is mapped",
+            )
+    _sandbox(sight, program)
+
+
+def _code_range(sight: Sight, mine: set[int], program: str) -> None:
+    for i in sorted(mine):
+        if sight.perms[i] != RWX or not sight.free(i):
+            continue
+        first = i
+        while first - 1 in mine and sight.end[first - 1] == sight.start[first] and (
+            sight.start[i] - sight.start[first - 1] <= 64 * KiB
+        ):
+            first -= 1
+        low = sight.start[first]
+        sight.claim(
+            (j for j in sight.between(low, low + _CODE_RANGE)
+             if j in mine and sight.end[j] <= low + _CODE_RANGE),
+            "V8 code range",
+            f"up to {format_size(_CODE_RANGE)} from {low:x} with writable and executable pages; "
+            f"{program} is mapped",
+        )
+
+
+def _neighbours(sight: Sight, mine: list[int]) -> list[list[int]]:
+    groups: list[list[int]] = []
+    for i in mine:
+        if groups and groups[-1][-1] == i - 1 and sight.end[i - 1] == sight.start[i]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _sandbox(sight: Sight, program: str) -> None:
+    """Claim Chromium's largest reservations."""
+    if not sight.runs_code_of(r"chrom|electron"):
+        return
+    cages = [i for i in sight.unclaimed() if sight.has(i, "nr") and sight.lacks(i, "dc nh")]
+    for group in _neighbours(sight, cages):
+        size = sight.end[group[-1]] - sight.start[group[0]]
+        if size >= TiB:
+            sight.claim(
+                group, "V8 sandbox",
+                f"{format_size(size)} at {sight.start[group[0]]:x}, never charged: the address space "
+                f"that V8's pointers are confined to, 1 TiB and its guards; {program} is mapped",
+            )
+    pools = [i for i in sight.unclaimed() if sight.lacks(i, "nr dc nh")]
+    for group in _neighbours(sight, pools):
+        low = sight.start[group[0]]
+        if low % (32 * GiB) == 0 and sight.end[group[-1]] - low == 32 * GiB:
+            sight.claim(
+                group, "PartitionAlloc pools",
+                f"32 GiB aligned to as much, at {low:x}: its two core pools; {program} is mapped",
+            )
+

@@ -1,0 +1,200 @@
+"""Where the files of a process are read from: /proc, or a folder that they were saved in."""
+
+import errno
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from pyreserve import procfs
+from pyreserve.errors import AccessError, MapsError, NoAddressSpaceError
+from pyreserve.procmem.table import MapTable, Readable
+
+SAVED = (
+    "maps",
+    "smaps",
+    "smaps_rollup",
+    "status",
+    "limits",
+    "meminfo",
+    "max_map_count",
+    "overcommit_memory",
+    "core_pattern",
+    "cgroup_memory",
+)
+"""The files of a saved process: those of /proc/PID, then facts of its machine and its cgroup."""
+
+_MACHINE = {
+    "meminfo": Path("/proc/meminfo"),
+    "max_map_count": Path("/proc/sys/vm/max_map_count"),
+    "overcommit_memory": Path("/proc/sys/vm/overcommit_memory"),
+    "core_pattern": Path("/proc/sys/kernel/core_pattern"),
+}
+
+
+class Source(Protocol):
+    """What can be read of a process."""
+
+    def table(self, name: str) -> MapTable:
+        """Read ``"maps"`` or ``"smaps"``."""
+
+    def text(self, name: str) -> str | None:
+        """Read one of `SAVED`; None if there is no such file."""
+
+
+class LiveSource:
+    """A running process.
+
+    Its methods raise `NoAddressSpaceError` if it has ended or has no memory, `AccessError` if its
+    files may not be read.
+    """
+
+    def __init__(self, pid: int | None) -> None:
+        self.pid = os.getpid() if pid is None else pid
+        self._folder = Path("/proc", str(self.pid))
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[io.FileIO]:
+        """Open a file of /proc/PID without a buffer in between."""
+        with self._explained(), open(self._folder / name, "rb", buffering=0) as file:
+            yield file
+
+    def table(self, name: str) -> MapTable:
+        """See `Source`."""
+        with self.open(name) as file:
+            return MapTable.read(file)
+
+    def text(self, name: str) -> str | None:
+        """See `Source`."""
+        if name in _MACHINE:
+            try:
+                return _MACHINE[name].read_text(encoding="utf-8", errors="replace")
+            except (FileNotFoundError, PermissionError):  # a container may hide it
+                return None
+        if name == "cgroup_memory":
+            with self._explained():
+                limits = procfs.cgroup_memory(self.pid)
+                return "".join(f"{limit} {used}\n" for limit, used in limits)
+        with self.open(name) as file:
+            return file.readall().decode(errors="surrogateescape")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, ProcessLookupError):
+            raise self.without_memory() from None
+        except PermissionError:
+            owner = self._folder.stat().st_uid if self._folder.exists() else "another user"
+            msg = (
+                f"process {self.pid} belongs to user {owner}: reading its memory takes root, or "
+                "the same user without ptrace restrictions (kernel.yama.ptrace_scope, dumpable)"
+            )
+            raise AccessError(errno.EACCES, msg) from None
+
+    def without_memory(self) -> NoAddressSpaceError:
+        """Make the error that says why there is nothing to read."""
+        try:
+            status = (self._folder / "status").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            msg = f"there is no process {self.pid}"
+        else:
+            if "\nState:\tZ" in status or "\nState:\tX" in status:
+                msg = f"process {self.pid} has ended (a zombie): it has no memory any more"
+            elif "\nPPid:\t2\n" in status or self.pid == 2:
+                msg = f"process {self.pid} is a kernel thread: it has no address space of its own"
+            else:
+                msg = f"process {self.pid} has no address space: it has just ended"
+        return NoAddressSpaceError(errno.ESRCH, msg)
+
+
+class SavedSource:
+    """A folder with files of `SAVED`, each perhaps compressed (``.gz``). Only smaps is a must."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _find(self, name: str) -> Path | None:
+        for path in (self._folder / name, self._folder / f"{name}.gz"):
+            if path.exists():
+                return path
+        return None
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[Readable]:
+        try:
+            if path.suffix == ".gz":
+                with gzip.open(path) as unpacked:
+                    yield unpacked
+            else:
+                with path.open("rb", buffering=0) as file:
+                    yield file
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            msg = f"{path}: {error}"
+            raise MapsError(msg) from None
+        except MapsError as error:
+            msg = f"{path}: {error}"
+            raise MapsError(msg) from None
+
+    def table(self, name: str) -> MapTable:
+        """See `Source`.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            MapsError: it is no such file.
+        """
+        path = self._find(name)
+        if path is None:
+            what = "no such folder" if not self._folder.is_dir() else f"no {name} and no {name}.gz"
+            raise FileNotFoundError(errno.ENOENT, what, str(self._folder))
+        with self._open(path) as file:
+            return MapTable.read(file)
+
+    def text(self, name: str) -> str | None:
+        """See `Source`."""
+        path = self._find(name)
+        if path is None:
+            return None
+        with self._open(path) as file:
+            found = bytearray()
+            buffer = bytearray(1 << 16)
+            while got := file.readinto(memoryview(buffer)):
+                found += buffer[:got]
+            return found.decode(errors="surrogateescape")
+
+
+def save(pid: int | None, folder: Path) -> None:
+    """Write the files of a process into a folder, made if need be, to be explained elsewhere.
+
+    Raises:
+        NoAddressSpaceError, AccessError: see `LiveSource`.
+        FileExistsError: one of them is there already; nothing was written.
+        OSError: they can't be written.
+    """
+    for name in SAVED:
+        if (folder / name).exists() or (folder / f"{name}.gz").exists():
+            raise FileExistsError(errno.EEXIST, f"{name} is there already", str(folder))
+    texts = _texts_of_one_moment(LiveSource(pid))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, text in texts.items():
+            (folder / name).write_bytes(text.encode(errors="surrogateescape"))
+    except BaseException:
+        for name in texts:
+            (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _texts_of_one_moment(source: LiveSource) -> dict[str, str]:
+    """Read all files, again if the mappings have changed meanwhile; a busy process may never rest."""
+    for _ in range(5):
+        texts = {name: text for name in SAVED if (text := source.text(name)) is not None}
+        if texts["maps"] == source.text("maps"):
+            break
+    if not texts["maps"]:
+        raise source.without_memory()
+    return texts

@@ -1,0 +1,145 @@
+"""The mappings of a process as columns: the safe face of ``csrc/procmaps``."""
+
+import errno
+from functools import cached_property
+from typing import Protocol
+
+from pyreserve._native import ffi, lib
+from pyreserve.errors import MapsError
+
+_COLUMNS: int = lib.PROCMAPS_COLUMNS
+_CHUNK = 1 << 16
+
+READ: int = lib.PROCMAPS_READ
+WRITE: int = lib.PROCMAPS_WRITE
+EXECUTE: int = lib.PROCMAPS_EXECUTE
+SHARED: int = lib.PROCMAPS_SHARED
+_codes = ffi.string(lib.procmaps_flags()).decode()
+FLAGS: dict[str, int] = {_codes[2 * i : 2 * i + 2]: 1 << i for i in range(len(_codes) // 2)}
+"""The bit of each code of VmFlags (proc(5)) in the column ``flags``."""
+
+
+class Readable(Protocol):
+    """A file to read from, such as what ``open(path, "rb", buffering=0)`` or gzip makes."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """Fill the buffer as far as is at hand; 0 at the end."""
+
+
+class MapTable:
+    """What /proc/PID/maps or /proc/PID/smaps says, in address order. Sizes in KiB.
+
+    Each attribute but ``names`` is a list with an integer for every mapping: ``start``, ``end`` and
+    ``offset`` in bytes, ``perms`` the or-ed `READ`, `WRITE`, `EXECUTE`, `SHARED`, ``device`` (major
+    << 32 | minor), ``flags`` (see `FLAGS`), and the figures of smaps. They are made when first
+    asked for; ``size``, ``private``, ``shared`` and ``rest`` after `divide`.
+    """
+
+    def __init__(self) -> None:
+        self._table = ffi.gc(ffi.new("struct procmaps *"), lib.procmaps_free)
+
+    @classmethod
+    def read(cls, file: Readable) -> "MapTable":
+        """Read a file to its end.
+
+        Raises:
+            MapsError: it is neither maps nor smaps; or memory ran out, a MemoryError then.
+            OSError: it can't be read.
+        """
+        table = cls()
+        buffer = bytearray(_CHUNK)
+        filled = 0
+        while True:
+            if filled == len(buffer):  # one line has no end yet
+                buffer.extend(bytes(len(buffer)))
+            with memoryview(buffer) as room:
+                got = file.readinto(room[filled:])
+            if not got:
+                break
+            filled += got
+            used = table._feed(buffer, filled)
+            buffer[: filled - used] = buffer[used:filled]
+            filled -= used
+        if filled:
+            table._feed(bytes(buffer[:filled]) + b"\n", filled + 1)
+        return table
+
+    def _feed(self, text: bytes | bytearray, length: int) -> int:
+        used = ffi.new("size_t *")
+        err = lib.procmaps_feed(self._table, ffi.from_buffer(text), length, used)
+        if err == errno.ENOMEM:
+            raise MemoryError
+        if err:
+            msg = f"line {self._table.lines} is not of /proc/PID/maps or /proc/PID/smaps"
+            raise MapsError(msg)
+        return int(used[0])
+
+    def count_pages(self, pagemap: int) -> None:
+        """Count what is in memory by the /proc/PID/pagemap open at a descriptor; `csrc/procmaps.h`.
+
+        Raises:
+            OSError: the kernel refused.
+        """
+        err = lib.procmaps_count_pages(self._table, pagemap)
+        if err:
+            raise OSError(err, "PAGEMAP_SCAN refused")
+
+    def divide(self) -> None:
+        """Fill ``size``, ``private``, ``shared`` and ``rest``.
+
+        Raises:
+            MapsError: a mapping has more in memory and swap than it has addresses.
+        """
+        wrong = ffi.new("size_t *")
+        if lib.procmaps_divide(self._table, wrong):
+            msg = f"the mapping at {self.start[wrong[0]]:x} has more memory than addresses"
+            raise MapsError(msg)
+
+    def __len__(self) -> int:
+        return int(self._table.count)
+
+    def _column(self, which: int) -> list[int]:
+        count = int(self._table.count)
+        if not count:
+            return []
+        words = memoryview(ffi.buffer(self._table.rows, count * _COLUMNS * 8)).cast("B").cast("Q")
+        return words[which::_COLUMNS].tolist()
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The name of each mapping as the kernel prints it, "" for none (PEP 383 for odd bytes)."""
+        at, length = self._column(lib.PROCMAPS_NAME), self._column(lib.PROCMAPS_NAME_LENGTH)
+        text = bytes(ffi.buffer(self._table.names, self._table.names_length))
+        kept: dict[tuple[int, int], str] = {}
+        found = []
+        for place in zip(at, length, strict=True):
+            name = kept.get(place)
+            if name is None:
+                name = kept[place] = text[place[0] : sum(place)].decode(errors="surrogateescape")
+            found.append(name)
+        return found
+
+    start = cached_property(lambda self: self._column(lib.PROCMAPS_START))
+    end = cached_property(lambda self: self._column(lib.PROCMAPS_END))
+    perms = cached_property(lambda self: self._column(lib.PROCMAPS_PERMS))
+    offset = cached_property(lambda self: self._column(lib.PROCMAPS_OFFSET))
+    device = cached_property(lambda self: self._column(lib.PROCMAPS_DEVICE))
+    inode = cached_property(lambda self: self._column(lib.PROCMAPS_INODE))
+    flags = cached_property(lambda self: self._column(lib.PROCMAPS_FLAGS))
+    rss = cached_property(lambda self: self._column(lib.PROCMAPS_RSS))
+    pss = cached_property(lambda self: self._column(lib.PROCMAPS_PSS))
+    swap = cached_property(lambda self: self._column(lib.PROCMAPS_SWAP))
+    private_dirty = cached_property(lambda self: self._column(lib.PROCMAPS_PRIVATE_DIRTY))
+    shared_dirty = cached_property(lambda self: self._column(lib.PROCMAPS_SHARED_DIRTY))
+    private_hugetlb = cached_property(lambda self: self._column(lib.PROCMAPS_PRIVATE_HUGETLB))
+    shared_hugetlb = cached_property(lambda self: self._column(lib.PROCMAPS_SHARED_HUGETLB))
+    anonymous = cached_property(lambda self: self._column(lib.PROCMAPS_ANONYMOUS))
+    lazy_free = cached_property(lambda self: self._column(lib.PROCMAPS_LAZY_FREE))
+    anon_huge = cached_property(lambda self: self._column(lib.PROCMAPS_ANON_HUGE))
+    shmem_huge = cached_property(lambda self: self._column(lib.PROCMAPS_SHMEM_HUGE))
+    file_huge = cached_property(lambda self: self._column(lib.PROCMAPS_FILE_HUGE))
+    locked = cached_property(lambda self: self._column(lib.PROCMAPS_LOCKED))
+    size = cached_property(lambda self: self._column(lib.PROCMAPS_SIZE))
+    private = cached_property(lambda self: self._column(lib.PROCMAPS_PRIVATE))
+    shared = cached_property(lambda self: self._column(lib.PROCMAPS_SHARED_MEMORY))
+    rest = cached_property(lambda self: self._column(lib.PROCMAPS_REST))
