@@ -58,24 +58,19 @@ def kinds(table: MapTable) -> list[int | None]:
 
     The rest is what is neither in memory nor in swap. None is for ``[vsyscall]``.
     """
+    found: list[int | None] = [UNTOUCHED if perms & _ACCESS else NO_ACCESS for perms in table.perms]
     of_name: dict[tuple[str, bool], int | None] = {}
-    found: list[int | None] = []
-    for perms, flags, inode, name in zip(
-        table.perms, table.flags, table.inode, table.names, strict=True
-    ):
-        if not name and not inode and not flags & _NO_MEMORY:  # most, and all that count
-            found.append(UNTOUCHED if perms & _ACCESS else NO_ACCESS)
+    for i, name in enumerate(table.names):
+        if not name:
             continue
-        key = (name, inode != 0)
+        key = (name, table.inode[i] != 0)
         if key not in of_name:
             of_name[key] = _kind_of_name(*key)
-        kind = of_name[key]
-        if kind is not None and kind != SPECIAL:
-            if not perms & _ACCESS:
-                kind = NO_ACCESS
-            elif flags & _NO_MEMORY:
-                kind = SPECIAL
-        found.append(kind)
+        if found[i] == UNTOUCHED or of_name[key] in {None, SPECIAL}:
+            found[i] = of_name[key]
+    for i, flags in enumerate(table.flags):
+        if flags & _NO_MEMORY and found[i] in {UNTOUCHED, FILE}:
+            found[i] = SPECIAL
     return found
 
 

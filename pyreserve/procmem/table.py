@@ -26,6 +26,20 @@ class Readable(Protocol):
         """Fill the buffer as far as is at hand; 0 at the end."""
 
 
+class _Column:
+    """A column as a list, made when it is first asked for and then an attribute of its own."""
+
+    def __init__(self, which: int) -> None:
+        self._which = which
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, table: "MapTable", owner: type) -> list[int]:
+        values = table.__dict__[self._name] = table._column(self._which)
+        return values
+
+
 class MapTable:
     """What /proc/PID/maps or /proc/PID/smaps says, in address order. Sizes in KiB.
 
@@ -103,7 +117,8 @@ class MapTable:
         if not count:
             return []
         words = memoryview(ffi.buffer(self._table.rows, count * _COLUMNS * 8)).cast("B").cast("Q")
-        return words[which::_COLUMNS].tolist()
+        column: list[int] = words[which::_COLUMNS].tolist()
+        return column
 
     @cached_property
     def names(self) -> list[str]:
@@ -111,35 +126,37 @@ class MapTable:
         at, length = self._column(lib.PROCMAPS_NAME), self._column(lib.PROCMAPS_NAME_LENGTH)
         text = bytes(ffi.buffer(self._table.names, self._table.names_length))
         kept: dict[tuple[int, int], str] = {}
-        found = []
-        for place in zip(at, length, strict=True):
-            name = kept.get(place)
-            if name is None:
-                name = kept[place] = text[place[0] : sum(place)].decode(errors="surrogateescape")
-            found.append(name)
+        found = [""] * len(length)
+        for i, size in enumerate(length):
+            if size:
+                place = (at[i], size)
+                name = kept.get(place)
+                if name is None:
+                    name = kept[place] = text[at[i] : at[i] + size].decode(errors="surrogateescape")
+                found[i] = name
         return found
 
-    start = cached_property(lambda self: self._column(lib.PROCMAPS_START))
-    end = cached_property(lambda self: self._column(lib.PROCMAPS_END))
-    perms = cached_property(lambda self: self._column(lib.PROCMAPS_PERMS))
-    offset = cached_property(lambda self: self._column(lib.PROCMAPS_OFFSET))
-    device = cached_property(lambda self: self._column(lib.PROCMAPS_DEVICE))
-    inode = cached_property(lambda self: self._column(lib.PROCMAPS_INODE))
-    flags = cached_property(lambda self: self._column(lib.PROCMAPS_FLAGS))
-    rss = cached_property(lambda self: self._column(lib.PROCMAPS_RSS))
-    pss = cached_property(lambda self: self._column(lib.PROCMAPS_PSS))
-    swap = cached_property(lambda self: self._column(lib.PROCMAPS_SWAP))
-    private_dirty = cached_property(lambda self: self._column(lib.PROCMAPS_PRIVATE_DIRTY))
-    shared_dirty = cached_property(lambda self: self._column(lib.PROCMAPS_SHARED_DIRTY))
-    private_hugetlb = cached_property(lambda self: self._column(lib.PROCMAPS_PRIVATE_HUGETLB))
-    shared_hugetlb = cached_property(lambda self: self._column(lib.PROCMAPS_SHARED_HUGETLB))
-    anonymous = cached_property(lambda self: self._column(lib.PROCMAPS_ANONYMOUS))
-    lazy_free = cached_property(lambda self: self._column(lib.PROCMAPS_LAZY_FREE))
-    anon_huge = cached_property(lambda self: self._column(lib.PROCMAPS_ANON_HUGE))
-    shmem_huge = cached_property(lambda self: self._column(lib.PROCMAPS_SHMEM_HUGE))
-    file_huge = cached_property(lambda self: self._column(lib.PROCMAPS_FILE_HUGE))
-    locked = cached_property(lambda self: self._column(lib.PROCMAPS_LOCKED))
-    size = cached_property(lambda self: self._column(lib.PROCMAPS_SIZE))
-    private = cached_property(lambda self: self._column(lib.PROCMAPS_PRIVATE))
-    shared = cached_property(lambda self: self._column(lib.PROCMAPS_SHARED_MEMORY))
-    rest = cached_property(lambda self: self._column(lib.PROCMAPS_REST))
+    start = _Column(lib.PROCMAPS_START)
+    end = _Column(lib.PROCMAPS_END)
+    perms = _Column(lib.PROCMAPS_PERMS)
+    offset = _Column(lib.PROCMAPS_OFFSET)
+    device = _Column(lib.PROCMAPS_DEVICE)
+    inode = _Column(lib.PROCMAPS_INODE)
+    flags = _Column(lib.PROCMAPS_FLAGS)
+    rss = _Column(lib.PROCMAPS_RSS)
+    pss = _Column(lib.PROCMAPS_PSS)
+    swap = _Column(lib.PROCMAPS_SWAP)
+    private_dirty = _Column(lib.PROCMAPS_PRIVATE_DIRTY)
+    shared_dirty = _Column(lib.PROCMAPS_SHARED_DIRTY)
+    private_hugetlb = _Column(lib.PROCMAPS_PRIVATE_HUGETLB)
+    shared_hugetlb = _Column(lib.PROCMAPS_SHARED_HUGETLB)
+    anonymous = _Column(lib.PROCMAPS_ANONYMOUS)
+    lazy_free = _Column(lib.PROCMAPS_LAZY_FREE)
+    anon_huge = _Column(lib.PROCMAPS_ANON_HUGE)
+    shmem_huge = _Column(lib.PROCMAPS_SHMEM_HUGE)
+    file_huge = _Column(lib.PROCMAPS_FILE_HUGE)
+    locked = _Column(lib.PROCMAPS_LOCKED)
+    size = _Column(lib.PROCMAPS_SIZE)
+    private = _Column(lib.PROCMAPS_PRIVATE)
+    shared = _Column(lib.PROCMAPS_SHARED_MEMORY)
+    rest = _Column(lib.PROCMAPS_REST)

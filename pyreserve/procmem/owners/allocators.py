@@ -3,7 +3,11 @@
 from collections.abc import Iterator
 
 from pyreserve.procmem.owners.sight import NONE, RW, Sight, count
+from pyreserve.procmem.table import FLAGS
 from pyreserve.units import KiB, MiB, TiB, format_size
+
+
+_LEAST = 128 * KiB  # HEAP_MIN_SIZE and the arena's own data, glibc malloc/arena.c
 
 
 def glibc_arenas(sight: Sight) -> None:
@@ -40,9 +44,13 @@ def glibc_arenas(sight: Sight) -> None:
 
 def _aligned(sight: Sight, size: int) -> Iterator[int]:
     """Yield the multiples of `size` at which something writable begins or goes on."""
+    start, end, perms, flags = sight.start, sight.end, sight.perms, sight.flags
+    never_charged = FLAGS["nr"] if sight.knows_flags else 0
     last = -1
     for i in sight.anonymous:
-        if sight.perms[i] != RW:
+        if perms[i] != RW or end[i] - start[i] < _LEAST or not sight.free(i):
+            continue
+        if flags[i] & never_charged != never_charged:
             continue
         at = -(-sight.start[i] // size) * size
         while at < sight.end[i]:
@@ -61,15 +69,13 @@ def _heap_tail(sight: Sight, low: int, high: int) -> int | None:
             return None
         if sight.perms[i] == RW and not tail:
             pass
-        elif sight.perms[i] == NONE and at >= low + 128 * KiB:
+        elif sight.perms[i] == NONE and at >= low + _LEAST:
             if sight.end[i] > high:
                 return None
             tail += sight.end[i] - sight.start[i]
         else:
             return None
-        if sight.knows_flags and not (
-            sight.has(i, "nr") and sight.lacks(i, "dc dd nh")
-        ):
+        if sight.knows_flags and not (sight.has(i, "nr") and sight.lacks(i, "dc dd nh")):
             return None
         at = sight.end[i]
     return tail if at >= high else None
@@ -139,8 +145,8 @@ def address_sanitizer(sight: Sight) -> None:
             run = next(((i, j) for i, j in sight.runs if sight.start[i] == base), None)
             if run is not None and sight.end[run[1] - 1] - base >= 4 * TiB:
                 sight.claim(
-                    range(*run), "AddressSanitizer allocator",
+                    range(*run),
+                    "AddressSanitizer allocator",
                     f"{format_size(sight.end[run[1] - 1] - base)} at {base:x}, where it is",
                 )
         return
-

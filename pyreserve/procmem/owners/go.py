@@ -19,9 +19,7 @@ _CONTIGUOUS = tuple(
     layouts.get(name)
     for name in ("go-tip-2014-12/amd64", "go1.4/amd64", "go1.5/amd64", "go1.10/amd64")
 )
-_WINDOWED = tuple(
-    layouts.get(name) for name in ("go1.4/386", "go1.5/386", "fallback")
-)
+_WINDOWED = tuple(layouts.get(name) for name in ("go1.4/386", "go1.5/386", "fallback"))
 _RELEASES = {
     "go-tip-2014-12/amd64": "a development build of December 2014",
     "go1.4/amd64": "1.3 or 1.4",
@@ -35,8 +33,9 @@ _RELEASES = {
 
 def go(sight: Sight) -> None:
     """Claim Go's heap, of whichever generation, and in a static program the runtime's tables."""
-    evidence = _old_heap(sight) or _new_heap(sight)
-    if evidence and not sight.runs_code_of(r"ld-linux|ld-musl|ld\.so|libc\.so|libc-2"):
+    hinted = _at_a_hint(sight)
+    found = _old_heap(sight, hinted) or _new_heap(sight, hinted)
+    if found and not sight.runs_code_of(r"ld-linux|ld-musl|ld\.so|libc\.so|libc-2"):
         sight.claim(
             sight.unclaimed(),
             "Go runtime tables",
@@ -58,8 +57,8 @@ def _whose(sight: Sight, low: int) -> str:
 # -- up to 1.10: spans, bitmap and arena in one range -----------------------------------------
 
 
-def _old_heap(sight: Sight) -> bool:
-    for placement in _candidates(sight):
+def _old_heap(sight: Sight, hinted: list[int]) -> bool:
+    for placement in _candidates(sight, hinted):
         expected = placement.maps()
         if not expected or _shown(sight, placement.start, placement.end) != _merged(expected):
             continue
@@ -85,24 +84,29 @@ def _old_heap(sight: Sight) -> bool:
     return False
 
 
-def _candidates(sight: Sight) -> "list[Placement]":
+def _candidates(sight: Sight, hinted: list[int]) -> "list[Placement]":
     """Return placements that some mapping's start and the end of what is writable suggest."""
     found = []
+    for i in hinted:
+        found += [_used_up_to(sight, layout, sight.start[i]) for layout in _CONTIGUOUS]
     for first, last in sight.runs:
+        if sight.start[first] >= 1 << 32:
+            break
         for i in range(first, last):
-            low = sight.start[i]
-            if low & _HINT_MASK == _HINT:
-                found += [_used_up_to(sight, layout, low) for layout in _CONTIGUOUS]
-            elif low < 1 << 32 and low % MiB == 0 and sight.perms[i] == RW:
+            if sight.start[i] % MiB == 0 and sight.perms[i] == RW:
                 found += [
-                    _used_up_to(sight, layout, low, sight.end[last - 1]) for layout in _WINDOWED
+                    _used_up_to(sight, layout, sight.start[i], sight.end[last - 1])
+                    for layout in _WINDOWED
                 ]
     return [placement for placement in found if placement is not None]
 
 
-def _used_up_to(
-    sight: Sight, layout: Layout, low: int, end: int | None = None
-) -> Placement | None:
+def _at_a_hint(sight: Sight) -> list[int]:
+    start = sight.start
+    return [i for i in sight.anonymous if start[i] & _HINT_MASK == _HINT]
+
+
+def _used_up_to(sight: Sight, layout: Layout, low: int, end: int | None = None) -> Placement | None:
     """Place a layout at an address, its arena used as far as what is writable there goes on."""
     placement = layout.place(low)
     i = sight.at(placement.arena_start)
@@ -145,12 +149,12 @@ def _joined(pieces: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
 # -- since 1.11: arenas of 64 MiB, tables elsewhere -------------------------------------------
 
 
-def _new_heap(sight: Sight) -> bool:
+def _new_heap(sight: Sight, hinted: list[int]) -> bool:
     heaps = []
-    for first, last in sight.runs:
-        i = next((i for i in range(first, last) if sight.start[i] & _HINT_MASK == _HINT), None)
-        if i is None or not sight.free(i):
+    for i in hinted:
+        if not sight.free(i):
             continue
+        last = next(last for first, last in sight.runs if first <= i < last)
         j = i
         while j + 1 < last and sight.lacks(j + 1, "nr dd dc"):
             j += 1
@@ -170,12 +174,16 @@ def _new_heap(sight: Sight) -> bool:
             heap,
             f"Go heap arenas (Go {release})",
             f"{count(arenas, 'arena')} of 64 MiB from {sight.start[heap[0]]:x}, Go's first hint; "
-            + ("beside it the page summaries of Go 1.14 and later, 585 MiB without access"
-               if tables else "no C library and no [heap] in the program, and no page summaries"),
+            + (
+                "beside it the page summaries of Go 1.14 and later, 585 MiB without access"
+                if tables
+                else "no C library and no [heap] in the program, and no page summaries"
+            ),
         )
     if tables:
         sight.claim(
-            tables, "Go runtime tables",
+            tables,
+            "Go runtime tables",
             "page summaries (585 MiB reserved for 48-bit addresses) and what lies between them",
         )
     return True
@@ -186,7 +194,8 @@ def _summaries(sight: Sight, heap: set[int]) -> list[int]:
     found: list[int] = []
     for first, last in sight.runs:
         mine = [
-            i for i in range(first, last)
+            i
+            for i in range(first, last)
             if i not in heap and sight.free(i) and sight.lacks(i, "nr dd dc nh")
         ]
         none = sum(sight.size(i) for i in mine if sight.perms[i] == NONE)

@@ -50,7 +50,9 @@ def _code_cache(sight: Sight, library: str) -> None:
 
 def _class_data(sight: Sight, library: str) -> None:
     """Claim the CDS archive, the class space behind it and a metaspace node right before it."""
-    archives = [i for i, name in enumerate(sight.names) if re.search(r"\.jsa( \(deleted\))?$", name)]
+    archives = [
+        i for i, name in enumerate(sight.names) if re.search(r"\.jsa( \(deleted\))?$", name)
+    ]
     if not archives:
         return
     name = f"{sight.names[archives[0]]} is mapped"
@@ -64,19 +66,25 @@ def _class_data(sight: Sight, library: str) -> None:
     high = _reserved_until(sight, last, low + GiB)
     if high > low:
         sight.claim_range(
-            low, high, "JVM class space",
+            low,
+            high,
+            "JVM class space",
             f"{format_size(high - low)} right behind the CDS archive, committed from its start",
         )
     top = sight.start[first]
     node = sight.between(top - 64 * MiB, top)
     if (
-        node and sight.end[node[-1]] == top and sight.start[node[0]] <= top - 64 * MiB
+        node
+        and sight.end[node[-1]] == top
+        and sight.start[node[0]] <= top - 64 * MiB
         and all(_is_committed(sight, i) or _is_reserved(sight, i) for i in node)
         and any(sight.perms[i] == NONE for i in node)
         and not any(sight.names[i] for i in node)
     ):
         sight.claim_range(
-            top - 64 * MiB, top, "JVM metaspace",
+            top - 64 * MiB,
+            top,
+            "JVM metaspace",
             "a node of 64 MiB right before the CDS archive, committed in pieces",
         )
 
@@ -97,19 +105,23 @@ def _reserved_until(sight: Sight, i: int, most: int) -> int:
 def _heap(sight: Sight, library: str) -> None:
     views = [i for i, name in enumerate(sight.names) if name.startswith(_ZGC)]
     if views:
+        evidence = f"{_ZGC} is mapped, in views of one memory with reserved addresses beside it"
         for i in views:
-            sight.claim([i], "JVM heap (ZGC)", f"{_ZGC} is mapped, with reserved memory beside it")
+            sight.claim([i], "JVM heap (ZGC)", evidence)
             for j in (i - 1, i + 1):
                 touching = 0 <= j < len(sight.start) and (
                     sight.end[j] == sight.start[i] or sight.end[i] == sight.start[j]
                 )
                 if touching and not sight.names[j] and _is_reserved(sight, j):
-                    sight.claim([j], "JVM heap (ZGC)", "")
+                    sight.claim([j], "JVM heap (ZGC)", evidence)
         return
     modern = re.search(r"(java|jdk|jre|openjdk)-?(1[7-9]|[2-9]\d)", library) is not None
     for first, last in sight.runs:
-        mine = [i for i in range(first, last)
-                if sight.free(i) and (_is_committed(sight, i) or _is_reserved(sight, i))]
+        mine = [
+            i
+            for i in range(first, last)
+            if sight.free(i) and (_is_committed(sight, i) or _is_reserved(sight, i))
+        ]
         if not mine or sight.start[mine[0]] >= _LOW:
             continue
         size = sight.end[mine[-1]] - sight.start[mine[0]]
@@ -133,8 +145,8 @@ def _others(sight: Sight, library: str) -> None:
         i = first
         while i < last:
             j = i
-            while j < last and sight.free(j) and (
-                _is_committed(sight, j) or _is_reserved(sight, j)
+            while (
+                j < last and sight.free(j) and (_is_committed(sight, j) or _is_reserved(sight, j))
             ):
                 j += 1
             group = range(i, j)

@@ -34,5 +34,3 @@ def regions(sight: Sight) -> None:
         NAME,
         f"kept out of core dumps (dd), as pyreserve asks by default; {library} is mapped",
     )
-
-

@@ -3,8 +3,8 @@
 import re
 
 from pyreserve.procmem.classes import is_shared_memory
-from pyreserve.procmem.owners.sight import NONE, RW, RWX, Sight, count
-from pyreserve.procmem.table import SHARED
+from pyreserve.procmem.owners.sight import NONE, RW, RWX, UNKNOWN, Sight, count
+from pyreserve.procmem.table import FLAGS, SHARED
 from pyreserve.units import KiB, MiB, format_size
 
 _BSS_MOST = 8 * MiB
@@ -13,10 +13,13 @@ _GUARD_MOST = 64 * KiB
 
 def kernel_pages(sight: Sight) -> None:
     """Claim what the kernel maps into every process, and the first stack."""
-    mine = [i for i, name in enumerate(sight.names)
-            if name.startswith(("[vdso", "[vvar", "[uprobes", "[sigpage", "[vectors"))]
+    mine = [
+        i
+        for i, name in sight.named
+        if name.startswith(("[vdso", "[vvar", "[uprobes", "[sigpage", "[vectors"))
+    ]
     sight.claim(mine, "kernel pages (vdso, vvar)", "the kernel's own names")
-    stack = [i for i, name in enumerate(sight.names) if name == "[stack]"]
+    stack = [i for i, name in sight.named if name == "[stack]"]
     sight.claim(stack, "main stack", "the kernel names it [stack]")
 
 
@@ -35,7 +38,7 @@ def named(sight: Sight) -> None:
         (r"partition_alloc", "PartitionAlloc"),
         (r"v8", "V8"),
     )
-    for i, name in enumerate(sight.names):
+    for i, name in sight.named:
         match = re.fullmatch(r"\[anon(?:_shmem)?:(.*)\]", name, re.DOTALL)
         if match is None:
             continue
@@ -54,26 +57,30 @@ def stacks(sight: Sight) -> None:
     glibc maps both at once with MAP_STACK, which keeps huge pages away (VmFlags ``nh``) since Linux
     6.7; older kernels show a stack of the limit's size. HotSpot's guard zone is of several pages.
     """
-    limit = sight.capture.limits.get("Max stack size", 8 * MiB) or 2 * MiB  # unlimited: 2 MiB
+    limit = sight.capture.limits.get("stack size", 8 * MiB) or 2 * MiB  # unlimited: 2 MiB
     java = sight.runs_code_of(r"libjvm\.so") is not None
+    start, end, perms, flags = sight.start, sight.end, sight.perms, sight.flags
+    stack_flag, other_flags = FLAGS["nh"], FLAGS["nr"] | FLAGS["dd"] | FLAGS["dc"]
     found: list[int] = []
     sizes: dict[int, int] = {}
-    for i in sight.anonymous:
-        if sight.perms[i] != NONE or sight.size(i) > _GUARD_MOST or not sight.free(i):
+    # The last mapping has nothing above it.
+    for i in sight.anonymous[:-1]:
+        j = i + 1
+        if perms[i] != NONE or perms[j] != RW or start[j] != end[i]:
             continue
-        j = sight.next_to(i)
-        if j is None or sight.perms[j] != RW or sight.names[j] or not sight.free(j):
-            continue
-        if sight.has(j, "nh"):
-            fits = sight.lacks(i, "nr dd dc") and sight.lacks(j, "nr dd dc")
-            fits = fits and (sight.has(i, "nh") or java)
+        guard, stack = end[i] - start[i], end[j] - start[j]
+        if flags[j] & stack_flag:
+            fits = guard <= _GUARD_MOST and (flags[i] & stack_flag or java)
         else:
-            one_page = sight.size(i) == 4 * KiB and sight.size(j) == limit
-            fits = one_page or (java and sight.end[j] - sight.start[i] in {limit, MiB})
-            fits = fits and (sight.lacks(j, "nr dd dc") if sight.knows_flags else True)
-        if fits:
-            found += [i, j]
-            sizes[sight.size(j)] = sizes.get(sight.size(j), 0) + 1
+            fits = (guard == 4 * KiB and stack == limit) or (
+                java and guard <= _GUARD_MOST and guard + stack in {limit, MiB}
+            )
+        if not fits or (flags[i] | flags[j]) & other_flags:
+            continue
+        if sight.inode[j] or sight.names[j] or not (sight.free(i) and sight.free(j)):
+            continue
+        found += [i, j]
+        sizes[stack] = sizes.get(stack, 0) + 1
     each = ", ".join(f"{n} of {format_size(size)}" for size, n in sorted(sizes.items())[-3:])
     sight.claim(
         found,
@@ -86,16 +93,16 @@ def stacks(sight: Sight) -> None:
 
 def heap(sight: Sight) -> None:
     """Claim what brk made, ``[heap]``: whose it is depends on the allocator."""
-    mine = [i for i, name in enumerate(sight.names) if name == "[heap]" and sight.perms[i] & RWX]
+    mine = [i for i, name in sight.named if name == "[heap]" and sight.perms[i] & RWX]
     tcmalloc = sight.runs_code_of(r"libtcmalloc")
     others = tcmalloc or sight.runs_code_of(r"libjemalloc|libmimalloc|libpypy|ld-musl|libhoard")
     libc = sight.runs_code_of(r"libc(\.so\.6|-2\.\d+\.so)$")
     if tcmalloc:
-        sight.claim(mine, "tcmalloc (brk heap)", f"the kernel names it [heap], {tcmalloc} is mapped")
-    elif libc and not others:
         sight.claim(
-            mine, "glibc malloc main heap", f"the kernel names it [heap], {libc} is mapped"
+            mine, "tcmalloc (brk heap)", f"the kernel names it [heap], {tcmalloc} is mapped"
         )
+    elif libc and not others:
+        sight.claim(mine, "glibc malloc main heap", f"the kernel names it [heap], {libc} is mapped")
     else:
         sight.claim(mine, "main heap (brk)", "the kernel names it [heap]")
 
@@ -111,14 +118,15 @@ def shared_memory(sight: Sight) -> None:
         ("anon_inode:", "anonymous inodes"),
         ("/dev/zero", "shared anonymous memory"),
     )
-    for i, name in enumerate(sight.names):
+    for i, name in sight.named:
         if not name or not is_shared_memory(name) or not sight.inode[i]:
             continue
         for start, owner in kinds:
             if name.startswith(start):
                 if postgres and start in {"/dev/zero", "/dev/shm/", "/SYSV"}:
                     sight.claim(
-                        [i], "PostgreSQL shared memory",
+                        [i],
+                        "PostgreSQL shared memory",
                         f"{postgres} is mapped and shares {name.removesuffix(' (deleted)')}",
                     )
                 else:
@@ -128,8 +136,11 @@ def shared_memory(sight: Sight) -> None:
 
 def files(sight: Sight) -> None:
     """Claim mapped files, and the zeroed data (.bss) that the loader maps behind a program's."""
-    mine = [i for i, inode in enumerate(sight.inode)
-            if inode and sight.names[i].startswith("/") and not is_shared_memory(sight.names[i])]
+    mine = [
+        i
+        for i, name in sight.named
+        if sight.inode[i] and name.startswith("/") and not is_shared_memory(name)
+    ]
     sight.claim(
         mine,
         "mapped files",
@@ -160,13 +171,16 @@ def files(sight: Sight) -> None:
 
 def rest(sight: Sight) -> None:
     """Say of what nobody has claimed why it is hard to tell."""
-    left = [i for i in sight.anonymous if sight.free(i)]
-    if left:
-        largest = max(left, key=sight.size)
-        plain = sum(sight.size(i) for i in left if sight.perms[i] == RW)
-        sight.claims.evidence["unknown"] = (
-            f"{count(len(left), 'anonymous mapping')} of no shape that is known, the largest "
-            f"{format_size(sight.size(largest))} at {sight.start[largest]:x}; "
-            f"{format_size(plain)} readable and writable, as malloc's large blocks, Python's "
-            "arenas and a program's own mmap all look"
-        )
+    owners, size = sight.claims.whole, sight.table.size
+    left = [i for i in sight.anonymous if owners[i] is None]
+    if not left:
+        return
+    sizes = [size[i] for i in left]
+    largest = max(sizes)
+    where = sight.start[left[sizes.index(largest)]]
+    plain = sum(size[i] for i in left if sight.perms[i] == RW)
+    sight.claims.evidence[UNKNOWN] = (
+        f"{count(len(left), 'anonymous mapping')} of no shape that is known, the largest "
+        f"{format_size(largest * KiB)} at {where:x}; {format_size(plain * KiB)} readable and writable, as "
+        "malloc's large blocks, Python's arenas and a program's own mmap all look"
+    )

@@ -63,21 +63,21 @@ class Sight:
         self.pieces: list[Piece] = []
         """Address ranges that a recogniser can name more finely than by owner."""
         self.knows_flags = any(self.flags)
-        top = max((end for end, name in zip(self.end, self.names, strict=True)
-                   if name != "[vsyscall]"), default=0)
-        self.narrow = top <= 1 << 32
+        user = [end for end in self.end[-2:] if end <= 1 << 63]  # without [vsyscall]
+        self.narrow = bool(user) and user[-1] <= 1 << 32
         """A 32-bit process."""
 
     # -- looking ------------------------------------------------------------------------------
 
     @cached_property
+    def named(self) -> list[tuple[int, str]]:
+        """The mappings that have a name, and what it is."""
+        return [(i, name) for i, name in enumerate(self.names) if name]
+
+    @cached_property
     def programs(self) -> list[str]:
         """The paths of what has code mapped: a file that is merely data tells nothing."""
-        found = {
-            name
-            for name, perms in zip(self.names, self.perms, strict=True)
-            if perms & EXECUTE and name.startswith("/")
-        }
+        found = {name for i, name in self.named if self.perms[i] & EXECUTE and name.startswith("/")}
         return sorted(name.removesuffix(" (deleted)") for name in found)
 
     def runs_code_of(self, pattern: str) -> str | None:
@@ -172,37 +172,53 @@ class Sight:
                 self.claims.parts.setdefault(i, []).append((start, end, name))
             self.claims.evidence.setdefault(name, evidence)
 
+    def owner_of(self, i: int) -> str:
+        """Return who has a mapping, or the largest part of it."""
+        parts = self.claims.parts.get(i)
+        if parts:
+            return max(parts, key=lambda part: part[1] - part[0])[2]
+        return self.claims.whole[i] or UNKNOWN
+
     def summary(self) -> list[Owner]:
         """Add up what everyone has, most first. All bytes but ``[vsyscall]`` have an owner."""
         owners: dict[str, Owner] = {}
         table = self.table
-        rest_of_none = [
-            rest if not perms & RWX else 0
-            for rest, perms in zip(table.rest, self.perms, strict=True)
-        ]
-        for name, size, private, shared, none, mapping in zip(
-            self.claims.whole, table.size, table.private, table.shared, rest_of_none,
-            self.names, strict=True,
-        ):
-            if mapping == "[vsyscall]":
-                continue
-            key = name or UNKNOWN
-            owner = owners.get(key)
+        taken = [(i, name) for i, name in enumerate(self.claims.whole) if name]
+        for i, name in taken:
+            owner = owners.get(name)
             if owner is None:
-                owner = owners[key] = Owner(key)
-            owner.kib += size
-            owner.rss_kib += private + shared
-            owner.no_access_kib += none
-            owner.mappings += 1
+                owner = owners[name] = Owner(name)
+            self._add(owner, i)
+        unknown = owners.setdefault(UNKNOWN, Owner(UNKNOWN))
+        unknown.kib += sum(table.size) - sum(table.size[i] for i, _ in taken)
+        in_memory = sum(table.private) + sum(table.shared)
+        unknown.rss_kib += in_memory - sum(table.private[i] + table.shared[i] for i, _ in taken)
+        whose = self.claims.whole
+        unknown.no_access_kib += sum(
+            [
+                table.rest[i]
+                for i, perms in enumerate(self.perms)
+                if not perms & RWX and whose[i] is None
+            ]
+        )
+        unknown.mappings += len(table) - len(taken)
+        if self.names[-1:] == ["[vsyscall]"]:  # the kernel's, and not in VmSize
+            unknown.kib -= table.size[-1]
+            unknown.mappings -= 1
         for i, parts in self.claims.parts.items():
-            self._divide(i, parts, owners, rest_of_none[i])
+            self._divide(i, parts, owners)
         for owner in owners.values():
             owner.evidence = self.claims.evidence.get(owner.name, "")
         return sorted((o for o in owners.values() if o.kib), key=lambda o: (-o.kib, o.name))
 
-    def _divide(
-        self, i: int, parts: list[tuple[int, int, str]], owners: dict[str, Owner], none: int
-    ) -> None:
+    def _add(self, owner: Owner, i: int) -> None:
+        table = self.table
+        owner.kib += table.size[i]
+        owner.rss_kib += table.private[i] + table.shared[i]
+        owner.no_access_kib += 0 if self.perms[i] & RWX else table.rest[i]
+        owner.mappings += 1
+
+    def _divide(self, i: int, parts: list[tuple[int, int, str]], owners: dict[str, Owner]) -> None:
         """Move parts of a mapping from unknown to their owners.
 
         What is in memory goes with the largest part: where in the mapping it lies is not known.
@@ -210,6 +226,7 @@ class Sight:
         unknown = owners[UNKNOWN]
         unknown.mappings -= 1
         whole = self.table.size[i]
+        none = 0 if self.perms[i] & RWX else self.table.rest[i]
         rss = self.table.private[i] + self.table.shared[i]
         unknown.rss_kib -= rss
         sizes: dict[str, int] = {}
@@ -231,4 +248,3 @@ class Sight:
 def count(n: int, one: str, many: str | None = None) -> str:
     """Write ``1 heap`` or ``3 heaps``."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"
-

@@ -25,7 +25,8 @@ def v8(sight: Sight) -> None:
             )
         else:
             sight.claim(
-                group, "V8 heap",
+                group,
+                "V8 heap",
                 f"never charged and not for children (nr dc), as V8 maps; {program} is mapped",
             )
     _sandbox(sight, program)
@@ -36,14 +37,19 @@ def _code_range(sight: Sight, mine: set[int], program: str) -> None:
         if sight.perms[i] != RWX or not sight.free(i):
             continue
         first = i
-        while first - 1 in mine and sight.end[first - 1] == sight.start[first] and (
-            sight.start[i] - sight.start[first - 1] <= 64 * KiB
+        while (
+            first - 1 in mine
+            and sight.end[first - 1] == sight.start[first]
+            and (sight.start[i] - sight.start[first - 1] <= 64 * KiB)
         ):
             first -= 1
         low = sight.start[first]
         sight.claim(
-            (j for j in sight.between(low, low + _CODE_RANGE)
-             if j in mine and sight.end[j] <= low + _CODE_RANGE),
+            (
+                j
+                for j in sight.between(low, low + _CODE_RANGE)
+                if j in mine and sight.end[j] <= low + _CODE_RANGE
+            ),
             "V8 code range",
             f"up to {format_size(_CODE_RANGE)} from {low:x} with writable and executable pages; "
             f"{program} is mapped",
@@ -64,21 +70,24 @@ def _sandbox(sight: Sight, program: str) -> None:
     """Claim Chromium's largest reservations."""
     if not sight.runs_code_of(r"chrom|electron"):
         return
-    cages = [i for i in sight.unclaimed() if sight.has(i, "nr") and sight.lacks(i, "dc nh")]
-    for group in _neighbours(sight, cages):
-        size = sight.end[group[-1]] - sight.start[group[0]]
-        if size >= TiB:
-            sight.claim(
-                group, "V8 sandbox",
-                f"{format_size(size)} at {sight.start[group[0]]:x}, never charged: the address space "
-                f"that V8's pointers are confined to, 1 TiB and its guards; {program} is mapped",
+    for first, last in sight.runs:
+        run = range(first, last)
+        cage = [i for i in run if sight.has(i, "nr dd") and sight.perms[i] == NONE]
+        if sum(sight.size(i) for i in cage) >= TiB:
+            low, high = sight.start[cage[0]], sight.end[cage[-1]]
+            sight.claim_range(
+                low,
+                high,
+                "V8 sandbox",
+                f"{format_size(high - low)} at {low:x}, never charged (nr): the address space that "
+                f"V8's pointers are confined to, 1 TiB and its guards; {program} is mapped",
             )
     pools = [i for i in sight.unclaimed() if sight.lacks(i, "nr dc nh")]
     for group in _neighbours(sight, pools):
         low = sight.start[group[0]]
         if low % (32 * GiB) == 0 and sight.end[group[-1]] - low == 32 * GiB:
             sight.claim(
-                group, "PartitionAlloc pools",
+                group,
+                "PartitionAlloc pools",
                 f"32 GiB aligned to as much, at {low:x}: its two core pools; {program} is mapped",
             )
-

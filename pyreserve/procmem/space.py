@@ -1,0 +1,274 @@
+"""A process's address space, explained: one object for the screen, for JSON and for programs."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pyreserve.layouts import Piece
+from pyreserve.procmem import classes, concerns, details
+from pyreserve.procmem.capture import Capture, capture
+from pyreserve.procmem.classes import MemoryClass
+from pyreserve.procmem.owners import UNKNOWN, Owner, Sight, recognise
+from pyreserve.procmem.source import LiveSource, SavedSource
+from pyreserve.procmem.table import EXECUTE, READ, SHARED, WRITE
+from pyreserve.units import KiB, format_size
+
+SCHEMA = 1
+
+
+class Mapping(NamedTuple):
+    """One mapping. Addresses in bytes, sizes in KiB.
+
+    Attributes:
+        start, end: addresses [start, end).
+        perms: as in /proc/PID/maps, such as ``"rw-p"``.
+        name: of a file, or what the kernel or the program calls it; may be empty.
+        kib: all of it.
+        rss_kib: of it, in memory, pages of huge page pools included.
+        class_name: the class of what is not in memory; see `pyreserve.procmem.classes`.
+        owner: whose it is, or of the largest part.
+    """
+
+    start: int
+    end: int
+    perms: str
+    name: str
+    kib: int
+    rss_kib: int
+    class_name: str
+    owner: str
+
+
+@dataclass(frozen=True)
+class AddressSpace:
+    """See `explain`. Sizes in KiB.
+
+    Attributes:
+        pid: the process, None if its files do not say.
+        name: its command's name (``comm``).
+        vsz_kib: virtual size, VmSize: the sum of ``classes``.
+        rss_kib: in memory (Rss).
+        pss_kib: in memory, what is shared divided by those who share it (Pss).
+        uss_kib: in memory of this process alone, pages of huge page pools included (Private).
+        swap_kib: in swap.
+        page_tables_kib: what translating the addresses takes, in no other figure (VmPTE).
+        mappings: how many, as vm.max_map_count counts them.
+        classes: what every byte of ``vsz_kib`` is; see `pyreserve.procmem.classes`.
+        owners: whose it is, most first; what was not recognised is ``"unknown"``.
+        details: finer figures; see `pyreserve.procmem.details`. Those of pages are missing where there
+            were too many mappings to ask for them.
+        ranges: address ranges that are known by name, such as a Go heap's spans, bitmap and arena.
+        warnings: what is worth worrying about, in words.
+        settled: all was read of one moment.
+    """
+
+    pid: int | None
+    name: str
+    vsz_kib: int
+    rss_kib: int
+    pss_kib: int
+    uss_kib: int
+    swap_kib: int
+    page_tables_kib: int
+    mappings: int
+    classes: tuple[MemoryClass, ...]
+    owners: tuple[Owner, ...]
+    details: dict[str, int]
+    ranges: tuple[Piece, ...]
+    warnings: tuple[str, ...]
+    settled: bool
+    _sight: Sight = field(repr=False, compare=False)
+    _kinds: list[int | None] = field(repr=False, compare=False)
+
+    def class_kib(self, name: str) -> int:
+        """Return the KiB of one class.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        for one in self.classes:
+            if one.name == name:
+                return one.kib
+        raise KeyError(name)
+
+    @property
+    def verdict(self) -> str:
+        """What the address space is, and whether to worry, in a few sentences."""
+        return verdict(self)
+
+    def maps(self) -> list[Mapping]:
+        """List all mappings in address order."""
+        return [self._mapping(i) for i in range(len(self._kinds))]
+
+    def top(self, n: int) -> list[Mapping]:
+        """List the `n` largest mappings, largest first."""
+        size = self._sight.table.size
+        real = (i for i, kind in enumerate(self._kinds) if kind is not None)
+        return [self._mapping(i) for i in sorted(real, key=lambda i: (-size[i], i))[: max(0, n)]]
+
+    def _mapping(self, i: int) -> Mapping:
+        sight, table = self._sight, self._sight.table
+        kind = self._kinds[i]
+        return Mapping(
+            start=table.start[i],
+            end=table.end[i],
+            perms=perms_text(table.perms[i]),
+            name=table.names[i],
+            kib=table.size[i],
+            rss_kib=table.private[i] + table.shared[i],
+            class_name="" if kind is None else classes.NAMES[kind],
+            owner="kernel" if kind is None else sight.owner_of(i),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `to_json` writes."""
+        return {
+            "schema": SCHEMA,
+            "pid": self.pid,
+            "name": self.name,
+            "settled": self.settled,
+            "vsz_kib": self.vsz_kib,
+            "rss_kib": self.rss_kib,
+            "pss_kib": self.pss_kib,
+            "uss_kib": self.uss_kib,
+            "swap_kib": self.swap_kib,
+            "page_tables_kib": self.page_tables_kib,
+            "mappings": self.mappings,
+            "classes": [one._asdict() for one in self.classes],
+            "owners": [
+                {
+                    "name": owner.name,
+                    "kib": owner.kib,
+                    "rss_kib": owner.rss_kib,
+                    "no_access_kib": owner.no_access_kib,
+                    "mappings": owner.mappings,
+                    "evidence": owner.evidence,
+                }
+                for owner in self.owners
+            ],
+            "ranges": [
+                {
+                    "start": f"{piece.start:x}",
+                    "end": f"{piece.end:x}",
+                    "perms": piece.perms,
+                    "name": piece.what,
+                    "state": state(piece),
+                    "kib": (piece.end - piece.start) // KiB,
+                }
+                for piece in self.ranges
+            ],
+            "details_kib": self.details,
+            "warnings": list(self.warnings),
+            "verdict": self.verdict,
+        }
+
+    def to_json(self) -> str:
+        """Write what ``pyreserve explain --json`` prints; README.md documents it."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def explain(pid: int | None = None, *, path: str | Path | None = None) -> AddressSpace:
+    """Explain what a process's address space holds, and of whom.
+
+    Reads /proc/PID/maps, smaps, smaps_rollup, status, limits and cgroup. Where there are ten thousand
+    mappings and more, pages are counted through /proc/PID/pagemap (PAGEMAP_SCAN, Linux 6.7) instead of
+    smaps, if the sums are the kernel's own: some evidence (VmFlags) is then missing. To read smaps
+    keeps the process from mapping memory for a moment.
+
+    Args:
+        pid: the process; this one by default.
+        path: instead of a process, a folder with such files of one, each perhaps ``.gz``, as `save`
+            writes them. Only smaps is a must.
+
+    Raises:
+        TypeError, ValueError: `pid` is no process number, or both were given.
+        NoAddressSpaceError: there is no such process, or it is a zombie or a kernel thread.
+        AccessError: it may not be looked into.
+        MapsError: a file makes no sense.
+        FileNotFoundError: the folder has no smaps.
+    """
+    source: LiveSource | SavedSource
+    if path is not None:
+        if pid is not None:
+            msg = "either a pid or a path"
+            raise ValueError(msg)
+        source = SavedSource(Path(path))
+    else:
+        source = LiveSource(pid)
+    return explained(capture(source))
+
+
+def explained(read: Capture) -> AddressSpace:
+    """Explain what was read."""
+    kinds = classes.kinds(read.table)
+    totals = classes.totals(read.table, kinds)
+    sight = recognise(read)
+    owners = tuple(sight.summary())
+    vsz = sum(one.kib for one in totals)
+    resident = totals[classes.PRIVATE].kib + totals[classes.SHARED].kib
+    mappings = len(kinds) - kinds.count(None)
+    return AddressSpace(
+        pid=read.pid,
+        name=read.facts.get("Name", ""),
+        vsz_kib=vsz,
+        rss_kib=read.rss,
+        pss_kib=read.pss,
+        uss_kib=totals[classes.PRIVATE].kib,
+        swap_kib=totals[classes.SWAPPED].kib,
+        page_tables_kib=read.status.get("VmPTE", 0),
+        mappings=mappings,
+        classes=totals,
+        owners=owners,
+        details={
+            **(details.of_pages(read.table) if sight.knows_flags else {}),
+            **details.of_addresses(read.table, kinds),
+            **details.of_stacks(owners),
+        },
+        ranges=tuple(sight.pieces),
+        warnings=tuple(concerns.warnings(read, vsz, resident, mappings)),
+        settled=read.settled,
+        _sight=sight,
+        _kinds=kinds,
+    )
+
+
+def state(piece: Piece) -> str:
+    """Return ``"committed"`` or ``"reserved"``."""
+    return "reserved" if piece.perms.startswith("---") else "committed"
+
+
+def perms_text(perms: int) -> str:
+    """Write permissions as the kernel does."""
+    return "".join(
+        letter if perms & bit else "-"
+        for letter, bit in (("r", READ), ("w", WRITE), ("x", EXECUTE))
+    ) + ("s" if perms & SHARED else "p")
+
+
+def verdict(space: AddressSpace) -> str:
+    """See `AddressSpace.verdict`."""
+    reserved, untouched, private, shared, files, swapped, _ = (one.kib for one in space.classes)
+    parts = [
+        f"{format_size(reserved * KiB)} is reserved address space that costs nothing",
+    ]
+    for kib, what in (
+        (untouched, "may be used and is not, and becomes memory at first use"),
+        (files, "is of files, read when used"),
+        (swapped, "is in swap"),
+    ):
+        if kib * 10 >= space.vsz_kib or (kib == swapped and kib):
+            parts.append(f"{format_size(kib * KiB)} {what}")
+    memory = f"{format_size((private + shared) * KiB)} is memory"
+    if shared:
+        memory += f", {format_size(shared * KiB)} of it shared"
+    largest = max(space.owners, key=lambda owner: owner.kib, default=None)
+    text = f"VSZ is {format_size(space.vsz_kib * KiB)}, of which {'; '.join([*parts, memory])}."
+    if largest is not None and largest.name != UNKNOWN and 2 * largest.kib >= space.vsz_kib:
+        text += f" {100 * largest.kib / space.vsz_kib:.0f} % is {largest.name}."
+    warned = len(space.warnings)
+    return text + (
+        " Nothing of it is a reason to worry."
+        if not warned
+        else f" There {'is a warning' if warned == 1 else f'are {warned} warnings'}."
+    )
