@@ -5,6 +5,7 @@
 - `layouts` are Go's address-space plans as data; `Arena` brings one to life and allocates in it.
 - `BumpArena`, `Pool` and `PageAllocator` are allocators for what needs less than that.
 - `GrowableBuffer` and `GrowableArray` grow where they stand: growing ends no view of them.
+- `explain` says what a process's address space holds, `track` what a block of code changed in it.
 - `capabilities` says what this kernel and process offer.
 """
 
@@ -15,7 +16,10 @@ from pyreserve.blocks import Block, Blocks
 from pyreserve.bump import BumpArena
 from pyreserve.capabilities import Capabilities, capabilities
 from pyreserve.errors import (
+    AccessError,
     FreeError,
+    MapsError,
+    NoAddressSpaceError,
     OutOfMemoryError,
     PyreserveError,
     RangeError,
@@ -29,12 +33,15 @@ from pyreserve.limits import PAGE_SIZE
 from pyreserve.memstats import MemStats
 from pyreserve.pagealloc import PageAllocator
 from pyreserve.pool import Pool
+from pyreserve.procmem import AddressSpace, explain, track
 from pyreserve.region import Region, reserve
 from pyreserve.scavenger import Scavenger
 from pyreserve.units import GiB, KiB, MiB, TiB, format_size, parse_size
 
 __all__ = [
     "PAGE_SIZE",
+    "AccessError",
+    "AddressSpace",
     "Arena",
     "Bitmap",
     "Block",
@@ -47,8 +54,10 @@ __all__ = [
     "GrowableBuffer",
     "HeapBitmap",
     "KiB",
+    "MapsError",
     "MemStats",
     "MiB",
+    "NoAddressSpaceError",
     "OutOfMemoryError",
     "PageAllocator",
     "Pool",
@@ -61,8 +70,10 @@ __all__ = [
     "VMError",
     "ViewError",
     "capabilities",
+    "explain",
     "format_size",
     "layouts",
     "parse_size",
     "reserve",
+    "track",
 ]

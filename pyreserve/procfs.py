@@ -47,7 +47,7 @@ def _kib_fields(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def parse_kib(text: str) -> Iterator[tuple[str, int]]:
-    """Yield the lines with a size, such as ``VmRSS:  12 kB``, of status, meminfo or smaps_rollup."""
+    """Yield the lines with a size, such as ``VmRSS: 12 kB``, of status, meminfo or smaps_rollup."""
     for line in text.splitlines():
         key, _, rest = line.partition(":")
         value = rest.split()

@@ -26,8 +26,8 @@ class Capture:
         status: the sizes of /proc/PID/status in KiB, such as ``VmPTE``; may be empty.
         facts: other lines of it, such as ``Name``.
         limits: soft limits by their name in /proc/PID/limits; None is unlimited.
-        machine: ``max_map_count``, ``overcommit_memory``, ``CommitLimit`` and ``Committed_AS`` (KiB),
-            as far as known; ``core_piped`` 1 if core dumps go to a program.
+        machine: ``max_map_count``, ``overcommit_memory``, ``CommitLimit`` and ``Committed_AS``
+            (KiB), as far as known; ``core_piped`` 1 if core dumps go to a program.
         cgroups: limit and use in bytes of each limited memory cgroup.
         live: the process runs on this machine.
         pid: its number, None if not known.

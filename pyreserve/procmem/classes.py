@@ -5,8 +5,8 @@ class                         bytes
 ============================  ======================================================================
 ``no_access_reserved``        that nobody may read, write or execute and that are not in memory:
                               address space that costs nothing
-``accessible_untouched``      that the process may use and has not, or gave back: memory at first use.
-                              The zero page, which reading brings, counts as untouched
+``accessible_untouched``      that the process may use and has not, or gave back: memory at first
+                              use. The zero page, which reading brings, counts as untouched
 ``resident_private``          in memory, of this process alone (USS)
 ``resident_shared``           in memory, of others too
 ``file_not_resident``         of files, to be read when used
@@ -14,9 +14,9 @@ class                         bytes
 ``special_pfn``               of the kernel or a device, such as ``[vvar]``: in no count of memory
 ============================  ======================================================================
 
-A mapping's bytes in memory and in swap are those of its smaps (proc(5), fs/proc/task_mmu.c); the rest
-is in one class by what the mapping is. Pages of huge page pools count as resident here, as in USS,
-though the kernel's RSS leaves them out. ``[vsyscall]`` is in no class: it is not in VmSize.
+A mapping's bytes in memory and in swap are those of its smaps (proc(5), fs/proc/task_mmu.c); the
+rest is in one class by what the mapping is. Pages of huge page pools count as resident here, as in
+USS, though the kernel's RSS leaves them out. ``[vsyscall]`` is in no class: it is not in VmSize.
 """
 
 from typing import NamedTuple

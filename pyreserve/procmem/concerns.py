@@ -47,8 +47,8 @@ def _cgroups(capture: Capture) -> Iterator[str]:
     for limit, used in capture.cgroups:
         if used >= _NEAR * limit:
             yield (
-                f"its memory cgroup uses {format_size(used)} of {format_size(limit)}, page cache left "
-                "out: soon the kernel kills a process in it"
+                f"its memory cgroup uses {format_size(used)} of {format_size(limit)}, page cache "
+                "left out: soon the kernel kills a process in it"
             )
 
 
@@ -56,8 +56,8 @@ def _map_count(capture: Capture, mappings: int) -> Iterator[str]:
     limit = capture.machine.get("max_map_count")
     if limit is not None and mappings >= _NEAR * limit:
         yield (
-            f"it has {mappings:,} mappings and vm.max_map_count is {limit:,}: soon mmap, mprotect and "
-            "munmap are refused (sysctl -w vm.max_map_count raises it)"
+            f"it has {mappings:,} mappings and vm.max_map_count is {limit:,}: soon mmap, mprotect "
+            "and munmap are refused (sysctl -w vm.max_map_count raises it)"
         )
 
 
@@ -65,8 +65,8 @@ def _page_tables(capture: Capture, resident: int) -> Iterator[str]:
     tables = capture.status.get("VmPTE", 0)
     if tables > _TABLES * resident > 0:
         yield (
-            f"page tables take {format_size(tables * KiB)}, {_share(tables, resident)} of what is in "
-            "memory: pages are used far apart, or were and have been given back"
+            f"page tables take {format_size(tables * KiB)}, {_share(tables, resident)} of what is "
+            "in memory: pages are used far apart, or were and have been given back"
         )
 
 

@@ -1,4 +1,4 @@
-"""Finer than the classes: what part of what is in memory is dirty, huge, lazily freed, and the like."""
+"""Finer than the classes: what of the memory is dirty, huge, lazily freed, and the like."""
 
 from pyreserve.procmem.classes import UNTOUCHED, is_shared_memory
 from pyreserve.procmem.owners import Owner
@@ -11,9 +11,9 @@ _NR = FLAGS["nr"]
 def of_pages(table: MapTable) -> dict[str, int]:
     """Return the figures of smaps that are no class of their own, in KiB (proc(5)).
 
-    ``dirty`` and ``clean`` divide what is in memory; ``lazy_free`` was given back with MADV_FREE and
-    is in memory until the kernel wants it; ``*_huge`` lies in transparent huge pages, ``hugetlb`` in
-    those of a pool, which are in USS but not in RSS; ``locked`` can't be swapped.
+    ``dirty`` and ``clean`` divide what is in memory; ``lazy_free`` was given back with MADV_FREE
+    and is in memory until the kernel wants it; ``*_huge`` lies in transparent huge pages,
+    ``hugetlb`` in those of a pool, which are in USS but not in RSS; ``locked`` can't be swapped.
     """
     hugetlb = sum(table.private_hugetlb) + sum(table.shared_hugetlb)
     dirty = sum(table.private_dirty) + sum(table.shared_dirty)
@@ -34,8 +34,8 @@ def of_addresses(table: MapTable, kind: list[int | None]) -> dict[str, int]:
     """Return what the addresses without memory are, in KiB; `kind` is what `classes.kinds` found.
 
     ``no_access_resident`` is memory that nobody can reach now (it was used, then forbidden);
-    ``no_access_file`` lies between a library's segments; ``untouched_noreserve`` is never charged as
-    commit, so it is a reservation too; ``untouched_shared`` is shared memory not touched by this
+    ``no_access_file`` lies between a library's segments; ``untouched_noreserve`` is never charged
+    as commit, so it is a reservation too; ``untouched_shared`` is shared memory not touched by this
     process, though perhaps by another.
     """
     rest, perms, inode = table.rest, table.perms, table.inode

@@ -1,10 +1,8 @@
 """Where the files of a process are read from: /proc, or a folder that they were saved in."""
 
 import errno
-import gzip
 import io
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,6 +124,9 @@ class SavedSource:
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[Readable]:
+        import gzip  # noqa: PLC0415 - the library is imported more often than a file is unpacked
+        import zlib  # noqa: PLC0415
+
         try:
             if path.suffix == ".gz":
                 with gzip.open(path) as unpacked:
@@ -190,7 +191,7 @@ def save(pid: int | None, folder: Path) -> None:
 
 
 def _texts_of_one_moment(source: LiveSource) -> dict[str, str]:
-    """Read all files, again if the mappings have changed meanwhile; a busy process may never rest."""
+    """Read all files, and again if the mappings changed meanwhile; some never rest."""
     for _ in range(5):
         texts = {name: text for name in SAVED if (text := source.text(name)) is not None}
         if texts["maps"] == source.text("maps"):

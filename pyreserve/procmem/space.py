@@ -1,6 +1,5 @@
 """A process's address space, explained: one object for the screen, for JSON and for programs."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,8 +55,8 @@ class AddressSpace:
         mappings: how many, as vm.max_map_count counts them.
         classes: what every byte of ``vsz_kib`` is; see `pyreserve.procmem.classes`.
         owners: whose it is, most first; what was not recognised is ``"unknown"``.
-        details: finer figures; see `pyreserve.procmem.details`. Those of pages are missing where there
-            were too many mappings to ask for them.
+        details: finer figures; see `pyreserve.procmem.details`. Those of pages are missing where
+            there were too many mappings to ask for them.
         ranges: address ranges that are known by name, such as a Go heap's spans, bitmap and arena.
         warnings: what is worth worrying about, in words.
         settled: all was read of one moment.
@@ -165,16 +164,18 @@ class AddressSpace:
 
     def to_json(self) -> str:
         """Write what ``pyreserve explain --json`` prints; README.md documents it."""
+        import json  # noqa: PLC0415
+
         return json.dumps(self.to_dict(), indent=2)
 
 
 def explain(pid: int | None = None, *, path: str | Path | None = None) -> AddressSpace:
     """Explain what a process's address space holds, and of whom.
 
-    Reads /proc/PID/maps, smaps, smaps_rollup, status, limits and cgroup. Where there are ten thousand
-    mappings and more, pages are counted through /proc/PID/pagemap (PAGEMAP_SCAN, Linux 6.7) instead of
-    smaps, if the sums are the kernel's own: some evidence (VmFlags) is then missing. To read smaps
-    keeps the process from mapping memory for a moment.
+    Reads /proc/PID/maps, smaps, smaps_rollup, status, limits and cgroup. Where there are ten
+    thousand mappings and more, pages are counted through /proc/PID/pagemap (PAGEMAP_SCAN, Linux
+    6.7) instead of smaps, if the sums are the kernel's own: some evidence (VmFlags) is then
+    missing. To read smaps keeps the process from mapping memory for a moment.
 
     Args:
         pid: the process; this one by default.
@@ -250,15 +251,15 @@ def verdict(space: AddressSpace) -> str:
     """See `AddressSpace.verdict`."""
     reserved, untouched, private, shared, files, swapped, _ = (one.kib for one in space.classes)
     parts = [
-        f"{format_size(reserved * KiB)} is reserved address space that costs nothing",
+        f"{format_size(kib * KiB)} {what}"
+        for kib, what, least in (
+            (reserved, "is reserved address space that costs nothing", 1),
+            (untouched, "may be used and is not, and becomes memory at first use", 10),
+            (files, "is of files, read when used", 10),
+            (swapped, "is in swap", 0),
+        )
+        if kib and 100 * kib >= least * space.vsz_kib
     ]
-    for kib, what in (
-        (untouched, "may be used and is not, and becomes memory at first use"),
-        (files, "is of files, read when used"),
-        (swapped, "is in swap"),
-    ):
-        if kib * 10 >= space.vsz_kib or (kib == swapped and kib):
-            parts.append(f"{format_size(kib * KiB)} {what}")
     memory = f"{format_size((private + shared) * KiB)} is memory"
     if shared:
         memory += f", {format_size(shared * KiB)} of it shared"
@@ -266,9 +267,7 @@ def verdict(space: AddressSpace) -> str:
     text = f"VSZ is {format_size(space.vsz_kib * KiB)}, of which {'; '.join([*parts, memory])}."
     if largest is not None and largest.name != UNKNOWN and 2 * largest.kib >= space.vsz_kib:
         text += f" {100 * largest.kib / space.vsz_kib:.0f} % is {largest.name}."
-    warned = len(space.warnings)
-    return text + (
-        " Nothing of it is a reason to worry."
-        if not warned
-        else f" There {'is a warning' if warned == 1 else f'are {warned} warnings'}."
-    )
+    if not space.warnings:
+        return f"{text} No reason to worry: nothing comes near a limit."
+    n = len(space.warnings)
+    return f"{text} {'One thing is' if n == 1 else f'{n} things are'} worth a look."

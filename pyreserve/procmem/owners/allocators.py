@@ -6,7 +6,6 @@ from pyreserve.procmem.owners.sight import NONE, RW, Sight, count
 from pyreserve.procmem.table import FLAGS
 from pyreserve.units import KiB, MiB, TiB, format_size
 
-
 _LEAST = 128 * KiB  # HEAP_MIN_SIZE and the arena's own data, glibc malloc/arena.c
 
 
@@ -33,8 +32,8 @@ def glibc_arenas(sight: Sight) -> None:
     if not any(_heap_tail(sight, low, low + size) for low in heaps):
         return
     evidence = (
-        f"{count(len(heaps), 'range')} of {format_size(size)}, aligned to it: readable and writable "
-        "from the start, no access to exactly the end"
+        f"{count(len(heaps), 'range')} of {format_size(size)}, aligned to it: readable and "
+        "writable from the start, no access to exactly the end"
         + (", never charged (nr)" if sight.knows_flags else "")
         + (f"; {libc} is mapped" if libc else "")
     )

@@ -9,9 +9,9 @@ from pyreserve.units import MiB, format_size
 
 _HINT = 0xC0 << 32
 _HINT_MASK = (1 << 40) - 1
-# Page summaries that Go 1.14 and later reserve for 48-bit addresses: 8 bytes for each of 2^14, 2^17,
-# 2^20, 2^23 and 2^26 chunks (src/runtime/mpagealloc_64bit.go), and since 1.19 an index of 8 MiB or
-# less for the scavenger.
+# Page summaries that Go 1.14 and later reserve for 48-bit addresses: 8 bytes for each of 2^14,
+# 2^17, 2^20, 2^23 and 2^26 chunks (src/runtime/mpagealloc_64bit.go), and since 1.19 an index of
+# 8 MiB or less for the scavenger.
 _SUMMARIES = sum(8 << bits for bits in (14, 17, 20, 23, 26))
 
 # Layouts that differ in nothing that maps show are one row.
@@ -67,8 +67,8 @@ def _old_heap(sight: Sight, hinted: list[int]) -> bool:
         used = placement.used
         evidence = (
             f"its pieces lie as {layout.name} puts them (Go {_RELEASES[layout.name]}) with "
-            f"{format_size(used)} of arena used: the bitmap ends at {placement.arena_start:x} and has "
-            f"{layout.bitmap_bits} bits a word of it, spans a word a page"
+            f"{format_size(used)} of arena used: the bitmap ends at {placement.arena_start:x} and "
+            f"has {layout.bitmap_bits} bits a word of it, spans a word a page"
         )
         for part, (low, high) in (
             ("spans", placement.spans),
@@ -123,7 +123,7 @@ def _used_up_to(sight: Sight, layout: Layout, low: int, end: int | None = None) 
 
 
 def _shown(sight: Sight, low: int, high: int) -> list[tuple[int, int, bool]]:
-    """Return what is mapped of a range: [start, end) and whether it is writable, neighbours joined."""
+    """Return what is mapped of a range and whether it is writable, neighbours joined."""
     pieces = []
     for i in sight.between(low, high):
         if sight.inode[i] or sight.perms[i] not in {RW, NONE}:

@@ -15,7 +15,7 @@ def jvm(sight: Sight) -> None:
     if library is None:
         return
     _code_cache(sight, library)
-    _class_data(sight, library)
+    _class_data(sight)
     _heap(sight, library)
     _others(sight, library)
 
@@ -48,7 +48,7 @@ def _code_cache(sight: Sight, library: str) -> None:
             i = j + 1
 
 
-def _class_data(sight: Sight, library: str) -> None:
+def _class_data(sight: Sight) -> None:
     """Claim the CDS archive, the class space behind it and a metaspace node right before it."""
     archives = [
         i for i, name in enumerate(sight.names) if re.search(r"\.jsa( \(deleted\))?$", name)

@@ -1,4 +1,4 @@
-"""Owners that need no knowledge of an allocator: files, shared memory, stacks, the heap, the kernel."""
+"""Owners that any process has: files, shared memory, stacks, the heap, the kernel."""
 
 import re
 
@@ -148,9 +148,7 @@ def files(sight: Sight) -> None:
         f"{len(sight.programs)} with code",
     )
     programs = set(sight.programs)
-    first = sight.programs and min(
-        (i for i in mine if sight.names[i] in programs), default=None, key=lambda i: sight.start[i]
-    )
+    program = next((sight.names[i] for i in mine if sight.names[i] in programs), None)
     for i in mine:
         j = sight.next_to(i)
         if j is None or sight.names[i] not in programs or sight.perms[i] & SHARED:
@@ -161,7 +159,7 @@ def files(sight: Sight) -> None:
             continue
         if not sight.lacks(j, "nr dd dc nh"):
             continue
-        own = isinstance(first, int) and sight.names[i] == sight.names[first]
+        own = sight.names[i] == program
         sight.claim(
             [j],
             "program data (.bss)" if own else "library data (.bss, dynamic loader)",
@@ -181,6 +179,6 @@ def rest(sight: Sight) -> None:
     plain = sum(size[i] for i in left if sight.perms[i] == RW)
     sight.claims.evidence[UNKNOWN] = (
         f"{count(len(left), 'anonymous mapping')} of no shape that is known, the largest "
-        f"{format_size(largest * KiB)} at {where:x}; {format_size(plain * KiB)} readable and writable, as "
-        "malloc's large blocks, Python's arenas and a program's own mmap all look"
+        f"{format_size(largest * KiB)} at {where:x}; {format_size(plain * KiB)} readable and writable, "
+        "as malloc's large blocks, Python's arenas and a program's own mmap all look"
     )

@@ -21,7 +21,7 @@ def v8(sight: Sight) -> None:
                 group,
                 "V8 WebAssembly memories and guards",
                 "4 GiB and more without access, around what is used: V8 reserves some 10 GiB for "
-                f"each memory, so that compiled code need not check its bounds; {program} is mapped",
+                f"each memory, so that compiled code need not check bounds; {program} is mapped",
             )
         else:
             sight.claim(

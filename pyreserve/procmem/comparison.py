@@ -1,0 +1,128 @@
+"""What grew between two explanations, as ``pyreserve explain --json`` writes them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyreserve.procmem.space import SCHEMA
+from pyreserve.units import KiB, format_size
+
+_TOTALS = ("vsz_kib", "rss_kib", "pss_kib", "uss_kib", "swap_kib", "page_tables_kib", "mappings")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One figure before and after. KiB, but for the total ``mappings``."""
+
+    name: str
+    old: int
+    new: int
+
+    @property
+    def by(self) -> int:
+        """How much it grew; negative if it shrank."""
+        return self.new - self.old
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """See `compare`. Owners and classes that did not change are left out; largest change first."""
+
+    same_process: bool
+    totals: tuple[Change, ...]
+    classes: tuple[Change, ...]
+    owners: tuple[Change, ...]
+    owners_resident: tuple[Change, ...]
+
+    @property
+    def verdict(self) -> str:
+        """Say in words what grew."""
+        by = {change.name: change.by for change in self.totals}
+        text = f"VSZ {_words(by['vsz_kib'])}, memory (RSS) {_words(by['rss_kib'])}."
+        for what, changes in (("addresses", self.owners), ("memory", self.owners_resident)):
+            grew = next((change for change in changes if change.by > 0), None)
+            if grew is not None:
+                text += f" Most {what} went to {grew.name}: {format_size(grew.by * KiB)}."
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``pyreserve explain --diff A B --json`` writes."""
+        return {
+            "schema": SCHEMA,
+            "same_process": self.same_process,
+            "totals": _plain(self.totals),
+            "classes": _plain(self.classes),
+            "owners": _plain(self.owners),
+            "owners_resident": _plain(self.owners_resident),
+            "verdict": self.verdict,
+        }
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a file that ``pyreserve explain --json`` wrote.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no such file.
+    """
+    import json  # noqa: PLC0415
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        msg = f"{path} is not JSON: {error}"
+        raise ValueError(msg) from None
+    try:
+        _check(found)
+    except (KeyError, TypeError, AttributeError):
+        msg = f"{path} was not written by pyreserve explain --json"
+        raise ValueError(msg) from None
+    loaded: dict[str, Any] = found
+    return loaded
+
+
+def _check(found: Any) -> None:
+    """Raise one of several errors unless all that `compare` needs is there and of its type."""
+    if found["schema"] != SCHEMA:
+        raise KeyError
+    numbers = [found[name] for name in _TOTALS]
+    for entry in (*found["classes"], *found["owners"]):
+        numbers += [entry["kib"], entry.get("rss_kib", 0)]
+        entry["name"].strip()
+    if not all(type(number) is int for number in numbers):
+        raise TypeError
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> Difference:
+    """Compare two explanations, as `AddressSpace.to_dict` or `load` returns them."""
+    return Difference(
+        same_process=(old.get("pid"), old.get("name")) == (new.get("pid"), new.get("name")),
+        totals=tuple(Change(name, old[name], new[name]) for name in _TOTALS),
+        classes=_changes(old["classes"], new["classes"], "kib"),
+        owners=_changes(old["owners"], new["owners"], "kib"),
+        owners_resident=_changes(old["owners"], new["owners"], "rss_kib"),
+    )
+
+
+def _changes(old: list[dict[str, Any]], new: list[dict[str, Any]], key: str) -> tuple[Change, ...]:
+    before = {entry["name"]: entry[key] for entry in old}
+    after = {entry["name"]: entry[key] for entry in new}
+    changes = [
+        Change(name, before.get(name, 0), after.get(name, 0)) for name in {**before, **after}
+    ]
+    return tuple(
+        sorted((change for change in changes if change.by), key=lambda c: (-abs(c.by), c.name))
+    )
+
+
+def _words(kib: int) -> str:
+    if not kib:
+        return "is as it was"
+    return f"{'grew' if kib > 0 else 'shrank'} by {format_size(abs(kib) * KiB)}"
+
+
+def _plain(changes: tuple[Change, ...]) -> list[dict[str, Any]]:
+    return [
+        {"name": change.name, "old": change.old, "new": change.new, "change": change.by}
+        for change in changes
+    ]
