@@ -179,6 +179,6 @@ def rest(sight: Sight) -> None:
     plain = sum(size[i] for i in left if sight.perms[i] == RW)
     sight.claims.evidence[UNKNOWN] = (
         f"{count(len(left), 'anonymous mapping')} of no shape that is known, the largest "
-        f"{format_size(largest * KiB)} at {where:x}; {format_size(plain * KiB)} readable and writable, "
-        "as malloc's large blocks, Python's arenas and a program's own mmap all look"
+        f"{format_size(largest * KiB)} at {where:x}; {format_size(plain * KiB)} readable and "
+        "writable, as malloc's large blocks, Python's arenas and a program's own mmap all look"
     )
