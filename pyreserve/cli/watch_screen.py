@@ -1,0 +1,96 @@
+"""How ``pyreserve explain --watch`` looks in a terminal."""
+
+import time
+from datetime import timedelta
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from pyreserve.cli.sparkline import ASCII, BLOCKS, sparkline
+from pyreserve.cli.watched import Series, Watched, printable
+from pyreserve.units import KiB, format_size
+
+_WIDE = 100  # columns, from which on there is room for a change per second
+
+
+def frame(watched: Watched, console: Console, quits: str = "") -> Group:
+    """Draw the state, and while it is live the scale and what `quits`."""
+    elapsed = timedelta(seconds=int(time.monotonic() - watched.began))
+    who = f"pid {watched.pid} ({watched.name})"
+    heading = Text.assemble(
+        ("pyreserve explain", "bold"),
+        f"  {who}  {elapsed}, {watched.count:,} sample{'s' if watched.count > 1 else ''}, one "
+        f"every {watched.interval:g} s",
+    )
+    lines: list[Text | Table] = [heading, Text(), _table(watched, wide=console.width >= _WIDE)]
+    if quits:
+        levels = _levels(console.options)
+        lines += [
+            Text(),
+            Text(
+                f"a character a sample, the newest last, from {levels[0]}, the row's min, to "
+                f"{levels[-1]}, its max",
+                "dim",
+            ),
+        ]
+    if watched.csv is not None:
+        lines.append(Text(f"recorded in {printable(str(watched.csv))}"))
+    if quits:
+        lines.append(Text(f"{quits} quits"))
+    if watched.ended:
+        lines.append(Text(f"{who} ended after {elapsed}"))
+    return Group(*lines)
+
+
+def _table(watched: Watched, *, wide: bool) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
+    table.add_column("", no_wrap=True)
+    titles = ("now", "change", *(("a second",) if wide else ()), "min", "max")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", ratio=1)
+    for name, series in watched.series.items():
+        *_, last = series.newest
+        before = series.newest[-2] if len(series.newest) > 1 else last
+        rate = round((last - before) / watched.since_last) if last != before else 0
+        table.add_row(
+            name,
+            _amount(name, last),
+            _change(name, last - series.first),
+            *((_change(name, rate),) if wide else ()),
+            _amount(name, series.low),
+            _amount(name, series.high),
+            _Spark(series),
+        )
+    return table
+
+
+def _amount(name: str, value: int) -> str:
+    return f"{value:,}" if name == "mappings" else format_size(value * KiB)
+
+
+def _change(name: str, value: int) -> str:
+    return f"{'+' if value > 0 else ''}{_amount(name, value)}" if value else "0"
+
+
+def _levels(options: ConsoleOptions) -> str:
+    return ASCII if options.ascii_only else BLOCKS
+
+
+class _Spark:
+    """The history of a figure, in as many characters as there are."""
+
+    def __init__(self, series: Series) -> None:
+        self._series = series
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, options.max_width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        series = self._series
+        yield Text(
+            sparkline(series.newest, options.max_width, series.low, series.high, _levels(options)),
+            "cyan",
+        )
