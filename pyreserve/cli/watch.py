@@ -53,8 +53,10 @@ def watch(
         watched.sample()
         try:
             if console.is_terminal and not console.is_dumb_terminal and sys.stdout.isatty():
-                number = _on_a_screen(watched, console)
-                console.print(frame(watched, console))
+                try:
+                    number = _on_a_screen(watched, console)
+                finally:
+                    console.print(frame(watched, console))
             else:
                 _in_lines(watched)
         except OSError as error:

@@ -91,7 +91,7 @@ class Watched:
         stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         sample = self._take(self.pid)
         with suppress(OSError):  # a process changes its name when it runs another program
-            self.name = printable(Path(f"/proc/{self.pid}/comm").read_text(errors="replace"))
+            self.name = Path(f"/proc/{self.pid}/comm").read_text(errors="replace").rstrip("\n")
         values = {name: int(getattr(sample, key)) for name, key in FIGURES.items()}
         for name, value in values.items():
             self.series.setdefault(name, Series(value, value, value)).add(value)
@@ -136,8 +136,3 @@ class Watched:
 def _csv_line(row: Iterable[str]) -> bytes:
     """Write a line as RFC 4180 has it; nothing here needs quotes."""
     return (",".join(row) + "\r\n").encode()
-
-
-def printable(text: str) -> str:
-    """Make what anybody may have chosen harmless to a terminal."""
-    return "".join(one if one.isprintable() else "?" for one in text.removesuffix("\n"))
