@@ -119,8 +119,8 @@ def child() -> Iterator[Child]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment without what changes how terminals are written to."""
-    meddling = ("COLOR", "COLUMNS", "LINES", "TTY", "TERM", "GITHUB_ACTIONS")
+    """The environment without what changes how terminals and pipes are written to."""
+    meddling = ("COLOR", "COLUMNS", "LINES", "TTY", "TERM", "GITHUB_ACTIONS", "PYTHONUNBUFFERED")
     usual = {k: v for k, v in os.environ.items() if not any(word in k for word in meddling)}
     return {**usual, "TERM": "xterm-256color", **more}
 
@@ -473,6 +473,30 @@ class TestScreen:
             os.close(seen.ours)
 
             assert seen.process.wait(DEADLINE) is not None
+
+    def test_a_small_window_without_blocks(self, child: Child) -> None:
+        """What does not fit is cut off, and where there are no blocks other characters draw."""
+        with terminal(command(child, 0.05), size=(45, 5), PYTHONIOENCODING="ascii") as seen:
+            seen.until(lambda: len(seen.frames()) > 2)
+            seen.resize(75, 20)
+            seen.until(lambda: "RSS" in seen.figures())
+            seen.hit(b"q")
+
+            assert seen.ended() == 0
+            assert seen.is_as_it_was()
+            assert set(seen.figures()["RSS"][-1]) <= set(ASCII)
+
+    def test_impatience(self, child: Child) -> None:
+        """Interrupts, again and again, do not get in the way of leaving the screen."""
+        with terminal(command(child, 0.05)) as seen:
+            seen.until(lambda: bool(seen.figures()))
+            while seen.process.poll() is None:
+                # Not keys, with which terminals drop what they have not shown yet.
+                seen.process.send_signal(signal.SIGINT)
+                seen.read(0.001)
+
+            seen.ended()
+            assert seen.is_as_it_was()
 
     def test_a_dumb_terminal_gets_lines(self, child: Child) -> None:
         """A terminal that can't move its cursor gets lines."""

@@ -52,11 +52,11 @@ def printable(text: str, encoding: str) -> str:
 
 def _table(watched: Watched, *, wide: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True, overflow="crop")
     titles = ("now", "change", *(("a second",) if wide else ()), "min", "max")
     for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("", ratio=1)
+        table.add_column(title, justify="right", no_wrap=True, overflow="crop")
+    table.add_column("", ratio=1, no_wrap=True, overflow="crop")
     for name, series in watched.series.items():
         *_, last = series.newest
         before = series.newest[-2] if len(series.newest) > 1 else last
