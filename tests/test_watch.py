@@ -111,8 +111,17 @@ class Child:
         self.process.wait()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
+    """A process that many tests watch, none of which ends it."""
+    made = Child()
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def mortal() -> Iterator[Child]:
+    """A process for a test that ends it."""
     made = Child()
     yield made
     made.end()
@@ -414,15 +423,18 @@ class TestScreen:
             assert "PermissionError: no longer yours" in seen.left()
             assert "RSS" in rows(seen.left())
 
-    def test_the_process_ends(self, child: Child) -> None:
+    @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="a Python built on an old Linux")
+    def test_the_process_ends(self, mortal: Child) -> None:
         """The end of the process ends the screen at once, and is said where it stays."""
-        with terminal(command(child, 1000)) as seen:
+        with terminal(command(mortal, 1000)) as seen:
             seen.until(lambda: HIDE_CURSOR in seen.seen)
-            child.end()
+            mortal.end()
 
             assert seen.ended() == 0
             assert seen.is_as_it_was()
-            assert re.search(rf"^pid {child.pid} \(.+\) ended after 0:\d\d:\d\d", seen.left(), re.M)
+            assert re.search(
+                rf"^pid {mortal.pid} \(.+\) ended after 0:\d\d:\d\d", seen.left(), re.M
+            )
 
     def test_the_window_changes(self, child: Child) -> None:
         """A window of another size is drawn anew, without waiting for a sample."""
@@ -519,15 +531,15 @@ class TestLines:
             env=environment(),
         )
 
-    def test_a_pipe_gets_a_line_a_sample(self, child: Child) -> None:
+    def test_a_pipe_gets_a_line_a_sample(self, mortal: Child) -> None:
         """In a pipe there is a header and a line a sample, each at once, until the process ends."""
-        process = self.start(child, 0.05)
+        process = self.start(mortal, 0.05)
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(3)]
-        child.grow(64)
+        mortal.grow(64)
         while int(lines[-1].split()[4]) < int(lines[1].split()[4]) + 60 * 1024:
             lines.append(process.stdout.readline())
-        child.end()
+        mortal.end()
         out, err = process.communicate(timeout=DEADLINE)
 
         lines += out.splitlines(keepends=True)
@@ -591,11 +603,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match="a positive number of seconds"):
             watch(os.getpid(), interval, take=lambda _: pytest.fail("taken"))
 
-    def test_no_process(self, child: Child, tmp_path: Path) -> None:
+    def test_no_process(self, mortal: Child, tmp_path: Path) -> None:
         """A process that is not there is refused before a file is made."""
-        child.end()
+        mortal.end()
 
-        ended = self.run(str(child.pid), "1", tmp_path / "a.csv")
+        ended = self.run(str(mortal.pid), "1", tmp_path / "a.csv")
 
         assert ended.stderr.startswith("ProcessLookupError")
         assert list(tmp_path.iterdir()) == []
