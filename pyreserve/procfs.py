@@ -101,8 +101,34 @@ def available_bytes() -> int:
     return available
 
 
-# Version 2 (Documentation/admin-guide/cgroup-v2.rst), then version 1 (cgroup-v1/memory.rst): where
-# the groups are, the files of limit and use, and the line of memory.stat for the page cache.
+class MemoryCgroup(NamedTuple):
+    """A cgroup above this process that accounts for memory: its folder, and how its files are called.
+
+    In version 2 and in version 1 (Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst).
+    """
+
+    place: Path
+    limit_file: str
+    use_file: str
+    cache_line: str  # of memory.stat
+
+    def limit(self, name: str = "") -> int | None:
+        """Read a limit in bytes, of `name` if not the hard one; None means there is none.
+
+        Raises:
+            FileNotFoundError: the group has no such limit.
+        """
+        text = (self.place / (name or self.limit_file)).read_text(encoding="ascii").strip()
+        # Version 1 has no word for it, and says the most that a counter of pages can hold.
+        return None if text == "max" or int(text) >= 1 << 62 else int(text)
+
+    def used(self) -> int:
+        """Read how many bytes are in use, page cache left out."""
+        used = int((self.place / self.use_file).read_text(encoding="ascii"))
+        stat = (self.place / "memory.stat").read_text(encoding="ascii").splitlines()
+        return used - sum(int(row.split()[1]) for row in stat if row.startswith(self.cache_line))
+
+
 _CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "file "),
     (
@@ -114,25 +140,64 @@ _CGROUPS = (
 )
 
 
-def cgroup_memory(pid: int | str = "self") -> Iterator[tuple[int, int]]:
-    """Yield limit and use in bytes, page cache left out, of each limited cgroup of a process."""
+def memory_cgroups(pid: int | str = "self") -> Iterator[MemoryCgroup]:
+    """Yield the places of the cgroups above a process, innermost first.
+
+    The root group and one without the memory controller have none of the files.
+    """
     for line in (_PROC / str(pid) / "cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, name = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        root, limit_file, use_file, cache_line = _CGROUPS[bool(controllers)]
+        root, *files = _CGROUPS[bool(controllers)]
         group = root / name.lstrip("/")
         for place in (group, *group.parents):
             if not place.is_relative_to(root):
                 break
-            try:
-                limit = (place / limit_file).read_text(encoding="ascii").strip()
-                if limit != "max":
-                    used = int((place / use_file).read_text(encoding="ascii"))
-                    stat = (place / "memory.stat").read_text(encoding="ascii").splitlines()
-                    cache = [int(row.split()[1]) for row in stat if row.startswith(cache_line)]
-                    yield int(limit), used - sum(cache)
-            except (
-                OSError
-            ):  # the root group, one without the memory controller, or one just removed
-                continue
+            yield MemoryCgroup(place, *files)
+
+
+def cgroup_memory(pid: int | str = "self") -> Iterator[tuple[int, int]]:
+    """Yield limit and use in bytes, page cache left out, of each limited cgroup of a process."""
+    for group in memory_cgroups(pid):
+        try:
+            limit = group.limit()
+            if limit is not None:
+                yield limit, group.used()
+        except OSError:  # the root group, one without the memory controller, or one just removed
+            continue
+
+
+def status(pid: int | str = "self") -> dict[str, str]:
+    """Read all of /proc/PID/status as it stands, such as ``CapEff`` and ``Seccomp``."""
+    text = (_PROC / str(pid) / "status").read_text(encoding="utf-8", errors="replace")
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {key: value.strip() for key, _, value in pairs}
+
+
+# Inodes of the namespaces that the kernel boots with (include/linux/proc_ns.h).
+_FIRST_NAMESPACES = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC, "cgroup": 0xEFFFFFFB}
+
+
+def own_namespaces() -> list[str]:
+    """Name which of ``user``, ``pid`` and ``cgroup`` are not those that the machine booted with."""
+    links = {kind: (_PROC / "self/ns" / kind) for kind in _FIRST_NAMESPACES}
+    return [
+        kind
+        for kind, link in links.items()
+        if link.is_symlink() and str(link.readlink()) != f"{kind}:[{_FIRST_NAMESPACES[kind]}]"
+    ]
+
+
+def capable(capability: int) -> bool:
+    """Tell whether this process has a capability (its number in linux/capability.h) everywhere.
+
+    Not only over a user namespace of its own (capabilities(7)).
+    """
+    effective = int(status()["CapEff"], 16)
+    return bool(effective >> capability & 1) and "user" not in own_namespaces()
+
+
+def kernel_setting(name: str) -> str:
+    """Read /proc/sys/kernel/NAME."""
+    return (_PROC / "sys/kernel" / name).read_text(encoding="utf-8").strip()
