@@ -102,7 +102,7 @@ def available_bytes() -> int:
 
 
 class MemoryCgroup(NamedTuple):
-    """A cgroup above this process that accounts for memory: its folder, and how its files are called.
+    """A cgroup above this process: its folder, and how its files about memory are called.
 
     In version 2 and in version 1 (Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst).
     """

@@ -226,6 +226,25 @@ def costs(
         raise typer.Exit(130)  # as a shell says of what Ctrl-C ended
 
 
+@app.command()
+def doctor(
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a screen.")] = False,
+) -> None:
+    """Say what this machine and process allow, and what to change for which effect."""
+    from pyreserve.cli import doctor_screen  # noqa: PLC0415
+    from pyreserve.doctor import diagnose  # noqa: PLC0415
+
+    with _refusals():
+        diagnosis = diagnose()
+        if json:
+            typer.echo(diagnosis.to_json())
+        else:
+            doctor_screen.show(diagnosis)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+
 def _load(path: Path) -> "CostTable":
     from pyreserve.costs import CostTable  # noqa: PLC0415
 
