@@ -3,7 +3,8 @@
 import resource
 from collections.abc import Iterator
 
-from pyreserve import procfs
+from pyreserve import layouts, procfs
+from pyreserve.arena import WORD
 from pyreserve.doctor.findings import Finding, soft_limit
 from pyreserve.limits import PAGE_SIZE, address_bits
 from pyreserve.units import KiB, format_size
@@ -30,21 +31,20 @@ def address_space() -> Iterator[Finding]:
     narrow = bits <= 32
     yield Finding(
         "address space",
-        "limited" if narrow or most < gap else "good",
+        "limited" if narrow else "good",
         f"A user address has {bits} bits ({format_size(1 << bits)}), and the largest free piece is "
         f"{format_size(gap)}.",
         f"One reservation of up to {format_size(most)} now"
         + (", which is what RLIMIT_AS leaves." if most < gap else "."),
-        "use a 64-bit Python" if narrow else "ulimit -v unlimited" if most < gap else None,
-        f"Reservations of {'many TiB' if narrow else f'up to {format_size(gap)}'}."
-        if narrow or most < gap
-        else None,
+        "use a 64-bit Python" if narrow else None,
+        "Reservations of many TiB." if narrow else None,
         values={
             "address_bits": bits,
             "largest_gap": gap,
             "largest_reservation": most,
             "page_size": PAGE_SIZE,
         },
+        command=False,
     )
 
 
@@ -62,12 +62,14 @@ def rlimit_as() -> Iterator[Finding]:
             values=values,
         )
         return
+    left = max(0, limit - used)
+    falls_back = left < layouts.get(layouts.default_name(WORD)).total()
     yield Finding(
         "RLIMIT_AS",
         "limited",
         f"RLIMIT_AS (ulimit -v) is {format_size(limit)}, of which {format_size(used)} are in use.",
-        f"All reservations together up to {format_size(max(0, limit - used))}, committed or not; "
-        "Go's 64-bit layouts fall back to the 32-bit mechanism.",
+        f"All reservations together up to {format_size(left)}, committed or not"
+        + ("; pyreserve vsz falls back to a smaller layout." if falls_back else "."),
         effect="Addresses cost nothing: reservations up to the largest free piece.",
         values=values,
         **how,
@@ -82,10 +84,10 @@ def rlimit_stack() -> Iterator[Finding]:
             "RLIMIT_STACK",
             "limited",
             "RLIMIT_STACK (ulimit -s) is unlimited.",
-            "The kernel then places mappings from a third of the address space upwards, and a "
-            "hint above may be ignored; a 32-bit process loses room.",
+            "The kernel keeps much room below the stack free for it, so that mappings lie amid the "
+            "address space and the largest free piece is smaller.",
             "ulimit -s 8192",
-            "Mappings are placed downwards from below the stack, as usual.",
+            "Mappings lie right below the stack, as usual.",
             values={"limit": None},
         )
         return

@@ -131,6 +131,7 @@ def _missing(feature: _Feature) -> Finding:
         change,
         feature.effect,
         values={"works": False, "since": version, "seccomp_filter": filtered},
+        command=False,
     )
 
 

@@ -28,11 +28,13 @@ class Finding:
         state: ``"good"``; ``"limited"``: it bounds what can be done; ``"missing"``.
         fact: what was found.
         allows: what that means for pyreserve.
-        change: the command, or the place, that changes it; None if there is nothing to change.
+        change: the command that changes it, or what to do where that is no command; None if there
+            is nothing to change.
         effect: what the change brings.
         risk: what the change costs, or whom it may hurt.
         values: the figures behind `fact`, in bytes where the name does not say otherwise; None for
             a limit means unlimited.
+        command: whether `change` is a command line, for a shell.
     """
 
     topic: str
@@ -43,6 +45,7 @@ class Finding:
     effect: str | None = None
     risk: str | None = None
     values: dict[str, Any] = field(default_factory=dict, hash=False)
+    command: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ def examine(topic: str, check: Check) -> Iterator[Finding]:
             "What it allows is not known.",
             "make /proc and /sys readable: as root, or with the container's /sys mounted",
             "This finding says what there is.",
+            command=False,
         )
 
 

@@ -28,6 +28,7 @@ def transparent_huge_pages() -> Iterator[Finding]:
             "build the kernel with CONFIG_TRANSPARENT_HUGEPAGE=y",
             f"First touch of {format_size(2 * MiB)} is one fault, not {2 * MiB // (4 * KiB)}.",
             values={"settings": {}},
+            command=False,
         )
         return
     yield _largest_thp(general, settings[largest], largest)
@@ -53,6 +54,7 @@ def _largest_thp(general: str, setting: str, size: int) -> Finding:
             "start the process from one that did not switch them off",
             f"What is set holds: {setting}.",
             values=values,
+            command=False,
         )
     if setting == "never":
         return Finding(
@@ -110,6 +112,7 @@ def _small_thp(settings: dict[int, str], largest: int) -> Finding:
         "boot Linux 6.8 or later",
         "Each size has a switch of its own.",
         values=values,
+        command=False,
     )
 
 
@@ -152,6 +155,7 @@ def hugetlb() -> Iterator[Finding]:
             "build the kernel with CONFIG_HUGETLBFS=y",
             "pyreserve costs --full measures them.",
             values=values,
+            command=False,
         )
 
 
@@ -172,6 +176,7 @@ def host() -> Iterator[Finding]:
             "Memory that was used once stays quick to touch.",
             "The host can't give the memory to other machines.",
             values,
+            command=False,
         )
         return
     yield Finding(

@@ -56,8 +56,9 @@ def other_processes() -> Iterator[Finding]:
         "their user or are marked undumpable not.",
         change,
         "Mappings of all processes can be read.",
-        None if power else "Root reads everybody's memory layout.",
+        None if power else "What runs as root can do everything else, too.",
         values,
+        command=not power,
     )
 
 
@@ -155,6 +156,7 @@ def container() -> Iterator[Finding]:
         "change sysctls, /sys and cgroups on the host, as root",
         "They are the machine's, and hold in here as well.",
         values=values,
+        command=False,
     )
 
 
