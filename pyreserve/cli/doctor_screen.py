@@ -54,7 +54,7 @@ def _show(console: Console, finding: Finding) -> None:
 def _row(console: Console, label: str, style: str, words: Text) -> None:
     # Not a table of rich's: that fills lines up with spaces, and a shell reads no line on after
     # a backslash and a space.
-    for line in words.wrap(console, console.width - _LABEL, overflow="fold"):
+    for line in words.wrap(console, max(_LABEL, console.width - _LABEL), overflow="fold"):
         line.rstrip()
         console.print(Text.assemble((label.ljust(_LABEL), style), line))
         label = ""

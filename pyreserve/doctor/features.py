@@ -29,8 +29,8 @@ _FEATURES = (
         "MADV_POPULATE_WRITE",
         (5, 14),
         "populate() backs a piece with memory in one call.",
-        "populate() touches page by page, and a lack of memory is a signal and no error.",
-        "populate() is quicker and its refusals are exceptions.",
+        "populate() touches page by page instead.",
+        "populate() is one system call, not a fault a page.",
     ),
     _Feature(
         "madv_free",

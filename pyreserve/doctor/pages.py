@@ -19,7 +19,7 @@ def transparent_huge_pages() -> Iterator[Finding]:
     general = chosen(_THP / "enabled")
     settings, largest = thp_settings(), thp_size()
     if general is None or largest is None:
-        _MM.stat()  # an unreadable /sys is another matter than a kernel without them
+        _MM.stat()  # a /sys that is not there is another matter than a kernel without them
         yield Finding(
             "transparent huge pages",
             "missing",
@@ -161,6 +161,7 @@ def hugetlb() -> Iterator[Finding]:
 
 def host() -> Iterator[Finding]:
     """See whether a hypervisor gives the memory, and may take idle memory back."""
+    Path("/sys/bus").stat()  # where a balloon would show
     facts = machine.facts()
     virtualised, balloon = facts["virtualised"], facts["balloon"]
     values = {"virtualised": virtualised, "balloon": balloon}

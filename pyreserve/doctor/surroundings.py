@@ -14,7 +14,12 @@ from pyreserve.doctor.findings import Finding, soft_limit
 from pyreserve.units import format_size
 
 _CAP_SYS_PTRACE = 19  # linux/capability.h
-_PTRACE_SCOPES = ("any process of the user", "descendants only", "with CAP_SYS_PTRACE only", "none")
+_PTRACE_SCOPES = (
+    "to any process of its user",
+    "to its descendants only",
+    "with CAP_SYS_PTRACE only",
+    "to nothing",
+)
 
 
 def other_processes() -> Iterator[Finding]:
@@ -88,7 +93,7 @@ def ptrace_scope() -> Iterator[Finding]:
     yield Finding(
         "ptrace_scope",
         "good",
-        f"kernel.yama.ptrace_scope is {scope}: a debugger may attach to "
+        f"kernel.yama.ptrace_scope is {scope}: a debugger may attach "
         f"{_PTRACE_SCOPES[min(scope, 3)]}.",
         "It does not restrict the reading of /proc/PID/maps, smaps and pagemap.",
         values={"ptrace_scope": scope},
