@@ -1,0 +1,499 @@
+"""The diagnosis: on this kernel with /proc as witness, and where settings are made up."""
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyreserve
+from pyreserve import PAGE_SIZE, KiB, MiB, procfs
+from pyreserve.cli import doctor_screen
+from pyreserve.doctor import STATES, Diagnosis, Finding, diagnose, features, memory, pages
+from pyreserve.doctor import surroundings as around
+from pyreserve.doctor.findings import examine
+
+COMMAND = [sys.executable, "-m", "pyreserve", "doctor"]
+LIMITS = {"-v": 4_000_000, "-d": 3_000_000, "-l": 64, "-s": 4096, "-c": 0}  # as ulimit counts
+
+
+def environment() -> dict[str, str]:
+    """The environment without what changes how terminals are written to."""
+    meddling = ("COLOR", "COLUMNS", "LINES", "TTY", "TERM", "GITHUB_ACTIONS")
+    return {k: v for k, v in os.environ.items() if not any(word in k for word in meddling)}
+
+
+def run(shell: str, *before: str, arguments: str = "--json") -> subprocess.CompletedProcess[str]:
+    """Run the command after a line of shell, under another command if one is given."""
+    return subprocess.run(
+        [*before, "sh", "-c", f'{shell} && exec "$@"', "sh", *COMMAND, *arguments.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+    )
+
+
+def told(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    """The findings that a run printed as JSON, by topic."""
+    assert (done.returncode, done.stderr) == (0, "")
+    return {finding["topic"]: finding for finding in json.loads(done.stdout)["findings"]}
+
+
+@pytest.fixture(scope="module")
+def here() -> Diagnosis:
+    """What is found in this process."""
+    return diagnose()
+
+
+@pytest.fixture(scope="module")
+def limited() -> dict[str, dict[str, Any]]:
+    """What is found in a process behind ulimit, hard limits too."""
+    return told(run(" && ".join(f"ulimit {option} {value}" for option, value in LIMITS.items())))
+
+
+def only(findings: Iterator[Finding]) -> Finding:
+    """The single finding of a check."""
+    (finding,) = findings
+    return finding
+
+
+class TestDiagnosis:
+    def test_what_limits_comes_first(self, here: Diagnosis) -> None:
+        """Findings are sorted by state, and each has a topic of its own."""
+        states = [STATES.index(finding.state) for finding in here.findings]
+        topics = [finding.topic for finding in here.findings]
+
+        assert states == sorted(states)
+        assert len(set(topics)) == len(topics)
+        assert sum(here.counts().values()) == len(topics)
+
+    def test_the_limits_of_errors_have_findings(self, here: Diagnosis) -> None:
+        """What a VMError names as its limit can be looked up; what there is not, can't."""
+        for limit in (
+            "RLIMIT_AS",
+            "RLIMIT_DATA",
+            "RLIMIT_MEMLOCK",
+            "overcommit",
+            "max_map_count",
+            "address space",
+        ):
+            assert here.about(limit).topic == limit
+        with pytest.raises(KeyError):
+            here.about("no such topic")
+
+    def test_what_limits_says_what_to_change(self, here: Diagnosis) -> None:
+        """Whatever is limited or missing names a change and its effect, in sentences."""
+        for finding in here.findings:
+            assert re.fullmatch(r".*\.", finding.fact)
+            assert re.fullmatch(r".*\.", finding.allows)
+            assert (finding.change is None) == (finding.effect is None)
+            assert finding.state == "good" or finding.change
+
+    def test_commands_are_a_shells(self, here: Diagnosis) -> None:
+        """A change that is a command is one that sh can read."""
+        for finding in here.findings:
+            if finding.change is not None and finding.command:
+                subprocess.run(["sh", "-n", "-c", finding.change], check=True)
+
+    def test_the_json_has_all_of_it(self, here: Diagnosis) -> None:
+        """JSON says its version, and gives back the findings as they are."""
+        found = json.loads(here.to_json())
+
+        assert found["schema"] == 1
+        assert found["pid"] == os.getpid()
+        assert found["counts"] == here.counts()
+        assert tuple(Finding(**finding) for finding in found["findings"]) == here.findings
+
+    def test_a_finding_does_not_change(self, here: Diagnosis) -> None:
+        """Findings are frozen, and can be put into a set."""
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            here.findings[0].topic = "other"  # type: ignore[misc]
+        assert len(set(here.findings)) == len(here.findings)
+
+
+class TestFacts:
+    """What is said of this process is what it finds itself."""
+
+    def test_the_largest_reservation(self) -> None:
+        """So much can be reserved in one piece, but for what comes and goes, and no more."""
+        most = diagnose().about("address space").values["largest_reservation"]
+
+        pyreserve.reserve(most - most // 64).release()
+        with pytest.raises(pyreserve.OutOfMemoryError):
+            pyreserve.reserve(most + most // 64)
+
+    def test_map_entries(self) -> None:
+        """Entries are counted as /proc/self/maps has them, and a piece apart takes two."""
+        with pyreserve.reserve(64 * PAGE_SIZE, guard=True) as region:
+            diagnose()
+            before = diagnose().about("max_map_count").values
+            for page in range(1, 40, 2):
+                region.commit(page * PAGE_SIZE, PAGE_SIZE)
+            after = diagnose().about("max_map_count").values
+
+        assert before["limit"] == int(Path("/proc/sys/vm/max_map_count").read_text())
+        assert before["pieces"] == (before["limit"] - before["used"]) // 2
+        assert 19 <= before["pieces"] - after["pieces"] <= 22
+
+    def test_accounting(self, here: Diagnosis) -> None:
+        """Mode and limits of overcommit are the kernel's."""
+        values = here.about("overcommit").values
+
+        assert values["mode"] == int(Path("/proc/sys/vm/overcommit_memory").read_text())
+        assert values["commit_limit"] == procfs.meminfo_kib()["CommitLimit"] * KiB
+        swap = here.about("swap")
+        assert (swap.state == "good") == (swap.values["total"] > 0)
+        assert swap.values["total"] == procfs.meminfo_kib()["SwapTotal"] * KiB
+
+    def test_features_are_the_capabilities(self, here: Diagnosis) -> None:
+        """A feature is good exactly where it was found to work."""
+        offered = pyreserve.capabilities()
+
+        for feature in features._FEATURES:
+            assert (here.about(feature.topic).state == "good") == getattr(offered, feature.field)
+
+    def test_names_in_maps(self, here: Diagnosis) -> None:
+        """Where names are called good, a region's name shows."""
+        with pyreserve.reserve(PAGE_SIZE, name="doctor"):
+            shows = any(mapping.name == "[anon:doctor]" for mapping in procfs.read_maps())
+
+        assert shows == (here.about("names in maps").state == "good")
+
+    def test_where_core_dumps_go(self, here: Diagnosis) -> None:
+        """The pattern is the kernel's."""
+        pattern = Path("/proc/sys/kernel/core_pattern").read_text().strip()
+
+        assert here.about("core dumps").values["core_pattern"] == pattern
+
+    def test_extras(self, here: Diagnosis) -> None:
+        """An extra is good if all that it asks for is installed; developers' own are left out."""
+        topics = [f.topic for f in here.findings if f.topic.startswith("extra ")]
+
+        assert {"extra cli", "extra numpy", "extra plot", "extra pyperf"} <= set(topics)
+        assert not {"extra dev", "extra test", "extra bench"} & set(topics)
+        for name, has in here.about("extra cli").values.items():
+            assert has == metadata.version(name)
+
+
+class TestLimits:
+    """Behind ulimit, as in a shell."""
+
+    @pytest.mark.parametrize(
+        ("topic", "option"), [("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d"), ("RLIMIT_CORE", "-c")]
+    )
+    def test_it_names_limit_and_change(
+        self, topic: str, option: str, limited: dict[str, dict[str, Any]]
+    ) -> None:
+        """A limit is found as it was set, with the command that lifts it."""
+        finding = limited["core dumps" if option == "-c" else topic]
+
+        if option == "-c" and finding["values"]["core_pattern"].startswith("|"):
+            pytest.skip("core dumps go to a program, whatever their limit")
+        assert finding["state"] == "limited"
+        assert f"{topic} (ulimit {option})" in finding["fact"]
+        assert finding["values"]["limit"] == LIMITS[option] * KiB
+        assert finding["change"] == f"ulimit {option} unlimited"
+
+    def test_locked_memory(self, limited: dict[str, dict[str, Any]]) -> None:
+        """RLIMIT_MEMLOCK limits all but who may lock whatever they like."""
+        finding = limited["RLIMIT_MEMLOCK"]
+
+        assert finding["values"]["limit"] == LIMITS["-l"] * KiB
+        if procfs.capable(14):
+            assert (finding["state"], finding["change"]) == ("good", None)
+        else:
+            assert (finding["state"], finding["change"]) == ("limited", "ulimit -l unlimited")
+
+    def test_a_hard_limit_takes_root(self, limited: dict[str, dict[str, Any]]) -> None:
+        """Who can't raise a hard limit is told so."""
+        told_so = "hard limit" in (limited["RLIMIT_AS"]["risk"] or "")
+
+        assert told_so != procfs.capable(24)
+
+    def test_the_reservation_is_what_the_limit_leaves(
+        self, limited: dict[str, dict[str, Any]]
+    ) -> None:
+        """Under RLIMIT_AS the largest reservation is the rest of it."""
+        values = limited["RLIMIT_AS"]["values"]
+
+        most = limited["address space"]["values"]["largest_reservation"]
+        assert abs(values["limit"] - values["used"] - most) < MiB
+        assert limited["RLIMIT_STACK"]["values"] == {"limit": LIMITS["-s"] * KiB}
+
+    def test_the_change_has_the_effect(self) -> None:
+        """After the command that it names the limit is gone."""
+        before = told(run("ulimit -S -v 4000000"))["RLIMIT_AS"]
+        after = told(run(f"ulimit -S -v 4000000 && {before['change']}"))["RLIMIT_AS"]
+
+        assert (before["state"], after["state"]) == ("limited", "good")
+
+    def test_where_sys_is_empty(self) -> None:
+        """In a namespace with an empty /sys it says what can't be read, and names the namespace."""
+        if shutil.which("unshare") is None:
+            pytest.skip("no unshare here")
+        done = run("mount -t tmpfs none /sys", "unshare", "--map-root-user", "--mount")
+        if "unshare" in done.stderr or "mount:" in done.stderr:
+            pytest.skip("no namespace to be had here")
+
+        found = told(done)
+
+        for topic in ("cgroup limit", "transparent huge pages", "hugetlb pools", "host"):
+            assert found[topic]["state"] == "limited"
+            assert "can't be read here: /sys" in found[topic]["fact"]
+        assert "user" in found["container"]["values"]["namespaces"]
+        assert found["other processes"]["values"]["cap_sys_ptrace"] is False
+
+
+class TestOtherMachines:
+    """Settings that this machine does not have, by what reads them."""
+
+    def test_strict_overcommit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In mode 2 the rest of the commit limit is what there is, in both modes of accounting."""
+        settings = {"overcommit_memory": 2, "overcommit_ratio": 50, "overcommit_kbytes": 0}
+        sizes = {"Committed_AS": 3 * MiB, "CommitLimit": 4 * MiB, "MemTotal": 8 * MiB}
+        monkeypatch.setattr(procfs, "vm_setting", settings.__getitem__)
+        monkeypatch.setattr(procfs, "meminfo_kib", lambda: {**sizes, "SwapTotal": 0})
+
+        finding = only(memory.overcommit())
+
+        assert finding.state == "limited"
+        assert "at most 1 GiB more" in finding.allows
+        assert 'mode="noreserve" is charged' in finding.allows
+        assert "vm.overcommit_ratio=50" in finding.fact
+        assert finding.change == "sysctl -w vm.overcommit_memory=0"
+
+    @pytest.mark.parametrize(("mode", "words"), [(0, "beyond 8 GiB at once"), (1, "OOM killer")])
+    def test_loose_overcommit(self, mode: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In modes 0 and 1 there is nothing to change."""
+        sizes = dict.fromkeys(("Committed_AS", "CommitLimit", "SwapTotal"), 0)
+        monkeypatch.setattr(procfs, "vm_setting", lambda name: mode)
+        monkeypatch.setattr(procfs, "meminfo_kib", lambda: {**sizes, "MemTotal": 8 * MiB})
+
+        finding = only(memory.overcommit())
+
+        assert (finding.state, finding.change) == ("good", None)
+        assert words in finding.allows
+
+    def test_map_entries_almost_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where few entries are left it says how many pieces, and by what to raise them."""
+        monkeypatch.setattr(procfs, "vm_setting", lambda name: 65530)
+        monkeypatch.setattr(procfs, "map_count", lambda: 65500)
+
+        finding = diagnose().about("max_map_count")
+
+        assert finding.state == "limited"
+        assert "About 15 more" in finding.allows
+        assert finding.change == "sysctl -w vm.max_map_count=262144"
+        assert finding.effect == "About 98,322 pieces."
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_a_cgroup_limit(
+        self, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The tightest group of either version is named by its file, with what lifts its limit."""
+        _, limit, use, cache = procfs._CGROUPS[2 - version]
+        for name, most in (("inner", 300 * MiB), ("outer", 200 * MiB)):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / limit).write_text(f"{most}\n")
+            (tmp_path / name / use).write_text(f"{100 * MiB}\n")
+            (tmp_path / name / "memory.stat").write_text(f"{cache}{50 * MiB}\n")
+        if version == 2:
+            (tmp_path / "inner/memory.high").write_text(f"{150 * MiB}\n")
+        groups = [
+            procfs.MemoryCgroup(tmp_path / name, limit, use, cache)
+            for name in ("inner", "outer", "gone")
+        ]
+        monkeypatch.setattr(procfs, "memory_cgroups", lambda: iter(groups))
+
+        found = {finding.topic: finding for finding in memory.cgroup_limit()}
+
+        hard, file = found["cgroup limit"], tmp_path / "outer" / limit
+        assert hard.change == f"echo {'max' if version == 2 else -1} > {file}"
+        assert "Touching 150 MiB more" in hard.allows
+        assert hard.values == {"file": str(file), "limit": 200 * MiB, "used": 50 * MiB}
+        assert ("cgroup high" in found) == (version == 2)
+        if version == 2:
+            assert found["cgroup high"].change == f"echo max > {tmp_path}/inner/memory.high"
+
+    def test_no_cgroup_limit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A limit that is none, in either version's words, is good."""
+        groups = []
+        for (_, limit, use, cache), none in zip(
+            procfs._CGROUPS, ("max", 2**63 - 4096), strict=True
+        ):
+            (tmp_path / limit).write_text(f"{none}\n")
+            groups.append(procfs.MemoryCgroup(tmp_path, limit, use, cache))
+        monkeypatch.setattr(procfs, "memory_cgroups", lambda: iter(groups))
+
+        assert only(memory.cgroup_limit()).state == "good"
+
+    def test_locked_memory_without_the_capability(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without CAP_IPC_LOCK RLIMIT_MEMLOCK counts."""
+        monkeypatch.setattr(procfs, "capable", lambda capability: False)
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (8 * MiB, 8 * MiB))
+
+        finding = only(memory.rlimit_memlock())
+
+        assert finding.state == "limited"
+        assert "8 MiB" in finding.fact
+        assert finding.change == "ulimit -l unlimited"
+
+    @pytest.mark.parametrize(
+        ("release", "seccomp", "fact", "change"),
+        [
+            ("5.10.0-amd64", "0", "does not have it", "boot Linux 6.10 or later"),
+            ("6.18.1", "2", "seccomp filter", "seccomp profile"),
+            ("6.18.1", "0", "since 6.10", "configured"),
+        ],
+    )
+    def test_a_missing_feature(
+        self,
+        release: str,
+        seccomp: str,
+        fact: str,
+        change: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """What is missing is put down to an old kernel, a filter, or its configuration."""
+        offered = dataclasses.replace(pyreserve.capabilities(), mseal=False)
+        monkeypatch.setattr(features, "capabilities", lambda: offered)
+        monkeypatch.setattr(platform, "release", lambda: release)
+        monkeypatch.setattr(procfs, "status", lambda: {"Seccomp": seccomp})
+
+        (finding,) = [found for found in features.features() if found.topic == "mseal"]
+
+        assert finding.state == "missing"
+        assert fact in finding.fact
+        assert change in str(finding.change)
+        assert "reserve(seal=True) is refused" in finding.allows
+
+    @pytest.mark.parametrize("own", ["never", "inherit"])
+    def test_huge_pages_that_are_never_had(
+        self, own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The switch that is named is the one that decides: the size's own, or the general one."""
+        (tmp_path / "hugepages-2048kB").mkdir()
+        (tmp_path / "hugepages-2048kB/enabled").write_text(
+            " ".join(f"[{w}]" if w == own else w for w in ("always", "inherit", "madvise", "never"))
+        )
+        (tmp_path / "defrag").write_text("always [madvise] never")
+        monkeypatch.setattr(pages, "_THP", tmp_path)
+
+        finding = pages._largest_thp("never", "never", 2 * MiB)
+
+        switch = tmp_path / ("hugepages-2048kB/enabled" if own == "never" else "enabled")
+        assert finding.state == "missing"
+        assert finding.change == f"echo madvise > {switch}"
+
+    @pytest.mark.parametrize("scope", [None, 0, 1, 2, 3])
+    def test_yama(self, scope: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Yama keeps nobody from reading mappings, whatever its scope."""
+
+        def setting(name: str) -> str:
+            if scope is None:
+                raise FileNotFoundError(name)
+            return str(scope)
+
+        monkeypatch.setattr(procfs, "kernel_setting", setting)
+
+        finding = only(around.ptrace_scope())
+
+        assert (finding.state, finding.values["ptrace_scope"]) == ("good", scope)
+
+    def test_an_extra_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An extra names what of it is missing, and what brings it."""
+        lines = ['no-such-thing>=1; extra == "plot"', 'rich>=13; extra == "cli"', "cffi>=1.17"]
+        monkeypatch.setattr(around, "requires", lambda name: lines)
+
+        found = {finding.topic: finding for finding in around.extras()}
+
+        assert found["extra plot"].state == "missing"
+        assert found["extra plot"].change == "pip install 'pyreserve[plot]'"
+        assert "no-such-thing" in found["extra plot"].fact
+        assert found["extra cli"].state == "good"
+
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [
+            (PermissionError(13, "Permission denied", "/sys/x"), "/sys/x: Permission denied"),
+            (KeyError("CommitLimit"), "does not report CommitLimit"),
+            (ValueError("no number"), "no number"),
+        ],
+    )
+    def test_what_cannot_be_read(self, error: Exception, words: str) -> None:
+        """What a check can't read is a finding, behind what it has found before."""
+        first = Finding("a", "good", "It is so.", "All.")
+
+        def check() -> Iterator[Finding]:
+            yield first
+            raise error
+
+        found = list(examine("b", check))
+
+        assert found[0] == first
+        assert (found[1].topic, found[1].state) == ("b", "limited")
+        assert words in found[1].fact
+
+
+def squeezed(text: str) -> str:
+    """The text without spaces, line ends and backslashes."""
+    return re.sub(r"[\s\\]", "", text)
+
+
+class TestScreen:
+    @pytest.fixture
+    def shown(self, here: Diagnosis, capsys: pytest.CaptureFixture[str]) -> str:
+        """What the screen shows of it, in a pipe."""
+        doctor_screen.show(here)
+        return capsys.readouterr().out
+
+    def test_nothing_is_cut_at_80_columns(self, here: Diagnosis, shown: str) -> None:
+        """All words of all findings are there, in lines of 80 columns."""
+        assert max(map(len, shown.splitlines())) <= 80
+        text = squeezed(shown)
+        for finding in here.findings:
+            for words in (f"{finding.fact} {finding.allows}", finding.change, finding.effect):
+                assert words is None or squeezed(words) in text
+
+    def test_the_last_line_counts(self, here: Diagnosis, shown: str) -> None:
+        """The last line says how many are good, limited and missing."""
+        counts = here.counts()
+
+        assert shown.splitlines()[-1] == (
+            f"{counts['good']} good, {counts['limited']} limited, {counts['missing']} missing"
+        )
+
+    def test_a_broken_command_is_the_same_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """A long command is broken so that a shell reads it as it was."""
+        words = [f"word-{n}" for n in range(40)]
+        finding = Finding("a", "limited", "It is.", "No.", f"echo {' '.join(words)}", "More.")
+        doctor_screen.show(Diagnosis(None, "6.1", "x86_64", "3.12", 1, (finding,)))
+        out = capsys.readouterr().out
+
+        command = re.search(r"^change(.*)^effect", out, re.MULTILINE | re.DOTALL)
+
+        assert command is not None
+        said = subprocess.run(
+            ["sh", "-c", command[1]], capture_output=True, text=True, check=True
+        ).stdout
+        assert said.split() == words
+
+    def test_the_command(self) -> None:
+        """The command ends with status 0 and the counts, without colours in a pipe."""
+        done = run("true", arguments="")
+
+        assert (done.returncode, done.stderr) == (0, "")
+        assert re.search(r"^\d+ good, \d+ limited, \d+ missing$", done.stdout, re.MULTILINE)
+        assert "\x1b" not in done.stdout
+        assert max(map(len, done.stdout.splitlines())) <= 80
