@@ -16,7 +16,7 @@ from pyreserve.integers import IntegersForC, integers
 from pyreserve.limits import PAGE_SIZE, refusal
 from pyreserve.memstats import MemStats
 from pyreserve.pagealloc import TablesLock, close_with, reserve_tables
-from pyreserve.region import Mode, Region
+from pyreserve.region import Mode, Region, resident
 from pyreserve.scavenger import FIVE_MINUTES, Scavenger
 from pyreserve.steps import as_step
 from pyreserve.units import MiB, TiB, format_size, round_up
@@ -368,7 +368,7 @@ class Arena(Engine):
                 other_sys=other_sys,
                 reserved=self._region.reserved + sum(r.size for r in self._elsewhere),
                 committed=self._region.committed + sum(r.size for r in self._elsewhere),
-                resident=sum(_resident(r) for r in (self._region, *self._elsewhere)),
+                resident=sum(resident(r) for r in (self._region, *self._elsewhere)),
                 tables=self._tables.size if self._tables is not None else 0,
             )
 
@@ -645,17 +645,6 @@ class Arena(Engine):
                 nbytes = int(_nbytes(self._heap, handle))
                 if nbytes > 0:
                     yield Block(self, handle, nbytes)
-
-
-def _resident(region: Region) -> int:
-    """How much of a region is in memory, in bytes, as the kernel says."""
-    total, seen = 0, ffi.new("size_t *")
-    for offset, length in region.committed_runs():
-        err = lib.vm_resident(region.base + offset, length, seen)
-        if err:
-            raise refusal("look at", err, length, region.base + offset)
-        total += int(seen[0])
-    return total
 
 
 def _no_block_at_all(verb: str, thing: object) -> TypeError:

@@ -619,6 +619,17 @@ def reserve(  # noqa: PLR0912  # one branch a policy
     return region
 
 
+def resident(region: Region) -> int:
+    """How much of a region is in memory, in bytes, as the kernel says."""
+    total, seen = 0, ffi.new("size_t *")
+    for offset, length in region.committed_runs():
+        err = lib.vm_resident(region.base + offset, length, seen)
+        if err:
+            raise refusal("look at", err, length, region.base + offset)
+        total += int(seen[0])
+    return total
+
+
 def import_numpy(who: str) -> Any:
     """Import numpy where it is needed, and only there: importing pyreserve is cheap.
 
