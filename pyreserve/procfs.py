@@ -70,6 +70,16 @@ def rollup_kib(pid: int | str = "self") -> dict[str, int]:
     return dict(_kib_fields(_PROC / str(pid) / "smaps_rollup"))
 
 
+def started(pid: int) -> int:
+    """Read when a process was started, in clock ticks since boot: tells users of a number apart.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    stat = (_PROC / str(pid) / "stat").read_text(encoding="ascii", errors="replace")
+    return int(stat.rpartition(")")[2].split()[19])  # field 22; the name before may hold anything
+
+
 def meminfo_kib() -> dict[str, int]:
     """Read /proc/meminfo, such as ``Committed_AS`` and ``CommitLimit``, in KiB."""
     return dict(_kib_fields(_PROC / "meminfo"))
