@@ -1,0 +1,599 @@
+"""What Prometheus is told: scraped over HTTP and parsed as it would."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from urllib.request import Request, urlopen
+from weakref import ref
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge, Metric, start_http_server
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from pyreserve import (
+    PAGE_SIZE,
+    Arena,
+    Bitmap,
+    BumpArena,
+    GrowableBuffer,
+    KiB,
+    MemStats,
+    MiB,
+    Pool,
+    Region,
+    ReleasedError,
+    procfs,
+    reserve,
+)
+from pyreserve.prometheus import register, register_process
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+COUNTS = {"heap_objects": "", "mallocs": "_total", "frees": "_total"}
+
+Scraped = dict[tuple[str, ...], float]
+Scrape = Callable[[], Scraped]
+Get = Callable[[str], str]
+
+
+class Current:
+    """What the server serves: the registry of the test under way."""
+
+    registry = CollectorRegistry()
+
+    def collect(self) -> Iterable[Metric]:
+        return self.registry.collect()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, Current]]:
+    """Serve over HTTP, each scrape in a thread of its own."""
+    current = Current()
+    server, thread = start_http_server(0, "127.0.0.1", current)
+    yield f"http://127.0.0.1:{server.server_port}/metrics", current
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def registry(served: tuple[str, Current]) -> CollectorRegistry:
+    """A registry as `prometheus_client.REGISTRY` is."""
+    served[1].registry = CollectorRegistry(auto_describe=True)
+    return served[1].registry
+
+
+@pytest.fixture
+def get(served: tuple[str, Current]) -> Get:
+    """Get what the registry has, in a format."""
+
+    def get(accept: str) -> str:
+        with urlopen(Request(served[0], headers={"Accept": accept}), timeout=60) as answer:
+            return str(answer.read().decode())
+
+    return get
+
+
+def values(families: Iterable[Metric]) -> Scraped:
+    """The value of each metric, by its name and its labels' values, the class last."""
+    return {
+        (sample.name, *(sample.labels[label] for label in sorted(sample.labels, reverse=True))): (
+            sample.value
+        )
+        for family in families
+        for sample in family.samples
+    }
+
+
+@pytest.fixture
+def scrape(get: Get) -> Scrape:
+    """Scrape the registry."""
+    return lambda: values(text_string_to_metric_families(get("text/plain")))
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    """An arena of which something is in use, idle, given back and in memory."""
+    with Arena("native", size=64 * MiB) as made:
+        kept, idle = made.alloc(100 * KiB), made.alloc(3 * MiB)
+        for block in (kept, idle):
+            block.view[:] = b"x" * block.nbytes
+        idle.free()
+        made.scavenge(MiB)
+        yield made
+
+
+def exposed(name: str, stats: MemStats) -> Scraped:
+    """What a scrape of an arena is to show."""
+    return {
+        (f"pyreserve_arena_{field}{COUNTS.get(field, '_bytes')}", name): value
+        for field, value in dataclasses.asdict(stats).items()
+    }
+
+
+def shown(scraped: Scraped, name: str) -> dict[str, float]:
+    """The values of one thing."""
+    return {key[0]: value for key, value in scraped.items() if key[1] == name}
+
+
+class TestArenas:
+    def test_every_field(self, registry: CollectorRegistry, scrape: Scrape, arena: Arena) -> None:
+        """A scrape shows what memstats shows, field by field, and nothing else."""
+        register(arena, "heap", registry=registry)
+
+        stats = arena.memstats()
+        assert scrape() == exposed("heap", stats)
+        assert 0 < stats.heap_released < stats.heap_idle
+        assert 0 < stats.resident < stats.committed < stats.reserved
+        assert (stats.mallocs, stats.frees) == (2, 1)
+
+    def test_each_scrape_is_fresh(
+        self, registry: CollectorRegistry, scrape: Scrape, arena: Arena
+    ) -> None:
+        """The next scrape shows what has changed meanwhile."""
+        register(arena, "heap", registry=registry)
+        before = scrape()
+
+        arena.alloc(MiB)
+
+        assert scrape() == exposed("heap", arena.memstats()) != before
+
+    def test_several(self, registry: CollectorRegistry, scrape: Scrape, arena: Arena) -> None:
+        """Two arenas stand in the same metrics under their names."""
+        with Arena("native", size=MiB) as other:
+            register(arena, "heap", registry=registry)
+            register(other, "other", registry=registry)
+
+            assert scrape() == {
+                **exposed("heap", arena.memstats()),
+                **exposed("other", other.memstats()),
+            }
+
+    def test_under_way(self, registry: CollectorRegistry, scrape: Scrape, arena: Arena) -> None:
+        """A scrape while threads allocate and free shows one moment: its sums are exact."""
+        register(arena, "heap", registry=registry)
+        done = threading.Event()
+
+        def work() -> None:
+            while not done.is_set():
+                blocks = [arena.alloc(100_000) for _ in range(20)]
+                arena.free_many(blocks)
+                arena.scavenge()
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            seen = [shown(scrape(), "heap") for _ in range(30)]
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
+
+        for each in seen:
+            now = {name.removeprefix("pyreserve_arena_"): n for name, n in each.items()}
+            parts = now["heap_sys_bytes"], now["gc_sys_bytes"], now["other_sys_bytes"]
+            assert now["sys_bytes"] == sum(parts)
+            assert now["heap_sys_bytes"] == now["heap_idle_bytes"] + now["heap_inuse_bytes"]
+            assert now["heap_objects"] == now["mallocs_total"] - now["frees_total"]
+            assert now["heap_alloc_bytes"] == 100 * KiB + 100_000 * (now["heap_objects"] - 1)
+            assert now["heap_released_bytes"] <= now["heap_idle_bytes"]
+
+
+class TestRegions:
+    def test_a_region(self, registry: CollectorRegistry, scrape: Scrape, region: Region) -> None:
+        """A scrape shows what is reserved, committed and in memory."""
+        region.commit(0, 8 * PAGE_SIZE)
+        region.populate(0, 3 * PAGE_SIZE)
+        region.commit(20 * PAGE_SIZE, PAGE_SIZE)
+
+        register(region, "cache", registry=registry)
+
+        assert scrape() == {
+            ("pyreserve_region_reserved_bytes", "cache"): 64 * PAGE_SIZE,
+            ("pyreserve_region_committed_bytes", "cache"): 9 * PAGE_SIZE,
+            ("pyreserve_region_resident_bytes", "cache"): 3 * PAGE_SIZE,
+        }
+
+    def test_what_stands_on_one(self, registry: CollectorRegistry, scrape: Scrape) -> None:
+        """Allocators, growables and bitmaps show their regions, and what they have handed out."""
+        pool, bump, bits, buffer = Pool(48), BumpArena(MiB), Bitmap(10**6), GrowableBuffer(MiB)
+        pool.alloc_many(10)
+        bump.alloc(1000)
+        bits.set(5)
+        buffer.extend(b"hello")
+
+        things: list[Pool | BumpArena | Bitmap | GrowableBuffer] = [pool, bump, bits, buffer]
+        names = [register(thing, registry=registry).name for thing in things]
+
+        scraped = scrape()
+        assert names == ["pool", "bumparena", "bitmap", "growablebuffer"]
+        for thing, name in zip(things, names, strict=True):
+            its = shown(scraped, name)
+            assert its["pyreserve_region_committed_bytes"] == thing.committed > 0
+            assert its["pyreserve_region_reserved_bytes"] == thing._region.size
+            assert 0 <= its["pyreserve_region_resident_bytes"] <= thing.committed
+            in_use = {"pool": 480, "bumparena": 1000}.get(name)
+            assert its.get("pyreserve_region_in_use_bytes") == in_use
+
+
+class TestNames:
+    def test_their_own(self, registry: CollectorRegistry, arena: Arena) -> None:
+        """Without a name, an arena goes by its layout, and a region by its own name."""
+        named = reserve(PAGE_SIZE, name="mine")
+
+        assert register(arena, registry=registry).name == "native"
+        assert register(named, registry=registry).name == "mine"
+
+    def test_any_text(self, registry: CollectorRegistry, scrape: Scrape, region: Region) -> None:
+        """Quotes, newlines and umlauts in a name do not break a scrape."""
+        name = 'a "quoted"\\\nGr\u00f6\u00dfe'
+        register(region, name, registry=registry)
+
+        assert shown(scrape(), name)["pyreserve_region_reserved_bytes"] == region.size
+
+    def test_one_name_twice(
+        self, registry: CollectorRegistry, scrape: Scrape, region: Region, arena: Arena
+    ) -> None:
+        """A name that is taken is refused, for the same kind, and nothing changes."""
+        register(region, "one", registry=registry)
+        register(arena, "one", registry=registry)
+        before = scrape()
+
+        with pytest.raises(ValueError, match="'one' is taken for a region: give another"):
+            register(Pool(8), "one", registry=registry)
+
+        assert scrape() == before
+
+    def test_free_again(self, registry: CollectorRegistry, scrape: Scrape) -> None:
+        """The name of what was released or dropped is to be had again."""
+        first, second = reserve(PAGE_SIZE), reserve(2 * PAGE_SIZE)
+        register(first, "one", registry=registry)
+        first.release()
+        register(second, "one", registry=registry)
+        del second
+        third = reserve(3 * PAGE_SIZE)
+        register(third, "one", registry=registry)
+
+        assert shown(scrape(), "one")["pyreserve_region_reserved_bytes"] == 3 * PAGE_SIZE
+
+    def test_refusals(self, registry: CollectorRegistry, scrape: Scrape, region: Region) -> None:
+        """What has no stats, no proper name or no memory any more is refused."""
+        gone, heap = reserve(PAGE_SIZE), Arena("native", size=MiB)
+        gone.release()
+        heap.release()
+
+        with pytest.raises(TypeError, match="neither an arena nor on a region: bytes"):
+            register(b"", registry=registry)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="a name is a string, not int"):
+            register(region, 5, registry=registry)  # type: ignore[arg-type]
+        with pytest.raises(ReleasedError):
+            register(gone, registry=registry)
+        with pytest.raises(ReleasedError):
+            register(heap, registry=registry)
+        assert scrape() == {}
+
+
+class TestEnds:
+    def test_released(self, registry: CollectorRegistry, scrape: Scrape, region: Region) -> None:
+        """What was released is exposed no longer; the scrape goes on with the others."""
+        gone = Arena("native", size=MiB)
+        register(gone, "gone", registry=registry)
+        register(region, "stays", registry=registry)
+
+        gone.release()
+
+        assert {key[1] for key in scrape()} == {"stays"}
+        region.release()
+        assert scrape() == {}
+
+    def test_released_in_between(
+        self, registry: CollectorRegistry, scrape: Scrape, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What is released after a scrape has found it breaks no scrape."""
+        arena = Arena("native", size=MiB)
+        memstats = Arena.memstats
+
+        def late(self: Arena) -> MemStats:
+            self.release()
+            return memstats(self)
+
+        monkeypatch.setattr(Arena, "memstats", late)
+        register(arena, registry=registry)
+
+        assert scrape() == {}
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: reserve(PAGE_SIZE),
+            lambda: Arena("native", size=MiB),
+            lambda: Pool(8),
+            lambda: BumpArena(MiB),
+            lambda: Bitmap(100),
+            lambda: GrowableBuffer(100),
+        ],
+    )
+    def test_nothing_is_kept(
+        self, registry: CollectorRegistry, scrape: Scrape, make: Callable[[], Any]
+    ) -> None:
+        """What is dropped is gone at once, though the registration is kept."""
+        thing = make()
+        alive = ref(thing if isinstance(thing, Region) else thing._region)
+        kept = register(thing, "it", registry=registry)
+        assert shown(scrape(), "it")
+
+        del thing
+
+        assert alive() is None
+        assert scrape() == {}
+        kept.unregister()
+
+    def test_unregistered(self, registry: CollectorRegistry, scrape: Scrape) -> None:
+        """One thing goes, the others stay; with the last one all is as if nothing had been."""
+        regions = [reserve(PAGE_SIZE) for _ in range(2)]
+        one, two = (register(r, str(i), registry=registry) for i, r in enumerate(regions))
+
+        one.unregister()
+        one.unregister()
+        assert {key[1] for key in scrape()} == {"1"}
+        two.unregister()
+        assert scrape() == {}
+
+        register(regions[0], "0", registry=registry)
+        one.unregister()
+        assert {key[1] for key in scrape()} == {"0"}
+
+    def test_a_registry_that_was_cleared(
+        self, registry: CollectorRegistry, scrape: Scrape, region: Region
+    ) -> None:
+        """If somebody takes the collector out of the registry, the next registration is exposed."""
+        register(region, "one", registry=registry)
+        (collector,) = registry._collector_to_names
+        registry.unregister(collector)
+        assert scrape() == {}
+
+        two = register(region, "two", registry=registry)
+
+        assert {key[1] for key in scrape()} == {"one", "two"}
+        registry.unregister(collector)
+        two.unregister()
+
+    def test_metrics_of_another(self, registry: CollectorRegistry, region: Region) -> None:
+        """If another collector has one of the metrics, that is said and nothing is registered."""
+        other = Gauge("pyreserve_process_up", "Of somebody else.", registry=registry)
+
+        for _ in range(2):
+            with pytest.raises(ValueError, match="pyreserve_process_up"):
+                register(region, registry=registry)
+        registry.unregister(other)
+        register(region, registry=registry)
+
+    def test_the_default_registry(self, region: Region) -> None:
+        """Without a registry, it is the one that prometheus_client serves."""
+        kept = register(region, "default")
+
+        assert kept.registry is REGISTRY
+        reserved = REGISTRY.get_sample_value(
+            "pyreserve_region_reserved_bytes", {"region": "default"}
+        )
+        assert reserved == region.size
+        kept.unregister()
+
+
+CLASSES = ("no_access_reserved", "resident_private", "swapped")
+
+
+@pytest.fixture
+def explained(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
+    """What `pyreserve.procmem.explain` finds, or raises, for each process."""
+    found: dict[int, Any] = {}
+
+    def explain(pid: int) -> Any:
+        if isinstance(found[pid], OSError):
+            raise found[pid]
+        return found[pid]
+
+    fake = ModuleType("pyreserve.procmem")
+    fake.explain = explain  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pyreserve.procmem", fake)
+    return found
+
+
+def space() -> SimpleNamespace:
+    """An address space as it is explained."""
+    return SimpleNamespace(
+        vsz_kib=600,
+        rss_kib=11,
+        pss_kib=12,
+        uss_kib=13,
+        swap_kib=14,
+        page_tables_kib=15,
+        mappings=16,
+        classes=tuple(
+            SimpleNamespace(name=name, kib=100 * i, mappings=i)
+            for i, name in enumerate(CLASSES, start=1)
+        ),
+    )
+
+
+class TestProcesses:
+    def test_this_one(
+        self, registry: CollectorRegistry, scrape: Scrape, explained: dict[int, Any]
+    ) -> None:
+        """A scrape shows the classes and the sums, in bytes."""
+        explained[os.getpid()] = space()
+
+        register_process(registry=registry)
+
+        expected: Scraped = {
+            ("pyreserve_process_up", "self"): 1,
+            ("pyreserve_process_map_entries", "self"): 16,
+            ("pyreserve_process_resident_bytes", "self"): 11 * KiB,
+            ("pyreserve_process_proportional_bytes", "self"): 12 * KiB,
+            ("pyreserve_process_unique_bytes", "self"): 13 * KiB,
+            ("pyreserve_process_swap_bytes", "self"): 14 * KiB,
+            ("pyreserve_process_page_tables_bytes", "self"): 15 * KiB,
+        }
+        for i, name in enumerate(CLASSES, start=1):
+            expected["pyreserve_process_address_space_bytes", "self", name] = i * 100 * KiB
+            expected["pyreserve_process_mappings", "self", name] = i
+        assert scrape() == expected
+
+    @pytest.mark.parametrize("refusal", [PermissionError(), FileNotFoundError()])
+    def test_not_to_be_read(
+        self,
+        registry: CollectorRegistry,
+        scrape: Scrape,
+        explained: dict[int, Any],
+        region: Region,
+        refusal: OSError,
+    ) -> None:
+        """A process that may not be read is down, and everything else is as ever."""
+        explained[os.getpid()] = space()
+        explained[os.getppid()] = refusal
+        register_process(registry=registry)
+        register_process(os.getppid(), "parent", registry=registry)
+        register(region, "cache", registry=registry)
+
+        scraped = scrape()
+
+        assert shown(scraped, "parent") == {"pyreserve_process_up": 0}
+        assert shown(scraped, "self")["pyreserve_process_up"] == 1
+        assert shown(scraped, "cache")["pyreserve_region_reserved_bytes"] == region.size
+
+    def test_gone(
+        self, registry: CollectorRegistry, scrape: Scrape, explained: dict[int, Any]
+    ) -> None:
+        """A process that has ended is down; one that is not there is refused at once."""
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+            pid, explained[child.pid] = child.pid, space()
+            assert register_process(pid, registry=registry).name == str(pid)
+            assert shown(scrape(), str(pid))["pyreserve_process_up"] == 1
+
+        assert scrape() == {("pyreserve_process_up", str(pid)): 0}
+        with pytest.raises(FileNotFoundError):
+            register_process(pid, "again", registry=registry)
+
+    def test_another_of_its_number(
+        self,
+        registry: CollectorRegistry,
+        scrape: Scrape,
+        explained: dict[int, Any],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A later process with the number of one that has ended is not taken for it."""
+        explained[os.getppid()] = space()
+        register_process(os.getppid(), "parent", registry=registry)
+        started = procfs.started(os.getppid())
+
+        monkeypatch.setattr(procfs, "started", lambda pid: started + 1)
+
+        assert scrape() == {("pyreserve_process_up", "parent"): 0}
+
+    def test_when_it_was_started(self) -> None:
+        """A child was started after its parent, whatever its name may be."""
+        script = (
+            "import sys; from pyreserve import procfs; import os\n"
+            "open('/proc/self/comm', 'w').write('a) 1 (b')\n"
+            "print(procfs.started(os.getpid()))"
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        )
+
+        assert int(found.stdout) > procfs.started(os.getpid()) > 0
+
+
+@pytest.fixture
+def everything(
+    registry: CollectorRegistry, arena: Arena, explained: dict[int, Any]
+) -> Iterator[CollectorRegistry]:
+    """A registry of all kinds of things, so of all metrics there are."""
+    explained[os.getpid()] = space()
+    pool = Pool(8)
+    register(arena, registry=registry)
+    register(pool, registry=registry)
+    register(arena.region, "arena's", registry=registry)
+    register_process(registry=registry)
+    yield registry
+    pool.release()
+
+
+@pytest.mark.usefixtures("everything")
+class TestFormat:
+    def test_conventions(self, get: Get) -> None:
+        """Bytes end in _bytes, what only grows in _total, and HELP is a sentence."""
+        for family in text_string_to_metric_families(get("text/plain")):
+            assert re.fullmatch(r"pyreserve_(arena|region|process)_[a-z_]+", family.name)
+            in_bytes = re.search(r"^(Idle )?[Bb]ytes|^Addresses|Mapped bytes", family.documentation)
+            assert family.name.endswith("_bytes") == bool(in_bytes)
+            assert re.fullmatch(r"[A-Z].*\.", family.documentation)
+            assert (family.type == "counter") == family.samples[0].name.endswith("_total")
+            assert family.type in {"counter", "gauge"}
+            assert [name for name in family.samples[0].labels if name != "class"] == [
+                family.name.split("_")[1]
+            ]
+
+    def test_each_metric_once(self, get: Get) -> None:
+        """However many things there are, a metric has one HELP and one TYPE."""
+        described = re.findall(r"^# (?:HELP|TYPE) \S+", get("text/plain"), re.MULTILINE)
+
+        assert len(described) == len(set(described)) > 50
+
+    def test_openmetrics(self, get: Get, scrape: Scrape) -> None:
+        """OpenMetrics, whose parser is strict, says the same, and the unit too."""
+        text = get(OPENMETRICS)
+        families = list(openmetrics.text_string_to_metric_families(text))  # type: ignore[no-untyped-call]
+
+        assert text.endswith("# EOF\n")
+        assert values(families) == scrape()
+        for family in families:
+            assert family.unit == ("bytes" if family.name.endswith("_bytes") else "")
+
+    def test_one_by_name(self, everything: CollectorRegistry) -> None:
+        """A scrape can ask for metrics by name."""
+        some = everything.restricted_registry(["pyreserve_arena_mallocs_total"])
+
+        assert [metric.name for metric in some.collect()] == ["pyreserve_arena_mallocs"]
+
+
+class TestElsewhere:
+    def test_without_prometheus_client(self) -> None:
+        """Where it is missing one line says what to install; importing needs none."""
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import sys; sys.modules['prometheus_client'] = None\n"
+                "from pyreserve import prometheus, reserve\n"
+                "prometheus.register(reserve(9))",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+        assert done.stderr.splitlines()[-1] == (
+            "ImportError: register needs prometheus_client: pip install 'pyreserve[prometheus]'"
+        )
+
+    def test_cheap_to_import(self) -> None:
+        """Importing pyreserve, or this of it, imports no prometheus_client."""
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import sys, pyreserve\n"
+                "assert 'pyreserve.prometheus' not in sys.modules\n"
+                "import pyreserve.prometheus\n"
+                "assert 'prometheus_client' not in sys.modules",
+            ],
+            check=True,
+        )
