@@ -17,7 +17,7 @@ from pyreserve import forks, procfs
 from pyreserve.arena import Arena
 from pyreserve.bitmap import Bitmap
 from pyreserve.bump import BumpArena
-from pyreserve.errors import ReleasedError
+from pyreserve.errors import PyreserveError, ReleasedError
 from pyreserve.growable import GrowableArray, GrowableBuffer
 from pyreserve.pool import Pool
 from pyreserve.region import Region, resident
@@ -211,7 +211,7 @@ def _read_process(process: _Process) -> list[_Sample]:
         # Another process may have got the number by now.
         if process.pid is not None and procfs.started(process.pid) != process.started:
             return [("up", (), 0)]
-    except OSError:
+    except (OSError, PyreserveError):
         return [("up", (), 0)]
     return [
         ("up", (), 1),
