@@ -27,6 +27,7 @@ from pyreserve import (
     MemStats,
     MiB,
     Pool,
+    RangeError,
     Region,
     ReleasedError,
     procfs,
@@ -222,6 +223,30 @@ class TestRegions:
             in_use = {"pool": 480, "bumparena": 1000}.get(name)
             assert its.get("pyreserve_region_in_use_bytes") == in_use
 
+    def test_under_way(self, registry: CollectorRegistry, scrape: Scrape, region: Region) -> None:
+        """A scrape while a thread commits, populates and decommits shows one moment."""
+        register(region, "cache", registry=registry)
+        done = threading.Event()
+
+        def work() -> None:
+            while not done.is_set():
+                region.commit(0, region.size)
+                region.populate(0, region.size)
+                region.decommit(0, region.size)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            seen = [shown(scrape(), "cache") for _ in range(30)]
+        finally:
+            done.set()
+            thread.join()
+
+        for each in seen:
+            committed = each["pyreserve_region_committed_bytes"]
+            assert committed in {0, region.size}
+            assert each["pyreserve_region_resident_bytes"] in {0, committed}
+
 
 class TestNames:
     def test_their_own(self, registry: CollectorRegistry, arena: Arena) -> None:
@@ -281,7 +306,9 @@ class TestNames:
 
 
 class TestEnds:
-    def test_released(self, registry: CollectorRegistry, scrape: Scrape, region: Region) -> None:
+    def test_released(
+        self, registry: CollectorRegistry, get: Get, scrape: Scrape, region: Region
+    ) -> None:
         """What was released is exposed no longer; the scrape goes on with the others."""
         gone = Arena("native", size=MiB)
         register(gone, "gone", registry=registry)
@@ -291,7 +318,7 @@ class TestEnds:
 
         assert {key[1] for key in scrape()} == {"stays"}
         region.release()
-        assert scrape() == {}
+        assert get("text/plain") == ""
 
     def test_released_in_between(
         self, registry: CollectorRegistry, scrape: Scrape, monkeypatch: pytest.MonkeyPatch
@@ -354,7 +381,7 @@ class TestEnds:
         self, registry: CollectorRegistry, scrape: Scrape, region: Region
     ) -> None:
         """If somebody takes the collector out of the registry, the next registration is exposed."""
-        register(region, "one", registry=registry)
+        one = register(region, "one", registry=registry)
         (collector,) = registry._collector_to_names
         registry.unregister(collector)
         assert scrape() == {}
@@ -363,6 +390,7 @@ class TestEnds:
 
         assert {key[1] for key in scrape()} == {"one", "two"}
         registry.unregister(collector)
+        one.unregister()
         two.unregister()
 
     def test_metrics_of_another(self, registry: CollectorRegistry, region: Region) -> None:
@@ -396,7 +424,7 @@ def explained(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
     found: dict[int, Any] = {}
 
     def explain(pid: int) -> Any:
-        if isinstance(found[pid], OSError):
+        if isinstance(found[pid], Exception):
             raise found[pid]
         return found[pid]
 
@@ -446,14 +474,14 @@ class TestProcesses:
             expected["pyreserve_process_mappings", "self", name] = i
         assert scrape() == expected
 
-    @pytest.mark.parametrize("refusal", [PermissionError(), FileNotFoundError()])
+    @pytest.mark.parametrize("refusal", [PermissionError(), FileNotFoundError(), RangeError()])
     def test_not_to_be_read(
         self,
         registry: CollectorRegistry,
         scrape: Scrape,
         explained: dict[int, Any],
         region: Region,
-        refusal: OSError,
+        refusal: Exception,
     ) -> None:
         """A process that may not be read is down, and everything else is as ever."""
         explained[os.getpid()] = space()
