@@ -1,6 +1,7 @@
 """The live view of a process's memory, in a terminal of its own, in a pipe and in a file."""
 
 import fcntl
+import io
 import math
 import os
 import pty
@@ -19,12 +20,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from pyreserve.cli import watched
+from pyreserve.cli.screen import printable
 from pyreserve.cli.sparkline import ASCII, BLOCKS, sparkline
 from pyreserve.cli.watch import watch
-from pyreserve.cli.watch_screen import printable
 from pyreserve.cli.watched import COLUMNS, Watched
+from pyreserve.procmem import Sample
 
 DEADLINE = 30.0  # seconds after which a test gives up; none decides by how long something takes
 LEAVE, ENTER = b"\x1b[?1049l", b"\x1b[?1049h"
@@ -288,12 +291,16 @@ class TestSparkline:
         assert sparkline([-9, 99], 8, 0, 7) == "▁█"
 
 
+def console(encoding: str) -> Console:
+    return Console(file=io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+
+
 class TestNames:
     def test_a_name_can_do_nothing(self) -> None:
         """A process's name is shown without what would steer the terminal, or can't be shown."""
-        assert printable("a\x1b[2J\nb", "utf-8") == "a?[2J?b"
-        assert printable("é\udcff", "utf-8") == "é?"
-        assert printable("é", "ascii") == "?"
+        assert printable("a\x1b[2J\nb", console("utf-8")) == "a?[2J?b"
+        assert printable("é\udcff", console("utf-8")) == "é?"
+        assert printable("é", console("ascii")) == "?"
 
 
 class TestSampling:
@@ -305,11 +312,11 @@ class TestSampling:
         self.now = 0.0
         self.taken: list[float] = []
 
-        def take(pid: int) -> SimpleNamespace:
+        def take(pid: int) -> Sample:
             self.taken.append(self.now)
             self.now += next(lasts)
             size = -len(self.taken)
-            return SimpleNamespace(**dict.fromkeys(COLUMNS[1:], size))
+            return Sample(**dict.fromkeys(COLUMNS[1:], size))
 
         monkeypatch.setattr(watched, "time", SimpleNamespace(monotonic=lambda: self.now))
         return Watched(os.getpid(), interval, take, None)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyreserve.costs import CostTable
 
 _FULL_BUDGET = 600.0  # seconds
+_PICTURE = ("matplotlib", "plot")  # what --plot needs, and the extra that brings it
 
 app = typer.Typer(
     help="Reserve virtual memory, and see what that does to a process.",
@@ -32,15 +33,19 @@ app = typer.Typer(
 )
 
 
-class _HoldCommand(TyperCommand):
-    """A command whose ``--hold`` may stand without its number."""
+_BARE = {"--hold": "inf", "--watch": "1"}
+"""Options that may stand without their number, and what they mean then."""
+
+
+class _BareOptions(TyperCommand):
+    """A command with options of `_BARE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         complete: list[str] = []
         for i, arg in enumerate(args):
             complete.append(arg)
-            if arg == "--hold" and not (i + 1 < len(args) and _is_number(args[i + 1])):
-                complete.append("inf")
+            if arg in _BARE and not (i + 1 < len(args) and _is_number(args[i + 1])):
+                complete.append(_BARE[arg])
         return super().parse_args(ctx, complete)
 
 
@@ -82,7 +87,7 @@ def _pyreserve(
 ) -> None: ...
 
 
-@app.command(cls=_HoldCommand)
+@app.command(cls=_BareOptions)
 def vsz(
     *,
     layout: Annotated[
@@ -201,7 +206,7 @@ def costs(
     asked = (
         (command.write_json, json, None),
         (command.write_csv, csv, None),
-        (command.write_plot, plot, ("matplotlib", "plot")),
+        (command.write_plot, plot, _PICTURE),
         (command.write_pyperf, pyperf, ("pyperf", "pyperf")),
     )
     outputs = []
@@ -209,9 +214,8 @@ def costs(
         if path is not None:
             _check_output(path, extra)
             outputs.append((write, path))
-    if plot is not None and plot.suffix not in {".png", ".svg"}:
-        msg = f"--plot takes a file that ends in .png or .svg, not {plot}"
-        raise typer.BadParameter(msg)
+    if plot is not None:
+        _check_picture(plot)
     with _refusals():
         run = command.CostsRun(
             plan=plan,
@@ -224,6 +228,111 @@ def costs(
             sys.stdout.flush()
     if not complete:
         raise typer.Exit(130)  # as a shell says of what Ctrl-C ended
+
+
+@app.command(cls=_BareOptions)
+def explain(
+    pid: Annotated[
+        int | None, typer.Argument(metavar="[PID]", help="The process; by default this command.")
+    ] = None,
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a screen.")] = False,
+    top: Annotated[
+        int, typer.Option(metavar="N", min=0, help="How many of the largest mappings to list.")
+    ] = 10,
+    maps: Annotated[bool, typer.Option("--maps", help="List all mappings.")] = False,
+    watch: Annotated[
+        float | None,
+        typer.Option(
+            metavar="[SECONDS]",
+            help="Show VSZ, reserved, committed, RSS and PSS over time, every second unless said "
+            "otherwise; q or Ctrl-C ends it.",
+        ),
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --watch: record the samples.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png|.svg", help="Draw the address space, block by block."),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="DIR", help="Explain saved files of /proc/PID: maps, smaps, ..."
+        ),
+    ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option("--save", metavar="DIR", help="Save the process's files, for --from."),
+    ] = None,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A.json B.json", help="Tell what grew between two files of --json."),
+    ] = None,
+) -> None:
+    """Say what a process's address space holds, whose it is, and whether to worry."""
+    from pyreserve.cli import explain as command  # noqa: PLC0415
+    from pyreserve.cli import explain_screen  # noqa: PLC0415
+
+    _check_explain(pid, watch, csv, folder, keep, diff)
+    if plot is not None:
+        _check_picture(plot)
+    with _refusals():
+        if diff is not None:
+            try:
+                command.diff(*diff, as_json=json)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
+        elif watch is not None and pid is not None:
+            _watch(pid, watch, csv)
+        else:
+            space = command.Subject(pid, folder, keep).explain()
+            if plot is not None:
+                command.draw(space, plot)
+            if json:
+                typer.echo(space.to_json())
+            else:
+                explain_screen.show(space, top, all_maps=maps)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+
+def _check_explain(
+    pid: int | None,
+    watch: float | None,
+    csv: Path | None,
+    folder: Path | None,
+    keep: Path | None,
+    diff: tuple[Path, Path] | None,
+) -> None:
+    """Refuse what contradicts itself."""
+    subjects = {"PID": pid, "--from": folder, "--diff": diff}
+    given = [name for name, value in subjects.items() if value is not None]
+    if len(given) > 1:
+        msg = f"{' and '.join(given)} can't be had together"
+    elif keep is not None and (folder is not None or diff is not None):
+        msg = "--save takes a running process"
+    elif pid is not None and pid <= 0:
+        msg = f"a PID is a positive number, not {pid}"
+    elif watch is not None and pid is None:
+        msg = "--watch needs a process: pyreserve explain PID --watch [SECONDS]"
+    elif watch is not None and not 0 < watch < math.inf:
+        msg = f"--watch takes a positive number of seconds, not {watch}"
+    elif csv is not None and watch is None:
+        msg = "--csv records what --watch shows"
+    else:
+        return
+    raise typer.BadParameter(msg)
+
+
+def _watch(pid: int, seconds: float, csv: Path | None) -> None:
+    from pyreserve.cli.watch import watch  # noqa: PLC0415
+
+    try:
+        watch(pid, seconds, csv=csv)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None  # as a shell says of what Ctrl-C ended
 
 
 @app.command()
@@ -255,8 +364,15 @@ def _load(path: Path) -> "CostTable":
         raise typer.BadParameter(msg) from None
 
 
+def _check_picture(path: Path) -> None:
+    if path.suffix not in {".png", ".svg"}:
+        msg = f"--plot takes a file that ends in .png or .svg, not {path}"
+        raise typer.BadParameter(msg)
+    _check_output(path, _PICTURE)
+
+
 def _check_output(path: Path, extra: tuple[str, str] | None) -> None:
-    """Refuse before a minute of measuring what could not be written after it."""
+    """Refuse what could not be written before there is anything to write."""
     if extra is not None and find_spec(extra[0]) is None:
         typer.echo(
             f"pyreserve: --{extra[1]} needs {extra[0]}: pip install 'pyreserve[{extra[1]}]'",

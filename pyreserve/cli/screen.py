@@ -27,6 +27,12 @@ def console_for(width: int = 100) -> Console:
     return Console(width=None if terminal else width, highlight=False)
 
 
+def printable(text: str, console: Console) -> str:
+    """Return what anybody may have chosen without what a terminal would obey or can't show."""
+    harmless = "".join(one if one.isprintable() else "?" for one in text)
+    return harmless.encode(console.encoding, "replace").decode(console.encoding)
+
+
 def show(report: VszReport) -> None:
     """Print the whole screen, if there is a standard output at all."""
     if sys.stdout is None:

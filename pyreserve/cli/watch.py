@@ -15,8 +15,9 @@ from rich.live import Live
 from pyreserve.cli.screen import console_for
 from pyreserve.cli.terminal import keys, signals
 from pyreserve.cli.watch_screen import frame
-from pyreserve.cli.watched import COLUMNS, Sample, Watched
+from pyreserve.cli.watched import COLUMNS, Watched
 from pyreserve.files import check_writable
+from pyreserve.procmem import Sample, sample
 
 _TICK = 1.0  # seconds after which the time on the screen is old
 _REFRESH = 0.05  # and between two drawings at least
@@ -28,7 +29,7 @@ def watch(
     interval: float = 1.0,
     *,
     csv: Path | None = None,
-    take: Callable[[int], Sample],
+    take: Callable[[int], Sample] = sample,
 ) -> None:
     """Show a process's memory every `interval` seconds, until q is hit or the process ends.
 

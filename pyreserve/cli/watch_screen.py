@@ -8,6 +8,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from pyreserve.cli.screen import printable
 from pyreserve.cli.sparkline import ASCII, BLOCKS, sparkline
 from pyreserve.cli.watched import Series, Watched
 from pyreserve.units import KiB, format_size
@@ -18,7 +19,7 @@ _WIDE = 100  # columns, from which on there is room for a change per second
 def frame(watched: Watched, console: Console, quits: str = "") -> Group:
     """Draw the state, and while it is live the scale and what `quits`."""
     elapsed = timedelta(seconds=int(time.monotonic() - watched.began))
-    who = f"pid {watched.pid} ({printable(watched.name, console.encoding)})"
+    who = f"pid {watched.pid} ({printable(watched.name, console)})"
     heading = Text.assemble(
         ("pyreserve explain", "bold"),
         f"  {who}  {elapsed}, {watched.count:,} sample{'s' if watched.count > 1 else ''}, one "
@@ -36,18 +37,12 @@ def frame(watched: Watched, console: Console, quits: str = "") -> Group:
             ),
         ]
     if watched.csv is not None:
-        lines.append(Text(f"recorded in {printable(str(watched.csv), console.encoding)}"))
+        lines.append(Text(f"recorded in {printable(str(watched.csv), console)}"))
     if quits:
         lines.append(Text(f"{quits} quits"))
     if watched.ended:
         lines.append(Text(f"{who} ended after {elapsed}"))
     return Group(*lines)
-
-
-def printable(text: str, encoding: str) -> str:
-    """Return what anybody may have chosen without what a terminal would obey or can't show."""
-    harmless = "".join(one if one.isprintable() else "?" for one in text)
-    return harmless.encode(encoding, "replace").decode(encoding)
 
 
 def _table(watched: Watched, *, wide: bool) -> Table:

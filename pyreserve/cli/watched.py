@@ -10,7 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Protocol
+
+from pyreserve.procmem import Sample
 
 FIGURES = {
     "VSZ": "vsz_kib",
@@ -22,23 +23,6 @@ FIGURES = {
 }
 COLUMNS = ("time", *FIGURES.values())
 _KEPT = 1000  # samples, more than any terminal has columns
-
-
-class Sample(Protocol):
-    """Sizes in KiB, and how many mappings there are."""
-
-    @property
-    def vsz_kib(self) -> int: ...  # noqa: D102
-    @property
-    def reserved_kib(self) -> int: ...  # noqa: D102
-    @property
-    def committed_kib(self) -> int: ...  # noqa: D102
-    @property
-    def rss_kib(self) -> int: ...  # noqa: D102
-    @property
-    def pss_kib(self) -> int: ...  # noqa: D102
-    @property
-    def mappings(self) -> int: ...  # noqa: D102
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ _RECOGNISERS = (
     plain.kernel_pages,
     plain.named,
     ours.own_regions,
+    plain.files,
     go.go,
     ours.regions,
     allocators.address_sanitizer,
@@ -26,7 +27,6 @@ _RECOGNISERS = (
     v8.v8,
     plain.shared_memory,
     plain.heap,
-    plain.files,
     plain.rest,
 )
 

@@ -21,13 +21,13 @@ _CONTIGUOUS = tuple(
 )
 _WINDOWED = tuple(layouts.get(name) for name in ("go1.4/386", "go1.5/386", "fallback"))
 _RELEASES = {
-    "go-tip-2014-12/amd64": "a development build of December 2014",
-    "go1.4/amd64": "1.3 or 1.4",
-    "go1.5/amd64": "1.5 or 1.6",
-    "go1.10/amd64": "1.7 to 1.10",
-    "go1.4/386": "1.4 or earlier, 32 bits",
-    "go1.5/386": "1.5 or 1.6, 32 bits",
-    "fallback": "1.4 or earlier, after its reservation was refused",
+    "go-tip-2014-12/amd64": "Go's development tree of December 2014",
+    "go1.4/amd64": "Go 1.3 or 1.4",
+    "go1.5/amd64": "Go 1.5 or 1.6",
+    "go1.10/amd64": "Go 1.7 to 1.10",
+    "go1.4/386": "Go 1.4 or earlier, 32 bits",
+    "go1.5/386": "Go 1.5 or 1.6, 32 bits",
+    "fallback": "Go 1.4 or earlier, after its reservation was refused",
 }
 
 
@@ -66,7 +66,7 @@ def _old_heap(sight: Sight, hinted: list[int]) -> bool:
         who = _whose(sight, placement.start)
         used = placement.used
         evidence = (
-            f"its pieces lie as {layout.name} puts them (Go {_RELEASES[layout.name]}) with "
+            f"its pieces lie as {layout.name} puts them ({_RELEASES[layout.name]}) with "
             f"{format_size(used)} of arena used: the bitmap ends at {placement.arena_start:x} and "
             f"has {layout.bitmap_bits} bits a word of it, spans a word a page"
         )
@@ -76,7 +76,13 @@ def _old_heap(sight: Sight, hinted: list[int]) -> bool:
             ("arena", placement.arena),
         ):
             low = placement.start if part == "spans" else low  # noqa: PLW2901
-            sight.claim_range(low, high, f"{who} {part}", f"{part} {low:x}-{high:x}: {evidence}")
+            where = f"{low:x}-{high:x}"
+            sight.claim_range(
+                low,
+                high,
+                f"{who} {part}",
+                f"{where}: {evidence}" if part == "arena" else f"{where} of the arena's layout",
+            )
         sight.pieces += [
             Piece(piece.start, piece.end, piece.perms, piece.what) for piece in expected
         ]

@@ -1,0 +1,219 @@
+"""How ``pyreserve explain`` looks in a terminal."""
+
+import sys
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pyreserve.cli.screen import console_for, printable
+from pyreserve.procmem import AddressSpace, Change, Difference, Mapping
+from pyreserve.procmem.space import state
+from pyreserve.units import KiB, format_size
+
+CLASS_WORDS = {
+    "no_access_reserved": ("reserved, no access", "dim yellow"),
+    "accessible_untouched": ("accessible, untouched", "cyan"),
+    "resident_private": ("in memory, its own", "bold red"),
+    "resident_shared": ("in memory, shared", "magenta"),
+    "file_not_resident": ("of files, not in memory", "blue"),
+    "swapped": ("in swap", "red"),
+    "special_pfn": ("the kernel's own", "dim"),
+}
+_BAR = 20
+_MOST_OWNERS = 12
+
+
+def show(space: AddressSpace, top: int, *, all_maps: bool) -> None:
+    """Print the whole screen, if there is a standard output at all."""
+    if sys.stdout is None:
+        return
+    console = console_for()
+    who = f"pid {space.pid} " if space.pid is not None else ""
+    name = printable(space.name, console) or "?"
+    _line(console, Text.assemble(("pyreserve explain", "bold"), f"  {who}({name})"))
+    console.print()
+    console.print(Text(printable(space.verdict, console)))
+    for warning in space.warnings:
+        console.print(Text.assemble(("warning: ", "bold yellow"), printable(warning, console)))
+    console.print()
+    console.print(_classes(space))
+    console.print()
+    _line(
+        console,
+        Text(
+            f"RSS {_kib(space.rss_kib)}, PSS {_kib(space.pss_kib)}, USS {_kib(space.uss_kib)}, swap "
+            f"{_kib(space.swap_kib)}, page tables {_kib(space.page_tables_kib)}"
+        ),
+    )
+    console.print()
+    console.print(_owners(space, console))
+    _evidence(space, console)
+    if space.ranges:
+        console.print()
+        console.print(_ranges(space))
+    mappings = space.maps() if all_maps else space.top(top)
+    if mappings:
+        console.print()
+        what = "all mappings" if all_maps else f"largest of {space.mappings:,} mappings"
+        _line(console, Text(f"{what}: addresses, access, size, in memory, the rest, owner", "bold"))
+        for row in _mappings(mappings, console):
+            _line(console, row)
+
+
+def show_difference(difference: Difference) -> None:
+    """Print what grew, if there is a standard output at all."""
+    if sys.stdout is None:
+        return
+    console = console_for()
+    console.print(Text(printable(difference.verdict, console)))
+    if not difference.same_process:
+        console.print(Text("The two are of different processes.", "yellow"))
+    for title, changes in (
+        ("totals", [change for change in difference.totals if change.by]),
+        ("by class", difference.classes),
+        ("addresses by owner", difference.owners),
+        ("memory by owner", difference.owners_resident),
+    ):
+        if changes:
+            console.print()
+            console.print(_changes(title, changes, console))
+
+
+def _line(console: Console, text: Text) -> None:
+    """Print one line as it is: what was piped may be searched, so nothing of it is cut."""
+    console.print(text, soft_wrap=True)
+
+
+def _kib(kib: int) -> str:
+    return format_size(kib * KiB)
+
+
+def _share(part: int, whole: int) -> str:
+    share = 100 * part / whole if whole else 0.0
+    return "< 0.1 %" if part and share < 0.05 else f"{share:.1f} %"
+
+
+def _bar(part: int, whole: int, style: str) -> Text:
+    """Draw a share in eighths of a character; what is there at all is seen."""
+    eighths = max(1, round(8 * _BAR * part / whole)) if part and whole else 0
+    full, rest = divmod(eighths, 8)
+    return Text("█" * full + ("▏▎▍▌▋▊▉"[rest - 1] if rest else ""), style)
+
+
+def _table() -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def _classes(space: AddressSpace) -> Table:
+    table = _table()
+    table.add_column("by class", no_wrap=True)
+    for title in ("size", "share", "mappings"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for one in space.classes:
+        words, style = CLASS_WORDS[one.name]
+        if one.kib:
+            table.add_row(
+                Text(words, style),
+                _kib(one.kib),
+                _share(one.kib, space.vsz_kib),
+                f"{one.mappings:,}",
+                _bar(one.kib, space.vsz_kib, style),
+            )
+    table.add_row(
+        Text("VSZ", "bold"), _kib(space.vsz_kib), "100.0 %", f"{space.mappings:,}", style="bold"
+    )
+    return table
+
+
+def _owners(space: AddressSpace, console: Console) -> Table:
+    table = _table()
+    table.add_column("by owner", no_wrap=True)
+    for title in ("size", "share", "in memory"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    shown = space.owners[:_MOST_OWNERS]
+    for owner in shown:
+        style = "dim" if owner.name == "unknown" else "green"
+        table.add_row(
+            Text(printable(owner.name, console), style),
+            _kib(owner.kib),
+            _share(owner.kib, space.vsz_kib),
+            _kib(owner.rss_kib),
+            _bar(owner.kib, space.vsz_kib, style),
+        )
+    rest = space.owners[len(shown) :]
+    if rest:
+        kib = sum(owner.kib for owner in rest)
+        table.add_row(
+            f"{len(rest)} more",
+            _kib(kib),
+            _share(kib, space.vsz_kib),
+            _kib(sum(owner.rss_kib for owner in rest)),
+        )
+    return table
+
+
+def _evidence(space: AddressSpace, console: Console) -> None:
+    """Say how the owners of more than 1 % of the addresses, or of the memory, were told."""
+    resident = sum(owner.rss_kib for owner in space.owners)
+    for owner in space.owners:
+        if owner.evidence and (
+            100 * owner.kib >= space.vsz_kib or 100 * owner.rss_kib >= max(1, resident)
+        ):
+            words = Text.assemble((f"{owner.name}: ", "bold"), owner.evidence, style="dim")
+            console.print(Text(printable(words.plain, console), "dim"))
+
+
+def _ranges(space: AddressSpace) -> Table:
+    table = _table()
+    table.show_header = False
+    for _ in range(4):
+        table.add_column("", no_wrap=True)
+    table.columns[1].justify = "right"
+    for piece in space.ranges:
+        reserved = state(piece) == "reserved"
+        table.add_row(
+            f"{piece.start:08x}-{piece.end:08x}",
+            format_size(piece.end - piece.start),
+            piece.what,
+            state(piece),
+            style="dim yellow" if reserved else "green",
+        )
+    return table
+
+
+def _mappings(mappings: list[Mapping], console: Console) -> Iterable[Text]:
+    places = [f"{one.start:08x}-{one.end:08x}" for one in mappings]
+    width = max(map(len, places))
+    for place, one in zip(places, mappings, strict=True):
+        name = printable(one.name, console)
+        words, style = CLASS_WORDS[one.class_name or "special_pfn"]
+        if one.rss_kib == one.kib:
+            words, style = "in memory", CLASS_WORDS["resident_private"][1]
+        yield Text.assemble(
+            f"{place:{width}} {one.perms} {_kib(one.kib):>10} {_kib(one.rss_kib):>10}  ",
+            (f"{words:<23}  ", style),
+            printable(one.owner, console),
+            f"  {name}" if name else "",
+        )
+
+
+def _changes(title: str, changes: Iterable[Change], console: Console) -> Table:
+    table = _table()
+    table.add_column(title, no_wrap=True)
+    for column in ("before", "after", "change"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for change in changes:
+        write = "{:,}".format if change.name == "mappings" else _kib
+        name = CLASS_WORDS[change.name][0] if change.name in CLASS_WORDS else change.name
+        table.add_row(
+            printable(name.removesuffix("_kib").replace("_", " "), console),
+            write(change.old),
+            write(change.new),
+            f"{'+' if change.by > 0 else '-'}{write(abs(change.by))}",
+            style="yellow" if change.by > 0 else "green",
+        )
+    return table
