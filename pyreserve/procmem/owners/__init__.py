@@ -15,11 +15,11 @@ _RECOGNISERS = (
     plain.kernel_pages,
     plain.named,
     ours.own_regions,
-    plain.files,
+    plain.zeroed_data,
+    plain.stacks,
     go.go,
     ours.regions,
     allocators.address_sanitizer,
-    plain.stacks,
     allocators.glibc_arenas,
     jvm.jvm,
     allocators.mimalloc,
@@ -27,6 +27,7 @@ _RECOGNISERS = (
     v8.v8,
     plain.shared_memory,
     plain.heap,
+    plain.files,
     plain.rest,
 )
 

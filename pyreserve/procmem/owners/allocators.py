@@ -21,16 +21,12 @@ def glibc_arenas(sight: Sight) -> None:
     libc = sight.runs_code_of(r"libc(\.so\.6|-2\.\d+\.so)$")
     if libc is None and not sight.knows_flags:
         return
-    other = sight.runs_code_of(r"libjemalloc|libtcmalloc")
     size = MiB if sight.narrow else 64 * MiB
-    heaps = []
-    for low in _aligned(sight, size):
-        tail = _heap_tail(sight, low, low + size)
-        if tail is not None and (tail or not other):
-            heaps.append(low)
-    # A full heap has no tail and tells little alone.
-    if not any(_heap_tail(sight, low, low + size) for low in heaps):
-        return
+    heaps = {low: _heap_tail(sight, low, low + size) for low in _aligned(sight, size)}
+    # A full heap has no tail and tells little alone: it belongs to an arena that has one with.
+    if not any(heaps.values()) or sight.runs_code_of(r"libjemalloc|libtcmalloc"):
+        heaps = {low: tail for low, tail in heaps.items() if tail}
+    heaps = {low: tail for low, tail in heaps.items() if tail is not None}
     evidence = (
         f"{count(len(heaps), 'range')} of {format_size(size)}, aligned to it: readable and "
         "writable from the start, no access to exactly the end"
@@ -62,22 +58,27 @@ def _aligned(sight: Sight, size: int) -> Iterator[int]:
 def _heap_tail(sight: Sight, low: int, high: int) -> int | None:
     """Return the inaccessible bytes at the end of what looks like a heap; None if it does not."""
     at = low
-    tail = 0
+    tail = used = 0
     for i in sight.between(low, high):
         if sight.start[i] > at or sight.names[i] or sight.inode[i] or not sight.free(i):
             return None
-        if sight.perms[i] == RW and not tail:
-            pass
-        elif sight.perms[i] == NONE and at >= low + _LEAST:
-            if sight.end[i] > high:
-                return None
-            tail += sight.end[i] - sight.start[i]
-        else:
-            return None
         if sight.knows_flags and not (sight.has(i, "nr") and sight.lacks(i, "dc dd nh")):
             return None
+        if sight.perms[i] == RW and not tail:
+            used += sight.table.rss[i] + sight.table.swap[i]
+        elif sight.perms[i] == NONE and at >= low + _LEAST:
+            if sight.end[i] > high and not sight.knows_flags:
+                return None  # perhaps of something else: with flags, it has merged with a neighbour
+            tail += min(high, sight.end[i]) - sight.start[i]
+        else:
+            return None
         at = sight.end[i]
-    return tail if at >= high else None
+    if at < high:
+        return None
+    # It was grown because it was used: by its header at least, and in part if it is large or full.
+    writable = (high - low - tail) // KiB
+    share = 4 if not tail else 32 if writable > MiB // KiB else writable
+    return tail if used * share >= writable else None
 
 
 def mimalloc(sight: Sight) -> None:

@@ -4,15 +4,15 @@ from dataclasses import replace
 
 from pyreserve import layouts
 from pyreserve.layouts import Layout, Piece, Placement
-from pyreserve.procmem.owners.sight import NONE, RW, Sight, count
+from pyreserve.procmem.owners.sight import NONE, RW, Sight
 from pyreserve.units import MiB, format_size
 
 _HINT = 0xC0 << 32
 _HINT_MASK = (1 << 40) - 1
 # Page summaries that Go 1.14 and later reserve for 48-bit addresses: 8 bytes for each of 2^14,
 # 2^17, 2^20, 2^23 and 2^26 chunks (src/runtime/mpagealloc_64bit.go), and since 1.19 an index of
-# 8 MiB or less for the scavenger.
-_SUMMARIES = sum(8 << bits for bits in (14, 17, 20, 23, 26))
+# 8 MiB or less for the scavenger. Go 1.26 and later reserve another 512 MiB.
+_ARENA, _ARENA_32 = 64 * MiB, 4 * MiB
 
 # Layouts that differ in nothing that maps show are one row.
 _CONTIGUOUS = tuple(
@@ -35,7 +35,7 @@ def go(sight: Sight) -> None:
     """Claim Go's heap, of whichever generation, and in a static program the runtime's tables."""
     hinted = _at_a_hint(sight)
     found = _old_heap(sight, hinted) or _new_heap(sight, hinted)
-    if found and not sight.runs_code_of(r"ld-linux|ld-musl|ld\.so|libc\.so|libc-2"):
+    if found and not _has_libc(sight):
         sight.claim(
             sight.unclaimed(),
             "Go runtime tables",
@@ -156,55 +156,92 @@ def _joined(pieces: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
 
 
 def _new_heap(sight: Sight, hinted: list[int]) -> bool:
-    heaps = []
-    for i in hinted:
-        if not sight.free(i):
-            continue
-        last = next(last for first, last in sight.runs if first <= i < last)
-        j = i
-        while j + 1 < last and sight.lacks(j + 1, "nr dd dc"):
-            j += 1
-        if (sight.end[j] - sight.start[i]) % (64 * MiB) == 0 and sight.lacks(i, "nr dd dc"):
-            heaps.append(range(i, j + 1))
+    tables = [] if sight.narrow else _summaries(sight)
+    static = not _has_libc(sight) and "[heap]" not in sight.names
+    if not tables and not static:
+        return False
+    taken = set(tables)
+    runs = [run for run in _plain_runs(sight) if not taken.intersection(run)]
+    if sight.narrow:
+        heaps = [run for run in runs if static and _is_heap_of_32_bits(sight, run)]
+        release, why = (
+            "1.11 or later, 32 bits",
+            "the first reservation of 32-bit Go, 512 MiB and more",
+        )
+    else:
+        heaps = [run for run in runs if _is_aligned(sight, run)]
+        firsts = {run[0] for run in heaps}
+        if not tables:
+            heaps = [run for run in heaps if firsts.intersection(hinted)]
+            release, why = "1.11 to 1.13", "from Go's first hint, without page summaries beside it"
+        elif firsts.intersection(hinted):
+            release, why = "1.14 or later", "from Go's first hint, with page summaries beside it"
+        else:
+            release, why = "1.26 or later", "at a random address, with page summaries beside it"
     if not heaps:
         return False
-    tables = _summaries(sight, {i for heap in heaps for i in heap})
-    static = not sight.runs_code_of(r"ld-linux|ld-musl|ld\.so|libc\.so|libc-2")
-    no_brk = "[heap]" not in sight.names
-    if not tables and not (static and no_brk):
-        return False
-    arenas = sum(sight.end[heap[-1]] - sight.start[heap[0]] for heap in heaps) // (64 * MiB)
-    release = "1.14 or later" if tables else "1.11 to 1.13"
+    size = sum(sight.end[heap[-1]] - sight.start[heap[0]] for heap in heaps)
     for heap in heaps:
         sight.claim(
             heap,
             f"Go heap arenas (Go {release})",
-            f"{count(arenas, 'arena')} of 64 MiB from {sight.start[heap[0]]:x}, Go's first hint; "
-            + (
-                "beside it the page summaries of Go 1.14 and later, 585 MiB without access"
-                if tables
-                else "no C library and no [heap] in the program, and no page summaries"
-            ),
+            f"{format_size(size)} from {sight.start[heaps[0][0]]:x}, in whole arenas, {why}",
         )
-    if tables:
-        sight.claim(
-            tables,
-            "Go runtime tables",
-            "page summaries (585 MiB reserved for 48-bit addresses) and what lies between them",
-        )
+    sight.claim(
+        tables,
+        "Go runtime tables",
+        "page summaries, 585 MiB reserved for 48-bit addresses (since Go 1.26 512 MiB more), and "
+        "what lies between them",
+    )
     return True
 
 
-def _summaries(sight: Sight, heap: set[int]) -> list[int]:
+def _has_libc(sight: Sight) -> bool:
+    return sight.runs_code_of(r"ld-linux|ld-musl|ld\.so|libc\.so|libc-2") is not None
+
+
+def _plain_runs(sight: Sight) -> "list[range]":
+    """Return runs of what is mapped as Go maps: charged, for children and for core dumps."""
+    found = []
+    for first, last in sight.runs:
+        i = first
+        while i < last:
+            j = i
+            while (
+                j < last
+                and sight.free(j)
+                and sight.lacks(j, "nr dd dc")
+                and sight.perms[j] in {RW, NONE}
+            ):
+                j += 1
+            if j > i:
+                found.append(range(i, j))
+            i = max(j, i + 1)
+    return found
+
+
+def _is_aligned(sight: Sight, run: range) -> bool:
+    """Tell whether a run is of whole arenas of 64 MiB."""
+    return sight.start[run[0]] % _ARENA == 0 == sight.end[run[-1]] % _ARENA
+
+
+def _is_heap_of_32_bits(sight: Sight, run: range) -> bool:
+    """Tell what sysReserve took at first: 512 MiB, 256 or 128 and a bit for the alignment."""
+    size = sight.end[run[-1]] - sight.start[run[0]]
+    return (
+        sight.start[run[0]] % _ARENA_32 == 0
+        and sight.perms[run[0]] == RW
+        and any(0 <= size - most <= 8 * MiB for most in (512 * MiB, 256 * MiB, 128 * MiB))
+    )
+
+
+def _summaries(sight: Sight) -> list[int]:
     """Return the mappings of the page summaries: a run with the right amount without access."""
     found: list[int] = []
-    for first, last in sight.runs:
-        mine = [
-            i
-            for i in range(first, last)
-            if i not in heap and sight.free(i) and sight.lacks(i, "nr dd dc nh")
-        ]
-        none = sum(sight.size(i) for i in mine if sight.perms[i] == NONE)
-        if 512 * MiB <= none <= _SUMMARIES + 64 * MiB:
-            found += mine
+    for run in _plain_runs(sight):
+        none = sum(sight.size(i) for i in run if sight.perms[i] == NONE)
+        if any(size <= none <= size + 128 * MiB for size in (512 * MiB, 1024 * MiB)) and (
+            not _is_aligned(sight, run)
+        ):
+            found += run
     return found

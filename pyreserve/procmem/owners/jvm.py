@@ -7,6 +7,9 @@ from pyreserve.units import GiB, MiB, format_size
 
 _LOW = 32 * GiB  # compressed pointers to objects reach so far
 _ZGC = "/memfd:java_heap"
+_CLASS_SPACE = GiB  # CompressedClassSpaceSize, hotspot/share/runtime/globals.hpp
+_NODE = 64 * MiB  # of metaspace: VirtualSpaceNode, hotspot/share/memory/metaspace
+_ROOT_CHUNK = 4 * MiB
 
 
 def jvm(sight: Sight) -> None:
@@ -14,10 +17,12 @@ def jvm(sight: Sight) -> None:
     library = sight.runs_code_of(r"libjvm\.so$")
     if library is None:
         return
-    _code_cache(sight, library)
+    where = f"in a process of {library}"
+    _code_cache(sight, where)
+    _heap(sight, where)
     _class_data(sight)
-    _heap(sight, library)
-    _others(sight, library)
+    _metaspace(sight, where)
+    _others(sight, where)
 
 
 def _is_committed(sight: Sight, i: int) -> bool:
@@ -30,7 +35,35 @@ def _is_reserved(sight: Sight, i: int) -> bool:
     return sight.has(i, "nr") and sight.lacks(i, "dc dd nh") if sight.knows_flags else True
 
 
-def _code_cache(sight: Sight, library: str) -> None:
+def _is_hotspots(sight: Sight, i: int) -> bool:
+    """Tell whether a mapping is free, anonymous, and committed or reserved as HotSpot does."""
+    if sight.names[i] or sight.inode[i] or not sight.free(i):
+        return False
+    return _is_committed(sight, i) or _is_reserved(sight, i)
+
+
+def _groups(sight: Sight, fits: "list[bool]") -> list[range]:
+    """Return the runs of neighbours that fit, without a gap between them."""
+    found: list[range] = []
+    for i, fit in enumerate(fits):
+        if not fit:
+            continue
+        if found and found[-1].stop == i and sight.end[i - 1] == sight.start[i]:
+            found[-1] = range(found[-1].start, i + 1)
+        else:
+            found.append(range(i, i + 1))
+    return found
+
+
+def _hotspots(sight: Sight) -> list[range]:
+    return _groups(sight, [_is_hotspots(sight, i) for i in range(len(sight.start))])
+
+
+def _bytes(sight: Sight, group: range) -> int:
+    return sight.end[group[-1]] - sight.start[group[0]]
+
+
+def _code_cache(sight: Sight, where: str) -> None:
     for first, last in sight.runs:
         i = first
         while i < last:
@@ -43,27 +76,91 @@ def _code_cache(sight: Sight, library: str) -> None:
             sight.claim(
                 range(i, j + 1),
                 "JVM code cache",
-                f"writable and executable, with reserved memory between, in a process of {library}",
+                f"writable and executable, with reserved memory between, {where}",
             )
             i = j + 1
 
 
+# -- the heap ---------------------------------------------------------------------------------
+
+
+def _heap(sight: Sight, where: str) -> None:
+    zgc = _zgc_heap(sight)
+    archived = {i for i in _archives(sight) if sight.start[i] < _LOW}
+    fits = [
+        sight.end[i] <= _LOW + _CLASS_SPACE and (_is_hotspots(sight, i) or i in archived)
+        for i in range(len(sight.start))
+    ]
+    for group in _groups(sight, fits):
+        low, high = sight.start[group[0]], sight.end[group[-1]]
+        if low >= _LOW or low % MiB or high - low < 8 * MiB:
+            continue
+        border = low if zgc else _class_space(sight, low, high)
+        if border > low:
+            sight.claim(
+                [i for i in group if sight.start[i] < border],
+                "JVM heap",
+                f"{format_size(border - low)} at {low:x}, below 32 GiB, where compressed pointers "
+                f"reach, {where}",
+            )
+        if border < high:
+            sight.claim_range(
+                border,
+                high,
+                "JVM class space",
+                f"{format_size(high - border)} at {border:x}, committed from its start, {where}",
+            )
+
+
+def _class_space(sight: Sight, low: int, high: int) -> int:
+    """Return where the class space begins that may lie right behind a heap; `high` if it does not.
+
+    It takes 1 GiB at 4 GiB or 32 GiB, or up to 32 GiB, and begins with a little committed memory.
+    """
+    border = high - _CLASS_SPACE
+    i = sight.at(border)
+    if border > low and i is not None and sight.start[i] == border:
+        canonical = border in {4 * GiB, _LOW} or high == _LOW
+        if canonical and sight.perms[i] == RW and sight.size(i) <= 4 * MiB:
+            return border
+    return high
+
+
+def _zgc_heap(sight: Sight) -> bool:
+    """Claim the views of ZGC's memory with the reserved addresses beside them."""
+    views = {i for i, name in sight.named if name.startswith(_ZGC)}
+    fits = [i in views or _is_reserved(sight, i) for i in range(len(sight.start))]
+    for group in _groups(sight, fits) if views else ():
+        if views.intersection(group):
+            sight.claim(
+                group,
+                "JVM heap (ZGC)",
+                f"{_ZGC} is mapped, in views of one memory with reserved addresses beside it",
+            )
+    return bool(views)
+
+
+# -- class data -------------------------------------------------------------------------------
+
+
+def _archives(sight: Sight) -> list[int]:
+    return [i for i, name in sight.named if re.search(r"\.jsa( \(deleted\))?$", name)]
+
+
 def _class_data(sight: Sight) -> None:
     """Claim the CDS archive, the class space behind it and a metaspace node right before it."""
-    archives = [
-        i for i, name in enumerate(sight.names) if re.search(r"\.jsa( \(deleted\))?$", name)
-    ]
+    archives = [i for i in _archives(sight) if sight.free(i)]
     if not archives:
         return
-    name = f"{sight.names[archives[0]]} is mapped"
     first, last = archives[0], archives[-1]
+    name = f"{sight.names[first]} is mapped"
     sight.claim(archives, "JVM CDS archive", name)
     i = sight.next_to(last)
-    if i is not None and _is_reserved(sight, i) and sight.free(i) and sight.size(i) < 16 * MiB:
+    if i is not None and _is_hotspots(sight, i) and sight.size(i) < 16 * MiB:
         sight.claim([i], "JVM CDS archive", name)
         last = i
     low = sight.end[last]
-    high = _reserved_until(sight, last, low + GiB)
+    high = _hotspots_until(sight, last, low + _CLASS_SPACE)
     if high > low:
         sight.claim_range(
             low,
@@ -71,92 +168,50 @@ def _class_data(sight: Sight) -> None:
             "JVM class space",
             f"{format_size(high - low)} right behind the CDS archive, committed from its start",
         )
-    top = sight.start[first]
-    node = sight.between(top - 64 * MiB, top)
-    if (
-        node
-        and sight.end[node[-1]] == top
-        and sight.start[node[0]] <= top - 64 * MiB
-        and all(_is_committed(sight, i) or _is_reserved(sight, i) for i in node)
-        and any(sight.perms[i] == NONE for i in node)
-        and not any(sight.names[i] for i in node)
-    ):
-        sight.claim_range(
-            top - 64 * MiB,
-            top,
-            "JVM metaspace",
-            "a node of 64 MiB right before the CDS archive, committed in pieces",
-        )
 
 
-def _reserved_until(sight: Sight, i: int, most: int) -> int:
-    """Return where the run of committed and reserved memory behind a mapping ends, or `most`."""
+def _hotspots_until(sight: Sight, i: int, most: int) -> int:
+    """Return where the run of HotSpot's memory behind a mapping ends, or `most`."""
     at = sight.end[i]
-    while at < most:
-        j = sight.next_to(i)
-        if j is None or sight.names[j] or sight.inode[j] or not sight.free(j):
-            break
-        if not (_is_committed(sight, j) or _is_reserved(sight, j)):
-            break
+    while at < most and (j := sight.next_to(i)) is not None and _is_hotspots(sight, j):
         i, at = j, min(sight.end[j], most)
     return at
 
 
-def _heap(sight: Sight, library: str) -> None:
-    views = [i for i, name in enumerate(sight.names) if name.startswith(_ZGC)]
-    if views:
-        evidence = f"{_ZGC} is mapped, in views of one memory with reserved addresses beside it"
-        for i in views:
-            sight.claim([i], "JVM heap (ZGC)", evidence)
-            for j in (i - 1, i + 1):
-                touching = 0 <= j < len(sight.start) and (
-                    sight.end[j] == sight.start[i] or sight.end[i] == sight.start[j]
-                )
-                if touching and not sight.names[j] and _is_reserved(sight, j):
-                    sight.claim([j], "JVM heap (ZGC)", evidence)
-        return
-    modern = re.search(r"(java|jdk|jre|openjdk)-?(1[7-9]|[2-9]\d)", library) is not None
-    for first, last in sight.runs:
-        mine = [
-            i
-            for i in range(first, last)
-            if sight.free(i) and (_is_committed(sight, i) or _is_reserved(sight, i))
-        ]
-        if not mine or sight.start[mine[0]] >= _LOW:
-            continue
-        size = sight.end[mine[-1]] - sight.start[mine[0]]
-        if size < 8 * MiB or sight.start[mine[0]] % MiB:
-            continue
-        # Before JDK 17 the class space may lie right behind the heap, with no border to see.
-        both = size > GiB and not modern
-        sight.claim(
-            mine,
-            "JVM heap and class space" if both else "JVM heap",
-            f"{format_size(size)} at {sight.start[mine[0]]:x}, below 32 GiB, where compressed "
-            f"pointers reach, in a process of {library}",
-        )
+def _metaspace(sight: Sight, where: str) -> None:
+    """Claim nodes of metaspace: 64 MiB, committed in pieces, the second at the second root chunk."""
+    for group in _hotspots(sight):
+        top = sight.end[group[-1]]
+        low = top - _NODE
+        chunks = {sight.start[i] for i in group if sight.perms[i] == RW}
+        inside = sight.start[group[0]] <= low and sight.perms[sight.between(low, top)[0]] == RW
+        if low % _ROOT_CHUNK == 0 and inside and low + _ROOT_CHUNK in chunks:
+            sight.claim_range(
+                low,
+                top,
+                "JVM metaspace",
+                f"a node of 64 MiB, committed in pieces from its root chunks of 4 MiB on, {where}",
+            )
 
 
-def _others(sight: Sight, library: str) -> None:
-    """Claim what else is reserved as HotSpot does: tables of the collector, mostly."""
+# -- the rest ---------------------------------------------------------------------------------
+
+
+def _others(sight: Sight, where: str) -> None:
+    """Claim what else is reserved as HotSpot does: tables of the collector, a heap out of reach."""
     if not sight.knows_flags:
         return
-    for first, last in sight.runs:
-        i = first
-        while i < last:
-            j = i
-            while (
-                j < last and sight.free(j) and (_is_committed(sight, j) or _is_reserved(sight, j))
-            ):
-                j += 1
-            group = range(i, j)
-            reserved = [k for k in group if sight.perms[k] == NONE]
-            if reserved:
-                # What is writable belongs to it only between and right before what is reserved.
-                low = max(group[0], reserved[0] - 1)
-                sight.claim(
-                    range(low, reserved[-1] + 1),
-                    "JVM other reservations (GC tables)",
-                    f"reserved without charge (nr), committed with it, in a process of {library}",
-                )
-            i = max(j, i + 1)
+    for group in _hotspots(sight):
+        reserved = [i for i in group if sight.perms[i] == NONE]
+        if not reserved:
+            continue
+        # What is writable belongs to it between what is reserved, and before it if it starts as
+        # large mappings do: malloc's blocks may lie right below.
+        low = reserved[0]
+        if low > group[0] and sight.start[low - 1] % (2 * MiB) == 0:
+            low -= 1
+        sight.claim(
+            range(low, reserved[-1] + 1),
+            "JVM other reservations",
+            f"reserved without charge (nr), committed piece by piece, {where}",
+        )

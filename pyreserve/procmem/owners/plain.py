@@ -7,7 +7,7 @@ from pyreserve.procmem.owners.sight import NONE, RW, RWX, UNKNOWN, Sight, count
 from pyreserve.procmem.table import FLAGS, SHARED
 from pyreserve.units import KiB, MiB, format_size
 
-_BSS_MOST = 8 * MiB
+_BSS_MOST, _BSS_SMALL = 8 * MiB, 256 * KiB
 _GUARD_MOST = 64 * KiB
 
 
@@ -135,34 +135,46 @@ def shared_memory(sight: Sight) -> None:
 
 
 def files(sight: Sight) -> None:
-    """Claim mapped files, and the zeroed data (.bss) that the loader maps behind a program's."""
-    mine = [
-        i
-        for i, name in sight.named
-        if sight.inode[i] and name.startswith("/") and not is_shared_memory(name)
-    ]
+    """Claim mapped files."""
+    mine = _of_files(sight)
     sight.claim(
         mine,
         "mapped files",
         f"their names; {count(len({sight.names[i] for i in mine}), 'file')}, of which "
         f"{len(sight.programs)} with code",
     )
+
+
+def _of_files(sight: Sight) -> list[int]:
+    return [
+        i
+        for i, name in sight.named
+        if sight.inode[i] and name.startswith("/") and not is_shared_memory(name)
+    ]
+
+
+def zeroed_data(sight: Sight) -> None:
+    """Claim the zeroed data (.bss) that is mapped behind the writable data of a program's file.
+
+    Other memory may happen to lie there: what is large and full is nobody's.
+    """
+    mine = _of_files(sight)
     programs = set(sight.programs)
     program = next((sight.names[i] for i in mine if sight.names[i] in programs), None)
     for i in mine:
         j = sight.next_to(i)
-        if j is None or sight.names[i] not in programs or sight.perms[i] & SHARED:
+        if j is None or sight.names[i] not in programs or sight.perms[i] != RW:
             continue
-        if sight.names[j] or sight.inode[j] or sight.perms[j] not in {RW, RWX}:
+        if sight.names[j] or sight.inode[j] or sight.perms[j] != RW or not sight.free(j):
             continue
-        if not sight.free(j) or sight.perms[i] != RW or sight.size(j) > _BSS_MOST:
+        size, full = sight.size(j), 4 * sight.table.rss[j] > sight.table.size[j]
+        if size > _BSS_MOST or (size > _BSS_SMALL and full) or not sight.lacks(j, "nr dd dc nh"):
             continue
-        if not sight.lacks(j, "nr dd dc nh"):
-            continue
-        own = sight.names[i] == program
         sight.claim(
             [j],
-            "program data (.bss)" if own else "library data (.bss, dynamic loader)",
+            "program data (.bss)"
+            if sight.names[i] == program
+            else "library data (.bss, dynamic loader)",
             "readable and writable memory right behind a file's writable data",
         )
 
