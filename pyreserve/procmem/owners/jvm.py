@@ -201,6 +201,10 @@ def _others(sight: Sight, where: str) -> None:
     """Claim what else is reserved as HotSpot does: tables of the collector, a heap out of reach."""
     if not sight.knows_flags:
         return
+    name, evidence = (
+        "JVM other reservations",
+        f"reserved without charge (nr), committed piece by piece, {where}",
+    )
     for group in _hotspots(sight):
         reserved = [i for i in group if sight.perms[i] == NONE]
         if not reserved:
@@ -210,8 +214,8 @@ def _others(sight: Sight, where: str) -> None:
         low = reserved[0]
         if low > group[0] and sight.start[low - 1] % (2 * MiB) == 0:
             low -= 1
-        sight.claim(
-            range(low, reserved[-1] + 1),
-            "JVM other reservations",
-            f"reserved without charge (nr), committed piece by piece, {where}",
-        )
+        sight.claim(range(low, reserved[-1] + 1), name, evidence)
+    # The end of what merged with the inaccessible tail of a heap of malloc's.
+    for i in list(sight.claims.parts):
+        if _is_reserved(sight, i):
+            sight.claim_range(sight.start[i], sight.end[i], name, evidence)

@@ -4,7 +4,7 @@ import re
 
 from pyreserve.procmem.classes import is_shared_memory
 from pyreserve.procmem.owners.sight import NONE, RW, RWX, UNKNOWN, Sight, count
-from pyreserve.procmem.table import FLAGS, SHARED
+from pyreserve.procmem.table import FLAGS
 from pyreserve.units import KiB, MiB, format_size
 
 _BSS_MOST, _BSS_SMALL = 8 * MiB, 256 * KiB

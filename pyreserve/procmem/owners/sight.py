@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from pyreserve.layouts import Piece
+from pyreserve.layouts import Piece, without
 from pyreserve.procmem.capture import Capture
 from pyreserve.procmem.table import EXECUTE, FLAGS, READ, SHARED, WRITE
 from pyreserve.units import KiB
@@ -161,7 +161,7 @@ class Sight:
                 self.claims.evidence.setdefault(name, evidence)
 
     def claim_range(self, low: int, high: int, name: str, evidence: str) -> None:
-        """Give the free anonymous bytes of an address range to an owner."""
+        """Give the anonymous bytes of an address range that nobody has to an owner."""
         for i in self.between(low, high):
             if self.claims.whole[i] is not None or self.inode[i] or self.perms[i] & SHARED:
                 continue
@@ -169,7 +169,9 @@ class Sight:
             if (start, end) == (self.start[i], self.end[i]) and self.free(i):
                 self.claims.whole[i] = name
             else:
-                self.claims.parts.setdefault(i, []).append((start, end, name))
+                parts = self.claims.parts.setdefault(i, [])
+                taken = sorted(part[:2] for part in parts)
+                parts += [(a, b, name) for a, b in without((start, end), taken)]
             self.claims.evidence.setdefault(name, evidence)
 
     def owner_of(self, i: int) -> str:
