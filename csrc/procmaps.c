@@ -18,29 +18,40 @@ struct cursor {
     const char *end;
 };
 
-static int digit(char c) {
-    if (c >= '0' && c <= '9')
-        return c - '0';
-    if (c >= 'a' && c <= 'f')
-        return c - 'a' + 10;
-    return 16;
-}
-
-/* Reads digits of `base` and then, unless it is 0, the character `after`. */
-static bool number(struct cursor *line, int base, char after, uint64_t *value) {
-    const char *start = line->at;
-    uint64_t n = 0;
-    for (; line->at < line->end && digit(*line->at) < base; line->at++) {
-        if (n > (UINT64_MAX - 15) / (uint64_t)base)
-            return false;
-        n = n * (uint64_t)base + (uint64_t)digit(*line->at);
-    }
-    *value = n;
-    if (line->at == start)
-        return false;
+/* Reads a character that must come next, unless it is 0. */
+static bool followed(struct cursor *line, char after) {
     if (after == 0)
         return true;
     return line->at < line->end && *line->at++ == after;
+}
+
+/* Reads up to 16 digits, and then what must follow. */
+static bool hexadecimal(struct cursor *line, char after, uint64_t *value) {
+    const char *start = line->at;
+    uint64_t n = 0;
+    for (; line->at < line->end; line->at++) {
+        char c = *line->at;
+        if (c >= '0' && c <= '9')
+            n = n << 4 | (uint64_t)(c - '0');
+        else if (c >= 'a' && c <= 'f')
+            n = n << 4 | (uint64_t)(c - 'a' + 10);
+        else
+            break;
+    }
+    *value = n;
+    return line->at > start && line->at - start <= 16 && followed(line, after);
+}
+
+static bool decimal(struct cursor *line, char after, uint64_t *value) {
+    const char *start = line->at;
+    uint64_t n = 0;
+    for (; line->at < line->end && *line->at >= '0' && *line->at <= '9'; line->at++) {
+        if (n > (UINT64_MAX - 9) / 10)
+            return false;
+        n = n * 10 + (uint64_t)(*line->at - '0');
+    }
+    *value = n;
+    return line->at > start && followed(line, after);
 }
 
 static void skip_spaces(struct cursor *line) {
@@ -114,10 +125,10 @@ static int keep_name(struct procmaps *table, const char *name, size_t length, ui
  * newline in a name is printed as \012, so a line is a line; a name starts with no space. */
 static int mapping(struct procmaps *table, struct cursor line) {
     uint64_t fresh[PROCMAPS_COLUMNS] = {0}, major, minor;
-    if (!number(&line, 16, '-', &fresh[PROCMAPS_START]) ||
-        !number(&line, 16, ' ', &fresh[PROCMAPS_END]) || !permissions(&line, &fresh[PROCMAPS_PERMS]) ||
-        !number(&line, 16, ' ', &fresh[PROCMAPS_OFFSET]) || !number(&line, 16, ':', &major) ||
-        !number(&line, 16, ' ', &minor) || !number(&line, 10, 0, &fresh[PROCMAPS_INODE]))
+    if (!hexadecimal(&line, '-', &fresh[PROCMAPS_START]) ||
+        !hexadecimal(&line, ' ', &fresh[PROCMAPS_END]) || !permissions(&line, &fresh[PROCMAPS_PERMS]) ||
+        !hexadecimal(&line, ' ', &fresh[PROCMAPS_OFFSET]) || !hexadecimal(&line, ':', &major) ||
+        !hexadecimal(&line, ' ', &minor) || !decimal(&line, 0, &fresh[PROCMAPS_INODE]))
         return EINVAL;
     if (line.at < line.end && *line.at != ' ')
         return EINVAL;
@@ -194,7 +205,7 @@ static int field(struct procmaps *table, struct cursor line) {
         if (FIELDS[i].length != length || memcmp(FIELDS[i].name, name, length) != 0)
             continue;
         uint64_t kib;
-        if (!number(&line, 10, ' ', &kib) || line.end - line.at != 2 || memcmp(line.at, "kB", 2) != 0)
+        if (!decimal(&line, ' ', &kib) || line.end - line.at != 2 || memcmp(line.at, "kB", 2) != 0)
             return EINVAL;
         /* No more than there are addresses, so that sums of sizes never wrap. */
         if (kib > (last[PROCMAPS_END] - last[PROCMAPS_START]) / 1024)
@@ -220,6 +231,8 @@ static void add_run(struct procmaps *table, size_t *at, const struct vm_run *run
     }
 }
 
+static const int OWN[] = {PROCMAPS_RSS, PROCMAPS_PRIVATE_CLEAN, -1};
+
 /* Entries of the pagemap, 512 pages of them from an address on. */
 struct window {
     uint64_t start;
@@ -242,7 +255,6 @@ static int look(struct window *window, uint64_t address, int fd) {
  * pagemap.rst) from those that others map too. */
 static int add_resident(struct procmaps *table, size_t *at, const struct vm_run *run, int fd,
                         struct window *window) {
-    static const int own[] = {PROCMAPS_RSS, PROCMAPS_PRIVATE_CLEAN, -1};
     static const int shared[] = {PROCMAPS_RSS, PROCMAPS_SHARED_CLEAN, -1};
     uint64_t page = vm_page_size();
     struct vm_run piece = {run->start, run->start, run->is};
@@ -258,16 +270,25 @@ static int add_resident(struct procmaps *table, size_t *at, const struct vm_run 
         piece.start = piece.end;
         for (; piece.end < end && (*entry >> 56 & 1) == alone; entry++)
             piece.end += page;
-        add_run(table, at, &piece, alone ? own : shared);
+        add_run(table, at, &piece, alone ? OWN : shared);
     }
     return 0;
 }
 
-int procmaps_count_pages(struct procmaps *table, int fd) {
+static void forget_pages(struct procmaps *table) {
+    for (size_t i = 0; i < table->count; i++) {
+        uint64_t *one = row(table, i);
+        one[PROCMAPS_RSS] = one[PROCMAPS_SWAP] = 0;
+        one[PROCMAPS_PRIVATE_CLEAN] = one[PROCMAPS_SHARED_CLEAN] = 0;
+    }
+}
+
+int procmaps_count_pages(struct procmaps *table, int fd, int forked) {
     static const int swapped[] = {PROCMAPS_SWAP, -1};
     struct vm_run runs[512]; /* more made the kernel say wrongly how far it came (Linux 6.18) */
     struct window window = {0};
     size_t count = table->count, at = 0;
+    forget_pages(table);
     while (count > 0 && row(table, count - 1)[PROCMAPS_END] >> 63 != 0) /* [vsyscall], the kernel's */
         count--;
     if (count == 0)
@@ -277,10 +298,14 @@ int procmaps_count_pages(struct procmaps *table, int fd) {
         size_t found = 0;
         int err = vm_pages(fd, from, end, runs, 512, &found, &from);
         for (size_t i = 0; err == 0 && i < found; i++) {
-            if (runs[i].is & VM_PAGE_PRESENT && !(runs[i].is & VM_PAGE_ZERO))
-                err = add_resident(table, &at, &runs[i], fd, &window);
-            else if (runs[i].is & VM_PAGE_SWAPPED)
+            if (runs[i].is & VM_PAGE_SWAPPED)
                 add_run(table, &at, &runs[i], swapped);
+            else if (runs[i].is & VM_PAGE_ZERO)
+                continue;
+            else if (runs[i].is & VM_PAGE_FILE || forked)
+                err = add_resident(table, &at, &runs[i], fd, &window);
+            else
+                add_run(table, &at, &runs[i], OWN);
         }
         if (err != 0)
             return err;

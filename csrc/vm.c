@@ -189,7 +189,7 @@ int vm_pages(int fd, uint64_t from, uint64_t end, struct vm_run *runs, size_t ro
     scan.vec = (uintptr_t)runs;
     scan.vec_len = room;
     scan.anyof_mask = VM_PAGE_PRESENT | VM_PAGE_SWAPPED;
-    scan.return_mask = scan.anyof_mask | VM_PAGE_ZERO;
+    scan.return_mask = scan.anyof_mask | VM_PAGE_ZERO | VM_PAGE_FILE;
     int count = ioctl(fd, _IOWR('f', 16, scan), &scan);
     if (count < 0)
         return errno;

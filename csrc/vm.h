@@ -97,7 +97,7 @@ struct vm_run {
     uint64_t is; /* the or-ed enum vm_page */
 };
 
-enum vm_page { VM_PAGE_PRESENT = 8, VM_PAGE_SWAPPED = 16, VM_PAGE_ZERO = 32 };
+enum vm_page { VM_PAGE_FILE = 4, VM_PAGE_PRESENT = 8, VM_PAGE_SWAPPED = 16, VM_PAGE_ZERO = 32 };
 
 /* Finds the pages of [from, end) that are in memory or in swap, through the /proc/PID/pagemap open at
  * `fd` (PAGEMAP_SCAN, Linux 6.7): up to `room` runs of them, `*found` of them, and `*next`, the address

@@ -43,8 +43,8 @@ def show(space: AddressSpace, top: int, *, all_maps: bool) -> None:
     _line(
         console,
         Text(
-            f"RSS {_kib(space.rss_kib)}, PSS {_kib(space.pss_kib)}, USS {_kib(space.uss_kib)}, swap "
-            f"{_kib(space.swap_kib)}, page tables {_kib(space.page_tables_kib)}"
+            f"RSS {_kib(space.rss_kib)}, PSS {_kib(space.pss_kib)}, USS {_kib(space.uss_kib)}, "
+            f"swap {_kib(space.swap_kib)}, page tables {_kib(space.page_tables_kib)}"
         ),
     )
     console.print()

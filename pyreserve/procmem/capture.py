@@ -102,20 +102,22 @@ def _divided(table: MapTable) -> MapTable:
 
 def _counted(source: LiveSource, table: MapTable, rollup: dict[str, int]) -> bool:
     """Count pages instead of reading smaps; False unless the sums are the kernel's own."""
+    if rollup.get("Shared_Hugetlb", 0) + rollup.get("Private_Hugetlb", 0):
+        return False
     try:
         with source.open("pagemap") as pagemap:
-            table.count_pages(pagemap.fileno())
-        table.divide()
-    except (
-        MapsError,
-        OSError,
-    ):  # an older kernel, a 32-bit Python looking at a 64-bit process, a seccomp filter
+            # Memory of no file is shared after a fork only: most often it need not be asked for.
+            for forked in (False, True):
+                table.count_pages(pagemap.fileno(), forked=forked)
+                if sum(table.private) == _private_kib(rollup):
+                    break
+    # An older kernel, a 32-bit Python looking at a 64-bit process, a seccomp filter.
+    except (MapsError, OSError):
         return False
     return (
         sum(table.rss) == rollup.get("Rss")
         and sum(table.swap) == rollup.get("Swap")
         and sum(table.private) == _private_kib(rollup)
-        and not rollup.get("Shared_Hugetlb", 0) + rollup.get("Private_Hugetlb", 0)
     )
 
 

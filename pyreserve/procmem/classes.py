@@ -60,15 +60,13 @@ def kinds(table: MapTable) -> list[int | None]:
     """
     found: list[int | None] = [UNTOUCHED if perms & _ACCESS else NO_ACCESS for perms in table.perms]
     of_name: dict[tuple[str, bool], int | None] = {}
-    for i, name in enumerate(table.names):
-        if not name:
-            continue
+    for i, name in table.named:
         key = (name, table.inode[i] != 0)
         if key not in of_name:
             of_name[key] = _kind_of_name(*key)
         if found[i] == UNTOUCHED or of_name[key] in {None, SPECIAL}:
             found[i] = of_name[key]
-    for i, flags in enumerate(table.flags):
+    for i, flags in enumerate(table.flags) if table.knows_flags else ():
         if flags & _NO_MEMORY and found[i] in {UNTOUCHED, FILE}:
             found[i] = SPECIAL
     return found
@@ -89,8 +87,8 @@ def totals(table: MapTable, kind: list[int | None]) -> tuple[MemoryClass, ...]:
     for part, which in ((table.private, PRIVATE), (table.shared, SHARED), (table.swap, SWAPPED)):
         kib[which] = sum(part)
         mappings[which] = len(part) - part.count(0)
-    for rest, which_rest in zip(table.rest, kind, strict=True):
-        if which_rest is not None and rest:
-            kib[which_rest] += rest
-            mappings[which_rest] += 1
+    for which in (NO_ACCESS, UNTOUCHED, FILE, SPECIAL):
+        rest = [part for part, one in zip(table.rest, kind, strict=True) if one == which and part]
+        kib[which] += sum(rest)
+        mappings[which] += len(rest)
     return tuple(map(MemoryClass, NAMES, kib, mappings))

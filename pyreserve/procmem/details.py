@@ -39,7 +39,7 @@ def of_addresses(table: MapTable, kind: list[int | None]) -> dict[str, int]:
     process, though perhaps by another.
     """
     rest, perms, inode = table.rest, table.perms, table.inode
-    named = [i for i, name in enumerate(table.names) if name and inode[i]]
+    named = [i for i, _ in table.named if inode[i]]
     files = [i for i in named if not is_shared_memory(table.names[i])]
     return {
         "no_access_file": sum(rest[i] for i in files if not perms[i] & _ACCESS),
@@ -47,7 +47,9 @@ def of_addresses(table: MapTable, kind: list[int | None]) -> dict[str, int]:
             [kib for kib, perm in zip(table.rss, perms, strict=True) if not perm & _ACCESS]
         ),
         "untouched_noreserve": sum(
-            rest[i] for i, flags in enumerate(table.flags) if flags & _NR and kind[i] == UNTOUCHED
+            rest[i]
+            for i, flags in enumerate(table.flags if table.knows_flags else ())
+            if flags & _NR and kind[i] == UNTOUCHED
         ),
         "untouched_shared": sum(rest[i] for i in named if kind[i] == UNTOUCHED),
     }

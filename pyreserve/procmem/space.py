@@ -222,7 +222,7 @@ def explained(read: Capture) -> AddressSpace:
         classes=totals,
         owners=owners,
         details={
-            **(details.of_pages(read.table) if sight.knows_flags else {}),
+            **(details.of_pages(read.table) if read.table.knows_flags else {}),
             **details.of_addresses(read.table, kinds),
             **details.of_stacks(owners),
         },

@@ -88,15 +88,22 @@ class MapTable:
             raise MapsError(msg)
         return int(used[0])
 
-    def count_pages(self, pagemap: int) -> None:
+    def count_pages(self, pagemap: int, *, forked: bool) -> None:
         """Count what is in memory by the /proc/PID/pagemap open at a descriptor; `csrc/procmaps.h`.
 
         Raises:
             OSError: the kernel refused.
+            MapsError: see `divide`, which is done too.
         """
-        err = lib.procmaps_count_pages(self._table, pagemap)
+        err = lib.procmaps_count_pages(self._table, pagemap, forked)
         if err:
             raise OSError(err, "PAGEMAP_SCAN refused")
+        self._forget_columns()
+        self.divide()
+
+    def _forget_columns(self) -> None:
+        for name in [name for name in self.__dict__ if not name.startswith("_")]:
+            del self.__dict__[name]
 
     def divide(self) -> None:
         """Fill ``size``, ``private``, ``shared`` and ``rest``.
@@ -121,20 +128,36 @@ class MapTable:
         return column
 
     @cached_property
-    def names(self) -> list[str]:
-        """The name of each mapping as the kernel prints it, "" for none (PEP 383 for odd bytes)."""
+    def named(self) -> list[tuple[int, str]]:
+        """The mappings that have a name, and what it is as the kernel prints it.
+
+        Bytes that are not UTF-8 are there as PEP 383 has them.
+        """
         at, length = self._column(lib.PROCMAPS_NAME), self._column(lib.PROCMAPS_NAME_LENGTH)
         text = bytes(ffi.buffer(self._table.names, self._table.names_length))
         kept: dict[tuple[int, int], str] = {}
-        found = [""] * len(length)
-        for i, size in enumerate(length):
-            if size:
-                place = (at[i], size)
-                name = kept.get(place)
-                if name is None:
-                    name = kept[place] = text[at[i] : at[i] + size].decode(errors="surrogateescape")
-                found[i] = name
+        found = []
+        for i in [i for i, size in enumerate(length) if size]:
+            place = (at[i], length[i])
+            name = kept.get(place)
+            if name is None:
+                name = text[at[i] : at[i] + length[i]].decode(errors="surrogateescape")
+                kept[place] = name
+            found.append((i, name))
         return found
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The name of each mapping, "" for none; see `named`."""
+        found = [""] * len(self)
+        for i, name in self.named:
+            found[i] = name
+        return found
+
+    @cached_property
+    def knows_flags(self) -> bool:
+        """Whether VmFlags are known: a kernel prints some for every mapping."""
+        return any(self.flags)
 
     start = _Column(lib.PROCMAPS_START)
     end = _Column(lib.PROCMAPS_END)

@@ -22,11 +22,10 @@ def glibc_arenas(sight: Sight) -> None:
     if libc is None and not sight.knows_flags:
         return
     size = MiB if sight.narrow else 64 * MiB
-    heaps = {low: _heap_tail(sight, low, low + size) for low in _aligned(sight, size)}
-    # A full heap has no tail and tells little alone: it belongs to an arena that has one with.
-    if not any(heaps.values()) or sight.runs_code_of(r"libjemalloc|libtcmalloc"):
-        heaps = {low: tail for low, tail in heaps.items() if tail}
-    heaps = {low: tail for low, tail in heaps.items() if tail is not None}
+    tails = {low: _heap_tail(sight, low, low + size) for low in _aligned(sight, size)}
+    heaps = [low for low, tail in tails.items() if tail or _is_full_heap(sight, low, size, tails)]
+    if not heaps:
+        return
     evidence = (
         f"{count(len(heaps), 'range')} of {format_size(size)}, aligned to it: readable and "
         "writable from the start, no access to exactly the end"
@@ -39,11 +38,12 @@ def glibc_arenas(sight: Sight) -> None:
 
 def _aligned(sight: Sight, size: int) -> Iterator[int]:
     """Yield the multiples of `size` at which something writable begins or goes on."""
-    start, end, perms, flags = sight.start, sight.end, sight.perms, sight.flags
+    perms, flags = sight.perms, sight.flags
     never_charged = FLAGS["nr"] if sight.knows_flags else 0
     last = -1
-    for i in sight.anonymous:
-        if perms[i] != RW or end[i] - start[i] < _LEAST or not sight.free(i):
+    size_kib, least_kib = sight.table.size, _LEAST // KiB
+    for i in [i for i in sight.anonymous if size_kib[i] >= least_kib and perms[i] == RW]:
+        if not sight.free(i):
             continue
         if flags[i] & never_charged != never_charged:
             continue
@@ -53,6 +53,21 @@ def _aligned(sight: Sight, size: int) -> Iterator[int]:
                 yield at
             last = at
             at += size
+
+
+def _is_full_heap(sight: Sight, low: int, size: int, tails: dict[int, int | None]) -> bool:
+    """Tell whether a heap without a tail, which tells little alone, is one of an arena's.
+
+    What is writable begins at a heap, and the next above it that is not full has a tail; on 32 bits
+    heaps are small and lie apart.
+    """
+    i = sight.at(low)
+    if tails[low] != 0 or i is None or sight.start[i] % size:
+        return False
+    above = low + size
+    while tails.get(above) == 0:
+        above += size
+    return sight.narrow or bool(tails.get(above))
 
 
 def _heap_tail(sight: Sight, low: int, high: int) -> int | None:
@@ -123,7 +138,7 @@ def jemalloc(sight: Sight) -> None:
 
 # Where shadow begins and ends, and where the allocator may (compiler-rt/lib/asan/asan_mapping.h,
 # asan_allocator.h; x86-64, then i386).
-_SHADOWS = ((0x7FFF7000, 0x10007FFF8000), (0x20000000, 0x40000000))
+_SHADOWS = ((0x7FFF7000, 0x10007FFF8000), (0x1FFFF000, 0x40000000))
 _ALLOCATORS = (0x600000000000, 0x500000000000)
 
 

@@ -90,7 +90,7 @@ def _old_heap(sight: Sight, hinted: list[int]) -> bool:
     return False
 
 
-def _candidates(sight: Sight, hinted: list[int]) -> "list[Placement]":
+def _candidates(sight: Sight, hinted: list[int]) -> list[Placement]:
     """Return placements that some mapping's start and the end of what is writable suggest."""
     found = []
     for i in hinted:
@@ -108,8 +108,7 @@ def _candidates(sight: Sight, hinted: list[int]) -> "list[Placement]":
 
 
 def _at_a_hint(sight: Sight) -> list[int]:
-    start = sight.start
-    return [i for i in sight.anonymous if start[i] & _HINT_MASK == _HINT]
+    return [first for first, _ in sight.runs if sight.start[first] & _HINT_MASK == _HINT]
 
 
 def _used_up_to(sight: Sight, layout: Layout, low: int, end: int | None = None) -> Placement | None:
@@ -200,10 +199,12 @@ def _has_libc(sight: Sight) -> bool:
     return sight.runs_code_of(r"ld-linux|ld-musl|ld\.so|libc\.so|libc-2") is not None
 
 
-def _plain_runs(sight: Sight) -> "list[range]":
+def _plain_runs(sight: Sight, least: int = 0) -> list[range]:
     """Return runs of what is mapped as Go maps: charged, for children and for core dumps."""
     found = []
     for first, last in sight.runs:
+        if sight.end[last - 1] - sight.start[first] < least:
+            continue
         i = first
         while i < last:
             j = i
@@ -238,7 +239,7 @@ def _is_heap_of_32_bits(sight: Sight, run: range) -> bool:
 def _summaries(sight: Sight) -> list[int]:
     """Return the mappings of the page summaries: a run with the right amount without access."""
     found: list[int] = []
-    for run in _plain_runs(sight):
+    for run in _plain_runs(sight, least=512 * MiB):
         none = sum(sight.size(i) for i in run if sight.perms[i] == NONE)
         if any(size <= none <= size + 128 * MiB for size in (512 * MiB, 1024 * MiB)) and (
             not _is_aligned(sight, run)

@@ -42,7 +42,7 @@ def _is_hotspots(sight: Sight, i: int) -> bool:
     return _is_committed(sight, i) or _is_reserved(sight, i)
 
 
-def _groups(sight: Sight, fits: "list[bool]") -> list[range]:
+def _groups(sight: Sight, fits: list[bool]) -> list[range]:
     """Return the runs of neighbours that fit, without a gap between them."""
     found: list[range] = []
     for i, fit in enumerate(fits):
@@ -179,7 +179,7 @@ def _hotspots_until(sight: Sight, i: int, most: int) -> int:
 
 
 def _metaspace(sight: Sight, where: str) -> None:
-    """Claim nodes of metaspace: 64 MiB, committed in pieces, the second at the second root chunk."""
+    """Claim nodes of metaspace: 64 MiB, committed in pieces that begin at root chunks."""
     for group in _hotspots(sight):
         top = sight.end[group[-1]]
         low = top - _NODE

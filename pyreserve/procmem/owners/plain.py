@@ -5,7 +5,7 @@ import re
 from pyreserve.procmem.classes import is_shared_memory
 from pyreserve.procmem.owners.sight import NONE, RW, RWX, UNKNOWN, Sight, count
 from pyreserve.procmem.table import FLAGS
-from pyreserve.units import KiB, MiB, format_size
+from pyreserve.units import GiB, KiB, MiB, format_size
 
 _BSS_MOST, _BSS_SMALL = 8 * MiB, 256 * KiB
 _GUARD_MOST = 64 * KiB
@@ -64,10 +64,16 @@ def stacks(sight: Sight) -> None:
     found: list[int] = []
     sizes: dict[int, int] = {}
     # The last mapping has nothing above it.
-    for i in sight.anonymous[:-1]:
+    guards = [
+        i
+        for i in sight.anonymous[:-1]
+        if (java or flags[i + 1] & stack_flag or end[i + 1] - end[i] == limit)
+        and perms[i] == NONE
+        and perms[i + 1] == RW
+        and start[i + 1] == end[i]
+    ]
+    for i in guards:
         j = i + 1
-        if perms[i] != NONE or perms[j] != RW or start[j] != end[i]:
-            continue
         guard, stack = end[i] - start[i], end[j] - start[j]
         if flags[j] & stack_flag:
             fits = guard <= _GUARD_MOST and (flags[i] & stack_flag or java)
@@ -156,8 +162,12 @@ def _of_files(sight: Sight) -> list[int]:
 def zeroed_data(sight: Sight) -> None:
     """Claim the zeroed data (.bss) that is mapped behind the writable data of a program's file.
 
-    Other memory may happen to lie there: what is large and full is nobody's.
+    Other memory may happen to lie there: what is large and full is nobody's, and where Python maps
+    arenas what is large.
     """
+    most = _BSS_SMALL if sight.runs_code_of(r"(lib)?python\d") else _BSS_MOST
+    if not sight.runs_code_of(r"ld-linux|ld-musl|libc\.so|libc-2"):
+        most = GiB  # a static program of Go's
     mine = _of_files(sight)
     programs = set(sight.programs)
     program = next((sight.names[i] for i in mine if sight.names[i] in programs), None)
@@ -168,7 +178,7 @@ def zeroed_data(sight: Sight) -> None:
         if sight.names[j] or sight.inode[j] or sight.perms[j] != RW or not sight.free(j):
             continue
         size, full = sight.size(j), 4 * sight.table.rss[j] > sight.table.size[j]
-        if size > _BSS_MOST or (size > _BSS_SMALL and full) or not sight.lacks(j, "nr dd dc nh"):
+        if size > most or (size > _BSS_SMALL and full) or not sight.lacks(j, "nr dd dc nh"):
             continue
         sight.claim(
             [j],
@@ -188,7 +198,8 @@ def rest(sight: Sight) -> None:
     sizes = [size[i] for i in left]
     largest = max(sizes)
     where = sight.start[left[sizes.index(largest)]]
-    plain = sum(size[i] for i in left if sight.perms[i] == RW)
+    perms = sight.perms
+    plain = sum([size[i] for i in left if perms[i] == RW])
     sight.claims.evidence[UNKNOWN] = (
         f"{count(len(left), 'anonymous mapping')} of no shape that is known, the largest "
         f"{format_size(largest * KiB)} at {where:x}; {format_size(plain * KiB)} readable and "

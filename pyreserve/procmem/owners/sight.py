@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 from pyreserve.layouts import Piece, without
 from pyreserve.procmem.capture import Capture
@@ -62,17 +63,12 @@ class Sight:
         self.claims = Claims([None] * len(table))
         self.pieces: list[Piece] = []
         """Address ranges that a recogniser can name more finely than by owner."""
-        self.knows_flags = any(self.flags)
+        self.named, self.knows_flags = table.named, table.knows_flags
         user = [end for end in self.end[-2:] if end <= 1 << 63]  # without [vsyscall]
         self.narrow = bool(user) and user[-1] <= 1 << 32
         """A 32-bit process."""
 
     # -- looking ------------------------------------------------------------------------------
-
-    @cached_property
-    def named(self) -> list[tuple[int, str]]:
-        """The mappings that have a name, and what it is."""
-        return [(i, name) for i, name in enumerate(self.names) if name]
 
     @cached_property
     def programs(self) -> list[str]:
@@ -89,29 +85,25 @@ class Sight:
 
     @cached_property
     def anonymous(self) -> list[int]:
-        """Private mappings of no file and no name of the kernel's."""
-        return [
-            i
-            for i, (name, inode, perms) in enumerate(
-                zip(self.names, self.inode, self.perms, strict=True)
-            )
-            if not name and not inode and not perms & SHARED
-        ]
+        """Mappings of no file and no name of the kernel's."""
+        found: list[int] = []
+        at = 0
+        for i, _ in [*self.named, (len(self.names), "")]:
+            found += range(at, i)
+            at = i + 1
+        return found
 
     @cached_property
     def runs(self) -> list[tuple[int, int]]:
         """Ranges [i, j) of anonymous mappings without a gap between them."""
-        found: list[tuple[int, int]] = []
-        first = last = -2
-        for i in self.anonymous:
-            if i != last + 1 or self.start[i] != self.end[last]:
-                if last >= 0:
-                    found.append((first, last + 1))
-                first = i
-            last = i
-        if last >= 0:
-            found.append((first, last + 1))
-        return found
+        holes = [
+            i
+            for i, (end, start) in enumerate(zip(self.end, self.start[1:], strict=False), 1)
+            if end != start
+        ]
+        named = {i for i, _ in self.named}
+        borders = sorted({0, len(self.start), *holes, *named, *(i + 1 for i in named)})
+        return [run for run in pairwise(borders) if run[0] not in named]
 
     def free(self, i: int) -> bool:
         """Tell whether nobody has claimed any of a mapping."""
@@ -195,14 +187,13 @@ class Sight:
         unknown.kib += sum(table.size) - sum(table.size[i] for i, _ in taken)
         in_memory = sum(table.private) + sum(table.shared)
         unknown.rss_kib += in_memory - sum(table.private[i] + table.shared[i] for i, _ in taken)
-        whose = self.claims.whole
         unknown.no_access_kib += sum(
             [
-                table.rest[i]
-                for i, perms in enumerate(self.perms)
-                if not perms & RWX and whose[i] is None
+                rest
+                for rest, perms in zip(table.rest, self.perms, strict=True)
+                if rest and not perms & RWX
             ]
-        )
+        ) - sum(table.rest[i] for i, _ in taken if not self.perms[i] & RWX)
         unknown.mappings += len(table) - len(taken)
         if self.names[-1:] == ["[vsyscall]"]:  # the kernel's, and not in VmSize
             unknown.kib -= table.size[-1]
