@@ -59,22 +59,22 @@ def kinds(table: MapTable) -> list[int | None]:
     The rest is what is neither in memory nor in swap. None is for ``[vsyscall]``.
     """
     found: list[int | None] = [UNTOUCHED if perms & _ACCESS else NO_ACCESS for perms in table.perms]
-    of_name: dict[tuple[str, bool], int | None] = {}
+    of_name: dict[tuple[str, bool], int] = {}
     for i, name in table.named:
         key = (name, table.inode[i] != 0)
         if key not in of_name:
             of_name[key] = _kind_of_name(*key)
-        if found[i] == UNTOUCHED or of_name[key] in {None, SPECIAL}:
+        if found[i] == UNTOUCHED or of_name[key] == SPECIAL:
             found[i] = of_name[key]
+    if table.names[-1:] == ["[vsyscall]"]:
+        found[-1] = None
     for i, flags in enumerate(table.flags) if table.knows_flags else ():
         if flags & _NO_MEMORY and found[i] in {UNTOUCHED, FILE}:
             found[i] = SPECIAL
     return found
 
 
-def _kind_of_name(name: str, of_inode: bool) -> int | None:
-    if name == "[vsyscall]":
-        return None
+def _kind_of_name(name: str, of_inode: bool) -> int:
     if name.startswith("[vvar"):
         return SPECIAL
     return FILE if of_inode and not is_shared_memory(name) else UNTOUCHED

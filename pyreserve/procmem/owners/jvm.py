@@ -10,6 +10,7 @@ _ZGC = "/memfd:java_heap"
 _CLASS_SPACE = GiB  # CompressedClassSpaceSize, hotspot/share/runtime/globals.hpp
 _NODE = 64 * MiB  # of metaspace: VirtualSpaceNode, hotspot/share/memory/metaspace
 _ROOT_CHUNK = 4 * MiB
+_CDS = "JVM CDS archive (mapped file)"
 
 
 def jvm(sight: Sight) -> None:
@@ -154,10 +155,10 @@ def _class_data(sight: Sight) -> None:
         return
     first, last = archives[0], archives[-1]
     name = f"{sight.names[first]} is mapped"
-    sight.claim(archives, "JVM CDS archive", name)
+    sight.claim(archives, _CDS, name)
     i = sight.next_to(last)
     if i is not None and _is_hotspots(sight, i) and sight.size(i) < 16 * MiB:
-        sight.claim([i], "JVM CDS archive", name)
+        sight.claim([i], _CDS, name)
         last = i
     low = sight.end[last]
     high = _hotspots_until(sight, last, low + _CLASS_SPACE)

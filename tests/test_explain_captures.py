@@ -1,0 +1,283 @@
+"""Explanations of saved processes, held against what is true of them."""
+
+import gzip
+import io
+import re
+import shutil
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+from captures import FOLDER, NAMES, truth
+
+from pyreserve.errors import MapsError
+from pyreserve.procmem import AddressSpace, explain
+from pyreserve.procmem.table import MapTable
+from pyreserve.units import KiB
+
+# Which of our names are right for an owner of the truth. What is not here has none.
+RIGHT = (
+    (r"thread.stack|SafeStack", ["thread stacks"]),
+    (r"glibc malloc arena", ["glibc malloc arenas"]),
+    (r"glibc malloc main arena", ["glibc malloc main heap"]),
+    (r"tcmalloc \(gperftools\) via brk", ["tcmalloc (brk heap)"]),
+    (r"PyPy via brk", ["main heap (brk)"]),
+    (r"^jemalloc$", ["jemalloc"]),
+    (r"^mimalloc$", ["mimalloc"]),
+    (r"asan LowShadow|asan HighShadow", ["AddressSanitizer shadow"]),
+    (r"asan ShadowGap", ["AddressSanitizer shadow gap"]),
+    (r"AddressSanitizer runtime", ["AddressSanitizer "]),
+    (r"^Go heap arenas", ["Go heap arenas"]),
+    (r"^Go heap arena$", ["Go arena"]),
+    (r"^Go heap bitmap", ["Go bitmap"]),
+    (r"^Go spans", ["Go spans"]),
+    (r"^Go (page summaries|scavenge|heapArena)", ["Go runtime tables"]),
+    (r"Go runtime", ["Go ", "program data"]),
+    (r"JVM NMT: Java Heap", ["JVM heap"]),
+    (r"JVM NMT: Class", ["JVM class space"]),
+    (r"JVM NMT: Metaspace", ["JVM metaspace"]),
+    (r"JVM NMT: Code", ["JVM code cache"]),
+    (r"JVM NMT: GC", ["JVM other reservations"]),
+    (r"HotSpot", ["JVM "]),
+    (r"V8 ArrayBuffer/WebAssembly", ["V8 WebAssembly"]),
+    (r"V8 code range", ["V8 code range"]),
+    (r"PostgreSQL main shared memory", ["PostgreSQL shared memory"]),
+    (r"hugetlb", ["huge pages (hugetlb)"]),
+    (r"mapped files", ["mapped files", "JVM CDS archive (mapped file)", "JVM heap (ZGC)"]),
+    (r"ELF/file", ["mapped files"]),
+    (r"dynamic loader", ["library data (.bss, dynamic loader)"]),
+    (r"program itself: .* shared anonymous", ["shared anonymous memory"]),
+)
+# Of these the log names addresses, mapped or not, that other owners lie in.
+ELSEWHERE = re.compile(
+    r"asan (High|Low)Mem|no call stack|anonymous mmap|strace_fine|^program itself$"
+)
+
+
+@cache
+def explained(name: str) -> AddressSpace:
+    return explain(path=FOLDER / name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestTotals:
+    def test_classes_are_exactly_the_truth(self, name: str) -> None:
+        """Every class has the KiB that the kernel's figures give it, and they sum to VmSize."""
+        space, true = explained(name), truth(name)
+
+        assert {one.name: one.kib for one in space.classes} == true["classes_kib"]
+        assert sum(one.kib for one in space.classes) == space.vsz_kib == true["vsz_kib"]
+
+    def test_rss_pss_uss(self, name: str) -> None:
+        """RSS and USS are exact; PSS is the kernel's sum, which rounds once and not per mapping."""
+        space, true = explained(name), truth(name)
+
+        assert space.rss_kib == true["rss_kib"]
+        assert space.uss_kib == true["uss_kib"]
+        assert 0 <= space.pss_kib - true["pss_kib"] <= space.mappings
+        assert space.settled
+
+    def test_details(self, name: str) -> None:
+        """The finer figures are those of the truth, which counts some of them too."""
+        true = truth(name).get("classes_detail_kib")
+        if true is None:
+            pytest.skip("no such figures of this capture")
+        details = explained(name).details
+
+        assert details["no_access_file"] == true["no_access_file"]
+        assert details["no_access_resident"] == true["no_access_resident"]
+        assert details["untouched_noreserve"] == true["untouched_noreserve"]
+        assert details["untouched_shared"] == true["untouched_shm"]
+        assert details["lazy_free"] == true["lazyfree"]
+        assert details["anon_huge"] == true["anon_huge"]
+        assert details["locked"] == true["locked"]
+
+    def test_owners_have_every_byte_once(self, name: str) -> None:
+        """Owners sum to VSZ, and their memory to what is in memory."""
+        space = explained(name)
+
+        assert sum(owner.kib for owner in space.owners) == space.vsz_kib
+        assert sum(owner.rss_kib for owner in space.owners) == space.class_kib(
+            "resident_private"
+        ) + space.class_kib("resident_shared")
+        assert all(owner.evidence for owner in space.owners)
+        assert len({owner.name for owner in space.owners}) == len(space.owners)
+
+
+def right_names(owner: str) -> list[str]:
+    for pattern, names in RIGHT:
+        if re.search(pattern, owner):
+            return names
+    return []
+
+
+def named_ranges(space: AddressSpace) -> list[tuple[int, int, str]]:
+    """What every byte is called, from what was claimed."""
+    claims = space._sight.claims
+    found = []
+    for i, one in enumerate(space.maps()):
+        at = one.start
+        for low, high, name in sorted(claims.parts.get(i, [])):
+            found += [(at, low, "unknown"), (low, high, name)]
+            at = high
+        found.append((at, one.end, claims.whole[i] or "unknown"))
+    return [(low, high, name) for low, high, name in found if low < high]
+
+
+OWNED = [
+    (name, i)
+    for name in NAMES
+    for i, owner in enumerate(truth(name)["owners"])
+    if not ELSEWHERE.search(owner["name"]) and owner["source"] not in {"strace_fine"}
+]
+
+
+class TestOwners:
+    @pytest.mark.parametrize(("name", "index"), OWNED)
+    def test_the_right_name_or_none(self, name: str, index: int) -> None:
+        """Bytes of an owner with 1 % of VSZ have its name, or are said to be unknown."""
+        space = explained(name)
+        owner = truth(name)["owners"][index]
+        right = right_names(owner["name"])
+
+        called: Counter[str] = Counter()
+        spans = named_ranges(space)
+        for low, high in ((int(a, 16), int(b, 16)) for a, b in owner["ranges"]):
+            for start, end, who in spans:
+                if start < high and low < end:
+                    called[who] += (min(end, high) - max(start, low)) // KiB
+        total = sum(called.values())
+        wrong = sum(
+            kib
+            for who, kib in called.items()
+            if who != "unknown" and not who.startswith(tuple(right))
+        )
+
+        assert wrong <= 0.05 * total, called
+
+    @pytest.mark.parametrize(
+        ("name", "owner", "kib"),
+        [
+            ("go_tip2014", "Go arena", 134_217_736),
+            ("go_tip2014", "Go bitmap", 8_388_608),
+            ("go_tip2014", "Go spans", 131_072),
+            ("go111", "Go heap arenas (Go 1.11 to 1.13)", 131_072),
+            ("go119", "Go heap arenas (Go 1.14 or later)", 131_072),
+            ("go127_hello", "Go heap arenas (Go 1.26 or later)", 65_536),
+            ("go124_386_hello", "Go heap arenas (Go 1.11 or later, 32 bits)", 528_384),
+            ("c_asan8t", "AddressSanitizer shadow", 15_032_385_540),
+            ("c_asan8t", "AddressSanitizer allocator", 4_294_967_304),
+            ("c_mimalloc32t", "mimalloc", 1_151_232),
+            ("c_mimalloc32t", "thread stacks", 262_272),
+            ("redis", "jemalloc", 88_064),
+            ("py_64threads", "glibc malloc arenas", 983_040),
+            ("py_64threads", "thread stacks", 524_544),
+            ("c32_glibc8t", "glibc malloc arenas", 15_360),
+            ("java_serial", "JVM heap", 1_048_576),
+            ("java_serial", "JVM class space", 1_048_576),
+            ("java_serial", "JVM metaspace", 65_536),
+            ("java_serial", "JVM code cache", 245_760),
+            ("java_z", "JVM heap (ZGC)", 50_331_648),
+            ("java17_default", "JVM heap", 6_172_672),
+            ("java21_g1", "JVM heap", 1_048_576),
+            ("java21_g1", "JVM class space", 1_048_576),
+            ("node_wasm3", "V8 WebAssembly memories and guards", 31_457_280),
+            ("node_wasm3", "V8 code range", 522_680),
+            ("pg_backend", "PostgreSQL shared memory", 1_101_380),
+        ],
+    )
+    def test_known_sizes(self, name: str, owner: str, kib: int) -> None:
+        """What was traced is found to the KiB."""
+        assert {one.name: one.kib for one in explained(name).owners}.get(owner) == kib
+
+    def test_the_ranges_of_gos_layout_of_2014(self) -> None:
+        """Spans, bitmap and arena are told apart inside mappings, committed and reserved."""
+        ranges = explained("go_tip2014").to_dict()["ranges"]
+
+        assert [(one["name"], one["state"], one["kib"]) for one in ranges] == [
+            ("spans", "committed", 104),
+            ("spans + bitmap", "reserved", 8_513_112),
+            ("bitmap + arena", "committed", 109_888),
+            ("arena", "reserved", 134_114_312),
+        ]
+
+    def test_what_imitates_them_is_not_named(self) -> None:
+        """A program that maps like allocators, runtimes and sanitizers is called none of them."""
+        names = {owner.name for owner in explained("c_imitator").owners}
+
+        assert not [name for name in names if re.match(r"Go|JVM|V8|Address|jemall|mimall", name)]
+
+
+class TestWithout:
+    """Fewer files, and other kinds of them."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        shutil.copytree(FOLDER / "redis", tmp_path / "redis")
+        return tmp_path / "redis"
+
+    def test_smaps_alone_is_enough(self, folder: Path) -> None:
+        """The rest adds names, limits and the kernel's own sums."""
+        for path in folder.iterdir():
+            if path.name != "smaps.gz":
+                path.unlink()
+
+        space = explain(path=folder)
+
+        assert (space.vsz_kib, space.rss_kib, space.uss_kib) == (140_696, 79_056, 72_780)
+        assert space.pid is None
+        assert space.pss_kib == 75_007  # the mappings' sum, each rounded down
+
+    def test_compressed_or_not(self, folder: Path) -> None:
+        """Each file may be plain or .gz."""
+        before = explain(path=folder).to_dict()
+        (folder / "smaps").write_bytes(gzip.decompress((folder / "smaps.gz").read_bytes()))
+        (folder / "smaps.gz").unlink()
+        (folder / "status.gz").write_bytes(gzip.compress((folder / "status").read_bytes()))
+        (folder / "status").unlink()
+
+        assert explain(path=folder).to_dict() == before
+
+    def test_no_smaps(self, folder: Path) -> None:
+        """maps does not say what is in memory."""
+        (folder / "smaps.gz").unlink()
+
+        with pytest.raises(FileNotFoundError, match="no smaps"):
+            explain(path=folder)
+
+    def test_no_folder(self, tmp_path: Path) -> None:
+        """A path that is not there is said to be not there."""
+        with pytest.raises(FileNotFoundError, match="no such folder"):
+            explain(path=tmp_path / "nothing")
+
+    @pytest.mark.parametrize("cut", [10, 100, 3000])
+    def test_a_file_cut_short(self, folder: Path, cut: int) -> None:
+        """What was not copied whole is refused by name."""
+        path = folder / "smaps.gz"
+        path.write_bytes(path.read_bytes()[:cut])
+
+        with pytest.raises(MapsError, match=r"smaps\.gz"):
+            explain(path=folder)
+
+    def test_files_of_two_moments(self, folder: Path) -> None:
+        """Totals that do not match are told, and the mappings are believed."""
+        rollup = folder / "smaps_rollup"
+        rollup.write_text(rollup.read_text().replace("79056", "79060"))
+
+        space = explain(path=folder)
+
+        assert not space.settled
+        assert "not of one moment" in space.warnings[-1]
+        assert space.rss_kib == 79_056
+
+    @pytest.mark.parametrize("name", [n for n in NAMES if (FOLDER / n / "maps.gz").exists()])
+    def test_maps_and_smaps_name_the_same_mappings(self, name: str) -> None:
+        """The two files are read alike."""
+        maps, smaps = (
+            MapTable.read(io.BytesIO(gzip.decompress((FOLDER / name / f"{file}.gz").read_bytes())))
+            for file in ("maps", "smaps")
+        )
+
+        for column in ("start", "end", "perms", "offset", "device", "inode", "names"):
+            assert getattr(maps, column) == getattr(smaps, column)
