@@ -3,18 +3,16 @@
 Which curves a panel has is decided in `pyreserve.costs.plot_choice`.
 """
 
-import io
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyreserve.costs.cells import GROUPS, Curve
 from pyreserve.costs.plot_choice import JOINED, NEAR, Chosen, Line, choose, kinds, label
 from pyreserve.costs.table import CostTable, Measured
-from pyreserve.files import write_bytes
+from pyreserve.pictures import check_suffix, own_settings, write_picture
 from pyreserve.units import format_size, format_time, parse_size
 
 if TYPE_CHECKING:
@@ -27,7 +25,6 @@ Point = tuple[float, float]
 # A band of fewer passes, or one that spans more, says only that nothing is known.
 _PASSES, _SPAN = 3, 3.0
 
-_SUFFIXES = (".png", ".svg")
 _DPI = 200
 # Inches and points: shown 1000 pixels wide, 8 points of 10 inches are 11 pixels high.
 _CELL, _MARGIN, _TICKS, _GUTTER, _LABELS = 5.2, 0.12, 0.50, 0.28, 1.70
@@ -58,14 +55,8 @@ def draw(table: CostTable, path: Path) -> None:
         ImportError: matplotlib is missing (extra ``plot``).
         OSError: it can't be written.
     """
-    if path.suffix not in _SUFFIXES:
-        msg = f"a picture's file ends in {' or '.join(_SUFFIXES)}, and {path} does not"
-        raise ValueError(msg)
-    picture, data = figure(table), io.BytesIO()
-    undated = {"Date": None} if path.suffix == ".svg" else None
-    with _own_settings():
-        picture.savefig(data, format=path.suffix[1:], metadata=undated)
-    write_bytes(path, data.getvalue())
+    check_suffix(path)
+    write_picture(figure(table), path)
 
 
 def figure(table: CostTable) -> "Figure":
@@ -77,23 +68,8 @@ def figure(table: CostTable) -> "Figure":
     Raises:
         ImportError: matplotlib is missing (extra ``plot``).
     """
-    with _own_settings():
+    with own_settings():
         return _Picture(table).figure
-
-
-@contextmanager
-def _own_settings() -> Iterator[None]:
-    """Draw alike everywhere, whatever somebody has set for pictures of their own."""
-    try:
-        import matplotlib  # noqa: PLC0415  # only where needed: it is an extra
-    except ImportError as missing:
-        msg = "drawing needs matplotlib: pip install 'pyreserve[plot]'"
-        raise ImportError(msg) from missing
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        # Text stays text in an SVG, and the same table makes the same file.
-        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "pyreserve"})
-        yield
 
 
 class _Picture:
