@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 _DPI = 200
 # Inches and points: shown 900 pixels wide, 8 points of 9 inches are 11 pixels high.
 _WIDTH, _MARGIN = 9.0, 0.15
-_LEFT, _STRIP, _NAMES = 1.02, 2.5, 3.68  # where bars begin, how wide the strip is, where names are
+_LEFT, _STRIP, _NAMES = 1.02, 2.2, 3.38  # where bars begin, how wide the strip is, where names are
 _SIZES, _MEMORY = 7.95, _WIDTH - _MARGIN  # where figures end
 _SMALL, _TEXT, _HEADING, _TITLE = 7.2, 8.2, 10.5, 13.0
 _LINE = 1.3  # a line's height, of its letters'
 _BAR = 0.2
 # Heights of the strip: of a block of 4 KiB, of each doubling, of all if there are many, of holes.
-_LEAST, _DOUBLING, _HIGH = 0.16, 0.032, 5.4
+_LEAST, _DOUBLING, _HIGH = 0.16, 0.032, 6.0
 _HOLE, _BREAK = 0.19, 0.05
 _TWO_LINES = 0.32
 _HAIR = 0.03
@@ -52,7 +52,7 @@ _STYLES: dict[int, dict[str, Any]] = {
     SHARED: {"facecolor": "#3f7fc1"},
     SWAPPED: {"facecolor": "#a3265a", "edgecolor": "#ffffff", "hatch": "\\\\\\\\\\\\"},
     SPECIAL: {"facecolor": "#9a9a9a", "edgecolor": "#ffffff", "hatch": "xxxxxx"},
-    FILE: {"facecolor": "#8fc9b0", "edgecolor": "#3d8467", "hatch": "-----"},
+    FILE: {"facecolor": "#8fc9b0", "edgecolor": "#5aa98a", "hatch": "-----"},
     UNTOUCHED: {"facecolor": "#f7dc9c", "edgecolor": "#c79a35", "hatch": "...."},
     NO_ACCESS: {"facecolor": "#fafafa", "edgecolor": "#b9b9b9", "hatch": "////"},
 }
@@ -94,7 +94,9 @@ class _Picture:
         self.blocks = blocks(space)
         self.memory = sum(block.memory_kib for block in self.blocks)
         self.figure = Figure((_WIDTH, 1), dpi=_DPI, facecolor="white")
-        self.renderer = FigureCanvasAgg(self.figure).get_renderer()
+        # Typed as anything, for its methods have no types.
+        canvas: Any = FigureCanvasAgg(self.figure)
+        self.renderer = canvas.get_renderer()
         self.at: list[tuple[Any, float]] = []
         y = self.heading(_MARGIN)
         y = self.totals(y + 0.12)
@@ -157,7 +159,11 @@ class _Picture:
         title = shorten(title, lambda text: self.wide(text, _TITLE, "bold") <= room)
         self.text(_MARGIN, y, title, _TITLE, weight="bold", gid="title")
         y += _TITLE * 1.45 / 72
-        lines = self.wrapped(space.verdict, _TEXT + 0.6, room)
+        lines = [
+            line
+            for text in (space.verdict, *(f"Worth a look: {one}." for one in space.warnings))
+            for line in self.wrapped(text, _TEXT + 0.6, room)
+        ]
         self.text(_MARGIN, y, "\n".join(lines), _TEXT + 0.6, linespacing=_LINE, gid="verdict")
         return y + len(lines) * (_TEXT + 0.6) * 1.25 * _LINE / 72
 
@@ -214,7 +220,8 @@ class _Picture:
     def strip(self, y: float) -> float:
         """Draw the blocks, from low addresses to high ones."""
         words = (
-            "height: logarithm of a block's size; inside: shares, linear, memory a hair at least"
+            "height: logarithm of a block's size; inside, across: shares, linear, "
+            "memory at least a hair"
         )
         y = self.caption(y, "In address order", words)
         for x, name, ha in (

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 from pyreserve.procmem.classes import NAMES, PRIVATE, SHARED, SWAPPED
 from pyreserve.procmem.owners import UNKNOWN
-from pyreserve.units import KiB
+from pyreserve.units import KiB, MiB
 
 if TYPE_CHECKING:
     from pyreserve.procmem.space import AddressSpace
 
-MOST = 22
+MOST = 18
 """No picture has more blocks."""
 
 # So many blocks need no joining of what is small, which is less than this of VSZ and of the memory.
 _FEW, _SMALL = 9, 0.01
-# A hole of this part of all addresses from the first to the last divides even one owner's mappings.
-_FAR = 1 / 1024
+# A hole of so many bytes and this part of all addresses divides even one owner's mappings.
+_FAR_LEAST, _FAR = 64 * MiB, 1 / 4096
 _FAR_COST, _UNLIKE = 16.0, 0.1
 # A program or library is its file and what lies right behind.
 _FILES = ("mapped files", "library data", "program data")
@@ -34,6 +34,7 @@ class Block:
         kib: its KiB by class, as `pyreserve.procmem.classes.NAMES` orders them.
         owners: KiB by owner.
         files: KiB by the name of a file.
+        places: how many there are of it, with large holes between.
     """
 
     start: int
@@ -41,6 +42,7 @@ class Block:
     kib: list[int]
     owners: dict[str, int] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
+    places: int = 1
 
     @property
     def size_kib(self) -> int:
@@ -52,8 +54,10 @@ class Block:
         """What is in memory."""
         return self.kib[PRIVATE] + self.kib[SHARED]
 
-    def join(self, other: "Block") -> None:
-        """Take in the next one."""
+    def join(self, other: "Block", least: int) -> None:
+        """Take in the next one; holes of more than `least` bytes make places."""
+        apart = other.start - self.end > least
+        self.places += other.places - (not apart)
         self.end = other.end
         self.kib = [a + b for a, b in zip(self.kib, other.kib, strict=True)]
         self.owners = _sum(self.owners, other.owners)
@@ -71,7 +75,7 @@ def _sum(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
 
 def far(space: list[Block]) -> int:
     """Return the bytes from which on a hole divides the address space for whoever looks at it."""
-    return int((space[-1].end - space[0].start) * _FAR) if space else 0
+    return max(_FAR_LEAST, int((space[-1].end - space[0].start) * _FAR)) if space else 0
 
 
 def blocks(space: "AddressSpace", most: int = MOST) -> list[Block]:
@@ -86,7 +90,7 @@ def blocks(space: "AddressSpace", most: int = MOST) -> list[Block]:
     for piece in pieces:
         last = found[-1] if found else None
         if last and last.owners.keys() == piece.owners.keys() and piece.start - last.end <= least:
-            last.join(piece)
+            last.join(piece, least)
         else:
             found.append(piece)
     return _joined(found, least, most)
@@ -164,22 +168,25 @@ def _joined(found: list[Block], least: int, most: int) -> list[Block]:
     def offer(i: int, j: int) -> tuple[float, int, int, int]:
         one, other = found[i], found[j]
         small, large = sorted((weight(i), weight(j)))
-        # One owner's pieces lose nothing by it; a large block would lose its name's clearness.
-        alike = one.owners.keys() == other.owners.keys() or _of_files(one) and _of_files(other)
-        cost = small if alike else small + _UNLIKE * large
-        cost *= _FAR_COST if other.start - one.end > least else 1
+        apart = other.start - one.end > least
+        if one.owners.keys() == other.owners.keys():
+            cost = small if apart else 0  # nothing is lost by it
+        elif _of_files(one) and _of_files(other):
+            cost = small * (_FAR_COST if apart else 1)
+        else:  # a large block's name would become less clear
+            cost = (small + _UNLIKE * large) * (_FAR_COST if apart else 1)
         return cost, i, j, changed[i] + changed[j]
 
     queue = [offer(i, i + 1) for i in range(count - 1)]
     heapq.heapify(queue)
     gone = [False] * len(found)
-    while queue and count > min(_FEW, most):
+    while queue:
         cost, i, j, age = heapq.heappop(queue)
         if gone[i] or gone[j] or changed[i] + changed[j] != age or after[i] != j:
             continue
-        if count <= most and cost > _SMALL:
+        if count <= most and cost > (_SMALL if count > _FEW else 0):
             break
-        found[i].join(found[j])
+        found[i].join(found[j], least)
         gone[j], after[i], count = True, after[j], count - 1
         changed[i] += 1
         if after[i] < len(found):
@@ -199,14 +206,13 @@ def label(block: Block, fits: Callable[[str], bool]) -> str:
     """Name a block by its owners, and by its files if they are all, as far as it `fits`."""
     owners = [printable(name) for name in _largest(block.owners)]
     names = [printable(name.rpartition("/")[2] or name) for name in _largest(block.files)]
-    tries: list[str] = []
-    if len(owners) == 1:
-        tries += [f"{owners[0]}: {some}" for some in _some(names)] + owners
-    else:
-        short = list(dict.fromkeys(owner.partition(" (")[0] or owner for owner in owners))
-        if _of_files(block):
-            tries += [f"{_some(short)[0]}: {some}" for some in _some(names)]
-        tries += _some(short)
+    short = list(dict.fromkeys(owner.partition(" (")[0] or owner for owner in owners))
+    tries = owners if len(owners) == 1 else _some(short)
+    if _of_files(block):
+        kind = owners[0] if len(owners) == 1 else "files and their data"
+        tries = [f"{kind}: {some}" for some in _some(names)] + tries
+    if block.places > 1:
+        tries = [f"{text}, {block.places:,} places" for text in tries] + tries[-1:]
     for text in tries:
         if fits(text):
             return text
