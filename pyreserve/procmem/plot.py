@@ -52,7 +52,7 @@ _STYLES: dict[int, dict[str, Any]] = {
     SHARED: {"facecolor": "#3f7fc1"},
     SWAPPED: {"facecolor": "#a3265a", "edgecolor": "#ffffff", "hatch": "\\\\\\\\\\\\"},
     SPECIAL: {"facecolor": "#9a9a9a", "edgecolor": "#ffffff", "hatch": "xxxxxx"},
-    FILE: {"facecolor": "#8fc9b0", "edgecolor": "#5aa98a", "hatch": "-----"},
+    FILE: {"facecolor": "#bfe3d3", "edgecolor": "#5aa98a", "hatch": "-----"},
     UNTOUCHED: {"facecolor": "#f7dc9c", "edgecolor": "#c79a35", "hatch": "...."},
     NO_ACCESS: {"facecolor": "#fafafa", "edgecolor": "#b9b9b9", "hatch": "////"},
 }
@@ -112,11 +112,12 @@ class _Picture:
     def text(
         self, x: float, y: float, text: str, size: float = _TEXT, colour: str = _INK, **rest: Any
     ) -> "Text":
-        # A name may have dollars in it, and letters that the font has not.
+        # A name may have dollars in it.
         how: dict[str, Any] = {"va": "top", "parse_math": False} | rest
-        text = "".join(one if ord(one) in _letters() or one == "\n" else "?" for one in text)
         where = self.figure.dpi_scale_trans
-        made = self.figure.text(x, 0, text, fontsize=size, color=colour, transform=where, **how)
+        made = self.figure.text(
+            x, 0, _written(text), fontsize=size, color=colour, transform=where, **how
+        )
         self.at.append((made, y))
         return made
 
@@ -134,7 +135,10 @@ class _Picture:
         from matplotlib.font_manager import FontProperties  # noqa: PLC0415
 
         font = FontProperties(size=size, weight=weight)
-        return float(self.renderer.get_text_width_height_descent(text, font, False)[0]) / _DPI
+        return (
+            float(self.renderer.get_text_width_height_descent(_written(text), font, False)[0])
+            / _DPI
+        )
 
     def wrapped(self, text: str, size: float, room: float) -> list[str]:
         """Break a text into lines at its spaces."""
@@ -202,7 +206,9 @@ class _Picture:
         self.text(left, y + 0.034, words, _SMALL, _GREY)
         return y + 0.27
 
-    def shares(self, x: float, y: float, wide: float, high: float, kib: list[int]) -> float:
+    def shares(
+        self, x: float, y: float, wide: float, high: float, kib: list[int], gid: str | None = None
+    ) -> float:
         """Draw a bar that is divided by class; return how wide it is: memory is to be seen."""
         total = sum(kib) or 1
         memory = sum(kib[which] for which in _IN_MEMORY)
@@ -214,7 +220,8 @@ class _Picture:
                 part = kib[which] * (seen / memory if which in _IN_MEMORY else others)
                 self.box(at, y, part, high, **_STYLES[which])
                 at += part
-        self.box(x, y, at - x, high, facecolor="none", edgecolor=_FRAME, linewidth=0.6)
+        frame = {"facecolor": "none", "edgecolor": _FRAME, "linewidth": 0.6, "gid": gid}
+        self.box(x, y, at - x, high, **frame)
         return at - x
 
     def strip(self, y: float) -> float:
@@ -255,7 +262,7 @@ class _Picture:
 
     def block(self, i: int, block: Block, y: float, high: float) -> None:
         self.box(_LEFT, y, _MEMORY - _LEFT, 0.006, facecolor=_LINES)
-        self.shares(_LEFT, y, _STRIP, high, block.kib)
+        self.shares(_LEFT, y, _STRIP, high, block.kib, f"block-{i}")
         self.address(block.start, y)
         size, memory = block.size_kib, block.memory_kib
         weight = "bold" if 100 * size >= _MUCH * self.space.vsz_kib else "normal"
@@ -296,6 +303,11 @@ def _detail(block: Block) -> str:
 def _percent(part: int, whole: int) -> str:
     share = 100 * part / whole
     return f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"
+
+
+def _written(text: str) -> str:
+    """Put a question mark for each character that the font has not."""
+    return "".join(one if ord(one) in _letters() or one == "\n" else "?" for one in text)
 
 
 @functools.cache

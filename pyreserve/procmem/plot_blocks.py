@@ -20,7 +20,7 @@ MOST = 18
 _FEW, _SMALL = 9, 0.01
 # A hole of so many bytes and this part of all addresses divides even one owner's mappings.
 _FAR_LEAST, _FAR = 64 * MiB, 1 / 4096
-_FAR_COST, _UNLIKE = 16.0, 0.1
+_APART, _UNLIKE = 1.0, 0.1
 # A program or library is its file and what lies right behind.
 _FILES = ("mapped files", "library data", "program data")
 
@@ -172,9 +172,9 @@ def _joined(found: list[Block], least: int, most: int) -> list[Block]:
         if one.owners.keys() == other.owners.keys():
             cost = small if apart else 0  # nothing is lost by it
         elif _of_files(one) and _of_files(other):
-            cost = small * (_FAR_COST if apart else 1)
+            cost = small + _APART * apart
         else:  # a large block's name would become less clear
-            cost = (small + _UNLIKE * large) * (_FAR_COST if apart else 1)
+            cost = small + _UNLIKE * large + _APART * apart
         return cost, i, j, changed[i] + changed[j]
 
     queue = [offer(i, i + 1) for i in range(count - 1)]
