@@ -232,7 +232,8 @@ class TestLabels:
         assert label(two, lambda text: True) == "mapped files: a and b"
         assert label(two, lambda text: len(text) < 26) == "mapped files: a and b"
         assert label(two, lambda text: "and b" not in text) == "mapped files: a and 1 more"
-        assert label(two, lambda text: ":" not in text) == "mapped files"
+        assert label(two, lambda text: ":" not in text) == "2 files"
+        assert label(self.LIBC, lambda text: ":" not in text) == "mapped files"
 
     def test_several_owners(self) -> None:
         """Owners are named, the largest first, without what stands in brackets."""

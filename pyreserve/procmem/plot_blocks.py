@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 MOST = 18
 """No picture has more blocks."""
 
-# So many blocks need no joining of what is small, which is less than this of VSZ and of the memory.
-_FEW, _SMALL = 9, 0.01
+# So many blocks need no joining of what is small: less than this of VSZ and, counting a part only
+# since whoever draws this wonders about VSZ, of the memory.
+_FEW, _SMALL, _MEMORY = 9, 0.02, 0.3
 # A hole of so many bytes and this part of all addresses divides even one owner's mappings.
 _FAR_LEAST, _FAR = 64 * MiB, 1 / 4096
-_APART, _UNLIKE = 1.0, 0.1
+_APART, _LIKE, _UNLIKE = 1.0, 0.1, 0.4
 # A program or library is its file and what lies right behind.
 _FILES = ("mapped files", "library data", "program data")
 
@@ -163,7 +164,7 @@ def _joined(found: list[Block], least: int, most: int) -> list[Block]:
     count = len(found)
 
     def weight(i: int) -> float:
-        return found[i].size_kib / size + found[i].memory_kib / memory
+        return found[i].size_kib / size + _MEMORY * found[i].memory_kib / memory
 
     def offer(i: int, j: int) -> tuple[float, int, int, int]:
         one, other = found[i], found[j]
@@ -172,7 +173,7 @@ def _joined(found: list[Block], least: int, most: int) -> list[Block]:
         if one.owners.keys() == other.owners.keys():
             cost = small if apart else 0  # nothing is lost by it
         elif _of_files(one) and _of_files(other):
-            cost = small + _APART * apart
+            cost = _LIKE * small + _APART * apart
         else:  # a large block's name would become less clear
             cost = small + _UNLIKE * large + _APART * apart
         return cost, i, j, changed[i] + changed[j]
@@ -210,7 +211,8 @@ def label(block: Block, fits: Callable[[str], bool]) -> str:
     tries = owners if len(owners) == 1 else _some(short)
     if _of_files(block):
         kind = owners[0] if len(owners) == 1 else "files and their data"
-        tries = [f"{kind}: {some}" for some in _some(names)] + tries
+        count = f"{len(names):,} files{' and their data' if len(owners) > 1 else ''}"
+        tries = [f"{kind}: {some}" for some in _some(names)] + [count] * (len(names) > 1) + tries
     if block.places > 1:
         tries = [f"{text}, {block.places:,} places" for text in tries] + tries[-1:]
     for text in tries:
