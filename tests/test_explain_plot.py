@@ -329,6 +329,15 @@ class TestThePicture:
 
         assert text.get_text().replace("\n", " ").startswith(space.verdict)
 
+    def test_a_hostile_name_in_the_verdict(self, tmp_path: Path) -> None:
+        """What a program called its memory may stand in the verdict, and is escaped there too."""
+        name = f"[anon:$a$ \udcfe\x01{'x' * 66}]"
+        picture = figure(saved(tmp_path, [mapping(HIGH, GiB, "rw-p", name, private=9)]))
+
+        [text] = [one for one in picture.texts if one.get_gid() == "verdict"]
+        assert "$a$ \\xfe\\x01xxx" in text.get_text().replace("\n", " ")
+        texts_apart(picture)
+
     def test_memory_is_seen(self, tmp_path: Path) -> None:
         """One page of memory in 64 TiB is still a hair in the picture."""
         space = saved(tmp_path, [mapping(TiB, 64 * TiB, private=4)])

@@ -143,7 +143,7 @@ class _Picture:
     def wrapped(self, text: str, size: float, room: float) -> list[str]:
         """Break a text into lines at its spaces."""
         lines = [""]
-        for word in text.split():
+        for word in map(printable, text.split()):
             longer = f"{lines[-1]} {word}".strip()
             if lines[-1] and self.wide(longer, size) > room:
                 lines.append(word)
