@@ -38,7 +38,7 @@ def show(space: AddressSpace, top: int, *, all_maps: bool) -> None:
     for warning in space.warnings:
         console.print(Text.assemble(("warning: ", "bold yellow"), printable(warning, console)))
     console.print()
-    console.print(_classes(space))
+    console.print(_classes(space, console))
     console.print()
     _line(
         console,
@@ -95,18 +95,19 @@ def _share(part: int, whole: int) -> str:
     return "< 0.1 %" if part and share < 0.05 else f"{share:.1f} %"
 
 
-def _bar(part: int, whole: int, style: str) -> Text:
-    """Draw a share in eighths of a character; what is there at all is seen."""
-    eighths = max(1, round(8 * _BAR * part / whole)) if part and whole else 0
-    full, rest = divmod(eighths, 8)
-    return Text("█" * full + ("▏▎▍▌▋▊▉"[rest - 1] if rest else ""), style)
+def _bar(part: int, whole: int, style: str, console: Console) -> Text:
+    """Draw a share, in eighths of a character where there are such; what is there is seen."""
+    blocks = "" if console.options.ascii_only else "▏▎▍▌▋▊▉█"
+    steps = len(blocks) or 1
+    full, rest = divmod(max(1, round(steps * _BAR * part / whole)) if part and whole else 0, steps)
+    return Text((blocks[-1:] or "#") * full + (blocks[rest - 1] if rest else ""), style)
 
 
 def _table() -> Table:
     return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
 
 
-def _classes(space: AddressSpace) -> Table:
+def _classes(space: AddressSpace, console: Console) -> Table:
     table = _table()
     table.add_column("by class", no_wrap=True)
     for title in ("size", "share", "mappings"):
@@ -120,7 +121,7 @@ def _classes(space: AddressSpace) -> Table:
                 _kib(one.kib),
                 _share(one.kib, space.vsz_kib),
                 f"{one.mappings:,}",
-                _bar(one.kib, space.vsz_kib, style),
+                _bar(one.kib, space.vsz_kib, style, console),
             )
     table.add_row(
         Text("VSZ", "bold"), _kib(space.vsz_kib), "100.0 %", f"{space.mappings:,}", style="bold"
@@ -142,7 +143,7 @@ def _owners(space: AddressSpace, console: Console) -> Table:
             _kib(owner.kib),
             _share(owner.kib, space.vsz_kib),
             _kib(owner.rss_kib),
-            _bar(owner.kib, space.vsz_kib, style),
+            _bar(owner.kib, space.vsz_kib, style, console),
         )
     rest = space.owners[len(shown) :]
     if rest:

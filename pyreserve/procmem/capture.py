@@ -1,6 +1,5 @@
 """All that is known of a process's memory at one moment, read as consistently as it lets us."""
 
-import re
 from dataclasses import dataclass, field
 
 from pyreserve import procfs
@@ -11,7 +10,6 @@ from pyreserve.procmem.table import MapTable
 # From so many mappings on, the kernel's printing of smaps takes longer than counting pages.
 _MANY = 10_000
 _ATTEMPTS = 4
-_LIMIT = re.compile(r"^Max (.+?)  +(\S+)  +(\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +135,14 @@ def _agree(table: MapTable, rollup: dict[str, int], status: dict[str, int]) -> b
 
 
 def _limits(text: str) -> dict[str, int | None]:
+    """Read the soft limits: columns of 25 and 20 characters (proc_pid_limits, fs/proc/base.c)."""
     found: dict[str, int | None] = {}
-    for name, soft, _ in _LIMIT.findall(text):
-        if soft != "unlimited" and not procfs.is_natural(soft):
-            msg = f"limits: {soft!r} is no limit"
+    for line in text.splitlines()[1:]:
+        name, soft = line[:25].removeprefix("Max ").strip(), line[25:46].split()
+        if not soft or not (soft[0] == "unlimited" or procfs.is_natural(soft[0])):
+            msg = f"limits: no limit in {line[:60]!r}"
             raise MapsError(msg)
-        found[name] = None if soft == "unlimited" else int(soft)
+        found[name] = None if soft[0] == "unlimited" else int(soft[0])
     return found
 
 
