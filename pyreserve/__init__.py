@@ -9,6 +9,9 @@
 - `capabilities` says what this kernel and process offer.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from pyreserve import layouts
 from pyreserve.arena import Arena
 from pyreserve.bitmap import Bitmap
@@ -33,10 +36,13 @@ from pyreserve.limits import PAGE_SIZE
 from pyreserve.memstats import MemStats
 from pyreserve.pagealloc import PageAllocator
 from pyreserve.pool import Pool
-from pyreserve.procmem import AddressSpace, explain, track
 from pyreserve.region import Region, reserve
 from pyreserve.scavenger import Scavenger
 from pyreserve.units import GiB, KiB, MiB, TiB, format_size, parse_size
+
+if TYPE_CHECKING:
+    from pyreserve import costs, doctor, procmem, prometheus
+    from pyreserve.procmem import AddressSpace, explain, track
 
 __all__ = [
     "PAGE_SIZE",
@@ -70,10 +76,33 @@ __all__ = [
     "VMError",
     "ViewError",
     "capabilities",
+    "costs",
+    "doctor",
     "explain",
     "format_size",
     "layouts",
     "parse_size",
+    "procmem",
+    "prometheus",
     "reserve",
     "track",
 ]
+
+
+# What looks at memory is imported when it is first asked for: who only has memory to reserve pays
+# nothing for it.
+_ROOMS = {"costs", "doctor", "procmem", "prometheus"}
+_OF_PROCMEM = {"AddressSpace", "explain", "track"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"pyreserve.{name}")
+    if name in _OF_PROCMEM:
+        return getattr(import_module("pyreserve.procmem"), name)
+    msg = f"module 'pyreserve' has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
