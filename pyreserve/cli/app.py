@@ -409,7 +409,7 @@ def _hold(seconds: float) -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
         typer.echo(
-            f"pid {pid} stays {how_long}: ps -o vsz,rss,cmd -p {pid}; cat /proc/{pid}/smaps",
+            f"pid {pid} stays {how_long}: ps -o vsz,rss,cmd -p {pid}; pyreserve explain {pid}",
             err=True,
         )
         while (left := deadline - time.monotonic()) > 0:

@@ -92,7 +92,9 @@ def _kib(kib: int) -> str:
 
 def _share(part: int, whole: int) -> str:
     share = 100 * part / whole if whole else 0.0
-    return "< 0.1 %" if part and share < 0.05 else f"{share:.1f} %"
+    if part and share < 0.05:
+        return "< 0.1 %"
+    return "> 99.9 %" if part < whole and share >= 99.95 else f"{share:.1f} %"
 
 
 def _bar(part: int, whole: int, style: str, console: Console) -> Text:

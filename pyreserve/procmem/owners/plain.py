@@ -191,8 +191,8 @@ def zeroed_data(sight: Sight) -> None:
 
 def rest(sight: Sight) -> None:
     """Say of what nobody has claimed why it is hard to tell."""
-    owners, size = sight.claims.whole, sight.table.size
-    left = [i for i in sight.anonymous if owners[i] is None]
+    owners, parts, size = sight.claims.whole, sight.claims.parts, sight.table.size
+    left = [i for i in sight.anonymous if owners[i] is None and i not in parts]
     if not left:
         return
     sizes = [size[i] for i in left]
