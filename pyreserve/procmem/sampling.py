@@ -39,6 +39,7 @@ def sample(pid: int | None = None) -> Sample:
     """Look at a process (this one by default): its maps, and smaps_rollup for what is in memory.
 
     Raises:
+        TypeError, ValueError: `pid` is no process number.
         NoAddressSpaceError: there is no such process, or it is a zombie or a kernel thread.
         AccessError: it may not be looked into.
     """

@@ -5,6 +5,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import index
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +27,7 @@ SAVED = (
 )
 """The files of a saved process: those of /proc/PID, then facts of its machine and its cgroup."""
 
+_LARGEST = (1 << 31) - 1  # a pid_t
 _MACHINE = {
     "meminfo": Path("/proc/meminfo"),
     "max_map_count": Path("/proc/sys/vm/max_map_count"),
@@ -49,10 +51,23 @@ class LiveSource:
 
     Its methods raise `NoAddressSpaceError` if it has ended or has no memory, `AccessError` if its
     files may not be read.
+
+    Raises:
+        TypeError, ValueError: `pid` is no process number.
+        NoAddressSpaceError: no process number is that large.
     """
 
     def __init__(self, pid: int | None) -> None:
-        self.pid = os.getpid() if pid is None else pid
+        if isinstance(pid, bool):
+            msg = f"a process number is an integer, not {pid}"
+            raise TypeError(msg)
+        self.pid = os.getpid() if pid is None else index(pid)
+        if self.pid <= 0:
+            msg = f"a process number is positive, not {self.pid}"
+            raise ValueError(msg)
+        if self.pid > _LARGEST:
+            msg = f"there is no such process: no number of one is larger than {_LARGEST}"
+            raise NoAddressSpaceError(errno.ESRCH, msg)
         self._folder = Path("/proc", str(self.pid))
 
     @contextmanager
