@@ -3,6 +3,7 @@
 import gc
 import os
 
+from pyreserve.errors import ReleasedError
 from pyreserve.procmem.owners.sight import NONE, RW, Sight
 from pyreserve.region import Region
 
@@ -14,10 +15,14 @@ def own_regions(sight: Sight) -> None:
     if not sight.capture.live or sight.capture.pid != os.getpid():
         return
     for thing in gc.get_objects():
-        if type(thing) is Region and not thing.released:
-            sight.claim_range(
-                thing.base, thing.base + thing.size, NAME, "this process's own Region objects"
-            )
+        if type(thing) is not Region:
+            continue
+        try:
+            base = thing.base
+        except (ReleasedError, AttributeError):  # in another thread it begins or ends just now
+            continue
+        if base:  # one that was refused may be kept by its exception
+            sight.claim_range(base, base + thing.size, NAME, "this process's own Region objects")
 
 
 def regions(sight: Sight) -> None:
