@@ -43,12 +43,13 @@ def map_count() -> int:
 
 
 def _kib_fields(path: Path) -> Iterator[tuple[str, int]]:
-    return parse_kib(path.read_text(encoding="ascii", errors="replace"))
+    return parse_kib(path.read_bytes().decode("ascii", errors="replace"))
 
 
 def parse_kib(text: str) -> Iterator[tuple[str, int]]:
     """Yield the lines with a size, such as ``VmRSS: 12 kB``, of status, meminfo or smaps_rollup."""
-    for line in text.splitlines():
+    # Not splitlines: a process's name may hold what Python takes for the end of a line.
+    for line in text.split("\n"):
         key, _, rest = line.partition(":")
         value = rest.split()
         if len(value) == 2 and value[1] == "kB" and is_natural(value[0]):
@@ -155,7 +156,8 @@ def memory_cgroups(pid: int | str = "self") -> Iterator[MemoryCgroup]:
 
     The root group and one without the memory controller have none of the files.
     """
-    for line in (_PROC / str(pid) / "cgroup").read_text(encoding="utf-8").splitlines():
+    text = (_PROC / str(pid) / "cgroup").read_bytes().decode(errors="surrogateescape")
+    for line in filter(None, text.split("\n")):
         _, controllers, name = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue

@@ -257,14 +257,18 @@ class TestAvailableMemory:
     def test_both_versions_of_cgroups(
         self, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A group's limit counts in either version, its page cache does not, and parents count."""
+        """A group's limit counts in either version, its page cache does not, and parents count.
+
+        A group may have any name, invalid UTF-8 and Python's ends of lines among them.
+        """
         proc, groups = tmp_path / "proc", tmp_path / "groups"
+        outer = "a\x0b:\udcff"
         (proc / "self").mkdir(parents=True)
-        line = "0::/a/b\n" if version == 2 else "1:cpu:/\n7:memory,x:/a/b\n"
-        (proc / "self/cgroup").write_text(line)
-        (groups / "a/b").mkdir(parents=True)
+        line = f"0::/{outer}/b\n" if version == 2 else f"1:cpu:/\n7:memory,x:/{outer}/b\n"
+        (proc / "self/cgroup").write_bytes(os.fsencode(line))
+        (groups / outer / "b").mkdir(parents=True)
         _, limit, use, cache = procfs._CGROUPS[2 - version]
-        for place, most in ((groups / "a/b", "1000000"), (groups / "a", "900000")):
+        for place, most in ((groups / outer / "b", "1000000"), (groups / outer, "900000")):
             (place / limit).write_text(most)
             (place / use).write_text("500000")
             (place / "memory.stat").write_text(f"anon 1\n{cache}200000\nfile_mapped 5\n")

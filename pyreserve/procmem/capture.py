@@ -54,7 +54,7 @@ def capture(source: LiveSource | SavedSource) -> Capture:
     """
     table, status_text, rollup, settled = _of_one_moment(source)
     status = dict(procfs.parse_kib(status_text))
-    facts = dict(line.split(":\t", 1) for line in status_text.splitlines() if ":\t" in line)
+    facts = dict(line.split(":\t", 1) for line in status_text.split("\n") if ":\t" in line)
     return Capture(
         table=table,
         rss=sum(table.rss),

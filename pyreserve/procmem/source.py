@@ -112,7 +112,7 @@ class LiveSource:
     def without_memory(self) -> NoAddressSpaceError:
         """Make the error that says why there is nothing to read."""
         try:
-            status = (self._folder / "status").read_text(encoding="ascii", errors="replace")
+            status = (self._folder / "status").read_bytes().decode(errors="replace")
         except OSError:
             msg = f"there is no process {self.pid}"
         else:
