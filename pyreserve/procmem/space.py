@@ -10,7 +10,7 @@ from pyreserve.procmem.capture import Capture, capture
 from pyreserve.procmem.classes import MemoryClass
 from pyreserve.procmem.owners import UNKNOWN, Owner, Sight, recognise
 from pyreserve.procmem.source import LiveSource, SavedSource
-from pyreserve.procmem.table import EXECUTE, READ, SHARED, WRITE
+from pyreserve.procmem.table import EXECUTE, READ, SHARED, WRITE, written
 from pyreserve.units import KiB, format_size
 
 SCHEMA = 1
@@ -211,7 +211,7 @@ def explained(read: Capture) -> AddressSpace:
     mappings = len(kinds) - kinds.count(None)
     return AddressSpace(
         pid=read.pid,
-        name=read.facts.get("Name", ""),
+        name=written(read.facts.get("Name", "")),
         vsz_kib=vsz,
         rss_kib=read.rss,
         pss_kib=read.pss,

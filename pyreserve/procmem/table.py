@@ -19,6 +19,11 @@ FLAGS: dict[str, int] = {_codes[2 * i : 2 * i + 2]: 1 << i for i in range(len(_c
 """The bit of each code of VmFlags (proc(5)) in the column ``flags``."""
 
 
+def written(text: str) -> str:
+    r"""Write bytes that are no UTF-8 (PEP 383) as ``\xNN``: not every reader of JSON takes halves."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 class Readable(Protocol):
     """A file to read from, such as what ``open(path, "rb", buffering=0)`` or gzip makes."""
 

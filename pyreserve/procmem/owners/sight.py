@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from pyreserve.layouts import Piece, without
 from pyreserve.procmem.capture import Capture
-from pyreserve.procmem.table import EXECUTE, FLAGS, READ, SHARED, WRITE
+from pyreserve.procmem.table import EXECUTE, FLAGS, READ, SHARED, WRITE, written
 from pyreserve.units import KiB
 
 RW = READ | WRITE
@@ -201,7 +201,7 @@ class Sight:
         for i, parts in self.claims.parts.items():
             self._divide(i, parts, owners)
         for owner in owners.values():
-            owner.evidence = self.claims.evidence.get(owner.name, "")
+            owner.evidence = written(self.claims.evidence.get(owner.name, ""))
         return sorted((o for o in owners.values() if o.kib), key=lambda o: (-o.kib, o.name))
 
     def _add(self, owner: Owner, i: int) -> None:
