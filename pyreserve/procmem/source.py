@@ -196,12 +196,15 @@ def save(pid: int | None, folder: Path) -> None:
             raise FileExistsError(errno.EEXIST, f"{name} is there already", str(folder))
     texts = _texts_of_one_moment(LiveSource(pid))
     folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
     try:
         for name, text in texts.items():
-            (folder / name).write_bytes(text.encode(errors="surrogateescape"))
+            with open(folder / name, "xb") as file:  # not through a link either
+                written.append(folder / name)
+                file.write(text.encode(errors="surrogateescape"))
     except BaseException:
-        for name in texts:
-            (folder / name).unlink(missing_ok=True)
+        for path in written:
+            path.unlink(missing_ok=True)
         raise
 
 
