@@ -52,7 +52,7 @@ def show(space: AddressSpace, top: int, *, all_maps: bool) -> None:
     _evidence(space, console)
     if space.ranges:
         console.print()
-        console.print(_ranges(space))
+        console.print(_ranges(space, console))
     mappings = space.maps() if all_maps else space.top(top)
     if mappings:
         console.print()
@@ -109,12 +109,22 @@ def _table() -> Table:
     return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
 
 
+def _column(table: Table, console: Console, title: str = "", *, right: bool = False) -> None:
+    """Add a column of single lines; what does not fit is cut, in ASCII without rich's ellipsis."""
+    table.add_column(
+        title,
+        justify="right" if right else "left",
+        no_wrap=True,
+        overflow="crop" if console.options.ascii_only else "ellipsis",
+    )
+
+
 def _classes(space: AddressSpace, console: Console) -> Table:
     table = _table()
-    table.add_column("by class", no_wrap=True)
+    _column(table, console, "by class")
     for title in ("size", "share", "mappings"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+        _column(table, console, title, right=True)
+    _column(table, console)
     for one in space.classes:
         words, style = CLASS_WORDS[one.name]
         if one.kib:
@@ -133,10 +143,10 @@ def _classes(space: AddressSpace, console: Console) -> Table:
 
 def _owners(space: AddressSpace, console: Console) -> Table:
     table = _table()
-    table.add_column("by owner", no_wrap=True)
+    _column(table, console, "by owner")
     for title in ("size", "share", "in memory"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+        _column(table, console, title, right=True)
+    _column(table, console)
     shown = space.owners[:_MOST_OWNERS]
     for owner in shown:
         style = "dim" if owner.name == "unknown" else "green"
@@ -170,12 +180,11 @@ def _evidence(space: AddressSpace, console: Console) -> None:
             console.print(Text(printable(words.plain, console), "dim"))
 
 
-def _ranges(space: AddressSpace) -> Table:
+def _ranges(space: AddressSpace, console: Console) -> Table:
     table = _table()
     table.show_header = False
-    for _ in range(4):
-        table.add_column("", no_wrap=True)
-    table.columns[1].justify = "right"
+    for i in range(4):
+        _column(table, console, right=i == 1)
     for piece in space.ranges:
         reserved = state(piece) == "reserved"
         table.add_row(
@@ -206,9 +215,9 @@ def _mappings(mappings: list[Mapping], console: Console) -> Iterable[Text]:
 
 def _changes(title: str, changes: Iterable[Change], console: Console) -> Table:
     table = _table()
-    table.add_column(title, no_wrap=True)
+    _column(table, console, title)
     for column in ("before", "after", "change"):
-        table.add_column(column, justify="right", no_wrap=True)
+        _column(table, console, column, right=True)
     for change in changes:
         write = "{:,}".format if change.name == "mappings" else _kib
         name = CLASS_WORDS[change.name][0] if change.name in CLASS_WORDS else change.name
