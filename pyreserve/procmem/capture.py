@@ -73,21 +73,28 @@ def capture(source: LiveSource | SavedSource) -> Capture:
 
 def _of_one_moment(source: LiveSource | SavedSource) -> tuple[MapTable, str, dict[str, int], bool]:
     """Read mappings and totals until they agree: a process that never rests is read as it comes."""
-    for _ in range(_ATTEMPTS if isinstance(source, LiveSource) else 1):
-        rollup = dict(procfs.parse_kib(source.text("smaps_rollup") or ""))
-        table = _table(source, rollup)
-        status = source.text("status") or ""
-        if _agree(table, rollup, dict(procfs.parse_kib(status))):
+    if not isinstance(source, LiveSource):
+        table, status, rollup = _all(source)
+        return table, status, rollup, _agree(table, rollup, dict(procfs.parse_kib(status)))
+    for _ in range(_ATTEMPTS):
+        table, status, rollup = source.again(lambda: _all(source))
+        sizes = dict(procfs.parse_kib(status))
+        if _agree(table, rollup, sizes):
             return table, status, rollup, True
+    if "VmSize" not in sizes:  # it ended before all was read
+        raise source.without_memory()
     return table, status, rollup, False
+
+
+def _all(source: LiveSource | SavedSource) -> tuple[MapTable, str, dict[str, int]]:
+    rollup = dict(procfs.parse_kib(source.text("smaps_rollup") or ""))
+    return _table(source, rollup), source.text("status") or "", rollup
 
 
 def _table(source: LiveSource | SavedSource, rollup: dict[str, int]) -> MapTable:
     if not isinstance(source, LiveSource):
         return _divided(source.table("smaps"))
     table = source.table("maps")
-    if not len(table):
-        raise source.without_memory()
     if len(table) >= _MANY and _counted(source, table, rollup):
         return table
     return _divided(source.table("smaps"))

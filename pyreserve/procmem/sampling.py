@@ -44,10 +44,8 @@ def sample(pid: int | None = None) -> Sample:
         AccessError: it may not be looked into.
     """
     source = LiveSource(pid)
-    table = source.table("maps")
-    if not len(table):
-        raise source.without_memory()
-    rollup = dict(procfs.parse_kib(source.text("smaps_rollup") or ""))
+    table, totals = source.again(lambda: (source.table("maps"), source.text("smaps_rollup") or ""))
+    rollup = dict(procfs.parse_kib(totals))
     perms, count = table.perms, len(table)
     if table.names[-1] == "[vsyscall]":  # the kernel's own, not in VmSize
         count -= 1

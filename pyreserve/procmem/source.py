@@ -3,15 +3,17 @@
 import errno
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import index
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from pyreserve import procfs
 from pyreserve.errors import AccessError, MapsError, NoAddressSpaceError
 from pyreserve.procmem.table import MapTable, Readable
+
+Read = TypeVar("Read")
 
 SAVED = (
     "maps",
@@ -27,6 +29,7 @@ SAVED = (
 )
 """The files of a saved process: those of /proc/PID, then facts of its machine and its cgroup."""
 
+_PROGRAMS = 4  # that may take each other's place while a file is read
 _LARGEST = (1 << 31) - 1  # a pid_t
 _MACHINE = {
     "meminfo": Path("/proc/meminfo"),
@@ -77,9 +80,31 @@ class LiveSource:
             yield file
 
     def table(self, name: str) -> MapTable:
-        """See `Source`."""
+        """See `Source`. It is never empty."""
         with self.open(name) as file:
-            return MapTable.read(file)
+            table = MapTable.read(file)
+        if not len(table):
+            raise self.without_memory()
+        return table
+
+    def again(self, read: Callable[[], Read]) -> Read:
+        """Return what `read` reads; again if meanwhile a program took another's place (execve).
+
+        Open files of /proc/PID are of the old one, which is gone, and not of the process.
+        """
+        for _ in range(_PROGRAMS):
+            try:
+                return read()
+            except NoAddressSpaceError:
+                if not self._has_memory():
+                    raise
+        return read()
+
+    def _has_memory(self) -> bool:
+        try:
+            return b"\nVmSize:" in (self._folder / "status").read_bytes()
+        except OSError:
+            return False
 
     def text(self, name: str) -> str | None:
         """See `Source`."""
@@ -211,9 +236,17 @@ def save(pid: int | None, folder: Path) -> None:
 def _texts_of_one_moment(source: LiveSource) -> dict[str, str]:
     """Read all files, and again if the mappings changed meanwhile; some never rest."""
     for _ in range(5):
-        texts = {name: text for name in SAVED if (text := source.text(name)) is not None}
-        if texts["maps"] == source.text("maps"):
+        texts, maps_after = source.again(lambda: _texts(source))
+        if texts["maps"] == maps_after:
             break
-    if not texts["maps"]:
-        raise source.without_memory()
     return texts
+
+
+def _texts(source: LiveSource) -> tuple[dict[str, str], str]:
+    """Read all files, and the maps once more."""
+    texts = {name: text for name in SAVED if (text := source.text(name)) is not None}
+    maps_after = source.text("maps") or ""
+    # What ends meanwhile leaves empty files, or a status without sizes.
+    if not (texts["maps"] and texts["smaps"] and maps_after and "\nVmSize:" in texts["status"]):
+        raise source.without_memory()
+    return texts, maps_after

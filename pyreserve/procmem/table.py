@@ -20,7 +20,7 @@ FLAGS: dict[str, int] = {_codes[2 * i : 2 * i + 2]: 1 << i for i in range(len(_c
 
 
 def written(text: str) -> str:
-    r"""Write bytes that are no UTF-8 (PEP 383) as ``\xNN``: not every reader of JSON takes halves."""
+    r"""Write bytes that are no UTF-8 (PEP 383) as ``\xNN``, which every reader of JSON takes."""
     return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
