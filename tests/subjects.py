@@ -30,6 +30,15 @@ static void hold(void) { puts("ready"); fflush(stdout); for (;;) pause(); }
 
 _SIMPLE = f"{_HOLD}int main(void) {{ hold(); }}"
 
+_RESTARTING = f"""
+{_HOLD}
+int main(int count, char **arguments) {{
+    if (count == 1) {{ puts("ready"); fflush(stdout); }}
+    execl(arguments[0], arguments[0], "again", (char *)NULL);
+    return 1;
+}}
+"""
+
 _THREADS = f"""
 #include <malloc.h>
 {_HOLD}
@@ -177,6 +186,11 @@ def compiled(folder: Path, name: str, source: str, *options: str) -> Path:
 def simple_program(folder: Path, *options: str) -> Path:
     """Compile a program that does nothing."""
     return compiled(folder, "simple", _SIMPLE, *options)
+
+
+def restarting_program(folder: Path) -> Path:
+    """Compile a program that replaces itself by itself, for ever."""
+    return compiled(folder, "restarting", _RESTARTING)
 
 
 def mappings_program(folder: Path) -> Path:
