@@ -45,7 +45,7 @@ class AddressSpace:
 
     Attributes:
         pid: the process, None if its files do not say.
-        name: its command's name (``comm``).
+        name: its command's name (``comm``); bytes that are no UTF-8 as ``\\xNN``.
         vsz_kib: virtual size, VmSize: the sum of ``classes``.
         rss_kib: in memory (Rss).
         pss_kib: in memory, what is shared divided by those who share it (Pss).
