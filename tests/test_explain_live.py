@@ -798,6 +798,24 @@ class TestStrangeNames:
         assert ("#" * 5 in text) == ascii_only
         assert ("\u2588" in text) != ascii_only
 
+    def test_a_long_name_in_ascii(self, strange: tuple[int, set[str]], tmp_path: Path) -> None:
+        """An owner's name that does not fit is cut without a character that ASCII lacks."""
+        folder = tmp_path / "saved"
+        save(strange[0], folder)
+        smaps = folder / "smaps"
+        long = b"[anon:" + b"n" * 79 + b"]"
+        smaps.write_bytes(smaps.read_bytes().replace(b"[heap]", long, 1))
+
+        done = subprocess.run(
+            [*COMMAND, "explain", "--from", str(folder)],
+            capture_output=True,
+            check=False,
+            env={**environment(), "PYTHONIOENCODING": "ascii"},
+        )
+
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert re.search(rb"^named nnnnn+ ", done.stdout, re.MULTILINE)
+
 
 class TestTrack:
     """What a block of code changed."""

@@ -41,11 +41,11 @@ class Mapping(NamedTuple):
 
 @dataclass(frozen=True)
 class AddressSpace:
-    """See `explain`. Sizes in KiB.
+    r"""See `explain`. Sizes in KiB.
 
     Attributes:
         pid: the process, None if its files do not say.
-        name: its command's name (``comm``); bytes that are no UTF-8 as ``\\xNN``.
+        name: its command's name (``comm``); bytes that are no UTF-8 as ``\xNN``.
         vsz_kib: virtual size, VmSize: the sum of ``classes``.
         rss_kib: in memory (Rss).
         pss_kib: in memory, what is shared divided by those who share it (Pss).
