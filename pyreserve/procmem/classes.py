@@ -11,7 +11,7 @@ class                         bytes
 ``resident_shared``           in memory, of others too
 ``file_not_resident``         of files, to be read when used
 ``swapped``                   in swap
-``special_pfn``               of the kernel or a device, such as ``[vvar]``: in no count of memory
+``special_pfn``               of the kernel, ``[vvar]``: in no count of memory
 ============================  ======================================================================
 
 A mapping's bytes in memory and in swap are those of its smaps (proc(5), fs/proc/task_mmu.c); the
@@ -21,7 +21,7 @@ USS, though the kernel's RSS leaves them out. ``[vsyscall]`` is in no class: it 
 
 from typing import NamedTuple
 
-from pyreserve.procmem.table import EXECUTE, FLAGS, READ, WRITE, MapTable
+from pyreserve.procmem.table import EXECUTE, READ, WRITE, MapTable
 
 NAMES = (
     "no_access_reserved",
@@ -35,9 +35,8 @@ NAMES = (
 NO_ACCESS, UNTOUCHED, PRIVATE, SHARED, FILE, SWAPPED, SPECIAL = range(len(NAMES))
 
 _ACCESS = READ | WRITE | EXECUTE
-_NO_MEMORY = FLAGS["pf"] | FLAGS["io"]
 # What has an inode without being a file: memory that is shared under a name of the kernel's.
-_SHARED_MEMORY = ("/dev/zero", "/memfd:", "/SYSV", "/dev/shm/", "/anon_hugepage", "anon_inode:")
+_SHARED_MEMORY = ("/dev/zero", "/memfd:", "/SYSV", "/dev/shm/", "/anon_hugepage")
 
 
 class MemoryClass(NamedTuple):
@@ -68,9 +67,6 @@ def kinds(table: MapTable) -> list[int | None]:
             found[i] = of_name[key]
     if table.names[-1:] == ["[vsyscall]"]:
         found[-1] = None
-    for i, flags in enumerate(table.flags) if table.knows_flags else ():
-        if flags & _NO_MEMORY and found[i] in {UNTOUCHED, FILE}:
-            found[i] = SPECIAL
     return found
 
 

@@ -1,11 +1,11 @@
 """Finer than the classes: what of the memory is dirty, huge, lazily freed, and the like."""
 
-from pyreserve.procmem.classes import UNTOUCHED, is_shared_memory
+from pyreserve.procmem.classes import NO_ACCESS, SPECIAL, UNTOUCHED, is_shared_memory
 from pyreserve.procmem.owners import Owner
 from pyreserve.procmem.table import EXECUTE, FLAGS, READ, WRITE, MapTable
 
 _ACCESS = READ | WRITE | EXECUTE
-_NR = FLAGS["nr"]
+_NR, _DEVICE = FLAGS["nr"], FLAGS["pf"] | FLAGS["io"]
 
 
 def of_pages(table: MapTable) -> dict[str, int]:
@@ -36,7 +36,8 @@ def of_addresses(table: MapTable, kind: list[int | None]) -> dict[str, int]:
     ``no_access_resident`` is memory that nobody can reach now (it was used, then forbidden);
     ``no_access_file`` lies between a library's segments; ``untouched_noreserve`` is never charged
     as commit, so it is a reservation too; ``untouched_shared`` is shared memory not touched by this
-    process, though perhaps by another.
+    process, though perhaps by another; ``device`` is memory of a device or of the kernel, which
+    counts in no figure of memory.
     """
     rest, perms, inode = table.rest, table.perms, table.inode
     named = [i for i, _ in table.named if inode[i]]
@@ -50,6 +51,11 @@ def of_addresses(table: MapTable, kind: list[int | None]) -> dict[str, int]:
             rest[i]
             for i, flags in enumerate(table.flags if table.knows_flags else ())
             if flags & _NR and kind[i] == UNTOUCHED
+        ),
+        "device": sum(
+            rest[i]
+            for i, flags in enumerate(table.flags if table.knows_flags else ())
+            if flags & _DEVICE and kind[i] not in {SPECIAL, NO_ACCESS, None}
         ),
         "untouched_shared": sum(rest[i] for i in named if kind[i] == UNTOUCHED),
     }

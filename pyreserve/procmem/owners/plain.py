@@ -3,7 +3,7 @@
 import re
 
 from pyreserve.procmem.classes import is_shared_memory
-from pyreserve.procmem.owners.sight import NONE, RW, RWX, UNKNOWN, Sight, count
+from pyreserve.procmem.owners.sight import NONE, RW, UNKNOWN, Sight, count
 from pyreserve.procmem.table import FLAGS
 from pyreserve.units import GiB, KiB, MiB, format_size
 
@@ -99,7 +99,7 @@ def stacks(sight: Sight) -> None:
 
 def heap(sight: Sight) -> None:
     """Claim what brk made, ``[heap]``: whose it is depends on the allocator."""
-    mine = [i for i, name in sight.named if name == "[heap]" and sight.perms[i] & RWX]
+    mine = [i for i, name in sight.named if name == "[heap]" and sight.perms[i] == RW]
     tcmalloc = sight.runs_code_of(r"libtcmalloc")
     others = tcmalloc or sight.runs_code_of(r"libjemalloc|libmimalloc|libpypy|ld-musl|libhoard")
     libc = sight.runs_code_of(r"libc(\.so\.6|-2\.\d+\.so)$")
@@ -125,7 +125,7 @@ def shared_memory(sight: Sight) -> None:
         ("/dev/zero", "shared anonymous memory"),
     )
     for i, name in sight.named:
-        if not name or not is_shared_memory(name) or not sight.inode[i]:
+        if not sight.inode[i] or not name.startswith(tuple(start for start, _ in kinds)):
             continue
         for start, owner in kinds:
             if name.startswith(start):
@@ -178,7 +178,9 @@ def zeroed_data(sight: Sight) -> None:
         if sight.names[j] or sight.inode[j] or sight.perms[j] != RW or not sight.free(j):
             continue
         size, full = sight.size(j), 4 * sight.table.rss[j] > sight.table.size[j]
-        if size > most or (size > _BSS_SMALL and full) or not sight.lacks(j, "nr dd dc nh"):
+        # What is of whole huge pages was put there for their sake, and is no program's data.
+        doubtful = size > _BSS_SMALL and (full or size % (2 * MiB) == 0)
+        if size > most or doubtful or not sight.lacks(j, "nr dd dc nh"):
             continue
         sight.claim(
             [j],

@@ -8,11 +8,14 @@ _CODE_RANGE = 512 * MiB  # kMaximalCodeRangeSize, V8 src/common/globals.h, x86-6
 
 
 def v8(sight: Sight) -> None:
-    """Claim what V8 maps: never charged and not for children (``nr dc``)."""
+    """Claim what V8 maps: not for children (``dc``)."""
     program = sight.runs_code_of(_PROGRAMS)
     if program is None or not sight.knows_flags:
         return
-    mine = [i for i in sight.unclaimed() if sight.has(i, "nr dc") and sight.lacks(i, "dd nh")]
+    # Its pages are charged since Node.js 24; in Chromium the kernel may name its code [heap].
+    mine = [i for i in sight.unclaimed() if sight.has(i, "dc") and sight.lacks(i, "dd nh")]
+    code = [i for i, name in sight.named if name == "[heap]" and sight.perms[i] == RWX]
+    sight.claim(code, "V8 code range", f"writable and executable; {program} is mapped")
     _code_range(sight, set(mine), program)
     for group in _neighbours(sight, [i for i in mine if sight.free(i)]):
         none = sum(sight.size(i) for i in group if sight.perms[i] == NONE)
@@ -27,7 +30,7 @@ def v8(sight: Sight) -> None:
             sight.claim(
                 group,
                 "V8 heap",
-                f"never charged and not for children (nr dc), as V8 maps; {program} is mapped",
+                f"not for children (dc), as V8 maps; {program} is mapped",
             )
     _sandbox(sight, program)
 
