@@ -18,7 +18,7 @@ class Capture:
 
     Attributes:
         table: its mappings.
-        rss, private: KiB in memory, the sums of the mappings'.
+        rss: KiB in memory, the sum of the mappings'.
         pss: KiB by the kernel's own sum, which rounds once; the mappings' lose up to 1 KiB each.
         settled: the kernel's totals are those of the mappings: all is of one moment.
         status: the sizes of /proc/PID/status in KiB, such as ``VmPTE``; may be empty.
@@ -34,7 +34,6 @@ class Capture:
     table: MapTable
     rss: int
     pss: int
-    private: int
     settled: bool
     status: dict[str, int]
     facts: dict[str, str]
@@ -59,7 +58,6 @@ def capture(source: LiveSource | SavedSource) -> Capture:
         table=table,
         rss=sum(table.rss),
         pss=rollup.get("Pss", sum(table.pss)),
-        private=sum(table.private),
         settled=settled,
         status=status,
         facts=facts,

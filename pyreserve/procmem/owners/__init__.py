@@ -13,8 +13,8 @@ __all__ = ["UNKNOWN", "Owner", "Sight", "recognise"]
 
 _RECOGNISERS = (
     plain.kernel_pages,
-    plain.named,
     ours.own_regions,
+    plain.named,
     plain.zeroed_data,
     plain.stacks,
     go.go,

@@ -28,7 +28,7 @@ def named(sight: Sight) -> None:
     kinds = (
         (r"glibc: malloc arena", "glibc malloc arenas"),
         (r"glibc: (loader )?malloc", "glibc malloc"),
-        (r"glibc: pthread stack", "thread stacks"),
+        (r"glibc: pthread (user )?stack", "thread stacks"),
         (r"[Gg]o: heap", "Go heap arenas"),
         (r"[Gg]o: ", "Go runtime tables"),
         (r"jemalloc", "jemalloc"),
