@@ -47,6 +47,7 @@ def show(space: AddressSpace, top: int, *, all_maps: bool) -> None:
             f"swap {_kib(space.swap_kib)}, page tables {_kib(space.page_tables_kib)}"
         ),
     )
+    _details(console, space.details)
     console.print()
     console.print(_owners(space, console))
     _evidence(space, console)
@@ -178,6 +179,23 @@ def _evidence(space: AddressSpace, console: Console) -> None:
         ):
             words = Text.assemble((f"{owner.name}: ", "bold"), owner.evidence, style="dim")
             console.print(Text(printable(words.plain, console), "dim"))
+
+
+def _details(console: Console, details: dict[str, int]) -> None:
+    """Say what of the memory is dirty, huge and so on, as far as it is any."""
+    huge = sum(details.get(name, 0) for name in ("anon_huge", "shmem_huge", "file_huge"))
+    figures = (
+        (details.get("dirty", 0), "dirty"),
+        (huge, "in transparent huge pages"),
+        (details.get("hugetlb", 0), "of huge page pools"),
+        (details.get("lazy_free", 0), "given back lazily"),
+        (details.get("locked", 0), "locked"),
+        (details["no_access_resident"], "without access"),
+        (details["stacks_resident"], "of stacks"),
+    )
+    words = [f"{_kib(kib)} {what}" for kib, what in figures if kib]
+    if words:
+        console.print(Text(f"Of the memory {', '.join(words)}"))
 
 
 def _ranges(space: AddressSpace, console: Console) -> Table:
