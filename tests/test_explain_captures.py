@@ -43,6 +43,7 @@ RIGHT = (
     (r"V8 ArrayBuffer/WebAssembly", ["V8 WebAssembly"]),
     (r"V8 code range", ["V8 code range"]),
     (r"PostgreSQL main shared memory", ["PostgreSQL shared memory"]),
+    (r"GHC RTS heap", ["GHC heap"]),
     (r"hugetlb", ["huge pages (hugetlb)"]),
     (r"mapped files", ["mapped files", "JVM CDS archive (mapped file)", "JVM heap (ZGC)"]),
     (r"ELF/file", ["mapped files"]),
@@ -185,6 +186,7 @@ class TestOwners:
             ("node_wasm3", "V8 WebAssembly memories and guards", 31_457_280),
             ("node_wasm3", "V8 code range", 522_680),
             ("pg_backend", "PostgreSQL shared memory", 1_101_380),
+            ("haskell", "GHC heap", 1_073_742_848),
         ],
     )
     def test_known_sizes(self, name: str, owner: str, kib: int) -> None:

@@ -6,7 +6,7 @@ guess: what looks like two things is named by neither.
 """
 
 from pyreserve.procmem.capture import Capture
-from pyreserve.procmem.owners import allocators, go, jvm, ours, plain, v8
+from pyreserve.procmem.owners import allocators, ghc, go, jvm, ours, plain, v8
 from pyreserve.procmem.owners.sight import UNKNOWN, Owner, Sight
 
 __all__ = ["UNKNOWN", "Owner", "Sight", "recognise"]
@@ -18,6 +18,7 @@ _RECOGNISERS = (
     plain.zeroed_data,
     plain.stacks,
     go.go,
+    ghc.ghc,
     ours.regions,
     allocators.address_sanitizer,
     allocators.glibc_arenas,
