@@ -9,18 +9,12 @@ from rich.text import Text
 
 from pyreserve.cli.screen import console_for, printable
 from pyreserve.procmem import AddressSpace, Change, Difference, Mapping
+from pyreserve.procmem.classes import NAMES, WORDS
 from pyreserve.procmem.space import state
 from pyreserve.units import KiB, format_size
 
-CLASS_WORDS = {
-    "no_access_reserved": ("reserved, no access", "dim yellow"),
-    "accessible_untouched": ("accessible, untouched", "cyan"),
-    "resident_private": ("in memory, its own", "bold red"),
-    "resident_shared": ("in memory, shared", "magenta"),
-    "file_not_resident": ("of files, not in memory", "blue"),
-    "swapped": ("in swap", "red"),
-    "special_pfn": ("the kernel's own", "dim"),
-}
+_STYLES = ("dim yellow", "cyan", "bold red", "magenta", "blue", "red", "dim")
+_CLASSES = {name: (words, style) for name, words, style in zip(NAMES, WORDS, _STYLES, strict=True)}
 _BAR = 20
 _MOST_OWNERS = 12
 
@@ -127,7 +121,7 @@ def _classes(space: AddressSpace, console: Console) -> Table:
         _column(table, console, title, right=True)
     _column(table, console)
     for one in space.classes:
-        words, style = CLASS_WORDS[one.name]
+        words, style = _CLASSES[one.name]
         if one.kib:
             table.add_row(
                 Text(words, style),
@@ -220,9 +214,9 @@ def _mappings(mappings: list[Mapping], console: Console) -> Iterable[Text]:
     width = max(map(len, places))
     for place, one in zip(places, mappings, strict=True):
         name = printable(one.name, console)
-        words, style = CLASS_WORDS[one.class_name or "special_pfn"]
+        words, style = _CLASSES[one.class_name or "special_pfn"]
         if one.rss_kib == one.kib:
-            words, style = "in memory", CLASS_WORDS["resident_private"][1]
+            words, style = "in memory", _CLASSES["resident_private"][1]
         yield Text.assemble(
             f"{place:{width}} {one.perms} {_kib(one.kib):>10} {_kib(one.rss_kib):>10}  ",
             (f"{words:<23}  ", style),
@@ -238,7 +232,7 @@ def _changes(title: str, changes: Iterable[Change], console: Console) -> Table:
         _column(table, console, column, right=True)
     for change in changes:
         write = "{:,}".format if change.name == "mappings" else _kib
-        name = CLASS_WORDS[change.name][0] if change.name in CLASS_WORDS else change.name
+        name = _CLASSES[change.name][0] if change.name in _CLASSES else change.name
         table.add_row(
             printable(name.removesuffix("_kib").replace("_", " "), console),
             write(change.old),

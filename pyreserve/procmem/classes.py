@@ -32,6 +32,16 @@ NAMES = (
     "swapped",
     "special_pfn",
 )
+WORDS = (
+    "reserved, no access",
+    "accessible, untouched",
+    "in memory, its own",
+    "in memory, shared",
+    "of files, not in memory",
+    "in swap",
+    "the kernel's own",
+)
+"""What to call the classes of `NAMES` before people."""
 NO_ACCESS, UNTOUCHED, PRIVATE, SHARED, FILE, SWAPPED, SPECIAL = range(len(NAMES))
 
 _ACCESS = READ | WRITE | EXECUTE

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyreserve.pictures import check_suffix, own_settings, write_picture
-from pyreserve.procmem.classes import FILE, NO_ACCESS, PRIVATE, SHARED, SPECIAL, SWAPPED, UNTOUCHED
+from pyreserve.procmem.classes import (
+    FILE,
+    NO_ACCESS,
+    PRIVATE,
+    SHARED,
+    SPECIAL,
+    SWAPPED,
+    UNTOUCHED,
+    WORDS,
+)
 from pyreserve.procmem.plot_blocks import Block, blocks, far, holes, label, printable, shorten
 from pyreserve.units import KiB, format_size
 
@@ -37,14 +46,12 @@ _MUCH = 20  # percent of all, to be printed bold
 
 # From what costs memory to what costs nothing, and from dark to pale, so that it reads in grey.
 _ORDER = (PRIVATE, SHARED, SWAPPED, SPECIAL, FILE, UNTOUCHED, NO_ACCESS)
-_WORDS = {
-    PRIVATE: ("in memory, its own", ""),
-    SHARED: ("in memory, shared", ""),
-    SWAPPED: ("in swap", "in swap"),
-    SPECIAL: ("of the kernel or a device", "kernel or device"),
-    FILE: ("of files, read when used", "file"),
-    UNTOUCHED: ("usable, untouched", "untouched"),
-    NO_ACCESS: ("reserved, costs nothing", "reserved"),
+_SHORT = {
+    SWAPPED: "in swap",
+    SPECIAL: "the kernel's own",
+    FILE: "file",
+    UNTOUCHED: "untouched",
+    NO_ACCESS: "reserved",
 }
 _IN_MEMORY = (PRIVATE, SHARED)
 _STYLES: dict[int, dict[str, Any]] = {
@@ -195,7 +202,7 @@ class _Picture:
             x, line = columns[i // rows], y + i % rows * 0.2
             self.box(x, line, 0.26, 0.14, **_STYLES[which])
             self.box(x, line, 0.26, 0.14, facecolor="none", edgecolor=_FRAME, linewidth=0.5)
-            words = f"{_WORDS[which][0]}: {format_size(kib[which] * KiB)}"
+            words = f"{WORDS[which]}: {format_size(kib[which] * KiB)}"
             self.text(x + 0.33, line + 0.07, words, va="center")
         return y + rows * 0.2
 
@@ -293,7 +300,7 @@ def _detail(block: Block) -> str:
     kib = block.kib
     order = sorted((which for which in _ORDER if kib[which]), key=lambda which: -kib[which])
     parts = [
-        f"{_WORDS[which][1]} {format_size(kib[which] * KiB)}"
+        f"{_SHORT[which]} {format_size(kib[which] * KiB)}"
         for which in order
         if which not in _IN_MEMORY
     ]
