@@ -41,7 +41,10 @@ from pyreserve.scavenger import Scavenger
 from pyreserve.units import GiB, KiB, MiB, TiB, format_size, parse_size
 
 if TYPE_CHECKING:
-    from pyreserve import costs, doctor, procmem, prometheus
+    from pyreserve import costs as costs
+    from pyreserve import doctor as doctor
+    from pyreserve import procmem as procmem
+    from pyreserve import prometheus as prometheus
     from pyreserve.procmem import AddressSpace, explain, track
 
 __all__ = [
@@ -76,14 +79,10 @@ __all__ = [
     "VMError",
     "ViewError",
     "capabilities",
-    "costs",
-    "doctor",
     "explain",
     "format_size",
     "layouts",
     "parse_size",
-    "procmem",
-    "prometheus",
     "reserve",
     "track",
 ]
@@ -105,4 +104,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -36,11 +36,16 @@ SHOW_CURSOR, HIDE_CURSOR = b"\x1b[?25h", b"\x1b[?25l"
 # Watches a process, as the command would. Its options: the pid, the interval, a CSV file if any.
 # In a terminal it is the session's leader, so that Ctrl-C finds it.
 WATCH = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
 from pathlib import Path
 from types import SimpleNamespace
 from pyreserve import procfs
 from pyreserve.cli.watch import watch
+
+# Whoever runs the tests may ignore them (nohup, a background shell), and so would this process.
+for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def take(pid):
     try:
