@@ -33,6 +33,9 @@ from pyreserve.errors import AccessError, NoAddressSpaceError, RangeError
 from pyreserve.procmem import AddressSpace, Sample, capture, compare, load, sample, save
 from pyreserve.procmem.source import LiveSource
 
+# Large processes, and what the kernel says of them: the same whatever the interpreter.
+pytestmark = pytest.mark.heavy
+
 Figures = TypeVar("Figures")
 
 only_x86_64 = pytest.mark.skipif(
@@ -425,7 +428,6 @@ class TestEnds:
                 if not ended(process):
                     break
 
-    @pytest.mark.heavy
     def test_at_any_moment(self, tmp_path: Path) -> None:
         """A process of many mappings, which takes long to read, is killed from another thread."""
         program = subjects.mappings_program(tmp_path)
