@@ -6,6 +6,7 @@ import gc
 import mmap
 import platform
 import resource
+import time
 from collections.abc import Callable
 from typing import Literal
 
