@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import re
 import shutil
 from collections import Counter
@@ -13,6 +14,9 @@ from captures import FOLDER, NAMES, truth
 
 from pyreserve.errors import MapsError
 from pyreserve.procmem import AddressSpace, explain
+from pyreserve.procmem.capture import capture
+from pyreserve.procmem.owners import Sight, allocators
+from pyreserve.procmem.source import SavedSource
 from pyreserve.procmem.table import MapTable
 from pyreserve.units import KiB
 
@@ -211,6 +215,31 @@ class TestOwners:
         assert not [name for name in names if re.match(r"Go|JVM|V8|Address|jemall|mimall", name)]
 
 
+def test_a_shadow_of_terabytes(tmp_path: Path) -> None:
+    """A hundred terabytes of one mapping are looked at once, and not piece by piece."""
+    (tmp_path / "smaps").write_text(
+        "".join(
+            f"{low:x}-{low + (1 << 44):x} rw-p 00000000 00:00 0 \nVmFlags: rd wr nr {more}\n"
+            for low, more in ((1 << 44, "dd nh"), (1 << 45, ""), (3 << 44, "nh"))
+        )
+        + "7f0000000000-7f0000001000 r-xp 00000000 00:01 5 /lib/x86_64-linux-gnu/libc.so.6\n"
+    )
+    looked = []
+
+    class Counting(Sight):
+        def at(self, address: int) -> int | None:
+            looked.append(address)
+            return super().at(address)
+
+        def between(self, low: int, high: int) -> range:
+            looked.append(low)
+            return super().between(low, high)
+
+    allocators.glibc_arenas(Counting(capture(SavedSource(tmp_path))))
+
+    assert len(looked) < 10_000
+
+
 class TestWithout:
     """Fewer files, and other kinds of them."""
 
@@ -261,6 +290,15 @@ class TestWithout:
 
         with pytest.raises(MapsError, match=r"smaps\.gz"):
             explain(path=folder)
+
+    def test_what_is_no_file(self, folder: Path) -> None:
+        """A pipe, a device and a folder in the place of a file are refused at once."""
+        (folder / "smaps.gz").unlink()
+        for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")):
+            make(folder / "smaps")
+            with pytest.raises(MapsError, match="smaps is not a regular file"):
+                explain(path=folder)
+            (folder / "smaps").rename(folder / f"was {make}".replace("/", "_"))
 
     def test_files_of_two_moments(self, folder: Path) -> None:
         """Totals that do not match are told, and the mappings are believed."""

@@ -158,8 +158,11 @@ class SavedSource:
 
     def _find(self, name: str) -> Path | None:
         for path in (self._folder / name, self._folder / f"{name}.gz"):
-            if path.exists():
+            if path.is_file():
                 return path
+            if path.exists():  # a pipe would keep who reads it waiting, a device has no end
+                msg = f"{path} is not a regular file"
+                raise MapsError(msg)
         return None
 
     @contextmanager

@@ -6,6 +6,7 @@ from pyreserve.procmem.owners.sight import NONE, RW, Sight, count
 from pyreserve.procmem.table import FLAGS
 from pyreserve.units import KiB, MiB, TiB, format_size
 
+_MOST_KIB = 64 * MiB  # 1,024 full heaps side by side: more would be a sanitizer's shadow
 _LEAST = 128 * KiB  # HEAP_MIN_SIZE and the arena's own data, glibc malloc/arena.c
 
 
@@ -40,12 +41,13 @@ def _aligned(sight: Sight, size: int) -> Iterator[int]:
     """Yield the multiples of `size` at which something writable begins or goes on."""
     perms, flags = sight.perms, sight.flags
     never_charged = FLAGS["nr"] if sight.knows_flags else 0
+    other = FLAGS["dc"] | FLAGS["dd"] | FLAGS["nh"]
     last = -1
     size_kib, least_kib = sight.table.size, _LEAST // KiB
     for i in [i for i in sight.anonymous if size_kib[i] >= least_kib and perms[i] == RW]:
         if not sight.free(i):
             continue
-        if flags[i] & never_charged != never_charged:
+        if flags[i] & (never_charged | other) != never_charged or size_kib[i] > _MOST_KIB:
             continue
         at = -(-sight.start[i] // size) * size
         while at < sight.end[i]:
