@@ -71,6 +71,8 @@ _NULL = ffi.NULL
 _CLOSED = ffi.new("struct region *")
 _spare_handles: list[Any] = []
 _SPARES = 16
+# Every handle, entered once for all the regions that have it one after the other.
+_handles: dict[int, "weakref.ref[Any]"] = {}
 
 
 class Region:
@@ -108,7 +110,7 @@ class Region:
         try:
             self._handle = _spare_handles.pop()
         except IndexError:
-            self._handle = ffi.new("struct region *")
+            self._handle = _new_handle()
         # Who takes this away is alone with a region that nobody has used: its first user, who makes
         # the lock, or its release, which then needs none.
         self._unused = None
@@ -642,6 +644,28 @@ def import_numpy(who: str) -> Any:
         msg = f"{who} needs numpy: pip install 'pyreserve[numpy]'"
         raise ImportError(msg) from missing
     return np
+
+
+def _new_handle() -> Any:
+    handle = ffi.new("struct region *")
+    key, forget = id(handle), _handles.pop  # bound: the module may be gone first
+
+    def gone(_: "weakref.ref[Any]") -> None:
+        forget(key, None)
+
+    _handles[key] = weakref.ref(handle, gone)
+    return handle
+
+
+def live_ranges() -> list[tuple[int, int]]:
+    """Return the addresses [start, end) of every region that is open, without keeping any alive."""
+    found = []
+    for reference in list(_handles.values()):
+        handle = reference()
+        if handle is not None and handle.base:
+            base = int(ffi.cast("uintptr_t", handle.base))
+            found.append((base, base + int(handle.size)))
+    return found
 
 
 def effective_mode(mode: Mode) -> tuple[Mode, int]:

@@ -659,7 +659,7 @@ class TestKinds:
             """
         )
 
-        evidence = "this process's own Region objects"
+        evidence = "this process's own regions, by their addresses"
         kib = {name: [tuple(one) for one in owners] for name, owners in found.items()}
         assert kib["none"] == kib["released"] == kib["refused"] == []
         assert kib["one"] == [(3 << 20, 0, 3 << 20, evidence)]
@@ -667,12 +667,19 @@ class TestKinds:
         assert kib["dropped"] == [(5120, 1024, 3072, evidence)]
 
     def test_regions_that_come_and_go_meanwhile(self) -> None:
-        """Another thread may make and release regions while this process is explained."""
+        """Another thread may make, view and release regions while this process is explained."""
         over = threading.Event()
+        errors = []
 
         def churn() -> None:
-            while not over.is_set():
-                reserve(PAGE_SIZE).release()
+            try:
+                while not over.is_set():
+                    region = reserve(PAGE_SIZE)
+                    region.commit(0, PAGE_SIZE)
+                    region.view(0, PAGE_SIZE)[0] = 1  # a view that nobody keeps
+                    region.release()
+            except BufferError as error:
+                errors.append(error)
 
         thread = threading.Thread(target=churn)
         thread.start()
@@ -682,6 +689,7 @@ class TestKinds:
         finally:
             over.set()
             thread.join()
+        assert not errors
 
 
 STRANGE_FILES = {

@@ -1,11 +1,9 @@
 """pyreserve's own reservations: exactly in this process, by their shape in another."""
 
-import gc
 import os
 
-from pyreserve.errors import ReleasedError
 from pyreserve.procmem.owners.sight import NONE, RW, Sight
-from pyreserve.region import Region
+from pyreserve.region import live_ranges
 
 NAME = "pyreserve regions"
 
@@ -14,15 +12,8 @@ def own_regions(sight: Sight) -> None:
     """Claim the regions of this very process, whose addresses it knows."""
     if not sight.capture.live or sight.capture.pid != os.getpid():
         return
-    for thing in gc.get_objects():
-        if type(thing) is not Region:
-            continue
-        try:
-            base = thing.base
-        except (ReleasedError, AttributeError):  # in another thread it begins or ends just now
-            continue
-        if base:  # one that was refused may be kept by its exception
-            sight.claim_range(base, base + thing.size, NAME, "this process's own Region objects")
+    for low, high in live_ranges():
+        sight.claim_range(low, high, NAME, "this process's own regions, by their addresses")
 
 
 def regions(sight: Sight) -> None:
