@@ -259,7 +259,7 @@ class TestRefusals:
             (["1", "--csv", "x"], "--csv records what --watch shows"),
             (["--plot", "x.gif"], ".png or .svg"),
             (["--top", "-1"], "--top"),
-            (["abc"], "[PID]"),
+            (["abc"], "PID"),
         ],
     )
     def test_what_contradicts_itself(self, arguments: list[str], told: str) -> None:

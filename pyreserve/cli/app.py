@@ -233,7 +233,7 @@ def costs(
 @app.command(cls=_BareOptions)
 def explain(
     pid: Annotated[
-        int | None, typer.Argument(metavar="[PID]", help="The process; by default this command.")
+        int | None, typer.Argument(metavar="PID", help="The process; by default this command.")
     ] = None,
     *,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a screen.")] = False,
