@@ -291,6 +291,23 @@ class TestWithout:
         with pytest.raises(MapsError, match=r"smaps\.gz"):
             explain(path=folder)
 
+    def test_nothing_in_it(self, folder: Path) -> None:
+        """An empty file, of a process that had ended, is not explained as if it were one."""
+        (folder / "smaps.gz").write_bytes(gzip.compress(b""))
+
+        with pytest.raises(MapsError, match="has no mappings"):
+            explain(path=folder)
+
+    def test_what_has_no_end(self, folder: Path) -> None:
+        """What unpacks to more than such a file can be is refused before it fills the memory."""
+        for name in ("smaps.gz", "status.gz"):
+            before = (folder / name).read_bytes() if (folder / name).exists() else None
+            (folder / name).write_bytes(gzip.compress(bytes(1 << 25)))
+            (folder / "status").unlink(missing_ok=True)
+            with pytest.raises(MapsError, match=f"{name}: .* (longer|larger) than"):
+                explain(path=folder)
+            (folder / name).write_bytes(before or b"")
+
     def test_what_is_no_file(self, folder: Path) -> None:
         """A pipe, a device and a folder in the place of a file are refused at once."""
         (folder / "smaps.gz").unlink()

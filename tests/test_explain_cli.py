@@ -257,6 +257,9 @@ class TestRefusals:
             (["1", "--watch", "0"], "a positive number of seconds"),
             (["1", "--watch", "nan"], "a positive number of seconds"),
             (["1", "--csv", "x"], "--csv records what --watch shows"),
+            (["1", "--watch", "--save", "x"], "no --save"),
+            (["1", "--watch", "--json", "--maps"], "no --json and no --maps"),
+            (["--diff", "a", "b", "--plot", "x.png"], "no --plot"),
             (["--plot", "x.gif"], ".png or .svg"),
             (["--top", "-1"], "--top"),
             (["abc"], "PID"),
@@ -284,6 +287,10 @@ class TestRefusals:
         refused = run("--from", tmp_path / "x", status=1).stderr
 
         assert refused == f"pyreserve: {tmp_path}/x: no such folder\n"
+
+    def test_a_path_does_nothing_to_a_terminal(self, tmp_path: Path) -> None:
+        """What a path holds is printed without what a terminal would obey."""
+        assert run("--from", f"{tmp_path}/\x1b]0;x\x07", status=1).stderr.count("\x1b") == 0
 
     def test_a_file_that_is_none(self, tmp_path: Path) -> None:
         """One line that names the file and its line."""

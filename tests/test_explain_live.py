@@ -692,6 +692,37 @@ class TestKinds:
         assert not errors
 
 
+def test_a_fork_while_others_explain(tmp_path: Path) -> None:
+    """A child forked while other threads explain can explain itself: it inherits no lock."""
+    fresh_python(
+        """
+        import json, os, threading
+        from pyreserve import explain
+        over = threading.Event()
+
+        def look():
+            while not over.is_set():
+                explain()
+
+        threads = [threading.Thread(target=look) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(40):
+            child = os.fork()
+            if child == 0:
+                import signal
+                signal.alarm(60)
+                explain()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+        over.set()
+        for thread in threads:
+            thread.join()
+        print(json.dumps(None))
+        """
+    )
+
+
 STRANGE_FILES = {
     "newline": b"a\nb",
     "escape": b"\x1b[31mred\x07",

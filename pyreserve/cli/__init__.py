@@ -13,5 +13,7 @@ def main() -> None:
         if missing.name not in {"typer", "rich"}:
             raise
         sys.exit("pyreserve: the command needs typer and rich: pip install 'pyreserve[cli]'")
+    except KeyboardInterrupt:  # before the command was there to hear it
+        sys.exit(130)
     except MemoryError:
         sys.exit("pyreserve: not even enough memory to start: see ulimit -v")

@@ -275,7 +275,10 @@ def explain(
     from pyreserve.cli import explain as command  # noqa: PLC0415
     from pyreserve.cli import explain_screen  # noqa: PLC0415
 
-    _check_explain(pid, watch, csv, folder, keep, diff)
+    shows = {"--json": json, "--maps": maps, "--plot": plot is not None, "--save": keep is not None}
+    _check_explain(
+        pid, watch, csv, folder, diff, [name for name, wanted in shows.items() if wanted]
+    )
     if plot is not None:
         _check_picture(plot)
     with _refusals():
@@ -303,16 +306,20 @@ def _check_explain(
     watch: float | None,
     csv: Path | None,
     folder: Path | None,
-    keep: Path | None,
     diff: tuple[Path, Path] | None,
+    shows: list[str],
 ) -> None:
-    """Refuse what contradicts itself."""
+    """Refuse what contradicts itself; `shows` are the options that say what else to make."""
     subjects = {"PID": pid, "--from": folder, "--diff": diff}
     given = [name for name, value in subjects.items() if value is not None]
     if len(given) > 1:
         msg = f"{' and '.join(given)} can't be had together"
-    elif keep is not None and (folder is not None or diff is not None):
+    elif "--save" in shows and (folder is not None or diff is not None):
         msg = "--save takes a running process"
+    elif watch is not None and shows:
+        msg = f"--watch shows a screen or lines, and no {' and no '.join(shows)}"
+    elif diff is not None and {*shows} - {"--json"}:
+        msg = f"--diff compares two files, and has no {' and no '.join({*shows} - {'--json'})}"
     elif pid is not None and pid <= 0:
         msg = f"a PID is a positive number, not {pid}"
     elif watch is not None and pid is None:
@@ -397,7 +404,10 @@ def _refusals() -> Iterator[None]:
     except (PyreserveError, MemoryError, OSError) as error:
         message = getattr(error, "strerror", None) or str(error) or "out of memory"
         where = getattr(error, "filename", None)
-        typer.echo(f"pyreserve: {f'{where}: ' if where else ''}{message}", err=True)
+        told = f"{f'{where}: ' if where else ''}{message}"
+        # A path may hold what a terminal would obey.
+        told = "".join(one if one.isprintable() else "?" for one in told)
+        typer.echo(f"pyreserve: {told}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -6,12 +6,12 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyreserve.costs.cells import Cell, Curve
 from pyreserve.costs.stats import Times
+from pyreserve.lazily import lazily
 
 if TYPE_CHECKING:
     from pyreserve.costs.model import CostModel
@@ -120,7 +120,7 @@ class CostTable:
         """Fit a fixed cost and a cost per page to each curve."""
         return self._model
 
-    @cached_property
+    @lazily
     def _model(self) -> "CostModel":
         from pyreserve.costs.model import CostModel  # noqa: PLC0415
 

@@ -4,7 +4,7 @@ import errno
 import io
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import index
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -37,6 +37,9 @@ _MACHINE = {
     "overcommit_memory": Path("/proc/sys/vm/overcommit_memory"),
     "core_pattern": Path("/proc/sys/kernel/core_pattern"),
 }
+
+
+_LARGEST_TEXT = 1 << 24
 
 
 class Source(Protocol):
@@ -196,7 +199,11 @@ class SavedSource:
             what = "no such folder" if not self._folder.is_dir() else f"no {name} and no {name}.gz"
             raise FileNotFoundError(errno.ENOENT, what, str(self._folder))
         with self._open(path) as file:
-            return MapTable.read(file)
+            table = MapTable.read(file)
+            if not len(table):
+                msg = "it has no mappings: of a process that had ended, or not copied whole"
+                raise MapsError(msg)
+            return table
 
     def text(self, name: str) -> str | None:
         """See `Source`."""
@@ -208,6 +215,9 @@ class SavedSource:
             buffer = bytearray(1 << 16)
             while got := file.readinto(memoryview(buffer)):
                 found += buffer[:got]
+                if len(found) > _LARGEST_TEXT:
+                    msg = f"it is larger than {_LARGEST_TEXT} bytes"
+                    raise MapsError(msg)
             return found.decode(errors="surrogateescape")
 
 
@@ -223,6 +233,7 @@ def save(pid: int | None, folder: Path) -> None:
         if (folder / name).exists() or (folder / f"{name}.gz").exists():
             raise FileExistsError(errno.EEXIST, f"{name} is there already", str(folder))
     texts = _texts_of_one_moment(LiveSource(pid))
+    was_there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     try:
@@ -233,6 +244,9 @@ def save(pid: int | None, folder: Path) -> None:
     except BaseException:
         for path in written:
             path.unlink(missing_ok=True)
+        if not was_there:
+            with suppress(OSError):  # somebody else may have put something there
+                folder.rmdir()
         raise
 
 

@@ -1,14 +1,15 @@
 """The mappings of a process as columns: the safe face of ``csrc/procmaps``."""
 
 import errno
-from functools import cached_property
 from typing import Protocol
 
 from pyreserve._native import ffi, lib
 from pyreserve.errors import MapsError
+from pyreserve.lazily import lazily
 
 _COLUMNS: int = lib.PROCMAPS_COLUMNS
 _CHUNK = 1 << 16
+_LONGEST = 1 << 22  # of lines: a path has 4 KiB, each byte of which may be printed as four
 
 READ: int = lib.PROCMAPS_READ
 WRITE: int = lib.PROCMAPS_WRITE
@@ -69,6 +70,9 @@ class MapTable:
         buffer = bytearray(_CHUNK)
         filled = 0
         while True:
+            if filled > _LONGEST:
+                msg = f"a line is longer than {_LONGEST} bytes"
+                raise MapsError(msg)
             if filled == len(buffer):  # one line has no end yet
                 buffer.extend(bytes(len(buffer)))
             with memoryview(buffer) as room:
@@ -132,7 +136,7 @@ class MapTable:
         column: list[int] = words[which::_COLUMNS].tolist()
         return column
 
-    @cached_property
+    @lazily
     def named(self) -> list[tuple[int, str]]:
         """The mappings that have a name, and what it is as the kernel prints it.
 
@@ -151,7 +155,7 @@ class MapTable:
             found.append((i, name))
         return found
 
-    @cached_property
+    @lazily
     def names(self) -> list[str]:
         """The name of each mapping, "" for none; see `named`."""
         found = [""] * len(self)
@@ -159,7 +163,7 @@ class MapTable:
             found[i] = name
         return found
 
-    @cached_property
+    @lazily
     def knows_flags(self) -> bool:
         """Whether VmFlags are known: a kernel prints some for every mapping."""
         return any(self.flags)

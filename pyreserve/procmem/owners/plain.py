@@ -23,9 +23,10 @@ def kernel_pages(sight: Sight) -> None:
     sight.claim(stack, "main stack", "the kernel names it [stack]")
 
 
-def named(sight: Sight) -> None:
-    """Claim what its program has named (prctl(PR_SET_VMA), Linux 5.17, CONFIG_ANON_VMA_NAME)."""
-    kinds = (
+_NAMED = re.compile(r"\[anon(?:_shmem)?:(.*)\]", re.DOTALL)
+_LABELS = tuple(
+    (re.compile(pattern), owner)
+    for pattern, owner in (
         (r"glibc: malloc arena", "glibc malloc arenas"),
         (r"glibc: (loader )?malloc", "glibc malloc"),
         (r"glibc: pthread (user )?stack", "thread stacks"),
@@ -38,17 +39,21 @@ def named(sight: Sight) -> None:
         (r"partition_alloc", "PartitionAlloc"),
         (r"v8", "V8"),
     )
+)
+
+
+def named(sight: Sight) -> None:
+    """Claim what its program has named (prctl(PR_SET_VMA), Linux 5.17, CONFIG_ANON_VMA_NAME)."""
+    owners: dict[str, str] = {}
     for i, name in sight.named:
-        match = re.fullmatch(r"\[anon(?:_shmem)?:(.*)\]", name, re.DOTALL)
+        match = _NAMED.fullmatch(name)
         if match is None:
             continue
         label = match[1].strip()
-        for pattern, owner in kinds:
-            if re.match(pattern, label):
-                sight.claim([i], owner, f"the program named it [anon:{label}]")
-                break
-        else:
-            sight.claim([i], f"named {label}", f"the program named it [anon:{label}]")
+        if label not in owners:
+            known = (owner for pattern, owner in _LABELS if pattern.match(label))
+            owners[label] = next(known, f"named {label}")
+        sight.claim([i], owners[label], f"the program named it [anon:{label}]")
 
 
 def stacks(sight: Sight) -> None:

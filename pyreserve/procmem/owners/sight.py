@@ -4,10 +4,10 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise
 
 from pyreserve.layouts import Piece, without
+from pyreserve.lazily import lazily
 from pyreserve.procmem.capture import Capture
 from pyreserve.procmem.table import EXECUTE, FLAGS, READ, SHARED, WRITE, written
 from pyreserve.units import KiB
@@ -70,7 +70,7 @@ class Sight:
 
     # -- looking ------------------------------------------------------------------------------
 
-    @cached_property
+    @lazily
     def programs(self) -> list[str]:
         """The paths of what has code mapped: a file that is merely data tells nothing."""
         found = {name for i, name in self.named if self.perms[i] & EXECUTE and name.startswith("/")}
@@ -83,7 +83,7 @@ class Sight:
                 return path
         return None
 
-    @cached_property
+    @lazily
     def anonymous(self) -> list[int]:
         """Mappings of no file and no name of the kernel's."""
         found: list[int] = []
@@ -93,7 +93,7 @@ class Sight:
             at = i + 1
         return found
 
-    @cached_property
+    @lazily
     def runs(self) -> list[tuple[int, int]]:
         """Ranges [i, j) of anonymous mappings without a gap between them."""
         holes = [
