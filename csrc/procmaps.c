@@ -121,6 +121,20 @@ static int keep_name(struct procmaps *table, const char *name, size_t length, ui
     return 0;
 }
 
+/* Takes back what a mapping that was printed later has taken the place of: the kernel prints piece by
+ * piece, and neighbours may have become one meanwhile (fs/proc/task_mmu.c, proc_get_vma). */
+static void make_way(struct procmaps *table, uint64_t start) {
+    while (table->count > 0 && row(table, table->count - 1)[PROCMAPS_START] >= start)
+        table->count--;
+    if (table->count == 0)
+        return;
+    uint64_t *last = row(table, table->count - 1);
+    if (last[PROCMAPS_END] <= start)
+        return;
+    last[PROCMAPS_END] = start; /* how much of its memory was behind it is not known */
+    memset(last + PROCMAPS_RSS, 0, (PROCMAPS_COLUMNS - PROCMAPS_RSS) * sizeof *last);
+}
+
 /* "7f00-7f10 rw-p 0000 fe:00 12   /name", as show_vma_header_prefix of fs/proc/task_mmu.c makes it. A
  * newline in a name is printed as \012, so a line is a line; a name starts with no space. */
 static int mapping(struct procmaps *table, struct cursor line) {
@@ -133,9 +147,11 @@ static int mapping(struct procmaps *table, struct cursor line) {
     if (line.at < line.end && *line.at != ' ')
         return EINVAL;
     uint64_t last = table->count == 0 ? 0 : row(table, table->count - 1)[PROCMAPS_END];
-    if (fresh[PROCMAPS_START] >= fresh[PROCMAPS_END] || fresh[PROCMAPS_START] < last ||
+    if (fresh[PROCMAPS_START] >= fresh[PROCMAPS_END] || fresh[PROCMAPS_END] <= last ||
         (fresh[PROCMAPS_START] | fresh[PROCMAPS_END]) % 4096 != 0 || (major | minor) >> 32 != 0)
         return EINVAL;
+    if (fresh[PROCMAPS_START] < last)
+        make_way(table, fresh[PROCMAPS_START]);
     fresh[PROCMAPS_DEVICE] = major << 32 | minor;
     skip_spaces(&line);
     int err = keep_name(table, line.at, (size_t)(line.end - line.at), fresh);
@@ -344,10 +360,12 @@ int procmaps_divide(struct procmaps *table, size_t *wrong) {
         uint64_t others = one[PROCMAPS_SHARED_CLEAN] + one[PROCMAPS_SHARED_DIRTY] +
                           one[PROCMAPS_SHARED_HUGETLB];
         uint64_t size = (one[PROCMAPS_END] - one[PROCMAPS_START]) / 1024;
-        if (own + others + one[PROCMAPS_SWAP] > size) {
+        if (own + others > size) {
             *wrong = i;
             return EINVAL;
         }
+        if (one[PROCMAPS_SWAP] > size - own - others)
+            one[PROCMAPS_SWAP] = size - own - others;
         one[PROCMAPS_SIZE] = size;
         one[PROCMAPS_PRIVATE] = own;
         one[PROCMAPS_SHARED_MEMORY] = others;

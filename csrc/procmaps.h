@@ -63,8 +63,9 @@ struct procmaps {
 const char *procmaps_flags(void);
 
 /* Takes the whole lines at the start of `text`; `*used` is how many bytes they are, the rest is the
- * start of a line whose end is yet to come. EINVAL: a line is of neither file, or mappings overlap or
- * go backwards; ENOMEM. After an error the table may only be freed. */
+ * start of a line whose end is yet to come. A mapping that begins before the last one ends, and ends
+ * behind it, takes its place: they became one while the kernel printed. EINVAL: a line is of neither
+ * file, or mappings go backwards; ENOMEM. After an error the table may only be freed. */
 int procmaps_feed(struct procmaps *table, const char *text, size_t length, size_t *used);
 
 /* Counts what is in memory and in swap of every mapping by /proc/PID/pagemap, open at `fd`: the columns
@@ -76,8 +77,9 @@ int procmaps_feed(struct procmaps *table, const char *text, size_t length, size_
 int procmaps_count_pages(struct procmaps *table, int fd, int forked);
 
 /* Divides each mapping's size into what is in memory of this process alone (clean, dirty and of huge
- * page pools), in memory of others too, in swap, and the rest. EINVAL: there is more of these than
- * there are addresses; `*wrong` is that row. */
+ * page pools), in memory of others too, in swap, and the rest. EINVAL: more is in memory than there are
+ * addresses; `*wrong` is that row. Swap is cut to what is left: the kernel counts that of shared memory
+ * at another moment, and a page both there and in a private copy. */
 int procmaps_divide(struct procmaps *table, size_t *wrong);
 
 /* Frees what the table has; it is empty again. */

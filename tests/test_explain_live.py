@@ -28,10 +28,11 @@ from subjects import PATIENCE, SUBJECTS, Stopped, kib_of, tool
 from test_cli import COMMAND, environment, refused_in_one_line, run
 from witness import fresh_python, in_child, only_64_bit
 
-from pyreserve import PAGE_SIZE, GiB, KiB, MiB, TiB, explain, procfs, reserve, track
+from pyreserve import PAGE_SIZE, GiB, KiB, MiB, Region, TiB, explain, procfs, reserve, track
 from pyreserve.errors import AccessError, NoAddressSpaceError, RangeError
 from pyreserve.procmem import AddressSpace, Sample, capture, compare, load, sample, save
 from pyreserve.procmem.source import LiveSource
+from pyreserve.procmem.table import MapTable
 
 # Large processes, and what the kernel says of them: the same whatever the interpreter.
 pytestmark = pytest.mark.heavy
@@ -365,6 +366,34 @@ def sleep() -> Iterator["subprocess.Popen[bytes]"]:
     finally:
         process.kill()
         process.wait()
+
+
+class Merging(io.FileIO):
+    """Open maps of this process, and a region whose mappings become one after the first piece."""
+
+    def __init__(self, path: str, region: Region) -> None:
+        super().__init__(path)
+        self._region = region
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        got = super().readinto(buffer[:4096])
+        self._region.commit(0, self._region.size)
+        return got
+
+
+def test_mappings_that_become_one_while_they_are_printed() -> None:
+    """What was printed of them before is not in the way of what is printed after."""
+    with reserve(8 * MiB) as region:
+        for offset in range(0, region.size, 2 * PAGE_SIZE):
+            region.commit(offset, PAGE_SIZE)
+        with Merging("/proc/self/maps", region) as file:
+            table = MapTable.read(file)
+
+        assert all(end <= start for end, start in zip(table.end, table.start[1:], strict=False))
+        assert any(
+            start <= region.base and region.base + region.size <= end
+            for start, end in zip(table.start, table.end, strict=True)
+        )
 
 
 class TestEnds:

@@ -42,6 +42,19 @@ class Trickle:
         return size
 
 
+class Endless:
+    """A file of a text and then zeros."""
+
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        start, self._text = self._text[: len(buffer)], self._text[len(buffer) :]
+        buffer[: len(start)] = start
+        buffer[len(start) :] = bytes(len(buffer) - len(start))
+        return len(buffer)
+
+
 class TestReading:
     def test_a_line(self) -> None:
         """Each field is where proc(5) says."""
@@ -100,6 +113,23 @@ class TestReading:
 
         assert read(LINE.replace(b"/tmp/a b", name)).names == [name.decode()]
 
+    def test_what_the_kernel_printed_before_and_after_a_merge(self) -> None:
+        """Neighbours that became one while they were printed are that one."""
+        grown = LINE.replace(b"7fdbc9400000", b"7fdbc9500000")
+
+        table = read(LINE + b"Rss: 8 kB\n" + grown + b"Rss: 12 kB\n")
+
+        assert (table.start, table.end) == ([0x7FDBC9300000], [0x7FDBC9500000])
+        assert (table.rss, table.names) == ([12], ["/tmp/a b"])
+
+    def test_swapped_pages_in_memory_too(self) -> None:
+        """The kernel counts shared memory's swap apart: what is in memory is believed first."""
+        table = read(LINE + b"Shared_Dirty: 1000 kB\nSwap: 1024 kB\n")
+
+        table.divide()
+
+        assert (table.shared, table.swap, table.rest) == ([1000], [24], [0])
+
     def test_nothing(self) -> None:
         """An empty file has no mappings."""
         assert len(read(b"")) == 0
@@ -143,6 +173,22 @@ class TestRefusing:
         """The error says which line."""
         with pytest.raises(MapsError, match=r"line \d+ is not of"):
             read(text)
+
+    def test_a_line_without_an_end(self) -> None:
+        """A device of zeros, or what unpacks to them, does not fill the memory."""
+        with pytest.raises(MapsError, match="line 2 never ends"):
+            MapTable.read(Endless(LINE))
+
+    @pytest.mark.parametrize("size", [-1, 1 << 40])
+    def test_a_file_that_lies(self, size: int) -> None:
+        """Nothing is read from outside the buffer."""
+
+        class Lying:
+            def readinto(self, buffer: memoryview, /) -> int:
+                return size
+
+        with pytest.raises(OSError, match=str(size)):
+            MapTable.read(Lying())
 
     def test_more_memory_than_addresses(self) -> None:
         """Figures that can't be true together are refused too."""

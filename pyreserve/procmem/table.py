@@ -9,7 +9,7 @@ from pyreserve.lazily import lazily
 
 _COLUMNS: int = lib.PROCMAPS_COLUMNS
 _CHUNK = 1 << 16
-_LONGEST = 1 << 22  # of lines: a path has 4 KiB, each byte of which may be printed as four
+_LINE_MOST = 1 << 24  # bytes of a line: no path is that long
 
 READ: int = lib.PROCMAPS_READ
 WRITE: int = lib.PROCMAPS_WRITE
@@ -70,15 +70,18 @@ class MapTable:
         buffer = bytearray(_CHUNK)
         filled = 0
         while True:
-            if filled > _LONGEST:
-                msg = f"a line is longer than {_LONGEST} bytes"
-                raise MapsError(msg)
             if filled == len(buffer):  # one line has no end yet
+                if filled >= _LINE_MOST:
+                    msg = f"line {table._table.lines + 1} never ends"
+                    raise MapsError(msg)
                 buffer.extend(bytes(len(buffer)))
             with memoryview(buffer) as room:
                 got = file.readinto(room[filled:])
             if not got:
                 break
+            if not 0 < got <= len(buffer) - filled:
+                msg = f"readinto says {got} bytes"
+                raise OSError(errno.EIO, msg)
             filled += got
             used = table._feed(buffer, filled)
             buffer[: filled - used] = buffer[used:filled]

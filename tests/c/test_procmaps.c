@@ -72,7 +72,8 @@ static void what_is_neither_file_is_refused(void) {
         "11111111111111111000-2000 rw-p 0 0:0 0\n",
         "1000-2000 rw-p 0 100000000:0 0\n",
         "1000-2000 rw-p 0 0:0 99999999999999999999\n",
-        "1000-3000 rw-p 0 0:0 0\n2000-4000 rw-p 0 0:0 0\n",
+        "2000-4000 rw-p 0 0:0 0\n1000-3000 rw-p 0 0:0 0\n",
+        "2000-4000 rw-p 0 0:0 0\n3000-4000 rw-p 0 0:0 0\n",
         "4000-5000 rw-p 0 0:0 0\n2000-3000 rw-p 0 0:0 0\n",
         "1000-2000 rw-p 0 0:0 0\nRss: 5 kB\n",
         "1000-2000 rw-p 0 0:0 0\nRss: 4\n",
@@ -85,6 +86,31 @@ static void what_is_neither_file_is_refused(void) {
         CHECK(feed(&table, wrong[i]) == EINVAL);
         procmaps_free(&table);
     }
+}
+
+/* Neighbours that became one between two pieces of the kernel's text are printed before and after. */
+static void what_became_one_meanwhile_is_one_row(void) {
+    struct procmaps table = {0};
+    CHECK(feed(&table, "1000-2000 rw-p 0 0:0 0\n3000-5000 rw-p 0 0:0 0 [a]\nRss: 8 kB\n"
+                       "5000-6000 r--p 0 0:0 0 [a]\n") == 0);
+    CHECK(feed(&table, "5000-7000 rw-p 0 0:0 0 [a]\n") == 0);
+    CHECK(table.count == 3 && at(&table, 2, PROCMAPS_END) == 0x7000);
+    CHECK(feed(&table, "3000-8000 rw-p 0 0:0 0\nRss: 20 kB\n") == 0);
+    CHECK(table.count == 2 && at(&table, 1, PROCMAPS_START) == 0x3000);
+    CHECK(at(&table, 1, PROCMAPS_END) == 0x8000 && at(&table, 1, PROCMAPS_RSS) == 20);
+    CHECK(feed(&table, "4000-9000 rw-p 0 0:0 0\n") == 0); /* its beginning is still the old one's */
+    CHECK(table.count == 3 && at(&table, 1, PROCMAPS_END) == 0x4000 && at(&table, 1, PROCMAPS_RSS) == 0);
+    CHECK(at(&table, 2, PROCMAPS_START) == 0x4000 && at(&table, 2, PROCMAPS_END) == 0x9000);
+    procmaps_free(&table);
+}
+
+static void swap_is_what_memory_leaves(void) {
+    struct procmaps table = {0};
+    size_t wrong = 99;
+    CHECK(feed(&table, LINE "Private_Dirty: 4 kB\nSwap: 8 kB\n") == 0);
+    CHECK(procmaps_divide(&table, &wrong) == 0 && wrong == 99);
+    CHECK(at(&table, 0, PROCMAPS_SWAP) == 4 && at(&table, 0, PROCMAPS_REST) == 0);
+    procmaps_free(&table);
 }
 
 /* Bytes of a small alphabet, so that much of it is nearly right. The sanitizers look on. */
@@ -156,6 +182,8 @@ int main(void) {
     RUN(half_a_line_waits_for_its_end);
     RUN(fields_belong_to_the_last_row);
     RUN(what_is_neither_file_is_refused);
+    RUN(what_became_one_meanwhile_is_one_row);
+    RUN(swap_is_what_memory_leaves);
     RUN(noise_does_no_harm);
     RUN(pages_are_counted_where_they_are);
     return check_report("test_procmaps");
