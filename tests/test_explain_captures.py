@@ -240,6 +240,36 @@ def test_a_shadow_of_terabytes(tmp_path: Path) -> None:
     assert len(looked) < 10_000
 
 
+def test_thousands_of_full_heaps(tmp_path: Path) -> None:
+    """Whether a tail ends a run of full heaps is told once for all of them."""
+    heaps = 3000
+    (tmp_path / "smaps").write_text(
+        "".join(
+            f"{low:x}-{low + (64 << 20):x} rw-p 00000000 00:00 0 \nRss: 65536 kB\n"
+            f"Private_Dirty: 65536 kB\nVmFlags: rd wr nr {more}\n"
+            for low, more in (((1 << 44) + (i << 26), "mg" * (i % 2)) for i in range(heaps))
+        )
+        + "7f0000000000-7f0000001000 r-xp 00000000 00:01 5 /lib/x86_64-linux-gnu/libc.so.6\n"
+    )
+    looked = 0
+
+    class Counting(dict[int, int | None]):
+        def get(self, *key: int) -> int | None:  # type: ignore[override]
+            nonlocal looked
+            looked += 1
+            return super().get(*key)
+
+    sight = Sight(capture(SavedSource(tmp_path)))
+    size = 64 << 20
+    tails = Counting((low, allocators._heap_tail(sight, low, low + size)) for low in sight.start)
+    assert list(tails.values())[:-1] == [0] * heaps
+
+    assert allocators._below_a_tail(tails, size) == set()  # nothing ends them
+    assert looked <= 2 * heaps
+    tails[(1 << 44) + heaps * size] = 4096  # and now something does
+    assert len(allocators._below_a_tail(tails, size)) == heaps
+
+
 class TestWithout:
     """Fewer files, and other kinds of them."""
 
@@ -295,7 +325,7 @@ class TestWithout:
         """An empty file, of a process that had ended, is not explained as if it were one."""
         (folder / "smaps.gz").write_bytes(gzip.compress(b""))
 
-        with pytest.raises(MapsError, match="has no mappings"):
+        with pytest.raises(MapsError, match="no mappings"):
             explain(path=folder)
 
     def test_what_has_no_end(self, folder: Path) -> None:
@@ -304,7 +334,7 @@ class TestWithout:
             before = (folder / name).read_bytes() if (folder / name).exists() else None
             (folder / name).write_bytes(gzip.compress(bytes(1 << 25)))
             (folder / "status").unlink(missing_ok=True)
-            with pytest.raises(MapsError, match=f"{name}: .* (longer|larger) than"):
+            with pytest.raises(MapsError, match=f"{name}: (.*never ends|larger than)"):
                 explain(path=folder)
             (folder / name).write_bytes(before or b"")
 
@@ -316,6 +346,31 @@ class TestWithout:
             with pytest.raises(MapsError, match="smaps is not a regular file"):
                 explain(path=folder)
             (folder / "smaps").rename(folder / f"was {make}".replace("/", "_"))
+
+    def test_no_mappings(self, folder: Path) -> None:
+        """What is saved of a process that has ended is not an address space of nothing."""
+        (folder / "smaps").write_bytes(b"")
+
+        with pytest.raises(MapsError, match="smaps: no mappings"):
+            explain(path=folder)
+
+    def test_far_too_large(self, folder: Path) -> None:
+        """A few KiB that unpack to more than such a file ever is do not fill the memory."""
+        (folder / "status").unlink()
+        (folder / "status.gz").write_bytes(gzip.compress(bytes(1 << 24)))
+
+        with pytest.raises(MapsError, match=r"status\.gz: larger than status ever is"):
+            explain(path=folder)
+
+    def test_odd_bytes_in_an_owners_name(self, folder: Path) -> None:
+        """They are written as in the process's name: JSON has no lone surrogates."""
+        (folder / "smaps").write_bytes(b"1000-2000 rw-p 0 0:0 0 [anon:a\xff]\n")
+        (folder / "status").unlink()
+
+        space = explain(path=folder)
+
+        assert [owner.name for owner in space.owners] == ["named a\\xff"]
+        assert "\\ud" not in space.to_json()
 
     def test_files_of_two_moments(self, folder: Path) -> None:
         """Totals that do not match are told, and the mappings are believed."""

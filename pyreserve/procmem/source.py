@@ -30,6 +30,7 @@ SAVED = (
 """The files of a saved process: those of /proc/PID, then facts of its machine and its cgroup."""
 
 _PROGRAMS = 4  # that may take each other's place while a file is read
+_TEXT_MOST = 1 << 22  # bytes of a file that is no table
 _LARGEST = (1 << 31) - 1  # a pid_t
 _MACHINE = {
     "meminfo": Path("/proc/meminfo"),
@@ -37,9 +38,6 @@ _MACHINE = {
     "overcommit_memory": Path("/proc/sys/vm/overcommit_memory"),
     "core_pattern": Path("/proc/sys/kernel/core_pattern"),
 }
-
-
-_LARGEST_TEXT = 1 << 24
 
 
 class Source(Protocol):
@@ -192,7 +190,7 @@ class SavedSource:
 
         Raises:
             FileNotFoundError: it is not there.
-            MapsError: it is no such file.
+            MapsError: it is no such file, or of a process without memory.
         """
         path = self._find(name)
         if path is None:
@@ -201,7 +199,7 @@ class SavedSource:
         with self._open(path) as file:
             table = MapTable.read(file)
             if not len(table):
-                msg = "it has no mappings: of a process that had ended, or not copied whole"
+                msg = "no mappings: the process had ended"
                 raise MapsError(msg)
             return table
 
@@ -215,8 +213,8 @@ class SavedSource:
             buffer = bytearray(1 << 16)
             while got := file.readinto(memoryview(buffer)):
                 found += buffer[:got]
-                if len(found) > _LARGEST_TEXT:
-                    msg = f"it is larger than {_LARGEST_TEXT} bytes"
+                if len(found) > _TEXT_MOST:
+                    msg = f"larger than {name} ever is"
                     raise MapsError(msg)
             return found.decode(errors="surrogateescape")
 

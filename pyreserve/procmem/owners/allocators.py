@@ -24,7 +24,12 @@ def glibc_arenas(sight: Sight) -> None:
         return
     size = MiB if sight.narrow else 64 * MiB
     tails = {low: _heap_tail(sight, low, low + size) for low in _aligned(sight, size)}
-    heaps = [low for low, tail in tails.items() if tail or _is_full_heap(sight, low, size, tails)]
+    below_a_tail = _below_a_tail(tails, size)
+    heaps = [
+        low
+        for low, tail in tails.items()
+        if tail or (tail == 0 and _is_full_heap(sight, low, size, below_a_tail))
+    ]
     if not heaps:
         return
     evidence = (
@@ -57,19 +62,23 @@ def _aligned(sight: Sight, size: int) -> Iterator[int]:
             at += size
 
 
-def _is_full_heap(sight: Sight, low: int, size: int, tails: dict[int, int | None]) -> bool:
+def _below_a_tail(tails: dict[int, int | None], size: int) -> set[int]:
+    """Return the heaps without a tail whose next one above that is not full has one."""
+    found: set[int] = set()
+    for low in sorted(tails, reverse=True):
+        if tails[low] == 0 and (tails.get(low + size) or low + size in found):
+            found.add(low)
+    return found
+
+
+def _is_full_heap(sight: Sight, low: int, size: int, below_a_tail: set[int]) -> bool:
     """Tell whether a heap without a tail, which tells little alone, is one of an arena's.
 
     What is writable begins at a heap, and the next above it that is not full has a tail; on 32 bits
     heaps are small and lie apart.
     """
     i = sight.at(low)
-    if tails[low] != 0 or i is None or sight.start[i] % size:
-        return False
-    above = low + size
-    while tails.get(above) == 0:
-        above += size
-    return sight.narrow or bool(tails.get(above))
+    return i is not None and not sight.start[i] % size and (sight.narrow or low in below_a_tail)
 
 
 def _heap_tail(sight: Sight, low: int, high: int) -> int | None:

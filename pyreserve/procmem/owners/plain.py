@@ -4,7 +4,7 @@ import re
 
 from pyreserve.procmem.classes import is_shared_memory
 from pyreserve.procmem.owners.sight import NONE, RW, UNKNOWN, Sight, count
-from pyreserve.procmem.table import FLAGS
+from pyreserve.procmem.table import FLAGS, written
 from pyreserve.units import GiB, KiB, MiB, format_size
 
 _BSS_MOST, _BSS_SMALL = 8 * MiB, 256 * KiB
@@ -49,7 +49,7 @@ def named(sight: Sight) -> None:
         match = _NAMED.fullmatch(name)
         if match is None:
             continue
-        label = match[1].strip()
+        label = written(match[1].strip())
         if label not in owners:
             known = (owner for pattern, owner in _LABELS if pattern.match(label))
             owners[label] = next(known, f"named {label}")
