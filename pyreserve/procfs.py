@@ -137,7 +137,8 @@ class MemoryCgroup(NamedTuple):
         """Read how many bytes are in use, page cache left out."""
         used = int((self.place / self.use_file).read_text(encoding="ascii"))
         stat = (self.place / "memory.stat").read_text(encoding="ascii").splitlines()
-        return used - sum(int(row.split()[1]) for row in stat if row.startswith(self.cache_line))
+        cache = sum(int(row.split()[1]) for row in stat if row.startswith(self.cache_line))
+        return max(0, used - cache)  # the two are not of one moment
 
 
 _CGROUPS = (
@@ -183,7 +184,8 @@ def cgroup_memory(pid: int | str = "self") -> Iterator[tuple[int, int]]:
 def status(pid: int | str = "self") -> dict[str, str]:
     """Read all of /proc/PID/status as it stands, such as ``CapEff`` and ``Seccomp``."""
     text = (_PROC / str(pid) / "status").read_text(encoding="utf-8", errors="replace")
-    pairs = (line.partition(":") for line in text.splitlines())
+    # Not splitlines, as in `parse_kib`.
+    pairs = (line.partition(":") for line in text.split("\n") if line)
     return {key: value.strip() for key, _, value in pairs}
 
 

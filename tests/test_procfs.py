@@ -277,3 +277,22 @@ class TestAvailableMemory:
         monkeypatch.setattr(procfs, "_CGROUPS", moved)
 
         assert list(procfs.cgroup_memory()) == [(1000000, 300000), (900000, 300000)]
+
+    def test_use_is_never_negative(self, tmp_path: Path) -> None:
+        """The page cache is read after the use, and may have grown beyond it."""
+        (tmp_path / "memory.current").write_text("4096")
+        (tmp_path / "memory.stat").write_text("file 8192\n")
+
+        group = procfs.MemoryCgroup(tmp_path, "memory.max", "memory.current", "file ")
+
+        assert group.used() == 0
+
+    def test_a_name_with_ends_of_lines_of_pythons_only(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A process can't say by its name what the kernel does not."""
+        (tmp_path / "self").mkdir()
+        (tmp_path / "self/status").write_text("Name:\tx\x0bTHP_enabled:0\nPid:\t5\n")
+        monkeypatch.setattr(procfs, "_PROC", tmp_path)
+
+        assert procfs.status() == {"Name": "x\x0bTHP_enabled:0", "Pid": "5"}
