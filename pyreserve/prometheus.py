@@ -111,8 +111,8 @@ def register(
     Raises:
         ImportError: prometheus_client is missing (extra ``prometheus``).
         TypeError: it is nothing of the above, or the name is no string.
-        ValueError: a thing of this kind that lives has the name, or another collector has the
-            metrics; nothing has changed.
+        ValueError: a thing of this kind that lives has the name, it has lone surrogates, or another
+            collector has the metrics; nothing has changed.
         ReleasedError: it was released.
     """
     if isinstance(thing, Arena):
@@ -276,6 +276,11 @@ class _Exposed:
         if not isinstance(source.name, str):
             msg = f"a name is a string, not {type(source.name).__name__}"
             raise TypeError(msg)
+        try:
+            source.name.encode()  # every scrape would fail, of all that the registry has
+        except UnicodeEncodeError as error:
+            msg = f"a name is text that UTF-8 can write, not {source.name!r}"
+            raise ValueError(msg) from error
         core = _import_prometheus()
         where: CollectorRegistry = core.REGISTRY if registry is None else registry
         with self._lock:

@@ -298,6 +298,8 @@ class TestNames:
             register(b"", registry=registry)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="a name is a string, not int"):
             register(region, 5, registry=registry)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="a name is text that UTF-8 can write"):
+            register(region, "\udcff", registry=registry)
         with pytest.raises(ReleasedError):
             register(gone, registry=registry)
         with pytest.raises(ReleasedError):
