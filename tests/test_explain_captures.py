@@ -215,6 +215,25 @@ class TestOwners:
         assert not [name for name in names if re.match(r"Go|JVM|V8|Address|jemall|mimall", name)]
 
 
+def test_a_gigabyte_reserved_is_not_gos(tmp_path: Path) -> None:
+    """What is used from its start on is no page summaries, whatever is aligned beside it."""
+    pieces = (
+        (0x100000000000, 256 << 20, "rw-p", 4),
+        (0x7E0000001000, 1 << 20, "rw-p", 4),
+        (0x7E0000101000, 1100 << 20, "---p", 0),
+    )
+    (tmp_path / "smaps").write_text(
+        "".join(
+            f"{low:x}-{low + size:x} {perms} 00000000 00:00 0 \nRss: {rss} kB\n"
+            f"Private_Dirty: {rss} kB\nVmFlags: mr mw me ac\n"
+            for low, size, perms, rss in pieces
+        )
+        + "7f0000000000-7f0000001000 r-xp 00000000 00:01 5 /lib/x86_64-linux-gnu/libc.so.6\n"
+    )
+
+    assert {owner.name for owner in explain(path=tmp_path).owners} == {"unknown", "mapped files"}
+
+
 def test_a_shadow_of_terabytes(tmp_path: Path) -> None:
     """A hundred terabytes of one mapping are looked at once, and not piece by piece."""
     (tmp_path / "smaps").write_text(

@@ -237,10 +237,16 @@ def _is_heap_of_32_bits(sight: Sight, run: range) -> bool:
 
 
 def _summaries(sight: Sight) -> list[int]:
-    """Return the mappings of the page summaries: a run with the right amount without access."""
+    """Return the mappings of the page summaries: a run with the right amount without access.
+
+    It is of five levels, each used somewhere, and the uppermost two may be used as one.
+    """
     found: list[int] = []
     for run in _plain_runs(sight, least=512 * MiB):
-        none = sum(sight.size(i) for i in run if sight.perms[i] == NONE)
+        reserved = [sight.size(i) for i in run if sight.perms[i] == NONE]
+        none = sum(reserved)
+        if len(reserved) < 4 or len(run) - len(reserved) < 4:
+            continue  # reserved, and used from its start on
         if any(size <= none <= size + 128 * MiB for size in (512 * MiB, 1024 * MiB)) and (
             not _is_aligned(sight, run)
         ):
