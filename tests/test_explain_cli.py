@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from captures import FOLDER, NAMES, truth
+from rich.console import Console
 
 from pyreserve.cli import explain_screen
 from pyreserve.errors import PyreserveError
@@ -94,6 +95,25 @@ class TestScreen:
         screen = capsys.readouterr().out
         assert max(map(len, screen.splitlines())) <= 100
         assert "mappings: addresses" not in screen
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_no_figure_is_cut(
+        self, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In eighty columns, and in fewer, bars and names make room for sizes and shares."""
+        space = explain(path=FOLDER / name)
+        figures = re.compile(r"(\d|\.\d+) ([KMGT]i)?B +[<>]? ?\d+\.\d % +\d[^…]*$")
+        for width in (80, 50):
+            console = Console(width=width, highlight=False)
+            monkeypatch.setattr(explain_screen, "console_for", lambda console=console: console)
+
+            explain_screen.show(space, 0, all_maps=False)
+
+            screen = capsys.readouterr().out
+            tables = re.findall(r"^by (?:class|owner) .*\n((?:.* % .*\n)+)", screen, re.M)
+            rows = [row for table in tables for row in table.splitlines()]
+            assert len(rows) >= 1 + len(space.owners[:12]) + 3
+            assert [row for row in rows if not figures.search(row)] == []
 
     def test_top_and_maps(self) -> None:
         """--top lists the largest mappings, --maps all of them in address order."""

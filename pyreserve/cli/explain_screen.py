@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -10,12 +11,15 @@ from rich.text import Text
 from pyreserve.cli.screen import console_for, printable
 from pyreserve.procmem import AddressSpace, Change, Difference, Mapping
 from pyreserve.procmem.classes import NAMES, WORDS
+from pyreserve.procmem.owners import UNKNOWN
 from pyreserve.procmem.space import state
 from pyreserve.units import KiB, format_size
 
 _STYLES = ("dim yellow", "cyan", "bold red", "magenta", "blue", "red", "dim")
 _CLASSES = {name: (words, style) for name, words, style in zip(NAMES, WORDS, _STYLES, strict=True)}
-_BAR = 20
+_BAR, _LEAST_BAR = 20, 5  # columns
+_NAME = 12
+_GAP = 2
 _MOST_OWNERS = 12
 
 
@@ -92,76 +96,101 @@ def _share(part: int, whole: int) -> str:
     return "> 99.9 %" if part < whole and share >= 99.95 else f"{share:.1f} %"
 
 
-def _bar(part: int, whole: int, style: str, console: Console) -> Text:
+def _bar(part: int, whole: int, width: int, style: str, console: Console) -> Text:
     """Draw a share, in eighths of a character where there are such; what is there is seen."""
     blocks = "" if console.options.ascii_only else "▏▎▍▌▋▊▉█"
     steps = len(blocks) or 1
-    full, rest = divmod(max(1, round(steps * _BAR * part / whole)) if part and whole else 0, steps)
+    full, rest = divmod(max(1, round(steps * width * part / whole)) if part and whole else 0, steps)
     return Text((blocks[-1:] or "#") * full + (blocks[rest - 1] if rest else ""), style)
 
 
 def _table() -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    return Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
 
 
-def _column(table: Table, console: Console, title: str = "", *, right: bool = False) -> None:
+def _column(
+    table: Table,
+    console: Console,
+    title: str = "",
+    *,
+    right: bool = False,
+    width: int | None = None,
+) -> None:
     """Add a column of single lines; what does not fit is cut, in ASCII without rich's ellipsis."""
     table.add_column(
         title,
         justify="right" if right else "left",
         no_wrap=True,
+        width=width,
         overflow="crop" if console.options.ascii_only else "ellipsis",
     )
 
 
-def _classes(space: AddressSpace, console: Console) -> Table:
+class _Row(NamedTuple):
+    """A row of `_shares`: a name, its size, and what stands beside them."""
+
+    name: str
+    kib: int
+    more: str
+    style: str = ""
+    bar: str | None = None
+    """The style of its bar, None for none."""
+
+
+def _shares(titles: tuple[str, str], rows: list[_Row], whole: int, console: Console) -> Table:
+    """Lay out sizes and shares. Where there is little room bars get shorter, and then names."""
+    what, more = titles
+    cells = [(_kib(row.kib), _share(row.kib, whole), row.more) for row in rows]
+    figures = [
+        max(map(len, column)) for column in zip(("size", "share", more), *cells, strict=True)
+    ]
+    left = console.width - sum(figures) - _GAP * len(figures)
+    longest = max(len(what), *(len(row.name) for row in rows))
+    bar = min(_BAR, left - longest - _GAP)
     table = _table()
-    _column(table, console, "by class")
-    for title in ("size", "share", "mappings"):
-        _column(table, console, title, right=True)
-    _column(table, console)
-    for one in space.classes:
-        words, style = _CLASSES[one.name]
-        if one.kib:
-            table.add_row(
-                Text(words, style),
-                _kib(one.kib),
-                _share(one.kib, space.vsz_kib),
-                f"{one.mappings:,}",
-                _bar(one.kib, space.vsz_kib, style, console),
-            )
-    table.add_row(
-        Text("VSZ", "bold"), _kib(space.vsz_kib), "100.0 %", f"{space.mappings:,}", style="bold"
-    )
+    _column(table, console, what, width=max(_NAME, min(longest, left)))
+    for title, width in zip(("size", "share", more), figures, strict=True):
+        _column(table, console, title, right=True, width=width)
+    if bar >= _LEAST_BAR:
+        _column(table, console, width=bar)
+    for row, (size, share, beside) in zip(rows, cells, strict=True):
+        drawn = [] if row.bar is None else [_bar(row.kib, whole, bar, row.bar, console)]
+        table.add_row(
+            Text(row.name, row.bar or ""),
+            size,
+            share,
+            beside,
+            *(drawn if bar >= _LEAST_BAR else []),
+            style=row.style,
+        )
     return table
+
+
+def _classes(space: AddressSpace, console: Console) -> Table:
+    rows = [
+        _Row(words, one.kib, f"{one.mappings:,}", bar=style)
+        for one, (words, style) in zip(space.classes, _CLASSES.values(), strict=True)
+        if one.kib
+    ]
+    total = _Row("VSZ", space.vsz_kib, f"{space.mappings:,}", style="bold")
+    return _shares(("by class", "mappings"), [*rows, total], space.vsz_kib, console)
 
 
 def _owners(space: AddressSpace, console: Console) -> Table:
-    table = _table()
-    _column(table, console, "by owner")
-    for title in ("size", "share", "in memory"):
-        _column(table, console, title, right=True)
-    _column(table, console)
-    shown = space.owners[:_MOST_OWNERS]
-    for owner in shown:
-        style = "dim" if owner.name == "unknown" else "green"
-        table.add_row(
-            Text(printable(owner.name, console), style),
-            _kib(owner.kib),
-            _share(owner.kib, space.vsz_kib),
+    rows = [
+        _Row(
+            printable(owner.name, console),
+            owner.kib,
             _kib(owner.rss_kib),
-            _bar(owner.kib, space.vsz_kib, style, console),
+            bar="dim" if owner.name == UNKNOWN else "green",
         )
-    rest = space.owners[len(shown) :]
+        for owner in space.owners[:_MOST_OWNERS]
+    ]
+    rest = space.owners[len(rows) :]
     if rest:
         kib = sum(owner.kib for owner in rest)
-        table.add_row(
-            f"{len(rest)} more",
-            _kib(kib),
-            _share(kib, space.vsz_kib),
-            _kib(sum(owner.rss_kib for owner in rest)),
-        )
-    return table
+        rows.append(_Row(f"{len(rest)} more", kib, _kib(sum(owner.rss_kib for owner in rest))))
+    return _shares(("by owner", "in memory"), rows, space.vsz_kib, console)
 
 
 def _evidence(space: AddressSpace, console: Console) -> None:
