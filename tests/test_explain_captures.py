@@ -289,6 +289,21 @@ def test_thousands_of_full_heaps(tmp_path: Path) -> None:
     assert len(allocators._below_a_tail(tails, size)) == heaps
 
 
+@pytest.mark.parametrize("mark", ["nh", ""])
+def test_stacks_of_older_kernels(tmp_path: Path, mark: str) -> None:
+    """Before Linux 6.7 a stack is told by its size, and no mark is claimed that is not there."""
+    (tmp_path / "smaps").write_text(
+        f"7f0000000000-7f0000001000 ---p 00000000 00:00 0 \nVmFlags: mr mw me {mark} \n"
+        f"7f0000001000-7f0000801000 rw-p 00000000 00:00 0 \nVmFlags: rd wr mr mw me {mark} \n"
+        "7ffff0000000-7ffff0021000 rw-p 00000000 00:00 0 [stack]\nVmFlags: rd wr mr mw gd ac \n"
+    )
+
+    stacks = explain(path=tmp_path).owners[0]
+
+    assert (stacks.name, stacks.kib) == ("thread stacks", 8196)
+    assert ("(nh)" in stacks.evidence) == bool(mark)
+
+
 class TestWithout:
     """Fewer files, and other kinds of them."""
 

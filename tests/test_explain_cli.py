@@ -145,7 +145,9 @@ class TestScreen:
         (tmp_path / "limits").write_text(limits)
         (tmp_path / "max_map_count").write_text("122\n")
         (tmp_path / "overcommit_memory").write_text("2\n")
-        (tmp_path / "meminfo").write_text("CommitLimit: 1000 kB\nCommitted_AS: 990 kB\n")
+        (tmp_path / "meminfo").write_text(
+            "MemTotal: 1000 kB\nMemAvailable: 90 kB\nCommitLimit: 1000 kB\nCommitted_AS: 990 kB\n"
+        )
         (tmp_path / "cgroup_memory").write_text("1000000 950000\n")
         status = (tmp_path / "status").read_text().replace("236 kB", "12036 kB")
         (tmp_path / "status").write_text(status)
@@ -155,14 +157,34 @@ class TestScreen:
         for pattern in (
             r"VSZ is 96 % of RLIMIT_AS \(ulimit -v\), 143\.1 MiB",
             r"cgroup uses 927\.7 KiB of 976\.6 KiB",
+            r"the machine has 90 KiB of its 1000 KiB of memory left",
             r"120 mappings and vm\.max_map_count is 122",
             r"page tables take 11\.75 MiB, 15 %",
             r"promised 990 KiB of 1000 KiB",
         ):
             assert any(re.search(pattern, warning) for warning in warnings), (pattern, warnings)
         screen = run("--from", tmp_path).stdout
-        assert screen.count("warning: ") == len(warnings) == 5
-        assert "5 things are worth a look" in screen
+        assert screen.count("warning: ") == len(warnings) == 6
+        assert "6 things are worth a look" in screen
+
+    def test_a_tiny_process(self, tmp_path: Path) -> None:
+        """A process of three pages needs six for its page tables: no reason to worry."""
+        (tmp_path / "smaps").write_text(
+            "7f0000000000-7f0000003000 rw-p 00000000 00:00 0 \nRss: 12 kB\nPrivate_Dirty: 12 kB\n"
+        )
+        (tmp_path / "status").write_text("Name:\ttiny\nVmPTE:\t24 kB\n")
+
+        assert explain(path=tmp_path).warnings == ()
+
+    def test_limits_that_were_not_saved(self, tmp_path: Path) -> None:
+        """Without the file limits nothing is said of them."""
+        for name in ("smaps.gz", "status"):
+            (tmp_path / name).write_bytes((FOLDER / "redis" / name).read_bytes())
+
+        verdict = explain(path=tmp_path).verdict
+
+        assert "No reason to worry" not in verdict
+        assert verdict.endswith("no limits were saved with it.")
 
     def test_a_core_dump_would_walk(self, tmp_path: Path) -> None:
         """A large mapping that was used a little, where core dumps are made."""

@@ -10,6 +10,7 @@ from pyreserve.procmem.table import MapTable
 # From so many mappings on, the kernel's printing of smaps takes longer than counting pages.
 _MANY = 10_000
 _ATTEMPTS = 4
+_OF_MEMINFO = {"CommitLimit", "Committed_AS", "MemAvailable", "MemTotal"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,9 @@ class Capture:
         status: the sizes of /proc/PID/status in KiB, such as ``VmPTE``; may be empty.
         facts: other lines of it, such as ``Name``.
         limits: soft limits by their name in /proc/PID/limits; None is unlimited.
-        machine: ``max_map_count``, ``overcommit_memory``, ``CommitLimit`` and ``Committed_AS``
-            (KiB), as far as known; ``core_piped`` 1 if core dumps go to a program.
+        machine: ``max_map_count``, ``overcommit_memory``, and of /proc/meminfo ``CommitLimit``,
+            ``Committed_AS``, ``MemAvailable`` and ``MemTotal`` (KiB), as far as known;
+            ``core_piped`` 1 if core dumps go to a program.
         cgroups: limit and use in bytes of each limited memory cgroup.
         live: the process runs on this machine.
         pid: its number, None if not known.
@@ -161,7 +163,7 @@ def _machine(source: Source) -> dict[str, int]:
                 raise MapsError(msg)
             found[name] = int(text)
     for name, kib in procfs.parse_kib(source.text("meminfo") or ""):
-        if name in {"CommitLimit", "Committed_AS"}:
+        if name in _OF_MEMINFO:
             found[name] = kib
     found["core_piped"] = (source.text("core_pattern") or "").startswith("|")
     return found

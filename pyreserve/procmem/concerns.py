@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 from pyreserve.procmem.capture import Capture
 from pyreserve.procmem.table import FLAGS, SHARED
-from pyreserve.units import GiB, KiB, format_size
+from pyreserve.units import GiB, KiB, MiB, format_size
 
 _NEAR = 0.9
-_TABLES = 0.1
+_TABLES, _TABLES_LEAST = 0.1, MiB // KiB  # a process of a few pages has as many tables
 _WALK = GiB
 
 
@@ -16,6 +16,7 @@ def warnings(capture: Capture, vsz: int, resident: int, mappings: int) -> list[s
     return [
         *_limits(capture, vsz),
         *_cgroups(capture),
+        *_machine(capture),
         *_map_count(capture, mappings),
         *_page_tables(capture, resident),
         *_commit_limit(capture),
@@ -52,6 +53,15 @@ def _cgroups(capture: Capture) -> Iterator[str]:
             )
 
 
+def _machine(capture: Capture) -> Iterator[str]:
+    left, memory = (capture.machine.get(name) for name in ("MemAvailable", "MemTotal"))
+    if left is not None and memory is not None and left <= (1 - _NEAR) * memory:
+        yield (
+            f"the machine has {format_size(left * KiB)} of its {format_size(memory * KiB)} of "
+            "memory left (MemAvailable): soon it swaps, or the kernel kills a process"
+        )
+
+
 def _map_count(capture: Capture, mappings: int) -> Iterator[str]:
     limit = capture.machine.get("max_map_count")
     if limit is not None and mappings >= _NEAR * limit:
@@ -63,7 +73,7 @@ def _map_count(capture: Capture, mappings: int) -> Iterator[str]:
 
 def _page_tables(capture: Capture, resident: int) -> Iterator[str]:
     tables = capture.status.get("VmPTE", 0)
-    if tables > _TABLES * resident > 0:
+    if tables >= _TABLES_LEAST and tables > _TABLES * resident > 0:
         yield (
             f"page tables take {format_size(tables * KiB)}, {_share(tables, resident)} of what is "
             "in memory: pages are used far apart, or were and have been given back"

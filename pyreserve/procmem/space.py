@@ -267,6 +267,8 @@ def verdict(space: AddressSpace) -> str:
     text = f"VSZ is {format_size(space.vsz_kib * KiB)}, of which {'; '.join([*parts, memory])}."
     if largest is not None and largest.name != UNKNOWN and 2 * largest.kib >= space.vsz_kib:
         text += f" {100 * largest.kib / space.vsz_kib:.0f} % is {largest.name}."
+    if not space.warnings and not space._sight.capture.limits:
+        return f"{text} Whether it comes near a limit is not known: no limits were saved with it."
     if not space.warnings:
         return f"{text} No reason to worry: nothing comes near a limit."
     n = len(space.warnings)
