@@ -68,6 +68,7 @@ def stacks(sight: Sight) -> None:
     stack_flag, other_flags = FLAGS["nh"], FLAGS["nr"] | FLAGS["dd"] | FLAGS["dc"]
     found: list[int] = []
     sizes: dict[int, int] = {}
+    all_marked = True
     # The last mapping has nothing above it.
     guards = [
         i
@@ -91,6 +92,7 @@ def stacks(sight: Sight) -> None:
         if sight.inode[j] or sight.names[j] or not (sight.free(i) and sight.free(j)):
             continue
         found += [i, j]
+        all_marked = all_marked and bool(flags[j] & stack_flag)
         sizes[stack] = sizes.get(stack, 0) + 1
     each = ", ".join(f"{n} of {format_size(size)}" for size, n in sorted(sizes.items())[-3:])
     sight.claim(
@@ -98,7 +100,7 @@ def stacks(sight: Sight) -> None:
         "thread stacks",
         f"{count(len(found) // 2, 'pair')} of a guard without access and what is readable and "
         f"writable right above it ({each})"
-        + (", both mapped for a stack (nh)" if sight.knows_flags else ""),
+        + (", both mapped for a stack (nh)" if all_marked else ""),
     )
 
 
