@@ -168,7 +168,7 @@ def container() -> Iterator[Finding]:
 _EXTRAS = {
     "cli": "The command pyreserve.",
     "numpy": "Region.ndarray and GrowableArray.",
-    "plot": "pyreserve costs --plot.",
+    "plot": "--plot of pyreserve costs and explain.",
     "pyperf": "pyreserve costs --pyperf.",
     "prometheus": "Metrics for Prometheus.",
 }

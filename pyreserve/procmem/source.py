@@ -32,6 +32,7 @@ SAVED = (
 _PROGRAMS = 4  # that may take each other's place while a file is read
 _TEXT_MOST = 1 << 22  # bytes of a file that is no table
 _LARGEST = (1 << 31) - 1  # a pid_t
+_LARGEST_TEXT = 1 << 24  # bytes of a saved file
 _MACHINE = {
     "meminfo": Path("/proc/meminfo"),
     "max_map_count": Path("/proc/sys/vm/max_map_count"),
@@ -130,8 +131,8 @@ class LiveSource:
         except PermissionError:
             owner = self._folder.stat().st_uid if self._folder.exists() else "another user"
             msg = (
-                f"process {self.pid} belongs to user {owner}: reading its memory takes root, or "
-                "the same user without ptrace restrictions (kernel.yama.ptrace_scope, dumpable)"
+                f"process {self.pid} belongs to user {owner}: reading its mappings takes root "
+                "(CAP_SYS_PTRACE), or its own user if it is dumpable; a sandbox may refuse both"
             )
             raise AccessError(errno.EACCES, msg) from None
 
