@@ -289,6 +289,21 @@ def test_thousands_of_full_heaps(tmp_path: Path) -> None:
     assert len(allocators._below_a_tail(tails, size)) == heaps
 
 
+@pytest.mark.parametrize(("used", "owner"), [(0x8000, "glibc malloc arenas"), (0x7000, "unknown")])
+def test_the_smallest_arena(tmp_path: Path, used: int, owner: str) -> None:
+    """With MALLOC_TOP_PAD_=0 an arena may begin as small as HEAP_MIN_SIZE, and no smaller."""
+    border = 0x7F0000000000 + used
+    (tmp_path / "smaps").write_text(
+        f"7f0000000000-{border:x} rw-p 00000000 00:00 0 \nRss: 8 kB\nPrivate_Dirty: 8 kB\n"
+        "VmFlags: rd wr mr mw me nr \n"
+        f"{border:x}-7f0004000000 ---p 00000000 00:00 0 \nVmFlags: mr mw me nr \n"
+    )
+
+    owners = explain(path=tmp_path).owners
+
+    assert [(one.name, one.kib) for one in owners] == [(owner, 64 * KiB)]
+
+
 @pytest.mark.parametrize("mark", ["nh", ""])
 def test_stacks_of_older_kernels(tmp_path: Path, mark: str) -> None:
     """Before Linux 6.7 a stack is told by its size, and no mark is claimed that is not there."""

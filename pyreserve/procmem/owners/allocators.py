@@ -7,7 +7,9 @@ from pyreserve.procmem.table import FLAGS
 from pyreserve.units import KiB, MiB, TiB, format_size
 
 _MOST_KIB = 64 * MiB  # 1,024 full heaps side by side: more would be a sanitizer's shadow
-_LEAST = 128 * KiB  # M_TOP_PAD, which new_heap adds to what it needs, glibc malloc/arena.c
+_LEAST = (
+    32 * KiB
+)  # HEAP_MIN_SIZE, glibc malloc/arena.c; with M_TOP_PAD as it is by default, 132 KiB
 
 
 def glibc_arenas(sight: Sight) -> None:
