@@ -290,7 +290,7 @@ def explain(
         elif watch is not None and pid is not None:
             _watch(pid, watch, csv)
         else:
-            space = command.Subject(pid, folder, keep).explain()
+            space = command.explained(pid, folder, keep)
             if plot is not None:
                 command.draw(space, plot)
             if json:

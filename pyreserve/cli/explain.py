@@ -1,26 +1,20 @@
 """What ``pyreserve explain`` does, from its options to its files."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from pyreserve.cli import explain_screen
 from pyreserve.procmem import AddressSpace, compare, explain, load, save
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """Which process is asked about: a pid, a folder with its files, or this one."""
+def explained(pid: int | None, folder: Path | None, keep: Path | None) -> AddressSpace:
+    """Explain a process, this one by default, or a folder with the files of one.
 
-    pid: int | None
-    folder: Path | None
-    keep: Path | None = None
-
-    def explain(self) -> AddressSpace:
-        """Explain it; if it is to be kept, from what was kept, so that both say the same."""
-        if self.keep is not None:
-            save(self.pid, self.keep)
-            return explain(path=self.keep)
-        return explain(self.pid, path=self.folder)
+    If its files are kept in `keep`, it is explained from these, so that both say the same.
+    """
+    if keep is None:
+        return explain(pid, path=folder)
+    save(pid, keep)
+    return explain(path=keep)
 
 
 def draw(space: AddressSpace, path: Path) -> None:
