@@ -9,10 +9,11 @@ from pyreserve.units import MiB, format_size
 
 _HINT = 0xC0 << 32
 _HINT_MASK = (1 << 40) - 1
+_ARENA, _ARENA_32 = 64 * MiB, 4 * MiB
 # Page summaries that Go 1.14 and later reserve for 48-bit addresses: 8 bytes for each of 2^14,
 # 2^17, 2^20, 2^23 and 2^26 chunks (src/runtime/mpagealloc_64bit.go), and since 1.19 an index of
 # 8 MiB or less for the scavenger. Go 1.26 and later reserve another 512 MiB.
-_ARENA, _ARENA_32 = 64 * MiB, 4 * MiB
+_SUMMARIES = (512 * MiB, 1024 * MiB)  # the least of them that has no access
 
 # Layouts that differ in nothing that maps show are one row.
 _CONTIGUOUS = tuple(
@@ -247,7 +248,7 @@ def _summaries(sight: Sight) -> list[int]:
         none = sum(reserved)
         if len(reserved) < 4 or len(run) - len(reserved) < 4:
             continue  # reserved, and used from its start on
-        if any(size <= none <= size + 128 * MiB for size in (512 * MiB, 1024 * MiB)) and (
+        if any(size <= none <= size + 128 * MiB for size in _SUMMARIES) and (
             not _is_aligned(sight, run)
         ):
             found += run
