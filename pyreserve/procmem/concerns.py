@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 from pyreserve.procmem.capture import Capture
 from pyreserve.procmem.table import FLAGS, SHARED
-from pyreserve.units import GiB, KiB, MiB, format_size
+from pyreserve.units import GiB, KiB, format_size
 
 _NEAR = 0.9
-_TABLES, _TABLES_LEAST = 0.1, MiB // KiB  # a process of a few pages has as many tables
+_TABLES, _TABLES_LEAST = 0.1, 128  # KiB: a process of a few pages has as many tables
 _WALK = GiB
 
 
