@@ -168,13 +168,12 @@ static int mapping(struct procmaps *table, struct cursor line) {
 
 static uint64_t flag_bits(struct cursor line) {
     uint64_t bits = 0;
-    for (; line.end - line.at >= 2; line.at += 2) {
+    while (line.end - line.at >= 2) {
         for (unsigned i = 0; i < sizeof FLAGS / 2; i++)
             if (line.at[0] == FLAGS[2 * i] && line.at[1] == FLAGS[2 * i + 1])
                 bits |= UINT64_C(1) << i;
         line.at += 2;
         skip_spaces(&line);
-        line.at -= 2;
     }
     return bits;
 }

@@ -21,6 +21,7 @@ from pyreserve.errors import PyreserveError, ReleasedError
 from pyreserve.growable import GrowableArray, GrowableBuffer
 from pyreserve.pool import Pool
 from pyreserve.region import Region, resident
+from pyreserve.units import KiB
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -215,14 +216,14 @@ def _read_process(process: _Process) -> list[_Sample]:
         return [("up", (), 0)]
     return [
         ("up", (), 1),
-        *(("address_space_bytes", (each.name,), 1024 * each.kib) for each in space.classes),
+        *(("address_space_bytes", (each.name,), KiB * each.kib) for each in space.classes),
         *(("mappings", (each.name,), each.mappings) for each in space.classes),
         ("map_entries", (), space.mappings),
-        ("resident_bytes", (), 1024 * space.rss_kib),
-        ("proportional_bytes", (), 1024 * space.pss_kib),
-        ("unique_bytes", (), 1024 * space.uss_kib),
-        ("swap_bytes", (), 1024 * space.swap_kib),
-        ("page_tables_bytes", (), 1024 * space.page_tables_kib),
+        ("resident_bytes", (), KiB * space.rss_kib),
+        ("proportional_bytes", (), KiB * space.pss_kib),
+        ("unique_bytes", (), KiB * space.uss_kib),
+        ("swap_bytes", (), KiB * space.swap_kib),
+        ("page_tables_bytes", (), KiB * space.page_tables_kib),
     ]
 
 

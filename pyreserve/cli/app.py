@@ -281,6 +281,7 @@ def explain(
     )
     if plot is not None:
         _check_picture(plot)
+        _check_output(plot, _PICTURE)
     with _refusals():
         if diff is not None:
             try:
@@ -372,10 +373,13 @@ def _load(path: Path) -> "CostTable":
 
 
 def _check_picture(path: Path) -> None:
-    if path.suffix not in {".png", ".svg"}:
+    from pyreserve.pictures import check_suffix  # noqa: PLC0415
+
+    try:
+        check_suffix(path)
+    except ValueError:
         msg = f"--plot takes a file that ends in .png or .svg, not {path}"
-        raise typer.BadParameter(msg)
-    _check_output(path, _PICTURE)
+        raise typer.BadParameter(msg) from None
 
 
 def _check_output(path: Path, extra: tuple[str, str] | None) -> None:

@@ -200,8 +200,7 @@ def _evidence(space: AddressSpace, console: Console) -> None:
         if owner.evidence and (
             100 * owner.kib >= space.vsz_kib or 100 * owner.rss_kib >= max(1, resident)
         ):
-            words = Text.assemble((f"{owner.name}: ", "bold"), owner.evidence, style="dim")
-            console.print(Text(printable(words.plain, console), "dim"))
+            console.print(Text(printable(f"{owner.name}: {owner.evidence}", console), "dim"))
 
 
 def _details(console: Console, details: dict[str, int]) -> None:

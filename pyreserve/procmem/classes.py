@@ -75,7 +75,7 @@ def kinds(table: MapTable) -> list[int | None]:
             of_name[key] = _kind_of_name(*key)
         if found[i] == UNTOUCHED or of_name[key] == SPECIAL:
             found[i] = of_name[key]
-    if table.names[-1:] == ["[vsyscall]"]:
+    if table.has_vsyscall:
         found[-1] = None
     return found
 

@@ -1,6 +1,6 @@
 """A quick look at how large a process is, and what a block of code changed of that."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 from pyreserve import procfs
@@ -46,9 +46,7 @@ def sample(pid: int | None = None) -> Sample:
     source = LiveSource(pid)
     table, totals = source.again(lambda: (source.table("maps"), source.text("smaps_rollup") or ""))
     rollup = dict(procfs.parse_kib(totals))
-    perms, count = table.perms, len(table)
-    if table.names[-1] == "[vsyscall]":  # the kernel's own, not in VmSize
-        count -= 1
+    perms, count = table.perms, len(table) - table.has_vsyscall
     sizes = [table.end[i] - table.start[i] for i in range(count)]
     return Sample(
         vsz_kib=sum(sizes) // KiB,
@@ -92,52 +90,52 @@ class track:  # noqa: N801 - it is used as a function
     def __exit__(self, *exc: object) -> None:
         self.after = sample()
 
-    def _change(self, name: str) -> int:
+    def _change(self) -> Sample:
+        """Return what changed of each figure, up to now or to the end of the block."""
         after = sample() if self.after is None else self.after
-        change: int = getattr(after, name) - getattr(self.before, name)
-        return change
+        pairs = zip(astuple(after), astuple(self.before), strict=True)
+        return Sample(*(new - old for new, old in pairs))
 
     @property
     def vsz(self) -> int:
         """Change of VSZ in bytes."""
-        return self._change("vsz_kib") * KiB
+        return self._change().vsz_kib * KiB
 
     @property
     def reserved(self) -> int:
         """Change of what nobody may access, in bytes."""
-        return self._change("reserved_kib") * KiB
+        return self._change().reserved_kib * KiB
 
     @property
     def committed(self) -> int:
         """Change of what is private and writable, in bytes."""
-        return self._change("committed_kib") * KiB
+        return self._change().committed_kib * KiB
 
     @property
     def rss(self) -> int:
         """Change of what is in memory, in bytes."""
-        return self._change("rss_kib") * KiB
+        return self._change().rss_kib * KiB
 
     @property
     def pss(self) -> int:
         """Change of this process's share of what is in memory, in bytes."""
-        return self._change("pss_kib") * KiB
+        return self._change().pss_kib * KiB
 
     @property
     def mappings(self) -> int:
         """Change of the number of mappings."""
-        return self._change("mappings")
+        return self._change().mappings
 
     def __str__(self) -> str:
+        change = self._change()
         sizes = (
-            ("VSZ", self.vsz),
-            ("reserved", self.reserved),
-            ("committed", self.committed),
-            ("RSS", self.rss),
+            ("VSZ", change.vsz_kib),
+            ("reserved", change.reserved_kib),
+            ("committed", change.committed_kib),
+            ("RSS", change.rss_kib),
         )
-        words = [
-            f"{name} {'+' if change > 0 else ''}{format_size(change)}" for name, change in sizes
-        ]
-        mappings = self.mappings
+        words = [f"{name} {'+' if kib > 0 else ''}{format_size(kib * KiB)}" for name, kib in sizes]
+        mappings = change.mappings
         return ", ".join([*words, f"mappings {mappings:+}" if mappings else "mappings 0"])
 
     __repr__ = __str__

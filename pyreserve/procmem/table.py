@@ -167,6 +167,11 @@ class MapTable:
         return found
 
     @lazily
+    def has_vsyscall(self) -> bool:
+        """Whether the last mapping is ``[vsyscall]``: the kernel's own, which is not in VmSize."""
+        return self.names[-1:] == ["[vsyscall]"]
+
+    @lazily
     def knows_flags(self) -> bool:
         """Whether VmFlags are known: a kernel prints some for every mapping."""
         return any(self.flags)

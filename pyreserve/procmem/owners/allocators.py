@@ -7,9 +7,8 @@ from pyreserve.procmem.table import FLAGS
 from pyreserve.units import KiB, MiB, TiB, format_size
 
 _MOST_KIB = 64 * MiB  # 1,024 full heaps side by side: more would be a sanitizer's shadow
-_LEAST = (
-    32 * KiB
-)  # HEAP_MIN_SIZE, glibc malloc/arena.c; with M_TOP_PAD as it is by default, 132 KiB
+# HEAP_MIN_SIZE, glibc malloc/arena.c; with M_TOP_PAD as it is by default, 132 KiB.
+_LEAST = 32 * KiB
 
 
 def glibc_arenas(sight: Sight) -> None:
@@ -21,8 +20,7 @@ def glibc_arenas(sight: Sight) -> None:
     """
     if sight.runs_code_of(r"libmimalloc|ld-musl|libc\.musl"):
         return
-    libc = sight.runs_code_of(r"libc(\.so\.6|-2\.\d+\.so)$")
-    if libc is None and not sight.knows_flags:
+    if sight.libc is None and not sight.knows_flags:
         return
     size = MiB if sight.narrow else 64 * MiB
     tails = {low: _heap_tail(sight, low, low + size) for low in _aligned(sight, size)}
@@ -38,7 +36,7 @@ def glibc_arenas(sight: Sight) -> None:
         f"{count(len(heaps), 'range')} of {format_size(size)}, aligned to it: readable and "
         "writable from the start, no access to exactly the end"
         + (", never charged (nr)" if sight.knows_flags else "")
-        + (f"; {libc} is mapped" if libc else "")
+        + (f"; {sight.libc} is mapped" if sight.libc else "")
     )
     for low in heaps:
         sight.claim_range(low, low + size, "glibc malloc arenas", evidence)
@@ -90,7 +88,7 @@ def _heap_tail(sight: Sight, low: int, high: int) -> int | None:
     for i in sight.between(low, high):
         if sight.start[i] > at or sight.names[i] or sight.inode[i] or not sight.free(i):
             return None
-        if sight.knows_flags and not (sight.has(i, "nr") and sight.lacks(i, "dc dd nh")):
+        if sight.knows_flags and not sight.is_never_charged(i):
             return None
         if sight.perms[i] == RW and not tail:
             used += sight.table.rss[i] + sight.table.swap[i]
@@ -122,7 +120,7 @@ def mimalloc(sight: Sight) -> None:
             i
             for i in sight.unclaimed()
             if (
-                sight.has(i, "nr") and sight.lacks(i, "dc dd nh")
+                sight.is_never_charged(i)
                 if sight.knows_flags
                 else 2 * TiB <= sight.start[i] < 30 * TiB
             )
@@ -139,11 +137,7 @@ def jemalloc(sight: Sight) -> None:
     if library is None or not sight.knows_flags:
         return
     sight.claim(
-        (
-            i
-            for i in sight.unclaimed()
-            if sight.perms[i] == RW and sight.has(i, "nr") and sight.lacks(i, "dc dd nh")
-        ),
+        (i for i in sight.unclaimed() if sight.perms[i] == RW and sight.is_never_charged(i)),
         "jemalloc",
         f"{library} is mapped, and these are readable, writable and never charged (nr)",
     )

@@ -36,7 +36,7 @@ def go(sight: Sight) -> None:
     """Claim Go's heap, of whichever generation, and in a static program the runtime's tables."""
     hinted = _at_a_hint(sight)
     found = _old_heap(sight, hinted) or _new_heap(sight, hinted)
-    if found and not _has_libc(sight):
+    if found and sight.is_static:
         sight.claim(
             sight.unclaimed(),
             "Go runtime tables",
@@ -46,11 +46,8 @@ def go(sight: Sight) -> None:
 
 def _whose(sight: Sight, low: int) -> str:
     """Return ``Go``, or ``pyreserve`` where it plays Go: it asks for no core dumps (dd)."""
-    ours = sight.runs_code_of(r"_native\.(abi3|.*)\.so") and "/pyreserve/_native." in " ".join(
-        sight.programs
-    )
     i = sight.at(low)
-    if ours and i is not None and (not sight.knows_flags or sight.has(i, "dd")):
+    if sight.pyreserve and i is not None and (not sight.knows_flags or sight.has(i, "dd")):
         return "pyreserve Go"
     return "Go"
 
@@ -84,9 +81,7 @@ def _old_heap(sight: Sight, hinted: list[int]) -> bool:
                 f"{who} {part}",
                 f"{where}: {evidence}" if part == "arena" else f"{where} of the arena's layout",
             )
-        sight.pieces += [
-            Piece(piece.start, piece.end, piece.perms, piece.what) for piece in expected
-        ]
+        sight.pieces += expected
         return True
     return False
 
@@ -157,7 +152,7 @@ def _joined(pieces: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
 
 def _new_heap(sight: Sight, hinted: list[int]) -> bool:
     tables = [] if sight.narrow else _summaries(sight)
-    static = not _has_libc(sight) and "[heap]" not in sight.names
+    static = sight.is_static and "[heap]" not in sight.names
     if not tables and not static:
         return False
     taken = set(tables)
@@ -196,30 +191,18 @@ def _new_heap(sight: Sight, hinted: list[int]) -> bool:
     return True
 
 
-def _has_libc(sight: Sight) -> bool:
-    return sight.runs_code_of(r"ld-linux|ld-musl|ld\.so|libc\.so|libc-2") is not None
-
-
 def _plain_runs(sight: Sight, least: int = 0) -> list[range]:
     """Return runs of what is mapped as Go maps: charged, for children and for core dumps."""
-    found = []
-    for first, last in sight.runs:
-        if sight.end[last - 1] - sight.start[first] < least:
-            continue
-        i = first
-        while i < last:
-            j = i
-            while (
-                j < last
-                and sight.free(j)
-                and sight.lacks(j, "nr dd dc")
-                and sight.perms[j] in {RW, NONE}
-            ):
-                j += 1
-            if j > i:
-                found.append(range(i, j))
-            i = max(j, i + 1)
-    return found
+    return [
+        run
+        for first, last in sight.runs
+        if sight.end[last - 1] - sight.start[first] >= least
+        for run in sight.neighbours(
+            i
+            for i in range(first, last)
+            if sight.free(i) and sight.lacks(i, "nr dd dc") and sight.perms[i] in {RW, NONE}
+        )
+    ]
 
 
 def _is_aligned(sight: Sight, run: range) -> bool:

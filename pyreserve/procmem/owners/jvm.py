@@ -33,7 +33,7 @@ def _is_committed(sight: Sight, i: int) -> bool:
 def _is_reserved(sight: Sight, i: int) -> bool:
     if sight.perms[i] != NONE:
         return False
-    return sight.has(i, "nr") and sight.lacks(i, "dc dd nh") if sight.knows_flags else True
+    return sight.is_never_charged(i) if sight.knows_flags else True
 
 
 def _is_hotspots(sight: Sight, i: int) -> bool:
@@ -43,25 +43,8 @@ def _is_hotspots(sight: Sight, i: int) -> bool:
     return _is_committed(sight, i) or _is_reserved(sight, i)
 
 
-def _groups(sight: Sight, fits: list[bool]) -> list[range]:
-    """Return the runs of neighbours that fit, without a gap between them."""
-    found: list[range] = []
-    for i, fit in enumerate(fits):
-        if not fit:
-            continue
-        if found and found[-1].stop == i and sight.end[i - 1] == sight.start[i]:
-            found[-1] = range(found[-1].start, i + 1)
-        else:
-            found.append(range(i, i + 1))
-    return found
-
-
 def _hotspots(sight: Sight) -> list[range]:
-    return _groups(sight, [_is_hotspots(sight, i) for i in range(len(sight.start))])
-
-
-def _bytes(sight: Sight, group: range) -> int:
-    return sight.end[group[-1]] - sight.start[group[0]]
+    return sight.neighbours(i for i in range(len(sight.start)) if _is_hotspots(sight, i))
 
 
 def _code_cache(sight: Sight, where: str) -> None:
@@ -88,11 +71,12 @@ def _code_cache(sight: Sight, where: str) -> None:
 def _heap(sight: Sight, where: str) -> None:
     zgc = _zgc_heap(sight)
     archived = {i for i in _archives(sight) if sight.start[i] < _LOW}
-    fits = [
-        sight.end[i] <= _LOW + _CLASS_SPACE and (_is_hotspots(sight, i) or i in archived)
+    low_ones = (
+        i
         for i in range(len(sight.start))
-    ]
-    for group in _groups(sight, fits):
+        if sight.end[i] <= _LOW + _CLASS_SPACE and (_is_hotspots(sight, i) or i in archived)
+    )
+    for group in sight.neighbours(low_ones):
         low, high = sight.start[group[0]], sight.end[group[-1]]
         if low >= _LOW or low % MiB or high - low < 8 * MiB:
             continue
@@ -130,15 +114,17 @@ def _class_space(sight: Sight, low: int, high: int) -> int:
 def _zgc_heap(sight: Sight) -> bool:
     """Claim the views of ZGC's memory with the reserved addresses beside them."""
     views = {i for i, name in sight.named if name.startswith(_ZGC)}
-    fits = [i in views or _is_reserved(sight, i) for i in range(len(sight.start))]
-    for group in _groups(sight, fits) if views else ():
+    if not views:
+        return False
+    mine = (i for i in range(len(sight.start)) if i in views or _is_reserved(sight, i))
+    for group in sight.neighbours(mine):
         if views.intersection(group):
             sight.claim(
                 group,
                 "JVM heap (ZGC)",
                 f"{_ZGC} is mapped, in views of one memory with reserved addresses beside it",
             )
-    return bool(views)
+    return True
 
 
 # -- class data -------------------------------------------------------------------------------

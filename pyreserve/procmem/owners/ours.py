@@ -18,8 +18,7 @@ def own_regions(sight: Sight) -> None:
 
 def regions(sight: Sight) -> None:
     """Claim what is kept out of core dumps (``dd``) in a process that has pyreserve's library."""
-    library = next((path for path in sight.programs if "/pyreserve/_native." in path), None)
-    if library is None or not sight.knows_flags:
+    if sight.pyreserve is None or not sight.knows_flags:
         return
     sight.claim(
         (
@@ -28,5 +27,5 @@ def regions(sight: Sight) -> None:
             if sight.perms[i] in {RW, NONE} and sight.has(i, "dd") and sight.lacks(i, "nh io")
         ),
         NAME,
-        f"kept out of core dumps (dd), as pyreserve asks by default; {library} is mapped",
+        f"kept out of core dumps (dd), as pyreserve asks by default; {sight.pyreserve} is mapped",
     )

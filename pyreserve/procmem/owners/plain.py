@@ -109,13 +109,13 @@ def heap(sight: Sight) -> None:
     mine = [i for i, name in sight.named if name == "[heap]" and sight.perms[i] == RW]
     tcmalloc = sight.runs_code_of(r"libtcmalloc")
     others = tcmalloc or sight.runs_code_of(r"libjemalloc|libmimalloc|libpypy|ld-musl|libhoard")
-    libc = sight.runs_code_of(r"libc(\.so\.6|-2\.\d+\.so)$")
     if tcmalloc:
         sight.claim(
             mine, "tcmalloc (brk heap)", f"the kernel names it [heap], {tcmalloc} is mapped"
         )
-    elif libc and not others:
-        sight.claim(mine, "glibc malloc main heap", f"the kernel names it [heap], {libc} is mapped")
+    elif sight.libc and not others:
+        evidence = f"the kernel names it [heap], {sight.libc} is mapped"
+        sight.claim(mine, "glibc malloc main heap", evidence)
     else:
         sight.claim(mine, "main heap (brk)", "the kernel names it [heap]")
 
@@ -173,7 +173,7 @@ def zeroed_data(sight: Sight) -> None:
     arenas what is large.
     """
     most = _BSS_SMALL if sight.runs_code_of(r"(lib)?python\d") else _BSS_MOST
-    if not sight.runs_code_of(r"ld-linux|ld-musl|libc\.so|libc-2"):
+    if sight.is_static:
         most = GiB  # a static program of Go's
     mine = _of_files(sight)
     programs = set(sight.programs)

@@ -84,6 +84,21 @@ class Sight:
         return None
 
     @lazily
+    def libc(self) -> str | None:
+        """Glibc's path, if its code is mapped."""
+        return self.runs_code_of(r"libc(\.so\.6|-2\.\d+\.so)$")
+
+    @lazily
+    def is_static(self) -> bool:
+        """Whether neither a C library nor a dynamic loader is mapped."""
+        return self.runs_code_of(r"ld-linux|ld-musl|ld\.so|libc\.so|libc-2") is None
+
+    @lazily
+    def pyreserve(self) -> str | None:
+        """The path of pyreserve's own library, if its code is mapped."""
+        return next((path for path in self.programs if "/pyreserve/_native." in path), None)
+
+    @lazily
     def anonymous(self) -> list[int]:
         """Mappings of no file and no name of the kernel's."""
         found: list[int] = []
@@ -121,6 +136,10 @@ class Sight:
         """Tell whether none of these is among a mapping's VmFlags."""
         return not any(self.flags[i] & FLAGS[code] for code in codes.split())
 
+    def is_never_charged(self, i: int) -> bool:
+        """Tell whether a mapping is MAP_NORESERVE and has no other advice, as allocators map."""
+        return self.has(i, "nr") and self.lacks(i, "dc dd nh")
+
     def size(self, i: int) -> int:
         """Return a mapping's bytes."""
         return self.end[i] - self.start[i]
@@ -142,6 +161,16 @@ class Sight:
         """Return the mapping that begins where this one ends."""
         j = i + 1
         return j if j < len(self.start) and self.start[j] == self.end[i] else None
+
+    def neighbours(self, mappings: Iterable[int]) -> list[range]:
+        """Join mappings, which come in address order, where no gap and no other is between."""
+        found: list[range] = []
+        for i in mappings:
+            if found and found[-1].stop == i and self.end[i - 1] == self.start[i]:
+                found[-1] = range(found[-1].start, i + 1)
+            else:
+                found.append(range(i, i + 1))
+        return found
 
     # -- claiming -----------------------------------------------------------------------------
 
@@ -195,7 +224,7 @@ class Sight:
             ]
         ) - sum(table.rest[i] for i, _ in taken if not self.perms[i] & RWX)
         unknown.mappings += len(table) - len(taken)
-        if self.names[-1:] == ["[vsyscall]"]:  # the kernel's, and not in VmSize
+        if table.has_vsyscall:
             unknown.kib -= table.size[-1]
             unknown.mappings -= 1
         for i, parts in self.claims.parts.items():

@@ -17,7 +17,7 @@ def v8(sight: Sight) -> None:
     code = [i for i, name in sight.named if name == "[heap]" and sight.perms[i] == RWX]
     sight.claim(code, "V8 code range", f"writable and executable; {program} is mapped")
     _code_range(sight, set(mine), program)
-    for group in _neighbours(sight, [i for i in mine if sight.free(i)]):
+    for group in sight.neighbours([i for i in mine if sight.free(i)]):
         none = sum(sight.size(i) for i in group if sight.perms[i] == NONE)
         if none >= 4 * GiB:
             sight.claim(
@@ -59,16 +59,6 @@ def _code_range(sight: Sight, mine: set[int], program: str) -> None:
         )
 
 
-def _neighbours(sight: Sight, mine: list[int]) -> list[list[int]]:
-    groups: list[list[int]] = []
-    for i in mine:
-        if groups and groups[-1][-1] == i - 1 and sight.end[i - 1] == sight.start[i]:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
 def _sandbox(sight: Sight, program: str) -> None:
     """Claim Chromium's largest reservations."""
     if not sight.runs_code_of(r"chrom|electron"):
@@ -86,7 +76,7 @@ def _sandbox(sight: Sight, program: str) -> None:
                 f"V8's pointers are confined to, 1 TiB and its guards; {program} is mapped",
             )
     pools = [i for i in sight.unclaimed() if sight.lacks(i, "nr dc nh")]
-    for group in _neighbours(sight, pools):
+    for group in sight.neighbours(pools):
         low = sight.start[group[0]]
         if low % (32 * GiB) == 0 and sight.end[group[-1]] - low == 32 * GiB:
             sight.claim(
