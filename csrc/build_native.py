@@ -15,6 +15,7 @@ ROOMS = (
     "heap",
     "timing",
     "procmaps",
+    "forklocks",
 )  # lowest first
 HERE = Path("csrc")  # setuptools wants paths relative to setup.py, and runs this from there
 

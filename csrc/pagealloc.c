@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -32,6 +33,7 @@ struct tag {
 
 struct pagealloc {
     pthread_mutex_t lock;
+    _Atomic(const void *) forking; /* which thread has the lock for a fork; NULL: none */
     bool wide; /* the machine has the instructions of the 512-bit kernels */
     unsigned levels;
     uint64_t capacity, chunks, free;
@@ -1100,6 +1102,7 @@ struct pagealloc *pagealloc_open(void *memory, uint64_t capacity) {
     (void)lay_out(pages, memory);
     pages->wide = machine_is_wide();
     (void)pthread_mutex_init(&pages->lock, NULL);
+    atomic_init(&pages->forking, NULL);
     return pages;
 }
 
@@ -1108,15 +1111,41 @@ void pagealloc_close(struct pagealloc *pages) {
     (void)pthread_mutex_destroy(&pages->lock);
 }
 
+/* Its address tells threads apart, and is the same in a forked child. */
+static _Thread_local char this_thread;
+
+/* Whether this thread has the lock for a fork. Only the thread itself ever writes what makes this
+ * true, so no order of memory is needed. */
+static bool forks_itself(struct pagealloc *pages) {
+    const void *thread = atomic_load_explicit(&pages->forking, memory_order_relaxed);
+    return thread != NULL && thread == &this_thread;
+}
+
 void pagealloc_lock(struct pagealloc *pages) {
-    (void)pthread_mutex_lock(&pages->lock);
+    if (!forks_itself(pages))
+        (void)pthread_mutex_lock(&pages->lock);
 }
 
 int pagealloc_trylock(struct pagealloc *pages) {
-    return pthread_mutex_trylock(&pages->lock);
+    return forks_itself(pages) ? 0 : pthread_mutex_trylock(&pages->lock);
 }
 
 void pagealloc_unlock(struct pagealloc *pages) {
+    if (!forks_itself(pages))
+        (void)pthread_mutex_unlock(&pages->lock);
+}
+
+int pagealloc_trylock_fork(struct pagealloc *pages) {
+    if (forks_itself(pages))
+        return EDEADLK;
+    int err = pthread_mutex_trylock(&pages->lock);
+    if (err == 0)
+        atomic_store_explicit(&pages->forking, &this_thread, memory_order_relaxed);
+    return err;
+}
+
+void pagealloc_unlock_fork(struct pagealloc *pages) {
+    atomic_store_explicit(&pages->forking, NULL, memory_order_relaxed);
     (void)pthread_mutex_unlock(&pages->lock);
 }
 

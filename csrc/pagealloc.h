@@ -111,11 +111,16 @@ uint64_t pagealloc_longest(struct pagealloc *pages);
 size_t pagealloc_runs(struct pagealloc *pages, bool free, uint64_t start, uint64_t stop,
                       struct pagealloc_run *out, size_t max);
 
-/* The lock, for a caller that has to keep more than the pages in step, and around a fork. try: 0,
- * or EBUSY. */
+/* The lock, for a caller that has to keep more than the pages in step. try: 0, or EBUSY. */
 void pagealloc_lock(struct pagealloc *pages);
 int pagealloc_trylock(struct pagealloc *pages);
 void pagealloc_unlock(struct pagealloc *pages);
+
+/* The lock from before a fork until after it, on both sides. The thread that forks may call every
+ * function meanwhile, as other handlers of the fork do; all other threads wait. try: 0, EBUSY, or
+ * EDEADLK if this thread has it for a fork already. */
+int pagealloc_trylock_fork(struct pagealloc *pages);
+void pagealloc_unlock_fork(struct pagealloc *pages);
 
 uint64_t pagealloc_free_pages_held(const struct pagealloc *pages);
 uint64_t pagealloc_part_pages_held(const struct pagealloc *pages);

@@ -9,9 +9,13 @@ static uintptr_t address_of(const struct region *region, size_t offset) {
     return (uintptr_t)region->base + offset;
 }
 
+static bool is_open(const struct region *region) {
+    return region->base != NULL && !region->retired;
+}
+
 /* What is wrong with a range of whole pages, or 0. */
 static int misuse(const struct region *region, size_t offset, size_t length) {
-    if (region->base == NULL)
+    if (!is_open(region))
         return REGION_RELEASED;
     if (length == 0 || offset > region->size || length > region->size - offset)
         return REGION_OUTSIDE;
@@ -78,7 +82,7 @@ static void set_up(struct region *region, size_t size, int accounting, int advic
     region->guard = 0;
     region->accounting = accounting;
     region->advice = advice;
-    region->sealed = false;
+    region->sealed = region->retired = false;
     memset(region->name, 0, sizeof region->name);
 }
 
@@ -169,7 +173,7 @@ int region_claim(struct region *region, size_t offset, size_t length, int access
 
 int region_claim_near(struct region *region, size_t from, uintptr_t hint, size_t length, int access,
                       uintptr_t *address) {
-    if (region->base == NULL)
+    if (!is_open(region))
         return REGION_RELEASED;
     if (length == 0 || from > region->size)
         return REGION_OUTSIDE;
@@ -320,7 +324,7 @@ int region_discard(struct region *region, size_t offset, size_t length, bool laz
 }
 
 int region_is_committed(const struct region *region, size_t offset, size_t length) {
-    if (region->base == NULL)
+    if (!is_open(region))
         return REGION_RELEASED;
     if (length == 0 || offset > region->size || length > region->size - offset)
         return 0;
@@ -352,7 +356,7 @@ int region_store(struct region *region, size_t offset, unsigned char byte) {
 int region_seal(struct region *region) {
     struct runs before;
     struct run gap;
-    if (region->base == NULL)
+    if (!is_open(region))
         return REGION_RELEASED;
     int err = runs_copy(&before, &region->committed);
     if (err != 0)
@@ -368,11 +372,8 @@ int region_seal(struct region *region) {
     return err;
 }
 
-int region_release(struct region *region) {
-    if (region->base == NULL)
-        return REGION_RELEASED;
-    if (region->sealed)
-        return REGION_SEALED;
+/* Unmaps all that the region owns, highest piece first, and closes it. */
+static int unmap(struct region *region) {
     while (region->reserved.count > 0) {
         struct run piece = region->reserved.items[region->reserved.count - 1];
         size_t before = piece.lo == 0 ? region->guard : 0;
@@ -384,8 +385,20 @@ int region_release(struct region *region) {
         runs_remove(&region->reserved, piece.lo, piece.hi);
         runs_remove(&region->committed, piece.lo, piece.hi);
     }
-    region_forget(region);
+    runs_empty(&region->reserved);
+    runs_empty(&region->committed);
+    region->base = NULL;
     return 0;
+}
+
+int region_release(struct region *region) {
+    if (!is_open(region))
+        return REGION_RELEASED;
+    return region->sealed ? REGION_SEALED : unmap(region);
+}
+
+void region_retire(struct region *region) {
+    region->retired = true;
 }
 
 void region_forget(struct region *region) {
@@ -396,7 +409,7 @@ void region_forget(struct region *region) {
 
 void region_end(struct region *region) {
     struct run piece;
-    if (region->base != NULL && region_release(region) > 0)
+    if (region->base != NULL && !region->sealed && unmap(region) != 0)
         for (size_t at = 0; runs_next(&region->committed, at, region->size, &piece); at = piece.hi)
             (void)vm_discard(address_of(region, piece.lo), piece.hi - piece.lo);
     runs_clear(&region->reserved);

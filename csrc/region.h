@@ -18,9 +18,11 @@
  *    was before; 0 is success;
  *  - not synchronised: the owner holds a lock around each call.
  *
- * A region is open or closed. One that is all zero bytes is closed; region_reserve and
+ * A region is open, retired or closed. One that is all zero bytes is closed; region_reserve and
  * region_window open a closed one, region_release closes it and keeps its storage for the next
- * time, region_end is the end of it. What is asked of a closed region answers REGION_RELEASED.
+ * time, region_end is the end of it. A retired region keeps its addresses and its books for views
+ * that still show them, and only region_end takes them away. What is asked of a region that is not
+ * open answers REGION_RELEASED.
  */
 #ifndef PYRESERVE_REGION_H
 #define PYRESERVE_REGION_H
@@ -48,6 +50,7 @@ struct region {
     int accounting; /* 0 or VM_NORESERVE */
     int advice;     /* enum vm_advice, kept on every byte owned */
     bool sealed;
+    bool retired;   /* open for region_end alone */
     char name[80]; /* empty: none */
     struct runs reserved, committed;
 };
@@ -112,6 +115,9 @@ int region_seal(struct region *region);
 /* Gives the addresses back. A window whose pieces are refused half way keeps, and still owns, the
  * rest. */
 int region_release(struct region *region);
+
+/* Refuses every later call but region_end. The addresses and their contents stay. */
+void region_retire(struct region *region);
 
 /* Closes the region without a system call: for a forked child that did not inherit the addresses. */
 void region_forget(struct region *region);

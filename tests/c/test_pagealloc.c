@@ -981,6 +981,39 @@ static void the_lock_is_one(void) {
     machine_end(&m);
 }
 
+static void *try_from_another_thread(void *pages) {
+    int err = pagealloc_trylock(pages);
+    if (err == 0)
+        pagealloc_unlock(pages);
+    return (void *)(intptr_t)err;
+}
+
+static int tried_elsewhere(struct pagealloc *pages) {
+    pthread_t thread;
+    void *err;
+    REQUIRE(pthread_create(&thread, NULL, try_from_another_thread, pages) == 0);
+    REQUIRE(pthread_join(thread, &err) == 0);
+    return (int)(intptr_t)err;
+}
+
+static void the_thread_that_forks_may_call(void) {
+    struct machine m = machine_start(100);
+    CHECK(pagealloc_trylock_fork(m.pages) == 0);
+    CHECK(pagealloc_trylock_fork(m.pages) == EDEADLK);
+    CHECK(pagealloc_alloc(m.pages, 1, 1, 0) == PAGEALLOC_FULL);
+    CHECK(pagealloc_add(m.pages, 0, 100) == 0 && pagealloc_alloc(m.pages, 7, 1, 0) == 0);
+    CHECK(pagealloc_free(m.pages, 0, 7) == 0 && pagealloc_free_pages(m.pages) == 100);
+    CHECK(pagealloc_trylock(m.pages) == 0);
+    pagealloc_unlock(m.pages);
+    CHECK(tried_elsewhere(m.pages) == EBUSY);
+    pagealloc_unlock_fork(m.pages);
+    CHECK(tried_elsewhere(m.pages) == 0);
+    pagealloc_lock(m.pages);
+    CHECK(pagealloc_trylock_fork(m.pages) == EBUSY);
+    pagealloc_unlock(m.pages);
+    machine_end(&m);
+}
+
 static void many_runs_are_read_and_written_in_every_width(void) {
     for (size_t i = 0; i < LENGTH(widths); i++)
         for (size_t k = 0; k <= LENGTH(widths); k++) {
@@ -1258,6 +1291,7 @@ int main(void) {
     RUN(codes_keep_the_order_of_lengths);
     RUN(a_part_that_cannot_be_listed_is_not_added);
     RUN(the_lock_is_one);
+    RUN(the_thread_that_forks_may_call);
     RUN(many_runs_are_read_and_written_in_every_width);
     RUN(a_negative_number_is_refused);
     run_all(false);

@@ -859,7 +859,6 @@ static void zero_bytes_are_a_closed_region(void) {
     CHECK(region_is_committed(&region, 0, page) == REGION_RELEASED);
     CHECK(region_seal(&region) == REGION_RELEASED);
     CHECK(region_release(&region) == REGION_RELEASED);
-    region_forget(&region);
     region_end(&region);
     region_end(&region);
     CHECK(region.base == NULL);
@@ -914,17 +913,30 @@ static void a_sealed_region_that_ended_opens_unsealed(void) {
     region_end(&region);
 }
 
-static void forgetting_unmaps_nothing(void) {
-    struct region *region = reserved(4, 0);
-    uintptr_t base = at(region, 0);
-    REQUIRE(commit(region, 1, 2));
-    region_forget(region);
-    CHECK(region->base == NULL && region->reserved.count == 0 && region->committed.count == 0);
-    CHECK(strcmp(witness_pages(base, 4 * page, shown), "-ww-") == 0);
-    CHECK(region_commit(region, 0, page) == REGION_RELEASED);
-    end(region);
-    CHECK(strcmp(witness_pages(base, 4 * page, shown), "-ww-") == 0);
-    CHECK(vm_release(base, 4 * page) == 0);
+static void a_retired_region_keeps_its_addresses(void) {
+    EACH_ACCOUNTING(accounting) {
+        struct region *region = reserved(4, accounting);
+        uintptr_t base = at(region, 0), near;
+        REQUIRE(commit(region, 1, 2));
+        *byte(region, 1) = 42;
+        region_retire(region);
+        for (size_t i = 0; i < VERBS; i++)
+            CHECK(verbs[i](region, 0, page) == REGION_RELEASED);
+        CHECK(region_claim_near(region, 0, 0, page, VM_RESERVED, &near) == REGION_RELEASED);
+        CHECK(region_is_committed(region, page, page) == REGION_RELEASED);
+        CHECK(region_load(region, page) == REGION_RELEASED);
+        CHECK(region_store(region, page, 1) == REGION_RELEASED);
+        CHECK(region_seal(region) == REGION_RELEASED);
+        CHECK(region_release(region) == REGION_RELEASED);
+        CHECK(region->reserved.total == 4 * page && region->committed.total == 2 * page);
+        CHECK(shows(region, "-ww-") && *byte(region, 1) == 42);
+        region_end(region);
+        CHECK(region->base == NULL && region->reserved.total == 0);
+        CHECK(strcmp(witness_pages(base, 4 * page, shown), "....") == 0);
+        REQUIRE(region_reserve(region, page, 0, 0, NULL) == 0);
+        CHECK(commit(region, 0, 1) && shows(region, "w"));
+        end(region);
+    }
 }
 
 static void a_sealed_region_lasts_until_the_process_ends(void) {
@@ -1084,7 +1096,7 @@ int main(void) {
     RUN(a_closed_region_can_be_opened_again);
     RUN(opening_again_after_a_refusal_works);
     RUN(a_sealed_region_that_ended_opens_unsealed);
-    RUN(forgetting_unmaps_nothing);
+    RUN(a_retired_region_keeps_its_addresses);
     RUN(a_sealed_region_lasts_until_the_process_ends);
     RUN(a_refused_release_drops_the_memory_in_the_end);
     RUN(a_window_refused_half_way_owns_the_rest);

@@ -1,0 +1,27 @@
+/* forklocks: takes every lock before a fork and gives it back after it, on both sides.
+ *
+ * The only room that calls Python. It is C because a signal handler may raise between any two
+ * instructions of Python code, and what an at-fork handler raises is lost, with the fork going on.
+ * Here such an exception is kept, the locks are taken all the same, and the exception is raised
+ * where the fork was called, after it.
+ *
+ * Holds for every function here: called without the GIL, as cffi calls, by a thread that Python
+ * knows. Objects are given as their addresses (id()) and kept for good.
+ */
+#ifndef PYRESERVE_FORKLOCKS_H
+#define PYRESERVE_FORKLOCKS_H
+
+#include <stdint.h>
+
+/* Once, before all others. `registry` is an RLock; `collect()`, called while it is held, returns a
+ * list of tuples: an RLock and 0, or what keeps a struct pagealloc, and its address. `main_thread` is
+ * the identifier of the thread that runs signal handlers. */
+void forklocks_open(uintptr_t registry, uintptr_t collect, unsigned long main_thread);
+
+/* The handlers for os.register_at_fork. Between the first and one of the others, the thread that
+ * forks may take each lock again; all other threads wait. */
+void forklocks_before(void);
+void forklocks_after_in_parent(void);
+void forklocks_after_in_child(void);
+
+#endif
