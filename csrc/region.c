@@ -401,12 +401,6 @@ void region_retire(struct region *region) {
     region->retired = true;
 }
 
-void region_forget(struct region *region) {
-    runs_empty(&region->reserved);
-    runs_empty(&region->committed);
-    region->base = NULL;
-}
-
 void region_end(struct region *region) {
     struct run piece;
     if (region->base != NULL && !region->sealed && unmap(region) != 0)

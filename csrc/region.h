@@ -119,9 +119,6 @@ int region_release(struct region *region);
 /* Refuses every later call but region_end. The addresses and their contents stay. */
 void region_retire(struct region *region);
 
-/* Closes the region without a system call: for a forked child that did not inherit the addresses. */
-void region_forget(struct region *region);
-
 /* Releases what the region still has, unless it is sealed, and frees its storage. Should the kernel
  * refuse to unmap, the addresses stay taken but their memory is dropped. */
 void region_end(struct region *region);

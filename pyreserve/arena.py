@@ -1,23 +1,24 @@
 """The arena: blocks out of a layout that is alive, and idle memory back to the system."""
 
 import errno
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import index as _index
 from typing import Any, Literal
 
+from pyreserve import forks
 from pyreserve._native import ffi, lib
 from pyreserve.blocks import Block, Blocks, no_block
 from pyreserve.engine import WORD, Engine, FellBack
 from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError, ViewError
-from pyreserve.forks import register
 from pyreserve.heapbitmap import HeapBitmap
 from pyreserve.integers import IntegersForC, integers
 from pyreserve.limits import PAGE_SIZE, refusal
 from pyreserve.memstats import MemStats
-from pyreserve.pagealloc import TablesLock, close_with, reserve_tables
+from pyreserve.pagealloc import close_with, reserve_tables
 from pyreserve.region import Mode, Region, resident
-from pyreserve.scavenger import FIVE_MINUTES, Scavenger
+from pyreserve.scavenger import FIVE_MINUTES, Scavenger, Worker
 from pyreserve.steps import as_step
 from pyreserve.units import MiB, TiB, format_size, round_up
 
@@ -32,6 +33,7 @@ _ZEROED = 1 << lib.HEAP_PAGE_BITS
 _BLOCKS_AT_ONCE = 256
 _PIECES_AT_ONCE = 256
 _LONGEST_PIECE = 64 * MiB  # given back in one system call, so that nobody waits for long
+_PATIENCE = 0.05  # seconds until a scavenger that waits looks whether it is still wanted
 _ARENAS_MOST = TiB  # of arenas that lie apart: what the tables are made for
 
 
@@ -80,7 +82,11 @@ class Arena(Engine):
         # What it has for C, once there are blocks.
         self._heap: Any = None
         self._tables: Region | None = None
-        self._scavenger: Scavenger | None = None
+        self._worker: Worker | None = None
+        # Blocks that were closed under live views, by their handles; and those of them whose views
+        # are gone, but whose arena was busy then.
+        self._closed_blocks: dict[int, _ClosedBlock] = {}
+        self._late: list[_ClosedBlock] = []
         super().__init__(layout, size, mode)
         self._step = self.layout.growth if nbytes is None else round_up(nbytes, self._page)
         if nbytes not in {None, self._step} and step != "measured":
@@ -97,6 +103,7 @@ class Arena(Engine):
     @property
     def in_use(self) -> int:
         """Bytes handed out: whole pages of blocks, and what `grow` has given."""
+        self._free_closed()
         return self._counts()[1]
 
     @property
@@ -128,6 +135,8 @@ class Arena(Engine):
                 to grow.
         """
         nbytes = _index(nbytes)
+        if self._late:
+            self._free_closed()
         try:
             handle = _alloc(self._heap, nbytes, align, zero, False)
         except (OverflowError, TypeError):  # no heap yet, or no numbers for C
@@ -153,12 +162,17 @@ class Arena(Engine):
             raise _no_block_at_all("free", block) from None
         region = self._region
         with self._lock:
+            if self._late:
+                self._free_closed()
             interrupting, region._busy = region._busy, True
             try:
                 if region._views is not None and _nbytes(self._heap, block._handle) > 0:
                     low = int(_address(self._heap, block._handle)) - self._base
                     region._refuse_views("free", low, low + block._nbytes, interrupting)
-                freed = _free(self._heap, block._handle)
+                if self._closed_blocks and self._is_closed(block._handle):
+                    freed = lib.HEAP_NO_BLOCK
+                else:
+                    freed = _free(self._heap, block._handle)
             finally:
                 region._busy = interrupting
         if freed < 0:
@@ -178,6 +192,7 @@ class Arena(Engine):
         refused = ffi.new("int64_t *")
         with self._lock:
             self._alive()
+            self._free_closed()
             self._open_heap()
             done = 0
             try:
@@ -214,8 +229,12 @@ class Arena(Engine):
         failed = ffi.new("size_t *")
         with self._lock, self._region._taking_away():
             self._alive()
+            self._free_closed()
             if self._heap is None:
                 return
+            for i in range(len(handles) if self._closed_blocks else 0):
+                if self._is_closed(handles[i]):
+                    raise no_block(f"blocks[{i}]")
             self._refuse_views(handles)
             freed = lib.heap_free_many(self._heap, handles, len(handles), False, failed)
         if freed < 0:
@@ -229,7 +248,7 @@ class Arena(Engine):
             return None
         handle = int(_find(self._heap, address))
         nbytes = int(_nbytes(self._heap, handle)) if handle >= 0 else handle
-        return Block(self, handle, nbytes) if nbytes > 0 else None
+        return Block(self, handle, nbytes) if nbytes > 0 and not self._is_closed(handle) else None
 
     def blocks(self) -> Iterator[Block]:
         """Iterate over all blocks, lowest address first.
@@ -284,13 +303,28 @@ class Arena(Engine):
         if most < 0 or not (older_than is None or older_than >= 0):
             msg = f"scavenge takes no negative numbers: {most} bytes, {older_than} seconds"
             raise RangeError(msg)
-        age = int(min((older_than or 0) * 1000, (1 << 32) - 1))
+        total, refusals = self._scavenge(most, older_than or 0, bool(lazy), lambda: True)
+        if refusals and total == 0:
+            raise refusals.pop()
+        return total
+
+    def scavenge_for(self, scavenger: Scavenger, wanted: Callable[[], bool]) -> None:
+        """For the thread of `start_scavenger`: scavenge once, as long as it is `wanted`."""
+        total, _ = self._scavenge(1 << 62, scavenger.older_than, scavenger.lazy, wanted)
+        scavenger.add(total)
+
+    def _scavenge(
+        self, most: int, older_than: float, lazy: bool, wanted: Callable[[], bool]
+    ) -> tuple[int, list[Exception]]:
+        """Give back while it is `wanted`; the bytes, and the first reason why some could not be."""
+        age = int(min(older_than * 1000, (1 << 32) - 1))
         left, below, total, more = -(-most // self._page), 1 << 62, 0, True
-        refused: Exception | None = None
+        refusals: list[Exception] = []
         pieces = ffi.new("struct pagealloc_run[]", _PIECES_AT_ONCE)
-        while more and left > 0:
-            with self._lock:
+        while more and left > 0 and self._lock_while(wanted):
+            try:
                 self._alive()
+                self._free_closed()
                 if self._heap is None:
                     break
                 n = lib.heap_idle(
@@ -299,19 +333,25 @@ class Arena(Engine):
                     min(left, 1 << 62),
                     _LONGEST_PIECE // self._page,
                     age,
-                    bool(lazy),
+                    lazy,
                     pieces,
                     _PIECES_AT_ONCE,
                 )
-                given, why = self._give_back(pieces, n, bool(lazy))
-            total, refused = total + given, refused or why
+                total += self._give_back(pieces, n, lazy, refusals)
+            finally:
+                self._lock.release()
             more = n == _PIECES_AT_ONCE
             if more:
                 below = pieces[n - 1].start
                 left -= sum(pieces[i].stop - pieces[i].start for i in range(n))
-        if refused is not None and total == 0:
-            raise refused
-        return total
+        return total, refusals
+
+    def _lock_while(self, wanted: Callable[[], bool]) -> bool:
+        """Take the lock, or give up: who waits for this thread may have it."""
+        while wanted():
+            if self._lock.acquire(timeout=_PATIENCE):
+                return True
+        return False
 
     def start_scavenger(self, older_than: float = FIVE_MINUTES, *, lazy: bool = False) -> Scavenger:
         """Start a thread that scavenges what was free for `older_than` seconds.
@@ -323,21 +363,29 @@ class Arena(Engine):
         Raises:
             RangeError: a negative age.
             ReleasedError: the arena was released.
+            RuntimeError: no thread can be started, as at the end of the interpreter.
         """
         older_than = float(older_than)
         if not older_than >= 0:
             msg = f"an age is not negative, as {older_than} is"
             raise RangeError(msg)
-        self._alive()
-        self.stop_scavenger()
-        self._scavenger = Scavenger(self, older_than, lazy)
-        return self._scavenger
+        with self._lock:
+            self._alive()
+            if self._worker is None:
+                self._worker = Worker(self)
+        scavenger = self._worker.start(older_than, bool(lazy))
+        if self._region.released:  # meanwhile
+            scavenger.stop()
+            self._alive()
+        return scavenger
 
     def stop_scavenger(self) -> None:
-        """Stop that thread, if there is one, and wait for its end."""
-        scavenger, self._scavenger = self._scavenger, None
-        if scavenger is not None:
-            scavenger.stop()
+        """Stop that thread, if there is one, and wait for its end.
+
+        A signal handler that interrupts `start_scavenger` does not wait.
+        """
+        if self._worker is not None:
+            self._worker.stop()
 
     # -- accounts -----------------------------------------------------------------------------
 
@@ -351,6 +399,7 @@ class Arena(Engine):
         """
         with self._lock:
             self._alive()
+            self._free_closed()
             heap_sys = sum(high - low for low, high in self.placement.arenas)
             stats, inuse = self._counts()
             gc_sys, other_sys = self._metadata_mapped()
@@ -430,6 +479,64 @@ class Arena(Engine):
                     lib.heap_close(self._heap, False)
         self.stop_scavenger()
 
+    def close(self) -> None:
+        """Refuse new use at once; give all addresses back when the last view is gone.
+
+        That is at once if there is none. This is what the end of a ``with`` does. Once is enough,
+        and twice no harm.
+        """
+        with self._lock:
+            if self._heap is not None:
+                lib.heap_close(self._heap, True)
+            super().close()
+        self.stop_scavenger()
+
+    # -- blocks that were closed under live views ---------------------------------------------
+
+    def _close_block(self, block: Block) -> None:
+        with self._lock:
+            if self._region._released or self._is_gone(block._handle):
+                return
+            closed = _ClosedBlock(self, block)
+            self._closed_blocks[closed.key] = closed
+            self._free_unless_viewed(closed)
+
+    def _free_unless_viewed(self, closed: "_ClosedBlock") -> None:
+        """Free a closed block, or wait for its views."""
+        views = self._region._views
+        if views is not None:
+            low = closed.address - self._base
+            held = views.live(low, low + closed.nbytes, prune=False)
+            if closed.wait_for([anchor for entry in held if (anchor := entry[0]()) is not None]):
+                return
+        if self._closed_blocks.pop(closed.key, None) is not None:
+            _free(self._heap, closed.handle)
+
+    def _views_gone(self, closed: "_ClosedBlock") -> None:
+        """Free a block whose last view is gone, now or at the next call.
+
+        This runs wherever a view may die, so it waits for nobody.
+        """
+        if self._lock.acquire(blocking=False):
+            try:
+                self._free_unless_viewed(closed)
+            finally:
+                self._lock.release()
+        else:
+            self._late.append(closed)
+
+    def _free_closed(self) -> None:
+        if self._late:
+            with self._lock:
+                while self._late:
+                    self._free_unless_viewed(self._late.pop())
+
+    def _is_closed(self, handle: int) -> bool:
+        return handle & ~_ZEROED in self._closed_blocks
+
+    def _is_gone(self, handle: int) -> bool:
+        return bool(_nbytes(self._heap, handle) < 0) or self._is_closed(handle)
+
     # -- inside -------------------------------------------------------------------------------
 
     def _alloc_slowly(self, nbytes: int, align: int, zero: bool) -> int:
@@ -473,7 +580,8 @@ class Arena(Engine):
 
         At the very last, by what `need` lacks beyond the free pages at the end.
         """
-        page, step, first = self._page, self._step, None
+        page, step = self._page, self._step
+        refusals: list[OutOfMemoryError] = []
         for ask in (max(wish, step), max(need, step), need, need - int(lib.heap_tail(self._heap))):
             size = -(-ask // page) * page
             if size <= 0:
@@ -481,10 +589,10 @@ class Arena(Engine):
             try:
                 self._take(size, partial(self._add, size))
             except OutOfMemoryError as refused:
-                first = first or refused
+                refusals.append(refused.with_traceback(None))
             else:
                 return
-        assert first is not None
+        first = refusals[0]
         raise self._out_of_memory(nbytes, first.strerror or "", first.limit) from first
 
     def _add(self, nbytes: int, address: int) -> None:
@@ -550,15 +658,11 @@ class Arena(Engine):
         )
         # What the heap's calls touch lives as long as this cdata, which they hold and the garbage
         # collector does not track: longer than any finaliser that may still use the arena.
-        close_with(heap, tables, self._region, self._region._handle, self._elsewhere)
+        close_with(heap, tables, self._region, self._elsewhere)
+        forks.register_tables(heap, heap.pages)
         # A signal handler or finaliser may have made one meanwhile, and blocks: it stays.
         if self._heap is None:
             self._tables, self._heap = tables, heap
-            register(self)
-
-    def _fork_lock(self) -> TablesLock:
-        """Return the lock that no other thread may hold at a fork, besides the region's."""
-        return TablesLock(self._heap.pages)
 
     @property
     def _unit_spans(self) -> int:
@@ -575,7 +679,7 @@ class Arena(Engine):
 
     def _block(self, handle: int) -> Block:
         nbytes = int(_nbytes(self._heap, handle))
-        if nbytes < 0:
+        if nbytes < 0 or self._is_closed(handle):
             self._alive()
             raise no_block()
         return Block(self, handle, nbytes)
@@ -583,11 +687,11 @@ class Arena(Engine):
     def _view(self, block: Block, *, pin: bool = False) -> memoryview:
         with self._lock:
             self._alive()
-            if _nbytes(self._heap, block._handle) < 0:
+            if self._is_gone(block._handle):
                 raise no_block()
             offset, nbytes = int(_address(self._heap, block._handle)) - self._base, block._nbytes
             view = self._region.view(offset, nbytes)
-            if _nbytes(self._heap, block._handle) < 0:  # a signal handler freed it meanwhile
+            if self._is_gone(block._handle):  # a signal handler freed it meanwhile
                 raise no_block()
             if pin:
                 block._pin = self._region._pinned(offset, nbytes)
@@ -600,7 +704,7 @@ class Arena(Engine):
             return
         held = region._views.live(0, region.size, prune=False)
         wanted = {handle & ~_ZEROED for handle in handles} if held else set()
-        for low, high in held:
+        for _, low, high in held:
             at = low
             while at < high:
                 handle = int(_find(self._heap, self._base + at))
@@ -611,12 +715,11 @@ class Arena(Engine):
                     end = int(_address(self._heap, handle)) + int(_nbytes(self._heap, handle))
                     at = max(at, end - self._base)
 
-    def _give_back(self, pieces: Any, n: int, lazy: bool) -> tuple[int, Exception | None]:
-        """Give pieces of free pages back; the bytes, and why one could not be."""
+    def _give_back(self, pieces: Any, n: int, lazy: bool, refusals: list[Exception]) -> int:
+        """Give pieces of free pages back; the bytes, and in `refusals` why one could not be."""
         if n < 0:
             self._alive()
         region, total = self._region, 0
-        refused: Exception | None = None
         for i in range(n):
             address = int(lib.heap_page_address(self._heap, pieces[i].start))
             nbytes = (pieces[i].stop - pieces[i].start) * self._page
@@ -627,12 +730,13 @@ class Arena(Engine):
                         region._refuse_views("scavenge", low, low + nbytes, interrupting)
                     given = int(lib.heap_give_back(self._heap, pieces + i, lazy))
             except ViewError as held:
-                refused = refused or held
+                if not refusals:
+                    refusals.append(held.with_traceback(None))
                 continue
             if given < 0:
-                refused = refusal("discard", lib.HEAP_ERRNO - given, nbytes, address)
+                refusals[:] = [refusal("discard", lib.HEAP_ERRNO - given, nbytes, address)]
             total += max(given, 0)
-        return total, refused
+        return total
 
     def _walk(self) -> Iterator[Block]:
         at = ffi.new("uint64_t *")
@@ -643,8 +747,30 @@ class Arena(Engine):
             self._alive()
             for handle in ffi.unpack(handles, max(n, 0)):
                 nbytes = int(_nbytes(self._heap, handle))
-                if nbytes > 0:
+                if nbytes > 0 and not self._is_closed(handle):
                     yield Block(self, handle, nbytes)
+
+
+class _ClosedBlock:
+    """A block that is freed when its last view is gone."""
+
+    def __init__(self, arena: Arena, block: Block) -> None:
+        self.key, self.handle = block._handle & ~_ZEROED, block._handle
+        self.address, self.nbytes = int(_address(arena._heap, block._handle)), block._nbytes
+        self._arena = weakref.ref(arena)
+        self._anchors: dict[int, weakref.ref[Any]] = {}
+
+    def wait_for(self, anchors: list[Any]) -> bool:
+        """Tell the arena when all of these are gone; False if there is none."""
+        refs = [weakref.ref(anchor, self._gone) for anchor in anchors]
+        self._anchors = {id(ref): ref for ref in refs}
+        return bool(refs)
+
+    def _gone(self, ref: "weakref.ref[Any]") -> None:
+        self._anchors.pop(id(ref), None)
+        arena = self._arena()
+        if not self._anchors and arena is not None:
+            arena._views_gone(self)
 
 
 def _no_block_at_all(verb: str, thing: object) -> TypeError:

@@ -39,9 +39,7 @@ class Bitmap:
         TypeError: something that is not an integer.
     """
 
-    __slots__ = ("_handle", "_lock", "_region", "nbits")
-
-    nbits: int
+    __slots__ = ("_handle", "_lock", "_nbits", "_region")
 
     def __init__(self, nbits: int, *, name: str | None = None) -> None:
         """Make a bitmap of `nbits` (positive) clear bits; `name` as for `pyreserve.reserve`."""
@@ -49,10 +47,15 @@ class Bitmap:
         if nbits <= 0:
             msg = f"a bitmap has a positive number of bits, not {nbits}"
             raise RangeError(msg)
-        self.nbits = nbits
+        self._nbits = nbits
         self._region = reserve((nbits + 7) // 8, name=name)
         self._handle = self._region._handle
         self._lock = self._region._make_lock()
+
+    @property
+    def nbits(self) -> int:
+        """How many bits there are."""
+        return self._nbits
 
     # -- bits and ranges ----------------------------------------------------------------------
 
@@ -127,12 +130,12 @@ class Bitmap:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Bitmap):
             return NotImplemented
-        if self.nbits != other.nbits:
+        if self._nbits != other._nbits:
             self._alive()
             other._alive()
             return False
         with self._both_locked(other):
-            return bool(lib.lazybitmap_equal(self._handle, other._handle, self.nbits))
+            return bool(lib.lazybitmap_equal(self._handle, other._handle, self._nbits))
 
     __hash__ = None  # type: ignore[assignment]  # its contents change
 
@@ -177,7 +180,7 @@ class Bitmap:
             RangeError: also if a word of the range is not committed (`committed_runs` tells).
         """
         start, stop = self._range(start, stop)
-        if start % _WORD or (stop % _WORD and stop != self.nbits) or start == stop:
+        if start % _WORD or (stop % _WORD and stop != self._nbits) or start == stop:
             msg = f"[{start}, {stop}) is not a range of whole {_WORD}-bit words"
             raise RangeError(msg)
         nbytes = -(-(stop - start) // _WORD) * 8
@@ -186,7 +189,7 @@ class Bitmap:
     def committed_runs(self) -> list[tuple[int, int]]:
         """List the ranges of bits whose words are committed as (start, stop)."""
         return [
-            (8 * offset, min(8 * (offset + length), self.nbits))
+            (8 * offset, min(8 * (offset + length), self._nbits))
             for offset, length in self._region.committed_runs()
         ]
 
@@ -194,6 +197,11 @@ class Bitmap:
     def committed(self) -> int:
         """How many bytes of words are committed."""
         return self._region.committed
+
+    @property
+    def released(self) -> bool:
+        """Whether the bitmap was released or closed."""
+        return self._region.released
 
     def release(self) -> None:
         """Give the words and their addresses back.
@@ -204,10 +212,18 @@ class Bitmap:
         """
         self._region.release()
 
+    def close(self) -> None:
+        """Refuse new use at once; give the words back when the last view of them is gone.
+
+        That is at once if there is none. This is what the end of a ``with`` does. Once is enough,
+        and twice no harm.
+        """
+        self._region.close()
+
     # -- Python's protocols -------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return self.nbits
+        return self._nbits
 
     @overload
     def __getitem__(self, key: int) -> bool: ...
@@ -248,19 +264,19 @@ class Bitmap:
 
     def __contains__(self, index: int) -> bool:
         """``i in bitmap``: whether bit i is set; False for what is no bit of it."""
-        return 0 <= _index(index) < self.nbits and self.test(index)
+        return 0 <= _index(index) < self._nbits and self.test(index)
 
     def __enter__(self) -> "Self":
         self._alive()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._region.__exit__(*exc)
+        self.close()
 
     def __repr__(self) -> str:
         if self._region.released:
-            return f"<Bitmap of {self.nbits:,} bits, released>"
-        return f"<Bitmap of {self.nbits:,} bits: {self.committed:,} bytes of words committed>"
+            return f"<Bitmap of {self._nbits:,} bits, released>"
+        return f"<Bitmap of {self._nbits:,} bits: {self.committed:,} bytes of words committed>"
 
     def __reduce__(self) -> NoReturn:
         msg = "a Bitmap is memory of this process: send its to_bytes()"
@@ -275,23 +291,23 @@ class Bitmap:
 
     def _range(self, start: int, stop: int | None) -> tuple[int, int]:
         start = _index(start)
-        stop = self.nbits if stop is None else _index(stop)
-        if not 0 <= start <= stop <= self.nbits:
-            msg = f"[{start}, {stop}) is not a range of a bitmap of {self.nbits} bits"
+        stop = self._nbits if stop is None else _index(stop)
+        if not 0 <= start <= stop <= self._nbits:
+            msg = f"[{start}, {stop}) is not a range of a bitmap of {self._nbits} bits"
             raise RangeError(msg)
         return start, stop
 
     def _item(self, index: int) -> int:
         at = _index(index)
         if at < 0:
-            at += self.nbits
-        if not 0 <= at < self.nbits:
-            msg = f"no bit {index} in a bitmap of {self.nbits} bits"
+            at += self._nbits
+        if not 0 <= at < self._nbits:
+            msg = f"no bit {index} in a bitmap of {self._nbits} bits"
             raise IndexError(msg)
         return at
 
     def _slice(self, key: slice) -> tuple[int, int, int]:
-        start, stop, step = key.indices(self.nbits)
+        start, stop, step = key.indices(self._nbits)
         # Not len(range(...)): that is limited to sys.maxsize.
         n = (stop - start + step - (1 if step > 0 else -1)) // step
         return start, step, max(0, n)
@@ -343,18 +359,18 @@ class Bitmap:
     def _combine(self, other: "Bitmap", operation: int) -> "Self":
         if not isinstance(other, Bitmap):
             return NotImplemented
-        if self.nbits != other.nbits:
-            msg = f"bitmaps of {self.nbits} and of {other.nbits} bits do not combine"
+        if self._nbits != other._nbits:
+            msg = f"bitmaps of {self._nbits} and of {other._nbits} bits do not combine"
             raise RangeError(msg)
         with self._both_locked(other):
-            err = lib.lazybitmap_combine(self._handle, other._handle, self.nbits, operation)
+            err = lib.lazybitmap_combine(self._handle, other._handle, self._nbits, operation)
         if err < 0:
-            self._refused(err, 0, self.nbits)
+            self._refused(err, 0, self._nbits)
         return self
 
     def _replace(self, start: int, step: int, n: int, bits: "Bitmap") -> None:
-        if step != 1 or bits.nbits != n:
-            msg = f"{bits.nbits} bits do not replace a slice of {n} with step {step}"
+        if step != 1 or bits._nbits != n:
+            msg = f"{bits._nbits} bits do not replace a slice of {n} with step {step}"
             raise RangeError(msg)
         if bits is self:
             return

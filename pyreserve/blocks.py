@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from pyreserve.arena import Arena
 
 _ZEROED = 1 << lib.HEAP_PAGE_BITS
-_nbytes = lib.heap_nbytes
 
 
 class Block:
@@ -23,7 +22,7 @@ class Block:
     Two Block objects for the same block are equal. A block lives until it is freed, whether or not
     there is an object for it: `Arena.block_at` and `Arena.blocks` find it.
 
-    As a context manager a block frees itself at the end. From Python 3.12 on it can be used as a
+    As a context manager a block closes itself at the end. From Python 3.12 on it can be used as a
     buffer directly; then its bytes are pinned as long as this object lives, since some consumers
     (``np.ndarray(buffer=...)``, ``torch.frombuffer``) keep nothing but a reference to it. Bytes got
     by `view` are pinned only as long as the view, or what was made of it, lives.
@@ -75,8 +74,8 @@ class Block:
 
     @property
     def freed(self) -> bool:
-        """Whether the block was freed, or its arena released."""
-        return bool(_nbytes(self._arena._heap, self._handle) < 0)
+        """Whether the block was freed or closed, or its arena released."""
+        return self._arena._is_gone(self._handle)
 
     @property
     def view(self) -> memoryview:
@@ -99,12 +98,19 @@ class Block:
         """Give the bytes back to the arena; see `Arena.free`."""
         self._arena.free(self)
 
+    def close(self) -> None:
+        """Refuse new views at once; free the block when its last view is gone.
+
+        That is at once if there is none, and else no later than at the arena's next call. This is
+        what the end of a ``with`` does. Once is enough, and twice no harm.
+        """
+        self._arena._close_block(self)
+
     def __enter__(self) -> "Self":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if not self.freed:
-            self.free()
+        self.close()
 
     def __len__(self) -> int:
         return self._nbytes

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from operator import index as _index
 from typing import Literal, TypeVar
 
-from pyreserve.errors import OutOfMemoryError, PyreserveError, RangeError, ViewError
+from pyreserve.errors import OutOfMemoryError, PyreserveError, RangeError, ViewError, VMError
 from pyreserve.limits import PAGE_SIZE
 from pyreserve.region import HugePages, Mode, Region, reserve
 from pyreserve.steps import InSteps, as_step
 from pyreserve.units import KiB, MiB, format_size, round_up
+from pyreserve.views import Entry, view_error
 
 _T = TypeVar("_T")
 
@@ -62,7 +63,7 @@ class BumpArena(InSteps):
         ValueError, OSError: another word, or ``"measured"`` can't be told: see
             `pyreserve.costs.measured_step`.
 
-    After `release`, everything raises `ReleasedError`, a ValueError.
+    After `release` or `close`, everything raises `ReleasedError`, a ValueError.
     """
 
     _what = "arena"
@@ -84,6 +85,8 @@ class BumpArena(InSteps):
         # Offsets: where the window begins, and up to where bytes may hold what was written before a
         # reset.
         self._floor = self._dirty = 0
+        # What a scope had to leave in use: from which offset, up to which, and `keep` of `reset`.
+        self._due: tuple[int, int, bool] | None = None
         # The window's length, and how much of it is handed out.
         self._length = self._at = 0
         # The length again; but 0 while a call does more than hand out.
@@ -134,6 +137,7 @@ class BumpArena(InSteps):
 
     def _take(self, nbytes: int, align: int, zero: bool) -> memoryview:
         # The window stands in no variable here: the traceback of a refusal would keep it alive.
+        self._take_back_due()
         used = self._floor + self._at
         start = self._aligned(used, align)
         if start + nbytes > self._floor + self._length:
@@ -192,27 +196,39 @@ class BumpArena(InSteps):
     def scope(self, *, keep: bool = True) -> Iterator[None]:
         """Take back, at the end of a ``with``, the blocks and the marks that were made inside.
 
-        Blocks still in use at the end are a ViewError, as for `reset`. When an exception ends the
-        ``with`` they are not, since its traceback may hold them: it passes, and the blocks stay in
-        use until the next `reset` below.
+        Where live views still show some of the blocks at the end, all of them stay in use. They are
+        taken back when the next block or mark is made, if the views are gone by then, or else by
+        the next `reset` below.
         """
         mark = self._alone(self._push, False)
         try:
             yield
-        except BaseException:
-            with suppress(PyreserveError, RuntimeError):
-                self.reset(mark, keep=keep)
-            raise
-        else:
-            if not self._region.released:
-                self.reset(mark, keep=keep)
         finally:
+            # Neither live views nor a kernel that refuses are a reason to hide an exception.
+            with suppress(PyreserveError, RuntimeError):
+                self._alone(self._end_scope, mark, keep)
             with self._lock:
                 if self._knows(mark):
                     del self._marks[mark._depth :]
 
+    def _end_scope(self, mark: Mark, keep: bool) -> None:
+        if self._knows(mark):  # else a reset below it has ended the scope
+            self._end_window()
+            self._due = (mark.offset, self._floor, keep)
+            self._reset_to(mark.offset, keep)
+
+    def _take_back_due(self) -> None:
+        """Take back what a scope had to leave in use, unless more was handed out since."""
+        if self._due is None:
+            return
+        (offset, used, keep), self._due = self._due, None
+        if used == self._floor + self._at:
+            with suppress(ViewError, VMError):
+                self._reset_to(offset, keep)
+
     def _push(self, shared: bool) -> Mark:
-        self._close()
+        self._take_back_due()
+        self._end_window()
         if not (shared and self._marks and self._marks[-1].offset == self._floor):
             self._marks.append(Mark(self._floor, len(self._marks)))
         return self._marks[-1]
@@ -221,19 +237,19 @@ class BumpArena(InSteps):
         if mark is not None and not self._knows(mark):
             msg = f"can't reset to {mark}: not this arena's, or the arena was reset below it"
             raise RangeError(msg)
-        self._close()
-        used, offset = self._floor, 0 if mark is None else mark.offset
+        self._reset_to(0 if mark is None else mark.offset, keep)
+
+    def _reset_to(self, offset: int, keep: bool) -> None:
+        self._end_window()
+        used = self._floor
         found = self._live(offset)
-        held = sorted((lo, min(hi, used)) for lo, hi in found if lo >= offset)
+        held = [(ref, lo, min(hi, used)) for ref, lo, hi in found if lo >= offset]
         if held:
-            some = ", ".join(f"[{lo:#x}, {hi:#x})" for lo, hi in held[:3])
-            more = ", ..." if len(held) > 3 else ""
-            msg = f"can't reset to {offset:#x}: live views hold bytes in use, of {some}{more}"
-            raise ViewError(msg)
+            raise view_error(f"can't reset to {offset:#x}", held)
         self._dirty = max(self._dirty, used)
         if not keep:
-            self._give_back(round_up(offset, PAGE_SIZE), max((hi for _, hi in found), default=0))
-        self._floor = offset
+            self._give_back(round_up(offset, PAGE_SIZE), max((hi for *_, hi in found), default=0))
+        self._floor, self._due = offset, None
         while self._marks and self._marks[-1].offset > offset:
             self._marks.pop()
 
@@ -253,11 +269,11 @@ class BumpArena(InSteps):
     def _knows(self, mark: Mark) -> bool:
         return isinstance(mark, Mark) and self._marks[mark._depth : mark._depth + 1] == [mark]
 
-    def _close(self) -> None:
+    def _end_window(self) -> None:
         """End the window: the next block opens another one, which begins above this point."""
         self._floor, self._at, self._length, self._window = self._floor + self._at, 0, 0, _NOTHING
 
-    def _live(self, offset: int) -> list[tuple[int, int]]:
+    def _live(self, offset: int) -> list[Entry]:
         """Return the windows and other views of the region that reach above `offset`."""
         region = self._region
         with region._taking_away() as interrupting:
@@ -268,8 +284,13 @@ class BumpArena(InSteps):
     # -- the end ------------------------------------------------------------------------------
 
     def _release(self) -> None:
-        self._close()
+        self._end_window()
         super()._release()
+
+    def _let_go(self) -> None:
+        self._room = 0  # first: from here on nothing is handed out of the window
+        self._end_window()
+        super()._let_go()
 
     def _alone(self, do: Callable[..., _T], *arguments: object) -> _T:
         return super()._alone(self._without_room, do, *arguments)  # type: ignore[no-any-return]

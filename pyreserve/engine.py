@@ -39,26 +39,46 @@ class Engine:
 
     def __init__(self, layout: str | None, size: int | None, mode: Mode) -> None:
         name = layouts.default_name(WORD) if layout is None else layout
-        self.requested_layout = layouts.get(name, size=size, word=WORD)
+        self._requested_layout = self._layout = layouts.get(name, size=size, word=WORD)
         self._mode: Mode = mode
-        self.fell_back: FellBack | None = None
+        self._fell_back: FellBack | None = None
         self._elsewhere: list[Region] = []  # metadata that does not lie beside the arena
         self._taken = self._by_hand = 0  # bytes of arena: all, and those handed out by `grow`
         self._undo: list[tuple[Any, ...]] | None = None  # while growing
+        self._placement: Placement
+        other = layouts.fallback_of(self._layout)
         try:
-            self.layout, self._region = self.requested_layout, self._open(self.requested_layout)
+            self._region = self._open(self._layout)
         except VMError as refused:
-            other = layouts.fallback_of(self.requested_layout)
             if other is None:
                 raise
-            self.fell_back = FellBack(refused.strerror or str(refused), refused.limit)
-            self.layout, self._region = other, self._open(other)
+            self._fell_back = FellBack(refused.strerror or str(refused), refused.limit)
+        if self._fell_back is not None:
+            assert other is not None
+            self._layout, self._region = other, self._open(other)
         self._lock = self._region._make_lock()
 
     # -- what it is ---------------------------------------------------------------------------
 
-    placement: Placement
-    """Where everything lies at this moment; addresses."""
+    @property
+    def requested_layout(self) -> Layout:
+        """The layout that was asked for."""
+        return self._requested_layout
+
+    @property
+    def layout(self) -> Layout:
+        """The layout at work: another one than was asked for if that fell back."""
+        return self._layout
+
+    @property
+    def fell_back(self) -> FellBack | None:
+        """Why the layout that was asked for could not be had; None if it could."""
+        return self._fell_back
+
+    @property
+    def placement(self) -> Placement:
+        """Where everything lies at this moment; addresses."""
+        return self._placement
 
     @property
     def region(self) -> Region:
@@ -68,7 +88,7 @@ class Engine:
     def maps(self) -> list[Piece]:
         """What /proc/self/maps shows inside the addresses that the arena owns, lowest first."""
         with self._lock:
-            base, placement = self._region.base, self.placement
+            base, placement = self._region.base, self._placement
             owned = [(base + at, base + at + n) for at, n in self._region._runs("reserved")]
         pieces = []
         for mapping in procfs.read_maps():
@@ -110,7 +130,7 @@ class Engine:
     @property
     def _page(self) -> int:
         """Bytes of a page of the arena: the layout's, or the kernel's if that is larger."""
-        return max(self.layout.page, PAGE_SIZE)
+        return max(self._layout.page, PAGE_SIZE)
 
     def _take(self, nbytes: int, then: Callable[[int], None]) -> int:
         """Grow by whole pages; `then` gets the address, and what it raises undoes the growth."""
@@ -129,14 +149,16 @@ class Engine:
             except BaseException:
                 if self._in_heap() != before:
                     # A signal handler raised after the heap had taken the bytes: they stay.
-                    self.placement, self._taken = after, self._taken + nbytes
+                    self._placement, self._taken = after, self._taken + nbytes
                     raise
                 for step, *arguments in reversed(self._undo):
                     step(*arguments)
                 raise
             finally:
                 self._undo, self._region._busy = None, busy
-            self.placement = after
+                if self._region._released:  # what interrupted the growth closed the arena
+                    self._elsewhere.clear()
+            self._placement = after
             self._taken += nbytes
         return block
 
@@ -146,42 +168,43 @@ class Engine:
 
     def _grown(self, nbytes: int) -> tuple[Placement, int]:
         """Take, commit and map; note in `_undo` how to take each step back."""
-        after, block = self.placement, None
+        after, block = self._placement, None
         if not after.fits(nbytes):
             after, block = self._extend(nbytes)
         if block is None:
             block, after = after.arena_used, after.advanced(nbytes)
-        mapped = self.placement.mapped(PAGE_SIZE)
+        mapped = self._placement.mapped(PAGE_SIZE)
         for piece in after.mapped(PAGE_SIZE):
             for low, high in layouts.without(piece, mapped):
                 self._commit(low, high)
-        if self.layout.arena_metadata:
+        if self._layout.arena_metadata:
             self._map_elsewhere(after)
         return after, block
 
     def _extend(self, nbytes: int) -> layouts.Answer:
         """Ask for more addresses; return what follows."""
         handle = self._region._handle
-        refused, reason = None, None
-        for request in self.placement.growth(nbytes):
+        refusals: list[VMError] = []
+        reason = None
+        for request in self._placement.growth(nbytes):
             err, address = self._ask(request)
             if err == errno.ERANGE:
-                reason = self.placement.out_of_range(address)
-            elif err in {errno.ENOMEM, errno.EAGAIN} and refused is None:
-                refused = refusal("map", err, request.size)
+                reason = self._placement.out_of_range(address)
+            elif err in {errno.ENOMEM, errno.EAGAIN} and not refusals:
+                refusals.append(refusal("map", err, request.size))
             if err:
                 continue
             claimed = self._offsets(address, address + round_up(request.size, PAGE_SIZE))
-            answer = self.placement.granted(request, address, nbytes)
+            answer = self._placement.granted(request, address, nbytes)
             if answer is not None:
                 self._note(lib.region_disclaim, handle, *claimed)
                 return answer
             lib.region_disclaim(handle, *claimed)
-            reason = self.placement.out_of_range(address)
-        if refused is not None:
-            raise refused
+            reason = self._placement.out_of_range(address)
+        if refusals:
+            raise refusals.pop()
         if reason is None:
-            low, high = self.placement.arena
+            low, high = self._placement.arena
             reason = f"the arena of {format_size(high - low)} is used up"
         reserved = self._region.reserved
         msg = (
@@ -204,20 +227,20 @@ class Engine:
             err = lib.region_claim(handle, request.hint - self._region.base, size, access)
             return err, request.hint
         address = ffi.new("uintptr_t *")
-        floor = self.placement.arena_start - self._region.base
+        floor = self._placement.arena_start - self._region.base
         err = lib.region_claim_near(handle, floor, request.hint, size, access, address)
         return err, int(address[0])
 
     def _commit(self, low: int, high: int) -> None:
         """Make a range that the placement has just come to map readable and writable."""
         handle, err, verb = self._region._handle, 0, "commit"
-        if self.layout.strategy == "reserve":
+        if self._layout.strategy == "reserve":
             base = self._region.base
             committed = [(base + at, base + at + n) for at, n in self._region.committed_runs()]
             for piece in layouts.without((low, high), committed):
                 self._note(lib.region_decommit, handle, *self._offsets(*piece))
             err = lib.region_commit(handle, *self._offsets(low, high))
-        elif self.layout.strategy == "probe":
+        elif self._layout.strategy == "probe":
             verb = "map"
             self._note(lib.region_disclaim, handle, *self._offsets(low, high))
             err = lib.region_claim(handle, *self._offsets(low, high), lib.VM_COMMITTED)
@@ -226,17 +249,18 @@ class Engine:
                 self._undo.pop()
         # The third strategy claims an arena readable and writable.
         if err:
+            self._alive()
             conflict = "address space conflict: somebody mapped it since it was probed"
             why = conflict if err == errno.EEXIST else None
             raise refusal(verb, err, high - low, low, why)
 
     def _map_elsewhere(self, after: Placement) -> None:
         """Map the metadata of each arena that has none yet, and enter it in the index."""
-        unit = self.layout.unit
+        unit = self._layout.unit
         units = [at // unit for low, high in after.arenas for at in range(low, high, unit)]
         index = ffi.cast("uintptr_t *", self._elsewhere[0].base)
         for number in units[len(self._elsewhere) - 1 :]:
-            metadata = _committed(self.layout.arena_metadata, self._mode)
+            metadata = _committed(self._layout.arena_metadata, self._mode)
             self._elsewhere.append(metadata)
             self._note(self._elsewhere.pop)
             index[number] = metadata.base
@@ -250,15 +274,15 @@ class Engine:
     def _open(self, layout: Layout) -> Region:
         """Take the first addresses of a layout."""
         if layout.window:
-            region, self.placement = _open_window(layout, self._mode)
+            region, self._placement = _open_window(layout, self._mode)
         elif layout.strategy == "reserve":
-            region, self.placement = _open_whole(layout, self._mode)
+            region, self._placement = _open_whole(layout, self._mode)
         elif layout.strategy == "probe":
-            region, self.placement = _open_probed(layout, self._mode)
+            region, self._placement = _open_probed(layout, self._mode)
         else:
             self._elsewhere = [_committed(layout.index, self._mode)]
             start = layout.hints[0]
-            self.placement = layout.place(start)
+            self._placement = layout.place(start)
             region = _window(start, (1 << address_bits()) - start, self._mode)
         return region
 
@@ -277,6 +301,17 @@ class Engine:
             if self._region.released:
                 self._elsewhere.clear()
 
+    def close(self) -> None:
+        """Refuse new use at once; give all addresses back when the last view is gone.
+
+        That is at once if there is none. This is what the end of a ``with`` does. Once is enough,
+        and twice no harm.
+        """
+        with self._lock:
+            self._region._close()
+            if self._undo is None:  # else the growth under way still needs them
+                self._elsewhere.clear()
+
     def __reduce__(self) -> NoReturn:
         msg = "an Arena is addresses of this process: it can't be pickled or copied"
         raise TypeError(msg)
@@ -291,8 +326,7 @@ class Engine:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if not self._region.released:
-            self.release()
+        self.close()
 
 
 # -- how the first addresses are taken --------------------------------------------------------
@@ -320,7 +354,7 @@ def _window(start: int, size: int, mode: Mode) -> Region:
 
 def _open_whole(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
     """Reserve all of a layout at once, near the first hint that the kernel accepts."""
-    refused = None
+    refusals: list[VMError] = []
     for hint in layout.hints or (None,):
         fits = hint is None or hint >> (8 * WORD) == 0
         try:
@@ -330,12 +364,11 @@ def _open_whole(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
                 hint=hint if fits else None,
                 align=None if layout.slack else max(layout.page, PAGE_SIZE),
             )
-        except OutOfMemoryError as error:
-            refused = error
+        except OutOfMemoryError as refused:
+            refusals = [refused]
         else:
             return region, layout.place(region.base)
-    assert refused is not None
-    raise refused
+    raise refusals.pop()
 
 
 def _open_probed(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
@@ -358,13 +391,13 @@ def _open_window(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
 
     Smaller arenas are tried in turn.
     """
-    refused = None
+    refusals: list[VMError] = []
     for arena in layout.arena_sizes:
         try:
             return _reserve_in_window(layout, arena, mode)
         except VMError as error:
-            refused = error
-    assert refused is not None
+            refusals = [error.with_traceback(None)]
+    refused = refusals.pop()
     msg = f"cannot reserve arena virtual address space: {refused.strerror}"
     raise OutOfMemoryError(
         refused.errno or errno.ENOMEM,

@@ -16,6 +16,7 @@ class                  also a                means
 """
 
 import errno as _errno
+from collections.abc import Callable
 
 
 class PyreserveError(Exception):
@@ -78,7 +79,22 @@ class FreeError(PyreserveError, ValueError):
 
 
 class ViewError(PyreserveError, BufferError):
-    """Live views hold bytes that would become inaccessible; nothing has changed."""
+    """Live views hold bytes that would become inaccessible; nothing has changed.
+
+    The text says which bytes, what to do, and, while the views live and Python can tell, the type
+    and the address of what holds them.
+    """
+
+    def __init__(self, message: str, holders: Callable[[], list[str]] = list) -> None:
+        super().__init__(message)
+        self._holders = holders
+
+    def __str__(self) -> str:
+        found = ", ".join(self._holders())
+        return f"{self.args[0]} (held by {found})" if found else str(self.args[0])
+
+    def __reduce__(self) -> tuple[type["ViewError"], tuple[str]]:
+        return type(self), (str(self),)
 
 
 class MapsError(PyreserveError, ValueError):

@@ -56,7 +56,7 @@ class _Growable(InSteps):
         align = None if prefer else min(step & -step, 1 << max(size - 1, 0).bit_length())
         region = reserve(size, align=align, mode=mode, fork=fork, huge_pages=huge_pages, name=name)
         super().__init__(region, step, small_first=not prefer)
-        self._size, self._fork_excludes = size, fork == "exclude"
+        self._size = size
         # In bytes; and up to where bytes may be other than zero, which is never below.
         self._length = self._dirty = 0
 
@@ -142,7 +142,7 @@ class _Growable(InSteps):
         start, end = self._length, self._length + nbytes
         self._make_room(end)
         self._dirty = max(self._dirty, end)
-        _memmove(self._at(start, nbytes), source, nbytes)
+        _memmove(self._region._anchor(start), source, nbytes)
         self._length = end
 
     def _make_room(self, end: int) -> None:
@@ -162,14 +162,7 @@ class _Growable(InSteps):
         for low, high in ((start, first), (last, end)):
             for at in range(low, high, len(_ZEROS)):
                 nbytes = min(high - at, len(_ZEROS))
-                _memmove(self._at(at, nbytes), _ZEROS, nbytes)
-
-    def _at(self, offset: int, nbytes: int) -> Any:
-        """Return where to write so many bytes, committed ones."""
-        if self._fork_excludes:
-            # A signal handler may fork before they are written: in the child a view can be.
-            return _from_buffer(self._region.view(offset, nbytes))
-        return self._region._anchor(offset)
+                _memmove(self._region._anchor(at), _ZEROS, nbytes)
 
 
 class GrowableBuffer(_Growable):
@@ -195,7 +188,7 @@ class GrowableBuffer(_Growable):
         ValueError, OSError: another word, or ``"measured"`` can't be told: see
             `pyreserve.costs.measured_step`.
 
-    After `release`, everything raises `ReleasedError`, a ValueError.
+    After `release` or `close`, everything raises `ReleasedError`, a ValueError.
     """
 
     _what, _unit = "buffer", "bytes"
@@ -261,7 +254,7 @@ class GrowableArray(_Growable):
         TypeError: a dtype with references, without a size, or with a shape of its own.
         RangeError, ValueError, OSError: as for `GrowableBuffer`.
 
-    After `release`, everything raises `ReleasedError`, a ValueError.
+    After `release` or `close`, everything raises `ReleasedError`, a ValueError.
     """
 
     _what, _unit = "array", "items"
@@ -347,6 +340,10 @@ class GrowableArray(_Growable):
     def _release(self) -> None:
         self._kept = None
         super()._release()
+
+    def _let_go(self) -> None:
+        self._kept = None
+        super()._let_go()
 
     def __getitem__(self, key: Any) -> Any:
         """Return what numpy finds there: an item, or an array that shares memory for a slice."""

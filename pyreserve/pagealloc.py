@@ -70,7 +70,7 @@ class PageAllocator:
         self._pages = lib.pagealloc_open(tables._handle.base, most)
         close_with(self._pages, tables)
         self._capacity = most
-        forks.register(self)
+        forks.register_tables(self._pages, self._pages)
         if npages:
             self.grow(npages)
 
@@ -257,9 +257,6 @@ class PageAllocator:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _fork_lock(self) -> "TablesLock":
-        return TablesLock(self._pages)
-
     def _iterate_runs(self, *, free: bool) -> Iterator[tuple[int, int]]:
         found = ffi.new("struct pagealloc_run[]", _RUNS_AT_ONCE)
         at, n = 0, _RUNS_AT_ONCE
@@ -304,27 +301,6 @@ class PageAllocator:
         raise RangeError(msg)
 
 
-class TablesLock:
-    """The lock in C of an allocator, as `forks.Lock`; it keeps the tables that `pages` keeps."""
-
-    __slots__ = ("_pages",)
-
-    def __init__(self, pages: Any) -> None:
-        """Adapt the lock of a ``struct pagealloc *``."""
-        self._pages = pages
-
-    def acquire(self, blocking: bool = True) -> bool:
-        """Take it. Nobody waits for anything while having it, so waiting is short."""
-        if blocking:
-            lib.pagealloc_lock(self._pages)
-            return True
-        return not lib.pagealloc_trylock(self._pages)
-
-    def release(self) -> None:
-        """Give it back."""
-        lib.pagealloc_unlock(self._pages)
-
-
 def reserve_tables(nbytes: int) -> Region:
     """Reserve and commit memory for tables: never charged, and taken where it is touched."""
     try:
@@ -338,10 +314,17 @@ def reserve_tables(nbytes: int) -> Region:
     return region
 
 
-def close_with(cdata: Any, tables: Region, *kept: object) -> None:
-    """Close the allocator in `tables` when `cdata` dies; keep them, and `kept`, until then."""
-    weakref.finalize(cdata, _close, tables, *kept).atexit = False
+def close_with(cdata: Any, tables: Region, heap_of: Region | None = None, *kept: object) -> None:
+    """Close the allocator in `tables` when `cdata` dies; keep the others until then.
+
+    A region `heap_of` has its pages in the hands of C as long.
+    """
+    if heap_of is not None:
+        heap_of._in_heap += 1
+    weakref.finalize(cdata, _close, tables, heap_of, *kept).atexit = False
 
 
-def _close(tables: Region, *_: object) -> None:
+def _close(tables: Region, heap_of: Region | None, *_: object) -> None:
     lib.pagealloc_close(ffi.cast("struct pagealloc *", tables._handle.base))
+    if heap_of is not None:
+        heap_of._in_heap -= 1

@@ -8,13 +8,14 @@ from operator import index as _index
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from pyreserve._native import ffi, lib
-from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError, ViewError
+from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError
 from pyreserve.integers import integers
 from pyreserve.limits import PAGE_SIZE
 from pyreserve.pagealloc import PageAllocator
 from pyreserve.region import Mode, reserve
 from pyreserve.steps import as_step
 from pyreserve.units import GiB, MiB, format_size, round_up
+from pyreserve.views import view_error
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -108,7 +109,7 @@ class Pool:
 
     @property
     def released(self) -> bool:
-        """Whether the pool was released."""
+        """Whether the pool was released or closed."""
         return self._region.released
 
     # -- slots --------------------------------------------------------------------------------
@@ -238,6 +239,18 @@ class Pool:
             self._region.release()
             self._seen = 0  # so that each `alloc` looks whether the region is there
 
+    def close(self) -> None:
+        """Refuse new use at once; give all addresses back when the last view is gone.
+
+        That is at once if there is none. This is what the end of a ``with`` does. Once is enough,
+        and twice no harm.
+        """
+        with self._lock:
+            self._region._retire()
+            self._seen = 0
+            if not self._at_work:  # else the call under way still needs the memory
+                self._region._close()
+
     # -- Python's protocols -------------------------------------------------------------------
 
     def __len__(self) -> int:
@@ -264,8 +277,7 @@ class Pool:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if not self.released:
-            self.release()
+        self.close()
 
     def __repr__(self) -> str:
         with self._lock:
@@ -308,6 +320,9 @@ class Pool:
                     if slot < self._seen:
                         self._clear(slot * self._stride, self._item_size)
             self._seen = max(self._seen, end)
+            if self._region._released:  # by what interrupted this call
+                self._seen = 0
+                self._alive()
         except BaseException:
             self._pages.free_many(slots)
             raise
@@ -332,6 +347,8 @@ class Pool:
             ffi.memmove(self._region._anchor(offset), bytes(nbytes), nbytes)
         finally:
             self._at_work = inside
+            if not inside and self._region._released:  # by what interrupted this call
+                self._region._close()
 
     def _take_tail(self) -> tuple[int, int]:
         """Take all slots above the highest in use; return the first of them and its offset."""
@@ -356,10 +373,13 @@ class Pool:
             return
         low, n = (slots[0] * self._stride, 1) if len(slots) == 1 else (0, self._capacity)
         live = views.live(low, low + n * self._stride, prune=not interrupting)
-        held = {offset // self._stride for offset, _ in live}.intersection(slots) if live else ()
+        held = {lo // self._stride for _, lo, _ in live}.intersection(slots) if live else ()
         if held:
-            msg = f"can't free slot {min(held)}: live views hold some of its bytes"
-            raise ViewError(msg)
+            slot = min(held)
+            raise view_error(
+                f"can't free slot {slot}",
+                [each for each in live if each[1] // self._stride == slot],
+            )
 
     def _refuse(self, slot: int, err: int) -> NoReturn:
         if err == lib.PAGEALLOC_NOT_IN_USE and 0 <= slot < self._capacity:

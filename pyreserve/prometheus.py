@@ -268,10 +268,7 @@ class _Exposed:
     def __init__(self) -> None:
         self._lock = RLock()
         self._of: WeakKeyDictionary[CollectorRegistry, _Collector] = WeakKeyDictionary()
-        forks.register(self)
-
-    def _fork_lock(self) -> RLock:
-        return self._lock
+        forks.register(self._lock)
 
     def add(self, source: _Source, registry: "CollectorRegistry | None") -> Registration:
         if not isinstance(source.name, str):

@@ -16,7 +16,6 @@ All sizes, offsets and lengths are bytes. Verbs take whole OS pages (`pyreserve.
 
 import errno
 import math
-import os
 import sys
 import weakref
 from _thread import RLock
@@ -28,11 +27,11 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from pyreserve import forks, procfs
 from pyreserve._native import ffi, lib
 from pyreserve.capabilities import thp_size
-from pyreserve.errors import RangeError, ReleasedError, ViewError, VMError
+from pyreserve.errors import RangeError, ReleasedError, VMError
 from pyreserve.forks import registry_lock as _registry_lock
 from pyreserve.limits import PAGE_SIZE, refusal
 from pyreserve.units import format_size
-from pyreserve.views import ViewTable
+from pyreserve.views import ViewTable, view_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,11 +39,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Mode = Literal["charge", "noreserve"]
-Fork = Literal["copy", "wipe", "exclude"]
+Fork = Literal["copy", "wipe"]
 HugePages = Literal["default", "prefer", "never"]
 
 _MODES = {"charge": 0, "noreserve": lib.VM_NORESERVE}
-_FORKS = {"copy": 0, "wipe": lib.VM_WIPE_ON_FORK, "exclude": lib.VM_NO_FORK}
+_FORKS = {"copy": 0, "wipe": lib.VM_WIPE_ON_FORK}
 _HUGE = {"default": 0, "prefer": lib.VM_HUGE_PREFER, "never": lib.VM_HUGE_NEVER}
 _POLICIES = {
     (mode, fork, huge, no_dump): (
@@ -79,22 +78,25 @@ class Region:
     """A reservation of `size` bytes from address `base`, made by `reserve`.
 
     Views, memoryviews over committed bytes, are safe: while anything that was made from one is
-    alive, its bytes can't be decommitted or released, and a region that is dropped without
-    `release` keeps its addresses until the last view is gone. `discard` keeps bytes readable, so it
-    is allowed under views, which then read zero.
+    alive, its bytes can't be decommitted or released. A region that is closed, by `close` or the
+    end of a ``with``, or dropped keeps its addresses until the last view is gone. `discard` keeps
+    bytes readable, so it is allowed under views, which then read zero.
 
     The methods may be called from any thread. After a fork the child has its own copy, subject to
     `fork`. A finaliser or signal handler that interrupts a call on a region may call every method
     of that region but `view` and `ndarray`, which raise RuntimeError there.
 
-    After `release`, everything raises `ReleasedError`, a ValueError.
+    After `release` or `close`, everything raises `ReleasedError`, a ValueError, except that
+    `committed` and `reserved` of a closed region are exact as long as views keep it.
     """
 
     __slots__ = (
         "__weakref__",
         "_busy",
+        "_closed",
         "_fork",
         "_handle",
+        "_in_heap",
         "_lock",
         "_mode",
         "_name",
@@ -119,6 +121,10 @@ class Region:
         # A call that must not be interrupted by the making of a view is under way.
         self._busy = False
         self._released = False
+        # Closed: its addresses are gone, or left to the views that show them.
+        self._closed = False
+        # How many heaps in C use the handle; they keep this object as long.
+        self._in_heap = 0
         self._size = size
         self._mode: Mode = mode
         self._fork: Fork = fork
@@ -127,15 +133,19 @@ class Region:
         self._owner: str | None = None
 
     def __del__(self) -> None:
-        handle, self._handle = self._handle, _CLOSED
+        handle = self._handle
+        if handle is _CLOSED or self._in_heap:  # called by hand
+            return
+        self._handle, was_closed, self._released = _CLOSED, self._closed, True
         if self._views is not None:
             del _view_tables[id(self)]
+        if was_closed:
+            return
         if not handle.base and len(_spare_handles) < _SPARES:
             # Nobody has this handle any more: the next region may use it.
             _spare_handles.append(handle)
-        elif not _outlived_by_views(self, handle):
+        elif not _leave_to_views(handle, self._views):
             _end(handle)
-        self._released = True
 
     # -- what it is ---------------------------------------------------------------------------
 
@@ -161,7 +171,7 @@ class Region:
 
     @property
     def released(self) -> bool:
-        """Whether the region was released."""
+        """Whether the region was released or closed."""
         return self._released
 
     @property
@@ -175,14 +185,16 @@ class Region:
     def committed(self) -> int:
         """How many bytes are committed. Exact."""
         with self._lock or self._make_lock():
-            self._alive()
+            if not self._handle.base:
+                raise _released()
             return int(self._handle.committed.total)
 
     @property
     def reserved(self) -> int:
         """How many bytes the region owns: `size`, guards not counted."""
         with self._lock or self._make_lock():
-            self._alive()
+            if not self._handle.base:
+                raise _released()
             return int(self._handle.reserved.total)
 
     @property
@@ -318,6 +330,43 @@ class Region:
         self._refuse_owned("release")
         self._release()
 
+    def close(self) -> None:
+        """Refuse new use at once; give the addresses back when the last view is gone.
+
+        That is at once if there is none. This is what the end of a ``with`` does. Once is enough,
+        and twice no harm. A sealed region keeps its addresses until the process ends.
+
+        Raises:
+            RangeError: the region is part of an arena, which is to be closed instead.
+        """
+        self._refuse_owned("close")
+        self._close()
+
+    def _close(self) -> None:
+        try:
+            del self._unused
+        except AttributeError:
+            self._close_used()
+        else:
+            self._released = True
+            _end(self._handle)
+
+    def _close_used(self) -> None:
+        if self._lock is None:  # released or closed before anybody used it
+            return
+        with self._lock:
+            if self._closed or not self._handle.base:
+                return
+            self._retire()
+            if not _leave_to_views(self._handle, self._views):
+                _end(self._handle)
+            self._closed = True
+
+    def _retire(self) -> None:
+        """Refuse new use, but keep the addresses: for the owner of the lock, who closes it soon."""
+        self._released = True
+        lib.region_retire(self._handle)
+
     def _release(self) -> None:
         unused = True
         try:
@@ -381,8 +430,9 @@ class Region:
                 # Known as live first, found committed afterwards: whatever decommits from here on
                 # is refused, and what was decommitted before is seen.
                 self._views.add(anchor, offset, offset + length)
-                if _is_committed(self._handle, offset, length) != 1:
-                    self._fail("view", lib.REGION_NOT_COMMITTED, offset, length)
+                known = _is_committed(self._handle, offset, length)
+                if known != 1:
+                    self._fail("view", known or lib.REGION_NOT_COMMITTED, offset, length)
                 view = memoryview(exported)
             finally:
                 self._busy = False
@@ -414,11 +464,11 @@ class Region:
 
     def __enter__(self) -> "Self":
         self._alive()
+        self._refuse_owned("close")
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if not self._released:
-            self.release()
+        self.close()
 
     def __repr__(self) -> str:
         if self.released:
@@ -450,22 +500,13 @@ class Region:
         with _registry_lock:
             if self._lock is None:
                 lock = RLock()
+                forks.register(lock)
                 try:
                     del self._unused
                 except AttributeError:
                     raise _released() from None
                 self._lock = lock
-                forks.register(self)
             return self._lock
-
-    def _fork_lock(self) -> RLock | None:
-        return self._lock
-
-    def _forked_in_child(self) -> None:
-        if self._fork == "exclude" and self._handle.base:
-            spans = [] if self._views is None else self._views.live(0, self._size, prune=False)
-            _leave_behind(self._handle, spans)
-            self._released = True
 
     def _anchor(self, offset: int) -> Any:
         base = self._handle.base
@@ -508,17 +549,14 @@ class Region:
         anchor = self._anchor(offset)
         assert self._views is not None
         self._views.add(anchor, offset, offset + length)
+        self._alive()
         return anchor
 
     def _refuse_views(self, verb: str, lo: int, hi: int, interrupting: bool) -> None:
         assert self._views is not None
         held = self._views.live(lo, hi, prune=not interrupting)
         if held:
-            some = ", ".join(f"[{a:#x}, {b:#x})" for a, b in sorted(held)[:3])
-            more = ", ..." if len(held) > 3 else ""
-            views = "1 live view holds" if len(held) == 1 else f"{len(held)} live views hold"
-            msg = f"can't {verb} [{lo:#x}, {hi:#x}): {views} bytes of it: {some}{more}"
-            raise ViewError(msg)
+            raise view_error(f"can't {verb} [{lo:#x}, {hi:#x})", held, verb)
 
     def _fail(self, verb: str, err: int, offset: int, length: int) -> NoReturn:
         """Raise what `err`, an errno or an enum region_misuse, means."""
@@ -540,7 +578,7 @@ class Region:
         raise refusal(verb, err, length, self.base + offset)
 
 
-def reserve(  # noqa: PLR0912  # one branch a policy
+def reserve(  # one branch a policy
     size: int,
     *,
     at: int | None = None,
@@ -566,9 +604,9 @@ def reserve(  # noqa: PLR0912  # one branch a policy
             ``vm.overcommit_memory=2``, where the kernel ignores that and ``Region.mode``
             says ``"charge"``.
         dump: whether core dumps include the region (else MADV_DONTDUMP).
-        fork: what a forked child finds: ``"copy"`` as usual; ``"wipe"`` zeros (MADV_WIPEONFORK);
-            ``"exclude"`` nothing (MADV_DONTFORK): there the region counts as released, and views
-            that the child inherits read zero.
+        fork: what a forked child finds: ``"copy"`` as usual, or ``"wipe"`` zeros
+            (MADV_WIPEONFORK), which copies no page tables. In mode ``"charge"`` the child is
+            charged for the committed bytes either way (``dup_mmap`` in Linux's kernel/fork.c).
         huge_pages: ``"prefer"`` (MADV_HUGEPAGE, the base aligned to a huge page), ``"never"``
             (MADV_NOHUGEPAGE), or as the system is set.
         guard: keep one OS page at each end that is never accessible, besides `size`.
@@ -611,8 +649,6 @@ def reserve(  # noqa: PLR0912  # one branch a policy
         err = errno.ENOMEM
     if err:
         raise refusal("reserve", err, size + (align or 0) + 2 * PAGE_SIZE * bool(guard), at)
-    if fork == "exclude":
-        region._make_lock()
     if seal:
         err = lib.region_seal(region._handle)
         if err:
@@ -751,14 +787,10 @@ _outliving: dict[int, "_Outlived"] = {}
 
 
 class _Outlived:
-    """The addresses of a dropped region that live views still show."""
+    """The addresses of a closed or dropped region that live views still show."""
 
-    def __init__(
-        self, handle: Any, fork: Fork, anchors: list[Any], spans: list[tuple[int, int]]
-    ) -> None:
+    def __init__(self, handle: Any, anchors: list[Any]) -> None:
         self.handle = handle
-        self.fork = fork
-        self.spans = spans
         self.anchors = {id(ref): ref for ref in (weakref.ref(a, self._gone) for a in anchors)}
 
     def _gone(self, ref: "weakref.ref[Any]") -> None:
@@ -766,41 +798,12 @@ class _Outlived:
         if not self.anchors and _outliving.pop(id(self), None) is not None:
             _end(self.handle)
 
-    def _fork_lock(self) -> None:
-        return None
 
-    def _forked_in_child(self) -> None:
-        if self.anchors:
-            _leave_behind(self.handle, self.spans)
-
-
-def _outlived_by_views(region: Region, handle: Any) -> bool:
-    """Leave the addresses of a region that is being dropped to the views that still show them."""
-    views = region._views
+def _leave_to_views(handle: Any, views: ViewTable | None) -> bool:
+    """Give the addresses of a region back when its last view is gone; False: there is none."""
     anchors = [] if views is None else views.anchors()
-    if views is None or not anchors:
+    if not anchors:
         return False
-    left = _Outlived(handle, region.fork, anchors, views.live(0, region.size, prune=False))
+    left = _Outlived(handle, anchors)
     _outliving[id(left)] = left
-    if left.fork == "exclude":
-        forks.register(left)
     return True
-
-
-# -- fork -------------------------------------------------------------------------------------
-# Regions without a lock are not in use, and the registry's lock keeps them from getting one while a
-# fork is under way.
-
-
-def _leave_behind(handle: Any, spans: list[tuple[int, int]]) -> None:
-    """Forget addresses that the child did not inherit, and map zeros where views show them."""
-    base = int(ffi.cast("uintptr_t", handle.base))
-    lib.region_forget(handle)
-    at = 0
-    for lo, hi in sorted(spans):
-        start = max(at, (base + lo) & -PAGE_SIZE)
-        at = max(at, -(-(base + hi) // PAGE_SIZE) * PAGE_SIZE)
-        access = lib.VM_COMMITTED | lib.VM_NORESERVE
-        if start < at and lib.vm_map_at(start, at - start, access) != 0:
-            os.write(2, b"pyreserve: no memory for views of a region excluded from the fork\n")
-            os._exit(70)

@@ -1,12 +1,14 @@
 """A thread that gives an arena's idle memory back to the system, as Go's runtime has one."""
 
+import atexit
 import contextlib
-import os
 import threading
 import weakref
+from _thread import RLock, allocate_lock
 from typing import TYPE_CHECKING
 
-from pyreserve.errors import ReleasedError, ViewError, VMError
+from pyreserve import forks
+from pyreserve.errors import ReleasedError
 
 if TYPE_CHECKING:
     from pyreserve.arena import Arena
@@ -15,83 +17,173 @@ FIVE_MINUTES = 300.0
 """How long Go keeps idle memory, in seconds (Go 1.4 src/runtime/mheap1.c, ``limit``)."""
 
 _MOST_BETWEEN = 60.0  # Go's ``tick`` (same file): seconds between two looks
+_PATIENCE = 0.1  # seconds between two looks of who waits for the thread's end
 _LEAST_BETWEEN = 1.0  # where memory of any age shall go
 
 
 class Scavenger:
     """Calls ``arena.scavenge(older_than=...)`` again and again until it is stopped.
 
-    It ends by itself when the arena is released or dropped, and with the interpreter. It is no
-    reason for the arena to live, and a forked child has none.
-
-    Attributes:
-        older_than: seconds that memory must have been idle.
-        lazy: as for `Arena.scavenge`.
-        given_back: bytes that it has given back so far.
+    It ends by itself when the arena is released or dropped, when another one is started for the
+    arena, and with the interpreter. It does not keep the arena alive, and a forked child has none.
     """
 
-    def __init__(self, arena: "Arena", older_than: float, lazy: bool) -> None:
-        """Start the thread; `older_than` in seconds."""
-        self.older_than = older_than
-        self.lazy = lazy
-        self.given_back = 0
-        # Released when the thread shall end. No Event: the garbage collector, which may run in the
-        # thread itself, must be able to say so without waiting for anything.
-        self._going_on = threading.Lock()
-        self._going_on.acquire()
-        self._arena = weakref.ref(arena, self._end)
-        self._thread: threading.Thread | None = threading.Thread(
-            target=self._run, name="pyreserve-scavenger", daemon=True
-        )
-        _running.add(self)
-        self._thread.start()
+    def __init__(self, worker: "Worker", older_than: float, lazy: bool) -> None:
+        """For `Arena.start_scavenger`."""
+        self._worker = worker
+        self._older_than = older_than
+        self._lazy = lazy
+        self._given_back = 0
+
+    @property
+    def older_than(self) -> float:
+        """Seconds that memory must have been idle."""
+        return self._older_than
+
+    @property
+    def lazy(self) -> bool:
+        """As for `Arena.scavenge`."""
+        return self._lazy
+
+    @property
+    def given_back(self) -> int:
+        """Bytes that it has given back so far."""
+        return self._given_back
 
     @property
     def running(self) -> bool:
         """Whether the thread is at work in this process."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._worker.works_for(self)
 
     def __repr__(self) -> str:
         state = "running" if self.running else "ended"
-        return f"<Scavenger of what is idle for {self.older_than:g} s, {state}>"
+        return f"<Scavenger of what is idle for {self._older_than:g} s, {state}>"
 
     def stop(self) -> None:
         """Stop the thread and wait for its end. Once is enough, and twice no harm."""
-        self._end()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        self._worker.stop(self)
 
-    def _end(self, _: object = None) -> None:
-        with contextlib.suppress(RuntimeError):  # it was released before
-            self._going_on.release()
+    def add(self, nbytes: int) -> None:
+        """Count bytes that the thread has given back."""
+        self._given_back += nbytes
+
+
+class Worker:
+    """The thread of an arena: one at most, whose scavenger may be replaced by another.
+
+    Nobody waits for a lock while having this one, except for the end of a thread that needs none.
+    """
+
+    def __init__(self, arena: "Arena") -> None:
+        """For `Arena`: without a thread yet."""
+        self._lock = RLock()
+        forks.register(self._lock)
+        # Released to wake the thread. The garbage collector, which may run anywhere, can do that
+        # without waiting for anything.
+        self._wake = allocate_lock()
+        self._wake.acquire()
+        self._scavenger: Scavenger | None = None
+        self._thread: threading.Thread | None = None
+        self._ended: threading.Thread | None = None  # it has nothing left to do but to end
+        self._starting = False
+        self._arena = weakref.ref(arena, self._dismiss)
+        _workers.add(self)
+
+    def start(self, older_than: float, lazy: bool) -> Scavenger:
+        """Have the thread work for a new scavenger; start it if there is none.
+
+        Raises:
+            RuntimeError: no thread can be started.
+        """
+        scavenger = Scavenger(self, older_than, lazy)
+        with self._lock:
+            if _exiting:
+                msg = "can't start a scavenger at the end of the interpreter"
+                raise RuntimeError(msg)
+            outer, self._starting = self._starting, True
+            try:
+                self._scavenger = scavenger
+                if self._alive():
+                    self._awake()
+                else:
+                    self._start_thread()
+            finally:
+                self._starting = outer
+        return scavenger
+
+    def _start_thread(self) -> None:
+        if self._ended is not None:
+            self._ended.join(1.0)  # bounded: a finaliser in it may be waiting for this lock
+        self._thread = threading.Thread(target=self._run, name="pyreserve-scavenger", daemon=True)
+        try:
+            self._thread.start()
+        except BaseException:
+            self._dismiss()
+            raise
+
+    def _alive(self) -> bool:
+        # A forked child has the object, but not the thread.
+        return self._thread is not None and self._thread.is_alive()
+
+    def works_for(self, scavenger: Scavenger) -> bool:
+        """Tell whether the thread is there and its work is this scavenger's."""
+        return self._scavenger is scavenger and self._alive()
+
+    def stop(self, scavenger: Scavenger | None = None) -> None:
+        """End the thread, unless its work is not this scavenger's any more, and wait for its end.
+
+        Nobody waits in the thread itself, nor where this interrupts `start`.
+        """
+        with self._lock:
+            if scavenger is not None and self._scavenger is not scavenger:
+                return
+            self._dismiss()
+            thread = self._thread if self._alive() and not self._starting else None
+        if thread is threading.current_thread():
+            return
+        # Another thread may start a scavenger meanwhile, which the thread then works for.
+        while thread is not None and thread.is_alive() and self._scavenger is None:
+            thread.join(_PATIENCE)
+
+    def _dismiss(self, _: object = None) -> None:
+        """Tell the thread to end. Waits for nothing."""
+        self._scavenger = None
+        self._awake()
+
+    def _awake(self) -> None:
+        with contextlib.suppress(RuntimeError):  # nobody has waited since it was released before
+            self._wake.release()
 
     def _run(self) -> None:
-        pause = min(_MOST_BETWEEN, self.older_than / 2) or _LEAST_BETWEEN
-        while not self._going_on.acquire(timeout=pause):
-            if not self._scavenge():
-                break
+        while (scavenger := self._next()) is not None:
+            pause = min(_MOST_BETWEEN, scavenger.older_than / 2) or _LEAST_BETWEEN
+            if not self._wake.acquire(timeout=pause):
+                self._scavenge(scavenger)
 
-    def _scavenge(self) -> bool:
+    def _next(self) -> Scavenger | None:
+        """Return whose work to do; after None the thread ends and `start` makes another one."""
+        with self._lock:
+            if self._scavenger is None:
+                self._thread, self._ended = None, self._thread
+            return self._scavenger
+
+    def _scavenge(self, scavenger: Scavenger) -> None:
         arena = self._arena()
-        if arena is None:
-            return False
-        try:
-            # Views over idle pages, or a kernel that refuses just now, are no reason to give up.
-            with contextlib.suppress(ViewError, VMError):
-                self.given_back += arena.scavenge(older_than=self.older_than, lazy=self.lazy)
-        except ReleasedError:
-            return False
-        return True
+        if arena is not None:
+            try:
+                arena.scavenge_for(scavenger, lambda: self._scavenger is scavenger)
+            except ReleasedError:
+                self._dismiss()
 
 
-_running: "weakref.WeakSet[Scavenger]" = weakref.WeakSet()
+_workers: "weakref.WeakSet[Worker]" = weakref.WeakSet()
+_exiting = False
 
 
-def _forget_threads() -> None:
-    for scavenger in list(_running):
-        scavenger._thread = None
-
-
-# Threads do not survive a fork, and their locks may be held by nobody.
-os.register_at_fork(after_in_child=_forget_threads)
+@atexit.register
+def _end_threads() -> None:
+    """End all threads before the interpreter does, which would freeze one that has a lock."""
+    global _exiting  # noqa: PLW0603
+    _exiting = True
+    for worker in list(_workers):
+        worker.stop()

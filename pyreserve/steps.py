@@ -75,7 +75,7 @@ class InSteps:
 
     @property
     def released(self) -> bool:
-        """Whether it was released."""
+        """Whether it was released or closed."""
         return self._region.released
 
     def _commit(self, end: int) -> None:
@@ -107,6 +107,8 @@ class InSteps:
                 return do(*arguments)
             finally:
                 self._busy = False
+                if self._region._released:  # what interrupted this call closed it
+                    self._let_go()
 
     def _alive(self) -> None:
         if self._region._released:
@@ -127,13 +129,26 @@ class InSteps:
     def _release(self) -> None:
         self._region.release()
 
+    def close(self) -> None:
+        """Refuse new use at once; give all addresses back when the last view is gone.
+
+        That is at once if there is none. This is what the end of a ``with`` does. Once is enough,
+        and twice no harm.
+        """
+        with self._lock:
+            self._region._retire()
+            if not self._busy:  # else the call under way still needs the memory
+                self._let_go()
+
+    def _let_go(self) -> None:
+        self._region._close()
+
     def __enter__(self) -> "Self":
         self._alive()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if not self._region.released:
-            self.release()
+        self.close()
 
     def __reduce__(self) -> NoReturn:
         msg = f"a {type(self).__name__} is addresses of this process: it can't be pickled or copied"

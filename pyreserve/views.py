@@ -9,8 +9,16 @@ cdata. There are no weakref callbacks here; the dead are dropped when met, and a
 twice as many buffers have been added as were alive at the last clean-up.
 """
 
+import gc
+import sys
 import weakref
+from collections.abc import Iterator
+from operator import itemgetter
+from types import FrameType
 from typing import Any
+
+from pyreserve._native import ffi
+from pyreserve.errors import ViewError
 
 # A buffer of n bytes stands in a bucket of at least n bytes, so it reaches into one more at the
 # most. Buckets of level k hold 2**(16 + 3k) bytes each. A bucket that exists stands among its
@@ -20,14 +28,15 @@ _FIRST_SHIFT = 16
 _STEP = 3
 _PATIENCE = 256
 
-_Entry = tuple["weakref.ref[Any]", int, int]
+# A buffer by its anchor, and the offsets where it begins and ends.
+Entry = tuple["weakref.ref[Any]", int, int]
 
 
 class _Bucket:
     __slots__ = ("children", "entries")
 
     def __init__(self) -> None:
-        self.entries: list[_Entry] = []
+        self.entries: list[Entry] = []
         self.children: set[int] = set()
 
 
@@ -53,12 +62,12 @@ class ViewTable:
         self._until_sweep -= 1
         self._insert((weakref.ref(anchor), lo, hi))
 
-    def live(self, lo: int, hi: int, *, prune: bool) -> list[tuple[int, int]]:
-        """Return the range of every live buffer that overlaps [lo, hi).
+    def live(self, lo: int, hi: int, *, prune: bool) -> list[Entry]:
+        """Return every live buffer that overlaps [lo, hi).
 
         `prune` drops the dead that are met; without it the table is only read.
         """
-        found: list[tuple[int, int]] = []
+        found: list[Entry] = []
         # From the level up at which the range spans three buckets at the most, buckets are asked
         # for by index; below it, only those that exist are visited.
         start = self._level_of(hi - lo)
@@ -101,7 +110,7 @@ class ViewTable:
             if index in buckets
         ]
 
-    def _insert(self, entry: _Entry) -> None:
+    def _insert(self, entry: Entry) -> None:
         level = self._level_of(entry[2] - entry[1])
         index = entry[1] >> (_FIRST_SHIFT + _STEP * level)
         bucket = self._levels[level].get(index)
@@ -125,7 +134,7 @@ class ViewTable:
         level: int,
         lo: int,
         hi: int,
-        found: list[tuple[int, int]],
+        found: list[Entry],
         prune: bool,
     ) -> None:
         shift = _FIRST_SHIFT + _STEP * (level - 1)
@@ -137,13 +146,13 @@ class ViewTable:
                     self._descend(child, level - 1, lo, hi, found, prune)
 
     @staticmethod
-    def _scan(bucket: _Bucket, lo: int, hi: int, found: list[tuple[int, int]], prune: bool) -> None:
+    def _scan(bucket: _Bucket, lo: int, hi: int, found: list[Entry], prune: bool) -> None:
         entries = bucket.entries
         if entries:
             alive = [entry for entry in entries if entry[0]() is not None]
             if prune and len(alive) < len(entries):
                 bucket.entries = alive
-            found.extend((a, b) for _, a, b in alive if a < hi and b > lo)
+            found.extend(entry for entry in alive if entry[1] < hi and entry[2] > lo)
 
     def _sweep(self) -> None:
         alive, filled = 0, []
@@ -161,3 +170,80 @@ class ViewTable:
                 filled.append(level)
         self._filled = filled
         self._until_sweep = 2 * alive + _PATIENCE
+
+
+# -- what holds a view ------------------------------------------------------------------------
+
+_NAMED = 3  # views that a message names
+_ADVICE = {
+    "release": "delete what holds it, or use close(), which waits for the last view",
+    "free": "delete what holds it, or use the block's close(), which waits for the last view",
+}
+
+
+def view_error(refused: str, held: list[Entry], verb: str = "") -> ViewError:
+    """Make the error for live views that stand in the way of `verb`."""
+    held = sorted(held, key=itemgetter(1, 2))
+    some = ", ".join(f"[{lo:#x}, {hi:#x})" for _, lo, hi in held[:_NAMED])
+    more = ", ..." if len(held) > _NAMED else ""
+    views = "1 live view holds" if len(held) == 1 else f"{len(held)} live views hold"
+    advice = _ADVICE.get(verb, "delete what holds it first")
+    anchors = [entry[0] for entry in held[:_NAMED]]
+    return ViewError(f"{refused}: {views} bytes of it: {some}{more}; {advice}", _Holders(anchors))
+
+
+class _Holders:
+    """Describes what keeps the anchors of views alive, when and if somebody asks."""
+
+    def __init__(self, anchors: list["weakref.ref[Any]"]) -> None:
+        self._anchors = anchors
+
+    def __call__(self) -> list[str]:
+        alive = {id(anchor): anchor for ref in self._anchors if (anchor := ref()) is not None}
+        kinds: dict[int, set[str]] = {}
+        for thing in _held_things():
+            kinds.setdefault(id(_anchor_behind(thing)), set()).add(type(thing).__name__)
+        # An array is found only where a container or a variable that can be seen has it, and
+        # otherwise the memoryview that it stands on.
+        for thing in gc.get_objects() if alive.keys() - kinds.keys() else ():
+            if isinstance(thing, memoryview):
+                kinds.setdefault(id(_anchor_behind(thing)), {"memoryview"})
+        return [
+            f"{' and '.join(sorted(kinds[key]))} at {_address(anchor)}"
+            for key, anchor in alive.items()
+            if key in kinds
+        ]
+
+
+def _address(anchor: Any) -> str:
+    return f"{int(ffi.cast('uintptr_t', anchor)):#x}"
+
+
+def _held_things() -> Iterator[Any]:
+    """Yield what variables, containers and attributes refer to, as far as Python knows."""
+    # Before Python 3.13 to look at variables is to keep what they refer to alive.
+    frames = sys._current_frames().values() if sys.version_info >= (3, 13) else ()
+    for frame in frames:
+        at: FrameType | None = frame
+        while at is not None:
+            if at.f_globals is not globals():
+                yield from at.f_locals.values()
+            at = at.f_back
+    for container in gc.get_objects():
+        # A memoryview is no holder of its own when it is only the base of an array.
+        if not isinstance(container, memoryview):
+            yield from gc.get_referents(container)
+
+
+def _anchor_behind(thing: Any) -> Any:
+    """Return the anchor of the buffer that a memoryview or an ndarray shows; else None."""
+    numpy = sys.modules.get("numpy")
+    arrays = () if numpy is None else (numpy.ndarray,)
+    while isinstance(thing, (memoryview, *arrays)):
+        try:
+            thing = getattr(thing, "obj" if isinstance(thing, memoryview) else "base")
+        except ValueError:  # a released memoryview
+            return None
+    if not isinstance(thing, ffi.buffer):
+        return None
+    return next(iter(gc.get_referents(thing)), None)

@@ -37,17 +37,6 @@ del d; gc.collect()
 saved[0][5]=1; assert any(m.start<=base<m.end for m in procfs.read_maps())
 saved.clear(); gc.collect(); assert not any(m.start<=base<m.end for m in procfs.read_maps())
 """
-FACTS[
-    "in a child, a view of a dropped region that was excluded reads zero and unmaps nothing"
-] = """
-r=reserve(P,fork="exclude"); r.commit(0,P); v=r.view(0,P); v[0]=9; base=r.base; del r
-pid=os.fork()
-if pid==0:
-    assert v[0]==0
-    n=reserve(1<<20); n.commit(0,1<<20); w=n.view(0,100); del v; gc.collect(); w[0]=1
-    os._exit(0)
-assert os.waitpid(pid,0)[1]==0; assert v[0]==9
-"""
 FACTS["forks and growths that make regions never wait for each other"] = """
 import threading,time
 stop=False
@@ -196,12 +185,6 @@ try:
 except MemoryError as e: assert e.limit=="max_map_count"
 assert r.committed == (1 << 30) - P * ((i - 1) // 2)
 r.release()
-"""
-FACTS["a huge view of an excluded region does not make a fork slow"] = """
-r=reserve(32<<30,mode="noreserve",fork="exclude"); r.commit(0,32<<30); v=r.view(0,32<<30)
-import time; t=time.time(); p=os.fork()
-if p==0: os._exit(0 if v[-1]==0 else 1)
-assert os.waitpid(p,0)[1]==0; assert time.time()-t<2
 """
 FACTS["a stepped slice of a sparse bitmap skips what was never set"] = """
 b=Bitmap(2**40); b.set(2**39); assert b[::2].count()==1; assert b[::-1].count()==1

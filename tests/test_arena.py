@@ -646,7 +646,7 @@ class TestGrowthOf32Bits:
             hole = round_up(end, MiB) + 16 * MiB
             _steer(arena, lambda request: _to(request, above) if request.committed else None)
             first = arena.grow(MiB)
-            arena.placement = _steered(
+            arena._placement = _steered(
                 arena.placement, lambda request: _to(request, hole) if request.committed else None
             )
 
@@ -675,7 +675,7 @@ class TestGrowthOf32Bits:
 
             assert live(outside, outside + GiB) == []
             assert (plain(arena), arena.region.reserved) == before
-            arena.placement = plan
+            arena._placement = plan
             assert arena.grow(MiB) == plan.arena_start + 512 * MiB
 
     @needs_low_addresses
@@ -727,7 +727,7 @@ def _steered(plan: Placement, steer: Callable[[Request], Request | None]) -> Pla
 
 
 def _steer(arena: Arena, steer: Callable[[Request], Request | None]) -> None:
-    arena.placement = _steered(arena.placement, steer)
+    arena._placement = _steered(arena.placement, steer)
 
 
 REFUSE_IN_THE_MIDDLE = """

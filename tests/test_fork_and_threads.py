@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Literal
 
-import numpy as np
 import pytest
 import witness
 
@@ -148,137 +147,6 @@ class TestForkWipe:
         region.release()
 
 
-class TestForkExclude:
-    @modes
-    @pytest.mark.parametrize("was_used", [False, True])
-    def test_the_child_has_a_released_region(self, mode: Mode, was_used: bool) -> None:
-        """In the child the addresses are not mapped and the region counts as released."""
-        region = pyreserve.reserve(1 << 30, mode=mode, fork="exclude")
-        if was_used:
-            region.commit(0, 4 * PAGE_SIZE)
-            region.view(0, 4)[:] = b"kept"
-        base = region.base
-
-        def child() -> None:
-            assert region.released
-            assert not witness.is_mapped(base)
-            assert "released" in repr(region)
-            for use in (
-                lambda: region.base,
-                lambda: region.committed,
-                lambda: region.commit(0, PAGE_SIZE),
-                lambda: region.decommit(0, PAGE_SIZE),
-                lambda: region.view(0, 1),
-                region.release,
-            ):
-                with pytest.raises(ReleasedError):
-                    use()
-
-        witness.in_child(child)
-
-        assert not region.released
-        assert region.committed == (4 * PAGE_SIZE if was_used else 0)
-        region.release()
-
-    def test_inherited_views_read_zero(self) -> None:
-        """Views of a region that the child did not inherit are safe there: zeros, writable."""
-        region = pyreserve.reserve(64 * PAGE_SIZE, fork="exclude")
-        region.commit(0, region.size)
-        region.view(0, region.size)[:] = b"\xaa" * region.size
-        views = [
-            region.view(0, 1),
-            region.view(3 * PAGE_SIZE - 1, 2),
-            region.view(3 * PAGE_SIZE, 5 * PAGE_SIZE),
-            region.view(region.size - 1, 1),
-        ]
-        array = region.ndarray(20 * PAGE_SIZE, (2, PAGE_SIZE))
-        raw: np.ndarray[tuple[int], np.dtype[np.uint8]] = np.ndarray(
-            (16,), np.uint8, buffer=region.view(30 * PAGE_SIZE, 16)
-        )
-
-        def child() -> None:
-            for view in views:
-                assert bytes(view) == bytes(len(view))
-                view[0] = 1
-                assert view[0] == 1
-            assert not array.any()
-            assert not raw.any()
-            array[:] = 7
-            raw[:] = 7
-            views.clear()
-            gc.collect()
-
-        witness.in_child(child)
-
-        assert all(bytes(view) == b"\xaa" * len(view) for view in views)
-        assert (array == 0xAA).all()
-        assert (raw == 0xAA).all()
-
-    def test_what_is_mapped_there_in_the_child_is_left_alone(self) -> None:
-        """Dropping the region and its views in the child unmaps nothing of the child's own."""
-        region: Region | None = pyreserve.reserve(8 * PAGE_SIZE, fork="exclude")
-        assert region is not None
-        region.commit(0, PAGE_SIZE)
-        base = region.base
-        held: list[object] = [region]
-
-        def child() -> None:
-            mine = pyreserve.reserve(8 * PAGE_SIZE, at=base)
-            mine.commit(0, 8 * PAGE_SIZE)
-            held.clear()
-            gc.collect()
-            assert_books_are_true(mine)
-
-        region = None
-        witness.in_child(child)
-
-    def test_after_decommit_and_commit(self) -> None:
-        """Bytes that were decommitted and committed again are not inherited either."""
-        region = pyreserve.reserve(1 << 30, fork="exclude")
-        region.commit(0, region.size)
-        region.decommit(2 * PAGE_SIZE, 4 * PAGE_SIZE)
-        region.commit(2 * PAGE_SIZE, PAGE_SIZE)
-        base, size = region.base, region.size
-
-        def child() -> None:
-            assert witness.nbytes(base, 16 * PAGE_SIZE) == 0
-            assert witness.nbytes(base, 16 * PAGE_SIZE, witness.RESERVED) == 0
-            assert witness.nbytes(base + size - 16 * PAGE_SIZE, PAGE_SIZE) == 0
-
-        witness.in_child(child)
-
-        region.release()
-
-    def test_a_released_region(self) -> None:
-        """A region that was released before the fork is a released region in the child."""
-        region = pyreserve.reserve(8 * PAGE_SIZE, fork="exclude")
-        region.commit(0, PAGE_SIZE)
-        region.release()
-
-        def child() -> None:
-            assert region.released
-
-        witness.in_child(child)
-
-    def test_a_child_of_the_child(self) -> None:
-        """What holds in the child holds in its own children."""
-        region = pyreserve.reserve(8 * PAGE_SIZE, fork="exclude")
-        region.commit(0, PAGE_SIZE)
-        view = region.view(0, 4)
-        view[:] = b"kept"
-
-        def grandchild() -> bytes:
-            assert region.released
-            return bytes(view)
-
-        def child() -> bytes:
-            view[:] = b"mine"
-            return witness.in_child(grandchild)
-
-        assert witness.in_child(child) == b"mine"
-        assert bytes(view) == b"kept"
-
-
 class Hammer:
     """Threads that use regions without a pause until they are told to stop."""
 
@@ -343,15 +211,13 @@ def forked(child: Callable[[], bool]) -> int:
 
 
 class TestForkUnderThreads:
-    @pytest.mark.parametrize("fork", ["copy", "wipe", "exclude"])
-    def test_the_child_can_use_the_region(self, fork: Literal["copy", "wipe", "exclude"]) -> None:
+    @pytest.mark.parametrize("fork", ["copy", "wipe"])
+    def test_the_child_can_use_the_region(self, fork: Literal["copy", "wipe"]) -> None:
         """A fork while four threads use a region never leaves the child waiting for a lock."""
         own = Hammer.THREADS * Hammer.SLICE * PAGE_SIZE
         region = pyreserve.reserve(own + 16 * PAGE_SIZE, fork=fork)
 
         def child() -> bool:
-            if fork == "exclude":
-                return region.released
             region.commit(own, PAGE_SIZE)
             region.view(own, 4)[:] = b"mine"
             region.decommit(own, PAGE_SIZE)

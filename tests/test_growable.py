@@ -319,8 +319,8 @@ class TestViews:
         with pytest.raises(BufferError) as refused:
             buffer.resize(0x10)
 
-        assert str(refused.value) == (
-            "can't cut off [0x10, 0x100): 1 live view holds bytes of it: [0x0, 0x100)"
+        assert str(refused.value).startswith(
+            "can't cut off [0x10, 0x100): 1 live view holds bytes of it: [0x0, 0x100); delete what"
         )
         del held
 
@@ -928,11 +928,10 @@ class TestThreads:
         buffer.resize(800)
         state(buffer)
 
-    @pytest.mark.parametrize("fork", ["copy", "exclude"])
-    def test_an_exception_out_of_a_signal_handler(self, fork: Literal["copy", "exclude"]) -> None:
+    def test_an_exception_out_of_a_signal_handler(self) -> None:
         """Wherever it strikes, each piece is there as a whole or not at all."""
-        buffer = GrowableBuffer(64 * MiB, step=64 * KiB, fork=fork)
-        array = GrowableArray("u4", 16 * MiB, step=64 * KiB, fork=fork)
+        buffer = GrowableBuffer(64 * MiB, step=64 * KiB)
+        array = GrowableArray("u4", 16 * MiB, step=64 * KiB)
         pieces, struck = [bytes([n + 1]) * 5000 for n in range(64)], 0
 
         class Struck(Exception):  # noqa: N818
@@ -1034,62 +1033,12 @@ class TestFork:
         assert bytes(view) == b"parent"
         assert len(buffer) == 6
 
-    def test_excluded(self) -> None:
-        """With fork="exclude" a child finds it released, and inherited views read zero."""
-        buffer, array = GrowableBuffer(MiB, fork="exclude"), GrowableArray("i4", 9, fork="exclude")
-        buffer.extend(b"abc")
-        array.extend([1, 2])
-        view, items = buffer.view(), array.array
-
-        def child() -> tuple[bytes, list[int]]:
-            uses: Calls = (
-                lambda: buffer.extend(b"x"),
-                lambda: len(buffer),
-                lambda: array.append(3),
-                lambda: array.array,
-                lambda: array[0],
-            )
-            for use in uses:
-                with pytest.raises(ReleasedError):
-                    use()
-            return bytes(view), items.tolist()
-
-        assert witness.in_child(child) == (bytes(3), [0, 0])
-        assert (bytes(view), items.tolist()) == (b"abc", [1, 2])
-
     def test_wiped(self) -> None:
         """With fork="wipe" a child finds zeros in the same length."""
         buffer = GrowableBuffer(MiB, fork="wipe")
         buffer.extend(b"abc")
 
         assert witness.in_child(lambda: bytes(buffer.view())) == bytes(3)
-
-    def test_a_fork_inside_a_call(self) -> None:
-        """A handler that forks right before bytes are written leaves a child that goes on.
-
-        There is nothing to write to in a child that did not inherit the addresses.
-        """
-        found = witness.fresh_python(
-            """
-            import json, os
-            from pyreserve import *
-            buffer = GrowableBuffer(4 * MiB, fork="exclude")
-            buffer.extend(b"abc")
-            at, answer = buffer._at, []
-            def interrupted(offset, nbytes):
-                where = at(offset, nbytes)
-                answer.append(os.fork())
-                return where
-            buffer._at = interrupted
-            try: buffer.extend(b"x" * MiB)
-            finally:
-                if answer[0] == 0: os._exit(7 if buffer.released else 8)
-            status = os.waitstatus_to_exitcode(os.waitpid(answer[0], 0)[1])
-            print(json.dumps([status, len(buffer)]))
-            """
-        )
-
-        assert found == [7, MiB + 3]
 
     def test_under_threads(self) -> None:
         """A fork while other threads append leaves the child no lock to wait for."""

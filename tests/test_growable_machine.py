@@ -52,13 +52,13 @@ class GrowableMachine(RuleBasedStateMachine):
     @initialize(
         mode=st.sampled_from(["charge", "noreserve"]),
         step=st.sampled_from([1, 2, 16, 512]),
-        fork=st.sampled_from(["copy", "exclude"]),
+        fork=st.sampled_from(["copy", "wipe"]),
     )
     def reserve(
         self,
         mode: Literal["charge", "noreserve"],
         step: int,
-        fork: Literal["copy", "exclude"],
+        fork: Literal["copy", "wipe"],
     ) -> None:
         nbytes = step * PAGE_SIZE
         self.buffer = GrowableBuffer(SIZE, step=nbytes, mode=mode, fork=fork)

@@ -480,7 +480,6 @@ class TestPolicies:
             ({"dump": True}, set(), {"dd", "wf", "dc", "hg", "nh"}),
             ({"dump": False, "fork": "copy"}, {"dd"}, {"wf", "dc"}),
             ({"fork": "wipe"}, {"dd", "wf"}, {"dc"}),
-            ({"fork": "exclude"}, {"dd", "dc"}, {"wf"}),
             ({"huge_pages": "prefer"}, {"dd", "hg"}, {"nh"}),
             ({"huge_pages": "never"}, {"dd", "nh"}, {"hg"}),
             ({"fork": "wipe", "huge_pages": "never", "dump": True}, {"wf", "nh"}, {"dd", "dc"}),

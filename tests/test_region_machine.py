@@ -42,13 +42,13 @@ class RegionMachine(RuleBasedStateMachine):
     @initialize(
         mode=st.sampled_from(["charge", "noreserve"]),
         guard=st.booleans(),
-        fork=st.sampled_from(["copy", "wipe", "exclude"]),
+        fork=st.sampled_from(["copy", "wipe"]),
     )
     def reserve(
         self,
         mode: Literal["charge", "noreserve"],
         guard: bool,
-        fork: Literal["copy", "wipe", "exclude"],
+        fork: Literal["copy", "wipe"],
     ) -> None:
         self.region = pyreserve.reserve(SIZE, mode=mode, guard=guard, fork=fork)
         self.base = self.region.base

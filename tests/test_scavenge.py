@@ -236,9 +236,8 @@ class TestBurst:
 class TestScavenger:
     def test_it_gives_back_what_is_idle(self) -> None:
         """The thread does it by itself, and ends with the arena."""
-        arena = Arena("native", scavenge_after=0.05)
-        scavenger = arena._scavenger
-        assert scavenger is not None
+        arena = Arena("native")
+        scavenger = arena.start_scavenger(0.05)
         block = arena.alloc(MiB)
         fill(block, 1)
         block.free()
@@ -260,9 +259,8 @@ class TestScavenger:
 
     def test_it_lets_the_arena_go(self) -> None:
         """A dropped arena takes its thread with it."""
-        arena = Arena("native", size=MiB, scavenge_after=0.01)
-        scavenger, base = arena._scavenger, arena.region.base
-        assert scavenger is not None
+        arena = Arena("native", size=MiB)
+        scavenger, base = arena.start_scavenger(0.01), arena.region.base
         del arena
 
         assert until(lambda: gc.collect() is not None and not scavenger.running)

@@ -27,6 +27,10 @@ def buckets(table: ViewTable) -> int:
     return sum(len(level) for level in table._levels)
 
 
+def live(table: ViewTable, lo: int, hi: int, *, prune: bool) -> list[tuple[int, int]]:
+    return [(low, high) for _, low, high in table.live(lo, hi, prune=prune)]
+
+
 def entries(table: ViewTable) -> int:
     return sum(len(b.entries) for level in table._levels for b in level.values())
 
@@ -228,7 +232,7 @@ class TestTable:
             elif what == "ask":
                 (lo, hi), prune = argument
 
-                found = table.live(lo, hi, prune=prune)
+                found = live(table, lo, hi, prune=prune)
 
                 assert sorted(found) == sorted((a, b) for _, a, b in alive if a < hi and b > lo)
 
@@ -253,7 +257,7 @@ class TestTable:
         for _ in range(20):
             lo = random.randrange(size)
             hi = min(size, lo + (1 << random.randrange(size.bit_length())))
-            found = table.live(lo, hi, prune=True)
+            found = live(table, lo, hi, prune=True)
             assert sorted(found) == sorted((a, b) for _, a, b in alive if a < hi and b > lo)
 
     def test_asking_without_pruning_changes_nothing(self) -> None:
@@ -264,9 +268,9 @@ class TestTable:
             table.add(exported, 0, 10)
         del gone[:], exported
 
-        unpruned = table.live(0, 10, prune=False)
+        unpruned = live(table, 0, 10, prune=False)
         kept = entries(table)
-        table.live(0, 10, prune=True)
+        live(table, 0, 10, prune=True)
 
         assert unpruned == []
         assert (kept, entries(table)) == (10, 0)
@@ -335,11 +339,11 @@ class TestTableStruck:
 
             table.add(late, lo + 8, hi + 8)
 
-            found = table.live(0, 1 << 40, prune=True)
+            found = live(table, 0, 1 << 40, prune=True)
             assert (lo + 8, hi + 8) in found
             assert (5 << 30, (5 << 30) + 9) in found
             assert (lo, hi) in found or not survived
-            assert table.live(lo, hi + 8, prune=True) == [r for r in found if r[0] < 1 << 30]
+            assert live(table, lo, hi + 8, prune=True) == [r for r in found if r[0] < 1 << 30]
             del new, late, kept
             table._sweep()
             assert buckets(table) == 0
@@ -387,7 +391,7 @@ class TestTableSize:
                 largest = max(largest, entries(table))
 
         assert largest <= 4000
-        assert len(table.live(0, 1 << 46, prune=True)) == 1000
+        assert len(live(table, 0, 1 << 46, prune=True)) == 1000
 
 
 class TestManyViews:
