@@ -18,18 +18,18 @@
 enum { MOST_RAISED = 10000 };
 
 static PyObject *registry, *collect;
-static PyObject *acquire, *release; /* the methods' names */
-static PyObject *levels;            /* of each fork under way, the innermost last: what it has taken */
-static PyObject *raised;            /* exceptions to raise after the fork, the first one first */
-static PyObject *caller;            /* the frame that called the fork in which they were raised */
+static PyObject *acquire, *release; /* methods of RLock */
+static PyObject *levels; /* of each fork under way, the innermost last: what it has taken */
+static PyObject *raised; /* exceptions to raise after the fork, the first one first */
+static PyObject *caller; /* the frame that called the fork in which they were raised */
 static unsigned long main_id, forking_id;
 
 void forklocks_open(uintptr_t registry_id, uintptr_t collect_id, unsigned long main_thread) {
     PyGILState_STATE gil = PyGILState_Ensure();
     registry = Py_NewRef((PyObject *)registry_id);
     collect = Py_NewRef((PyObject *)collect_id);
-    acquire = PyUnicode_InternFromString("acquire");
-    release = PyUnicode_InternFromString("release");
+    acquire = PyObject_GetAttrString((PyObject *)Py_TYPE(registry), "acquire");
+    release = PyObject_GetAttrString((PyObject *)Py_TYPE(registry), "release");
     levels = PyList_New(0);
     raised = PyList_New(0);
     main_id = main_thread;
@@ -87,58 +87,42 @@ static int raise_first(void *unused) {
     return -1;
 }
 
-/* -- one lock: a tuple of collect() ------------------------------------------------------------- */
+/* -- one lock ----------------------------------------------------------------------------------- */
 
-static PyObject *thing_of(PyObject *entry) {
-    return PyTuple_GetItem(entry, 0);
+/* 0; EBUSY: another thread has it; -1: an exception is set. */
+static int try_rlock(PyObject *lock) {
+    PyObject *taken = PyObject_CallFunctionObjArgs(acquire, lock, Py_False, NULL);
+    Py_XDECREF(taken);
+    return taken == NULL ? -1 : taken == Py_True ? 0 : EBUSY;
+}
+
+/* Waits, running signal handlers; false: one of them raised, and the lock is not taken. */
+static bool lock_rlock(PyObject *lock) {
+    PyObject *done = PyObject_CallFunctionObjArgs(acquire, lock, NULL);
+    Py_XDECREF(done);
+    return done != NULL;
+}
+
+static void unlock_rlock(PyObject *lock) {
+    PyObject *done = PyObject_CallFunctionObjArgs(release, lock, NULL);
+    if (done == NULL)
+        PyErr_WriteUnraisable(lock);
+    Py_XDECREF(done);
 }
 
 static struct pagealloc *tables_of(PyObject *entry) {
     return (struct pagealloc *)PyLong_AsVoidPtr(PyTuple_GetItem(entry, 1));
 }
 
-/* EBUSY: another thread has it; EDEADLK: there is nothing to take; -1: an exception is set. */
-static int try_lock(PyObject *entry) {
-    struct pagealloc *tables = tables_of(entry);
-    if (tables != NULL)
-        return pagealloc_trylock_fork(tables);
-    PyObject *taken = PyObject_CallMethodObjArgs(thing_of(entry), acquire, Py_False, NULL);
-    int err = taken == NULL ? -1 : taken == Py_True ? 0 : EBUSY;
-    Py_XDECREF(taken);
-    return err;
-}
-
-static void unlock_rlock(PyObject *lock) {
-    PyObject *done = PyObject_CallMethodObjArgs(lock, release, NULL);
-    if (done == NULL)
-        PyErr_WriteUnraisable(lock);
-    Py_XDECREF(done);
-}
-
-/* Waits, running signal handlers; false: one of them raised, and the lock is not taken. */
-static bool lock_rlock(PyObject *lock) {
-    PyObject *done = PyObject_CallMethodObjArgs(lock, acquire, NULL);
-    Py_XDECREF(done);
-    return done != NULL;
-}
-
-static void unlock(PyObject *entry) {
-    struct pagealloc *tables = tables_of(entry);
-    if (tables != NULL)
-        pagealloc_unlock_fork(tables);
-    else
-        unlock_rlock(thing_of(entry));
-}
-
-/* Waits until a lock was free once; false: a signal handler raised. */
-static bool wait_for(PyObject *entry) {
-    struct pagealloc *tables = tables_of(entry);
-    if (tables == NULL) {
-        bool taken = lock_rlock(thing_of(entry));
+/* Waits until a lock, or that of tables, was free once; false: a signal handler raised. */
+static bool wait_for(PyObject *blocked) {
+    if (!PyTuple_Check(blocked)) {
+        bool taken = lock_rlock(blocked);
         if (taken)
-            unlock_rlock(thing_of(entry));
+            unlock_rlock(blocked);
         return taken;
     }
+    struct pagealloc *tables = tables_of(blocked);
     Py_BEGIN_ALLOW_THREADS
     pagealloc_lock(tables);
     pagealloc_unlock(tables);
@@ -148,50 +132,82 @@ static bool wait_for(PyObject *entry) {
 
 /* -- all locks ---------------------------------------------------------------------------------- */
 
-static void unlock_all(PyObject *taken) {
-    for (Py_ssize_t i = PyList_Size(taken); i-- > 0;)
-        unlock(PyList_GetItem(taken, i));
+static void unlock_rlocks(PyObject *locks, Py_ssize_t count) {
+    while (count-- > 0)
+        unlock_rlock(PyList_GetItem(locks, count));
 }
 
-/* Takes all locks, for a caller that has the registry's. NULL if it has none in the end: then
- * `*blocked` is one that another thread has, or an exception is set. */
-static PyObject *take_all(PyObject **blocked) {
-    PyObject *all = PyObject_CallNoArgs(collect), *taken = PyList_New(0);
-    bool failed = all == NULL || taken == NULL;
-    for (Py_ssize_t i = 0; !failed && i < PyList_Size(all); i++) {
-        PyObject *entry = PyList_GetItem(all, i);
-        int err = try_lock(entry);
-        if (err == 0 && PyList_Append(taken, entry) != 0) {
-            unlock(entry);
-            err = -1;
-        }
+static void unlock_tables(PyObject *taken) {
+    for (Py_ssize_t i = PyList_Size(taken); i-- > 0;)
+        pagealloc_unlock_fork(tables_of(PyList_GetItem(taken, i)));
+}
+
+/* Takes all or none. `*blocked` is one that another thread has; else what failed is an exception. */
+static bool take_rlocks(PyObject *locks, PyObject **blocked) {
+    Py_ssize_t count = PyList_Size(locks), i = 0;
+    int err = 0;
+    while (i < count && (err = try_rlock(PyList_GetItem(locks, i))) == 0)
+        i++;
+    if (err == EBUSY)
+        *blocked = Py_NewRef(PyList_GetItem(locks, i));
+    if (err != 0)
+        unlock_rlocks(locks, i);
+    return err == 0;
+}
+
+/* Likewise; what an outer fork of this thread has already is left alone. NULL or what it took. */
+static PyObject *take_tables(PyObject *tables, PyObject **blocked) {
+    PyObject *taken = PyList_New(0);
+    bool failed = taken == NULL;
+    for (Py_ssize_t i = 0; !failed && i < PyList_Size(tables); i++) {
+        PyObject *entry = PyList_GetItem(tables, i);
+        int err = pagealloc_trylock_fork(tables_of(entry));
         if (err == EBUSY)
             *blocked = Py_NewRef(entry);
-        failed = err != 0 && err != EDEADLK;
+        else if (err == 0 && (failed = PyList_Append(taken, entry) != 0))
+            pagealloc_unlock_fork(tables_of(entry));
+        failed = failed || err == EBUSY;
     }
-    /* The fork is under way from the moment when it stands here. */
-    if (!failed && PyList_Append(levels, taken) != 0)
-        failed = true;
     if (failed && taken != NULL) {
-        unlock_all(taken);
+        unlock_tables(taken);
         Py_DECREF(taken);
         taken = NULL;
     }
-    Py_XDECREF(all);
     return taken;
+}
+
+/* Takes all, for a caller that has the registry's lock, and notes them as those of one more level. */
+static bool take_all(PyObject **blocked) {
+    PyObject *all = PyObject_CallNoArgs(collect), *level = NULL;
+    PyObject *locks = all == NULL ? NULL : PyTuple_GetItem(all, 0);
+    if (locks != NULL && take_rlocks(locks, blocked)) {
+        PyObject *tables = take_tables(PyTuple_GetItem(all, 1), blocked);
+        level = tables == NULL ? NULL : PyTuple_Pack(2, locks, tables);
+        if (level != NULL && PyList_Append(levels, level) != 0)
+            Py_CLEAR(level);
+        if (level == NULL) {
+            if (tables != NULL)
+                unlock_tables(tables);
+            unlock_rlocks(locks, PyList_Size(locks));
+        }
+        Py_XDECREF(tables);
+    }
+    Py_XDECREF(level);
+    Py_XDECREF(all);
+    return level != NULL;
 }
 
 void forklocks_before(void) {
     PyGILState_STATE gil = PyGILState_Ensure();
-    PyObject *taken = NULL;
-    for (int count = 0; taken == NULL && count < MOST_RAISED;) {
+    bool taken = false;
+    for (int count = 0; !taken && count < MOST_RAISED;) {
         PyObject *blocked = NULL;
         bool went_well = lock_rlock(registry);
         if (went_well) {
             taken = take_all(&blocked);
-            if (taken == NULL)
+            if (!taken)
                 unlock_rlock(registry);
-            went_well = taken != NULL || (blocked != NULL && wait_for(blocked));
+            went_well = taken || (blocked != NULL && wait_for(blocked));
         }
         Py_XDECREF(blocked);
         if (!went_well) {
@@ -199,9 +215,8 @@ void forklocks_before(void) {
             count++;
         }
     }
-    if (taken != NULL)
+    if (taken)
         forking_id = PyThread_get_thread_ident();
-    Py_XDECREF(taken);
     PyGILState_Release(gil);
 }
 
@@ -210,11 +225,12 @@ static void after(void) {
     Py_ssize_t last = PyList_Size(levels) - 1;
     if (last < 0 || forking_id != PyThread_get_thread_ident())
         return;
-    PyObject *taken = Py_NewRef(PyList_GetItem(levels, last));
+    PyObject *level = Py_NewRef(PyList_GetItem(levels, last)), *locks = PyTuple_GetItem(level, 0);
     (void)PySequence_DelItem(levels, last);
-    unlock_all(taken);
+    unlock_tables(PyTuple_GetItem(level, 1));
+    unlock_rlocks(locks, PyList_Size(locks));
     unlock_rlock(registry);
-    Py_DECREF(taken);
+    Py_DECREF(level);
 }
 
 void forklocks_after_in_parent(void) {

@@ -14,8 +14,8 @@
 #include <stdint.h>
 
 /* Once, before all others. `registry` is an RLock; `collect()`, called while it is held, returns a
- * list of tuples: an RLock and 0, or what keeps a struct pagealloc, and its address. `main_thread` is
- * the identifier of the thread that runs signal handlers. */
+ * tuple of two lists: of RLocks, and of tuples of what keeps a struct pagealloc and its address.
+ * `main_thread` is the identifier of the thread that runs signal handlers. */
 void forklocks_open(uintptr_t registry, uintptr_t collect, unsigned long main_thread);
 
 /* The handlers for os.register_at_fork. Between the first and one of the others, the thread that

@@ -166,13 +166,12 @@ class Arena(Engine):
                 self._free_closed()
             interrupting, region._busy = region._busy, True
             try:
+                if self._closed_blocks and self._is_closed(block._handle):
+                    raise no_block()
                 if region._views is not None and _nbytes(self._heap, block._handle) > 0:
                     low = int(_address(self._heap, block._handle)) - self._base
                     region._refuse_views("free", low, low + block._nbytes, interrupting)
-                if self._closed_blocks and self._is_closed(block._handle):
-                    freed = lib.HEAP_NO_BLOCK
-                else:
-                    freed = _free(self._heap, block._handle)
+                freed = _free(self._heap, block._handle)
             finally:
                 region._busy = interrupting
         if freed < 0:
@@ -663,6 +662,8 @@ class Arena(Engine):
         # A signal handler or finaliser may have made one meanwhile, and blocks: it stays.
         if self._heap is None:
             self._tables, self._heap = tables, heap
+        if self._region._released:  # by what interrupted this
+            lib.heap_close(self._heap, True)
 
     @property
     def _unit_spans(self) -> int:
@@ -688,10 +689,12 @@ class Arena(Engine):
         with self._lock:
             self._alive()
             if self._is_gone(block._handle):
+                self._alive()
                 raise no_block()
             offset, nbytes = int(_address(self._heap, block._handle)) - self._base, block._nbytes
             view = self._region.view(offset, nbytes)
             if self._is_gone(block._handle):  # a signal handler freed it meanwhile
+                self._alive()
                 raise no_block()
             if pin:
                 block._pin = self._region._pinned(offset, nbytes)

@@ -157,7 +157,7 @@ class Engine:
             finally:
                 self._undo, self._region._busy = None, busy
                 if self._region._released:  # what interrupted the growth closed the arena
-                    self._elsewhere.clear()
+                    self._close_elsewhere()
             self._placement = after
             self._taken += nbytes
         return block
@@ -299,7 +299,7 @@ class Engine:
             self._region._release()
         finally:
             if self._region.released:
-                self._elsewhere.clear()
+                self._close_elsewhere()
 
     def close(self) -> None:
         """Refuse new use at once; give all addresses back when the last view is gone.
@@ -310,7 +310,11 @@ class Engine:
         with self._lock:
             self._region._close()
             if self._undo is None:  # else the growth under way still needs them
-                self._elsewhere.clear()
+                self._close_elsewhere()
+
+    def _close_elsewhere(self) -> None:
+        for metadata in self._elsewhere:
+            metadata._close()
 
     def __reduce__(self) -> NoReturn:
         msg = "an Arena is addresses of this process: it can't be pickled or copied"

@@ -22,34 +22,46 @@ registry_lock = RLock()
 
 _FIRST_LIMIT = 64
 
-# An RLock and 0, or what keeps an allocator's tables and their address.
-_registered: list[tuple["weakref.ref[Any]", int]] = []
-_limit = _FIRST_LIMIT
+
+class _Registry:
+    """Weak references to what keeps a lock, each with what goes with it.
+
+    The dead are dropped when their number may have doubled.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[weakref.ref[Any], int]] = []
+        self._limit = _FIRST_LIMIT
+
+    def add(self, keeper: Any, address: int) -> None:
+        with registry_lock:
+            self.entries.append((weakref.ref(keeper), address))
+            if len(self.entries) > self._limit:
+                # A finaliser may register something else meanwhile, at the end: it stays.
+                seen = len(self.entries)
+                self.entries[:seen] = [e for e in self.entries[:seen] if e[0]() is not None]
+                self._limit = 2 * len(self.entries) + _FIRST_LIMIT
+
+
+_locks = _Registry()
+_tables = _Registry()
 
 
 def register(lock: RLock) -> None:
     """Have a lock taken before a fork, while it is alive."""
-    _add(weakref.ref(lock), 0)
+    _locks.add(lock, 0)
 
 
 def register_tables(keeper: Any, tables: Any) -> None:
     """Have the lock of a ``struct pagealloc *`` taken before a fork, while `keeper` is alive."""
-    _add(weakref.ref(keeper), int(ffi.cast("uintptr_t", tables)))
+    _tables.add(keeper, int(ffi.cast("uintptr_t", tables)))
 
 
-def _add(ref: "weakref.ref[Any]", address: int) -> None:
-    global _limit  # noqa: PLW0603
-    with registry_lock:
-        _registered.append((ref, address))
-        if len(_registered) > _limit:
-            # A finaliser may register something else meanwhile, at the end: it stays.
-            seen = len(_registered)
-            _registered[:seen] = [entry for entry in _registered[:seen] if entry[0]() is not None]
-            _limit = 2 * len(_registered) + _FIRST_LIMIT
-
-
-def _collect() -> list[tuple[Any, int]]:
-    return [(thing, at) for ref, at in _registered if (thing := ref()) is not None]
+def _collect() -> tuple[list[RLock], list[tuple[Any, int]]]:
+    return (
+        [lock for ref, _ in _locks.entries if (lock := ref()) is not None],
+        [(keeper, at) for ref, at in _tables.entries if (keeper := ref()) is not None],
+    )
 
 
 lib.forklocks_open(id(registry_lock), id(_collect), threading.main_thread().ident or 0)

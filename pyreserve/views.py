@@ -175,6 +175,7 @@ class ViewTable:
 # -- what holds a view ------------------------------------------------------------------------
 
 _NAMED = 3  # views that a message names
+_LINKS = {"memoryview", "managedbuffer"}  # the types of a memoryview and of what is behind it
 _ADVICE = {
     "release": "delete what holds it, or use close(), which waits for the last view",
     "free": "delete what holds it, or use the block's close(), which waits for the last view",
@@ -230,8 +231,8 @@ def _held_things() -> Iterator[Any]:
                 yield from at.f_locals.values()
             at = at.f_back
     for container in gc.get_objects():
-        # A memoryview is no holder of its own when it is only the base of an array.
-        if not isinstance(container, memoryview):
+        # What a memoryview stands on is no holder of its own.
+        if type(container).__name__ not in _LINKS:
             yield from gc.get_referents(container)
 
 
