@@ -1,4 +1,4 @@
-"""Closing: by the end of a with block or by close(), under live views and from inside other calls."""
+"""Closing, by the end of a with block or by close(), under views and from inside other calls."""
 
 import contextlib
 import copy

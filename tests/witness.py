@@ -146,7 +146,7 @@ def peek(address: int, length: int = 1) -> bytes:
 
 
 @contextlib.contextmanager
-def _fork_allowed() -> Iterator[None]:
+def fork_allowed() -> Iterator[None]:
     """From Python 3.12 on, forking a process that has threads warns. These tests mean it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -166,7 +166,7 @@ def _hang(*_: object) -> None:
 
 def _fork_and_run(function: Callable[[], Any], seconds: int) -> tuple[int, bytes]:
     read_end, write_end = os.pipe()
-    with _fork_allowed():
+    with fork_allowed():
         pid = os.fork()
     if pid == 0:
         try:
@@ -222,6 +222,7 @@ def fresh_python(script: str) -> Any:
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert done.returncode == 0, f"status {done.returncode}\n{done.stderr}"
     return json.loads(done.stdout)
