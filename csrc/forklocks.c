@@ -23,6 +23,7 @@ static PyObject *levels; /* of each fork under way, the innermost last: what it 
 static PyObject *raised; /* exceptions to raise after the fork, the first one first */
 static PyObject *caller; /* the frame that called the fork in which they were raised */
 static unsigned long main_id, forking_id;
+static int raised_in_a_row; /* since a fork began to take its locks */
 
 void forklocks_open(uintptr_t registry_id, uintptr_t collect_id, unsigned long main_thread) {
     PyGILState_STATE gil = PyGILState_Ensure();
@@ -38,8 +39,12 @@ void forklocks_open(uintptr_t registry_id, uintptr_t collect_id, unsigned long m
 
 /* -- exceptions that have to wait --------------------------------------------------------------- */
 
+/* Takes the exception that is set, if one is, out of the way of what has to be given back. */
 static void keep_exception(void) {
     PyObject *type, *value, *traceback;
+    if (PyErr_Occurred() == NULL)
+        return;
+    raised_in_a_row++;
     if (PyThread_get_thread_ident() != main_id) { /* no signal handler's: nobody could be told */
         PyErr_WriteUnraisable(NULL);
         return;
@@ -89,10 +94,11 @@ static int raise_first(void *unused) {
 
 /* -- one lock ----------------------------------------------------------------------------------- */
 
-/* 0; EBUSY: another thread has it; -1: an exception is set. */
+/* 0; EBUSY: another thread has it; -1: it raised. */
 static int try_rlock(PyObject *lock) {
     PyObject *taken = PyObject_CallFunctionObjArgs(acquire, lock, Py_False, NULL);
     Py_XDECREF(taken);
+    keep_exception();
     return taken == NULL ? -1 : taken == Py_True ? 0 : EBUSY;
 }
 
@@ -100,6 +106,7 @@ static int try_rlock(PyObject *lock) {
 static bool lock_rlock(PyObject *lock) {
     PyObject *done = PyObject_CallFunctionObjArgs(acquire, lock, NULL);
     Py_XDECREF(done);
+    keep_exception();
     return done != NULL;
 }
 
@@ -114,20 +121,18 @@ static struct pagealloc *tables_of(PyObject *entry) {
     return (struct pagealloc *)PyLong_AsVoidPtr(PyTuple_GetItem(entry, 1));
 }
 
-/* Waits until a lock, or that of tables, was free once; false: a signal handler raised. */
-static bool wait_for(PyObject *blocked) {
+/* Waits until a lock, or that of tables, was free once, or a signal handler raised. */
+static void wait_for(PyObject *blocked) {
     if (!PyTuple_Check(blocked)) {
-        bool taken = lock_rlock(blocked);
-        if (taken)
+        if (lock_rlock(blocked))
             unlock_rlock(blocked);
-        return taken;
+        return;
     }
     struct pagealloc *tables = tables_of(blocked);
     Py_BEGIN_ALLOW_THREADS
     pagealloc_lock(tables);
     pagealloc_unlock(tables);
     Py_END_ALLOW_THREADS
-    return true;
 }
 
 /* -- all locks ---------------------------------------------------------------------------------- */
@@ -142,7 +147,7 @@ static void unlock_tables(PyObject *taken) {
         pagealloc_unlock_fork(tables_of(PyList_GetItem(taken, i)));
 }
 
-/* Takes all or none. `*blocked` is one that another thread has; else what failed is an exception. */
+/* Takes all or none. `*blocked` is one that another thread has; NULL: something raised. */
 static bool take_rlocks(PyObject *locks, PyObject **blocked) {
     Py_ssize_t count = PyList_Size(locks), i = 0;
     int err = 0;
@@ -168,6 +173,7 @@ static PyObject *take_tables(PyObject *tables, PyObject **blocked) {
             pagealloc_unlock_fork(tables_of(entry));
         failed = failed || err == EBUSY;
     }
+    keep_exception();
     if (failed && taken != NULL) {
         unlock_tables(taken);
         Py_DECREF(taken);
@@ -179,12 +185,14 @@ static PyObject *take_tables(PyObject *tables, PyObject **blocked) {
 /* Takes all, for a caller that has the registry's lock, and notes them as those of one more level. */
 static bool take_all(PyObject **blocked) {
     PyObject *all = PyObject_CallNoArgs(collect), *level = NULL;
+    keep_exception();
     PyObject *locks = all == NULL ? NULL : PyTuple_GetItem(all, 0);
     if (locks != NULL && take_rlocks(locks, blocked)) {
         PyObject *tables = take_tables(PyTuple_GetItem(all, 1), blocked);
         level = tables == NULL ? NULL : PyTuple_Pack(2, locks, tables);
         if (level != NULL && PyList_Append(levels, level) != 0)
             Py_CLEAR(level);
+        keep_exception();
         if (level == NULL) {
             if (tables != NULL)
                 unlock_tables(tables);
@@ -200,20 +208,16 @@ static bool take_all(PyObject **blocked) {
 void forklocks_before(void) {
     PyGILState_STATE gil = PyGILState_Ensure();
     bool taken = false;
-    for (int count = 0; !taken && count < MOST_RAISED;) {
+    for (raised_in_a_row = 0; !taken && raised_in_a_row < MOST_RAISED;) {
         PyObject *blocked = NULL;
-        bool went_well = lock_rlock(registry);
-        if (went_well) {
-            taken = take_all(&blocked);
-            if (!taken)
-                unlock_rlock(registry);
-            went_well = taken || (blocked != NULL && wait_for(blocked));
-        }
+        if (!lock_rlock(registry))
+            continue;
+        taken = take_all(&blocked);
+        if (!taken)
+            unlock_rlock(registry);
+        if (blocked != NULL)
+            wait_for(blocked);
         Py_XDECREF(blocked);
-        if (!went_well) {
-            keep_exception();
-            count++;
-        }
     }
     if (taken)
         forking_id = PyThread_get_thread_ident();
