@@ -233,6 +233,11 @@ static int field(struct procmaps *table, struct cursor line) {
 
 /* ---- counting pages -------------------------------------------------------------------------- */
 
+/* [vsyscall]: a gate page is told by its place, the upper half, as a name may be anybody's. */
+static bool is_kernels(const uint64_t *one) {
+    return one[PROCMAPS_START] >> 63 != 0;
+}
+
 /* Adds a run of pages that are alike to the rows that it covers, from row `*at` on. */
 static void add_run(struct procmaps *table, size_t *at, const struct vm_run *run, const int *columns) {
     while (*at < table->count && row(table, *at)[PROCMAPS_END] <= run->start)
@@ -304,7 +309,7 @@ int procmaps_count_pages(struct procmaps *table, int fd, int forked) {
     struct window window = {0};
     size_t count = table->count, at = 0;
     forget_pages(table);
-    while (count > 0 && row(table, count - 1)[PROCMAPS_END] >> 63 != 0) /* [vsyscall], the kernel's */
+    while (count > 0 && is_kernels(row(table, count - 1)))
         count--;
     if (count == 0)
         return 0;
@@ -354,6 +359,10 @@ int procmaps_feed(struct procmaps *table, const char *text, size_t length, size_
 int procmaps_divide(struct procmaps *table, size_t *wrong) {
     for (size_t i = 0; i < table->count; i++) {
         uint64_t *one = row(table, i);
+        if (is_kernels(one)) {
+            memset(one + PROCMAPS_RSS, 0, (PROCMAPS_COLUMNS - PROCMAPS_RSS) * sizeof *one);
+            continue;
+        }
         uint64_t own = one[PROCMAPS_PRIVATE_CLEAN] + one[PROCMAPS_PRIVATE_DIRTY] +
                        one[PROCMAPS_PRIVATE_HUGETLB];
         uint64_t others = one[PROCMAPS_SHARED_CLEAN] + one[PROCMAPS_SHARED_DIRTY] +

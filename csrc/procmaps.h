@@ -79,7 +79,8 @@ int procmaps_count_pages(struct procmaps *table, int fd, int forked);
 /* Divides each mapping's size into what is in memory of this process alone (clean, dirty and of huge
  * page pools), in memory of others too, in swap, and the rest. EINVAL: more is in memory than there are
  * addresses; `*wrong` is that row. Swap is cut to what is left: the kernel counts that of shared memory
- * at another moment, and a page both there and in a private copy. */
+ * at another moment, and a page both there and in a private copy. A row in the kernel's half of the
+ * addresses, [vsyscall], has no size and no memory: it is of no process and not in VmSize. */
 int procmaps_divide(struct procmaps *table, size_t *wrong);
 
 /* Frees what the table has; it is empty again. */

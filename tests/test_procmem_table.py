@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from captures import FOLDER
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pyreserve import procfs
 from pyreserve.errors import MapsError
-from pyreserve.procmem import explain
+from pyreserve.procmem import AddressSpace, explain
 from pyreserve.procmem.capture import capture
 from pyreserve.procmem.owners import recognise
 from pyreserve.procmem.source import SavedSource
@@ -205,8 +205,9 @@ class TestRefusing:
 
 # Lines that are right, nearly right and wrong, so that much of a file is believed.
 PERMS = st.sampled_from(["rw-p", "---p", "r-xp", "rwxp", "rw-s", "r--s", "--xp", "rwx"])
-NAMES = """[heap] [stack] [vvar] [vsyscall] /usr/lib/libc.so.6 /lib/ld-linux.so /x/libjvm.so
-/x/classes.jsa /usr/bin/node /usr/lib/libjemalloc.so.2 /dev/zero /usr/lib/libmimalloc.so /SYSV0
+NAMES = """[heap] [stack] [vvar] [vsyscall] [vdso] [uprobes] /usr/lib/libc.so.6
+/lib/ld-linux.so /x/libjvm.so /x/classes.jsa /usr/bin/node /usr/lib/libjemalloc.so.2 /dev/zero
+/usr/lib/libmimalloc.so /SYSV0
 /x/pyreserve/_native.abi3.so /usr/lib/chromium/chromium /bin/postgres /usr/lib/libpython3.so"""
 NAME = st.one_of(
     st.sampled_from(
@@ -216,7 +217,17 @@ NAME = st.one_of(
 )
 SIZE = st.sampled_from([1, 2, 4, 33, 256, 2048, 16384, 16351, 131072, 1 << 20, 1 << 28, 1 << 34])
 GAP = st.sampled_from([0, 0, 0, 1, 16, 1 << 14, 1 << 20])
-BASE = st.sampled_from([0x1000, 0x400000, 0x7FFF7000, 0xC0000000, 0xC000000000, 0x7F0000000000])
+BASE = st.sampled_from(
+    [
+        0x1000,
+        0x400000,
+        0x7FFF7000,
+        0xC0000000,
+        0xC000000000,
+        0x7F0000000000,
+        0xFFFFFFFFFF600000 - 0x2000,
+    ]
+)
 FIELD = st.one_of(
     st.sampled_from(
         ["Rss: 4 kB", "Rss: 0 kB", "Private_Dirty: 4 kB", "Shared_Clean: 4 kB", "Swap: 4 kB"]
@@ -242,6 +253,64 @@ def nearly_smaps(draw: st.DrawFn) -> bytes:
     return "\n".join(lines).encode(errors="surrogatepass") + b"\n"
 
 
+KERNELS = "vsyscall vvar vvar_vclock vdso stack heap uprobes vectors sigpage anon:x stack:7"
+
+
+class TestNames:
+    """A name alone decides nothing."""
+
+    def explain(self, folder: Path, *lines: str) -> AddressSpace:
+        (folder / "smaps").write_text("".join(f"{line}\n" for line in lines))
+        return explain(path=folder)
+
+    @pytest.mark.parametrize("name", KERNELS.split())
+    @pytest.mark.parametrize("inode", [0, 7])
+    @pytest.mark.parametrize("perms", ["rw-p", "---p", "rwxs"])
+    def test_anywhere(self, tmp_path: Path, name: str, inode: int, perms: str) -> None:
+        """Whatever has it is counted, in memory or not."""
+        space = self.explain(
+            tmp_path, f"1000-3000 {perms} 0 0:0 {inode} [{name}]", "Private_Dirty: 4 kB"
+        )
+
+        assert sum(one.kib for one in space.classes) == space.vsz_kib == 8
+        assert sum(owner.kib for owner in space.owners) == 8
+        assert (space.uss_kib, space.mappings) == (4, 1)
+
+    def test_the_kernels_half(self, tmp_path: Path) -> None:
+        """What lies there is of no process: not in VmSize, nor in any class, whatever its name."""
+        place = "ffffffffff600000-ffffffffff601000"
+        for name in ("[vsyscall]", "[vdso]", "", "/x"):
+            space = self.explain(
+                tmp_path,
+                "1000-2000 rw-p 0 0:0 0",
+                f"{place} --xp 0 0:0 0 {name}",
+                "Rss: 4 kB",
+                "Private_Dirty: 4 kB",
+            )
+
+            assert sum(one.kib for one in space.classes) == space.vsz_kib == 4
+            assert [(owner.name, owner.kib) for owner in space.owners] == [("unknown", 4)]
+            assert (space.rss_kib, space.uss_kib, space.mappings) == (0, 0, 1)
+            assert [one.kib for one in space.maps()] == [4, 4]
+            assert space.maps()[1].owner == "kernel"
+
+    @pytest.mark.parametrize("name", ["[stack]", "[heap]", "[vdso]", "[vvar]", "[anon:v8]"])
+    def test_a_file_may_be_called_so(self, tmp_path: Path, name: str) -> None:
+        """What has an inode is a file, or unknown; what is writable is no page of the kernel's."""
+        for line in (f"1000-3000 r--s 0 fe:1 7 {name}", f"1000-3000 rwxp 0 fe:1 7 {name}"):
+            space = self.explain(tmp_path, line)
+
+            assert [owner.name for owner in space.owners] == ["unknown"]
+            assert space.class_kib("special_pfn") == 0
+
+    def test_writable_vvar(self, tmp_path: Path) -> None:
+        """The kernel's data pages are read-only."""
+        space = self.explain(tmp_path, "1000-3000 rw-p 0 0:0 0 [vvar]")
+
+        assert space.class_kib("special_pfn") == 0
+        assert [owner.name for owner in space.owners] == ["unknown"]
+
+
 class TestFuzzed:
     """Whatever it is given, the parser and all that follows raise their own error or none."""
 
@@ -255,6 +324,10 @@ class TestFuzzed:
         assert len(table.names) == len(table) == len(table.rss)
 
     @given(nearly_smaps())
+    @example(
+        b"00001000-00002000 rw-p 00000000 00:00 0   [vsyscall]\nPrivate_Dirty: 4 kB\n"
+        b"VmFlags: rd wr\n"
+    )
     def test_what_looks_like_smaps(
         self, tmp_path_factory: pytest.TempPathFactory, text: bytes
     ) -> None:

@@ -133,7 +133,7 @@ def _private_kib(rollup: dict[str, int]) -> int:
 
 def _agree(table: MapTable, rollup: dict[str, int], status: dict[str, int]) -> bool:
     """Tell whether the kernel's totals, as far as they are known, are the sums of the mappings."""
-    size = sum(table.size) - (table.size[-1] if table.has_vsyscall else 0)
+    size = sum(table.size)
     return (
         status.get("VmSize", size) == size
         and rollup.get("Rss", sum(table.rss)) == sum(table.rss)

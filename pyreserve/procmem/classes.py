@@ -21,7 +21,8 @@ USS, though the kernel's RSS leaves them out. ``[vsyscall]`` is in no class: it 
 
 from typing import NamedTuple
 
-from pyreserve.procmem.table import EXECUTE, READ, WRITE, MapTable
+from pyreserve.procmem.table import EXECUTE, FLAGS, READ, WRITE, MapTable
+from pyreserve.procmem.table import SHARED as SHARED_BIT
 
 NAMES = (
     "no_access_reserved",
@@ -68,22 +69,26 @@ def kinds(table: MapTable) -> list[int | None]:
     The rest is what is neither in memory nor in swap. None is for ``[vsyscall]``.
     """
     found: list[int | None] = [UNTOUCHED if perms & _ACCESS else NO_ACCESS for perms in table.perms]
-    of_name: dict[tuple[str, bool], int] = {}
+    is_file: dict[str, bool] = {}
     for i, name in table.named:
-        key = (name, table.inode[i] != 0)
-        if key not in of_name:
-            of_name[key] = _kind_of_name(*key)
-        if found[i] == UNTOUCHED or of_name[key] == SPECIAL:
-            found[i] = of_name[key]
-    if table.has_vsyscall:
-        found[-1] = None
+        if table.inode[i]:
+            if name not in is_file:
+                is_file[name] = not is_shared_memory(name)
+            if is_file[name] and found[i] == UNTOUCHED:
+                found[i] = FILE
+        elif name.startswith("[vvar") and _is_of_kernel(table, i):
+            found[i] = SPECIAL
+    for i in range(table.of_process, len(found)):
+        found[i] = None
     return found
 
 
-def _kind_of_name(name: str, of_inode: bool) -> int:
-    if name.startswith("[vvar"):
-        return SPECIAL
-    return FILE if of_inode and not is_shared_memory(name) else UNTOUCHED
+def _is_of_kernel(table: MapTable, i: int) -> bool:
+    """Tell whether a mapping is read-only and, where flags are known, of page frames."""
+    frames = FLAGS["pf"] | FLAGS["io"]
+    return not table.perms[i] & (WRITE | SHARED_BIT) and (
+        not table.knows_flags or bool(table.flags[i] & frames)
+    )
 
 
 def totals(table: MapTable, kind: list[int | None]) -> tuple[MemoryClass, ...]:

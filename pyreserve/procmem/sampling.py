@@ -46,7 +46,7 @@ def sample(pid: int | None = None) -> Sample:
     source = LiveSource(pid)
     table, totals = source.again(lambda: (source.table("maps"), source.text("smaps_rollup") or ""))
     rollup = dict(procfs.parse_kib(totals))
-    perms, count = table.perms, len(table) - table.has_vsyscall
+    perms, count = table.perms, table.of_process
     sizes = [table.end[i] - table.start[i] for i in range(count)]
     return Sample(
         vsz_kib=sum(sizes) // KiB,

@@ -114,7 +114,7 @@ class AddressSpace:
             end=table.end[i],
             perms=perms_text(table.perms[i]),
             name=table.names[i],
-            kib=table.size[i],
+            kib=(table.end[i] - table.start[i]) // KiB,
             rss_kib=table.private[i] + table.shared[i],
             class_name="" if kind is None else classes.NAMES[kind],
             owner="kernel" if kind is None else sight.owner_of(i),

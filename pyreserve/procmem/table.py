@@ -1,6 +1,7 @@
 """The mappings of a process as columns: the safe face of ``csrc/procmaps``."""
 
 import errno
+from bisect import bisect_left
 from typing import Protocol
 
 from pyreserve._native import ffi, lib
@@ -167,9 +168,12 @@ class MapTable:
         return found
 
     @lazily
-    def has_vsyscall(self) -> bool:
-        """Whether the last mapping is ``[vsyscall]``: the kernel's own, which is not in VmSize."""
-        return self.names[-1:] == ["[vsyscall]"]
+    def of_process(self) -> int:
+        """How many mappings are the process's: all but ``[vsyscall]`` at the end.
+
+        That is the kernel's own, in the upper half of the addresses, and not in VmSize.
+        """
+        return bisect_left(self.start, 1 << 63)
 
     @lazily
     def knows_flags(self) -> bool:

@@ -177,6 +177,19 @@ static void pages_are_counted_where_they_are(void) {
     (void)close(fd);
 }
 
+/* Its name may be anybody's, so its place tells. */
+static void the_kernels_half_is_of_no_process(void) {
+    struct procmaps table = {0};
+    size_t wrong = 99;
+    CHECK(feed(&table, "1000-2000 rw-p 0 0:0 0 [vsyscall]\nPrivate_Dirty: 4 kB\n"
+                       "ffffffffff600000-ffffffffff601000 --xp 0 0:0 0\nRss: 4 kB\nPrivate_Dirty: 4 kB\n") == 0);
+    CHECK(procmaps_divide(&table, &wrong) == 0);
+    CHECK(at(&table, 0, PROCMAPS_SIZE) == 4 && at(&table, 0, PROCMAPS_PRIVATE) == 4);
+    for (int column = PROCMAPS_RSS; column < PROCMAPS_COLUMNS; column++)
+        CHECK(at(&table, 1, (enum procmaps_column)column) == 0);
+    procmaps_free(&table);
+}
+
 int main(void) {
     RUN(a_line_is_a_row);
     RUN(half_a_line_waits_for_its_end);
@@ -184,6 +197,7 @@ int main(void) {
     RUN(what_is_neither_file_is_refused);
     RUN(what_became_one_meanwhile_is_one_row);
     RUN(swap_is_what_memory_leaves);
+    RUN(the_kernels_half_is_of_no_process);
     RUN(noise_does_no_harm);
     RUN(pages_are_counted_where_they_are);
     return check_report("test_procmaps");

@@ -152,7 +152,7 @@ def _joined(pieces: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
 
 def _new_heap(sight: Sight, hinted: list[int]) -> bool:
     tables = [] if sight.narrow else _summaries(sight)
-    static = sight.is_static and "[heap]" not in sight.names
+    static = sight.is_static and not sight.called("[heap]")
     if not tables and not static:
         return False
     taken = set(tables)

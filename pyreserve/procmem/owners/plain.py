@@ -4,7 +4,7 @@ import re
 
 from pyreserve.procmem.classes import is_shared_memory
 from pyreserve.procmem.owners.sight import NONE, RW, UNKNOWN, Sight, count
-from pyreserve.procmem.table import FLAGS, written
+from pyreserve.procmem.table import FLAGS, WRITE, written
 from pyreserve.units import GiB, KiB, MiB, format_size
 
 _BSS_MOST, _BSS_SMALL = 8 * MiB, 256 * KiB
@@ -13,13 +13,13 @@ _GUARD_MOST = 64 * KiB
 
 def kernel_pages(sight: Sight) -> None:
     """Claim what the kernel maps into every process, and the first stack."""
-    mine = [
-        i
-        for i, name in sight.named
-        if name.startswith(("[vdso", "[vvar", "[uprobes", "[sigpage", "[vectors"))
-    ]
-    sight.claim(mine, "kernel pages (vdso, vvar)", "the kernel's own names")
-    stack = [i for i, name in sight.named if name == "[stack]"]
+    pages = sight.called("[vdso", "[vvar", "[uprobes", "[sigpage", "[vectors")
+    sight.claim(
+        (i for i in pages if not sight.perms[i] & WRITE),
+        "kernel pages (vdso, vvar)",
+        "the kernel's own names for what nobody may write to",
+    )
+    stack = (i for i in sight.called("[stack]") if sight.perms[i] & RW == RW)
     sight.claim(stack, "main stack", "the kernel names it [stack]")
 
 
@@ -47,7 +47,7 @@ def named(sight: Sight) -> None:
     owners: dict[str, str] = {}
     for i, name in sight.named:
         match = _NAMED.fullmatch(name)
-        if match is None:
+        if match is None or (sight.inode[i] and not name.startswith("[anon_shmem:")):
             continue
         label = written(match[1].strip())
         if label not in owners:
@@ -106,7 +106,7 @@ def stacks(sight: Sight) -> None:
 
 def heap(sight: Sight) -> None:
     """Claim what brk made, ``[heap]``: whose it is depends on the allocator."""
-    mine = [i for i, name in sight.named if name == "[heap]" and sight.perms[i] == RW]
+    mine = [i for i in sight.called("[heap]") if sight.perms[i] == RW]
     tcmalloc = sight.runs_code_of(r"libtcmalloc")
     others = tcmalloc or sight.runs_code_of(r"libjemalloc|libmimalloc|libpypy|ld-musl|libhoard")
     if tcmalloc:

@@ -64,8 +64,9 @@ class Sight:
         self.pieces: list[Piece] = []
         """Address ranges that a recogniser can name more finely than by owner."""
         self.named, self.knows_flags = table.named, table.knows_flags
-        user = [end for end in self.end[-2:] if end <= 1 << 63]  # without [vsyscall]
-        self.narrow = bool(user) and user[-1] <= 1 << 32
+        self.top = self.end[table.of_process - 1] if table.of_process else 0
+        """Where the highest mapping ends, most often the stack."""
+        self.narrow = 0 < self.top <= 1 << 32
         """A 32-bit process."""
 
     # -- looking ------------------------------------------------------------------------------
@@ -119,6 +120,17 @@ class Sight:
         named = {i for i, _ in self.named}
         borders = sorted({0, len(self.start), *holes, *named, *(i + 1 for i in named)})
         return [run for run in pairwise(borders) if run[0] not in named]
+
+    def called(self, *names: str) -> list[int]:
+        """Return what the kernel itself calls by names that begin so: of no file, and not shared.
+
+        A name alone tells nothing: a file may have any.
+        """
+        return [
+            i
+            for i, name in self.named
+            if name.startswith(names) and not self.inode[i] and not self.perms[i] & SHARED
+        ]
 
     def free(self, i: int) -> bool:
         """Tell whether nobody has claimed any of a mapping."""
@@ -177,7 +189,7 @@ class Sight:
     def claim(self, mappings: Iterable[int], name: str, evidence: str) -> None:
         """Give whole mappings to an owner, but for those that have one."""
         for i in mappings:
-            if self.free(i):
+            if i < self.table.of_process and self.free(i):
                 self.claims.whole[i] = name
                 self.claims.evidence.setdefault(name, evidence)
 
@@ -185,6 +197,8 @@ class Sight:
         """Give the anonymous bytes of an address range that nobody has to an owner."""
         for i in self.between(low, high):
             if self.claims.whole[i] is not None or self.inode[i] or self.perms[i] & SHARED:
+                continue
+            if i >= self.table.of_process:
                 continue
             start, end = max(low, self.start[i]), min(high, self.end[i])
             if (start, end) == (self.start[i], self.end[i]) and self.free(i):
@@ -223,10 +237,7 @@ class Sight:
                 if rest and not perms & RWX
             ]
         ) - sum(table.rest[i] for i, _ in taken if not self.perms[i] & RWX)
-        unknown.mappings += len(table) - len(taken)
-        if table.has_vsyscall:
-            unknown.kib -= table.size[-1]
-            unknown.mappings -= 1
+        unknown.mappings += table.of_process - len(taken)
         for i, parts in self.claims.parts.items():
             self._divide(i, parts, owners)
         for owner in owners.values():

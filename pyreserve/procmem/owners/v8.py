@@ -14,7 +14,7 @@ def v8(sight: Sight) -> None:
         return
     # Its pages are charged since Node.js 24; in Chromium the kernel may name its code [heap].
     mine = [i for i in sight.unclaimed() if sight.has(i, "dc") and sight.lacks(i, "dd nh")]
-    code = [i for i, name in sight.named if name == "[heap]" and sight.perms[i] == RWX]
+    code = [i for i in sight.called("[heap]") if sight.perms[i] == RWX]
     sight.claim(code, "V8 code range", f"writable and executable; {program} is mapped")
     _code_range(sight, set(mine), program)
     for group in sight.neighbours([i for i in mine if sight.free(i)]):
