@@ -38,8 +38,9 @@ def map_count() -> int:
         while chunk := maps.read(1 << 16):
             count += chunk.count(b"\n")
             last = chunk
-    # The vsyscall page is printed, but belongs to the kernel.
-    return count - (b"[vsyscall]" in last)
+    # The vsyscall page, in the kernel's half, is printed, but belongs to no process.
+    start = last.rstrip(b"\n").rpartition(b"\n")[2].partition(b"-")[0]
+    return count - (int(start or b"0", 16) >> 63)
 
 
 def _kib_fields(path: Path) -> Iterator[tuple[str, int]]:

@@ -124,6 +124,23 @@ class TestMaps:
 
         assert before == sum(not line.endswith("[vsyscall]") for line in lines)
 
+    def test_a_file_called_as_the_vsyscall_page(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is a mapping of this process like any other; the page is told by its place."""
+        (tmp_path / "self").mkdir()
+        maps = tmp_path / "self/maps"
+        line = "7f0000000000-7f0000001000 r--p 00000000 fe:01 7      /tmp/a [vsyscall]\n"
+        gate = "ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0    [vsyscall]\n"
+        monkeypatch.setattr(procfs, "_PROC", tmp_path)
+
+        counted = []
+        for text in (line, line + gate, ""):
+            maps.write_text(text)
+            counted.append(procfs.map_count())
+
+        assert counted == [1, 1, 0]
+
     def test_counting_follows_the_mappings(self) -> None:
         """A reservation split into pieces counts as many mappings more."""
         with pyreserve.reserve(64 * PAGE_SIZE, guard=True) as region:
