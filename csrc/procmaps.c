@@ -8,7 +8,7 @@
 #include "vm.h"
 
 #define FLAGS \
-    "rdwrexshmrmwmemsgdpfdwloiosrrrdcdeacnrhtsfarwfddsdmmhgnhmgbtmtumuwuisssllfdp"
+    "rdwrexshmrmwmemsgdpfdwloiosrrrdcdeacnrhtsfarwfddsdmmhgnhmgbtmtumuwuisssllfdpgu"
 
 /* ---- reading a line -------------------------------------------------------------------------- */
 

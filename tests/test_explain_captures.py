@@ -51,6 +51,8 @@ RIGHT = (
     (r"hugetlb", ["huge pages (hugetlb)"]),
     (r"mapped files", ["mapped files", "JVM CDS archive (mapped file)", "JVM heap (ZGC)"]),
     (r"ELF/file", ["mapped files"]),
+    (r"pyreserve region", ["pyreserve regions"]),
+    (r"getrandom", ["vDSO getrandom state"]),
     (r"dynamic loader", ["library data (.bss, dynamic loader)"]),
     (r"program itself: .* shared anonymous", ["shared anonymous memory"]),
 )
@@ -178,6 +180,17 @@ class TestOwners:
             ("redis", "jemalloc", 88_064),
             ("py_64threads", "glibc malloc arenas", 983_040),
             ("py_64threads", "thread stacks", 524_544),
+            ("c_glibc241_arenas", "glibc malloc arenas", 393_216),
+            ("c_glibc243_arenas", "glibc malloc arenas", 393_216),
+            ("c_glibc243_arenas", "thread stacks", 32_784),
+            ("py313_glibc241_16t", "glibc malloc arenas", 983_040),
+            ("py313_glibc241_16t", "thread stacks", 131_136),
+            ("py313_glibc241_16t", "pyreserve regions", 327_680),
+            ("py313_glibc241_16t", "vDSO getrandom state", 4),
+            ("py314_glibc243_16t", "glibc malloc arenas", 983_040),
+            ("py314_glibc243_16t", "thread stacks", 131_136),
+            ("py314_glibc243_16t", "pyreserve regions", 327_680),
+            ("py314_glibc243_16t", "vDSO getrandom state", 4),
             ("c32_glibc8t", "glibc malloc arenas", 15_360),
             ("java_serial", "JVM heap", 1_048_576),
             ("java_serial", "JVM class space", 1_048_576),
@@ -302,6 +315,185 @@ def test_the_smallest_arena(tmp_path: Path, used: int, owner: str) -> None:
     owners = explain(path=tmp_path).owners
 
     assert [(one.name, one.kib) for one in owners] == [(owner, 64 * KiB)]
+
+
+LIBC = "7f0000000000-7f0000001000 r-xp 00000000 00:01 5 /lib/x86_64-linux-gnu/libc.so.6\n"
+STACK = "7ffff0000000-7ffff0021000 rw-p 00000000 00:00 0 [stack]\nVmFlags: rd wr mr mw gd ac\n"
+LINE = 0x7E0000000000  # of 64 MiB
+
+
+def owners_of(folder: Path, *pieces: tuple[int, int, str, int, str], rest: str) -> dict[str, int]:
+    """Explain mappings of (start, bytes, access, KiB in memory, flags), and the text of others."""
+    (folder / "smaps").write_text(
+        "".join(
+            f"{low:x}-{low + size:x} {perms} 00000000 00:00 0 \nRss: {rss} kB\n"
+            f"Private_Dirty: {rss} kB\nVmFlags: {flags}\n"
+            for low, size, perms, rss, flags in pieces
+        )
+        + rest
+    )
+    return {owner.name: owner.kib for owner in explain(path=folder).owners}
+
+
+HEAD, TAIL = "rd wr mr mw me ac", "mr mw me"
+
+
+class TestChargedArenas:
+    """glibc's heaps since 2.41, whose flags are any memory's."""
+
+    def heap(self, low: int, head: int, flags: str = HEAD) -> list[tuple[int, int, str, int, str]]:
+        return [
+            (low, head, "rw-p", head // KiB, flags),
+            (low + head, (64 << 20) - head, "---p", 0, TAIL),
+        ]
+
+    def test_one(self, tmp_path: Path) -> None:
+        """With glibc mapped a head and a tail that make 64 MiB are a heap."""
+        owners = owners_of(tmp_path, *self.heap(LINE, 0x21000), rest=LIBC + STACK)
+
+        assert owners["glibc malloc arenas"] == 64 * KiB
+
+    def test_merged_with_what_is_below(self, tmp_path: Path) -> None:
+        """What begins below the line and goes on as the head is divided at the line."""
+        head, tail = self.heap(LINE, 0x21000)
+        merged = (LINE - (1 << 20), head[1] + (1 << 20), "rw-p", 8, HEAD)
+
+        owners = owners_of(tmp_path, merged, tail, rest=LIBC + STACK)
+
+        assert owners["glibc malloc arenas"] == 64 * KiB
+        assert owners["unknown"] == KiB
+
+    def test_divided(self, tmp_path: Path) -> None:
+        """Advice for huge pages on a part of the head, and neighbours, change nothing."""
+        advised = (LINE, 2 << 20, "rw-p", 2048, f"{HEAD} hg")
+        head, tail = (LINE + (2 << 20), 0x121000, "rw-p", 8, HEAD), self.heap(LINE, 0x321000)[1]
+
+        owners = owners_of(
+            tmp_path, advised, head, tail, *self.heap(LINE + (64 << 20), 0x21000), rest=LIBC + STACK
+        )
+
+        assert owners["glibc malloc arenas"] == 128 * KiB
+
+    def test_a_full_heap_that_stayed_apart(self, tmp_path: Path) -> None:
+        """A mapping of its own right below a heap is one; merged, it may be the program's own."""
+        full = (LINE, 64 << 20, "rw-p", 64 * KiB, HEAD)
+        head, tail = self.heap(LINE + (64 << 20), 0x21000)
+        merged = (LINE, full[1] + head[1], "rw-p", full[3] + head[3], HEAD)
+
+        apart = owners_of(tmp_path, full, head, tail, rest=LIBC + STACK)
+        together = owners_of(tmp_path, merged, tail, rest=LIBC + STACK)
+
+        assert apart["glibc malloc arenas"] == 128 * KiB
+        assert together["glibc malloc arenas"] == together["unknown"] == 64 * KiB
+
+    @pytest.mark.parametrize(
+        "rest",
+        [STACK, LIBC.replace("libc.so.6", "ld-musl-x86_64.so.1") + STACK],
+        ids=["static", "musl"],
+    )
+    def test_not_without_glibc(self, tmp_path: Path, rest: str) -> None:
+        """The shape alone is no evidence."""
+        assert "glibc malloc arenas" not in owners_of(
+            tmp_path, *self.heap(LINE, 0x21000), rest=rest
+        )
+
+    @pytest.mark.parametrize(
+        ("low", "head", "tail", "flags"),
+        [
+            (LINE, 0x21000, 63 << 20, TAIL),  # it ends before the line
+            (LINE, 0x21000, 64 << 20, TAIL),  # or behind
+            (LINE, 0x21000, (64 << 20) - 0x21000, f"{TAIL} ac"),  # it was writable
+            (LINE, 0x21000, (64 << 20) - 0x21000, f"{TAIL} nr"),  # HotSpot
+            (LINE, 0x21000, (64 << 20) - 0x21000, f"{TAIL} dd"),  # a region of ours
+            (LINE, 0x21000, (64 << 20) - 0x21000, f"{TAIL} dc"),  # V8
+            (0xC000000000, 0x21000, (64 << 20) - 0x21000, TAIL),  # at an address of its own
+            (LINE, 4 << 20, 60 << 20, TAIL),  # a step of Go's
+            (LINE + (1 << 20), 0x21000, (64 << 20) - 0x21000, TAIL),  # not aligned
+        ],
+    )
+    def test_what_is_alike(
+        self, tmp_path: Path, low: int, head: int, tail: int, flags: str
+    ) -> None:
+        """Programs that have glibc too, and reserve and commit on their own, are not malloc."""
+        pieces = (low, head, "rw-p", head // KiB, HEAD), (low + head, tail, "---p", 0, flags)
+
+        assert "glibc malloc arenas" not in owners_of(tmp_path, *pieces, rest=LIBC + STACK)
+
+
+class TestHiddenGuards:
+    """Stacks whose guards are in the same mapping."""
+
+    ONE = (8 << 20) + 4096
+
+    @pytest.mark.parametrize("mapped", [ONE, 3 * ONE, 1 << 20])
+    def test_the_kernel_marks_it(self, tmp_path: Path, mapped: int) -> None:
+        """With `gu` and `nh` it is a stack of any size, or several."""
+        piece = (LINE, mapped, "rw-p", 8, f"{HEAD} gu nh")
+
+        assert owners_of(tmp_path, piece, rest=LIBC)["thread stacks"] == mapped // KiB
+
+    @pytest.mark.parametrize(("mapped", "named"), [(ONE, True), (3 * ONE, True), (8 << 20, False)])
+    def test_before_the_kernel_did(self, tmp_path: Path, mapped: int, named: bool) -> None:
+        """Without `gu` the size tells: whole stacks of the limit's size and their guards."""
+        piece = (LINE, mapped, "rw-p", 8, f"{HEAD} nh")
+
+        assert ("thread stacks" in owners_of(tmp_path, piece, rest=LIBC)) == named
+
+    @pytest.mark.parametrize("flags", ["gu", "gu nh dd", "gu nh nr", "gu nh dc"])
+    def test_guards_of_others(self, tmp_path: Path, flags: str) -> None:
+        """Anybody may install guards."""
+        piece = (LINE, self.ONE, "rw-p", 8, f"{HEAD} {flags}")
+
+        assert "thread stacks" not in owners_of(tmp_path, piece, rest=LIBC)
+
+
+OURS = "7f1000000000-7f1000001000 r-xp 00000000 00:01 6 /x/pyreserve/_native.abi3.so\n"
+RANDOM = (LINE, 4096, "rw-p", 4, "rd wr mr mw me nr wf dd dp")
+VDSO = "7fff80000000-7fff80002000 r-xp 00000000 00:00 0 [vdso]\n"
+
+
+class TestOutOfCoreDumps:
+    """What `dd` tells in a process that has pyreserve's library."""
+
+    def test_the_state_of_getrandom(self, tmp_path: Path) -> None:
+        """It is droppable and wiped on fork, and nobody's region."""
+        owners = owners_of(tmp_path, RANDOM, rest=LIBC + OURS + VDSO)
+
+        assert owners["vDSO getrandom state"] == 4
+        assert "pyreserve regions" not in owners
+
+    @pytest.mark.parametrize("rest", [OURS + VDSO, LIBC + OURS], ids=["no glibc", "no vdso"])
+    def test_droppable_memory_of_others(self, tmp_path: Path, rest: str) -> None:
+        """Whose it is is not known, and it is no region."""
+        assert owners_of(tmp_path, RANDOM, rest=rest)["unknown"] == 4
+
+    def test_a_secret(self, tmp_path: Path) -> None:
+        """Memory that a library keeps out of core dumps is no region."""
+        secret = (LINE, 1 << 16, "rw-p", 4, f"{HEAD} dd")
+        guard = (LINE + (1 << 16), 4096, "---p", 0, TAIL)
+
+        owners = owners_of(tmp_path, secret, guard, rest=LIBC + OURS)
+
+        assert "pyreserve regions" not in owners
+
+    def test_a_region(self, tmp_path: Path) -> None:
+        """What is reserved and kept out of them, with its committed parts, is."""
+        pieces = (
+            (LINE, 1 << 20, "---p", 0, f"{TAIL} dd"),
+            (LINE + (1 << 20), 1 << 20, "rw-p", 4, f"{HEAD} dd"),
+        )
+
+        assert owners_of(tmp_path, *pieces, rest=LIBC + OURS)["pyreserve regions"] == 2048
+
+    @pytest.mark.parametrize("library", ["libcoreclr.so", "libtsan.so.2", "libmariadbd.so.19"])
+    def test_others_that_reserve_so(self, tmp_path: Path, library: str) -> None:
+        """Where a runtime is mapped that does the same, it is not known whose it is."""
+        other = f"7f2000000000-7f2000001000 r-xp 00000000 00:01 7 /x/{library}\n"
+        piece = (LINE, 1 << 20, "---p", 0, f"{TAIL} dd")
+
+        owners = owners_of(tmp_path, piece, rest=LIBC + OURS + other)
+
+        assert "pyreserve regions" not in owners
 
 
 @pytest.mark.parametrize("mark", ["nh", ""])

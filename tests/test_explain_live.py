@@ -14,6 +14,7 @@ import re
 import resource
 import signal
 import subprocess
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from witness import fresh_python, in_child, only_64_bit
 
 from pyreserve import PAGE_SIZE, GiB, KiB, MiB, Region, TiB, explain, procfs, reserve, track
 from pyreserve.errors import AccessError, NoAddressSpaceError, RangeError
-from pyreserve.procmem import AddressSpace, Sample, capture, compare, load, sample, save
+from pyreserve.procmem import AddressSpace, Owner, Sample, capture, compare, load, sample, save
 from pyreserve.procmem.source import LiveSource
 from pyreserve.procmem.table import MapTable
 
@@ -252,13 +253,17 @@ class TestOwners:
 
     @only_64_bit
     def test_threads_and_their_arenas(self, stopped: Stopped) -> None:
-        """Each thread has a stack of the limit's size with a guard, and here a malloc arena."""
+        """Each thread has a stack of the limit's size with a guard, and here a malloc arena.
+
+        From glibc 2.42 on the guards are inside the stack's mapping, where they are not seen.
+        """
         space = explain(stopped("threads"))
 
         owners = {owner.name: owner for owner in space.owners}
         stacks, arenas = owners["thread stacks"], owners["glibc malloc arenas"]
         assert stacks.kib == subjects.THREADS * (subjects.STACK_KIB + PAGE_SIZE // KiB)
-        assert stacks.no_access_kib == subjects.THREADS * PAGE_SIZE // KiB
+        hidden = "MADV_GUARD_INSTALL" in stacks.evidence
+        assert stacks.no_access_kib == (0 if hidden else subjects.THREADS * PAGE_SIZE // KiB)
         assert arenas.kib * KiB == subjects.THREADS * 64 * MiB
         assert arenas.mappings == 2 * subjects.THREADS
         assert space.details["stacks"] == stacks.kib + owners["main stack"].kib
@@ -694,6 +699,79 @@ class TestKinds:
         assert kib["one"] == [(3 << 20, 0, 3 << 20, evidence)]
         assert kib["two"] == [((3 << 20) + 5120, 1024, (3 << 20) + 3072, evidence)]
         assert kib["dropped"] == [(5120, 1024, 3072, evidence)]
+
+    def test_regions_of_another_process(self) -> None:
+        """They are told by two signs; the page of getrandom's state is none of them."""
+        script = """
+        import os, threading
+        import pyreserve
+        os.urandom(8), {*map(hash, "ab")}
+        held = [pyreserve.reserve(3 << 20), pyreserve.reserve(5 << 20)]
+        held[1].commit(0, 1 << 20)
+        """
+        with subjects.running_python(textwrap.dedent(script)) as pid:
+            subjects.stop(pid)
+
+            owners = {owner.name: owner for owner in explain(pid).owners}
+
+            smaps = Path(f"/proc/{pid}/smaps").read_text()
+            assert (regions := owners["pyreserve regions"]).kib == 8 << 10
+            assert regions.no_access_kib == 7 << 10
+            assert "dd" in regions.evidence
+            droppable = len(re.findall(r"^VmFlags:.* wf .*dd .*dp", smaps, re.MULTILINE))
+            assert owners.get("vDSO getrandom state", Owner("")).mappings == droppable
+
+    def test_threads_of_python(self) -> None:
+        """Whatever libc there is, 16 threads are stacks, and what malloc has for them is named."""
+        script = """
+        import threading
+        ready = threading.Barrier(17)
+        def work():
+            kept = [bytes(1000) for _ in range(100)]
+            ready.wait()
+            threading.Event().wait()
+        for _ in range(16):
+            threading.Thread(target=work, daemon=True).start()
+        ready.wait()
+        """
+        with subjects.running_python(textwrap.dedent(script)) as pid:
+            subjects.stop(pid)
+
+            space = explain(pid)
+
+            owners = kib_by_owner(space)
+            limit, _ = resource.getrlimit(resource.RLIMIT_STACK)
+            if limit == 8 * MiB:
+                assert owners["thread stacks"] == 16 * (8 * MiB + PAGE_SIZE) // KiB
+            if any("/libc.so.6" in one.name for one in space.maps()):
+                assert owners["glibc malloc arenas"] % (64 * KiB) == 0
+                assert owners["unknown"] < 64 * KiB
+
+    def test_guards_inside_a_mapping(self) -> None:
+        """Where smaps has no word for them, pagemap shows guards of the lowest page."""
+        found = fresh_python(
+            """
+            import json, platform
+            from pyreserve import MiB, reserve
+            from pyreserve._native import lib
+            from pyreserve.limits import PAGE_SIZE
+            from pyreserve.procmem.capture import capture
+            from pyreserve.procmem.source import LiveSource
+
+            region = reserve(4 * MiB, huge_pages="never")
+            region.commit(0, MiB)
+            region.commit(2 * MiB, MiB)
+            err = lib.vm_guard(region.base + 2 * MiB, PAGE_SIZE)
+            places = {region.base: "none", region.base + 2 * MiB: "guarded"}
+            guarded = capture(LiveSource(None)).guarded
+            print(json.dumps([err, [places[at] for at in places if at in guarded]]))
+            """
+        )
+
+        if tuple(map(int, platform.release().split(".")[:2])) >= (6, 15):
+            assert found == [0, ["guarded"]]
+        else:
+            assert found[1] == []
 
     def test_regions_that_come_and_go_meanwhile(self) -> None:
         """Another thread may make, view and release regions while this process is explained."""

@@ -1,15 +1,20 @@
 """All that is known of a process's memory at one moment, read as consistently as it lets us."""
 
+import os
+import sys
 from dataclasses import dataclass, field
 
 from pyreserve import procfs
 from pyreserve.errors import MapsError
+from pyreserve.limits import PAGE_SIZE
 from pyreserve.procmem.source import LiveSource, SavedSource, Source
-from pyreserve.procmem.table import MapTable
+from pyreserve.procmem.table import FLAGS, READ, WRITE, MapTable
+from pyreserve.units import KiB
 
 # From so many mappings on, the kernel's printing of smaps takes longer than counting pages.
 _MANY = 10_000
 _ATTEMPTS = 4
+_STACK_LEAST = 16 * KiB  # PTHREAD_STACK_MIN
 _OF_MEMINFO = {"CommitLimit", "Committed_AS", "MemAvailable", "MemTotal"}
 
 
@@ -31,6 +36,8 @@ class Capture:
         cgroups: limit and use in bytes of each limited memory cgroup.
         live: the process runs on this machine.
         pid: its number, None if not known.
+        guarded: starts of mappings whose lowest page is a guard inside (MADV_GUARD_INSTALL), of
+            those that may be stacks; not known of saved files.
     """
 
     table: MapTable
@@ -44,6 +51,7 @@ class Capture:
     cgroups: tuple[tuple[int, int], ...] = ()
     live: bool = True
     pid: int | None = None
+    guarded: frozenset[int] = frozenset()
 
 
 def capture(source: LiveSource | SavedSource) -> Capture:
@@ -68,6 +76,7 @@ def capture(source: LiveSource | SavedSource) -> Capture:
         cgroups=_cgroups(source.text("cgroup_memory") or ""),
         live=isinstance(source, LiveSource),
         pid=_pid(source, facts),
+        guarded=_guarded(source, table),
     )
 
 
@@ -139,6 +148,29 @@ def _agree(table: MapTable, rollup: dict[str, int], status: dict[str, int]) -> b
         and rollup.get("Rss", sum(table.rss)) == sum(table.rss)
         and (not rollup or _private_kib(rollup) == sum(table.private))
     )
+
+
+def _guarded(source: LiveSource | SavedSource, table: MapTable) -> frozenset[int]:
+    """Look at the lowest page of what may be stacks (pagemap.rst, bit 58, Linux 6.15)."""
+    marked = FLAGS["nh"] if table.knows_flags else 0
+    names = {i for i, _ in table.named}
+    starts = [
+        table.start[i]
+        for i, perms in enumerate(table.perms)
+        if perms == READ | WRITE
+        and table.flags[i] & marked == marked
+        and table.end[i] - table.start[i] > _STACK_LEAST
+        and i not in names
+    ]
+    if not starts or not isinstance(source, LiveSource):
+        return frozenset()
+    try:
+        with source.open("pagemap") as pagemap:
+            entries = [os.pread(pagemap.fileno(), 8, start // PAGE_SIZE * 8) for start in starts]
+    except OSError:  # a sandbox, or it has just ended
+        return frozenset()
+    pairs = zip(starts, entries, strict=True)
+    return frozenset(at for at, entry in pairs if int.from_bytes(entry, sys.byteorder) >> 58 & 1)
 
 
 def _limits(text: str) -> dict[str, int | None]:

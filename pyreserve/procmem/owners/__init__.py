@@ -15,6 +15,7 @@ _RECOGNISERS = (
     plain.kernel_pages,
     ours.own_regions,
     plain.named,
+    plain.getrandom_state,
     plain.zeroed_data,
     plain.stacks,
     go.go,

@@ -9,6 +9,7 @@ from pyreserve.units import KiB, MiB, TiB, format_size
 _MOST_KIB = 64 * MiB  # 1,024 full heaps side by side: more would be a sanitizer's shadow
 # HEAP_MIN_SIZE, glibc malloc/arena.c; with M_TOP_PAD as it is by default, 132 KiB.
 _LEAST = 32 * KiB
+_GO_STEP = 4 * MiB  # runtime/malloc.go: by how much Go's heap grows
 
 
 def glibc_arenas(sight: Sight) -> None:
@@ -16,7 +17,7 @@ def glibc_arenas(sight: Sight) -> None:
 
     glibc malloc/arena.c new_heap: HEAP_MAX_SIZE bytes aligned to as many, reserved PROT_NONE and
     MAP_NORESERVE, readable and writable from the start on as far as it was needed: 64 MiB, on 32
-    bits 1 MiB.
+    bits 1 MiB. Since 2.41 without MAP_NORESERVE: then glibc must be mapped and the shape be whole.
     """
     if sight.runs_code_of(r"libmimalloc|ld-musl|libc\.musl"):
         return
@@ -30,23 +31,26 @@ def glibc_arenas(sight: Sight) -> None:
         for low, tail in tails.items()
         if tail or (tail == 0 and _is_full_heap(sight, low, size, below_a_tail))
     ]
+    charged = not heaps and sight.knows_flags and sight.libc is not None
+    if charged:
+        heaps = _charged_heaps(sight, size)
     if not heaps:
         return
     evidence = (
         f"{count(len(heaps), 'range')} of {format_size(size)}, aligned to it: readable and "
         "writable from the start, no access to exactly the end"
-        + (", never charged (nr)" if sight.knows_flags else "")
+        + (", never charged (nr)" if sight.knows_flags and not charged else "")
         + (f"; {sight.libc} is mapped" if sight.libc else "")
     )
     for low in heaps:
         sight.claim_range(low, low + size, "glibc malloc arenas", evidence)
 
 
-def _aligned(sight: Sight, size: int) -> Iterator[int]:
+def _aligned(sight: Sight, size: int, *, charged: bool = False) -> Iterator[int]:
     """Yield the multiples of `size` at which something writable begins or goes on."""
     perms, flags = sight.perms, sight.flags
-    never_charged = FLAGS["nr"] if sight.knows_flags else 0
-    other = FLAGS["dc"] | FLAGS["dd"] | FLAGS["nh"]
+    never_charged = FLAGS["nr"] if sight.knows_flags and not charged else 0
+    other = FLAGS["dc"] | FLAGS["dd"] | FLAGS["nh"] | (FLAGS["nr"] if charged else 0)
     last = -1
     size_kib, least_kib = sight.table.size, _LEAST // KiB
     for i in [i for i in sight.anonymous if size_kib[i] >= least_kib and perms[i] == RW]:
@@ -81,14 +85,37 @@ def _is_full_heap(sight: Sight, low: int, size: int, below_a_tail: set[int]) -> 
     return i is not None and not sight.start[i] % size and (sight.narrow or low in below_a_tail)
 
 
-def _heap_tail(sight: Sight, low: int, high: int) -> int | None:
+def _charged_heaps(sight: Sight, size: int) -> list[int]:
+    """Find heaps as glibc maps them since 2.41: their flags are those of any memory.
+
+    So the tail must end with the range and never have been writable (no ``ac``), and the kernel
+    must have chosen the place: above a third of the addresses (TASK_UNMAPPED_BASE). A head of whole
+    steps of Go's may be an arena of Go's.
+    """
+    heaps: set[int] = set()
+    for low in sorted(_aligned(sight, size, charged=True), reverse=True):
+        last = sight.at(low + size - 1)
+        if last is None or sight.end[last] != low + size or 3 * low < sight.top:
+            continue
+        tail = _heap_tail(sight, low, low + size, charged=True)
+        if tail:
+            is_heap = (size - tail) % _GO_STEP != 0 and sight.lacks(last, "ac")
+        else:
+            # A full heap. What a program maps below another heap becomes one mapping with that.
+            is_heap = tail == 0 and sight.start[last] == low and low + size in heaps
+        if is_heap:
+            heaps.add(low)
+    return sorted(heaps)
+
+
+def _heap_tail(sight: Sight, low: int, high: int, *, charged: bool = False) -> int | None:
     """Return the inaccessible bytes at the end of what looks like a heap; None if it does not."""
     at = low
     tail = used = 0
     for i in sight.between(low, high):
         if sight.start[i] > at or sight.names[i] or sight.inode[i] or not sight.free(i):
             return None
-        if sight.knows_flags and not sight.is_never_charged(i):
+        if sight.knows_flags and not sight.is_plain(i, never_charged=not charged):
             return None
         if sight.perms[i] == RW and not tail:
             used += sight.table.rss[i] + sight.table.swap[i]

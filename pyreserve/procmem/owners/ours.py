@@ -6,6 +6,8 @@ from pyreserve.procmem.owners.sight import NONE, RW, Sight
 from pyreserve.region import live_ranges
 
 NAME = "pyreserve regions"
+# Runtimes that reserve addresses and keep them out of core dumps too: .NET, sanitizers, MariaDB.
+_ALIKE = r"libcoreclr|lib[atl]san|libmariadbd"
 
 
 def own_regions(sight: Sight) -> None:
@@ -17,15 +19,23 @@ def own_regions(sight: Sight) -> None:
 
 
 def regions(sight: Sight) -> None:
-    """Claim what is kept out of core dumps (``dd``) in a process that has pyreserve's library."""
-    if sight.pyreserve is None or not sight.knows_flags:
+    """Claim another process's regions: reserved, and kept out of core dumps (``dd``).
+
+    Kept out of dumps alone is no evidence: libraries do so with secrets, the kernel with what it
+    may drop. So a part of it must still be reserved: a region that is committed whole is not told
+    from other memory.
+    """
+    if sight.pyreserve is None or not sight.knows_flags or sight.runs_code_of(_ALIKE):
         return
+    alike = (
+        i
+        for i in sight.unclaimed()
+        if sight.perms[i] in {RW, NONE} and sight.has(i, "dd") and sight.lacks(i, "nh io dp")
+    )
+    runs = sight.neighbours(alike)
     sight.claim(
-        (
-            i
-            for i in sight.unclaimed()
-            if sight.perms[i] in {RW, NONE} and sight.has(i, "dd") and sight.lacks(i, "nh io")
-        ),
+        (i for run in runs if any(sight.perms[j] == NONE for j in run) for i in run),
         NAME,
-        f"kept out of core dumps (dd), as pyreserve asks by default; {sight.pyreserve} is mapped",
+        "reserved without access and kept out of core dumps (dd), as pyreserve does by default; "
+        f"{sight.pyreserve} is mapped",
     )

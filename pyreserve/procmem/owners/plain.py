@@ -9,6 +9,8 @@ from pyreserve.units import GiB, KiB, MiB, format_size
 
 _BSS_MOST, _BSS_SMALL = 8 * MiB, 256 * KiB
 _GUARD_MOST = 64 * KiB
+_STACK_LEAST = 16 * KiB  # PTHREAD_STACK_MIN
+_GETRANDOM_MOST = 64 * KiB  # states for all CPUs; a few to a page
 
 
 def kernel_pages(sight: Sight) -> None:
@@ -21,6 +23,26 @@ def kernel_pages(sight: Sight) -> None:
     )
     stack = (i for i in sight.called("[stack]") if sight.perms[i] & RW == RW)
     sight.claim(stack, "main stack", "the kernel names it [stack]")
+
+
+def getrandom_state(sight: Sight) -> None:
+    """Claim the pages that glibc keeps the state of the vDSO's getrandom in (2.41, Linux 6.11).
+
+    MAP_DROPPABLE memory (``dp``), which is always ``wf dd nr`` too; a few pages at a time.
+    """
+    if sight.libc is None or not sight.called("[vdso]"):
+        return
+    sight.claim(
+        (
+            i
+            for i in sight.unclaimed()
+            if sight.perms[i] == RW
+            and sight.has(i, "wf dd nr dp")
+            and sight.size(i) <= _GETRANDOM_MOST
+        ),
+        "vDSO getrandom state",
+        f"droppable pages (dp), wiped on fork (wf); [vdso] and {sight.libc} are mapped",
+    )
 
 
 _NAMED = re.compile(r"\[anon(?:_shmem)?:(.*)\]", re.DOTALL)
@@ -57,7 +79,43 @@ def named(sight: Sight) -> None:
 
 
 def stacks(sight: Sight) -> None:
-    """Claim stacks of threads: one guard page without access and, right above it, the stack.
+    """Claim stacks of threads, their guards included."""
+    _stacks_above_guards(sight)
+    _stacks_with_hidden_guards(sight)
+
+
+def _stacks_with_hidden_guards(sight: Sight) -> None:
+    """Claim stacks whose guards are in their own mapping (MADV_GUARD_INSTALL, Linux 6.13).
+
+    glibc does so since 2.42, and neighbouring stacks become one mapping. It has VmFlags ``gu``
+    since Linux 6.18; before, the lowest page is seen in pagemap (6.15), or the size tells.
+    """
+    limit = sight.capture.limits.get("stack size", 8 * MiB) or 2 * MiB  # unlimited: 2 MiB
+    whole = [limit + guard for guard in (4 * KiB, 16 * KiB, 64 * KiB)]  # a guard is an OS page
+    guarded = sight.capture.guarded
+    found: list[int] = []
+    seen = True
+    for i in sight.unclaimed():
+        if sight.perms[i] != RW or sight.size(i) <= _STACK_LEAST:
+            continue
+        if sight.knows_flags and (sight.lacks(i, "nh") or not sight.lacks(i, "nr dd dc")):
+            continue
+        fits = sight.libc is not None and any(sight.size(i) % size == 0 for size in whole)
+        has_guard = sight.has(i, "gu") or sight.start[i] in guarded
+        if (has_guard or fits) if sight.knows_flags else (has_guard and fits):
+            found.append(i)
+            seen = seen and has_guard
+    sight.claim(
+        found,
+        "thread stacks",
+        f"{count(len(found), 'mapping')} for stacks"
+        + (" (nh)" if sight.knows_flags else "")
+        + (", guards inside (MADV_GUARD_INSTALL)" if seen else f", each {format_size(limit)}"),
+    )
+
+
+def _stacks_above_guards(sight: Sight) -> None:
+    """Claim one guard page without access and, right above it, the stack.
 
     glibc maps both at once with MAP_STACK, which keeps huge pages away (VmFlags ``nh``) since Linux
     6.7; older kernels show a stack of the limit's size. HotSpot's guard zone is of several pages.

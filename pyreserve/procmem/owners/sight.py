@@ -150,7 +150,11 @@ class Sight:
 
     def is_never_charged(self, i: int) -> bool:
         """Tell whether a mapping is MAP_NORESERVE and has no other advice, as allocators map."""
-        return self.has(i, "nr") and self.lacks(i, "dc dd nh")
+        return self.is_plain(i, never_charged=True)
+
+    def is_plain(self, i: int, *, never_charged: bool) -> bool:
+        """Tell whether a mapping has no other advice, and is MAP_NORESERVE or is not."""
+        return self.lacks(i, "dc dd nh") and self.has(i, "nr") == never_charged
 
     def size(self, i: int) -> int:
         """Return a mapping's bytes."""
