@@ -382,6 +382,31 @@ int procmaps_divide(struct procmaps *table, size_t *wrong) {
     return 0;
 }
 
+void procmaps_sum(struct procmaps *table, size_t keep, struct procmaps_sums *sums) {
+    size_t done = table->count > keep ? table->count - keep : 0;
+    for (size_t i = 0; i < done; i++) {
+        const uint64_t *one = row(table, i);
+        /* A mapping that grew downward into dropped ones counts for what they have not. */
+        uint64_t start = one[PROCMAPS_START] > sums->end ? one[PROCMAPS_START] : sums->end;
+        if (is_kernels(one) || one[PROCMAPS_END] <= start)
+            continue;
+        uint64_t size = one[PROCMAPS_END] - start, perms = one[PROCMAPS_PERMS];
+        sums->size += size;
+        if ((perms & (PROCMAPS_READ | PROCMAPS_WRITE | PROCMAPS_EXECUTE)) == 0)
+            sums->reserved += size;
+        if ((perms & (PROCMAPS_WRITE | PROCMAPS_SHARED)) == PROCMAPS_WRITE)
+            sums->committed += size;
+        sums->count++;
+        sums->end = one[PROCMAPS_END];
+    }
+    if (done > 0)
+        memmove(table->rows, row(table, done), (table->count - done) * PROCMAPS_COLUMNS * sizeof *table->rows);
+    table->count -= done;
+    table->names_length = 0;
+    for (size_t i = 0; i < table->count; i++)
+        row(table, i)[PROCMAPS_NAME_LENGTH] = 0;
+}
+
 void procmaps_free(struct procmaps *table) {
     free(table->rows);
     free(table->names);

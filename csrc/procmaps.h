@@ -83,6 +83,20 @@ int procmaps_count_pages(struct procmaps *table, int fd, int forked);
  * addresses, [vsyscall], has no size and no memory: it is of no process and not in VmSize. */
 int procmaps_divide(struct procmaps *table, size_t *wrong);
 
+/* What a process's mappings are in sum, in bytes; `end` is where the last one ends. */
+struct procmaps_sums {
+    uint64_t size;
+    uint64_t reserved;  /* of it, neither readable nor writable nor executable */
+    uint64_t committed; /* of it, private and writable */
+    uint64_t count;
+    uint64_t end;
+};
+
+/* Adds up all rows but the last `keep` and drops them, and forgets the names of the others, so that a
+ * file of any length takes a table of a few rows. Rows in the kernel's half are left out. Those that
+ * are kept may yet lose their place, see procmaps_feed. */
+void procmaps_sum(struct procmaps *table, size_t keep, struct procmaps_sums *sums);
+
 /* Frees what the table has; it is empty again. */
 void procmaps_free(struct procmaps *table);
 

@@ -2,15 +2,20 @@
 
 import errno
 from bisect import bisect_left
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 from pyreserve._native import ffi, lib
 from pyreserve.errors import MapsError
 from pyreserve.lazily import lazily
 
 _COLUMNS: int = lib.PROCMAPS_COLUMNS
-_CHUNK = 1 << 16
+_CHUNK, _SMALL_CHUNK = 1 << 16, 1 << 13
+_KEPT = 16  # rows that a mapping which was printed later may take the place of
 _LINE_MOST = 1 << 24  # bytes of a line: no path is that long
+
+ROW_BYTES = 8 * _COLUMNS
+"""How much memory a mapping takes in a table."""
 
 READ: int = lib.PROCMAPS_READ
 WRITE: int = lib.PROCMAPS_WRITE
@@ -31,6 +36,15 @@ class Readable(Protocol):
 
     def readinto(self, buffer: memoryview, /) -> int | None:
         """Fill the buffer as far as is at hand; 0 at the end."""
+
+
+class Sums(NamedTuple):
+    """What a process's mappings are in sum, in bytes, and how many there are."""
+
+    size: int
+    reserved: int
+    committed: int
+    mappings: int
 
 
 class _Column:
@@ -68,12 +82,30 @@ class MapTable:
             OSError: it can't be read.
         """
         table = cls()
-        buffer = bytearray(_CHUNK)
+        table._read(file, _CHUNK)
+        return table
+
+    @classmethod
+    def sums(cls, file: Readable) -> Sums:
+        """Add up a file without keeping it: a few KiB are enough, however many mappings there are.
+
+        Raises:
+            MapsError, OSError: see `read`.
+        """
+        table, sums = cls(), ffi.new("struct procmaps_sums *")
+        table._read(file, _SMALL_CHUNK, lambda: lib.procmaps_sum(table._table, _KEPT, sums))
+        lib.procmaps_sum(table._table, 0, sums)
+        return Sums(sums.size, sums.reserved, sums.committed, sums.count)
+
+    def _read(
+        self, file: Readable, chunk: int, after_each: Callable[[], None] | None = None
+    ) -> None:
+        buffer = bytearray(chunk)
         filled = 0
         while True:
             if filled == len(buffer):  # one line has no end yet
                 if filled >= _LINE_MOST:
-                    msg = f"line {table._table.lines + 1} never ends"
+                    msg = f"line {self._table.lines + 1} never ends"
                     raise MapsError(msg)
                 buffer.extend(bytes(len(buffer)))
             with memoryview(buffer) as room:
@@ -84,12 +116,13 @@ class MapTable:
                 msg = f"readinto says {got} bytes"
                 raise OSError(errno.EIO, msg)
             filled += got
-            used = table._feed(buffer, filled)
+            used = self._feed(buffer, filled)
             buffer[: filled - used] = buffer[used:filled]
             filled -= used
+            if after_each is not None:
+                after_each()
         if filled:
-            table._feed(bytes(buffer[:filled]) + b"\n", filled + 1)
-        return table
+            self._feed(bytes(buffer[:filled]) + b"\n", filled + 1)
 
     def _feed(self, text: bytes | bytearray, length: int) -> int:
         used = ffi.new("size_t *")

@@ -190,6 +190,23 @@ static void the_kernels_half_is_of_no_process(void) {
     procmaps_free(&table);
 }
 
+static void rows_are_added_up_and_dropped(void) {
+    struct procmaps table = {0};
+    struct procmaps_sums sums = {0};
+    CHECK(feed(&table, "1000-3000 rw-p 0 0:0 0 /a\n3000-4000 ---p 0 0:0 0 /a\n5000-6000 rw-s 0 0:0 0 /b\n") == 0);
+    procmaps_sum(&table, 1, &sums);
+    CHECK(table.count == 1 && at(&table, 0, PROCMAPS_START) == 0x5000 && table.names_length == 0);
+    CHECK(sums.size == 0x3000 && sums.reserved == 0x1000 && sums.committed == 0x2000 && sums.count == 2);
+    procmaps_sum(&table, 9, &sums);
+    CHECK(table.count == 1 && sums.count == 2);
+    /* It has grown into one that was dropped, and counts for the rest. */
+    CHECK(feed(&table, "3000-8000 r--p 0 0:0 0 /b\nffffffffff600000-ffffffffff601000 --xp 0 0:0 0\n") == 0);
+    procmaps_sum(&table, 0, &sums);
+    CHECK(table.count == 0 && sums.size == 0x7000 && sums.count == 3 && sums.end == 0x8000);
+    CHECK(sums.reserved == 0x1000 && sums.committed == 0x2000);
+    procmaps_free(&table);
+}
+
 int main(void) {
     RUN(a_line_is_a_row);
     RUN(half_a_line_waits_for_its_end);
@@ -198,6 +215,7 @@ int main(void) {
     RUN(what_became_one_meanwhile_is_one_row);
     RUN(swap_is_what_memory_leaves);
     RUN(the_kernels_half_is_of_no_process);
+    RUN(rows_are_added_up_and_dropped);
     RUN(noise_does_no_harm);
     RUN(pages_are_counted_where_they_are);
     return check_report("test_procmaps");
