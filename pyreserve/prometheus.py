@@ -220,8 +220,8 @@ def _read_process(process: _Process) -> list[_Sample]:
         *(("mappings", (each.name,), each.mappings) for each in space.classes),
         ("map_entries", (), space.mappings),
         ("resident_bytes", (), KiB * space.rss_kib),
-        ("proportional_bytes", (), KiB * space.pss_kib),
-        ("unique_bytes", (), KiB * space.uss_kib),
+        *(("proportional_bytes", (), KiB * kib) for kib in (space.pss_kib,) if kib is not None),
+        *(("unique_bytes", (), KiB * kib) for kib in (space.uss_kib,) if kib is not None),
         ("swap_bytes", (), KiB * space.swap_kib),
         ("page_tables_bytes", (), KiB * space.page_tables_kib),
     ]

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from captures import FOLDER, NAMES, truth
 
 from pyreserve.errors import MapsError
-from pyreserve.procmem import AddressSpace, explain
+from pyreserve.procmem import AddressSpace, compare, explain
 from pyreserve.procmem.capture import capture
 from pyreserve.procmem.owners import Sight, allocators
 from pyreserve.procmem.source import SavedSource
@@ -542,10 +543,59 @@ class TestWithout:
         assert explain(path=folder).to_dict() == before
 
     def test_no_smaps(self, folder: Path) -> None:
-        """maps does not say what is in memory."""
+        """Then maps, status and smaps_rollup tell what they know, and the rest is said to miss."""
+        whole = explain(path=folder)
         (folder / "smaps.gz").unlink()
 
-        with pytest.raises(FileNotFoundError, match="no smaps"):
+        space = explain(path=folder)
+
+        assert space.missing == ("smaps",)
+        assert (space.vsz_kib, space.mappings) == (whole.vsz_kib, whole.mappings)
+        assert (space.rss_kib, space.pss_kib, space.uss_kib) == (79_056, whole.pss_kib, None)
+        classes = {one.name: one.kib for one in space.classes}
+        assert classes.keys() == {"no_access_reserved", "accessible", "special_pfn"}
+        assert sum(classes.values()) == space.vsz_kib
+        assert classes["no_access_reserved"] == whole.class_kib("no_access_reserved")
+        assert (
+            "77.2 MiB is memory (smaps can't be read: USS and which mappings it is in are not "
+            "known)." in space.verdict
+        )
+
+    def test_neither_smaps_nor_its_sums(self, folder: Path) -> None:
+        """Status has RSS, and what is not known is null in JSON, and no 0."""
+        for name in ("smaps.gz", "smaps_rollup"):
+            (folder / name).unlink()
+
+        space = explain(path=folder)
+        plain = json.loads(space.to_json())
+
+        assert plain["missing"] == ["smaps", "smaps_rollup"]
+        assert (plain["rss_kib"], plain["pss_kib"], plain["uss_kib"]) == (79_056, None, None)
+        assert {owner["rss_kib"] for owner in plain["owners"]} == {None}
+        assert sum(owner["kib"] for owner in plain["owners"]) == space.vsz_kib
+        assert "stacks" in plain["details_kib"]
+        assert "stacks_resident" not in plain["details_kib"]
+        assert {one.class_name for one in space.maps()} <= {"", *(c.name for c in space.classes)}
+        with pytest.raises(KeyError):
+            space.class_kib("resident_private")
+
+    def test_what_is_not_known_is_not_compared(self, folder: Path) -> None:
+        """Figures that one of two explanations does not have are no change of it."""
+        whole = explain(path=folder).to_dict()
+        (folder / "smaps.gz").unlink()
+
+        difference = compare(whole, explain(path=folder).to_dict())
+
+        assert {change.name for change in difference.totals} >= {"vsz_kib", "pss_kib"}
+        assert "uss_kib" not in {change.name for change in difference.totals}
+        assert difference.owners_resident == ()
+
+    def test_neither_smaps_nor_maps(self, folder: Path) -> None:
+        """Without both there is nothing to explain."""
+        for name in ("smaps.gz", "maps.gz"):
+            (folder / name).unlink()
+
+        with pytest.raises(FileNotFoundError, match="no smaps, and no maps either"):
             explain(path=folder)
 
     def test_no_folder(self, tmp_path: Path) -> None:

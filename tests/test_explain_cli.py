@@ -23,6 +23,7 @@ JSON_KEYS = {
     "pid",
     "name",
     "settled",
+    "missing",
     "vsz_kib",
     "rss_kib",
     "pss_kib",

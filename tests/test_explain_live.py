@@ -64,6 +64,8 @@ def assert_agree(both: Callable[[], tuple[Figures, Figures]]) -> None:
 
 def figures(space: AddressSpace) -> tuple[int, int, int]:
     """RSS, PSS and USS in KiB."""
+    assert space.pss_kib is not None
+    assert space.uss_kib is not None
     return space.rss_kib, space.pss_kib, space.uss_kib
 
 
@@ -151,7 +153,7 @@ class TestAgreement:
             space = explain(path=folder)
             rss, pss, uss = figures(space)
             # What others share with it may have changed between smaps and its sum.
-            near = 0 <= whole.pss_kib - pss <= space.mappings
+            near = 0 <= figures(whole)[1] - pss <= space.mappings
             return [pid, uss, pss, rss, rss, uss, True], [
                 *map(int, done.stdout.split()),
                 whole.rss_kib,
@@ -351,7 +353,7 @@ def end(process: "subprocess.Popen[bytes]", *, reaped: bool) -> None:
 def consistent(space: AddressSpace) -> bool:
     return (
         0 < sum(one.kib for one in space.classes) == space.vsz_kib
-        and 0 < space.uss_kib <= space.rss_kib
+        and 0 < figures(space)[2] <= space.rss_kib
         and space.mappings > 0
     )
 
@@ -442,6 +444,7 @@ class TestEnds:
                 kill_before_read(which, process, patch, reaped=False)
                 with suppress(NoAddressSpaceError):
                     found = sample(process.pid)
+                    assert found.pss_kib is not None
                     assert min(found.vsz_kib, found.rss_kib, found.pss_kib, found.mappings) > 0
                 if not ended(process):
                     break

@@ -10,13 +10,15 @@ from rich.text import Text
 
 from pyreserve.cli.screen import console_for, printable
 from pyreserve.procmem import AddressSpace, Change, Difference, Mapping
-from pyreserve.procmem.classes import NAMES, WORDS
+from pyreserve.procmem.classes import ACCESSIBLE, ACCESSIBLE_WORDS, NAMES, WORDS
 from pyreserve.procmem.owners import UNKNOWN
 from pyreserve.procmem.space import state
 from pyreserve.units import KiB, format_size
 
 _STYLES = ("dim yellow", "cyan", "bold red", "magenta", "blue", "red", "dim")
 _CLASSES = {name: (words, style) for name, words, style in zip(NAMES, WORDS, _STYLES, strict=True)}
+_CLASSES[ACCESSIBLE] = ACCESSIBLE_WORDS, "cyan"
+_NOT_KNOWN = "?"
 _BAR, _LEAST_BAR = 20, 5  # columns
 _NAME = 12
 _GAP = 2
@@ -57,7 +59,7 @@ def show(space: AddressSpace, top: int, *, all_maps: bool) -> None:
         console.print()
         what = "all mappings" if all_maps else f"largest of {space.mappings:,} mappings"
         _line(console, Text(f"{what}: addresses, access, size, in memory, the rest, owner", "bold"))
-        for row in _mappings(mappings, console):
+        for row in _mappings(space, mappings, console):
             _line(console, row)
 
 
@@ -85,8 +87,8 @@ def _line(console: Console, text: Text) -> None:
     console.print(text, soft_wrap=True)
 
 
-def _kib(kib: int) -> str:
-    return format_size(kib * KiB)
+def _kib(kib: int | None) -> str:
+    return _NOT_KNOWN if kib is None else format_size(kib * KiB)
 
 
 def _share(part: int, whole: int) -> str:
@@ -168,12 +170,16 @@ def _shares(titles: tuple[str, str], rows: list[_Row], whole: int, console: Cons
 
 def _classes(space: AddressSpace, console: Console) -> Table:
     rows = [
-        _Row(words, one.kib, f"{one.mappings:,}", bar=style)
-        for one, (words, style) in zip(space.classes, _CLASSES.values(), strict=True)
+        _Row(_CLASSES[one.name][0], one.kib, f"{one.mappings:,}", bar=_CLASSES[one.name][1])
+        for one in space.classes
         if one.kib
     ]
     total = _Row("VSZ", space.vsz_kib, f"{space.mappings:,}", style="bold")
     return _shares(("by class", "mappings"), [*rows, total], space.vsz_kib, console)
+
+
+def _in_memory(space: AddressSpace, kib: int) -> str:
+    return _NOT_KNOWN if space.uss_kib is None else _kib(kib)
 
 
 def _owners(space: AddressSpace, console: Console) -> Table:
@@ -181,7 +187,7 @@ def _owners(space: AddressSpace, console: Console) -> Table:
         _Row(
             printable(owner.name, console),
             owner.kib,
-            _kib(owner.rss_kib),
+            _in_memory(space, owner.rss_kib),
             bar="dim" if owner.name == UNKNOWN else "green",
         )
         for owner in space.owners[:_MOST_OWNERS]
@@ -189,7 +195,8 @@ def _owners(space: AddressSpace, console: Console) -> Table:
     rest = space.owners[len(rows) :]
     if rest:
         kib = sum(owner.kib for owner in rest)
-        rows.append(_Row(f"{len(rest)} more", kib, _kib(sum(owner.rss_kib for owner in rest))))
+        resident = _in_memory(space, sum(owner.rss_kib for owner in rest))
+        rows.append(_Row(f"{len(rest)} more", kib, resident))
     return _shares(("by owner", "in memory"), rows, space.vsz_kib, console)
 
 
@@ -212,8 +219,8 @@ def _details(console: Console, details: dict[str, int]) -> None:
         (details.get("hugetlb", 0), "of huge page pools"),
         (details.get("lazy_free", 0), "given back lazily"),
         (details.get("locked", 0), "locked"),
-        (details["no_access_resident"], "without access"),
-        (details["stacks_resident"], "of stacks"),
+        (details.get("no_access_resident", 0), "without access"),
+        (details.get("stacks_resident", 0), "of stacks"),
     )
     words = [f"{_kib(kib)} {what}" for kib, what in figures if kib]
     if words:
@@ -237,7 +244,7 @@ def _ranges(space: AddressSpace, console: Console) -> Table:
     return table
 
 
-def _mappings(mappings: list[Mapping], console: Console) -> Iterable[Text]:
+def _mappings(space: AddressSpace, mappings: list[Mapping], console: Console) -> Iterable[Text]:
     places = [f"{one.start:08x}-{one.end:08x}" for one in mappings]
     width = max(map(len, places))
     for place, one in zip(places, mappings, strict=True):
@@ -246,7 +253,8 @@ def _mappings(mappings: list[Mapping], console: Console) -> Iterable[Text]:
         if one.rss_kib == one.kib:
             words, style = "in memory", _CLASSES["resident_private"][1]
         yield Text.assemble(
-            f"{place:{width}} {one.perms} {_kib(one.kib):>10} {_kib(one.rss_kib):>10}  ",
+            f"{place:{width}} {one.perms} {_kib(one.kib):>10} "
+            f"{_in_memory(space, one.rss_kib):>10}  ",
             (f"{words:<23}  ", style),
             printable(one.owner, console),
             f"  {name}" if name else "",

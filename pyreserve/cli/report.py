@@ -16,6 +16,8 @@ from pyreserve.arena import Arena, FellBack
 from pyreserve.errors import OutOfMemoryError
 from pyreserve.layouts import GO_PAGE, Piece
 from pyreserve.limits import PAGE_SIZE
+from pyreserve.procmem.sampling import resident
+from pyreserve.procmem.source import LiveSource
 from pyreserve.units import MiB, format_size, round_up
 
 if TYPE_CHECKING:
@@ -26,11 +28,14 @@ Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """How large this process is at one moment, in KiB (Committed_AS: the whole system)."""
+    """How large this process is at one moment, in KiB (Committed_AS: the whole system).
+
+    PSS is None where neither smaps_rollup nor smaps can be read.
+    """
 
     vm_size_kib: int
     vm_rss_kib: int
-    pss_kib: int
+    pss_kib: int | None
     committed_as_kib: int
 
     @classmethod
@@ -40,11 +45,11 @@ class Snapshot:
         return cls(
             status["VmSize"],
             status["VmRSS"],
-            procfs.rollup_kib().get("Pss", 0),
+            resident(LiveSource(None))[1],
             procfs.meminfo_kib()["Committed_AS"],
         )
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, int | None]:
         """As in /proc, with the unit in the name."""
         return {
             "VmSize_kib": self.vm_size_kib,

@@ -71,7 +71,7 @@ def _sizes(report: VszReport) -> Table:
     for column in ("before", "after", "change"):
         table.add_column(column, justify="right")
     before, after = report.before, report.after
-    rows = [
+    rows: list[tuple[str, int | None, int | None]] = [
         ("VSZ", before.vm_size_kib, after.vm_size_kib),
         ("RSS", before.vm_rss_kib, after.vm_rss_kib),
         ("PSS", before.pss_kib, after.pss_kib),
@@ -83,6 +83,9 @@ def _sizes(report: VszReport) -> Table:
             for what, a, b in zip(("VSZ", "RSS"), report.ps_before, report.ps_after, strict=True)
         ]
     for what, a, b in rows:
+        if a is None or b is None:
+            table.add_row(what, "?", "?", "smaps can't be read")
+            continue
         change = f"{b - a:+,}" if a != b else "0"
         style = "bold" if (b - a) * KiB > GiB else ""
         table.add_row(what, f"{a:,}", f"{b:,}", change, style=style)

@@ -76,10 +76,15 @@ class Watched:
         sample = self._take(self.pid)
         with suppress(OSError):  # a process changes its name when it runs another program
             self.name = Path(f"/proc/{self.pid}/comm").read_text(errors="replace").rstrip("\n")
-        values = {name: int(getattr(sample, key)) for name, key in FIGURES.items()}
+        values: dict[str, int | None] = {
+            name: getattr(sample, key) for name, key in FIGURES.items()
+        }
         for name, value in values.items():
-            self.series.setdefault(name, Series(value, value, value)).add(value)
-        self.row = (stamp.replace("+00:00", "Z"), *map(str, values.values()))
+            if value is not None:
+                self.series.setdefault(name, Series(value, value, value)).add(value)
+        # What is not known is an empty field.
+        row = ("" if value is None else str(value) for value in values.values())
+        self.row = (stamp.replace("+00:00", "Z"), *row)
         self.count += 1
         self.since_last, self.sampled = now - self.sampled, now
         # From deadline to deadline, so that delays don't add up; at once where one was missed.

@@ -36,6 +36,8 @@ class Capture:
         cgroups: limit and use in bytes of each limited memory cgroup.
         live: the process runs on this machine.
         pid: its number, None if not known.
+        missing: those of maps, smaps, smaps_rollup, status and limits that could not be read.
+        knows_memory: what of each mapping is in memory is known; else only ``rss`` as a whole is.
         guarded: starts of mappings whose lowest page is a guard inside (MADV_GUARD_INSTALL), of
             those that may be stacks; not known of saved files.
     """
@@ -51,6 +53,8 @@ class Capture:
     cgroups: tuple[tuple[int, int], ...] = ()
     live: bool = True
     pid: int | None = None
+    missing: tuple[str, ...] = ()
+    knows_memory: bool = True
     guarded: frozenset[int] = frozenset()
 
 
@@ -61,61 +65,107 @@ def capture(source: LiveSource | SavedSource) -> Capture:
         MapsError: a file makes no sense.
         OSError: see the source.
     """
-    table, status_text, rollup, settled = _of_one_moment(source)
-    status = dict(procfs.parse_kib(status_text))
-    facts = dict(line.split(":\t", 1) for line in status_text.split("\n") if ":\t" in line)
+    read, settled = _of_one_moment(source)
+    table, rollup = read.table, read.rollup or {}
+    status = dict(procfs.parse_kib(read.status or ""))
+    lines = (read.status or "").split("\n")
+    facts = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    limits = source.text("limits")
+    there = {
+        "smaps": read.has_smaps,
+        "smaps_rollup": read.rollup is not None,
+        "status": read.status is not None,
+        "limits": limits is not None,
+    }
+    rss, pss = sum(table.rss), rollup.get("Pss", sum(table.pss))
+    if not read.knows_memory:
+        rss = rollup.get("Rss", status.get("VmRSS", 0))
+        pss = rollup.get("Pss", 0)
     return Capture(
         table=table,
-        rss=sum(table.rss),
-        pss=rollup.get("Pss", sum(table.pss)),
+        rss=rss,
+        pss=pss,
         settled=settled,
         status=status,
         facts=facts,
-        limits=_limits(source.text("limits") or ""),
+        limits=_limits(limits or ""),
         machine=_machine(source),
         cgroups=_cgroups(source.text("cgroup_memory") or ""),
         live=isinstance(source, LiveSource),
         pid=_pid(source, facts),
+        missing=tuple(name for name, found in there.items() if not found),
+        knows_memory=read.knows_memory,
         guarded=_guarded(source, table),
     )
 
 
-def _of_one_moment(source: LiveSource | SavedSource) -> tuple[MapTable, str, dict[str, int], bool]:
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What was read at once; None where there is no such file."""
+
+    table: MapTable
+    status: str | None
+    rollup: dict[str, int] | None
+    has_smaps: bool
+    knows_memory: bool
+
+    def agree(self) -> bool:
+        """Tell whether the kernel's totals, as far as they are known, are the mappings' sums."""
+        table, rollup = self.table, self.rollup
+        size = sum(table.size)
+        sizes = dict(procfs.parse_kib(self.status or ""))
+        return sizes.get("VmSize", size) == size and (
+            not rollup
+            or not self.knows_memory
+            or (
+                rollup.get("Rss", sum(table.rss)) == sum(table.rss)
+                and _private_kib(rollup) == sum(table.private)
+            )
+        )
+
+
+def _of_one_moment(source: LiveSource | SavedSource) -> tuple[_Read, bool]:
     """Read mappings and totals until they agree: a process that never rests is read as it comes."""
     if not isinstance(source, LiveSource):
-        table, status, rollup = _all(source)
-        return table, status, rollup, _agree(table, rollup, dict(procfs.parse_kib(status)))
+        read = _all(source)
+        return read, read.agree()
     for _ in range(_ATTEMPTS):
-        table, status, rollup = source.again(lambda: _all(source))
-        sizes = dict(procfs.parse_kib(status))
-        if _agree(table, rollup, sizes):
-            return table, status, rollup, True
-    if "VmSize" not in sizes:  # it ended before all was read
+        read = source.again(lambda: _all(source))
+        if read.agree():
+            return read, True
+    if read.status is not None and "\nVmSize:" not in read.status:  # it ended before all was read
         raise source.without_memory()
-    return table, status, rollup, False
+    return read, False
 
 
-def _all(source: LiveSource | SavedSource) -> tuple[MapTable, str, dict[str, int]]:
-    rollup = dict(procfs.parse_kib(source.text("smaps_rollup") or ""))
-    return _table(source, rollup), source.text("status") or "", rollup
+def _all(source: LiveSource | SavedSource) -> _Read:
+    text = source.text("smaps_rollup")
+    rollup = None if text is None else dict(procfs.parse_kib(text))
+    table, has_smaps, knows_memory = _table(source, rollup or {})
+    return _Read(table, source.text("status"), rollup, has_smaps, knows_memory)
 
 
-def _table(source: LiveSource | SavedSource, rollup: dict[str, int]) -> MapTable:
-    if not isinstance(source, LiveSource):
-        return _divided(source.table("smaps"))
-    table = source.table("maps")
-    if len(table) >= _MANY and _counted(source, table, rollup):
-        return table
-    return _divided(source.table("smaps"))
+def _table(source: LiveSource | SavedSource, rollup: dict[str, int]) -> tuple[MapTable, bool, bool]:
+    """Return the mappings, whether smaps can be read, and whether it is known what is in memory."""
+    maps = source.table("maps") if isinstance(source, LiveSource) else None
+    if maps is not None and len(maps) >= _MANY and _counted(source, maps, rollup):
+        return maps, True, True
+    smaps = source.smaps()
+    if smaps is not None:
+        smaps.divide()
+        return smaps, True, True
+    maps = source.table("maps")
+    if rollup and _counted(source, maps, rollup):
+        return maps, False, True
+    maps = source.table("maps")  # the counts of the other are wrong
+    maps.divide()
+    return maps, False, False
 
 
-def _divided(table: MapTable) -> MapTable:
-    table.divide()
-    return table
-
-
-def _counted(source: LiveSource, table: MapTable, rollup: dict[str, int]) -> bool:
+def _counted(source: LiveSource | SavedSource, table: MapTable, rollup: dict[str, int]) -> bool:
     """Count pages instead of reading smaps; False unless the sums are the kernel's own."""
+    if not isinstance(source, LiveSource):
+        return False
     if rollup.get("Shared_Hugetlb", 0) + rollup.get("Private_Hugetlb", 0):
         return False
     try:
@@ -138,16 +188,6 @@ def _counted(source: LiveSource, table: MapTable, rollup: dict[str, int]) -> boo
 def _private_kib(rollup: dict[str, int]) -> int:
     parts = ("Private_Clean", "Private_Dirty", "Private_Hugetlb")
     return sum(rollup.get(part, 0) for part in parts)
-
-
-def _agree(table: MapTable, rollup: dict[str, int], status: dict[str, int]) -> bool:
-    """Tell whether the kernel's totals, as far as they are known, are the sums of the mappings."""
-    size = sum(table.size)
-    return (
-        status.get("VmSize", size) == size
-        and rollup.get("Rss", sum(table.rss)) == sum(table.rss)
-        and (not rollup or _private_kib(rollup) == sum(table.private))
-    )
 
 
 def _guarded(source: LiveSource | SavedSource, table: MapTable) -> frozenset[int]:

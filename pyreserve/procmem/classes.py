@@ -14,6 +14,9 @@ class                         bytes
 ``special_pfn``               of the kernel, ``[vvar]``: in no count of memory
 ============================  ======================================================================
 
+Where smaps can't be read there are three classes: ``no_access_reserved``, ``special_pfn`` and
+``accessible``, which may be used and may be in memory or not.
+
 A mapping's bytes in memory and in swap are those of its smaps (proc(5), fs/proc/task_mmu.c); the
 rest is in one class by what the mapping is. Pages of huge page pools count as resident here, as in
 USS, though the kernel's RSS leaves them out. ``[vsyscall]`` is in no class: it is not in VmSize.
@@ -43,6 +46,8 @@ WORDS = (
     "the kernel's own",
 )
 """What to call the classes of `NAMES` before people."""
+ACCESSIBLE, ACCESSIBLE_WORDS = "accessible", "accessible, in memory or not"
+"""The class of what may be in memory where it is not known, and what to call it."""
 NO_ACCESS, UNTOUCHED, PRIVATE, SHARED, FILE, SWAPPED, SPECIAL = range(len(NAMES))
 
 _ACCESS = READ | WRITE | EXECUTE
@@ -91,7 +96,9 @@ def _is_of_kernel(table: MapTable, i: int) -> bool:
     )
 
 
-def totals(table: MapTable, kind: list[int | None]) -> tuple[MemoryClass, ...]:
+def totals(
+    table: MapTable, kind: list[int | None], *, knows_memory: bool = True
+) -> tuple[MemoryClass, ...]:
     """Add the classes up: they sum to VmSize. `kind` is what `kinds` returns."""
     kib = [0] * len(NAMES)
     mappings = [0] * len(NAMES)
@@ -102,4 +109,12 @@ def totals(table: MapTable, kind: list[int | None]) -> tuple[MemoryClass, ...]:
         rest = [part for part, one in zip(table.rest, kind, strict=True) if one == which and part]
         kib[which] += sum(rest)
         mappings[which] += len(rest)
+    if not knows_memory:
+        return (
+            MemoryClass(NAMES[NO_ACCESS], kib[NO_ACCESS], mappings[NO_ACCESS]),
+            MemoryClass(
+                ACCESSIBLE, kib[UNTOUCHED] + kib[FILE], mappings[UNTOUCHED] + mappings[FILE]
+            ),
+            MemoryClass(NAMES[SPECIAL], kib[SPECIAL], mappings[SPECIAL]),
+        )
     return tuple(map(MemoryClass, NAMES, kib, mappings))

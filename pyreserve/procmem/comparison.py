@@ -7,6 +7,7 @@ from typing import Any
 from pyreserve.procmem.space import SCHEMA
 from pyreserve.units import KiB, format_size
 
+_MAY_MISS = {"pss_kib", "uss_kib"}
 _TOTALS = ("vsz_kib", "rss_kib", "pss_kib", "uss_kib", "swap_kib", "page_tables_kib", "mappings")
 
 
@@ -85,22 +86,33 @@ def _check(found: Any) -> None:
     """Raise one of several errors unless all that `compare` needs is there and of its type."""
     if found["schema"] != SCHEMA:
         raise KeyError
-    numbers = [found[name] for name in _TOTALS]
+    numbers = [found[name] for name in _TOTALS if name not in _MAY_MISS or found[name] is not None]
     for entry in (*found["classes"], *found["owners"]):
-        numbers += [entry["kib"], entry.get("rss_kib", 0)]
+        numbers += [entry["kib"], entry.get("rss_kib") or 0]
         entry["name"].strip()
     if not all(type(number) is int for number in numbers):
         raise TypeError
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Difference:
-    """Compare two explanations, as `AddressSpace.to_dict` or `load` returns them."""
+    """Compare two explanations, as `AddressSpace.to_dict` or `load` returns them.
+
+    Figures that one of them does not know are left out.
+    """
     return Difference(
         same_process=(old.get("pid"), old.get("name")) == (new.get("pid"), new.get("name")),
-        totals=tuple(Change(name, old[name], new[name]) for name in _TOTALS),
+        totals=tuple(
+            Change(name, old[name], new[name])
+            for name in _TOTALS
+            if old[name] is not None and new[name] is not None
+        ),
         classes=_changes(old["classes"], new["classes"], "kib"),
         owners=_changes(old["owners"], new["owners"], "kib"),
-        owners_resident=_changes(old["owners"], new["owners"], "rss_kib"),
+        owners_resident=(
+            ()
+            if old["uss_kib"] is None or new["uss_kib"] is None
+            else _changes(old["owners"], new["owners"], "rss_kib")
+        ),
     )
 
 

@@ -61,10 +61,10 @@ def of_addresses(table: MapTable, kind: list[int | None]) -> dict[str, int]:
     }
 
 
-def of_stacks(owners: tuple[Owner, ...]) -> dict[str, int]:
+def of_stacks(owners: tuple[Owner, ...], *, knows_memory: bool) -> dict[str, int]:
     """Return the addresses and the memory of stacks, in KiB."""
     stacks = [owner for owner in owners if owner.name in {"main stack", "thread stacks"}]
-    return {
-        "stacks": sum(owner.kib for owner in stacks),
-        "stacks_resident": sum(owner.rss_kib for owner in stacks),
-    }
+    found = {"stacks": sum(owner.kib for owner in stacks)}
+    if knows_memory:
+        found["stacks_resident"] = sum(owner.rss_kib for owner in stacks)
+    return found

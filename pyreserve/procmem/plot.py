@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyreserve.errors import MapsError
 from pyreserve.pictures import check_suffix, own_settings, write_picture
 from pyreserve.procmem.classes import (
     FILE,
@@ -69,7 +70,7 @@ def draw(space: "AddressSpace", path: Path) -> None:
     """Write the picture, whole or not at all; its format follows the suffix.
 
     Raises:
-        ValueError: the suffix is neither ``.png`` nor ``.svg``.
+        ValueError: the suffix is neither ``.png`` nor ``.svg``; `MapsError`: see `figure`.
         ImportError: matplotlib is missing (extra ``plot``).
         OSError: it can't be written.
     """
@@ -85,7 +86,11 @@ def figure(space: "AddressSpace") -> "Figure":
 
     Raises:
         ImportError: matplotlib is missing (extra ``plot``).
+        MapsError: it is not known which mappings are in memory.
     """
+    if space.uss_kib is None:
+        msg = "a picture shows which mappings are in memory: smaps is needed, and can't be read"
+        raise MapsError(msg)
     with own_settings():
         return _Picture(space).figure
 

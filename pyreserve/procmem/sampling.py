@@ -1,17 +1,16 @@
 """A quick look at how large a process is, and what a block of code changed of that."""
 
-from dataclasses import astuple, dataclass
+import errno
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pyreserve import procfs
-from pyreserve.procmem.source import LiveSource
-from pyreserve.procmem.table import EXECUTE, READ, SHARED, WRITE
+from pyreserve.errors import AccessError
+from pyreserve.procmem.source import LiveSource, naming_the_limit
 from pyreserve.units import KiB, format_size
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_ACCESS = READ | WRITE | EXECUTE
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +21,9 @@ class Sample:
         vsz_kib: all its addresses (VmSize).
         reserved_kib: of them, neither readable nor writable nor executable.
         committed_kib: of them, private and writable: what may become memory of its own.
-        rss_kib: in memory (Rss).
-        pss_kib: in memory, what is shared divided by those who share it (Pss).
+        rss_kib: in memory (Rss; VmRSS where neither smaps_rollup nor smaps can be read).
+        pss_kib: in memory, what is shared divided by those who share it (Pss); None where neither
+            can be read.
         mappings: how many there are, as vm.max_map_count counts them.
     """
 
@@ -31,32 +31,48 @@ class Sample:
     reserved_kib: int
     committed_kib: int
     rss_kib: int
-    pss_kib: int
+    pss_kib: int | None
     mappings: int
 
 
 def sample(pid: int | None = None) -> Sample:
     """Look at a process (this one by default): its maps, and smaps_rollup for what is in memory.
 
+    Where there is no smaps_rollup (Linux before 4.14, some sandboxes) smaps is added up.
+
     Raises:
         TypeError, ValueError: `pid` is no process number.
         NoAddressSpaceError: there is no such process, or it is a zombie or a kernel thread.
-        AccessError: it may not be looked into.
+        AccessError: it may not be looked into, or /proc is not mounted.
+        OutOfMemoryError: no memory for it; the error names the limit.
     """
     source = LiveSource(pid)
-    table, totals = source.again(lambda: (source.table("maps"), source.text("smaps_rollup") or ""))
-    rollup = dict(procfs.parse_kib(totals))
-    perms, count = table.perms, table.of_process
-    sizes = [table.end[i] - table.start[i] for i in range(count)]
+    with naming_the_limit():
+        sums, (rss, pss) = source.again(lambda: (source.sums(), resident(source)))
     return Sample(
-        vsz_kib=sum(sizes) // KiB,
-        reserved_kib=sum(sizes[i] for i in range(count) if not perms[i] & _ACCESS) // KiB,
-        committed_kib=sum(sizes[i] for i in range(count) if perms[i] & (WRITE | SHARED) == WRITE)
-        // KiB,
-        rss_kib=rollup.get("Rss", 0),
-        pss_kib=rollup.get("Pss", 0),
-        mappings=count,
+        vsz_kib=sums.size // KiB,
+        reserved_kib=sums.reserved // KiB,
+        committed_kib=sums.committed // KiB,
+        rss_kib=rss,
+        pss_kib=pss,
+        mappings=sums.mappings,
     )
+
+
+def resident(source: LiveSource) -> tuple[int, int | None]:
+    """Return a process's Rss and Pss in KiB, the second None where it can't be read."""
+    text = source.text("smaps_rollup")
+    if text is not None:
+        rollup = dict(procfs.parse_kib(text))
+        return rollup.get("Rss", 0), rollup.get("Pss", 0)
+    smaps = source.smaps()
+    if smaps is not None:
+        return sum(smaps.rss), sum(smaps.pss)
+    status = dict(procfs.parse_kib(source.text("status") or ""))
+    if "VmRSS" not in status:
+        msg = "none of smaps_rollup, smaps and status can be read: what is in memory is not known"
+        raise AccessError(errno.EACCES, msg)
+    return status["VmRSS"], None
 
 
 class track:  # noqa: N801 - it is used as a function
@@ -93,8 +109,16 @@ class track:  # noqa: N801 - it is used as a function
     def _change(self) -> Sample:
         """Return what changed of each figure, up to now or to the end of the block."""
         after = sample() if self.after is None else self.after
-        pairs = zip(astuple(after), astuple(self.before), strict=True)
-        return Sample(*(new - old for new, old in pairs))
+        before = self.before
+        known = after.pss_kib is not None and before.pss_kib is not None
+        return Sample(
+            vsz_kib=after.vsz_kib - before.vsz_kib,
+            reserved_kib=after.reserved_kib - before.reserved_kib,
+            committed_kib=after.committed_kib - before.committed_kib,
+            rss_kib=after.rss_kib - before.rss_kib,
+            pss_kib=(after.pss_kib or 0) - (before.pss_kib or 0) if known else None,
+            mappings=after.mappings - before.mappings,
+        )
 
     @property
     def vsz(self) -> int:
@@ -117,9 +141,10 @@ class track:  # noqa: N801 - it is used as a function
         return self._change().rss_kib * KiB
 
     @property
-    def pss(self) -> int:
-        """Change of this process's share of what is in memory, in bytes."""
-        return self._change().pss_kib * KiB
+    def pss(self) -> int | None:
+        """Change of this process's share of what is in memory, in bytes; None if not known."""
+        kib = self._change().pss_kib
+        return None if kib is None else kib * KiB
 
     @property
     def mappings(self) -> int:
@@ -136,6 +161,9 @@ class track:  # noqa: N801 - it is used as a function
         )
         words = [f"{name} {'+' if kib > 0 else ''}{format_size(kib * KiB)}" for name, kib in sizes]
         mappings = change.mappings
-        return ", ".join([*words, f"mappings {mappings:+}" if mappings else "mappings 0"])
+        words.append(f"mappings {mappings:+}" if mappings else "mappings 0")
+        if change.pss_kib is None:
+            words.append("PSS not known (smaps can't be read)")
+        return ", ".join(words)
 
     __repr__ = __str__

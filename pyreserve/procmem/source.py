@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from operator import index
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pyreserve import procfs
-from pyreserve.errors import AccessError, MapsError, NoAddressSpaceError
-from pyreserve.procmem.table import MapTable, Readable
+from pyreserve.errors import AccessError, MapsError, NoAddressSpaceError, OutOfMemoryError
+from pyreserve.limits import refusal
+from pyreserve.procmem.table import ROW_BYTES, MapTable, Readable, Sums
 
 Read = TypeVar("Read")
 
@@ -29,6 +31,7 @@ SAVED = (
 )
 """The files of a saved process: those of /proc/PID, then facts of its machine and its cgroup."""
 
+_MISSING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _PROGRAMS = 4  # that may take each other's place while a file is read
 _TEXT_MOST = 1 << 22  # bytes of a file that is no table
 _LARGEST = (1 << 31) - 1  # a pid_t
@@ -41,11 +44,36 @@ _MACHINE = {
 }
 
 
+@contextmanager
+def naming_the_limit() -> Iterator[None]:
+    """Raise an error that names the limit instead of an empty MemoryError.
+
+    Where vm.max_map_count is reached, malloc has only what it has already.
+    """
+    ran_out = False
+    try:
+        yield
+    except OutOfMemoryError:
+        raise
+    except MemoryError as error:
+        ran_out = True
+        traceback.clear_frames(error.__traceback__)  # what was read so far is in the way
+    if ran_out:
+        try:
+            nbytes = procfs.map_count() * ROW_BYTES
+        except (OSError, MemoryError):
+            nbytes = ROW_BYTES
+        raise refusal("map", errno.ENOMEM, nbytes)
+
+
 class Source(Protocol):
     """What can be read of a process."""
 
     def table(self, name: str) -> MapTable:
         """Read ``"maps"`` or ``"smaps"``."""
+
+    def smaps(self) -> MapTable | None:
+        """Read ``"smaps"``; None if there is none, though ``"maps"`` can be read."""
 
     def text(self, name: str) -> str | None:
         """Read one of `SAVED`; None if there is no such file."""
@@ -55,7 +83,8 @@ class LiveSource:
     """A running process.
 
     Its methods raise `NoAddressSpaceError` if it has ended or has no memory, `AccessError` if its
-    files may not be read.
+    files may not be read. Of a process whose maps can be read others may be missing: an older
+    kernel has none, a sandbox hides them.
 
     Raises:
         TypeError, ValueError: `pid` is no process number.
@@ -78,7 +107,7 @@ class LiveSource:
     @contextmanager
     def open(self, name: str) -> Iterator[io.FileIO]:
         """Open a file of /proc/PID without a buffer in between."""
-        with self._explained(), open(self._folder / name, "rb", buffering=0) as file:
+        with self._explained(name), open(self._folder / name, "rb", buffering=0) as file:
             yield file
 
     def table(self, name: str) -> MapTable:
@@ -88,6 +117,29 @@ class LiveSource:
         if not len(table):
             raise self.without_memory()
         return table
+
+    def sums(self) -> Sums:
+        """Add up its maps, in little memory."""
+        with self.open("maps") as file:
+            sums = MapTable.sums(file)
+        if not sums.mappings:
+            raise self.without_memory()
+        return sums
+
+    def smaps(self) -> MapTable | None:
+        """See `Source`."""
+        return self._if_there(lambda: self.table("smaps"))
+
+    def _if_there(self, read: Callable[[], Read]) -> Read | None:
+        """Return what `read` reads, or None where that can't be, but the maps can."""
+        try:
+            return read()
+        except (AccessError, OSError) as error:
+            if isinstance(error, NoAddressSpaceError) or error.errno not in _MISSING:
+                raise
+        with self.open("maps") as file:
+            file.read(1)
+        return None
 
     def again(self, read: Callable[[], Read]) -> Read:
         """Return what `read` reads; again if meanwhile a program took another's place (execve).
@@ -115,18 +167,25 @@ class LiveSource:
                 return _MACHINE[name].read_text(encoding="utf-8", errors="replace")
             except (FileNotFoundError, PermissionError):  # a container may hide it
                 return None
+        if name == "maps":
+            return self._text(name)
+        return self._if_there(lambda: self._text(name))
+
+    def _text(self, name: str) -> str:
         if name == "cgroup_memory":
-            with self._explained():
+            with self._explained("cgroup"):
                 limits = procfs.cgroup_memory(self.pid)
                 return "".join(f"{limit} {used}\n" for limit, used in limits)
         with self.open(name) as file:
             return file.readall().decode(errors="surrogateescape")
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, ProcessLookupError):
+        except FileNotFoundError:
+            raise self._not_there(name) from None
+        except ProcessLookupError:
             raise self.without_memory() from None
         except PermissionError:
             owner = self._folder.stat().st_uid if self._folder.exists() else "another user"
@@ -135,6 +194,15 @@ class LiveSource:
                 "(CAP_SYS_PTRACE), or its own user if it is dumpable; a sandbox may refuse both"
             )
             raise AccessError(errno.EACCES, msg) from None
+
+    def _not_there(self, name: str) -> AccessError | NoAddressSpaceError:
+        if not any(Path("/proc", one).exists() for one in ("self", "stat", "version")):
+            msg = "/proc is not mounted: what a process's address space holds is only told there"
+            return AccessError(errno.ENOENT, msg)
+        if self._has_memory() or self.pid == os.getpid():
+            msg = f"{self._folder / name} is not there: this kernel or a sandbox does not show it"
+            return AccessError(errno.ENOENT, msg)
+        return self.without_memory()
 
     def without_memory(self) -> NoAddressSpaceError:
         """Make the error that says why there is nothing to read."""
@@ -153,7 +221,7 @@ class LiveSource:
 
 
 class SavedSource:
-    """A folder with files of `SAVED`, each perhaps compressed (``.gz``). Only smaps is a must."""
+    """A folder with files of `SAVED`, perhaps compressed (``.gz``). Smaps or maps is a must."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -195,7 +263,9 @@ class SavedSource:
         """
         path = self._find(name)
         if path is None:
-            what = "no such folder" if not self._folder.is_dir() else f"no {name} and no {name}.gz"
+            what = (
+                "no such folder" if not self._folder.is_dir() else f"no smaps, and no {name} either"
+            )
             raise FileNotFoundError(errno.ENOENT, what, str(self._folder))
         with self._open(path) as file:
             table = MapTable.read(file)
@@ -203,6 +273,10 @@ class SavedSource:
                 msg = "no mappings: the process had ended"
                 raise MapsError(msg)
             return table
+
+    def smaps(self) -> MapTable | None:
+        """See `Source`."""
+        return self.table("smaps") if self._find("smaps") else None
 
     def text(self, name: str) -> str | None:
         """See `Source`."""
@@ -231,7 +305,8 @@ def save(pid: int | None, folder: Path) -> None:
     for name in SAVED:
         if (folder / name).exists() or (folder / f"{name}.gz").exists():
             raise FileExistsError(errno.EEXIST, f"{name} is there already", str(folder))
-    texts = _texts_of_one_moment(LiveSource(pid))
+    with naming_the_limit():
+        texts = _texts_of_one_moment(LiveSource(pid))
     was_there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -263,6 +338,11 @@ def _texts(source: LiveSource) -> tuple[dict[str, str], str]:
     texts = {name: text for name in SAVED if (text := source.text(name)) is not None}
     maps_after = source.text("maps") or ""
     # What ends meanwhile leaves empty files, or a status without sizes.
-    if not (texts["maps"] and texts["smaps"] and maps_after and "\nVmSize:" in texts["status"]):
+    if not (
+        texts["maps"]
+        and texts.get("smaps", "missing")
+        and maps_after
+        and "\nVmSize:" in texts.get("status", "\nVmSize:")
+    ):
         raise source.without_memory()
     return texts, maps_after

@@ -9,7 +9,7 @@ from pyreserve.procmem import classes, concerns, details
 from pyreserve.procmem.capture import Capture, capture
 from pyreserve.procmem.classes import MemoryClass
 from pyreserve.procmem.owners import UNKNOWN, Owner, Sight, recognise
-from pyreserve.procmem.source import LiveSource, SavedSource
+from pyreserve.procmem.source import LiveSource, SavedSource, naming_the_limit
 from pyreserve.procmem.table import EXECUTE, READ, SHARED, WRITE, written
 from pyreserve.units import KiB, format_size
 
@@ -24,7 +24,7 @@ class Mapping(NamedTuple):
         perms: as in /proc/PID/maps, such as ``"rw-p"``.
         name: of a file, or what the kernel or the program calls it; may be empty.
         kib: all of it.
-        rss_kib: of it, in memory, pages of huge page pools included.
+        rss_kib: of it, in memory, pages of huge page pools included; 0 if not known.
         class_name: the class of what is not in memory; see `pyreserve.procmem.classes`.
         owner: whose it is, or of the largest part.
     """
@@ -47,9 +47,10 @@ class AddressSpace:
         pid: the process, None if its files do not say.
         name: its command's name (``comm``); bytes that are no UTF-8 as ``\xNN``.
         vsz_kib: virtual size, VmSize: the sum of ``classes``.
-        rss_kib: in memory (Rss).
-        pss_kib: in memory, what is shared divided by those who share it (Pss).
-        uss_kib: in memory of this process alone, pages of huge page pools included (Private).
+        rss_kib: in memory (Rss; VmRSS if that is all there is).
+        pss_kib: in memory, what is shared divided by those who share it (Pss); None if not known.
+        uss_kib: in memory of this process alone, pages of huge page pools included (Private); None
+            if not known.
         swap_kib: in swap.
         page_tables_kib: what translating the addresses takes, in no other figure (VmPTE).
         mappings: how many, as vm.max_map_count counts them.
@@ -60,14 +61,17 @@ class AddressSpace:
         ranges: address ranges that are known by name, such as a Go heap's spans, bitmap and arena.
         warnings: what is worth worrying about, in words.
         settled: all was read of one moment.
+        missing: which of smaps, smaps_rollup, status and limits could not be read. Without
+            smaps_rollup PSS is the sum of the mappings', each rounded down; without smaps, unless
+            pages could be counted, it is not known which mappings are in memory.
     """
 
     pid: int | None
     name: str
     vsz_kib: int
     rss_kib: int
-    pss_kib: int
-    uss_kib: int
+    pss_kib: int | None
+    uss_kib: int | None
     swap_kib: int
     page_tables_kib: int
     mappings: int
@@ -77,6 +81,7 @@ class AddressSpace:
     ranges: tuple[Piece, ...]
     warnings: tuple[str, ...]
     settled: bool
+    missing: tuple[str, ...]
     _sight: Sight = field(repr=False, compare=False)
     _kinds: list[int | None] = field(repr=False, compare=False)
 
@@ -109,6 +114,9 @@ class AddressSpace:
     def _mapping(self, i: int) -> Mapping:
         sight, table = self._sight, self._sight.table
         kind = self._kinds[i]
+        class_name = "" if kind is None else classes.NAMES[kind]
+        if not sight.capture.knows_memory and kind in {classes.UNTOUCHED, classes.FILE}:
+            class_name = classes.ACCESSIBLE
         return Mapping(
             start=table.start[i],
             end=table.end[i],
@@ -116,7 +124,7 @@ class AddressSpace:
             name=table.names[i],
             kib=(table.end[i] - table.start[i]) // KiB,
             rss_kib=table.private[i] + table.shared[i],
-            class_name="" if kind is None else classes.NAMES[kind],
+            class_name=class_name,
             owner="kernel" if kind is None else sight.owner_of(i),
         )
 
@@ -127,6 +135,7 @@ class AddressSpace:
             "pid": self.pid,
             "name": self.name,
             "settled": self.settled,
+            "missing": list(self.missing),
             "vsz_kib": self.vsz_kib,
             "rss_kib": self.rss_kib,
             "pss_kib": self.pss_kib,
@@ -139,7 +148,7 @@ class AddressSpace:
                 {
                     "name": owner.name,
                     "kib": owner.kib,
-                    "rss_kib": owner.rss_kib,
+                    "rss_kib": None if self.uss_kib is None else owner.rss_kib,
                     "no_access_kib": owner.no_access_kib,
                     "mappings": owner.mappings,
                     "evidence": owner.evidence,
@@ -180,14 +189,15 @@ def explain(pid: int | None = None, *, path: str | Path | None = None) -> Addres
     Args:
         pid: the process; this one by default.
         path: instead of a process, a folder with such files of one, each perhaps ``.gz``, as `save`
-            writes them. Only smaps is a must.
+            writes them. Only smaps, or else maps, is a must.
 
     Raises:
         TypeError, ValueError: `pid` is no process number, or both were given.
         NoAddressSpaceError: there is no such process, or it is a zombie or a kernel thread.
-        AccessError: it may not be looked into.
+        AccessError: it may not be looked into, or /proc is not mounted.
         MapsError: a file makes no sense.
-        FileNotFoundError: the folder has no smaps.
+        FileNotFoundError: the folder has neither smaps nor maps.
+        OutOfMemoryError: no memory for it; the error names the limit, such as vm.max_map_count.
     """
     source: LiveSource | SavedSource
     if path is not None:
@@ -197,38 +207,43 @@ def explain(pid: int | None = None, *, path: str | Path | None = None) -> Addres
         source = SavedSource(Path(path))
     else:
         source = LiveSource(pid)
-    return explained(capture(source))
+    with naming_the_limit():
+        return explained(capture(source))
 
 
 def explained(read: Capture) -> AddressSpace:
     """Explain what was read."""
+    known = read.knows_memory
     kinds = classes.kinds(read.table)
-    totals = classes.totals(read.table, kinds)
+    totals = classes.totals(read.table, kinds, knows_memory=known)
     sight = recognise(read)
     owners = tuple(sight.summary())
     vsz = sum(one.kib for one in totals)
-    resident = totals[classes.PRIVATE].kib + totals[classes.SHARED].kib
-    mappings = len(kinds) - kinds.count(None)
+    uss = sum(read.table.private)
+    resident = uss + sum(read.table.shared) if known else read.rss
+    swap = sum(read.table.swap) if known else read.status.get("VmSwap", 0)
+    mappings = read.table.of_process
     return AddressSpace(
         pid=read.pid,
         name=written(read.facts.get("Name", "")),
         vsz_kib=vsz,
         rss_kib=read.rss,
-        pss_kib=read.pss,
-        uss_kib=totals[classes.PRIVATE].kib,
-        swap_kib=totals[classes.SWAPPED].kib,
+        pss_kib=read.pss if known or "smaps_rollup" not in read.missing else None,
+        uss_kib=uss if known else None,
+        swap_kib=swap,
         page_tables_kib=read.status.get("VmPTE", 0),
         mappings=mappings,
         classes=totals,
         owners=owners,
         details={
             **(details.of_pages(read.table) if read.table.knows_flags else {}),
-            **details.of_addresses(read.table, kinds),
-            **details.of_stacks(owners),
+            **(details.of_addresses(read.table, kinds) if known else {}),
+            **details.of_stacks(owners, knows_memory=known),
         },
         ranges=tuple(sight.pieces),
         warnings=tuple(concerns.warnings(read, vsz, resident, mappings)),
         settled=read.settled,
+        missing=read.missing,
         _sight=sight,
         _kinds=kinds,
     )
@@ -249,20 +264,26 @@ def perms_text(perms: int) -> str:
 
 def verdict(space: AddressSpace) -> str:
     """See `AddressSpace.verdict`."""
-    reserved, untouched, private, shared, files, swapped, _ = (one.kib for one in space.classes)
+    kib = {one.name: one.kib for one in space.classes}
     parts = [
-        f"{format_size(kib * KiB)} {what}"
-        for kib, what, least in (
-            (reserved, "is reserved address space that costs nothing", 1),
-            (untouched, "may be used and is not, and becomes memory at first use", 10),
-            (files, "is of files, read when used", 10),
-            (swapped, "is in swap", 0),
+        f"{format_size(kib[name] * KiB)} {what}"
+        for name, what, least in (
+            ("no_access_reserved", "is reserved address space that costs nothing", 1),
+            ("accessible_untouched", "may be used and is not, and becomes memory at first use", 10),
+            ("file_not_resident", "is of files, read when used", 10),
+            ("swapped", "is in swap", 0),
         )
-        if kib and 100 * kib >= least * space.vsz_kib
+        if kib.get(name) and 100 * kib[name] >= least * space.vsz_kib
     ]
-    memory = f"{format_size((private + shared) * KiB)} is memory"
-    if shared:
-        memory += f", {format_size(shared * KiB)} of it shared"
+    memory = f"{format_size(space.rss_kib * KiB)} is memory"
+    if classes.ACCESSIBLE in kib:
+        unknown = "USS" if space.pss_kib is not None else "PSS, USS"
+        memory += f" (smaps can't be read: {unknown} and which mappings it is in are not known)"
+    else:
+        shared = kib["resident_shared"]
+        memory = f"{format_size((kib['resident_private'] + shared) * KiB)} is memory"
+        if shared:
+            memory += f", {format_size(shared * KiB)} of it shared"
     largest = max(space.owners, key=lambda owner: owner.kib, default=None)
     text = f"VSZ is {format_size(space.vsz_kib * KiB)}, of which {'; '.join([*parts, memory])}."
     if largest is not None and largest.name != UNKNOWN and 2 * largest.kib >= space.vsz_kib:

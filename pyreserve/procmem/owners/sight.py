@@ -25,7 +25,7 @@ class Owner:
     Attributes:
         name: such as ``"thread stacks"``; ``"unknown"`` for what was not recognised.
         kib: all of it.
-        rss_kib: of it, in memory (pages of huge page pools included).
+        rss_kib: of it, in memory (pages of huge page pools included); 0 if not known.
         no_access_kib: of it, neither readable nor writable nor executable, and not in memory.
         mappings: how many mappings it has or shares.
         evidence: what told it, in words.
