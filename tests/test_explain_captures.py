@@ -468,6 +468,16 @@ class TestOutOfCoreDumps:
         """Whose it is is not known, and it is no region."""
         assert owners_of(tmp_path, RANDOM, rest=rest)["unknown"] == 4
 
+    @pytest.mark.parametrize(("mapped", "named"), [(16 << 10, True), (64 << 20, False)])
+    def test_several_pages(self, tmp_path: Path, mapped: int, named: bool) -> None:
+        """Many threads have more pages of it; what is large is a cache of somebody's."""
+        piece = (LINE, mapped, *RANDOM[2:])
+
+        owners = owners_of(tmp_path, piece, rest=LIBC + OURS + VDSO)
+
+        assert ("vDSO getrandom state" in owners) == named
+        assert "pyreserve regions" not in owners
+
     def test_a_secret(self, tmp_path: Path) -> None:
         """Memory that a library keeps out of core dumps is no region."""
         secret = (LINE, 1 << 16, "rw-p", 4, f"{HEAD} dd")

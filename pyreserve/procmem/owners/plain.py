@@ -10,7 +10,7 @@ from pyreserve.units import GiB, KiB, MiB, format_size
 _BSS_MOST, _BSS_SMALL = 8 * MiB, 256 * KiB
 _GUARD_MOST = 64 * KiB
 _STACK_LEAST = 16 * KiB  # PTHREAD_STACK_MIN
-_GETRANDOM_MOST = 64 * KiB  # states for all CPUs; a few to a page
+_GETRANDOM_MOST = MiB  # 144 bytes a thread
 
 
 def kernel_pages(sight: Sight) -> None:
@@ -28,7 +28,7 @@ def kernel_pages(sight: Sight) -> None:
 def getrandom_state(sight: Sight) -> None:
     """Claim the pages that glibc keeps the state of the vDSO's getrandom in (2.41, Linux 6.11).
 
-    MAP_DROPPABLE memory (``dp``), which is always ``wf dd nr`` too; a few pages at a time.
+    MAP_DROPPABLE memory (``dp``), which is always ``wf dd nr`` too, and little of it.
     """
     if sight.libc is None or not sight.called("[vdso]"):
         return
