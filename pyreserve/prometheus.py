@@ -140,7 +140,8 @@ def register_process(
     """Expose what a process's address space holds, as ``pyreserve_process_*{process="NAME"}``.
 
     Each scrape asks `pyreserve.procmem.explain`. If the process has ended or may not be read then,
-    ``pyreserve_process_up`` is 0 and the rest of it is missing.
+    ``pyreserve_process_up`` is 0 and the rest of it is missing. Where smaps can't be read PSS and
+    USS may be missing alone.
 
     Args:
         pid: which process; None: this one, in a forked child the child.

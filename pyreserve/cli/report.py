@@ -16,8 +16,6 @@ from pyreserve.arena import Arena, FellBack
 from pyreserve.errors import OutOfMemoryError
 from pyreserve.layouts import GO_PAGE, Piece
 from pyreserve.limits import PAGE_SIZE
-from pyreserve.procmem.sampling import resident
-from pyreserve.procmem.source import LiveSource
 from pyreserve.units import MiB, format_size, round_up
 
 if TYPE_CHECKING:
@@ -45,7 +43,7 @@ class Snapshot:
         return cls(
             status["VmSize"],
             status["VmRSS"],
-            resident(LiveSource(None))[1],
+            _pss_kib(),
             procfs.meminfo_kib()["Committed_AS"],
         )
 
@@ -57,6 +55,16 @@ class Snapshot:
             "Pss_kib": self.pss_kib,
             "Committed_AS_kib": self.committed_as_kib,
         }
+
+
+def _pss_kib() -> int | None:
+    try:
+        return procfs.rollup_kib().get("Pss", 0)
+    except OSError:  # Linux before 4.14, a sandbox; the import would grow what is measured
+        from pyreserve.procmem.sampling import resident  # noqa: PLC0415
+        from pyreserve.procmem.source import LiveSource  # noqa: PLC0415
+
+        return resident(LiveSource(None))[1]
 
 
 @dataclass(frozen=True, slots=True)
