@@ -231,7 +231,7 @@ class TestNoSmaps:
         ]
 
     def test_another_process(self, library: Path, tmp_path: Path) -> None:
-        """The screen has no figure that is not known; it can be saved, but not drawn."""
+        """The screen has no figure that is not known; what is saved is explained alike."""
         hiding = Hiding(library, SMAPS)
         with subjects.running(sys.executable, "-c", subjects.HOLD) as pid:
             subjects.stop(pid)
@@ -240,8 +240,6 @@ class TestNoSmaps:
             saved = json.loads(
                 hiding.command("explain", pid, "--save", tmp_path / "saved", "--json")
             )
-            picture = tmp_path / "a.png"
-            refused = hiding.command("explain", pid, "--plot", picture, status=1)
 
             assert "PSS ?, USS ?" in screen
             assert "accessible, in memory or not" in screen
@@ -249,9 +247,16 @@ class TestNoSmaps:
             assert plain["rss_kib"] == kib_of(pid, "status")["VmRSS"]
             assert (saved["rss_kib"], saved["classes"]) == (plain["rss_kib"], plain["classes"])
             assert saved["missing"] == plain["missing"] == ["smaps", "smaps_rollup"]
-            assert refused.count("\n") == 1
-            assert "smaps" in refused
-            assert not picture.exists()
+
+    def test_no_picture(self, library: Path, tmp_path: Path) -> None:
+        """A picture is of what is in memory, so there is none."""
+        picture = tmp_path / "a.png"
+
+        refused = Hiding(library, SMAPS).command("explain", "--plot", picture, status=1)
+
+        assert refused.count("\n") == 1
+        assert "smaps" in refused
+        assert not picture.exists()
 
     def test_it_is_watched_and_scraped(self, library: Path) -> None:
         """What is not known is an empty field, and no metric."""

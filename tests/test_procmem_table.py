@@ -337,6 +337,17 @@ class TestFuzzed:
 
         self.explain(folder)
 
+    @given(nearly_smaps(), st.sampled_from(["", "VmRSS: 8 kB\n", "VmSwap: 4 kB\nName:\tx\n"]))
+    def test_what_looks_like_maps(
+        self, tmp_path_factory: pytest.TempPathFactory, text: bytes, status: str
+    ) -> None:
+        """Without smaps too every byte is in a class, and has an owner."""
+        folder = tmp_path_factory.mktemp("fuzzed", numbered=True)
+        (folder / "maps").write_bytes(text)
+        (folder / "status").write_text(status)
+
+        self.explain(folder)
+
     @pytest.mark.parametrize("name", SMAPS)
     def test_mutated(self, tmp_path: Path, name: str) -> None:
         """Real files with bytes changed, lines swapped, cut out and doubled."""

@@ -100,6 +100,8 @@ def totals(
     table: MapTable, kind: list[int | None], *, knows_memory: bool = True
 ) -> tuple[MemoryClass, ...]:
     """Add the classes up: they sum to VmSize. `kind` is what `kinds` returns."""
+    if not knows_memory:
+        return _totals_without_memory(table, kind)
     kib = [0] * len(NAMES)
     mappings = [0] * len(NAMES)
     for part, which in ((table.private, PRIVATE), (table.shared, SHARED), (table.swap, SWAPPED)):
@@ -109,12 +111,17 @@ def totals(
         rest = [part for part, one in zip(table.rest, kind, strict=True) if one == which and part]
         kib[which] += sum(rest)
         mappings[which] += len(rest)
-    if not knows_memory:
-        return (
-            MemoryClass(NAMES[NO_ACCESS], kib[NO_ACCESS], mappings[NO_ACCESS]),
-            MemoryClass(
-                ACCESSIBLE, kib[UNTOUCHED] + kib[FILE], mappings[UNTOUCHED] + mappings[FILE]
-            ),
-            MemoryClass(NAMES[SPECIAL], kib[SPECIAL], mappings[SPECIAL]),
-        )
     return tuple(map(MemoryClass, NAMES, kib, mappings))
+
+
+def _totals_without_memory(table: MapTable, kind: list[int | None]) -> tuple[MemoryClass, ...]:
+    kinds = (
+        (NAMES[NO_ACCESS], {NO_ACCESS}),
+        (ACCESSIBLE, {UNTOUCHED, FILE}),
+        (NAMES[SPECIAL], {SPECIAL}),
+    )
+    found = []
+    for name, which in kinds:
+        sizes = [size for size, one in zip(table.size, kind, strict=True) if one in which]
+        found.append(MemoryClass(name, sum(sizes), len(sizes)))
+    return tuple(found)
