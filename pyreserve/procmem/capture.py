@@ -36,7 +36,7 @@ class Capture:
         cgroups: limit and use in bytes of each limited memory cgroup.
         live: the process runs on this machine.
         pid: its number, None if not known.
-        missing: those of maps, smaps, smaps_rollup, status and limits that could not be read.
+        missing: those of smaps, smaps_rollup, status and limits that could not be read.
         knows_memory: what of each mapping is in memory is known; else only ``rss`` as a whole is.
         guarded: starts of mappings whose lowest page is a guard inside (MADV_GUARD_INSTALL), of
             those that may be stacks; not known of saved files.
@@ -155,7 +155,7 @@ def _table(source: LiveSource | SavedSource, rollup: dict[str, int]) -> tuple[Ma
         smaps.divide()
         return smaps, True, True
     maps = source.table("maps")
-    if rollup and _counted(source, maps, rollup):
+    if _counted(source, maps, rollup):
         return maps, False, True
     maps = source.table("maps")  # the counts of the other are wrong
     maps.divide()
@@ -164,7 +164,7 @@ def _table(source: LiveSource | SavedSource, rollup: dict[str, int]) -> tuple[Ma
 
 def _counted(source: LiveSource | SavedSource, table: MapTable, rollup: dict[str, int]) -> bool:
     """Count pages instead of reading smaps; False unless the sums are the kernel's own."""
-    if not isinstance(source, LiveSource):
+    if not isinstance(source, LiveSource) or not rollup:
         return False
     if rollup.get("Shared_Hugetlb", 0) + rollup.get("Private_Hugetlb", 0):
         return False
