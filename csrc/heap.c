@@ -629,17 +629,17 @@ void heap_measure(struct heap *heap, struct heap_stats *stats) {
 }
 
 /* Lays out the tables from `memory` on; returns their bytes. */
-static uint64_t lay_out(struct heap *heap, char *memory, uint64_t capacity, bool spans) {
+static uint64_t lay_out(struct heap *heap, uintptr_t memory, uint64_t capacity, bool spans) {
     size_t page = vm_page_size();
     uint64_t bits = up((capacity + 63) / 64 * 8, page);
     uint64_t at = up(pagealloc_bytes(capacity), page);
-    heap->notes = (uint32_t *)(void *)(memory + at);
+    heap->notes = (uint32_t *)(uintptr_t)(memory + at);
     at += up(capacity * sizeof *heap->notes, page);
-    heap->dirty = (uint64_t *)(void *)(memory + at);
-    heap->released = (uint64_t *)(void *)(memory + at + bits);
+    heap->dirty = (uint64_t *)(uintptr_t)(memory + at);
+    heap->released = (uint64_t *)(uintptr_t)(memory + at + bits);
     at += 2 * bits;
     if (spans) {
-        heap->meta.spans = memory + at;
+        heap->meta.spans = (void *)(uintptr_t)(memory + at);
         at += up(capacity * sizeof(uint64_t), page);
     }
     return at;
@@ -647,14 +647,14 @@ static uint64_t lay_out(struct heap *heap, char *memory, uint64_t capacity, bool
 
 uint64_t heap_bytes(uint64_t capacity, bool spans) {
     struct heap heap;
-    return lay_out(&heap, NULL, capacity, spans);
+    return lay_out(&heap, 0, capacity, spans);
 }
 
 void heap_open(struct heap *heap, void *tables, uint64_t capacity, bool spans,
                struct region *region, const struct heap_metadata *metadata) {
     heap->meta = *metadata;
     heap->region = region;
-    (void)lay_out(heap, tables, capacity, spans);
+    (void)lay_out(heap, (uintptr_t)tables, capacity, spans);
     heap->pages = pagealloc_open(tables, capacity);
     if (metadata->index == NULL)
         heap->extents[heap->extent_count++] = (struct heap_extent){0, metadata->start};

@@ -1071,22 +1071,22 @@ static void count_levels(struct pagealloc *pages, uint64_t capacity) {
 /* Lays the tables out behind the head, small and busy ones first; returns where they end. Their
  * sizes are powers of two mostly: without a few lines between them, the last entries of all levels
  * would lie at the same offset in an OS page, where a load waits for an unrelated store. */
-static uint64_t lay_out(struct pagealloc *pages, char *memory) {
+static uint64_t lay_out(struct pagealloc *pages, uintptr_t memory) {
     uint64_t at = up(sizeof *pages, LINE);
     for (unsigned level = pages->levels; level-- > 0;) {
-        pages->codes[level] = (uint16_t *)(void *)(memory + at);
+        pages->codes[level] = (uint16_t *)(uintptr_t)(memory + at);
         at += up(pages->count[level] * sizeof *pages->codes[level], LINE) + GAP;
     }
-    pages->tags = (struct tag *)(void *)(memory + at);
+    pages->tags = (struct tag *)(uintptr_t)(memory + at);
     at = up(at + pages->chunks * sizeof *pages->tags, LINE) + GAP;
-    pages->bits = (uint64_t(*)[WORDS])(void *)(memory + at);
+    pages->bits = (uint64_t(*)[WORDS])(uintptr_t)(memory + at);
     return at + pages->chunks * LINE;
 }
 
 uint64_t pagealloc_bytes(uint64_t capacity) {
     struct pagealloc pages = {.levels = 0};
     count_levels(&pages, capacity);
-    return lay_out(&pages, NULL);
+    return lay_out(&pages, 0);
 }
 
 uint64_t pagealloc_room(uint64_t capacity) {
@@ -1099,7 +1099,7 @@ uint64_t pagealloc_room(uint64_t capacity) {
 struct pagealloc *pagealloc_open(void *memory, uint64_t capacity) {
     struct pagealloc *pages = memory;
     count_levels(pages, capacity);
-    (void)lay_out(pages, memory);
+    (void)lay_out(pages, (uintptr_t)memory);
     pages->wide = machine_is_wide();
     (void)pthread_mutex_init(&pages->lock, NULL);
     atomic_init(&pages->forking, NULL);
