@@ -54,12 +54,83 @@
 #define SYS_mseal 462
 #endif
 
+/* On 32-bit systems SYS_mmap, where there is one, takes its arguments from a structure. */
+#ifdef SYS_mmap2
+#define VM_SYS_MMAP SYS_mmap2
+#else
+#define VM_SYS_MMAP SYS_mmap
+#endif
+
+enum { MOST_ERRNO = 4095 }; /* the kernel's results from -MOST_ERRNO to -1 are errors */
+
+/* Sanitizers learn of mappings from the C library's functions, which they replace. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_HWADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(hwaddress_sanitizer) ||                      \
+    __has_feature(memory_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED 1
+#endif
+#endif
+
 static void *pointer(uintptr_t address) {
     return (void *)address;
 }
 
-static int result(int status) {
-    return status == 0 ? 0 : errno;
+#ifdef SANITIZED
+static intptr_t by_the_library(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d,
+                               uintptr_t e) {
+    if (number == VM_SYS_MMAP)
+        return (intptr_t)mmap(pointer(a), b, (int)c, (int)d, -1, 0);
+    if (number == SYS_munmap)
+        return munmap(pointer(a), b);
+    if (number == SYS_mprotect)
+        return mprotect(pointer(a), b, (int)c);
+    if (number == SYS_madvise)
+        return madvise(pointer(a), b, (int)c);
+    if (number == SYS_mincore)
+        return mincore(pointer(a), b, (unsigned char *)pointer(c));
+    if (number == SYS_prctl)
+        return prctl((int)a, b, c, d, e);
+    return syscall(number, a, b, c, d, e, (uintptr_t)0);
+}
+#endif
+
+static intptr_t direct(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e,
+                       uintptr_t f) {
+#ifdef SANITIZED
+    (void)f;
+    intptr_t got = by_the_library(number, a, b, c, d, e);
+#else
+    intptr_t got = syscall(number, a, b, c, d, e, f);
+#endif
+    return got == -1 ? -errno : got;
+}
+
+static vm_system_call mapping_call = direct;
+
+vm_system_call vm_replace(vm_system_call call) {
+    return __atomic_exchange_n(&mapping_call, call == NULL ? direct : call, __ATOMIC_ACQ_REL);
+}
+
+/* Makes a mapping call: 0 or the errno. `address` (NULL: of no use) receives the result of mmap. */
+static int ask(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e,
+               uintptr_t f, uintptr_t *address) {
+    vm_system_call call = __atomic_load_n(&mapping_call, __ATOMIC_ACQUIRE);
+    intptr_t got = call(number, a, b, c, d, e, f);
+    if (got < 0 && got >= -MOST_ERRNO)
+        return (int)-got;
+    if (address != NULL)
+        *address = (uintptr_t)got;
+    return 0;
+}
+
+static int protect(uintptr_t address, size_t length, int access) {
+    return ask(SYS_mprotect, address, length, (uintptr_t)access, 0, 0, 0, NULL);
+}
+
+static int advise(uintptr_t address, size_t length, int advice) {
+    return ask(SYS_madvise, address, length, (uintptr_t)advice, 0, 0, 0, NULL);
 }
 
 static int protection(int access) {
@@ -70,11 +141,8 @@ static int map(uintptr_t hint, size_t length, int access, int fixed, uintptr_t *
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | fixed;
     if (access & VM_NORESERVE)
         flags |= MAP_NORESERVE;
-    void *at = mmap(pointer(hint), length, protection(access), flags, -1, 0);
-    if (at == MAP_FAILED)
-        return errno;
-    *address = (uintptr_t)at;
-    return 0;
+    return ask(VM_SYS_MMAP, hint, length, (uintptr_t)protection(access), (uintptr_t)flags,
+               (uintptr_t)-1, 0, address);
 }
 
 size_t vm_page_size(void) {
@@ -116,11 +184,11 @@ int vm_renew_huge(uintptr_t address, size_t length, int access, size_t huge) {
 }
 
 int vm_protect(uintptr_t address, size_t length, int access) {
-    return result(mprotect(pointer(address), length, protection(access)));
+    return protect(address, length, protection(access));
 }
 
 int vm_populate(uintptr_t address, size_t length) {
-    int err = result(madvise(pointer(address), length, MADV_POPULATE_WRITE));
+    int err = advise(address, length, MADV_POPULATE_WRITE);
     if (err != EINVAL)
         return err;
     /* Before Linux 5.14. An atomic or with nothing dirties the page and can lose no other thread's
@@ -132,18 +200,18 @@ int vm_populate(uintptr_t address, size_t length) {
 }
 
 int vm_discard(uintptr_t address, size_t length) {
-    int err = result(madvise(pointer(address), length, MADV_DONTNEED));
+    int err = advise(address, length, MADV_DONTNEED);
     if (err == EINVAL) /* locked pages want to be asked for by name */
-        err = result(madvise(pointer(address), length, MADV_DONTNEED_LOCKED));
+        err = advise(address, length, MADV_DONTNEED_LOCKED);
     return err;
 }
 
 int vm_discard_lazy(uintptr_t address, size_t length) {
-    return result(madvise(pointer(address), length, MADV_FREE));
+    return advise(address, length, MADV_FREE);
 }
 
 int vm_release(uintptr_t address, size_t length) {
-    return result(munmap(pointer(address), length));
+    return ask(SYS_munmap, address, length, 0, 0, 0, 0, NULL);
 }
 
 int vm_advise(uintptr_t address, size_t length, int advice) {
@@ -154,26 +222,28 @@ int vm_advise(uintptr_t address, size_t length, int advice) {
         {VM_WIPE_ON_FORK, MADV_WIPEONFORK},  {VM_HUGE_PREFER, MADV_HUGEPAGE},
         {VM_HUGE_NEVER, MADV_NOHUGEPAGE},
     };
-    for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
-        if ((advice & table[i].ours) && madvise(pointer(address), length, table[i].kernels) != 0)
-            return errno;
-    return 0;
+    int err = 0;
+    for (size_t i = 0; i < sizeof table / sizeof table[0] && err == 0; i++)
+        if (advice & table[i].ours)
+            err = advise(address, length, table[i].kernels);
+    return err;
 }
 
 int vm_collapse(uintptr_t address, size_t length) {
-    return result(madvise(pointer(address), length, MADV_COLLAPSE));
+    return advise(address, length, MADV_COLLAPSE);
 }
 
 int vm_guard(uintptr_t address, size_t length) {
-    return result(madvise(pointer(address), length, MADV_GUARD_INSTALL));
+    return advise(address, length, MADV_GUARD_INSTALL);
 }
 
 int vm_unguard(uintptr_t address, size_t length) {
-    return result(madvise(pointer(address), length, MADV_GUARD_REMOVE));
+    return advise(address, length, MADV_GUARD_REMOVE);
 }
 
 int vm_name(uintptr_t address, size_t length, const char *name) {
-    return result(prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, address, length, name));
+    return ask(SYS_prctl, PR_SET_VMA, PR_SET_VMA_ANON_NAME, address, length, (uintptr_t)name, 0,
+               NULL);
 }
 
 int vm_pages(int fd, uint64_t from, uint64_t end, struct vm_run *runs, size_t room, size_t *found,
@@ -231,7 +301,7 @@ int vm_parent(void) {
 }
 
 int vm_end_with(int parent) {
-    int err = result(prctl(PR_SET_PDEATHSIG, SIGKILL));
+    int err = prctl(PR_SET_PDEATHSIG, SIGKILL) == 0 ? 0 : errno;
     if (err == 0 && getppid() != parent)
         err = ESRCH;
     return err;
@@ -276,8 +346,9 @@ int vm_resident(uintptr_t address, size_t length, size_t *nbytes) {
     size_t page = vm_page_size(), found = 0;
     for (size_t at = 0; at < length; at += sizeof seen * page) {
         size_t n = length - at < sizeof seen * page ? length - at : sizeof seen * page;
-        if (mincore(pointer(address + at), n, seen) != 0)
-            return errno;
+        int err = ask(SYS_mincore, address + at, n, (uintptr_t)seen, 0, 0, 0, NULL);
+        if (err != 0)
+            return err;
         for (size_t i = 0; i < n / page; i++)
             found += seen[i] & 1;
     }
@@ -286,7 +357,7 @@ int vm_resident(uintptr_t address, size_t length, size_t *nbytes) {
 }
 
 int vm_seal(uintptr_t address, size_t length) {
-    return result((int)syscall(SYS_mseal, address, length, 0UL));
+    return ask(SYS_mseal, address, length, 0, 0, 0, 0, NULL);
 }
 
 /* One committed page to try things on; 0 if there is none to be had. */
@@ -299,7 +370,7 @@ static int try_advice(int advice) {
     uintptr_t page = scratch();
     if (page == 0)
         return ENOMEM;
-    int err = result(madvise(pointer(page), vm_page_size(), advice));
+    int err = advise(page, vm_page_size(), advice);
     (void)vm_release(page, vm_page_size());
     return err;
 }

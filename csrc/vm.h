@@ -33,6 +33,21 @@ enum vm_advice {
     VM_HUGE_NEVER = 16    /* MADV_NOHUGEPAGE */
 };
 
+/* All mapping calls made here (mmap, munmap, mprotect, madvise, mincore, mseal, and the prctl that
+ * names a mapping) pass one function. It gets the kernel's own arguments: the number (SYS_munmap, ...;
+ * for mmap SYS_mmap2 where there is one, whose offset counts pages) and six of them, unused ones 0.
+ * It returns what the kernel returns, a result or minus an errno, and leaves errno unspecified.
+ *
+ * Unless replaced it is the bare system call, so that nothing that replaces the C library's mmap sees
+ * a reservation; under Address-, Memory- and ThreadSanitizer it calls the C library's functions. */
+typedef intptr_t (*vm_system_call)(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d,
+                                   uintptr_t e, uintptr_t f);
+
+/* Makes `call` that function from now on, in all threads; NULL: the one it was at first. Returns the
+ * one it was until now, to which the new one may pass calls on. For tests: it refuses calls, or
+ * counts them. */
+vm_system_call vm_replace(vm_system_call call);
+
 /* The kernel's page size in bytes (the OS page). */
 size_t vm_page_size(void);
 

@@ -974,6 +974,18 @@ class TestMeasure:
         shim = tmp_path / "old_kernel.so"
         source = Path(__file__).parent / "c/old_kernel.c"
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, source], check=True)
+        # Every interpreter runs this first, the child that measures too.
+        (tmp_path / "sitecustomize.py").write_text(
+            textwrap.dedent(
+                f"""
+                import ctypes
+                from pyreserve._native import ffi, lib
+                shim = ctypes.CDLL({str(shim)!r})
+                address = ctypes.cast(shim.old_kernel, ctypes.c_void_p).value
+                lib.vm_replace(ffi.cast("vm_system_call", address))
+                """
+            )
+        )
 
         found = child_of(
             """
@@ -984,7 +996,7 @@ class TestMeasure:
             print(json.dumps([[c.cell.verb, c.cell.method, c.why] for c in table.cells
                               if c.cell.page_kind == table.cells[0].cell.page_kind]))
             """,
-            LD_PRELOAD=str(shim),
+            PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, sys.path)]),
         )
 
         why = {(verb, method): why for verb, method, why in found}

@@ -1,24 +1,31 @@
-/* faults: refuses system calls on demand. Preloaded (LD_PRELOAD), it stands between a process and
- * the C library's mmap, munmap, mprotect and madvise, sees those that come from pyreserve's
- * extension, and lets the k-th of them fail. Everybody else's pass untouched. One thread only.
+/* faults: refuses system calls on demand. Given to vm_replace, faults_call stands between csrc/vm and
+ * the kernel, and lets the k-th mapping call fail. One thread only.
  *
- *   cc -shared -fPIC -O1 -o faults.so faults.c -ldl
+ *   cc -shared -fPIC -O1 -o faults.so faults.c
  */
 #define _GNU_SOURCE
-#include <dlfcn.h>
 #include <errno.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#ifdef SYS_mmap2
+#define MMAP SYS_mmap2
+#else
+#define MMAP SYS_mmap
+#endif
+#ifndef SYS_mseal
+#define SYS_mseal 462
+#endif
+
 enum { CALLS = 4096 };
 
 struct faults_call {
-    int verb;       /* 'm' mmap, 'u' munmap, 'p' mprotect, 'a' madvise */
+    int verb;       /* 'm' mmap, 'u' munmap, 'p' mprotect, 'a' madvise, 'n' prctl that names, 'r' mincore,
+                       's' mseal, '?' another, which vm must not make */
     int how;        /* flags of mmap, access of mprotect, advice of madvise */
     uint64_t length;
     int refused;    /* by us: the errno; else 0 */
@@ -51,77 +58,60 @@ const struct faults_call *faults_seen(void) {
     return seen;
 }
 
-/* Bytes of addresses that the extension has mapped and not unmapped, since the process began. */
+/* Bytes of addresses mapped and not unmapped since faults_call stands there. */
 int64_t faults_mapped(void) {
     return mapped;
 }
 
-static bool from_the_extension(const void *caller) {
-    Dl_info info;
-    return dladdr(caller, &info) != 0 && info.dli_fname != NULL &&
-           strstr(info.dli_fname, "_native") != NULL;
+static struct faults_call call_of(long number, uintptr_t b, uintptr_t c, uintptr_t d) {
+    switch (number) {
+    case MMAP:
+        return (struct faults_call){
+            'm', (int)d & ~(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE), b, 0};
+    case SYS_munmap:
+        return (struct faults_call){'u', 0, b, 0};
+    case SYS_mprotect:
+        return (struct faults_call){'p', (int)c, b, 0};
+    case SYS_madvise:
+        return (struct faults_call){'a', (int)c, b, 0};
+    case SYS_prctl:
+        return (struct faults_call){'n', 0, d, 0};
+    case SYS_mincore:
+        return (struct faults_call){'r', 0, b, 0};
+    case SYS_mseal:
+        return (struct faults_call){'s', 0, b, 0};
+    default:
+        return (struct faults_call){'?', (int)number, 0, 0};
+    }
 }
 
-/* Notes the call, and tells whether it shall fail; errno is set then. */
-static bool refuse(const void *caller, int verb, int how, size_t length) {
-    if (!armed || !from_the_extension(caller))
-        return false;
-    struct faults_call call = {verb, how, length, 0};
+/* Notes the call; the errno with which it fails, or 0. */
+static int refuse(struct faults_call call) {
+    if (!armed)
+        return 0;
     size_t number = ++calls;
     if (from != 0 && number >= from && from <= CALLS) {
         const struct faults_call *first = &seen[from - 1];
-        bool alike = number > from && first->verb == verb && first->how == how;
+        bool alike = number > from && first->verb == call.verb && first->how == call.how;
         call.refused = number == from || (more && alike) ? with : 0;
     }
     if (number <= CALLS)
         seen[number - 1] = call;
-    if (call.refused != 0)
-        errno = call.refused;
-    return call.refused != 0;
+    return call.refused;
 }
 
-static void *map(const void *caller, void *address, size_t length, int access, int flags, int fd,
-                 off_t offset) {
-    if (refuse(caller, 'm', flags & ~(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE), length))
-        return MAP_FAILED;
-#ifdef SYS_mmap2
-    void *got = (void *)syscall(SYS_mmap2, address, length, access, flags, fd, offset >> 12);
-#else
-    void *got = (void *)syscall(SYS_mmap, address, length, access, flags, fd, offset);
-#endif
-    if (got != MAP_FAILED && !(flags & MAP_FIXED) && from_the_extension(caller))
-        mapped += (int64_t)length;
+/* A vm_system_call of csrc/vm.h. */
+intptr_t faults_call(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e,
+                     uintptr_t f) {
+    int refused = refuse(call_of(number, b, c, d));
+    if (refused != 0)
+        return -refused;
+    intptr_t got = syscall(number, a, b, c, d, e, f);
+    if (got == -1)
+        return -errno;
+    if (number == MMAP && !((int)d & MAP_FIXED))
+        mapped += (int64_t)b;
+    else if (number == SYS_munmap)
+        mapped -= (int64_t)b;
     return got;
-}
-
-void *mmap(void *address, size_t length, int access, int flags, int fd, off_t offset) {
-    return map(__builtin_return_address(0), address, length, access, flags, fd, offset);
-}
-
-#ifndef mmap64 /* with large files, a name for mmap itself */
-void *mmap64(void *address, size_t length, int access, int flags, int fd, off64_t offset) {
-    return map(__builtin_return_address(0), address, length, access, flags, fd, (off_t)offset);
-}
-#endif
-
-int munmap(void *address, size_t length) {
-    const void *caller = __builtin_return_address(0);
-    if (refuse(caller, 'u', 0, length))
-        return -1;
-    int status = (int)syscall(SYS_munmap, address, length);
-    if (status == 0 && from_the_extension(caller))
-        mapped -= (int64_t)length;
-    return status;
-}
-
-int mprotect(void *address, size_t length, int access) {
-    if (refuse(__builtin_return_address(0), 'p', access, length))
-        return -1;
-    return (int)syscall(SYS_mprotect, address, length, access);
-}
-
-int madvise(void *address, size_t length, int advice) {
-    if (refuse(__builtin_return_address(0), 'a', advice, length))
-        return -1;
-    return (int)syscall(SYS_madvise, address, length, advice);
 }

@@ -57,6 +57,76 @@ static int write_byte(uintptr_t address) {
     return 0;
 }
 
+/* A mapping call that counts, and refuses while `refusal` is not 0. */
+static vm_system_call passed_on;
+static int refusal;
+static size_t asked;
+static long asked_number;
+
+static intptr_t count_calls(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d,
+                            uintptr_t e, uintptr_t f) {
+    asked++;
+    asked_number = number;
+    return refusal != 0 ? -refusal : passed_on(number, a, b, c, d, e, f);
+}
+
+/* Whether the last verb made one mapping call with this number, none before. */
+static bool asked_once(long number) {
+    bool once = asked == 1 && asked_number == number;
+    asked = 0;
+    return once;
+}
+
+#ifdef SYS_mmap2
+#define SYS_MMAP SYS_mmap2
+#else
+#define SYS_MMAP SYS_mmap
+#endif
+#ifndef SYS_mseal
+#define SYS_mseal 462
+#endif
+
+static void mapping_calls_pass_the_function_given(void) {
+    uintptr_t at = 0;
+    size_t seen = 0;
+    passed_on = vm_replace(count_calls);
+    asked = 0;
+    CHECK(vm_map(0, 2 * page, VM_RESERVED, &at) == 0 && asked_once(SYS_MMAP));
+    CHECK(vm_map_at(at, page, VM_RESERVED) == EEXIST);
+    asked = 0; /* two where the kernel does not know MAP_FIXED_NOREPLACE */
+    CHECK(vm_renew(at, 2 * page, VM_RESERVED) == 0 && asked_once(SYS_MMAP));
+    CHECK(vm_protect(at, 2 * page, VM_COMMITTED) == 0 && asked_once(SYS_mprotect));
+    CHECK(vm_discard(at, page) == 0 && asked_once(SYS_madvise));
+    CHECK(vm_advise(at, page, VM_NO_DUMP) == 0 && asked_once(SYS_madvise));
+    CHECK(vm_resident(at, page, &seen) == 0 && asked_once(SYS_mincore));
+    (void)vm_name(at, page, "counted");
+    CHECK(asked_once(SYS_prctl));
+    (void)vm_try_seal();
+    CHECK(asked_once(SYS_mseal));
+    CHECK(vm_release(at, 2 * page) == 0 && asked_once(SYS_munmap));
+    CHECK(vm_replace(NULL) == count_calls);
+    CHECK(vm_map(0, page, VM_RESERVED, &at) == 0 && vm_release(at, page) == 0 && asked == 0);
+}
+
+static void what_the_function_refuses_is_refused(void) {
+    uintptr_t at = mapped(1, VM_COMMITTED), none = 7;
+    size_t seen = 7;
+    passed_on = vm_replace(count_calls);
+    refusal = EAGAIN;
+    CHECK(vm_map(0, page, VM_RESERVED, &none) == EAGAIN && none == 7);
+    CHECK(vm_map_at(at + page, page, VM_RESERVED) == EAGAIN);
+    CHECK(vm_renew(at, page, VM_RESERVED) == EAGAIN && vm_protect(at, page, 0) == EAGAIN);
+    CHECK(vm_populate(at, page) == EAGAIN && vm_discard(at, page) == EAGAIN);
+    CHECK(vm_discard_lazy(at, page) == EAGAIN && vm_collapse(at, page) == EAGAIN);
+    CHECK(vm_guard(at, page) == EAGAIN && vm_unguard(at, page) == EAGAIN);
+    CHECK(vm_advise(at, page, VM_NO_DUMP) == EAGAIN && vm_name(at, page, "no") == EAGAIN);
+    CHECK(vm_resident(at, page, &seen) == EAGAIN && seen == 7);
+    CHECK(vm_seal(at, page) == EAGAIN && vm_release(at, page) == EAGAIN);
+    refusal = 0;
+    (void)vm_replace(NULL);
+    CHECK(witness_all(at, page, 'w') && vm_release(at, page) == 0);
+}
+
 static void the_page_size_is_the_kernels(void) {
     CHECK(vm_page_size() == (size_t)sysconf(_SC_PAGESIZE));
     CHECK((vm_page_size() & (vm_page_size() - 1)) == 0);
@@ -607,6 +677,8 @@ static void a_refused_try_is_an_errno(void) {
 
 int main(void) {
     page = vm_page_size();
+    RUN(mapping_calls_pass_the_function_given);
+    RUN(what_the_function_refuses_is_refused);
     RUN(the_page_size_is_the_kernels);
     RUN(a_reserved_mapping_is_addresses_only);
     RUN(a_committed_mapping_is_zero_and_charged);
