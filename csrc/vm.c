@@ -333,6 +333,8 @@ int vm_fork(int *child) {
 }
 
 int vm_reap(int child) {
+    if (child <= 0)
+        return EINVAL; /* kill(2) takes these for process groups */
     if (kill(child, SIGKILL) != 0)
         return errno;
     while (waitpid(child, NULL, __WALL) < 0)

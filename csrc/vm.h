@@ -141,7 +141,8 @@ int vm_end_with(int parent);
 
 /* Forks a child that does nothing and runs none of the caller's code. It lives until vm_reap, if the
  * thread that forked it lives as long, and ends with this process at the latest. No SIGCHLD tells of
- * its end, and no wait finds it unless it asks for __WALL or __WCLONE. */
+ * its end, and no wait finds it unless it asks for __WALL or __WCLONE. vm_reap takes the id of one
+ * process: 0 and negative ones are EINVAL. */
 int vm_fork(int *child);
 int vm_reap(int child);
 

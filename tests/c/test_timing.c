@@ -782,7 +782,7 @@ static void forking_gives_a_child_that_reaping_takes(void) {
     }
     open_stage(0, 0);
     CHECK(childless());
-    CHECK(perform_on(TIMING_FORK, 0, 1) == 0);
+    REQUIRE(perform_on(TIMING_FORK, 0, 1) == 0);
     int child = stage.child;
     CHECK(child > 0 && kill(child, 0) == 0 && !childless());
     CHECK(perform_on(TIMING_REAP, 0, 1) == 0);

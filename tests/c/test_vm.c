@@ -598,6 +598,16 @@ static void a_child_is_reaped_where_children_are_ignored(void) {
     (void)signal(SIGCHLD, was);
 }
 
+/* In a group of its own, so that no more than this process ends. */
+static int reap_groups(uintptr_t unused) {
+    (void)unused;
+    return setpgid(0, 0) == 0 && vm_reap(0) == EINVAL && vm_reap(-(int)getpid()) == EINVAL ? 0 : 1;
+}
+
+static void a_process_group_is_not_reaped(void) {
+    CHECK(in_child(reap_groups, 0) == 0);
+}
+
 /* Bit number signal - 1 of a set of signals in a process's status. */
 static bool blocks(int process, int signal_number) {
     char path[64];
@@ -711,6 +721,7 @@ int main(void) {
     RUN(a_process_ends_with_the_parent_it_names);
     RUN(a_forked_child_lives_until_it_is_reaped);
     RUN(a_child_is_reaped_where_children_are_ignored);
+    RUN(a_process_group_is_not_reaped);
     RUN(a_forked_child_runs_no_handlers);
     RUN(a_forked_child_ends_with_its_parent_however_soon);
     RUN(trying_leaves_no_mapping_behind);
