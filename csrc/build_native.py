@@ -9,6 +9,7 @@ ROOMS = (
     "vm",
     "runs",
     "bitmap",
+    "tracing",
     "region",
     "lazybitmap",
     "pagealloc",
@@ -33,5 +34,6 @@ ffibuilder.set_source(
     sources=[str(HERE / f"{room}.c") for room in ROOMS],
     depends=[str(HERE / f"{room}.h") for room in ROOMS],
     include_dirs=[str(HERE)],
+    libraries=["dl"],  # dlsym, which glibc before 2.34 has there
     extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden"],
 )

@@ -26,6 +26,35 @@ static int misuse(const struct region *region, size_t offset, size_t length) {
     return 0;
 }
 
+/* Into the books: [lo, hi) is committed, or no longer. Need room in `committed`. */
+static void note_committed(struct region *region, size_t lo, size_t hi) {
+    struct run gap;
+    if (tracing_is_on())
+        for (size_t at = lo; runs_next_gap(&region->committed, at, hi, &gap); at = gap.hi)
+            tracing_add(&region->traced, address_of(region, 0), gap.lo, gap.hi);
+    runs_add(&region->committed, lo, hi);
+}
+
+static void note_decommitted(struct region *region, size_t lo, size_t hi) {
+    tracing_remove(&region->traced, address_of(region, 0), lo, hi);
+    runs_remove(&region->committed, lo, hi);
+}
+
+/* Unmaps the piece [lo, hi), with guards around it, and takes it out of the books, which need room. */
+static int unmap_piece(struct region *region, size_t lo, size_t hi, size_t before, size_t after) {
+    uintptr_t base = address_of(region, 0);
+    tracing_suspend(&region->traced, base, lo, hi);
+    int err = vm_release(base + lo - before, hi - lo + before + after);
+    if (err != 0) {
+        tracing_resume(&region->traced, base, lo, hi);
+        return err;
+    }
+    tracing_drop(&region->traced, lo, hi);
+    runs_remove(&region->reserved, lo, hi);
+    runs_remove(&region->committed, lo, hi);
+    return 0;
+}
+
 /* Gives freshly mapped bytes what all of the region has: its advice and its name. */
 static int dress(const struct region *region, uintptr_t address, size_t length) {
     int err = region->advice ? vm_advise(address, length, region->advice) : 0;
@@ -152,7 +181,7 @@ static int adopt(struct region *region, size_t offset, size_t length, int access
     }
     runs_add(&region->reserved, offset, offset + length);
     if (access & VM_COMMITTED)
-        runs_add(&region->committed, offset, offset + length);
+        note_committed(region, offset, offset + length);
     return 0;
 }
 
@@ -196,13 +225,7 @@ int region_disclaim(struct region *region, size_t offset, size_t length) {
     int err = region->sealed ? REGION_SEALED : misuse(region, offset, length);
     if (err == 0)
         err = room_for_piece(region);
-    if (err == 0)
-        err = vm_release(address_of(region, offset), length);
-    if (err == 0) {
-        runs_remove(&region->reserved, offset, offset + length);
-        runs_remove(&region->committed, offset, offset + length);
-    }
-    return err;
+    return err != 0 ? err : unmap_piece(region, offset, offset + length, 0, 0);
 }
 
 /* Closes a gap that was opened, wholly, partly or not at all. */
@@ -222,7 +245,7 @@ static void shut_gaps(struct region *region, size_t lo, size_t hi) {
     struct run gap;
     for (size_t at = lo; runs_next_gap(&region->committed, at, hi, &gap); at = gap.hi)
         if (shut(region, &gap) != 0 && runs_make_room(&region->committed) == 0)
-            runs_add(&region->committed, gap.lo, gap.hi);
+            note_committed(region, gap.lo, gap.hi);
 }
 
 /* A fresh mapping in the place of [lo, hi), whose ends are committed. */
@@ -247,14 +270,14 @@ static int withdraw(struct region *region, size_t lo, size_t hi) {
     bool charged = !(region->accounting & VM_NORESERVE);
     int err = charged ? 0 : vm_protect(address, hi - lo, VM_RESERVED);
     if (!charged && err == 0 && vm_discard(address, hi - lo) == 0) {
-        runs_remove(&region->committed, lo, hi);
+        note_decommitted(region, lo, hi);
         return 0;
     }
     /* A fresh mapping refunds the charge, and does without locked pages' leave. */
     if (err == 0)
         err = renew(region, lo, hi);
     if (err == 0) {
-        runs_remove(&region->committed, lo, hi);
+        note_decommitted(region, lo, hi);
         return dress(region, address, hi - lo);
     }
     struct run piece;
@@ -278,7 +301,7 @@ int region_commit(struct region *region, size_t offset, size_t length) {
             break;
     }
     if (err == 0) {
-        runs_add(&region->committed, offset, end);
+        note_committed(region, offset, end);
         return 0;
     }
     (void)shut(region, &gap);
@@ -378,12 +401,9 @@ static int unmap(struct region *region) {
         struct run piece = region->reserved.items[region->reserved.count - 1];
         size_t before = piece.lo == 0 ? region->guard : 0;
         size_t after = piece.hi == region->size ? region->guard : 0;
-        int err = vm_release(address_of(region, piece.lo) - before,
-                             piece.hi - piece.lo + before + after);
+        int err = unmap_piece(region, piece.lo, piece.hi, before, after);
         if (err != 0)
             return err;
-        runs_remove(&region->reserved, piece.lo, piece.hi);
-        runs_remove(&region->committed, piece.lo, piece.hi);
     }
     runs_empty(&region->reserved);
     runs_empty(&region->committed);
@@ -408,5 +428,6 @@ void region_end(struct region *region) {
             (void)vm_discard(address_of(region, piece.lo), piece.hi - piece.lo);
     runs_clear(&region->reserved);
     runs_clear(&region->committed);
+    tracing_clear(&region->traced);
     region->base = NULL;
 }

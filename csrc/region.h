@@ -1,4 +1,4 @@
-/* region: one reservation and what of it is committed. vm + runs.
+/* region: one reservation and what of it is committed. vm + runs + tracing.
  *
  * A region is a span of addresses [base, base + size). Of it, `reserved` says which bytes it owns
  * and `committed` which of those are readable and writable; both are exact after every call, and
@@ -32,6 +32,7 @@
 #include <stdint.h>
 
 #include "runs.h"
+#include "tracing.h"
 
 enum region_misuse {
     REGION_RELEASED = -1,
@@ -53,6 +54,7 @@ struct region {
     bool retired;   /* open for region_end alone */
     char name[80]; /* empty: none */
     struct runs reserved, committed;
+    struct tracing traced; /* of the committed bytes, those that tracemalloc was told of */
 };
 
 /* Where a reservation shall be and what else it shall have; all zero: anywhere, nothing. */

@@ -36,7 +36,7 @@ from pyreserve.limits import PAGE_SIZE
 from pyreserve.memstats import MemStats
 from pyreserve.pagealloc import PageAllocator
 from pyreserve.pool import Pool
-from pyreserve.region import Region, reserve
+from pyreserve.region import TRACEMALLOC_DOMAIN, Region, reserve
 from pyreserve.scavenger import Scavenger
 from pyreserve.units import GiB, KiB, MiB, TiB, format_size, parse_size
 
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PAGE_SIZE",
+    "TRACEMALLOC_DOMAIN",
     "AccessError",
     "AddressSpace",
     "Arena",

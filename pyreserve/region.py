@@ -56,6 +56,8 @@ _POLICIES = {
     for no_dump in (False, True)
 }
 
+# Where tracemalloc shows committed bytes, for tracemalloc.DomainFilter.
+TRACEMALLOC_DOMAIN: int = lib.TRACING_DOMAIN
 _ADDRESS_LIMIT = 1 << (8 * ffi.sizeof("size_t"))
 # Bound once: an attribute look-up on the library costs a third of an empty call.
 _buffer = ffi.buffer

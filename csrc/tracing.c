@@ -1,0 +1,221 @@
+#define _GNU_SOURCE
+#include "tracing.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Pieces whose storage is worth keeping for the next use. */
+enum { SMALL = 64 };
+
+/* What is used of Python, all of it or nothing. */
+static struct {
+    int (*track)(unsigned domain, uintptr_t address, size_t nbytes);
+    int (*untrack)(unsigned domain, uintptr_t address);
+    void *(*traceback)(unsigned domain, uintptr_t address); /* a new reference to it or to None */
+    int (*is_finalizing)(void);
+    int (*take_gil)(void); /* returns an enum, which leave_gil wants back */
+    void (*leave_gil)(int state);
+    int (*stop_gc)(void); /* 1: it was on */
+    int (*start_gc)(void);
+    void (*drop)(void *object);
+    void *none;
+} python;
+
+static void *symbol(const char *name) {
+    return dlsym(RTLD_DEFAULT, name);
+}
+
+static void find_python(void) {
+    *(void **)&python.untrack = symbol("PyTraceMalloc_Untrack");
+    *(void **)&python.traceback = symbol("_PyTraceMalloc_GetTraceback");
+    *(void **)&python.take_gil = symbol("PyGILState_Ensure");
+    *(void **)&python.leave_gil = symbol("PyGILState_Release");
+    *(void **)&python.stop_gc = symbol("PyGC_Disable");
+    *(void **)&python.start_gc = symbol("PyGC_Enable");
+    *(void **)&python.drop = symbol("Py_DecRef");
+    python.none = symbol("_Py_NoneStruct");
+    *(void **)&python.is_finalizing = symbol("Py_IsFinalizing"); /* 3.13 */
+    if (python.is_finalizing == NULL)
+        *(void **)&python.is_finalizing = symbol("_Py_IsFinalizing");
+    if (python.untrack != NULL && python.traceback != NULL && python.take_gil != NULL &&
+        python.leave_gil != NULL && python.stop_gc != NULL && python.start_gc != NULL &&
+        python.drop != NULL && python.none != NULL && python.is_finalizing != NULL)
+        *(void **)&python.track = symbol("PyTraceMalloc_Track");
+}
+
+static bool is_usable(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    (void)pthread_once(&once, find_python);
+    /* A thread that asks for the GIL of a dying interpreter hangs. */
+    return python.track != NULL && !python.is_finalizing();
+}
+
+/* Untracking what is not tracked says whether there is tracing. To track would take the GIL before it
+ * looks (3.13.2). */
+static bool is_tracing(void) {
+    return python.untrack(TRACING_DOMAIN, 0) == 0;
+}
+
+bool tracing_is_on(void) {
+    return is_usable() && is_tracing();
+}
+
+/* Needs the GIL and tracing on: before 3.13.2 a stop between its two steps crashes Python. */
+static bool track(uintptr_t base, struct run piece) {
+    return python.track(TRACING_DOMAIN, base + piece.lo, piece.hi - piece.lo) == 0;
+}
+
+static void untrack(uintptr_t base, struct run piece) {
+    (void)python.untrack(TRACING_DOMAIN, base + piece.lo);
+}
+
+/* Whether tracemalloc still has the trace of a piece. Needs the GIL, and garbage collection off: it
+ * makes objects, and a collection would run finalisers in the middle of the caller's work. */
+static bool has_trace(uintptr_t base, struct run piece) {
+    void *traceback = python.traceback(TRACING_DOMAIN, base + piece.lo);
+    bool has = traceback != NULL && traceback != python.none;
+    if (traceback != NULL)
+        python.drop(traceback);
+    return has;
+}
+
+struct entry {
+    int gil, gc;
+};
+
+static struct entry enter_python(void) {
+    struct entry entry = {.gil = python.take_gil()};
+    entry.gc = python.stop_gc();
+    return entry;
+}
+
+static void leave_python(struct entry entry) {
+    if (entry.gc == 1)
+        (void)python.start_gc();
+    python.leave_gil(entry.gil);
+}
+
+/* Index of the first piece that ends behind `offset`. */
+static size_t first_behind(const struct tracing *books, size_t offset) {
+    size_t low = 0, high = books->count;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (books->pieces[middle].hi <= offset)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static bool make_room(struct tracing *books) {
+    if (books->count < books->capacity)
+        return true;
+    size_t capacity = books->capacity == 0 ? 4 : books->capacity * 2;
+    struct run *pieces = realloc(books->pieces, capacity * sizeof *pieces);
+    if (pieces == NULL)
+        return false;
+    books->pieces = pieces;
+    books->capacity = capacity;
+    return true;
+}
+
+static void insert(struct tracing *books, size_t at, struct run piece) {
+    memmove(books->pieces + at + 1, books->pieces + at, (books->count - at) * sizeof piece);
+    books->pieces[at] = piece;
+    books->count++;
+}
+
+static void take_out(struct tracing *books, size_t from, size_t to) {
+    memmove(books->pieces + from, books->pieces + to, (books->count - to) * sizeof *books->pieces);
+    books->count -= to - from;
+    if (books->count == 0 && books->capacity > SMALL)
+        tracing_clear(books);
+}
+
+void tracing_add(struct tracing *books, uintptr_t base, size_t lo, size_t hi) {
+    struct run piece = {lo, hi};
+    struct entry entry = enter_python();
+    if (is_tracing() && make_room(books) && track(base, piece))
+        insert(books, first_behind(books, lo), piece);
+    leave_python(entry);
+}
+
+/* Makes `offset` the end of one piece and the beginning of the next, if it lies inside one. */
+static void cut(struct tracing *books, uintptr_t base, size_t offset) {
+    size_t i = first_behind(books, offset);
+    if (i == books->count || books->pieces[i].lo >= offset)
+        return;
+    struct run whole = books->pieces[i], low = {whole.lo, offset}, high = {offset, whole.hi};
+    take_out(books, i, i + 1);
+    if (!has_trace(base, whole))
+        return;
+    untrack(base, whole);
+    if (make_room(books) && track(base, high))
+        insert(books, i, high);
+    if (make_room(books) && track(base, low))
+        insert(books, i, low);
+}
+
+/* Takes the pieces of [lo, hi) out of tracemalloc, and out of the books; or, to `keep` them, only
+ * those that tracemalloc had lost. */
+static void withdraw(struct tracing *books, uintptr_t base, size_t lo, size_t hi, bool keep) {
+    if (books->count == 0)
+        return;
+    if (!is_usable()) {
+        take_out(books, 0, books->count);
+        return;
+    }
+    /* The GIL, for what untracks too: its lock must not be held while another thread forks. */
+    struct entry entry = enter_python();
+    if (!is_tracing())
+        take_out(books, 0, books->count); /* its traces are gone */
+    cut(books, base, lo);
+    cut(books, base, hi);
+    size_t from = first_behind(books, lo), to = from, kept = from;
+    for (; to < books->count && books->pieces[to].hi <= hi; to++) {
+        struct run piece = books->pieces[to];
+        if (keep && has_trace(base, piece))
+            books->pieces[kept++] = piece;
+        untrack(base, piece);
+    }
+    if (kept < to)
+        take_out(books, kept, to);
+    leave_python(entry);
+}
+
+void tracing_remove(struct tracing *books, uintptr_t base, size_t lo, size_t hi) {
+    withdraw(books, base, lo, hi, false);
+}
+
+void tracing_suspend(struct tracing *books, uintptr_t base, size_t lo, size_t hi) {
+    withdraw(books, base, lo, hi, true);
+}
+
+void tracing_resume(struct tracing *books, uintptr_t base, size_t lo, size_t hi) {
+    size_t i = first_behind(books, lo);
+    if (i == books->count || !is_usable())
+        return;
+    struct entry entry = enter_python();
+    while (i < books->count && books->pieces[i].lo < hi)
+        if (is_tracing() && track(base, books->pieces[i]))
+            i++;
+        else
+            take_out(books, i, i + 1);
+    leave_python(entry);
+}
+
+void tracing_drop(struct tracing *books, size_t lo, size_t hi) {
+    size_t from = first_behind(books, lo), to = from;
+    while (to < books->count && books->pieces[to].hi <= hi)
+        to++;
+    if (from < to)
+        take_out(books, from, to);
+}
+
+void tracing_clear(struct tracing *books) {
+    free(books->pieces);
+    *books = (struct tracing){0};
+}
