@@ -4,7 +4,7 @@ import errno
 import resource
 from typing import NamedTuple
 
-from pyreserve import procfs
+from pyreserve import procfs, tasks
 from pyreserve._native import lib
 from pyreserve.errors import OutOfMemoryError, VMError
 from pyreserve.units import KiB, format_size
@@ -120,6 +120,9 @@ def _find(verb: str, err: int, nbytes: int, address: int | None) -> Limit | None
     if err == errno.EPERM and verb == "reserve":
         lowest = procfs.vm_setting("mmap_min_addr")
         return Limit("mmap_min_addr", f"vm.mmap_min_addr is {lowest:#x}")
+    if err == errno.EAGAIN and verb == "fork":
+        found = tasks.refusing_limit()
+        return Limit(*found) if found else None
     if err == errno.EAGAIN:
         return _rlimit_memlock(nbytes) or _max_map_count()
     if err != errno.ENOMEM:
@@ -147,7 +150,7 @@ def refusal(
 ) -> VMError:
     """Make the exception for a verb that the kernel refused with `err`.
 
-    The verb ``"map"`` reserves and commits in one.
+    The verb ``"map"`` reserves and commits in one; ``"fork"`` makes a process.
 
     It names the verb, the bytes, the address, the errno and, where it can be known, the limit.
     """

@@ -153,22 +153,35 @@ _CGROUPS = (
 )
 
 
+def cgroup_places(
+    controller: str, roots: tuple[Path, Path], pid: int | str = "self"
+) -> Iterator[tuple[Path, bool]]:
+    """Yield the folders of the cgroups above a process, innermost first, and whether of version 1.
+
+    Those that may have the controller; `roots` is where the two versions, 2 and 1, are mounted. The
+    root group and one without the controller have none of its files.
+    """
+    text = (_PROC / str(pid) / "cgroup").read_bytes().decode(errors="surrogateescape")
+    for line in filter(None, text.split("\n")):
+        _, controllers, name = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = roots[bool(controllers)]
+        group = root / name.lstrip("/")
+        for place in (group, *group.parents):
+            if not place.is_relative_to(root):
+                break
+            yield place, bool(controllers)
+
+
 def memory_cgroups(pid: int | str = "self") -> Iterator[MemoryCgroup]:
     """Yield the places of the cgroups above a process, innermost first.
 
     The root group and one without the memory controller have none of the files.
     """
-    text = (_PROC / str(pid) / "cgroup").read_bytes().decode(errors="surrogateescape")
-    for line in filter(None, text.split("\n")):
-        _, controllers, name = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root, *files = _CGROUPS[bool(controllers)]
-        group = root / name.lstrip("/")
-        for place in (group, *group.parents):
-            if not place.is_relative_to(root):
-                break
-            yield MemoryCgroup(place, *files)
+    (root, *files), (root_1, *files_1) = _CGROUPS
+    for place, first in cgroup_places("memory", (root, root_1), pid):
+        yield MemoryCgroup(place, *(files_1 if first else files))
 
 
 def cgroup_memory(pid: int | str = "self") -> Iterator[tuple[int, int]]:

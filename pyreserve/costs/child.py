@@ -4,6 +4,7 @@ The job comes pickled on standard input. The answers are lines of JSON on standa
 was measured is with the parent even if this process is killed the next moment.
 """
 
+import contextlib
 import errno
 import json
 import pickle
@@ -12,6 +13,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pyreserve import tasks
 from pyreserve._native import ffi, lib
 from pyreserve.costs.cells import SMALL, Cell, PageKind
 from pyreserve.costs.entries import map_entries
@@ -65,6 +67,14 @@ class Job:
     entries: bool
     programs: dict[int, Program]
     seconds: dict[int, float]
+
+
+def _no_thread(err: int) -> str:
+    why = f"a thread was refused ({errno.errorcode.get(err, err)})"
+    with contextlib.suppress(OSError):
+        limit = tasks.refusing_limit()
+        why += f": {limit[1]}" if limit else ""
+    return why
 
 
 class Refused(Exception):  # noqa: N818
@@ -262,8 +272,7 @@ class Pass:
         """Drop what can't be done; the other steps have their turn the next time."""
         program = self._left[number]
         if refused.step == len(program.steps):
-            why = f"a thread was refused ({errno.errorcode.get(refused.err, refused.err)})"
-            self._give_up(number, why)
+            self._give_up(number, _no_thread(refused.err))
             return
         step = program.steps[refused.step]
         verb = _VERBS.get(step.verb, step.verb.lower())
