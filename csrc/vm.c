@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdbool.h>
+#include <sys/auxv.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -358,22 +359,42 @@ int vm_resident(uintptr_t address, size_t length, size_t *nbytes) {
     return 0;
 }
 
+int vm_address_bits(void) {
+    /* The random bytes lie on the first stack, which the kernel puts right below the end. */
+    uint64_t address = getauxval(AT_RANDOM);
+    int bits = 0;
+    for (; address != 0; address >>= 1)
+        bits++;
+    return bits;
+}
+
 int vm_seal(uintptr_t address, size_t length) {
     return ask(SYS_mseal, address, length, 0, 0, 0, 0, NULL);
 }
 
-/* One committed page to try things on; 0 if there is none to be had. */
-static uintptr_t scratch(void) {
-    uintptr_t address = 0;
-    return vm_map(0, vm_page_size(), VM_COMMITTED, &address) == 0 ? address : 0;
+/* A committed page to try things on. Where there is none (the map table may be full), an empty range:
+ * the kernel looks at the request first and at the range second. */
+struct scratch {
+    uintptr_t page;
+    size_t length;
+};
+
+static struct scratch scratch(void) {
+    struct scratch it = {0, vm_page_size()};
+    if (vm_map(0, it.length, VM_COMMITTED, &it.page) != 0)
+        it = (struct scratch){0, 0};
+    return it;
+}
+
+static void drop(struct scratch it) {
+    if (it.length > 0)
+        (void)vm_release(it.page, it.length);
 }
 
 static int try_advice(int advice) {
-    uintptr_t page = scratch();
-    if (page == 0)
-        return ENOMEM;
-    int err = advise(page, vm_page_size(), advice);
-    (void)vm_release(page, vm_page_size());
+    struct scratch it = scratch();
+    int err = advise(it.page, it.length, advice);
+    drop(it);
     return err;
 }
 
@@ -401,11 +422,9 @@ int vm_try_seal(void) {
 }
 
 int vm_try_name(void) {
-    uintptr_t page = scratch();
-    if (page == 0)
-        return ENOMEM;
-    int err = vm_name(page, vm_page_size(), "pyreserve");
-    (void)vm_release(page, vm_page_size());
+    struct scratch it = scratch();
+    int err = vm_name(it.page, it.length, "pyreserve");
+    drop(it);
     return err;
 }
 
@@ -422,16 +441,12 @@ int vm_try_pagemap_scan(void) {
     struct vm_run run;
     size_t found;
     uint64_t next;
-    uintptr_t page = scratch();
-    if (page == 0)
-        return ENOMEM;
     int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    int err = fd < 0 ? errno : 0;
-    if (err == 0) {
-        err = vm_pages(fd, page, page + vm_page_size(), &run, 1, &found, &next);
-        (void)close(fd);
-    }
-    (void)vm_release(page, vm_page_size());
+    if (fd < 0)
+        return errno;
+    uintptr_t page = (uintptr_t)&run / vm_page_size() * vm_page_size();
+    int err = vm_pages(fd, page, page + vm_page_size(), &run, 1, &found, &next);
+    (void)close(fd);
     return err;
 }
 

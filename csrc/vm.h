@@ -51,6 +51,9 @@ vm_system_call vm_replace(vm_system_call call);
 /* The kernel's page size in bytes (the OS page). */
 size_t vm_page_size(void);
 
+/* How many bits a user address has: mappings lie below 1 << vm_address_bits(). Reads no file. */
+int vm_address_bits(void);
+
 /* Maps `length` bytes wherever the kernel likes, near `hint` if that is free (0: no hint). */
 int vm_map(uintptr_t hint, size_t length, int access, uintptr_t *address);
 
@@ -151,7 +154,8 @@ int vm_reap(int child);
 int vm_seal(uintptr_t address, size_t length);
 
 /* The vm_try functions ask the running kernel by using a feature on a mapping of their own, made
- * and removed again. 0: it works; an errno: it was refused with that. */
+ * and removed again; on an empty range where no mapping can be made. 0: it works; an errno: it was
+ * refused with that. */
 int vm_try_populate(void);
 int vm_try_discard_lazy(void);
 int vm_try_wipe_on_fork(void);

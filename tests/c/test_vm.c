@@ -685,11 +685,44 @@ static void a_refused_try_is_an_errno(void) {
     }
 }
 
+static int (*const mapping_tries[])(void) = {vm_try_populate, vm_try_discard_lazy,
+                                             vm_try_wipe_on_fork, vm_try_guard, vm_try_name};
+enum { TRIES = sizeof mapping_tries / sizeof mapping_tries[0] };
+
+/* Returns one bit a feature that works, where no mapping can be made. */
+static int try_without_mappings(uintptr_t unused) {
+    (void)unused;
+    struct rlimit none = {0, 0};
+    uintptr_t at;
+    if (setrlimit(RLIMIT_AS, &none) != 0 || vm_map(0, page, VM_COMMITTED, &at) != ENOMEM)
+        return -1;
+    int works = 0;
+    for (int i = 0; i < TRIES; i++)
+        works |= (mapping_tries[i]() == 0) << i;
+    return works;
+}
+
+static void features_are_known_where_no_mapping_can_be_made(void) {
+    int works = 0;
+    for (int i = 0; i < TRIES; i++)
+        works |= (mapping_tries[i]() == 0) << i;
+    CHECK(in_child(try_without_mappings, 0) == works);
+}
+
+static void addresses_end_above_the_first_stack(void) {
+    int bits = vm_address_bits();
+    uint64_t here = (uintptr_t)__builtin_frame_address(0); /* ASan may move variables */
+    CHECK(bits > 0 && bits <= 64);
+    CHECK(here >> (bits - 1) == 1);
+}
+
 int main(void) {
     page = vm_page_size();
     RUN(mapping_calls_pass_the_function_given);
     RUN(what_the_function_refuses_is_refused);
     RUN(the_page_size_is_the_kernels);
+    RUN(addresses_end_above_the_first_stack);
+    RUN(features_are_known_where_no_mapping_can_be_made);
     RUN(a_reserved_mapping_is_addresses_only);
     RUN(a_committed_mapping_is_zero_and_charged);
     RUN(noreserve_is_never_charged);
