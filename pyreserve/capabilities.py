@@ -1,8 +1,11 @@
 """What this kernel and this process offer, found by trying and not by version number."""
 
 import errno
+import os
+import re
 import resource
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,18 +61,21 @@ class Capabilities:
 def capabilities() -> Capabilities:
     """Ask the running kernel what it offers to this process; each feature is tried.
 
+    Where /proc can't be read: the kernel's defaults, 0 for `overcommit_memory` and 65530 for
+    `max_map_count`; what needs a file there is not offered. Needs no new mapping.
+
     Raises:
-        OutOfMemoryError: there is not even a page to try on.
+        OutOfMemoryError: no memory to try a feature with.
     """
     return Capabilities(
         page_size=PAGE_SIZE,
         huge_page_sizes=_huge_page_sizes(),
         transparent_huge_pages=transparent_huge_pages(),
         address_bits=address_bits(),
-        overcommit_memory=procfs.vm_setting("overcommit_memory"),
+        overcommit_memory=procfs.setting_or_default("overcommit_memory"),
         rlimit_as=rlimit(resource.RLIMIT_AS),
         rlimit_data=rlimit(resource.RLIMIT_DATA),
-        max_map_count=procfs.vm_setting("max_map_count"),
+        max_map_count=procfs.setting_or_default("max_map_count"),
         madv_populate_write=_works(lib.vm_try_populate),
         madv_free=_works(lib.vm_try_discard_lazy),
         madv_wipeonfork=_works(lib.vm_try_wipe_on_fork),
@@ -89,11 +95,15 @@ def _works(attempt: Callable[[], int]) -> bool:
 
 
 def thp_size() -> int | None:
-    """Size of a transparent huge page; None where the kernel has none."""
+    """Size of a transparent huge page; None where the kernel has none.
+
+    Where /sys can't be read: what a page of a page table maps, which it is on every machine so far.
+    """
     try:
         return int((_THP / "hpage_pmd_size").read_text(encoding="ascii"))
     except OSError:
-        return None
+        known_to_be_none = _THP.parent.is_dir() and not _THP.is_dir()
+        return None if known_to_be_none else PAGE_SIZE * (PAGE_SIZE // 8)
 
 
 def _huge_page_sizes() -> tuple[int, ...]:
@@ -128,19 +138,22 @@ def hugetlb_free() -> dict[int, int]:
     found = {}
     for size in sorted(_sizes_in(_HUGE)):
         pool = _HUGE / f"hugepages-{size // KiB}kB"
-        free, reserved = (
-            int((pool / name).read_text(encoding="ascii"))
-            for name in ("free_hugepages", "resv_hugepages")
-        )
-        found[size] = free - reserved
+        with suppress(OSError):
+            free, reserved = (
+                int((pool / name).read_text(encoding="ascii"))
+                for name in ("free_hugepages", "resv_hugepages")
+            )
+            found[size] = free - reserved
     return found
 
 
 def _sizes_in(folder: Path) -> set[int]:
-    return {
-        int(entry.name[len("hugepages-") : -len("kB")]) * KiB
-        for entry in folder.glob("hugepages-*kB")
-    }
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return set()
+    found = (re.fullmatch(r"hugepages-(\d+)kB", name) for name in names)
+    return {int(match[1]) * KiB for match in found if match}
 
 
 def transparent_huge_pages() -> str | None:

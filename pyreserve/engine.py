@@ -427,9 +427,16 @@ def _reserve_in_window(layout: Layout, arena: int, mode: Mode) -> tuple[Region, 
 
 
 def _window_bases(layout: Layout, span: int) -> Iterator[int]:
-    """Yield where `span` bytes are free, best first, then wherever the kernel likes."""
-    lowest = max(procfs.vm_setting("mmap_min_addr"), _LOW_STEP // 16)
-    gaps = list(procfs.free_gaps(_with_brk_room(procfs.read_maps()), lowest, _low_top()))
+    """Yield where `span` bytes are free, best first, then wherever the kernel likes.
+
+    Where /proc can't be read all places count as free: a claim replaces nothing.
+    """
+    lowest = max(procfs.setting_or_default("mmap_min_addr"), _LOW_STEP // 16)
+    try:
+        mappings = _with_brk_room(procfs.read_maps())
+    except OSError:
+        mappings = []
+    gaps = list(procfs.free_gaps(mappings, lowest, _low_top()))
     for base in (*layout.hints, *range(_LOW_STEP, _LOW, _LOW_STEP)):
         if any(low <= base and base + span <= high for low, high in gaps):
             yield base

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyreserve.extras import import_extra
 from pyreserve.files import write_bytes
 
 if TYPE_CHECKING:
@@ -47,11 +48,7 @@ def own_settings() -> Iterator[None]:
     Raises:
         ImportError: matplotlib is missing (extra ``plot``).
     """
-    try:
-        import matplotlib  # noqa: PLC0415  # only where needed: it is an extra
-    except ImportError as missing:
-        msg = "drawing needs matplotlib: pip install 'pyreserve[plot]'"
-        raise ImportError(msg) from missing
+    matplotlib = import_extra("matplotlib", "plot", "drawing")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         # Text stays text in an SVG, and the same data make the same file.

@@ -1,6 +1,8 @@
 """What Linux's /proc says: mappings, sizes and settings. Reading only (proc(5))."""
 
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,6 +94,26 @@ def vm_setting(name: str) -> int:
     return int((_PROC / "sys/vm" / name).read_text(encoding="ascii"))
 
 
+# The kernel's defaults (Documentation/admin-guide/sysctl/vm.rst; the reserves on 4 GiB or more).
+_DEFAULTS = {
+    "overcommit_memory": 0,
+    "max_map_count": 65530,
+    "mmap_min_addr": 65536,
+    "admin_reserve_kbytes": 8192,
+    "user_reserve_kbytes": 131072,
+}
+# What reading /proc raises: no file or descriptor, no memory, a field missing, no number.
+UNREADABLE = (OSError, MemoryError, KeyError, ValueError)
+
+
+def setting_or_default(name: str) -> int:
+    """Read the integer /proc/sys/vm/NAME; where it can't be read, return the kernel's default."""
+    try:
+        return vm_setting(name)
+    except UNREADABLE:
+        return _DEFAULTS[name]
+
+
 def free_gaps(mappings: list[Mapping], low: int, high: int) -> Iterator[tuple[int, int]]:
     """Yield the address ranges of [low, high) that no mapping covers, lowest first."""
     at = low
@@ -106,10 +128,17 @@ def free_gaps(mappings: list[Mapping], low: int, high: int) -> Iterator[tuple[in
 
 
 def available_bytes() -> int:
-    """Estimate how much memory this process can still take: MemAvailable, or less by its cgroup."""
-    available = meminfo_kib()["MemAvailable"] * 1024
-    for limit, used in cgroup_memory():
-        available = min(available, max(0, limit - used))
+    """Estimate how much memory this process can still take: MemAvailable, or less by its cgroup.
+
+    Where /proc can't be read: the memory that is free now.
+    """
+    try:
+        available = meminfo_kib()["MemAvailable"] * 1024
+    except UNREADABLE:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(*UNREADABLE):
+        for limit, used in cgroup_memory():
+            available = min(available, max(0, limit - used))
     return available
 
 

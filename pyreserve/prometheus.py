@@ -18,6 +18,7 @@ from pyreserve.arena import Arena
 from pyreserve.bitmap import Bitmap
 from pyreserve.bump import BumpArena
 from pyreserve.errors import PyreserveError, ReleasedError
+from pyreserve.extras import import_extra
 from pyreserve.growable import GrowableArray, GrowableBuffer
 from pyreserve.pool import Pool
 from pyreserve.region import Region, resident
@@ -280,7 +281,7 @@ class _Exposed:
         except UnicodeEncodeError as error:
             msg = f"a name is text that UTF-8 can write, not {source.name!r}"
             raise ValueError(msg) from error
-        core = _import_prometheus()
+        core = import_extra("prometheus_client.core", "prometheus", "register")
         where: CollectorRegistry = core.REGISTRY if registry is None else registry
         with self._lock:
             known = self._of.get(where)
@@ -312,12 +313,3 @@ class _Exposed:
 
 
 _exposed = _Exposed()
-
-
-def _import_prometheus() -> Any:
-    try:
-        from prometheus_client import core  # noqa: PLC0415  # only where needed: it is an extra
-    except ImportError as missing:
-        msg = "register needs prometheus_client: pip install 'pyreserve[prometheus]'"
-        raise ImportError(msg) from missing
-    return core

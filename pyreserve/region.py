@@ -28,6 +28,7 @@ from pyreserve import forks, procfs
 from pyreserve._native import ffi, lib
 from pyreserve.capabilities import thp_size
 from pyreserve.errors import RangeError, ReleasedError, VMError
+from pyreserve.extras import import_extra
 from pyreserve.forks import registry_lock as _registry_lock
 from pyreserve.limits import PAGE_SIZE, refusal
 from pyreserve.units import format_size
@@ -674,14 +675,9 @@ def import_numpy(who: str) -> Any:
     """Import numpy where it is needed, and only there: importing pyreserve is cheap.
 
     Raises:
-        ImportError: it is missing, which `who` needs (extra ``numpy``).
+        ImportError: it is missing, which `who` needs (extra ``numpy``); or as numpy raised it.
     """
-    try:
-        import numpy as np  # noqa: PLC0415
-    except ImportError as missing:
-        msg = f"{who} needs numpy: pip install 'pyreserve[numpy]'"
-        raise ImportError(msg) from missing
-    return np
+    return import_extra("numpy", "numpy", who)
 
 
 def _new_handle() -> Any:
@@ -709,12 +705,14 @@ def live_ranges() -> list[tuple[int, int]]:
 def effective_mode(mode: Mode) -> tuple[Mode, int]:
     """Return a mode as the kernel takes it, and the accounting of ``csrc/region.h`` for it.
 
+    Where /proc can't be read, vm.overcommit_memory counts as 0, the kernel's default.
+
     Raises:
         ValueError: there is no such mode.
     """
     if mode not in _MODES:
         raise _unknown_word(mode, "copy", "default")
-    if mode == "noreserve" and procfs.vm_setting("overcommit_memory") == 2:
+    if mode == "noreserve" and procfs.setting_or_default("overcommit_memory") == 2:
         mode = "charge"
     return mode, _MODES[mode]
 

@@ -260,7 +260,13 @@ class TestOtherMachines:
 
     def test_strict_overcommit(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """In mode 2 the rest of the commit limit is what there is, in both modes of accounting."""
-        settings = {"overcommit_memory": 2, "overcommit_ratio": 50, "overcommit_kbytes": 0}
+        settings = {
+            "overcommit_memory": 2,
+            "overcommit_ratio": 50,
+            "overcommit_kbytes": 0,
+            "admin_reserve_kbytes": 0,
+            "user_reserve_kbytes": 0,
+        }
         sizes = {"Committed_AS": 3 * MiB, "CommitLimit": 4 * MiB, "MemTotal": 8 * MiB}
         monkeypatch.setattr(procfs, "vm_setting", settings.__getitem__)
         monkeypatch.setattr(procfs, "meminfo_kib", lambda: {**sizes, "SwapTotal": 0})

@@ -50,5 +50,7 @@ def _added(access: int, way: Callable[[int], int], step: int = _SPAN) -> float |
         if any(way(begin + i * step) for i in range(1, _TIMES + 1)):
             return None
         return (procfs.map_count() - before) / _TIMES
+    except OSError:  # maps can't be read
+        return None
     finally:
         lib.vm_release(address[0], length)

@@ -2,12 +2,12 @@
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pyreserve import procfs
 from pyreserve.capabilities import chosen, hugetlb_free, thp_settings
+from pyreserve.extras import own_version
 from pyreserve.limits import PAGE_SIZE
 
 _SYS = Path("/sys")
@@ -15,6 +15,8 @@ _SYS = Path("/sys")
 
 def facts() -> dict[str, Any]:
     """Return them, ready for JSON; sizes in bytes, None for what can't be known here.
+
+    Settings of vm that can't be read count as the kernel's defaults.
 
     - ``cpu``, ``cpus`` (those that this process may use), ``architecture``, ``kernel``;
     - ``memory``, ``page_size``, ``overcommit_memory`` (vm.overcommit_memory), ``max_map_count``;
@@ -30,10 +32,10 @@ def facts() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "architecture": platform.machine(),
         "kernel": platform.release(),
-        "memory": procfs.meminfo_kib()["MemTotal"] * 1024,
+        "memory": _memory(),
         "page_size": PAGE_SIZE,
-        "overcommit_memory": procfs.vm_setting("overcommit_memory"),
-        "max_map_count": procfs.vm_setting("max_map_count"),
+        "overcommit_memory": procfs.setting_or_default("overcommit_memory"),
+        "max_map_count": procfs.setting_or_default("max_map_count"),
         "transparent_huge_pages": {str(size): how for size, how in thp_settings().items()},
         "transparent_huge_pages_defrag": chosen(_SYS / "kernel/mm/transparent_hugepage/defrag"),
         "hugetlb_free": {str(size): free for size, free in hugetlb_free().items()},
@@ -41,14 +43,24 @@ def facts() -> dict[str, Any]:
         "balloon": any((_SYS / "bus/virtio/drivers/virtio_balloon").glob("virtio*")),
         "clocksource": _text("devices/system/clocksource/clocksource0/current_clocksource"),
         "python": platform.python_version(),
-        "pyreserve": _version(),
+        "pyreserve": own_version(),
     }
 
 
+def _memory() -> int:
+    try:
+        return procfs.meminfo_kib()["MemTotal"] * 1024
+    except procfs.UNREADABLE:
+        return os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE
+
+
 def _cpu_info() -> dict[str, str]:
-    """Read the first processor of /proc/cpuinfo."""
-    first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-    pairs = (line.partition(":") for line in first.splitlines())
+    """Read the first processor of /proc/cpuinfo; empty where that can't be read."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
@@ -63,11 +75,4 @@ def _text(path: str) -> str | None:
     try:
         return (_SYS / path).read_text(encoding="utf-8").strip() or None
     except OSError:
-        return None
-
-
-def _version() -> str | None:
-    try:
-        return version("pyreserve")
-    except PackageNotFoundError:
         return None

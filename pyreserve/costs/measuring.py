@@ -304,9 +304,15 @@ class _MachineTime:
 
     @staticmethod
     def _read() -> tuple[float, float]:
-        """Read the seconds that all CPUs were busy, and had stolen from them (proc(5))."""
-        with Path("/proc/stat").open(encoding="ascii") as stat:
-            fields = [int(field) for field in stat.readline().split()[1:]]
+        """Read the seconds that all CPUs were busy, and had stolen from them (proc(5)).
+
+        Where that can't be read, nobody else was busy.
+        """
+        try:
+            with Path("/proc/stat").open(encoding="ascii") as stat:
+                fields = [int(field) for field in stat.readline().split()[1:]]
+        except OSError:
+            return 0.0, 0.0
         user, nice, system, _, _, irq, softirq, stolen = fields[:8]
         return (user + nice + system + irq + softirq) / _TICKS, stolen / _TICKS
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyreserve.costs.cells import GROUPS, METHODS, MODES, Cell
 from pyreserve.costs.table import CostTable, Measured
+from pyreserve.extras import import_extra
 from pyreserve.files import write_bytes
 from pyreserve.units import GiB, KiB, MiB, TiB, parse_size
 
@@ -55,11 +56,7 @@ def to_pyperf(table: CostTable) -> "pyperf.BenchmarkSuite":
         ValueError: there are no samples: nothing was measured that took any time, or the table was
             read from JSON.
     """
-    try:
-        import pyperf  # noqa: PLC0415  # only where needed: it is an extra
-    except ImportError as missing:
-        msg = "to_pyperf needs pyperf: pip install 'pyreserve[pyperf]'"
-        raise ImportError(msg) from missing
+    pyperf = import_extra("pyperf", "pyperf", "to_pyperf")
     machine = _machine(table.machine)
     benchmarks = []
     for one in sorted(table.measured(), key=_place):

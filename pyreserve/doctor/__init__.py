@@ -8,10 +8,10 @@ Nothing is changed, and nothing is printed.
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 from pyreserve.doctor import addresses, features, memory, pages, surroundings
 from pyreserve.doctor.findings import SCHEMA, STATES, Diagnosis, Finding, State, examine
+from pyreserve.extras import own_version
 
 __all__ = ["SCHEMA", "STATES", "Diagnosis", "Finding", "State", "diagnose"]
 
@@ -32,17 +32,10 @@ def diagnose() -> Diagnosis:
     ]
     findings.sort(key=lambda finding: STATES.index(finding.state))
     return Diagnosis(
-        pyreserve=_version(),
+        pyreserve=own_version(),
         kernel=platform.release(),
         machine=platform.machine(),
         python=platform.python_version(),
         pid=os.getpid(),
         findings=tuple(findings),
     )
-
-
-def _version() -> str | None:
-    try:
-        return version("pyreserve")
-    except PackageNotFoundError:
-        return None

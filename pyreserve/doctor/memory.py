@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pyreserve import procfs
 from pyreserve.doctor.findings import Finding, soft_limit
+from pyreserve.limits import strict_commit
 from pyreserve.units import KiB, format_size
 
 _CAP_IPC_LOCK = 14  # linux/capability.h
@@ -71,26 +72,27 @@ def rlimit_memlock() -> Iterator[Finding]:
 def overcommit() -> Iterator[Finding]:
     """See how commits are accounted (Documentation/mm/overcommit-accounting.rst)."""
     mode, memory = procfs.vm_setting("overcommit_memory"), procfs.meminfo_kib()
-    committed, limit = memory["Committed_AS"] * KiB, memory["CommitLimit"] * KiB
     most = (memory["MemTotal"] + memory["SwapTotal"]) * KiB
     ratio, fixed = procfs.vm_setting("overcommit_ratio"), procfs.vm_setting("overcommit_kbytes")
     values = {
         "mode": mode,
-        "committed_as": committed,
-        "commit_limit": limit,
+        "committed_as": memory["Committed_AS"] * KiB,
+        "commit_limit": memory["CommitLimit"] * KiB,
         "overcommit_ratio_percent": ratio,
         "overcommit_kbytes": fixed,
         "memory_and_swap": most,
     }
     if mode == 2:
+        strict = strict_commit()
+        values |= {"admin_reserve": strict.admin_reserve, "user_reserve": strict.user_reserve}
         by = f"vm.overcommit_kbytes={fixed}" if fixed else f"vm.overcommit_ratio={ratio}"
         yield Finding(
             "overcommit",
             "limited",
-            f"vm.overcommit_memory is 2 (strict): Committed_AS is {format_size(committed)} of a "
-            f"CommitLimit of {format_size(limit)} ({by}).",
-            f"Commits of at most {format_size(max(0, limit - committed))} more, of all processes; "
-            'mode="noreserve" is charged like "charge". Reserving stays free.',
+            f"vm.overcommit_memory is 2 (strict, {by}): {strict}.",
+            f"Commits of at most {format_size(strict.left)} more, of all processes; "
+            'mode="noreserve" is charged like "charge". Reserving is not charged, but '
+            "addresses count in what is kept back from their process.",
             "sysctl -w vm.overcommit_memory=0",
             f"One commit may have {format_size(most)}, and noreserve is not charged. Or stay "
             "strict with a higher limit: sysctl -w vm.overcommit_ratio=100",
