@@ -20,7 +20,7 @@ from pyreserve.pagealloc import close_with, reserve_tables
 from pyreserve.region import Mode, Region, resident
 from pyreserve.scavenger import FIVE_MINUTES, Scavenger, Worker
 from pyreserve.steps import as_step
-from pyreserve.units import MiB, TiB, format_size, round_up
+from pyreserve.units import MiB, TiB, as_float, format_size, round_up
 
 __all__ = ["WORD", "Arena", "FellBack"]
 
@@ -91,7 +91,7 @@ class Arena(Engine):
         self._step = self.layout.growth if nbytes is None else round_up(nbytes, self._page)
         if nbytes not in {None, self._step} and step != "measured":
             super().release()
-            msg = f"a step is whole pages of {self._page} bytes in this layout, not {step}"
+            msg = f"a step is whole pages of {self._page} bytes in this layout, not {nbytes}"
             raise RangeError(msg)
         self._region._owner = "an arena"
         self._base = self._region.base
@@ -299,10 +299,11 @@ class Arena(Engine):
             ReleasedError: the arena was released.
         """
         most = 1 << 62 if nbytes is None else _index(nbytes)
-        if most < 0 or not (older_than is None or older_than >= 0):
-            msg = f"scavenge takes no negative numbers: {most} bytes, {older_than} seconds"
+        seconds = 0.0 if older_than is None else as_float(older_than)
+        if most < 0 or not seconds >= 0:
+            msg = f"scavenge takes no negative numbers: {most} bytes, {seconds} seconds"
             raise RangeError(msg)
-        total, refusals = self._scavenge(most, older_than or 0, bool(lazy), lambda: True)
+        total, refusals = self._scavenge(most, seconds, bool(lazy), lambda: True)
         if refusals and total == 0:
             raise refusals.pop()
         return total
@@ -364,7 +365,7 @@ class Arena(Engine):
             ReleasedError: the arena was released.
             RuntimeError: no thread can be started, as at the end of the interpreter.
         """
-        older_than = float(older_than)
+        older_than = as_float(older_than)
         if not older_than >= 0:
             msg = f"an age is not negative, as {older_than} is"
             raise RangeError(msg)

@@ -264,7 +264,8 @@ class Bitmap:
 
     def __contains__(self, index: int) -> bool:
         """``i in bitmap``: whether bit i is set; False for what is no bit of it."""
-        return 0 <= _index(index) < self._nbits and self.test(index)
+        index = _index(index)
+        return 0 <= index < self._nbits and self.test(index)
 
     def __enter__(self) -> "Self":
         self._alive()

@@ -23,6 +23,7 @@ against /proc/PID/maps of binaries built with these.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from operator import index as _index
 from typing import Literal, NamedTuple
 
 from pyreserve.errors import RangeError
@@ -85,10 +86,12 @@ class Layout:
 
     def total(self, arena: int | None = None) -> int:
         """Bytes to ask the kernel for at first, with this much arena."""
-        return self.spans + self.bitmap + (self.arena if arena is None else arena) + self.slack
+        nbytes = self.arena if arena is None else _index(arena)
+        return self.spans + self.bitmap + nbytes + self.slack
 
     def place(self, address: int, arena: int | None = None) -> "Placement":
         """Lay the plan out at `address`, where `total(arena)` bytes are (or could be) reserved."""
+        address = _index(address)
         end = address + self.total(arena)
         arena_start = round_up(address, self.page) + self.spans + self.bitmap
         return Placement(
@@ -412,6 +415,7 @@ def get(name: str, *, size: int | None = None, word: int = 8) -> Layout:
         KeyError: no layout has this name.
         RangeError: a size that is not positive, or given to a layout that has its own.
     """
+    size, word = None if size is None else _index(size), _index(word)
     if name == "native":
         size = (_NATIVE_SIZE_64 if word == 8 else _NATIVE_SIZE_32) if size is None else size
         if size <= 0:

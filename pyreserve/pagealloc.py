@@ -126,8 +126,9 @@ class PageAllocator:
         Raises:
             OutOfMemoryError: no run is long enough; ``limit`` is ``"layout"``, ``nbytes`` 0.
         """
+        n, align = _index(n), _index(align)
         try:
-            page = _alloc(self._pages, _index(n), _index(align), 0)
+            page = _alloc(self._pages, n, align, 0)
         except OverflowError:
             page = _OUTSIDE
         if page < 0:
@@ -140,8 +141,9 @@ class PageAllocator:
         Raises:
             VMError: some of them are in use (errno EEXIST, as for ``reserve(at=...)``).
         """
+        page, n = _index(page), _index(n)
         try:
-            err = _alloc_at(self._pages, _index(page), _index(n))
+            err = _alloc_at(self._pages, page, n)
         except OverflowError:
             err = _OUTSIDE
         if err:
@@ -153,8 +155,9 @@ class PageAllocator:
         Raises:
             FreeError: some of them are free already.
         """
+        page, n = _index(page), _index(n)
         try:
-            err = _free(self._pages, _index(page), _index(n))
+            err = _free(self._pages, page, n)
         except OverflowError:
             err = _OUTSIDE
         if err:
@@ -270,7 +273,6 @@ class PageAllocator:
         self, verb: str, err: int, page: int, n: int, align: int = 1, where: str = ""
     ) -> NoReturn:
         """Raise what `err`, an enum pagealloc_refusal, means."""
-        page, n, align = _index(page), _index(n), _index(align)
         what = f"can't {verb} {n} page{'s' if n != 1 else ''}{where}"
         at = what if verb.startswith("alloc") and verb != "alloc_at" else f"{what} at {page}"
         if align <= 0 or align & (align - 1) or align >> 64:

@@ -183,6 +183,7 @@ class Pool:
             FreeError: the slot is free.
             RuntimeError: see `pyreserve.Region.view`.
         """
+        slot = _index(slot)
         with self._lock:
             view = self._region.view(self._offset(slot), self._item_size, readonly=readonly)
             self._offset(slot)  # a signal handler may have freed it meanwhile

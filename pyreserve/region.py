@@ -581,7 +581,7 @@ class Region:
         raise refusal(verb, err, length, self.base + offset)
 
 
-def reserve(  # one branch a policy
+def reserve(
     size: int,
     *,
     at: int | None = None,
@@ -625,7 +625,10 @@ def reserve(  # one branch a policy
         OutOfMemoryError: refused; ``limit`` says by what, ``"address space"`` among them.
         VMError: `at` is occupied (EEXIST), or a policy is not to be had here.
     """
-    size = _index(size)
+    size, guard = _index(size), bool(guard)
+    at = None if at is None else _index(at)
+    hint = None if hint is None else _index(hint)
+    align = None if align is None else _index(align)
     if size <= 0:
         msg = f"a region has a positive size, not {size}"
         raise RangeError(msg)
@@ -639,8 +642,6 @@ def reserve(  # one branch a policy
         mode, accounting = effective_mode(mode)
     if huge_pages == "prefer" and align is None and at is None:
         align = thp_size()
-    if at is not None:
-        at = _index(at)
     if at is None and hint is None and align is None and not guard and name is None:
         wish = _NULL
     else:
@@ -726,13 +727,13 @@ def _wish(
         msg = "at and hint exclude each other"
         raise ValueError(msg)
     if at is not None or hint is not None:
-        address = _index(hint if at is None else at)  # type: ignore[arg-type]
+        address = hint if at is None else at
+        assert address is not None
         if not 0 < address < _ADDRESS_LIMIT or address % PAGE_SIZE:
             msg = f"not the address of an OS page of {PAGE_SIZE} bytes: {address:#x}"
             raise RangeError(msg)
         wish.address, wish.exact = address, at is not None
     if align is not None:
-        align = _index(align)
         if not 0 < align < _ADDRESS_LIMIT or align & (align - 1):
             msg = f"an alignment is a power of two, not {align}"
             raise RangeError(msg)
@@ -754,6 +755,7 @@ def _checked_name(name: str) -> bytes:
     if not isinstance(name, str):
         msg = f"a name is a string, not {type(name).__name__}"
         raise TypeError(msg)
+    name = str.__str__(name)  # a subclass's methods may do anything
     # The kernel's own rule (prctl(2), PR_SET_VMA_ANON_NAME).
     if not 0 < len(name) < 80 or any(not " " <= c <= "~" or c in "[]\\$`" for c in name):
         msg = f"not a name for a mapping: {name!r}"

@@ -39,7 +39,7 @@ def as_step(step: int | Literal["measured"], huge_pages: HugePages = "default") 
         step = measured_step(huge_pages=always or huge_pages == "prefer")
     nbytes = _index(step)
     if nbytes <= 0 or nbytes % PAGE_SIZE:
-        msg = f"a step is whole OS pages of {PAGE_SIZE} bytes, not {step}"
+        msg = f"a step is whole OS pages of {PAGE_SIZE} bytes, not {nbytes}"
         raise RangeError(msg)
     return nbytes
 

@@ -1,7 +1,9 @@
 """Sizes in bytes and times: constants, and reading and writing them as people do."""
 
+import math
 import re
 from fractions import Fraction
+from operator import index as _index
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -54,6 +56,7 @@ def parse_size(text: str) -> int:
 
 def format_size(nbytes: int) -> str:
     """Write a number of bytes with four significant digits and a binary unit: ``136.1 GiB``."""
+    nbytes = _index(nbytes)
     if abs(nbytes) >> 100:
         return f"over 2**{abs(nbytes).bit_length() - 1} B"
     value, unit = float(nbytes), "B"
@@ -62,6 +65,19 @@ def format_size(nbytes: int) -> str:
             break
         value, unit = value / 1024, larger
     return f"{value:.4g} {unit}"
+
+
+def as_float(number: float) -> float:
+    """Read a real number once, also one that only has ``__index__``.
+
+    Raises:
+        TypeError: no number; text is none, though float() reads it.
+        ValueError: an integer that no float can hold.
+    """
+    try:
+        return math.ldexp(number, 0)
+    except OverflowError as error:
+        raise ValueError(str(error)) from None
 
 
 def format_time(ns: float) -> str:

@@ -24,7 +24,7 @@ from pyreserve.costs.child import PIECE, Job
 from pyreserve.costs.planning import Group, Plan
 from pyreserve.costs.stats import Sample, quantile, split_cold, summarise
 from pyreserve.costs.table import CostTable, Measured, Noise
-from pyreserve.units import MiB
+from pyreserve.units import MiB, as_float
 
 BUDGET = 50.0
 """Seconds that a run takes at most unless told otherwise."""
@@ -108,6 +108,7 @@ def measure(
         ValueError: the budget or the width is not positive, or the budget infinite.
         Interrupted: Ctrl-C came; the table of what was measured is in it.
     """
+    budget, width = as_float(budget), as_float(width)
     if not 0 < budget < math.inf or not width > 0:
         msg = f"budget and width are positive, the budget finite, not {budget} and {width}"
         raise ValueError(msg)

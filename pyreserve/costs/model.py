@@ -5,11 +5,12 @@ import random
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import index as _index
 from typing import TYPE_CHECKING, Any
 
 from pyreserve.costs.cells import SMALL, Curve
 from pyreserve.limits import PAGE_SIZE
-from pyreserve.units import GiB
+from pyreserve.units import GiB, as_float
 
 if TYPE_CHECKING:
     from pyreserve.costs.table import CostTable
@@ -173,10 +174,8 @@ class CostModel:
         if (pages is None) == (nbytes is None):
             msg = "an estimate is for a number of pages or of bytes: name one of them"
             raise ValueError(msg)
-        try:
-            length = 1.0 * (pages if pages is not None else (nbytes or 0) / PAGE_SIZE)
-        except OverflowError:
-            length = math.inf
+        threads = _index(threads)
+        length = as_float(nbytes or 0) / PAGE_SIZE if pages is None else as_float(pages)
         if not 0 < length < math.inf:
             msg = f"an estimate is for a positive length with an end, not {length} pages"
             raise ValueError(msg)

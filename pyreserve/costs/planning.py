@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import index as _index
 
 from pyreserve import procfs
 from pyreserve.costs.cells import METHODS, MODES, Cell, page_kinds
@@ -88,7 +89,7 @@ def plan(*, full: bool = False, only: Iterable[str] | None = None, longest: int 
         ValueError: a verb that there is not, none at all, `longest` is less than an OS page, or
             nothing is left to measure.
     """
-    verbs = _verbs(only)
+    verbs, longest = _verbs(only), _index(longest)
     if longest < PAGE_SIZE:
         msg = f"the longest piece is at least an OS page of {PAGE_SIZE} bytes, not {longest}"
         raise ValueError(msg)

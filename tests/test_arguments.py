@@ -1,0 +1,300 @@
+"""Arguments are read once: whatever has ``__index__`` is an integer, and may do anything there."""
+
+import array
+import decimal
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+import pyreserve
+from pyreserve import (
+    PAGE_SIZE,
+    Arena,
+    Bitmap,
+    BumpArena,
+    GrowableArray,
+    GrowableBuffer,
+    HeapBitmap,
+    KiB,
+    MiB,
+    PageAllocator,
+    Pool,
+    TiB,
+    costs,
+    layouts,
+    reserve,
+)
+
+HUGE = 1 << 60
+
+
+class Number:
+    """An integer that has ``__index__`` and nothing else; counts how often it is read."""
+
+    def __init__(self, value: int) -> None:
+        self.value, self.reads = value, 0
+
+    def __index__(self) -> int:
+        self.reads += 1
+        return self.value
+
+
+class Fails:
+    """A number that can't be read."""
+
+    def __index__(self) -> int:
+        raise ZeroDivisionError
+
+
+class Name(str):
+    """A string whose methods answer nonsense."""
+
+    __slots__ = ()
+
+    def encode(self, *_: Any, **__: Any) -> Any:
+        return 5
+
+    def __str__(self) -> str:
+        return "\0"
+
+    def __len__(self) -> int:
+        return 10**6
+
+
+Make = Callable[[int], Any]
+
+
+def _region() -> pyreserve.Region:
+    region = reserve(MiB)
+    region.commit(0, 64 * KiB)
+    return region
+
+
+def _pool() -> Pool:
+    pool = Pool(64, capacity=1000)
+    pool.alloc_many(3)
+    return pool
+
+
+def _pages() -> PageAllocator:
+    pages = PageAllocator(100)
+    pages.alloc_at(3)
+    return pages
+
+
+def _arena() -> Arena:
+    arena = Arena("native", size=64 * MiB)
+    arena.grow(1)
+    return arena
+
+
+def _bits() -> HeapBitmap:
+    arena = Arena("fallback")
+    arena.grow(1)
+    return arena.heap_bitmap
+
+
+def _of_bits(name: str, bitmap: Bitmap, i: Make) -> Any:
+    return repr(getattr(bitmap, name)(i(3), i(5)))
+
+
+# What is called, on a thing of its own, with numbers made by `i`; refusals among them, for a
+# message has the numbers too.
+CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any, Make], Any]]] = {
+    "reserve": (lambda: None, lambda _, i: reserve(i(MiB), align=i(65536))),
+    "reserve(huge)": (lambda: None, lambda _, i: reserve(i(HUGE), align=i(65536))),
+    "reserve(hint)": (lambda: None, lambda _, i: reserve(i(MiB), hint=i(1 << 30))),
+    "reserve(bad hint)": (lambda: None, lambda _, i: reserve(i(MiB), hint=i(1))),
+    "reserve(taken)": (_region, lambda it, i: reserve(i(MiB), at=i(it.base))),
+    "reserve(bad align)": (lambda: None, lambda _, i: reserve(i(MiB), align=i(3))),
+    "commit": (_region, lambda it, i: it.commit(i(0), i(PAGE_SIZE))),
+    "commit(misaligned)": (_region, lambda it, i: it.commit(i(1), i(PAGE_SIZE))),
+    "commit(outside)": (_region, lambda it, i: it.commit(i(0), i(1 << 70))),
+    "populate": (_region, lambda it, i: it.populate(i(0), i(PAGE_SIZE))),
+    "discard": (_region, lambda it, i: it.discard(i(0), i(PAGE_SIZE))),
+    "decommit": (_region, lambda it, i: it.decommit(i(0), i(PAGE_SIZE))),
+    "view": (_region, lambda it, i: it.view(i(0), i(16))),
+    "view(outside)": (_region, lambda it, i: it.view(i(0), i(HUGE))),
+    "ndarray": (_region, lambda it, i: it.ndarray(i(0), (i(2), i(3)))),
+    "is_committed": (_region, lambda it, i: it.is_committed(i(0), i(16))),
+    "Arena": (lambda: None, lambda _, i: Arena("native", size=i(64 * MiB), step=i(MiB))),
+    "Arena(huge)": (lambda: None, lambda _, i: Arena("native", size=i(HUGE))),
+    "Arena(bad size)": (lambda: None, lambda _, i: Arena("native", size=i(0))),
+    "Arena(bad step)": (lambda: None, lambda _, i: Arena("native", step=i(100))),
+    "Arena.alloc": (_arena, lambda it, i: it.alloc(i(100), i(16)).nbytes),
+    "Arena.alloc(huge)": (_arena, lambda it, i: it.alloc(i(HUGE), i(16))),
+    "Arena.alloc(bad align)": (_arena, lambda it, i: it.alloc(i(100), i(3))),
+    "Arena.alloc_many": (_arena, lambda it, i: len(it.alloc_many([i(100), i(200)]))),
+    "Arena.alloc_many(bad)": (_arena, lambda it, i: it.alloc_many([i(100), i(0)])),
+    "Arena.grow": (_arena, lambda it, i: it.grow(i(100)) > 0),
+    "Arena.grow(huge)": (_arena, lambda it, i: it.grow(i(HUGE))),
+    "Arena.block_at": (_arena, lambda it, i: it.block_at(i(100))),
+    "Arena.scavenge": (_arena, lambda it, i: it.scavenge(i(100), i(1))),
+    "Arena.scavenge(bad)": (_arena, lambda it, i: it.scavenge(i(100), i(-1))),
+    "Arena.start_scavenger": (_arena, lambda it, i: it.start_scavenger(i(-1))),
+    "Blocks[]": (_arena, lambda it, i: it.alloc_many([1, 2])[i(1)].nbytes),
+    "heap_bitmap[]": (_bits, lambda it, i: it[i(0)]),
+    "heap_bitmap[] =": (_bits, lambda it, i: it.__setitem__(i(0), i(1))),
+    "Pool": (
+        lambda: None,
+        lambda _, i: Pool(i(10), capacity=i(100), align=i(16), step=i(65536)),
+    ),
+    "Pool(bad)": (lambda: None, lambda _, i: Pool(i(0))),
+    "Pool.free": (_pool, lambda it, i: it.free(i(0))),
+    "Pool.free(bad)": (_pool, lambda it, i: it.free(i(9))),
+    "Pool.alloc_many": (_pool, lambda it, i: it.alloc_many(i(3))),
+    "Pool.alloc_many(bad)": (_pool, lambda it, i: it.alloc_many(i(3000))),
+    "Pool.free_many": (_pool, lambda it, i: it.free_many([i(0), i(1)])),
+    "Pool.view": (_pool, lambda it, i: it.view(i(0))),
+    "Pool.address": (_pool, lambda it, i: it.address(i(0)) > 0),
+    "in Pool": (_pool, lambda it, i: i(0) in it),
+    "BumpArena": (lambda: None, lambda _, i: BumpArena(i(MiB), step=i(65536))),
+    "BumpArena(bad)": (lambda: None, lambda _, i: BumpArena(i(0))),
+    "BumpArena.alloc": (lambda: BumpArena(MiB), lambda it, i: it.alloc(i(10), i(16))),
+    "BumpArena.alloc(huge)": (lambda: BumpArena(MiB), lambda it, i: it.alloc(i(HUGE), i(16))),
+    "BumpArena.alloc(bad)": (lambda: BumpArena(MiB), lambda it, i: it.alloc(i(10), i(3))),
+    "Bitmap": (lambda: None, lambda _, i: Bitmap(i(1000))),
+    "Bitmap(bad)": (lambda: None, lambda _, i: Bitmap(i(-1))),
+    "Bitmap.from_bytes": (lambda: None, lambda _, i: Bitmap.from_bytes(b"12345678", i(5))),
+    **{
+        f"Bitmap.{name}": (lambda: Bitmap(1000), partial(_of_bits, name))
+        for name in ("set", "clear", "count", "any", "all", "find_set", "find_clear", "to_bytes")
+    },
+    "Bitmap.set(outside)": (lambda: Bitmap(1000), lambda it, i: it.set(i(3), i(1 << 70))),
+    "Bitmap.runs": (lambda: Bitmap(1000), lambda it, i: list(it.runs(i(3), i(5)))),
+    "Bitmap[]": (lambda: Bitmap(1000), lambda it, i: it[i(3)]),
+    "Bitmap[] =": (lambda: Bitmap(1000), lambda it, i: it.__setitem__(i(3), True)),
+    "in Bitmap": (lambda: Bitmap(1000), lambda it, i: i(3) in it),
+    "GrowableBuffer": (lambda: None, lambda _, i: GrowableBuffer(i(MiB), step=i(65536))),
+    "GrowableBuffer(huge)": (lambda: None, lambda _, i: GrowableBuffer(i(HUGE))),
+    "GrowableBuffer.resize": (lambda: GrowableBuffer(MiB), lambda it, i: it.resize(i(100))),
+    "GrowableBuffer.resize(huge)": (lambda: GrowableBuffer(MiB), lambda it, i: it.resize(i(HUGE))),
+    "GrowableBuffer.view": (
+        lambda: GrowableBuffer(MiB),
+        lambda it, i: (it.resize(9), it.view(i(1), i(2)))[0],
+    ),
+    "GrowableArray": (lambda: None, lambda _, i: GrowableArray("i8", i(1000), step=i(65536))),
+    "GrowableArray.resize": (lambda: GrowableArray("i8", 1000), lambda it, i: it.resize(i(100))),
+    "PageAllocator": (lambda: None, lambda _, i: PageAllocator(i(10), capacity=i(100))),
+    "PageAllocator(bad)": (lambda: None, lambda _, i: PageAllocator(i(10), capacity=i(1))),
+    "PageAllocator.alloc": (_pages, lambda it, i: it.alloc(i(3), align=i(4))),
+    "PageAllocator.alloc(many)": (_pages, lambda it, i: it.alloc(i(3000), align=i(4))),
+    "PageAllocator.alloc(bad)": (_pages, lambda it, i: it.alloc(i(3), align=i(3))),
+    "PageAllocator.alloc_at": (_pages, lambda it, i: it.alloc_at(i(7), i(2))),
+    "PageAllocator.alloc_at(used)": (_pages, lambda it, i: it.alloc_at(i(3), i(2))),
+    "PageAllocator.free": (_pages, lambda it, i: it.free(i(3), i(1))),
+    "PageAllocator.free(free)": (_pages, lambda it, i: it.free(i(7), i(1))),
+    "PageAllocator.grow": (_pages, lambda it, i: it.grow(i(3))),
+    "PageAllocator.grow(far)": (_pages, lambda it, i: it.grow(i(1 << 50))),
+    "PageAllocator.alloc_many": (_pages, lambda it, i: it.alloc_many([i(3), i(1)])),
+    "PageAllocator.alloc_many(one)": (
+        _pages,
+        lambda it, i: it.alloc_many(i(3), array.array("q", [0, 0])),
+    ),
+    "PageAllocator.free_many": (_pages, lambda it, i: it.free_many([i(3)], i(1))),
+    "PageAllocator.is_used": (_pages, lambda it, i: it.is_used(i(3))),
+    "layouts.get": (lambda: None, lambda _, i: layouts.get("native", size=i(MiB), word=i(8))),
+    "layouts.get(bad)": (lambda: None, lambda _, i: layouts.get("native", size=i(0), word=i(8))),
+    "Layout.place": (
+        lambda: layouts.get("native", size=TiB),
+        lambda it, i: it.place(i(1 << 40), i(MiB)),
+    ),
+    "format_size": (lambda: None, lambda _, i: pyreserve.format_size(i(1000))),
+    "costs.plan": (lambda: None, lambda _, i: costs.plan(longest=i(1 << 20)).memory),
+    "costs.plan(bad)": (lambda: None, lambda _, i: costs.plan(longest=i(1))),
+    "costs.measure(bad)": (
+        lambda: costs.plan(longest=MiB),
+        lambda it, i: costs.measure(it, budget=i(-1), width=i(1)),
+    ),
+    "costs.estimate": (
+        lambda: costs.CostModel({}),
+        lambda it, i: it.estimate("touch", pages=i(3), threads=i(2)),
+    ),
+}
+every_call = pytest.mark.parametrize("name", CALLS)
+
+
+def outcome(name: str, make: Make) -> tuple[str, str]:
+    """What a call returns or raises, in words."""
+    new, call = CALLS[name]
+    thing = new()
+    try:
+        answer = call(thing, make)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return type(answer).__name__, ""
+
+
+@every_call
+def test_whatever_has_an_index_is_an_integer(name: str) -> None:
+    """A number that only has ``__index__`` does what the integer does, and is read once."""
+    made: list[Number] = []
+
+    def number(value: int) -> Any:
+        made.append(Number(value))
+        return made[-1]
+
+    kind, text = outcome(name, number)
+
+    assert kind == outcome(name, lambda value: value)[0]
+    assert "Number object" not in text
+    assert {each.reads for each in made} <= {0, 1}
+
+
+@every_call
+def test_a_number_that_cannot_be_read(name: str) -> None:
+    """What ``__index__`` raises is what the caller gets."""
+    assert outcome(name, lambda _: Fails())[0] == "ZeroDivisionError"
+
+
+TAKES_WORDS = {"Arena", "Arena(bad step)", "BumpArena"}
+TAKES_FLOATS = {"Arena.scavenge", "Arena.start_scavenger", "costs.measure", "costs.estimate"}
+
+
+@pytest.mark.parametrize("kind", [float, decimal.Decimal, str])
+@every_call
+def test_no_other_number_is_an_integer(name: str, kind: type) -> None:
+    """Floats, decimals and text are refused, not cut or read."""
+    if kind is not str and name.partition("(")[0] in TAKES_FLOATS:
+        return
+    refused = "ValueError" if kind is str and name in TAKES_WORDS else "TypeError"
+    assert outcome(name, kind)[0] == refused
+
+
+def test_a_number_that_releases_its_region() -> None:
+    """What an ``__index__`` does to the object comes before the call, which then finds it done."""
+    region = _region()
+
+    class Releases:
+        def __index__(self) -> int:
+            if not region.released:
+                region.release()
+            return 0
+
+    for verb in (region.commit, region.populate, region.discard, region.decommit, region.view):
+        with pytest.raises(pyreserve.ReleasedError):
+            verb(Releases(), PAGE_SIZE)  # type: ignore[arg-type]
+
+
+def test_a_name_is_its_characters() -> None:
+    """A subclass of str counts as the text that it is, whatever its methods say."""
+    with reserve(MiB, name=Name("mine")) as region:
+        assert str.__str__(region.name or "") == "mine"
+    with pytest.raises(ValueError, match="name"):
+        reserve(MiB, name=Name("[bad]"))
+
+
+def test_flags_are_read_once() -> None:
+    """Whatever is true counts as true, and is asked once."""
+
+    class Flag:
+        reads = 0
+
+        def __bool__(self) -> bool:
+            Flag.reads += 1
+            return Flag.reads == 1
+
+    with reserve(MiB, guard=Flag()) as region:  # type: ignore[arg-type]
+        assert (Flag.reads, region.size) == (1, MiB)
