@@ -13,6 +13,7 @@ def import_extra(module: str, extra: str, who: str) -> Any:
     """
     package = module.partition(".")[0]
     try:
+        import_module(package)  # 3.15 has other words for a module of a package that is not there
         return import_module(module)
     except ModuleNotFoundError as missing:
         if missing.name != package:

@@ -668,7 +668,7 @@ class TestWhatIsMissing:
         done = python(self.WITHOUT, "resource", "vsz")
 
         assert done.returncode == 1
-        assert "No module named 'resource'" in done.stderr
+        assert re.search(r"^ModuleNotFoundError: .*'resource'", done.stderr, re.M)
 
 
 class TestImporting:

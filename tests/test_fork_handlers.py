@@ -312,8 +312,7 @@ def test_masks_are_left_alone() -> None:
             thread.join()
         return wrong
 
-    with witness.fork_allowed():
-        assert witness.in_child(child) == {"child": 0, "parent": 0}
+    assert witness.in_child(child) == {"child": 0, "parent": 0}
 
 
 def test_a_collection_in_a_handler() -> None:

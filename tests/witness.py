@@ -4,7 +4,6 @@ Also children: a function run in a forked child, and a script run by a fresh int
 limits, crashes and hangs stay there.
 """
 
-import contextlib
 import ctypes
 import faulthandler
 import json
@@ -15,8 +14,7 @@ import subprocess
 import sys
 import textwrap
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -145,14 +143,6 @@ def peek(address: int, length: int = 1) -> bytes:
     return ctypes.string_at(address, length)
 
 
-@contextlib.contextmanager
-def fork_allowed() -> Iterator[None]:
-    """From Python 3.12 on, forking a process that has threads warns. These tests mean it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
-
-
 class Hang(BaseException):
     """What a child that takes too long meets."""
 
@@ -166,8 +156,7 @@ def _hang(*_: object) -> None:
 
 def _fork_and_run(function: Callable[[], Any], seconds: int) -> tuple[int, bytes]:
     read_end, write_end = os.pipe()
-    with fork_allowed():
-        pid = os.fork()
+    pid = os.fork()
     if pid == 0:
         try:
             os.close(read_end)

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from pyreserve.cli.screen import console_for
+from pyreserve.cli.screen import PlainTable, console_for
 from pyreserve.costs import (
     GROUPS,
     METHODS,
@@ -165,7 +165,7 @@ def _costs(table: CostTable, console: Console) -> Table:
 
 
 def _costs_in(table: CostTable, columns: int) -> Table:
-    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    shown = PlainTable(1)
     for name in _COLUMNS[:columns]:
         shown.add_column(name, no_wrap=True, justify="left" if name in _LEFT else "right")
     model, cells = table.model(), table.curves()
@@ -237,7 +237,7 @@ def _show_cold(console: Console, table: CostTable) -> None:
     if not cold:
         return
     warm = {one.cell: one.times for one in table.cells if one.host == "warm"}
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+    shown = PlainTable(2, indent=2)
     for column in ("cell", "cold", "warm", "samples"):
         shown.add_column(column, justify="left" if column == "cell" else "right", no_wrap=True)
     for one in cold:
@@ -286,7 +286,7 @@ def show_comparison(comparison: Comparison, old: str) -> None:
         console.print(Text(f"  not the same: {name} was {_plain(before)}, is {_plain(after)}"))
     changed = [one for one in comparison.cells if one.verdict not in {"same", "unsure"}]
     if changed:
-        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+        shown = PlainTable(2, indent=2)
         for column in ("cell", "before", "now", "ratio", "verdict"):
             right = column in {"before", "now", "ratio"}
             shown.add_column(column, justify="right" if right else "left", no_wrap=True)

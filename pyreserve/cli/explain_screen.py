@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pyreserve.cli.screen import console_for, printable
+from pyreserve.cli.screen import PlainTable, console_for, printable
 from pyreserve.procmem import AddressSpace, Change, Difference, Mapping
 from pyreserve.procmem.classes import ACCESSIBLE, ACCESSIBLE_WORDS, NAMES, WORDS
 from pyreserve.procmem.owners import UNKNOWN
@@ -107,7 +107,7 @@ def _bar(part: int, whole: int, width: int, style: str, console: Console) -> Tex
 
 
 def _table() -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    return PlainTable(_GAP)
 
 
 def _column(

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,6 +19,21 @@ from pyreserve.layouts import Piece
 from pyreserve.units import GiB, KiB, format_size
 
 _LONG = 0.5  # seconds after which a progress bar is worth its lines
+
+
+class PlainTable(Table):
+    """Columns some spaces apart, without lines, and without padding at the edges.
+
+    rich before 14.1 counts the padding that is not there, and cuts figures to make room for it.
+    """
+
+    def __init__(self, gap: int, *, indent: int = 0, **how: Any) -> None:
+        super().__init__(box=None, pad_edge=False, padding=(0, gap, 0, indent), **how)
+
+    def _get_padding_width(self, column_index: int) -> int:
+        _, right, _, left = self.padding
+        last = column_index == len(self.columns) - 1
+        return (left if column_index > 0 else 0) + (0 if last else right)
 
 
 def console_for(width: int = 100) -> Console:
@@ -66,7 +82,7 @@ def _heading(report: VszReport) -> str:
 
 
 def _sizes(report: VszReport) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table = PlainTable(3)
     table.add_column("KiB")
     for column in ("before", "after", "change"):
         table.add_column(column, justify="right")
@@ -94,7 +110,7 @@ def _sizes(report: VszReport) -> Table:
 
 def _maps(report: VszReport) -> Table:
     big = [id(piece) for piece in _inaccessible(report)[:2]]
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
+    table = PlainTable(3, show_header=False)
     for _ in range(6):
         table.add_column(no_wrap=True)
     table.columns[2].justify = "right"
@@ -162,7 +178,7 @@ def list_layouts(*, as_json: bool) -> None:
         ]
         print(json.dumps(found, indent=2))
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table = PlainTable(3)
     table.add_column("layout", no_wrap=True)
     table.add_column("what it is")
     for layout in rows:

@@ -8,7 +8,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from pyreserve.cli.screen import printable
+from pyreserve.cli.screen import PlainTable, printable
 from pyreserve.cli.sparkline import ASCII, BLOCKS, sparkline
 from pyreserve.cli.watched import Series, Watched
 from pyreserve.units import KiB, format_size
@@ -46,7 +46,7 @@ def frame(watched: Watched, console: Console, quits: str = "") -> Group:
 
 
 def _table(watched: Watched, *, wide: bool) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
+    table = PlainTable(2, expand=True)
     table.add_column("", no_wrap=True, overflow="crop")
     titles = ("now", "change", *(("a second",) if wide else ()), "min", "max")
     for title in titles:
