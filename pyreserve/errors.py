@@ -35,11 +35,6 @@ class VMError(PyreserveError, OSError):
             ``"address space"``, ``"layout"`` (an arena's own bounds); else None.
     """
 
-    verb: str
-    nbytes: int
-    address: int | None
-    limit: str | None
-
     def __init__(  # OSError takes its errno from the first two arguments
         self,
         errno: int,
@@ -51,10 +46,27 @@ class VMError(PyreserveError, OSError):
         limit: str | None = None,
     ) -> None:
         super().__init__(errno, message)
-        self.verb = verb
-        self.nbytes = nbytes
-        self.address = address
-        self.limit = limit
+        self._verb, self._nbytes, self._address, self._limit = verb, nbytes, address, limit
+
+    @property
+    def verb(self) -> str:
+        """What was refused."""
+        return self._verb
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes were asked for."""
+        return self._nbytes
+
+    @property
+    def address(self) -> int | None:
+        """Where; None if anywhere would have done."""
+        return self._address
+
+    @property
+    def limit(self) -> str | None:
+        """Which limit refused; None if that is not known."""
+        return self._limit
 
     @property
     def errno_name(self) -> str:

@@ -80,7 +80,12 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, table: CostTable) -> None:
         super().__init__("interrupted")
-        self.table = table
+        self._table = table
+
+    @property
+    def table(self) -> CostTable:
+        """What was measured until then."""
+        return self._table
 
 
 def measure(

@@ -30,16 +30,26 @@ class Estimate(float):
         low, high: the interval's ends, in nanoseconds.
     """
 
-    __slots__ = ("high", "low")
+    __slots__ = ("_high", "_low")
 
-    low: float
-    high: float
+    _low: float
+    _high: float
 
     def __new__(cls, ns: float, low: float, high: float) -> "Estimate":
         """Make one of a time and its interval."""
         made = super().__new__(cls, ns)
-        made.low, made.high = low, high
+        made._low, made._high = low, high
         return made
+
+    @property
+    def low(self) -> float:
+        """The lower end of the interval."""
+        return self._low
+
+    @property
+    def high(self) -> float:
+        """The upper end of the interval."""
+        return self._high
 
     def __reduce__(self) -> tuple[type["Estimate"], tuple[float, float, float]]:
         """Copy and pickle the interval too."""

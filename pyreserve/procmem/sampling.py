@@ -90,8 +90,8 @@ class track:  # noqa: N801 - it is used as a function
     a few KiB of RSS, now and then an arena of 1 MiB. ``before`` and ``after`` are the samples.
     """
 
-    before: Sample
-    after: Sample | None = None
+    _before: Sample
+    _after: Sample | None = None
 
     def __init__(self) -> None:
         # The first samples let Python's own memory grow to what later ones need.
@@ -99,12 +99,22 @@ class track:  # noqa: N801 - it is used as a function
             sample()
 
     def __enter__(self) -> "Self":
-        self.after = None
-        self.before = sample()
+        self._after = None
+        self._before = sample()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.after = sample()
+        self._after = sample()
+
+    @property
+    def before(self) -> Sample:
+        """The sample taken at the beginning of the block."""
+        return self._before
+
+    @property
+    def after(self) -> Sample | None:
+        """The sample taken at the end of the block; None before that."""
+        return self._after
 
     def _change(self) -> Sample:
         """Return what changed of each figure, up to now or to the end of the block."""

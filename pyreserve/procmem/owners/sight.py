@@ -18,7 +18,7 @@ NONE = 0  # private, no access
 UNKNOWN = "unknown"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Owner:
     """Who has how much of the address space, in KiB, and by which evidence.
 
@@ -37,6 +37,16 @@ class Owner:
     no_access_kib: int = 0
     mappings: int = 0
     evidence: str = ""
+
+
+@dataclass(slots=True)
+class _Sum:
+    """What an owner has, as far as it is added up."""
+
+    kib: int = 0
+    rss_kib: int = 0
+    no_access_kib: int = 0
+    mappings: int = 0
 
 
 @dataclass(slots=True)
@@ -222,15 +232,15 @@ class Sight:
 
     def summary(self) -> list[Owner]:
         """Add up what everyone has, most first. All bytes but ``[vsyscall]`` have an owner."""
-        owners: dict[str, Owner] = {}
+        owners: dict[str, _Sum] = {}
         table = self.table
         taken = [(i, name) for i, name in enumerate(self.claims.whole) if name]
         for i, name in taken:
             owner = owners.get(name)
             if owner is None:
-                owner = owners[name] = Owner(name)
+                owner = owners[name] = _Sum()
             self._add(owner, i)
-        unknown = owners.setdefault(UNKNOWN, Owner(UNKNOWN))
+        unknown = owners.setdefault(UNKNOWN, _Sum())
         unknown.kib += sum(table.size) - sum(table.size[i] for i, _ in taken)
         in_memory = sum(table.private) + sum(table.shared)
         unknown.rss_kib += in_memory - sum(table.private[i] + table.shared[i] for i, _ in taken)
@@ -244,18 +254,29 @@ class Sight:
         unknown.mappings += table.of_process - len(taken)
         for i, parts in self.claims.parts.items():
             self._divide(i, parts, owners)
-        for owner in owners.values():
-            owner.evidence = written(self.claims.evidence.get(owner.name, ""))
-        return sorted((o for o in owners.values() if o.kib), key=lambda o: (-o.kib, o.name))
+        evidence = self.claims.evidence
+        everyone = [
+            Owner(
+                name,
+                has.kib,
+                has.rss_kib,
+                has.no_access_kib,
+                has.mappings,
+                written(evidence.get(name, "")),
+            )
+            for name, has in owners.items()
+            if has.kib
+        ]
+        return sorted(everyone, key=lambda o: (-o.kib, o.name))
 
-    def _add(self, owner: Owner, i: int) -> None:
+    def _add(self, owner: _Sum, i: int) -> None:
         table = self.table
         owner.kib += table.size[i]
         owner.rss_kib += table.private[i] + table.shared[i]
         owner.no_access_kib += 0 if self.perms[i] & RWX else table.rest[i]
         owner.mappings += 1
 
-    def _divide(self, i: int, parts: list[tuple[int, int, str]], owners: dict[str, Owner]) -> None:
+    def _divide(self, i: int, parts: list[tuple[int, int, str]], owners: dict[str, _Sum]) -> None:
         """Move parts of a mapping from unknown to their owners.
 
         What is in memory goes with the largest part: where in the mapping it lies is not known.
@@ -275,7 +296,7 @@ class Sight:
         if left:
             sizes[UNKNOWN] = left
         for name, kib in sizes.items():
-            owner = owners.setdefault(name, Owner(name))
+            owner = owners.setdefault(name, _Sum())
             owner.kib += kib
             owner.mappings += 1
             owner.no_access_kib += none * kib // whole
