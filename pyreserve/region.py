@@ -605,7 +605,8 @@ def reserve(
         mode: ``"charge"``: a commit counts against the commit limit, a decommit gives it back.
             ``"noreserve"``: never charged (MAP_NORESERVE), except under
             ``vm.overcommit_memory=2``, where the kernel ignores that and ``Region.mode``
-            says ``"charge"``.
+            says ``"charge"``. There a reservation is not charged, but a 32nd of a process's
+            addresses, at most vm.user_reserve_kbytes (128 MiB), is kept back from its commits.
         dump: whether core dumps include the region (else MADV_DONTDUMP).
         fork: what a forked child finds: ``"copy"`` as usual, or ``"wipe"`` zeros
             (MADV_WIPEONFORK), which copies no page tables. In mode ``"charge"`` the child is
