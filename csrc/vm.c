@@ -372,30 +372,25 @@ int vm_seal(uintptr_t address, size_t length) {
     return ask(SYS_mseal, address, length, 0, 0, 0, 0, NULL);
 }
 
-/* A committed page to try things on. Where there is none (the map table may be full), an empty range:
+/* Tries something on a committed page. Where memory or map entries for that run out, on an empty range:
  * the kernel looks at the request first and at the range second. */
-struct scratch {
-    uintptr_t page;
-    size_t length;
-};
-
-static struct scratch scratch(void) {
-    struct scratch it = {0, vm_page_size()};
-    if (vm_map(0, it.length, VM_COMMITTED, &it.page) != 0)
-        it = (struct scratch){0, 0};
-    return it;
+static int try_on_page(int (*attempt)(uintptr_t, size_t, int), int argument) {
+    uintptr_t page = 0;
+    int err = vm_map(0, vm_page_size(), VM_COMMITTED, &page);
+    if (err == 0) {
+        err = attempt(page, vm_page_size(), argument);
+        (void)vm_release(page, vm_page_size());
+    }
+    return err == ENOMEM || err == EAGAIN ? attempt(0, 0, argument) : err;
 }
 
-static void drop(struct scratch it) {
-    if (it.length > 0)
-        (void)vm_release(it.page, it.length);
+static int give_name(uintptr_t address, size_t length, int unused) {
+    (void)unused;
+    return vm_name(address, length, "pyreserve");
 }
 
 static int try_advice(int advice) {
-    struct scratch it = scratch();
-    int err = advise(it.page, it.length, advice);
-    drop(it);
-    return err;
+    return try_on_page(advise, advice);
 }
 
 int vm_try_populate(void) {
@@ -422,10 +417,7 @@ int vm_try_seal(void) {
 }
 
 int vm_try_name(void) {
-    struct scratch it = scratch();
-    int err = vm_name(it.page, it.length, "pyreserve");
-    drop(it);
-    return err;
+    return try_on_page(give_name, 0);
 }
 
 static int try_ioctl(const char *path, unsigned long request, void *argument) {
