@@ -1,18 +1,34 @@
 """Fixtures and settings that all tests share."""
 
 import gc
+import os
 import signal
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-import pyreserve
-from pyreserve import PAGE_SIZE, Region
+TESTS = Path(__file__).resolve().parent
 
-# Deadlines would let the machine's load decide a test.
-settings.register_profile("pyreserve", deadline=None, print_blob=True)
-settings.load_profile("pyreserve")
+# The installed package is tested; `python -m pytest` puts the checkout before it.
+sys.path.sort(key=lambda entry: Path(entry).resolve() == TESTS.parent)
+
+import pyreserve  # noqa: E402
+from pyreserve import PAGE_SIZE, Region  # noqa: E402
+
+# Chosen by --hypothesis-profile. No profile lets the machine's load decide a test.
+for name, derandomize, most in (("default", True, 100), ("ci", False, 200), ("long", False, 5000)):
+    settings.register_profile(
+        name,
+        derandomize=derandomize,
+        max_examples=most,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        print_blob=True,
+    )
+settings.load_profile("default")
 
 
 # A shell lets what it runs in the background ignore Ctrl-C, and so would all that tests start.
@@ -20,11 +36,26 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Let ``-n auto`` take the CPUs there are, but at most four: a worker takes 300 MiB."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """State machines are heavy: thousands of steps against a model."""
     for item in items:
         if item.path.stem.endswith("_machine"):
             item.add_marker(pytest.mark.heavy)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _children_import_the_same() -> Iterator[None]:
+    """``python -c`` puts the working directory first: let that be one without the package."""
+    before = Path.cwd()
+    os.chdir(TESTS)
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import pytest
-
-PATIENCE = 30.0  # seconds until what must come is given up: the machine may be busy
+from witness import PATIENCE
 
 THREADS, PIECES = 64, 30_000
 JAVA_HEAP_MIB, STACK_KIB = 48, 8192

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from witness import PATIENCE
 
 from pyreserve.arena import WORD
 
@@ -233,7 +234,7 @@ def test_it_holds(fact: str) -> None:
         [sys.executable, "-c", PRELUDE + FACTS[fact]],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from profiles import examples
 from test_arena import layout_names
 from test_arena_alloc import PAGE, fill, holds
 from test_scavenge import check
@@ -141,7 +142,7 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 TestArena = ArenaMachine.TestCase
-TestArena.settings = settings(max_examples=40, stateful_step_count=30)
+TestArena.settings = settings(max_examples=examples(40), stateful_step_count=30)
 
 
 class PagesMachine(RuleBasedStateMachine):
@@ -284,4 +285,4 @@ class PagesMachine(RuleBasedStateMachine):
 
 
 TestPages = PagesMachine.TestCase
-TestPages.settings = settings(max_examples=60, stateful_step_count=30)
+TestPages.settings = settings(max_examples=examples(60), stateful_step_count=30)

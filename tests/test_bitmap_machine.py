@@ -3,6 +3,7 @@
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from profiles import examples
 
 from pyreserve import PAGE_SIZE, Bitmap, KiB
 
@@ -186,4 +187,4 @@ class BitmapMachine(RuleBasedStateMachine):
 
 
 TestBitmapMachine = BitmapMachine.TestCase
-TestBitmapMachine.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+TestBitmapMachine.settings = settings(max_examples=examples(30), stateful_step_count=25)

@@ -5,9 +5,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pytest
 import witness
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from profiles import examples
 
 from pyreserve import PAGE_SIZE, OutOfMemoryError, RangeError, ViewError
 from pyreserve.bump import BumpArena, Mark
@@ -174,9 +175,4 @@ class BumpMachine(RuleBasedStateMachine):
 
 TestBumpMachine = BumpMachine.TestCase
 TestBumpMachine.__doc__ = """Any order of calls leaves the blocks and the state of the model."""
-TestBumpMachine.settings = settings(
-    max_examples=80,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+TestBumpMachine.settings = settings(max_examples=examples(80), stateful_step_count=40)

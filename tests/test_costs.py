@@ -14,10 +14,12 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import costs_tables
@@ -25,6 +27,7 @@ import pytest
 from costs_tables import LOUD, QUIET, USUAL, line, measured
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from pyreserve import PAGE_SIZE, BumpArena, GiB, KiB, MiB, OutOfMemoryError, costs, procfs
 from pyreserve.costs import (
@@ -46,11 +49,10 @@ from pyreserve.costs import (
     recommendation,
 )
 from pyreserve.costs.cells import SMALL, PageKind, page_kinds
-from pyreserve.costs.child import run
+from pyreserve.costs.child import Job, run
 from pyreserve.costs.machine import facts
 from pyreserve.costs.model import Fit
-from pyreserve.costs.planning import Group
-from pyreserve.costs.programs import SCRIPTS, Setting, write
+from pyreserve.costs.programs import SCRIPTS, Program, Setting, write
 from pyreserve.costs.stats import quantile, split_cold, summarise
 
 TOUCH = Curve("touch", "write")
@@ -219,7 +221,7 @@ class TestModel:
             assert estimate == pytest.approx(ns)
             assert [estimate.low, estimate.high] == pytest.approx([low, high])
 
-    @settings(max_examples=50)
+    @settings(max_examples=examples(50))
     @given(st.floats(1, 1e6), st.floats(0.01, 1e4), st.floats(1, 65536))
     def test_between_measured_lengths(self, fixed: float, per_page: float, pages: float) -> None:
         """Estimates of a straight line are right at every length."""
@@ -725,16 +727,39 @@ class TestPlan:
 
 SMALL_PLAN = plan(only=["reserve", "commit", "touch", "discard"], longest=16 * PAGE_SIZE)
 ONE = Setting(page_kinds()[0], "charge", 1)
+AMPLE = 1000.0  # seconds that no run here needs: what ends it is its passes
+
+
+@pytest.fixture
+def one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run end after one pass, if its width is wide."""
+    monkeypatch.setattr(measuring, "_LEAST_PASSES", 1)
+
+
+def answers_of(
+    seconds: Callable[[], float], ns: Callable[[Cell], float], spend: Callable[[], None]
+) -> Callable[[Job], Iterator[dict[str, Any]]]:
+    """What measuring processes answer where each program takes what `spend` spends."""
+
+    def answers(job: Job) -> Iterator[dict[str, Any]]:
+        for number, program in job.programs.items():
+            if seconds() >= job.deadline:
+                return
+            spend()
+            samples = [[(ns(cell), False)] for cell in program.cells]
+            numbers = list(range(len(samples)))
+            yield {"program": number, "seconds": 1.0, "cells": numbers, "samples": samples}
+
+    return answers
 
 
 class TestMeasure:
     def test_every_cell_of_a_plan(self) -> None:
-        """Each cell comes back with times, in at least six passes, and a touch takes longer than a
-        resident one."""
+        """Each cell comes back with times, in at least six passes."""
         seen: list[Progress] = []
         before = children()
 
-        table = measure(SMALL_PLAN, budget=30, width=10, progress=seen.append)
+        table = measure(SMALL_PLAN, budget=AMPLE, width=10, progress=seen.append)
 
         assert table.complete
         found = {one.cell: one for one in table.cells if one.host == "warm"}
@@ -744,7 +769,7 @@ class TestMeasure:
             assert times is not None, found[cell].why
             assert times.passes >= 6
             assert times.samples >= 6
-            assert 0 < times.median < 1e9
+            assert times.median > 0
             assert sum(map(len, found[cell].passes)) == times.samples
         assert children() == before
         assert seen[-1].passes >= 5
@@ -752,24 +777,48 @@ class TestMeasure:
         assert table.machine["map_entries"]["commit mprotect"] == 2
         assert table.machine["system_call_ns"] > 0
 
-    def test_what_costs_more(self) -> None:
-        """Touching 64 times as many pages takes longer, and so does a first touch than the next."""
-        programs = tuple(write(ONE, ("life",), [PAGE_SIZE, 64 * PAGE_SIZE]))
+    def test_each_cell_has_its_own_samples(
+        self, one_pass: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A sample counts for the cell that it was taken of."""
+        costs_of = {cell: 100.0 * (1 + number) for number, cell in enumerate(SMALL_PLAN.cells)}
+        answers = answers_of(time.monotonic, costs_of.__getitem__, lambda: None)
+        monkeypatch.setattr(measuring, "_answers", answers)
 
-        table = measure(Plan((Group(ONE, programs),)), budget=20, width=10)
+        table = measure(SMALL_PLAN, budget=AMPLE, width=10)
 
-        model = table.model()
-        first = model.estimate("touch", pages=64)
-        assert first > 4 * model.estimate("touch", pages=1)
-        assert first > 4 * model.estimate("retouch", method="resident", pages=64)
+        found = {one.cell: one.times.median for one in table.cells if one.times is not None}
+        assert found == costs_of
 
-    def test_the_budget(self) -> None:
+    def test_a_touch_is_a_first_touch(self) -> None:
+        """What is to touch 64 pages has 63 page faults more than what is to touch one."""
+        one, many = write(ONE, ("life",), [PAGE_SIZE, 64 * PAGE_SIZE])
+
+        def faults(program: Program) -> int:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            run(program, 1)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        assert faults(many) >= faults(one) + 63
+
+    def test_the_budget(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It ends when the budget is spent, and what had no turn says so."""
-        table = measure(plan(longest=MiB), budget=0.6, width=1e-9)
+        now = [0.0]
 
-        assert table.seconds < 60
-        reasons = {one.why for one in table.cells if one.times is None}
-        assert any(one.times is not None for one in table.cells) or reasons
+        def spend() -> None:
+            now[0] += 1
+
+        answers = answers_of(lambda: now[0], lambda _: 100.0, spend)
+        monkeypatch.setattr(measuring, "_answers", answers)
+        monkeypatch.setattr(measuring, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+        table = measure(plan(longest=MiB), budget=3.5, width=1e-9)
+
+        assert 3.5 <= table.seconds <= 4.5
+        assert table.complete
+        assert any(one.times is not None for one in table.cells)
+        whys = [one.why for one in table.cells if one.times is None]
+        assert "the budget was spent before its turn" in whys
 
     @pytest.mark.parametrize(
         "wrong", [{"budget": 0}, {"budget": -1}, {"budget": math.inf}, {"width": 0}]
@@ -788,7 +837,7 @@ class TestMeasure:
                 os.kill(os.getpid(), signal.SIGINT)
 
         with pytest.raises(Interrupted) as caught:
-            measure(SMALL_PLAN, budget=30, width=1e-9, progress=interrupt)
+            measure(SMALL_PLAN, budget=AMPLE, width=1e-9, progress=interrupt)
 
         table = caught.value.table
         assert isinstance(caught.value, KeyboardInterrupt)
@@ -797,7 +846,7 @@ class TestMeasure:
         assert not CostTable.from_json(table.to_json()).complete
         assert children() == before
 
-    def test_ctrl_c_at_the_very_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_ctrl_c_at_the_very_end(self, one_pass: None, monkeypatch: pytest.MonkeyPatch) -> None:
         """An interrupt while the figures are put together loses none of them."""
         answers: list[Any] = [KeyboardInterrupt(), facts()]
 
@@ -810,7 +859,7 @@ class TestMeasure:
         monkeypatch.setattr(machine, "facts", facts_then)
 
         with pytest.raises(Interrupted) as caught:
-            measure(SMALL_PLAN, budget=1)
+            measure(SMALL_PLAN, budget=AMPLE, width=10)
 
         assert any(one.times is not None for one in caught.value.table.cells)
 
@@ -837,11 +886,10 @@ class TestMeasure:
         """Cells that it was to measure say what it died of, and the run goes on."""
         monkeypatch.setattr(measuring, "_START", code)
 
-        table = measure(SMALL_PLAN, budget=20)
+        table = measure(SMALL_PLAN, budget=AMPLE)
 
         assert {one.times for one in table.cells} == {None}
         assert all(why in (one.why or "") for one in table.cells if one.cell in SMALL_PLAN.cells)
-        assert table.seconds < 60
 
     @pytest.mark.parametrize("executable", ["", None, "/nonexistent/python", "/"])
     def test_a_child_that_can_not_be_started(
@@ -875,9 +923,8 @@ class TestMeasure:
         whys = {one.why for one in table.cells if one.cell in SMALL_PLAN.cells}
         assert len(whys) == 1
         assert f"process {os.getpid()}, whose job it is" in str(whys)
-        assert table.seconds < 60
 
-    def test_no_thread_is_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_thread_is_needed(self, one_pass: None, monkeypatch: pytest.MonkeyPatch) -> None:
         """It measures where no thread can be started: under a limit one may never begin."""
 
         def refused(*_: object) -> None:
@@ -886,12 +933,12 @@ class TestMeasure:
 
         monkeypatch.setattr(threading.Thread, "start", refused)
 
-        table = measure(SMALL_PLAN, budget=30, width=10)
+        table = measure(SMALL_PLAN, budget=AMPLE, width=10)
 
         assert any(one.times is not None for one in table.cells)
 
     def test_modules_beside_the_caller(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, one_pass: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A module of the working directory is not imported, nor what sitecustomize prints taken
         for an answer; what is no string in sys.path counts for nothing, as for Python itself."""
@@ -904,19 +951,18 @@ class TestMeasure:
         monkeypatch.setenv("PYTHONPATH", str(site))
         monkeypatch.setattr(sys, "path", [*filter(None, sys.path), tmp_path / "nothing"])
 
-        table = measure(SMALL_PLAN, budget=30, width=10)
+        table = measure(SMALL_PLAN, budget=AMPLE, width=10)
 
         assert {one.why for one in table.cells} == {None}
 
     def test_a_child_that_hangs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is ended soon after the budget is spent."""
+        """It is ended once the budget is spent."""
         monkeypatch.setattr(measuring, "_START", "import time; time.sleep(1000)")
         monkeypatch.setattr(measuring, "_GRACE", 0.2)
         before = children()
 
-        table = measure(SMALL_PLAN, budget=0.3)
+        measure(SMALL_PLAN, budget=0.3)
 
-        assert table.seconds < 60
         assert children() == before
 
     def test_the_parent_that_dies(self) -> None:
@@ -939,7 +985,7 @@ class TestMeasure:
                     return "Z" not in open(f"/proc/{pid}/stat").read().split(")")[1]
                 except OSError:
                     return False
-            deadline = time.time() + 60
+            deadline = time.time() + 120
             while any(map(alive, kids)) and time.time() < deadline:
                 time.sleep(0.01)
             print(json.dumps([len(kids), sum(map(alive, kids))]))
@@ -955,7 +1001,7 @@ class TestMeasure:
             """
             import json
             from pyreserve.costs import measure, plan
-            table = measure(plan(only=["reserve"]), budget=20, width=10)
+            table = measure(plan(only=["reserve"]), budget=1000, width=10)
             print(json.dumps([[c.cell.nbytes, c.why] for c in table.cells
                               if c.cell.page_kind == table.cells[0].cell.page_kind]))
             """,
@@ -992,7 +1038,7 @@ class TestMeasure:
             import json
             from pyreserve import PAGE_SIZE
             from pyreserve.costs import measure, plan
-            table = measure(plan(longest=PAGE_SIZE), budget=20, width=10)
+            table = measure(plan(longest=PAGE_SIZE), budget=1000, width=10)
             print(json.dumps([[c.cell.verb, c.cell.method, c.why] for c in table.cells
                               if c.cell.page_kind == table.cells[0].cell.page_kind]))
             """,

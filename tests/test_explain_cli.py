@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from captures import FOLDER, NAMES, truth
 from rich.console import Console
+from witness import PATIENCE
 
 from pyreserve.cli import explain_screen
 from pyreserve.errors import PyreserveError
@@ -50,7 +51,7 @@ def run(
         capture_output=True,
         text=True,
         env=environment,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
         **more,
     )
@@ -379,7 +380,7 @@ class TestWatch:
             assert watching.stdout is not None
             lines = [watching.stdout.readline() for _ in range(4)]
             sleeper.kill()
-            watching.communicate(timeout=60)
+            watching.communicate(timeout=PATIENCE)
 
         assert lines[0].split()[1:] == [
             "vsz_kib", "reserved_kib", "committed_kib", "rss_kib", "pss_kib", "mappings",

@@ -26,9 +26,9 @@ from typing import Any, TypeVar
 
 import pytest
 import subjects
-from subjects import PATIENCE, SUBJECTS, Stopped, kib_of, tool
+from subjects import SUBJECTS, Stopped, kib_of, tool
 from test_cli import COMMAND, environment, refused_in_one_line, run
-from witness import fresh_python, in_child, only_64_bit
+from witness import PATIENCE, fresh_python, in_child, only_64_bit
 
 from pyreserve import PAGE_SIZE, GiB, KiB, MiB, Region, TiB, explain, procfs, reserve, track
 from pyreserve.errors import AccessError, NoAddressSpaceError, RangeError

@@ -5,9 +5,10 @@ from typing import Literal
 import numpy as np
 import pytest
 import witness
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from profiles import examples
 
 from pyreserve import (
     PAGE_SIZE,
@@ -221,9 +222,4 @@ class GrowableMachine(RuleBasedStateMachine):
 
 TestGrowableMachine = GrowableMachine.TestCase
 TestGrowableMachine.__doc__ = """Any order of calls leaves the bytes and views of the model."""
-TestGrowableMachine.settings = settings(
-    max_examples=25,
-    stateful_step_count=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+TestGrowableMachine.settings = settings(max_examples=examples(25), stateful_step_count=25)

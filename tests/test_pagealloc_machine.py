@@ -7,6 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from profiles import examples
 
 from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, VMError
 from pyreserve.pagealloc import PageAllocator
@@ -185,4 +186,4 @@ class PageAllocatorMachine(RuleBasedStateMachine):
 
 
 TestPageAllocatorMachine = PageAllocatorMachine.TestCase
-TestPageAllocatorMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPageAllocatorMachine.settings = settings(max_examples=examples(60), stateful_step_count=40)

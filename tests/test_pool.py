@@ -576,7 +576,8 @@ class TestFork:
         assert list(pool) == [slot]
         assert bytes(pool.view(slot)[:4]) == b"both"
 
-    def test_a_fork_while_threads_allocate(self) -> None:
+    @pytest.mark.parametrize("forks", [5, pytest.param(20, marks=pytest.mark.heavy)])
+    def test_a_fork_while_threads_allocate(self, forks: int) -> None:
         """A child is never left with a lock that one of the parent's threads had."""
         pool = Pool(100, capacity=10_000, step=PAGE_SIZE)
         stop = threading.Event()
@@ -599,7 +600,7 @@ class TestFork:
         for thread in threads:
             thread.start()
         try:
-            answers = [witness.in_child(child, seconds=20) for _ in range(20)]
+            answers = [witness.in_child(child) for _ in range(forks)]
         finally:
             stop.set()
             for thread in threads:
@@ -626,7 +627,7 @@ class TestFork:
             for _ in range(20):
                 owners = [Owner() for _ in range(100)]
                 assert len(pool) >= len(owners)
-                assert witness.in_child(lambda: pool.alloc() >= 0, seconds=10)
+                assert witness.in_child(lambda: pool.alloc() >= 0)
             del owners
             gc.collect()
             return len(pool)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from profiles import examples
 
 from pyreserve import PAGE_SIZE
 from pyreserve.errors import FreeError, OutOfMemoryError, ViewError
@@ -150,4 +151,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestPoolMachine.settings = settings(max_examples=examples(50), stateful_step_count=40)

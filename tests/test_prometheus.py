@@ -16,6 +16,7 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge, Metric, start_http_server
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
+from witness import PATIENCE
 
 from pyreserve import (
     PAGE_SIZE,
@@ -75,7 +76,7 @@ def get(served: tuple[str, Current]) -> Get:
     """Get what the registry has, in a format."""
 
     def get(accept: str) -> str:
-        with urlopen(Request(served[0], headers={"Accept": accept}), timeout=60) as answer:
+        with urlopen(Request(served[0], headers={"Accept": accept}), timeout=PATIENCE) as answer:
             return str(answer.read().decode())
 
     return get

@@ -6,12 +6,12 @@ import gc
 import mmap
 import platform
 import resource
-import time
 from collections.abc import Callable
 from typing import Literal
 
 import pytest
 import witness
+from subjects import wait_until
 
 import pyreserve
 from pyreserve import (
@@ -171,18 +171,17 @@ class TestReservation:
 
 
 class TestCharge:
-    """Other processes commit and exit meanwhile, so each fact may take a few tries to be seen."""
+    """Other processes commit and exit meanwhile, so each fact is tried until it is seen."""
 
     PIECE = GiB
     SLACK = 200 * MiB
 
-    def seen(self, measure: Callable[[], list[int]], expected: list[int]) -> bool:
-        for attempt in range(12):
-            got = measure()
-            if all(abs(a - b) <= self.SLACK for a, b in zip(got, expected, strict=True)):
-                return True
-            time.sleep(0.1 * attempt)  # until what the others do is done
-        return False
+    def assert_seen(self, measure: Callable[[], list[int]], expected: list[int]) -> None:
+        def is_seen() -> bool:
+            pairs = zip(measure(), expected, strict=True)
+            return all(abs(got - wanted) <= self.SLACK for got, wanted in pairs)
+
+        wait_until(is_seen, f"Committed_AS to change by {expected}")
 
     @only_64_bit
     def test_reserving_is_not_charged(self) -> None:
@@ -193,7 +192,7 @@ class TestCharge:
             with pyreserve.reserve(136 * GiB):
                 return [witness.meminfo("Committed_AS") - before]
 
-        assert self.seen(measure, [0])
+        self.assert_seen(measure, [0])
 
     def test_commit_charges_and_decommit_refunds(self) -> None:
         """Committed_AS grows by what is committed and shrinks by what is decommitted, touched too.
@@ -211,7 +210,7 @@ class TestCharge:
                 decommitted = witness.meminfo("Committed_AS")
             return [committed - before, decommitted - before]
 
-        assert self.seen(measure, [self.PIECE, 0])
+        self.assert_seen(measure, [self.PIECE, 0])
 
     def test_a_decommit_after_every_page_was_touched_refunds(self) -> None:
         """A piece of which every page was written is refunded whole."""
@@ -226,7 +225,7 @@ class TestCharge:
                 region.decommit(0, piece)
                 return [committed - before, witness.meminfo("Committed_AS") - before]
 
-        assert self.seen(measure, [piece, 0])
+        self.assert_seen(measure, [piece, 0])
 
     def test_release_refunds(self) -> None:
         """Committed_AS shrinks by what a released region had committed."""
@@ -239,7 +238,7 @@ class TestCharge:
             region.release()
             return [committed - before, witness.meminfo("Committed_AS") - before]
 
-        assert self.seen(measure, [self.PIECE, 0])
+        self.assert_seen(measure, [self.PIECE, 0])
 
     @never_refused
     def test_noreserve_is_never_charged(self) -> None:
@@ -251,7 +250,7 @@ class TestCharge:
                 region.commit(0, 2 * self.PIECE)
                 return [witness.meminfo("Committed_AS") - before]
 
-        assert self.seen(measure, [0])
+        self.assert_seen(measure, [0])
 
     @never_refused
     def test_noreserve_shows_in_the_flags(self) -> None:
@@ -988,7 +987,6 @@ class TestRefusals:
 @pytest.mark.heavy
 class TestMapCount:
     PIECES = 70_000
-    SECONDS = 10
 
     @staticmethod
     def spare() -> Region:
@@ -1042,7 +1040,7 @@ class TestMapCount:
                 another.commit(PAGE_SIZE, PAGE_SIZE)
                 assert_books_are_true(another)
 
-        witness.in_child(child, seconds=self.SECONDS)
+        witness.in_child(child)
 
     @modes
     def test_holes_that_fill_the_map_table(self, mode: Mode) -> None:
@@ -1066,7 +1064,7 @@ class TestMapCount:
             assert region.committed == 0
             assert_books_are_true(region)
 
-        witness.in_child(child, seconds=self.SECONDS)
+        witness.in_child(child)
 
     @modes
     def test_a_region_is_released_with_a_full_map_table(self, mode: Mode) -> None:
@@ -1083,7 +1081,7 @@ class TestMapCount:
             assert region.released
             assert witness.nbytes(base, size) == 0
 
-        witness.in_child(child, seconds=self.SECONDS)
+        witness.in_child(child)
 
     @modes
     def test_a_decommit_that_joins_works_with_a_full_map_table(self, mode: Mode) -> None:
@@ -1099,7 +1097,7 @@ class TestMapCount:
             assert region.committed == 0
             assert_books_are_true(region)
 
-        witness.in_child(child, seconds=self.SECONDS)
+        witness.in_child(child)
 
     @modes
     def test_a_commit_that_joins_works_with_a_full_map_table(self, mode: Mode) -> None:
@@ -1114,7 +1112,7 @@ class TestMapCount:
             assert region.committed_runs() == [(0, region.size)]
             assert_books_are_true(region)
 
-        witness.in_child(child, seconds=self.SECONDS)
+        witness.in_child(child)
 
 
 class TestLockedMemory:
@@ -1169,7 +1167,7 @@ class TestLockedMemory:
             assert bytes(region.view(PAGE_SIZE, PAGE_SIZE)) == bytes(PAGE_SIZE)
 
         self.locked(mode).release()
-        witness.in_child(child, seconds=10)
+        witness.in_child(child)
 
     @modes
     def test_release_is_granted(self, mode: Mode) -> None:

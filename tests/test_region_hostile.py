@@ -125,7 +125,7 @@ class TestArguments:
 
                 assert state(used) == before
 
-        witness.in_child(child, seconds=10)
+        witness.in_child(child)
 
     @pytest.mark.parametrize("verb", PAGE_VERBS)
     def test_ranges_outside_under_a_view(self, used: Region, verb: str) -> None:
@@ -141,7 +141,7 @@ class TestArguments:
                 assert state(used) == before
                 assert bytes(view) == b"\xaa" * 10
 
-        witness.in_child(child, seconds=10)
+        witness.in_child(child)
 
     @pytest.mark.parametrize("verb", PAGE_VERBS)
     @pytest.mark.parametrize(("offset", "length"), MISALIGNED)

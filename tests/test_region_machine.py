@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 import witness
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -15,6 +15,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from profiles import examples
 
 import pyreserve
 from pyreserve import PAGE_SIZE, RangeError, Region, ReleasedError, ViewError
@@ -226,9 +227,4 @@ class RegionMachine(RuleBasedStateMachine):
 
 TestRegionMachine = RegionMachine.TestCase
 TestRegionMachine.__doc__ = """Any order of verbs leaves the state that the model says."""
-TestRegionMachine.settings = settings(
-    max_examples=80,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+TestRegionMachine.settings = settings(max_examples=examples(80), stateful_step_count=40)

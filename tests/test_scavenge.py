@@ -1,15 +1,18 @@
 """Giving idle memory back, and the accounts of an arena: /proc is the witness."""
 
 import gc
+import math
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from random import Random
+from typing import Any
 
 import pytest
 import witness
+from subjects import wait_until
 from test_arena import layout_names, needs_64_bits
 from test_arena_alloc import PAGE, fill, holds
 
@@ -42,14 +45,6 @@ def check(stats: MemStats) -> None:
     assert 0 <= stats.heap_alloc <= stats.heap_inuse
     assert stats.heap_objects == stats.mallocs - stats.frees >= 0
     assert stats.committed <= stats.reserved
-
-
-def until(true: Callable[[], object]) -> bool:
-    """Wait up to 20 seconds for something to become true."""
-    deadline = time.monotonic() + 20
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return bool(true())
 
 
 class TestScavenge:
@@ -102,17 +97,28 @@ class TestScavenge:
 
     def test_only_what_is_old(self, arena: Arena) -> None:
         """What was freed a moment ago stays when only old memory shall go."""
-        old, fence, young = arena.alloc(MiB), arena.alloc(PAGE), arena.alloc(2 * MiB)
-        fill(old, 1)
-        fill(young, 1)
-        old.free()
-        time.sleep(0.3)
-        young.free()
+        age, young_age = 0.1, math.inf
+        while young_age >= age:  # until nothing has held up the scavenge for as long as the age
+            age *= 2
+            old, fence, young = arena.alloc(MiB), arena.alloc(PAGE), arena.alloc(2 * MiB)
+            fill(old, 1)
+            fill(young, 1)
+            old.free()
+            time.sleep(1.1 * age)
+            freed_at = time.monotonic()
+            young.free()
 
-        assert arena.scavenge(older_than=3600) == 0
-        assert arena.scavenge(older_than=0.25) == MiB
-        assert not fence.freed
-        assert arena.scavenge(older_than=0) == 2 * MiB
+            of_an_hour = arena.scavenge(older_than=3600)
+            given_back = arena.scavenge(older_than=age)
+            young_age = time.monotonic() - freed_at
+            rest = arena.scavenge(older_than=0)
+            assert of_an_hour == 0
+            assert given_back + rest == 3 * MiB
+            assert not fence.freed
+            fence.free()
+            arena.scavenge()
+
+        assert given_back == MiB
 
     def test_lazily(self, arena: Arena) -> None:
         """Lazy memory counts as released but not as zero, and can still be dropped at once."""
@@ -242,7 +248,7 @@ class TestScavenger:
         fill(block, 1)
         block.free()
 
-        assert until(lambda: scavenger.given_back == MiB)
+        wait_until(lambda: scavenger.given_back == MiB, "the scavenger to give back")
         assert arena.memstats().heap_released == MiB
         arena.release()
         assert not scavenger.running
@@ -263,22 +269,34 @@ class TestScavenger:
         scavenger, base = arena.start_scavenger(0.01), arena.region.base
         del arena
 
-        assert until(lambda: gc.collect() is not None and not scavenger.running)
-        assert until(lambda: not witness.is_mapped(base))
+        wait_until(lambda: gc.collect() >= 0 and not scavenger.running, "the thread to end")
+        wait_until(lambda: not witness.is_mapped(base), "the addresses to go")
 
-    def test_views_are_no_reason_to_end(self, arena: Arena) -> None:
+    def test_views_are_no_reason_to_end(
+        self, arena: Arena, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """It tries again after it was refused."""
+        scavenge, refused = Arena.scavenge, threading.Event()
+
+        def observed(*arguments: Any, **options: Any) -> int:
+            try:
+                return scavenge(*arguments, **options)
+            except ViewError:
+                refused.set()
+                raise
+
+        monkeypatch.setattr(Arena, "scavenge", observed)
         block = arena.alloc(MiB)
         fill(block, 1)
         offset = block.offset
         block.free()
         view = arena.region.view(offset, 8)
         scavenger = arena.start_scavenger(0.01)
-        time.sleep(0.1)
+        assert refused.wait(witness.PATIENCE)
         assert scavenger.given_back == 0
         del view
 
-        assert until(lambda: scavenger.given_back == MiB)
+        wait_until(lambda: scavenger.given_back == MiB, "the scavenger to give back")
         arena.stop_scavenger()
 
     def test_a_child_has_none(self, arena: Arena) -> None:

@@ -13,6 +13,7 @@ import pytest
 import witness
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 import pyreserve
 from pyreserve import PAGE_SIZE, GiB, KiB, MiB, RangeError, Region, ViewError, views
@@ -209,7 +210,7 @@ def histories(draw: st.DrawFn) -> tuple[int, list[tuple[str, Any]]]:
 
 
 class TestTable:
-    @settings(max_examples=300)
+    @settings(max_examples=examples(300))
     @given(histories())
     def test_it_answers_as_a_plain_list_would(
         self, history: tuple[int, list[tuple[str, Any]]]
@@ -236,7 +237,7 @@ class TestTable:
 
                 assert sorted(found) == sorted((a, b) for _, a, b in alive if a < hi and b > lo)
 
-    @settings(max_examples=30)
+    @settings(max_examples=examples(30))
     @given(st.sampled_from(SIZES), st.integers(0, 1 << 32))
     def test_sweeps_on_the_way_lose_nothing(self, size: int, seed: int) -> None:
         """Thousands of adds with random deaths, and so many sweeps, leave exactly the living."""
@@ -385,7 +386,7 @@ class TestTableSize:
         for i, exported in enumerate(alive):
             table.add(exported, i << 30, (i << 30) + 10)
 
-        for i in range(100_000):
+        for i in range(30_000):
             table.add(Exported(), i << 25, (i << 25) + 10)
             if i % 997 == 0:
                 largest = max(largest, entries(table))

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from witness import PATIENCE
 
 from pyreserve.cli import watched
 from pyreserve.cli.screen import printable
@@ -29,7 +30,6 @@ from pyreserve.cli.watch import watch
 from pyreserve.cli.watched import COLUMNS, Watched
 from pyreserve.procmem import Sample
 
-DEADLINE = 30.0  # seconds after which a test gives up; none decides by how long something takes
 LEAVE, ENTER = b"\x1b[?1049l", b"\x1b[?1049h"
 SHOW_CURSOR, HIDE_CURSOR = b"\x1b[?25h", b"\x1b[?25l"
 
@@ -181,7 +181,7 @@ class Terminal:
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Read until something holds."""
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < deadline, self.seen[-3000:]
             self.read(0.02)
@@ -496,7 +496,7 @@ class TestScreen:
             os.close(seen.theirs)
             os.close(seen.ours)
 
-            assert seen.process.wait(DEADLINE) is not None
+            assert seen.process.wait(PATIENCE) is not None
 
     def test_a_small_window_without_blocks(self, child: Child) -> None:
         """What does not fit is cut off, and where there are no blocks other characters draw."""
@@ -552,7 +552,7 @@ class TestLines:
         while int(lines[-1].split()[4]) < int(lines[1].split()[4]) + 60 * 1024:
             lines.append(process.stdout.readline())
         mortal.end()
-        out, err = process.communicate(timeout=DEADLINE)
+        out, err = process.communicate(timeout=PATIENCE)
 
         lines += out.splitlines(keepends=True)
         assert (process.returncode, err) == (0, "")
@@ -583,7 +583,7 @@ class TestLines:
             process.stdout.readline()
         process.send_signal(signal.SIGINT)
 
-        assert process.communicate(timeout=DEADLINE) == ("", "")
+        assert process.communicate(timeout=PATIENCE) == ("", "")
         assert process.returncode == 130
 
     def test_nobody_reads(self, child: Child) -> None:
@@ -595,7 +595,7 @@ class TestLines:
         assert process.stderr is not None
         err = process.stderr.read()
 
-        assert (process.wait(DEADLINE), err) == (0, "")
+        assert (process.wait(PATIENCE), err) == (0, "")
         process.stderr.close()
 
 
@@ -606,7 +606,7 @@ class TestRefusals:
             capture_output=True,
             text=True,
             check=False,
-            timeout=DEADLINE,
+            timeout=PATIENCE,
         )
 
     @pytest.mark.parametrize("interval", [0, -1, math.nan, math.inf])

@@ -24,6 +24,8 @@ Answer = TypeVar("Answer")
 
 RESERVED, COMMITTED = "---p", "rw-p"
 
+PATIENCE = 120  # seconds after which what has not come is called a hang: the machine may be busy
+
 only_64_bit = pytest.mark.skipif(sys.maxsize < 1 << 62, reason="needs 64-bit addresses")
 
 
@@ -154,7 +156,7 @@ def _hang(*_: object) -> None:
     raise Hang
 
 
-def _fork_and_run(function: Callable[[], Any], seconds: int) -> tuple[int, bytes]:
+def _fork_and_run(function: Callable[[], Any]) -> tuple[int, bytes]:
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -162,9 +164,9 @@ def _fork_and_run(function: Callable[[], Any], seconds: int) -> tuple[int, bytes
             os.close(read_end)
             faulthandler.disable()
             signal.signal(signal.SIGALRM, _hang)
-            signal.alarm(seconds)
+            signal.alarm(PATIENCE)
             # For a loop in C, which no handler interrupts: the default action ends the child.
-            signal.setitimer(signal.ITIMER_PROF, seconds + 1)
+            signal.setitimer(signal.ITIMER_PROF, PATIENCE + 1)
             try:
                 answer = (True, function())
             except BaseException:  # noqa: BLE001, RUF100
@@ -180,13 +182,13 @@ def _fork_and_run(function: Callable[[], Any], seconds: int) -> tuple[int, bytes
     return wait_status, answer_bytes
 
 
-def in_child(function: Callable[[], Answer], *, seconds: int = 60) -> Answer:
+def in_child(function: Callable[[], Answer]) -> Answer:
     """Run the function in a forked child and return its answer; a failure there fails the test.
 
     A child that hangs is ended by a timer, so that a hang fails one test instead of stopping all
     of them.
     """
-    wait_status, answer_bytes = _fork_and_run(function, seconds)
+    wait_status, answer_bytes = _fork_and_run(function)
     if os.WIFSIGNALED(wait_status):
         number = os.WTERMSIG(wait_status)
         pytest.fail(f"the child was ended by {signal.Signals(number).name}")
@@ -199,7 +201,7 @@ def in_child(function: Callable[[], Answer], *, seconds: int = 60) -> Answer:
 
 def faults(address: int) -> bool:
     """Tell whether reading a byte at the address ends a process by SIGSEGV."""
-    wait_status, _ = _fork_and_run(lambda: peek(address), 60)
+    wait_status, _ = _fork_and_run(lambda: peek(address))
     return os.WIFSIGNALED(wait_status) and os.WTERMSIG(wait_status) == signal.SIGSEGV
 
 
