@@ -39,7 +39,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Let ``-n auto`` take the CPUs there are, but at most four: a worker takes 300 MiB."""
+    """Let ``-n auto`` take the CPUs there are, but at most four: each takes 200 MiB and more."""
     return min(4, len(os.sched_getaffinity(0)))
 
 
