@@ -12,7 +12,6 @@ twice as many buffers have been added as were alive at the last clean-up.
 import gc
 import sys
 import weakref
-from collections.abc import Iterator
 from operator import itemgetter
 from types import FrameType
 from typing import Any
@@ -175,7 +174,7 @@ class ViewTable:
 # -- what holds a view ------------------------------------------------------------------------
 
 _NAMED = 3  # views that a message names
-_LINKS = {"memoryview", "managedbuffer"}  # the types of a memoryview and of what is behind it
+_AT_ONCE = 10_000  # objects
 _ADVICE = {
     "release": "delete what holds it, or use close(), which waits for the last view",
     "free": "delete what holds it, or use the block's close(), which waits for the last view",
@@ -189,62 +188,63 @@ def view_error(refused: str, held: list[Entry], verb: str = "") -> ViewError:
     more = ", ..." if len(held) > _NAMED else ""
     views = "1 live view holds" if len(held) == 1 else f"{len(held)} live views hold"
     advice = _ADVICE.get(verb, "delete what holds it first")
-    anchors = [entry[0] for entry in held[:_NAMED]]
-    return ViewError(f"{refused}: {views} bytes of it: {some}{more}; {advice}", _Holders(anchors))
+    text = f"{refused}: {views} bytes of it: {some}{more}; {advice}"
+    return ViewError(text, _Holders(held[:_NAMED]))
 
 
 class _Holders:
     """Describes what keeps the anchors of views alive, when and if somebody asks."""
 
-    def __init__(self, anchors: list["weakref.ref[Any]"]) -> None:
-        self._anchors = anchors
+    def __init__(self, held: list[Entry]) -> None:
+        self._held = held
 
     def __call__(self) -> list[str]:
-        alive = {id(anchor): anchor for ref in self._anchors if (anchor := ref()) is not None}
-        kinds: dict[int, set[str]] = {}
-        for thing in _held_things():
-            kinds.setdefault(id(_anchor_behind(thing)), set()).add(type(thing).__name__)
-        # An array is found only where a container or a variable that can be seen has it, and
-        # otherwise the memoryview that it stands on.
-        for thing in gc.get_objects() if alive.keys() - kinds.keys() else ():
-            if isinstance(thing, memoryview):
-                kinds.setdefault(id(_anchor_behind(thing)), {"memoryview"})
+        alive = {
+            id(anchor): (int(ffi.cast("uintptr_t", anchor)), hi - lo)
+            for ref, lo, hi in self._held
+            if (anchor := ref()) is not None
+        }
+        found: dict[int, set[str]] = {}
+        for thing in _shown() if alive else ():
+            found.setdefault(id(_anchor_behind(thing)), set()).add(type(thing).__name__)
         return [
-            f"{' and '.join(sorted(kinds[key]))} at {_address(anchor)}"
-            for key, anchor in alive.items()
-            if key in kinds
+            f"{' and '.join(sorted(found[key]))} at {address:#x}-{address + nbytes:#x}"
+            for key, (address, nbytes) in alive.items()
+            if key in found
         ]
 
 
-def _address(anchor: Any) -> str:
-    return f"{int(ffi.cast('uintptr_t', anchor)):#x}"
+def _shown() -> list[Any]:
+    """List the memoryviews and ndarrays that variables, containers and attributes refer to.
 
-
-def _held_things() -> Iterator[Any]:
-    """Yield what variables, containers and attributes refer to, as far as Python knows."""
+    Where no array can be seen, the memoryview that it stands on still is. Looks at every object
+    that the garbage collector knows.
+    """
+    numpy = sys.modules.get("numpy")
+    kinds = (memoryview,) if numpy is None else (memoryview, numpy.ndarray)
+    shown: list[Any] = []
+    memoryviews = []
+    objects = gc.get_objects()
+    for start in range(0, len(objects), _AT_ONCE):
+        some = objects[start : start + _AT_ONCE]
+        shown += [thing for thing in gc.get_referents(*some) if isinstance(thing, kinds)]
+        memoryviews += [thing for thing in some if type(thing) is memoryview]
     # Before Python 3.13 to look at variables is to keep what they refer to alive.
-    frames = sys._current_frames().values() if sys.version_info >= (3, 13) else ()
-    for frame in frames:
+    for frame in sys._current_frames().values() if sys.version_info >= (3, 13) else ():
         at: FrameType | None = frame
         while at is not None:
             if at.f_globals is not globals():
-                yield from at.f_locals.values()
+                shown += [thing for thing in at.f_locals.values() if isinstance(thing, kinds)]
             at = at.f_back
-    for container in gc.get_objects():
-        # What a memoryview stands on is no holder of its own.
-        if type(container).__name__ not in _LINKS:
-            yield from gc.get_referents(container)
+    seen = {id(_anchor_behind(thing)) for thing in shown}
+    return shown + [view for view in memoryviews if id(_anchor_behind(view)) not in seen]
 
 
 def _anchor_behind(thing: Any) -> Any:
     """Return the anchor of the buffer that a memoryview or an ndarray shows; else None."""
-    numpy = sys.modules.get("numpy")
-    arrays = () if numpy is None else (numpy.ndarray,)
-    while isinstance(thing, (memoryview, *arrays)):
+    while not isinstance(thing, ffi.buffer):
         try:
-            thing = getattr(thing, "obj" if isinstance(thing, memoryview) else "base")
-        except ValueError:  # a released memoryview
+            thing = thing.obj if isinstance(thing, memoryview) else thing.base
+        except (AttributeError, ValueError):  # of something else; a released memoryview
             return None
-    if not isinstance(thing, ffi.buffer):
-        return None
     return next(iter(gc.get_referents(thing)), None)

@@ -276,16 +276,15 @@ class TestScavenger:
         self, arena: Arena, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It tries again after it was refused."""
-        scavenge, refused = Arena.scavenge, threading.Event()
+        scavenge, refused = Arena._scavenge, threading.Event()
 
-        def observed(*arguments: Any, **options: Any) -> int:
-            try:
-                return scavenge(*arguments, **options)
-            except ViewError:
+        def observed(*arguments: Any) -> tuple[int, list[Exception]]:
+            total, refusals = scavenge(*arguments)
+            if any(isinstance(refusal, ViewError) for refusal in refusals):
                 refused.set()
-                raise
+            return total, refusals
 
-        monkeypatch.setattr(Arena, "scavenge", observed)
+        monkeypatch.setattr(Arena, "_scavenge", observed)
         block = arena.alloc(MiB)
         fill(block, 1)
         offset = block.offset
