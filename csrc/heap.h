@@ -114,6 +114,9 @@ int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero
 /* Frees a block. Returns its size. */
 int64_t heap_free(struct heap *heap, int64_t handle);
 
+/* Gives a block a new handle, which it returns: to those that have the old one it is freed. */
+int64_t heap_rename(struct heap *heap, int64_t handle);
+
 /* Allocates blocks of sizes[from], ... up to sizes[count - 1] bytes until one is refused, and then
  * writes why to `*refused`, else 0. Returns how many it allocated. */
 int64_t heap_alloc_many(struct heap *heap, const struct pagealloc_integers *sizes, int64_t *handles,

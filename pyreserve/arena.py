@@ -83,8 +83,8 @@ class Arena(Engine):
         self._heap: Any = None
         self._tables: Region | None = None
         self._worker: Worker | None = None
-        # Blocks that were closed under live views, by their handles; and those of them whose views
-        # are gone, but whose arena was busy then.
+        # Blocks that were closed under live views, by their new handles; and those whose views have
+        # gone while the arena was busy.
         self._closed_blocks: dict[int, _ClosedBlock] = {}
         self._late: list[_ClosedBlock] = []
         super().__init__(layout, size, mode)
@@ -162,12 +162,8 @@ class Arena(Engine):
             raise _no_block_at_all("free", block) from None
         region = self._region
         with self._lock:
-            if self._late:
-                self._free_closed()
             interrupting, region._busy = region._busy, True
             try:
-                if self._closed_blocks and self._is_closed(block._handle):
-                    raise no_block()
                 if region._views is not None and _nbytes(self._heap, block._handle) > 0:
                     low = int(_address(self._heap, block._handle)) - self._base
                     region._refuse_views("free", low, low + block._nbytes, interrupting)
@@ -231,9 +227,6 @@ class Arena(Engine):
             self._free_closed()
             if self._heap is None:
                 return
-            for i in range(len(handles) if self._closed_blocks else 0):
-                if self._is_closed(handles[i]):
-                    raise no_block(f"blocks[{i}]")
             self._refuse_views(handles)
             freed = lib.heap_free_many(self._heap, handles, len(handles), False, failed)
         if freed < 0:
@@ -495,11 +488,11 @@ class Arena(Engine):
 
     def _close_block(self, block: Block) -> None:
         with self._lock:
-            if self._region._released or self._is_gone(block._handle):
-                return
-            closed = _ClosedBlock(self, block)
-            self._closed_blocks[closed.key] = closed
-            self._free_unless_viewed(closed)
+            handle = int(lib.heap_rename(self._heap, block._handle))
+            if handle >= 0:
+                closed = _ClosedBlock(self, handle, block._nbytes)
+                self._closed_blocks[handle] = closed
+                self._free_unless_viewed(closed)
 
     def _free_unless_viewed(self, closed: "_ClosedBlock") -> None:
         """Free a closed block, or wait for its views."""
@@ -509,7 +502,7 @@ class Arena(Engine):
             held = views.live(low, low + closed.nbytes, prune=False)
             if closed.wait_for([anchor for entry in held if (anchor := entry[0]()) is not None]):
                 return
-        if self._closed_blocks.pop(closed.key, None) is not None:
+        if self._closed_blocks.pop(closed.handle, None) is not None:
             _free(self._heap, closed.handle)
 
     def _views_gone(self, closed: "_ClosedBlock") -> None:
@@ -533,9 +526,6 @@ class Arena(Engine):
 
     def _is_closed(self, handle: int) -> bool:
         return handle & ~_ZEROED in self._closed_blocks
-
-    def _is_gone(self, handle: int) -> bool:
-        return bool(_nbytes(self._heap, handle) < 0) or self._is_closed(handle)
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -681,7 +671,7 @@ class Arena(Engine):
 
     def _block(self, handle: int) -> Block:
         nbytes = int(_nbytes(self._heap, handle))
-        if nbytes < 0 or self._is_closed(handle):
+        if nbytes < 0:
             self._alive()
             raise no_block()
         return Block(self, handle, nbytes)
@@ -689,12 +679,12 @@ class Arena(Engine):
     def _view(self, block: Block, *, pin: bool = False) -> memoryview:
         with self._lock:
             self._alive()
-            if self._is_gone(block._handle):
+            if _nbytes(self._heap, block._handle) < 0:
                 self._alive()
                 raise no_block()
             offset, nbytes = int(_address(self._heap, block._handle)) - self._base, block._nbytes
             view = self._region.view(offset, nbytes)
-            if self._is_gone(block._handle):  # a signal handler freed it meanwhile
+            if _nbytes(self._heap, block._handle) < 0:  # a signal handler freed it meanwhile
                 self._alive()
                 raise no_block()
             if pin:
@@ -756,11 +746,11 @@ class Arena(Engine):
 
 
 class _ClosedBlock:
-    """A block that is freed when its last view is gone."""
+    """A block that is freed when its last view is gone. Nobody else has its handle."""
 
-    def __init__(self, arena: Arena, block: Block) -> None:
-        self.key, self.handle = block._handle & ~_ZEROED, block._handle
-        self.address, self.nbytes = int(_address(arena._heap, block._handle)), block._nbytes
+    def __init__(self, arena: Arena, handle: int, nbytes: int) -> None:
+        self.handle, self.nbytes = handle, nbytes
+        self.address = int(_address(arena._heap, handle))
         self._arena = weakref.ref(arena)
         self._anchors: dict[int, weakref.ref[Any]] = {}
 

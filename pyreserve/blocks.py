@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pyreserve.arena import Arena
 
 _ZEROED = 1 << lib.HEAP_PAGE_BITS
+_nbytes = lib.heap_nbytes
 
 
 class Block:
@@ -75,7 +76,7 @@ class Block:
     @property
     def freed(self) -> bool:
         """Whether the block was freed or closed, or its arena released."""
-        return self._arena._is_gone(self._handle)
+        return bool(_nbytes(self._arena._heap, self._handle) < 0)
 
     @property
     def view(self) -> memoryview:

@@ -395,3 +395,135 @@ class TestMemStats:
         assert not failures
         assert arena.memstats().heap_inuse == 0
         arena.release()
+
+
+class TestOneThread:
+    """The scavenger's thread against everything that may happen to it."""
+
+    def test_started_from_many_threads(self, arena: Arena) -> None:
+        """However often it is started, there is one thread at most, and none after a stop."""
+        most = 0
+
+        def alive() -> int:
+            return sum(thread.name == "pyreserve-scavenger" for thread in threading.enumerate())
+
+        def start() -> None:
+            nonlocal most
+            for _ in range(200):
+                arena.start_scavenger(100)
+                most = max(most, alive())
+
+        before = alive()
+        threads = [threading.Thread(target=start) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        arena.stop_scavenger()
+
+        assert before == 0
+        assert most == 1
+        assert alive() == 0
+
+    def test_given_when_the_arena_is_made(self) -> None:
+        """`scavenge_after` starts it at once."""
+        with Arena("native", size=16 * MiB, scavenge_after=0.01) as arena:
+            block = arena.alloc(MiB)
+            fill(block, 1)
+            block.free()
+
+            wait_until(lambda: arena.memstats().heap_released == MiB, "the scavenger to give back")
+
+    def test_a_replaced_one(self, arena: Arena) -> None:
+        """To stop one that was replaced leaves the other at work."""
+        first, second = arena.start_scavenger(100), arena.start_scavenger(100, lazy=True)
+        first.stop()
+
+        assert (first.running, second.running, second.lazy) == (False, True, True)
+        second.stop()
+        assert not second.running
+
+    @pytest.mark.parametrize("end", ["stop_scavenger", "release", "close"])
+    def test_ended_by_a_handler(self, end: str) -> None:
+        """A signal handler that interrupts a call ends the thread, which waits for that call."""
+        found = witness.fresh_python(
+            f"""
+            import json, signal, time
+            from pyreserve import *
+            arena = Arena("native", size=GiB)
+            arena.alloc(8)
+            scavenger = arena.start_scavenger(0.001)
+            waits, wait = [], type(arena)._lock_while
+            def lock_while(self, wanted):
+                waits.append(1)
+                try: return wait(self, wanted)
+                finally: waits.pop()
+            type(arena)._lock_while = lock_while
+            done = []
+            def handler(*_):
+                while not waits: time.sleep(0.001)  # until the thread waits for the lock
+                arena.{end}()
+                done.append(scavenger.running)
+            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            with arena._lock:  # as in any call
+                while not done: time.sleep(0.001)
+            print(json.dumps(done))
+            """
+        )
+
+        assert found == [False]
+
+    @pytest.mark.parametrize("exits", [5, pytest.param(200, marks=pytest.mark.heavy)])
+    def test_at_the_end_of_the_interpreter(self, exits: int) -> None:
+        """An exit with a scavenge under way ends it first: a finaliser then needs its lock."""
+        script = """
+import builtins, sys, time
+from pyreserve import *
+arena = Arena("native", size=4 * GiB)
+class Last:
+    def __del__(self):
+        self.block.free()
+        print("freed")
+builtins.last = last = Last()
+last.block = arena.alloc(100)
+blocks = arena.alloc_many([64 * KiB] * 2000)
+for block in blocks[::2]:
+    block.view[0] = 1
+    block.free()
+arena.start_scavenger(0.001)
+time.sleep(float(sys.argv[1]))
+"""
+        for i in range(exits):
+            done = subprocess.run(
+                [sys.executable, "-c", script, str(0.0005 + 0.0004 * (i % 20))],
+                capture_output=True,
+                text=True,
+                timeout=witness.PATIENCE,
+                check=False,
+            )
+            assert (done.returncode, done.stdout, done.stderr) == (0, "freed\n", "")
+
+    def test_not_started_at_the_end(self) -> None:
+        """Once the interpreter ends, none is started any more."""
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                """
+import atexit
+box = []
+def late():
+    try: box[0].start_scavenger(1)
+    except RuntimeError as error: print(error)
+atexit.register(late)
+from pyreserve import *
+box.append(Arena("native", size=MiB))
+""",
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+
+        assert done.stdout == "can't start a scavenger at the end of the interpreter\n"

@@ -971,6 +971,27 @@ static void extents_are_so_many(void) {
     machine_end(m);
 }
 
+static void a_renamed_block_is_freed_for_others(void) {
+    struct machine *m = small_heap(&plain, 100);
+    int64_t old = heap_alloc(&m->heap, 10000, 1, false, true);
+    REQUIRE(old >= 0);
+    int64_t renamed = heap_rename(&m->heap, old);
+    REQUIRE(renamed >= 0 && renamed != old);
+    CHECK(heap_address(&m->heap, renamed) == heap_address(&m->heap, old));
+    CHECK(heap_nbytes(&m->heap, renamed) == 10000);
+    CHECK(heap_nbytes(&m->heap, old) == HEAP_NO_BLOCK);
+    CHECK(heap_free(&m->heap, old) == HEAP_NO_BLOCK);
+    CHECK(heap_rename(&m->heap, old) == HEAP_NO_BLOCK);
+    CHECK(heap_find(&m->heap, heap_address(&m->heap, renamed)) == renamed);
+    struct heap_stats stats;
+    heap_measure(&m->heap, &stats);
+    CHECK(stats.in_use == 16384 && stats.mallocs == 1 && stats.frees == 0);
+    CHECK(heap_free(&m->heap, renamed) == 10000);
+    heap_close(&m->heap, true);
+    CHECK(heap_rename(&m->heap, renamed) == HEAP_CLOSED);
+    machine_end(m);
+}
+
 /* A block of another caller, made between an allocation and its undoing, keeps its number to
  * itself. */
 static void an_undoing_gives_no_number_twice(void) {
@@ -1131,6 +1152,7 @@ int main(void) {
     RUN(holes_are_few);
     RUN(a_refused_add_changes_nothing);
     RUN(extents_are_so_many);
+    RUN(a_renamed_block_is_freed_for_others);
     RUN(an_undoing_gives_no_number_twice);
     RUN(pages_being_given_back_are_nobodys);
     RUN(flat_heaps_hold_what_the_model_holds);
