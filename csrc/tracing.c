@@ -71,7 +71,6 @@ static void *raw_malloc(void) {
     return allocator.malloc;
 }
 
-
 /* Needs the GIL and tracing on: before 3.13.2 a stop between its two steps crashes Python. */
 static bool track(uintptr_t base, struct run piece) {
     return python.track(TRACING_DOMAIN, base + piece.lo, piece.hi - piece.lo) == 0;

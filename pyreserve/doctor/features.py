@@ -45,7 +45,7 @@ _FEATURES = (
         "MADV_WIPEONFORK",
         (4, 14),
         'reserve(fork="wipe") gives children zeros.',
-        'reserve(fork="wipe") is refused; fork="exclude" works.',
+        'reserve(fork="wipe") is refused.',
         'reserve(fork="wipe") works.',
     ),
     _Feature(
