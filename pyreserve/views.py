@@ -13,7 +13,6 @@ import gc
 import sys
 import weakref
 from operator import itemgetter
-from types import FrameType
 from typing import Any
 
 from pyreserve._native import ffi
@@ -229,15 +228,27 @@ def _shown() -> list[Any]:
         some = objects[start : start + _AT_ONCE]
         shown += [thing for thing in gc.get_referents(*some) if isinstance(thing, kinds)]
         memoryviews += [thing for thing in some if type(thing) is memoryview]
-    # Before Python 3.13 to look at variables is to keep what they refer to alive.
-    for frame in sys._current_frames().values() if sys.version_info >= (3, 13) else ():
-        at: FrameType | None = frame
-        while at is not None:
-            if at.f_globals is not globals():
-                shown += [thing for thing in at.f_locals.values() if isinstance(thing, kinds)]
-            at = at.f_back
+    shown += [thing for thing in _variables() if isinstance(thing, kinds)]
     seen = {id(_anchor_behind(thing)) for thing in shown}
     return shown + [view for view in memoryviews if id(_anchor_behind(view)) not in seen]
+
+
+def _variables() -> list[Any]:
+    """List what the variables of running functions refer to, from Python 3.13 on.
+
+    Before, looking at them would keep what they refer to alive.
+    """
+    found: list[Any] = []
+    frames = list(sys._current_frames().values()) if sys.version_info >= (3, 13) else []
+    try:
+        while frames:
+            frame = frames.pop()
+            if frame.f_globals is not globals():
+                found += frame.f_locals.values()
+            frames += [] if frame.f_back is None else [frame.f_back]
+        return found
+    finally:
+        frame = found = frames = None  # type: ignore[assignment]  # this frame is one of them
 
 
 def _anchor_behind(thing: Any) -> Any:

@@ -180,11 +180,13 @@ class TestEveryKind:
     def test_unused(self, kind: Kind) -> None:
         """What nobody has used leaves no addresses behind."""
         thing = kind.make()
-        base = kind.region(thing).base
+        region = kind.region(thing)
+        base, owned = region.base, region.reserved
         thing.close()
 
         assert thing.released
-        assert not witness.is_mapped(base)
+        if owned:  # a window has nothing of its own yet
+            assert not witness.is_mapped(base)
 
     @kinds
     def test_release_stays_strict(self, kind: Kind) -> None:
