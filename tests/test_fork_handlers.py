@@ -250,23 +250,31 @@ def reap():
         try: pid, status = os.waitpid(-1, 0)
         except ChildProcessError: return
         failed += status != 0
-while started < FORKS:
-    try:
+def forks():
+    global started, caught
+    while started < FORKS:
         try:
-            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-3))
-            started += 1
-            forked()
-        finally:
-            if os.getpid() != parent: child()
-        for _ in range(10_000):
-            if signal.getitimer(signal.ITIMER_REAL)[0] == 0: break
-    except Struck: caught += 1
-    while True:
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            reap()
-            break
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-3))
+                started += 1
+                forked()
+            finally:
+                if os.getpid() != parent: child()
+            for _ in range(10_000):
+                if signal.getitimer(signal.ITIMER_REAL)[0] == 0: break
         except Struck: caught += 1
+        while True:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                reap()
+                break
+            except Struck: caught += 1
+while True:
+    # CPython does not cover each jump of a loop by the try inside it.
+    try:
+        forks()
+        break
+    except Struck: caught += 1
 signal.setitimer(signal.ITIMER_REAL, 0)
 stop.set()
 for thread in threads: thread.join()

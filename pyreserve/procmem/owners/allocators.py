@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pyreserve.procmem.owners.sight import NONE, RW, Sight, count
 from pyreserve.procmem.table import FLAGS
-from pyreserve.units import KiB, MiB, TiB, format_size
+from pyreserve.units import GiB, KiB, MiB, TiB, format_size
 
 _MOST_KIB = 64 * MiB  # 1,024 full heaps side by side: more would be a sanitizer's shadow
 # HEAP_MIN_SIZE, glibc malloc/arena.c; with M_TOP_PAD as it is by default, 132 KiB.
@@ -174,6 +174,7 @@ def jemalloc(sight: Sight) -> None:
 # asan_allocator.h; x86-64, then i386).
 _SHADOWS = ((0x7FFF7000, 0x10007FFF8000), (0x1FFFF000, 0x40000000))
 _ALLOCATORS = (0x600000000000, 0x500000000000)
+_ALLOCATOR = 4 * TiB  # kAllocatorSize on x86-64
 
 
 def address_sanitizer(sight: Sight) -> None:
@@ -190,12 +191,23 @@ def address_sanitizer(sight: Sight) -> None:
         shadow = [i for i in inside if sight.perms[i] != NONE]
         sight.claim(shadow, "AddressSanitizer shadow", f"{where}, a byte for each eight")
         sight.claim(inside, "AddressSanitizer shadow gap", f"{where}: the part without access")
-        for base in _ALLOCATORS:
-            run = next(((i, j) for i, j in sight.runs if sight.start[i] == base), None)
-            if run is not None and sight.end[run[1] - 1] - base >= 4 * TiB:
-                sight.claim(
-                    range(*run),
-                    "AddressSanitizer allocator",
-                    f"{format_size(sight.end[run[1] - 1] - base)} at {base:x}, where it is",
-                )
+        run = _sanitizers_allocator(sight)
+        if run is not None:
+            base, end = sight.start[run[0]], sight.end[run[1] - 1]
+            sight.claim(
+                range(*run),
+                "AddressSanitizer allocator",
+                f"{format_size(end - base)} at {base:x}, beside its shadow",
+            )
         return
+
+
+def _sanitizers_allocator(sight: Sight) -> tuple[int, int] | None:
+    """Find the allocator's addresses: where its code fixes them, else where the kernel put them.
+
+    GCC 16's leaves the place to the kernel, which may put other mappings right beside it.
+    """
+    sizes = {(i, j): sight.end[j - 1] - sight.start[i] for i, j in sight.runs}
+    fixed = (run for run in sizes if sight.start[run[0]] in _ALLOCATORS)
+    chosen = (run for run, nbytes in sizes.items() if nbytes < _ALLOCATOR + GiB)
+    return next((run for run in (*fixed, *chosen) if sizes[run] >= _ALLOCATOR), None)
