@@ -141,8 +141,8 @@ def register_process(
     """Expose what a process's address space holds, as ``pyreserve_process_*{process="NAME"}``.
 
     Each scrape asks `pyreserve.procmem.explain`. If the process has ended or may not be read then,
-    ``pyreserve_process_up`` is 0 and the rest of it is missing. Where smaps can't be read PSS and
-    USS may be missing alone.
+    ``pyreserve_process_up`` is 0 and the rest of it is missing. Figures that are not
+    known, such as USS where smaps can't be read, are missing alone.
 
     Args:
         pid: which process; None: this one, in a forked child the child.
@@ -216,16 +216,19 @@ def _read_process(process: _Process) -> list[_Sample]:
             return [("up", (), 0)]
     except (OSError, PyreserveError):
         return [("up", (), 0)]
+    totals = (
+        ("resident_bytes", space.rss_kib),
+        ("proportional_bytes", space.pss_kib),
+        ("unique_bytes", space.uss_kib),
+        ("swap_bytes", space.swap_kib),
+        ("page_tables_bytes", space.page_tables_kib),
+    )
     return [
         ("up", (), 1),
         *(("address_space_bytes", (each.name,), KiB * each.kib) for each in space.classes),
         *(("mappings", (each.name,), each.mappings) for each in space.classes),
         ("map_entries", (), space.mappings),
-        ("resident_bytes", (), KiB * space.rss_kib),
-        *(("proportional_bytes", (), KiB * kib) for kib in (space.pss_kib,) if kib is not None),
-        *(("unique_bytes", (), KiB * kib) for kib in (space.uss_kib,) if kib is not None),
-        ("swap_bytes", (), KiB * space.swap_kib),
-        ("page_tables_bytes", (), KiB * space.page_tables_kib),
+        *((metric, (), KiB * kib) for metric, kib in totals if kib is not None),
     ]
 
 

@@ -589,6 +589,80 @@ class TestWithout:
         with pytest.raises(KeyError):
             space.class_kib("resident_private")
 
+    @pytest.mark.parametrize(
+        ("hidden", "rss", "swap", "page_tables"),
+        [
+            ("", 79_056, 0, 236),
+            ("smaps", 79_056, 4, 236),
+            ("smaps_rollup", 79_056, 0, 236),
+            ("status", 79_056, 0, None),
+            ("smaps smaps_rollup", 79_056, 8, 236),
+            ("smaps status", 79_056, 4, None),
+            ("smaps_rollup status", 79_056, 0, None),
+            ("smaps smaps_rollup status", None, None, None),
+        ],
+    )
+    def test_which_files_have_the_totals(
+        self, folder: Path, hidden: str, rss: int | None, swap: int | None, page_tables: int | None
+    ) -> None:
+        """RSS, swap and page tables are None exactly where none of their files could be read."""
+        for name, old, new in (
+            ("smaps_rollup", "Swap:                  0 kB", "Swap:                  4 kB"),
+            ("status", "VmSwap:\t       0 kB", "VmSwap:\t       8 kB"),
+        ):
+            text = (folder / name).read_text()
+            assert old in text
+            (folder / name).write_text(text.replace(old, new))
+        for name in hidden.split():
+            (folder / (f"{name}.gz" if name == "smaps" else name)).unlink()
+
+        space = explain(path=folder)
+        plain = json.loads(space.to_json())
+
+        assert plain["missing"] == hidden.split()
+        assert (space.rss_kib, space.swap_kib, space.page_tables_kib) == (rss, swap, page_tables)
+        assert [plain[key] for key in ("rss_kib", "swap_kib", "page_tables_kib")] == [
+            rss,
+            swap,
+            page_tables,
+        ]
+        assert ("how much of it is memory is not known" in space.verdict) is (rss is None)
+        assert ("is memory (" in space.verdict) is (rss is not None and "smaps" in hidden.split())
+
+    def test_maps_alone(self, folder: Path) -> None:
+        """The verdict claims no memory, whether or not there is anything else to say."""
+        page = "10000000-10001000 rw-p 00000000 00:00 0 \n"
+        reserved = "20000000-60000000 ---p 00000000 00:00 0 \n"
+        for path in folder.iterdir():
+            path.unlink()
+        (folder / "maps").write_text(page)
+        without = explain(path=folder)
+        (folder / "maps").write_text(page + reserved)
+        space = explain(path=folder)
+
+        unknown = (
+            "how much of it is memory is not known (none of smaps, smaps_rollup and status can be "
+            "read)."
+        )
+        assert without.verdict.startswith(f"VSZ is 4 KiB; {unknown}")
+        assert space.verdict.startswith(
+            "VSZ is 1 GiB, of which 1 GiB is reserved address space that costs nothing; " + unknown
+        )
+
+    def test_tables_without_memory(self, folder: Path) -> None:
+        """No share of the memory is warned of where status has page tables and no RSS."""
+        for name in ("smaps.gz", "smaps_rollup"):
+            (folder / name).unlink()
+        status = (folder / "status").read_text().replace("236 kB", "99999 kB")
+        (folder / "status").write_text(status)
+        warned = explain(path=folder)
+        (folder / "status").write_text(re.sub("VmRSS:.*\n", "", status))
+
+        space = explain(path=folder)
+
+        assert any("page tables take" in warning for warning in warned.warnings)
+        assert (space.rss_kib, space.page_tables_kib, space.warnings) == (None, 99_999, ())
+
     def test_what_is_not_known_is_not_compared(self, folder: Path) -> None:
         """Figures that one of two explanations does not have are no change of it."""
         whole = explain(path=folder).to_dict()
@@ -599,6 +673,19 @@ class TestWithout:
         assert {change.name for change in difference.totals} >= {"vsz_kib", "pss_kib"}
         assert "uss_kib" not in {change.name for change in difference.totals}
         assert difference.owners_resident == ()
+
+    def test_totals_that_are_not_known_are_not_compared(self, folder: Path) -> None:
+        """Without RSS before or after, the words say that it can't be compared."""
+        whole = explain(path=folder).to_dict()
+        for name in ("smaps.gz", "smaps_rollup", "status"):
+            (folder / name).unlink()
+        maps = explain(path=folder).to_dict()
+
+        for old, new in ((whole, maps), (maps, whole), (maps, maps)):
+            difference = compare(old, new)
+
+            assert {change.name for change in difference.totals} == {"vsz_kib", "mappings"}
+            assert "memory (RSS) can't be compared." in difference.verdict
 
     def test_neither_smaps_nor_maps(self, folder: Path) -> None:
         """Without both there is nothing to explain."""

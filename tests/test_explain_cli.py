@@ -178,6 +178,22 @@ class TestScreen:
 
         assert explain(path=tmp_path).warnings == ()
 
+    def test_maps_alone(self, tmp_path: Path) -> None:
+        """Totals that are not known are question marks, here and in what is compared with it."""
+        folder = tmp_path / "saved"
+        folder.mkdir()
+        (folder / "maps.gz").write_bytes((FOLDER / "redis" / "maps.gz").read_bytes())
+        plain = tmp_path / "plain.json"
+
+        screen = run("--from", folder).stdout
+        plain.write_text(run("--from", folder, "--json").stdout)
+
+        assert "RSS ?, PSS ?, USS ?, swap ?, page tables ?" in screen
+        assert "memory is not known" in words(screen)
+        assert "0 B" not in screen
+        assert load(plain)["rss_kib"] is None
+        assert "(RSS) can't be compared" in words(run("--diff", plain, plain).stdout)
+
     def test_limits_that_were_not_saved(self, tmp_path: Path) -> None:
         """Without the file limits nothing is said of them."""
         for name in ("smaps.gz", "status"):

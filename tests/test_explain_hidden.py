@@ -302,12 +302,14 @@ class TestNoSmaps:
             try:
                 sample()
             except PermissionError as error:
-                print(json.dumps([str(error), explain().missing]))
+                space = explain()
+                figures = space.rss_kib, space.swap_kib, space.page_tables_kib
+                print(json.dumps([str(error), space.missing, figures]))
             """
         )
 
         assert "none of smaps_rollup, smaps and status" in told[0]
-        assert told[1] == ["smaps", "smaps_rollup", "status"]
+        assert told[1:] == [["smaps", "smaps_rollup", "status"], [None] * 3]
 
 
 _REFUSED = """

@@ -477,6 +477,33 @@ class TestProcesses:
             expected["pyreserve_process_mappings", "self", name] = i
         assert scrape() == expected
 
+    @pytest.mark.parametrize(
+        ("figure", "metric"),
+        [
+            ("rss_kib", "resident_bytes"),
+            ("pss_kib", "proportional_bytes"),
+            ("uss_kib", "unique_bytes"),
+            ("swap_kib", "swap_bytes"),
+            ("page_tables_kib", "page_tables_bytes"),
+        ],
+    )
+    def test_what_is_not_known(
+        self,
+        registry: CollectorRegistry,
+        scrape: Scrape,
+        explained: dict[int, Any],
+        figure: str,
+        metric: str,
+    ) -> None:
+        """A figure that is not known is no metric, and the others are as ever."""
+        explained[os.getpid()] = space()
+        register_process(registry=registry)
+        before = scrape()
+        setattr(explained[os.getpid()], figure, None)
+
+        del before[f"pyreserve_process_{metric}", "self"]
+        assert scrape() == before
+
     @pytest.mark.parametrize("refusal", [PermissionError(), FileNotFoundError(), RangeError()])
     def test_not_to_be_read(
         self,

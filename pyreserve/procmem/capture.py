@@ -24,8 +24,9 @@ class Capture:
 
     Attributes:
         table: its mappings.
-        rss: KiB in memory, the sum of the mappings'.
+        rss: KiB in memory, the sum of the mappings'; None, as the next two, if no file has it.
         pss: KiB by the kernel's own sum, which rounds once; the mappings' lose up to 1 KiB each.
+        swap: KiB in swap, the sum of the mappings'.
         settled: the kernel's totals are those of the mappings: all is of one moment.
         status: the sizes of /proc/PID/status in KiB, such as ``VmPTE``; may be empty.
         facts: other lines of it, such as ``Name``.
@@ -37,14 +38,15 @@ class Capture:
         live: the process runs on this machine.
         pid: its number, None if not known.
         missing: those of smaps, smaps_rollup, status and limits that could not be read.
-        knows_memory: what of each mapping is in memory is known; else only ``rss`` as a whole is.
+        knows_memory: what of each mapping is in memory is known; else only the totals may be.
         guarded: starts of mappings whose lowest page is a guard inside (MADV_GUARD_INSTALL), of
             those that may be stacks; not known of saved files.
     """
 
     table: MapTable
-    rss: int
-    pss: int
+    rss: int | None
+    pss: int | None
+    swap: int | None
     settled: bool
     status: dict[str, int]
     facts: dict[str, str]
@@ -77,14 +79,20 @@ def capture(source: LiveSource | SavedSource) -> Capture:
         "status": read.status is not None,
         "limits": limits is not None,
     }
-    rss, pss = sum(table.rss), rollup.get("Pss", sum(table.pss))
-    if not read.knows_memory:
-        rss = rollup.get("Rss", status.get("VmRSS", 0))
-        pss = rollup.get("Pss", 0)
+    rss, pss, swap = (
+        (sum(table.rss), rollup.get("Pss", sum(table.pss)), sum(table.swap))
+        if read.knows_memory
+        else (
+            rollup.get("Rss", status.get("VmRSS")),
+            rollup.get("Pss"),
+            rollup.get("Swap", status.get("VmSwap")),
+        )
+    )
     return Capture(
         table=table,
         rss=rss,
         pss=pss,
+        swap=swap,
         settled=settled,
         status=status,
         facts=facts,

@@ -7,7 +7,7 @@ from typing import Any
 from pyreserve.procmem.space import SCHEMA
 from pyreserve.units import KiB, format_size
 
-_MAY_MISS = {"pss_kib", "uss_kib"}
+_MAY_MISS = {"rss_kib", "pss_kib", "uss_kib", "swap_kib", "page_tables_kib"}
 _TOTALS = ("vsz_kib", "rss_kib", "pss_kib", "uss_kib", "swap_kib", "page_tables_kib", "mappings")
 
 
@@ -39,7 +39,7 @@ class Difference:
     def verdict(self) -> str:
         """Say in words what grew."""
         by = {change.name: change.by for change in self.totals}
-        text = f"VSZ {_words(by['vsz_kib'])}, memory (RSS) {_words(by['rss_kib'])}."
+        text = f"VSZ {_words(by['vsz_kib'])}, memory (RSS) {_words(by.get('rss_kib'))}."
         for what, changes in (("addresses", self.owners), ("memory", self.owners_resident)):
             grew = next((change for change in changes if change.by > 0), None)
             if grew is not None:
@@ -127,7 +127,9 @@ def _changes(old: list[dict[str, Any]], new: list[dict[str, Any]], key: str) -> 
     )
 
 
-def _words(kib: int) -> str:
+def _words(kib: int | None) -> str:
+    if kib is None:
+        return "can't be compared"
     if not kib:
         return "is as it was"
     return f"{'grew' if kib > 0 else 'shrank'} by {format_size(abs(kib) * KiB)}"

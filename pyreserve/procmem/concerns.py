@@ -11,8 +11,8 @@ _TABLES, _TABLES_LEAST = 0.1, 128  # KiB: a process of a few pages has as many t
 _WALK = GiB
 
 
-def warnings(capture: Capture, vsz: int, resident: int, mappings: int) -> list[str]:
-    """Say what comes near a limit or costs more than it should; sizes in KiB."""
+def warnings(capture: Capture, vsz: int, resident: int | None, mappings: int) -> list[str]:
+    """Say what comes near a limit or costs more than it should; sizes in KiB, None if not known."""
     return [
         *_limits(capture, vsz),
         *_cgroups(capture),
@@ -71,9 +71,9 @@ def _map_count(capture: Capture, mappings: int) -> Iterator[str]:
         )
 
 
-def _page_tables(capture: Capture, resident: int) -> Iterator[str]:
+def _page_tables(capture: Capture, resident: int | None) -> Iterator[str]:
     tables = capture.status.get("VmPTE", 0)
-    if tables >= _TABLES_LEAST and tables > _TABLES * resident > 0:
+    if resident and tables >= _TABLES_LEAST and tables > _TABLES * resident:
         yield (
             f"page tables take {format_size(tables * KiB)}, {_share(tables, resident)} of what is "
             "in memory: pages are used far apart, or were and have been given back"

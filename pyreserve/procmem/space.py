@@ -47,12 +47,14 @@ class AddressSpace:
         pid: the process, None if its files do not say.
         name: its command's name (``comm``); bytes that are no UTF-8 as ``\xNN``.
         vsz_kib: virtual size, VmSize: the sum of ``classes``.
-        rss_kib: in memory (Rss; VmRSS if that is all there is).
+        rss_kib: in memory (Rss; VmRSS if that is all there is); None if not known: none of smaps,
+            smaps_rollup and status could be read.
         pss_kib: in memory, what is shared divided by those who share it (Pss); None if not known.
         uss_kib: in memory of this process alone, pages of huge page pools included (Private); None
             if not known.
-        swap_kib: in swap.
-        page_tables_kib: what translating the addresses takes, in no other figure (VmPTE).
+        swap_kib: in swap (Swap; VmSwap if that is all there is); None if not known, as ``rss_kib``.
+        page_tables_kib: what translating the addresses takes, in no other figure (VmPTE); None if
+            not known: status could not be read.
         mappings: how many, as vm.max_map_count counts them.
         classes: what every byte of ``vsz_kib`` is; see `pyreserve.procmem.classes`.
         owners: whose it is, most first; what was not recognised is ``"unknown"``.
@@ -69,11 +71,11 @@ class AddressSpace:
     pid: int | None
     name: str
     vsz_kib: int
-    rss_kib: int
+    rss_kib: int | None
     pss_kib: int | None
     uss_kib: int | None
-    swap_kib: int
-    page_tables_kib: int
+    swap_kib: int | None
+    page_tables_kib: int | None
     mappings: int
     classes: tuple[MemoryClass, ...]
     owners: tuple[Owner, ...]
@@ -221,17 +223,16 @@ def explained(read: Capture) -> AddressSpace:
     vsz = sum(one.kib for one in totals)
     uss = sum(read.table.private)
     resident = uss + sum(read.table.shared) if known else read.rss
-    swap = sum(read.table.swap) if known else read.status.get("VmSwap", 0)
     mappings = read.table.of_process
     return AddressSpace(
         pid=read.pid,
         name=written(read.facts.get("Name", "")),
         vsz_kib=vsz,
         rss_kib=read.rss,
-        pss_kib=read.pss if known or "smaps_rollup" not in read.missing else None,
+        pss_kib=read.pss,
         uss_kib=uss if known else None,
-        swap_kib=swap,
-        page_tables_kib=read.status.get("VmPTE", 0),
+        swap_kib=read.swap,
+        page_tables_kib=read.status.get("VmPTE"),
         mappings=mappings,
         classes=totals,
         owners=owners,
@@ -275,17 +276,27 @@ def verdict(space: AddressSpace) -> str:
         )
         if kib.get(name) and 100 * kib[name] >= least * space.vsz_kib
     ]
-    memory = f"{format_size(space.rss_kib * KiB)} is memory"
-    if classes.ACCESSIBLE in kib:
+    unread = ""
+    if space.rss_kib is None:
+        unread = (
+            "; how much of it is memory is not known (none of smaps, smaps_rollup and status can "
+            "be read)"
+        )
+    elif classes.ACCESSIBLE in kib:
         unknown = "USS" if space.pss_kib is not None else "PSS, USS"
-        memory += f" (smaps can't be read: {unknown} and which mappings it is in are not known)"
+        parts.append(
+            f"{format_size(space.rss_kib * KiB)} is memory (smaps can't be read: {unknown} and "
+            "which mappings it is in are not known)"
+        )
     else:
         shared = kib["resident_shared"]
         memory = f"{format_size((kib['resident_private'] + shared) * KiB)} is memory"
         if shared:
             memory += f", {format_size(shared * KiB)} of it shared"
+        parts.append(memory)
     largest = max(space.owners, key=lambda owner: owner.kib, default=None)
-    text = f"VSZ is {format_size(space.vsz_kib * KiB)}, of which {'; '.join([*parts, memory])}."
+    text = f"VSZ is {format_size(space.vsz_kib * KiB)}"
+    text += f"{', of which ' if parts else ''}{'; '.join(parts)}{unread}."
     if largest is not None and largest.name != UNKNOWN and 2 * largest.kib >= space.vsz_kib:
         text += f" {100 * largest.kib / space.vsz_kib:.0f} % is {largest.name}."
     if not space.warnings and not space._sight.capture.limits:
