@@ -87,6 +87,10 @@ static int raise_first(void *unused) {
         return 0;
     PyObject *error = Py_NewRef(PyList_GetItem(raised, 0));
     (void)PySequence_DelItem(raised, 0);
+    if (PyList_Size(raised) > 0)
+        (void)Py_AddPendingCall(raise_first, unused);
+    else
+        Py_CLEAR(caller);
     PyErr_SetObject((PyObject *)Py_TYPE(error), error);
     Py_DECREF(error);
     return -1;
@@ -240,9 +244,8 @@ static void after(void) {
 void forklocks_after_in_parent(void) {
     PyGILState_STATE gil = PyGILState_Ensure();
     after();
-    if (PyThread_get_thread_ident() == main_id)
-        for (Py_ssize_t i = PyList_Size(raised); i-- > 0;)
-            (void)Py_AddPendingCall(raise_first, NULL);
+    if (PyThread_get_thread_ident() == main_id && PyList_Size(raised) > 0)
+        (void)Py_AddPendingCall(raise_first, NULL);
     PyGILState_Release(gil);
 }
 
@@ -253,5 +256,6 @@ void forklocks_after_in_child(void) {
     /* The parent's signals are the parent's. */
     while (PyList_Size(raised) > 0)
         (void)PySequence_DelItem(raised, 0);
+    Py_CLEAR(caller);
     PyGILState_Release(gil);
 }

@@ -351,14 +351,14 @@ int64_t heap_free(struct heap *heap, int64_t handle) {
     return result;
 }
 
-int64_t heap_rename(struct heap *heap, int64_t handle) {
+int64_t heap_rename(struct heap *heap, int64_t handle, int64_t *renamed) {
     pagealloc_lock(heap->pages);
     bool there = !heap->closed && size_of(heap, handle) > 0;
-    int64_t result = heap->closed ? HEAP_CLOSED : HEAP_NO_BLOCK;
+    int64_t result = there ? 0 : heap->closed ? HEAP_CLOSED : HEAP_NO_BLOCK;
     if (there) {
         uint32_t serial = (uint32_t)++heap->serials & SERIAL_MASK;
         heap->notes[page_of(handle)] = serial;
-        result = handle_of(page_of(handle), serial, false);
+        *renamed = handle_of(page_of(handle), serial, false);
     }
     pagealloc_unlock(heap->pages);
     return result;

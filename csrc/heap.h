@@ -114,8 +114,8 @@ int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero
 /* Frees a block. Returns its size. */
 int64_t heap_free(struct heap *heap, int64_t handle);
 
-/* Gives a block a new handle, which it returns: to those that have the old one it is freed. */
-int64_t heap_rename(struct heap *heap, int64_t handle);
+/* Gives a block the new handle `*renamed`; the old one then reads as freed. Returns 0. */
+int64_t heap_rename(struct heap *heap, int64_t handle, int64_t *renamed);
 
 /* Allocates blocks of sizes[from], ... up to sizes[count - 1] bytes until one is refused, and then
  * writes why to `*refused`, else 0. Returns how many it allocated. */

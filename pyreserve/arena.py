@@ -103,7 +103,7 @@ class Arena(Engine):
     @property
     def in_use(self) -> int:
         """Bytes handed out: whole pages of blocks, and what `grow` has given."""
-        self._free_closed()
+        self._free_closed(sweep=True)
         return self._counts()[1]
 
     @property
@@ -296,7 +296,7 @@ class Arena(Engine):
         if most < 0 or not seconds >= 0:
             msg = f"scavenge takes no negative numbers: {most} bytes, {seconds} seconds"
             raise RangeError(msg)
-        total, refusals = self._scavenge(most, seconds, bool(lazy), lambda: True)
+        total, refusals = self._scavenge(most, seconds, bool(lazy), None)
         if refusals and total == 0:
             raise refusals.pop()
         return total
@@ -307,40 +307,55 @@ class Arena(Engine):
         scavenger.add(total)
 
     def _scavenge(
-        self, most: int, older_than: float, lazy: bool, wanted: Callable[[], bool]
+        self, most: int, older_than: float, lazy: bool, wanted: Callable[[], bool] | None
     ) -> tuple[int, list[Exception]]:
-        """Give back while it is `wanted`; the bytes, and the first reason why some could not be."""
+        """Give back; the bytes, and the first reason why some could not be.
+
+        With `wanted`, which is for the scavenger's thread, only while that is so.
+        """
         age = int(min(older_than * 1000, (1 << 32) - 1))
-        left, below, total, more = -(-most // self._page), 1 << 62, 0, True
+        left, below, total, n = -(-most // self._page), 1 << 62, 0, _PIECES_AT_ONCE
         refusals: list[Exception] = []
         pieces = ffi.new("struct pagealloc_run[]", _PIECES_AT_ONCE)
-        while more and left > 0 and self._lock_while(wanted):
-            try:
-                self._alive()
-                self._free_closed()
-                if self._heap is None:
-                    break
-                n = lib.heap_idle(
-                    self._heap,
-                    below,
-                    min(left, 1 << 62),
-                    _LONGEST_PIECE // self._page,
-                    age,
-                    lazy,
-                    pieces,
-                    _PIECES_AT_ONCE,
-                )
-                total += self._give_back(pieces, n, lazy, refusals)
-            finally:
-                self._lock.release()
-            more = n == _PIECES_AT_ONCE
-            if more:
+        while n == _PIECES_AT_ONCE and left > 0:
+            if wanted is None:
+                with self._lock:
+                    n, given = self._scavenge_some(pieces, left, below, age, lazy, refusals)
+            elif self._lock_while(wanted):
+                try:
+                    n, given = self._scavenge_some(pieces, left, below, age, lazy, refusals)
+                finally:
+                    self._lock.release()
+            else:
+                break
+            total += given
+            if n > 0:
                 below = pieces[n - 1].start
                 left -= sum(pieces[i].stop - pieces[i].start for i in range(n))
         return total, refusals
 
+    def _scavenge_some(
+        self, pieces: Any, left: int, below: int, age: int, lazy: bool, refusals: list[Exception]
+    ) -> tuple[int, int]:
+        """Give back up to `left` pages below a page; how many pieces there were, and the bytes."""
+        self._alive()
+        self._free_closed()
+        if self._heap is None:
+            return 0, 0
+        longest = _LONGEST_PIECE // self._page
+        n = int(
+            lib.heap_idle(
+                self._heap, below, min(left, 1 << 62), longest, age, lazy, pieces, _PIECES_AT_ONCE
+            )
+        )
+        return n, self._give_back(pieces, n, lazy, refusals)
+
     def _lock_while(self, wanted: Callable[[], bool]) -> bool:
-        """Take the lock, or give up: who waits for this thread may have it."""
+        """Take the lock while that is wanted, as its owner may wait for this thread.
+
+        For the scavenger's thread alone: where signal handlers run, one that raises could strike
+        between this and the ``try`` that gives the lock back.
+        """
         while wanted():
             if self._lock.acquire(timeout=_PATIENCE):
                 return True
@@ -392,7 +407,7 @@ class Arena(Engine):
         """
         with self._lock:
             self._alive()
-            self._free_closed()
+            self._free_closed(sweep=True)
             heap_sys = sum(high - low for low, high in self.placement.arenas)
             stats, inuse = self._counts()
             gc_sys, other_sys = self._metadata_mapped()
@@ -488,41 +503,41 @@ class Arena(Engine):
 
     def _close_block(self, block: Block) -> None:
         with self._lock:
-            handle = int(lib.heap_rename(self._heap, block._handle))
-            if handle >= 0:
-                closed = _ClosedBlock(self, handle, block._nbytes)
-                self._closed_blocks[handle] = closed
+            if not self._region._released:
+                # Noted first, whatever may interrupt this.
+                closed = _ClosedBlock(self, block._nbytes)
+                self._late.append(closed)
+                lib.heap_rename(self._heap, block._handle, closed.handle)
+                self._free_closed()
+
+    def _free_closed(self, *, sweep: bool = False) -> None:
+        """Free the closed blocks whose views are gone, which `_late` knows.
+
+        A signal handler that raises can keep one from `_late`: a `sweep` looks at all.
+        """
+        if not self._late and not (sweep and self._closed_blocks):
+            return
+        with self._lock:
+            for closed in list(self._closed_blocks.values()) if sweep else ():
                 self._free_unless_viewed(closed)
+            while self._late:
+                closed = self._late[-1]
+                self._free_unless_viewed(closed)
+                self._late.remove(closed)
 
     def _free_unless_viewed(self, closed: "_ClosedBlock") -> None:
-        """Free a closed block, or wait for its views."""
-        views = self._region._views
+        """Free a closed block, or have it come to `_late` when its views are gone."""
+        handle, views = closed.handle[0], self._region._views
+        if handle < 0:  # it was freed or closed before
+            return
+        self._closed_blocks[handle] = closed
         if views is not None:
-            low = closed.address - self._base
+            low = int(_address(self._heap, handle)) - self._base
             held = views.live(low, low + closed.nbytes, prune=False)
             if closed.wait_for([anchor for entry in held if (anchor := entry[0]()) is not None]):
                 return
-        if self._closed_blocks.pop(closed.handle, None) is not None:
-            _free(self._heap, closed.handle)
-
-    def _views_gone(self, closed: "_ClosedBlock") -> None:
-        """Free a block whose last view is gone, now or at the next call.
-
-        This runs wherever a view may die, so it waits for nobody.
-        """
-        if self._lock.acquire(blocking=False):
-            try:
-                self._free_unless_viewed(closed)
-            finally:
-                self._lock.release()
-        else:
-            self._late.append(closed)
-
-    def _free_closed(self) -> None:
-        if self._late:
-            with self._lock:
-                while self._late:
-                    self._free_unless_viewed(self._late.pop())
+        _free(self._heap, handle)
+        self._closed_blocks.pop(handle, None)
 
     def _is_closed(self, handle: int) -> bool:
         return handle & ~_ZEROED in self._closed_blocks
@@ -570,6 +585,7 @@ class Arena(Engine):
 
         At the very last, by what `need` lacks beyond the free pages at the end.
         """
+        self._free_closed(sweep=True)
         page, step = self._page, self._step
         refusals: list[OutOfMemoryError] = []
         for ask in (max(wish, step), max(need, step), need, need - int(lib.heap_tail(self._heap))):
@@ -746,25 +762,25 @@ class Arena(Engine):
 
 
 class _ClosedBlock:
-    """A block that is freed when its last view is gone. Nobody else has its handle."""
+    """A block with a new handle, which comes to its arena's `_late` when no view is left."""
 
-    def __init__(self, arena: Arena, handle: int, nbytes: int) -> None:
-        self.handle, self.nbytes = handle, nbytes
-        self.address = int(_address(arena._heap, handle))
+    def __init__(self, arena: Arena, nbytes: int) -> None:
+        self.handle, self.nbytes = ffi.new("int64_t *", -1), nbytes
         self._arena = weakref.ref(arena)
         self._anchors: dict[int, weakref.ref[Any]] = {}
 
     def wait_for(self, anchors: list[Any]) -> bool:
-        """Tell the arena when all of these are gone; False if there is none."""
+        """Wait until all of these are gone; False if there is none."""
         refs = [weakref.ref(anchor, self._gone) for anchor in anchors]
         self._anchors = {id(ref): ref for ref in refs}
         return bool(refs)
 
     def _gone(self, ref: "weakref.ref[Any]") -> None:
+        # Runs wherever a view may die, so it waits for nobody.
         self._anchors.pop(id(ref), None)
         arena = self._arena()
         if not self._anchors and arena is not None:
-            arena._views_gone(self)
+            arena._late.append(self)
 
 
 def _no_block_at_all(verb: str, thing: object) -> TypeError:

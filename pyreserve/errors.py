@@ -94,7 +94,7 @@ class ViewError(PyreserveError, BufferError):
     """Live views hold bytes that would become inaccessible; nothing has changed.
 
     The text says which bytes, what to do, and, while the views live and Python can tell, the type
-    and the address of what holds them.
+    and the address of what holds them. The search for that keeps objects alive while it lasts.
     """
 
     def __init__(self, message: str, holders: Callable[[], list[str]] = list) -> None:
@@ -102,7 +102,10 @@ class ViewError(PyreserveError, BufferError):
         self._holders = holders
 
     def __str__(self) -> str:
-        found = ", ".join(self._holders())
+        try:
+            found = ", ".join(self._holders())
+        except Exception:  # whatever objects there are, an error has a text
+            found = ""
         return f"{self.args[0]} (held by {found})" if found else str(self.args[0])
 
     def __reduce__(self) -> tuple[type["ViewError"], tuple[str]]:

@@ -59,8 +59,8 @@ def register_tables(keeper: Any, tables: Any) -> None:
 
 def _collect() -> tuple[list[RLock], list[tuple[Any, int]]]:
     return (
-        [lock for ref, _ in _locks.entries if (lock := ref()) is not None],
-        [(keeper, at) for ref, at in _tables.entries if (keeper := ref()) is not None],
+        [lock for ref, _ in list(_locks.entries) if (lock := ref()) is not None],
+        [(keeper, at) for ref, at in list(_tables.entries) if (keeper := ref()) is not None],
     )
 
 

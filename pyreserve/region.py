@@ -136,8 +136,16 @@ class Region:
         self._owner: str | None = None
 
     def __del__(self) -> None:
+        # Only where it is called by hand can another thread have the lock.
+        if self._lock is None:
+            self._drop()
+        else:
+            with self._lock:
+                self._drop()
+
+    def _drop(self) -> None:
         handle = self._handle
-        if handle is _CLOSED or self._in_heap:  # called by hand
+        if handle is _CLOSED or self._in_heap:
             return
         self._handle, was_closed, self._released = _CLOSED, self._closed, True
         if self._views is not None:
@@ -787,6 +795,8 @@ _view_tables: dict[int, ViewTable] = {}
 
 # What is unmapped when the last anchor is gone.
 _outliving: dict[int, "_Outlived"] = {}
+_FIRST_SWEEP = 16
+_sweep_at = _FIRST_SWEEP
 
 
 class _Outlived:
@@ -798,8 +808,14 @@ class _Outlived:
 
     def _gone(self, ref: "weakref.ref[Any]") -> None:
         self.anchors.pop(id(ref), None)
-        if not self.anchors and _outliving.pop(id(self), None) is not None:
+        if not self.anchors:
+            self.end_if_unseen()
+
+    def end_if_unseen(self) -> None:
+        """Unmap unless a view is left. Twice does no harm: the handle is nobody else's."""
+        if all(ref() is None for ref in list(self.anchors.values())):
             _end(self.handle)
+            _outliving.pop(id(self), None)
 
 
 def _leave_to_views(handle: Any, views: ViewTable | None) -> bool:
@@ -809,4 +825,14 @@ def _leave_to_views(handle: Any, views: ViewTable | None) -> bool:
         return False
     left = _Outlived(handle, anchors)
     _outliving[id(left)] = left
+    if len(_outliving) >= _sweep_at:
+        _sweep_outliving()
     return True
+
+
+def _sweep_outliving() -> None:
+    """End what a signal handler that raised in `_Outlived._gone` has kept from its end."""
+    global _sweep_at  # noqa: PLW0603
+    for left in list(_outliving.values()):
+        left.end_if_unseen()
+    _sweep_at = 2 * len(_outliving) + _FIRST_SWEEP

@@ -85,7 +85,6 @@ class Worker:
         self._scavenger: Scavenger | None = None
         self._thread: threading.Thread | None = None
         self._ended: threading.Thread | None = None  # it has nothing left to do but to end
-        self._starting = False
         self._arena = weakref.ref(arena, self._dismiss)
         _workers.add(self)
 
@@ -100,15 +99,11 @@ class Worker:
             if _exiting:
                 msg = "can't start a scavenger at the end of the interpreter"
                 raise RuntimeError(msg)
-            outer, self._starting = self._starting, True
-            try:
-                self._scavenger = scavenger
-                if self._alive():
-                    self._awake()
-                else:
-                    self._start_thread()
-            finally:
-                self._starting = outer
+            self._scavenger = scavenger
+            if self._alive():
+                self._awake()
+            else:
+                self._start_thread()
         return scavenger
 
     def _start_thread(self) -> None:
@@ -130,16 +125,17 @@ class Worker:
         return self._scavenger is scavenger and self._alive()
 
     def stop(self, scavenger: Scavenger | None = None) -> None:
-        """End the thread, unless its work is not this scavenger's any more, and wait for its end.
+        """Stop the thread if it works for `scavenger`, and wait for its end.
 
-        Nobody waits in the thread itself, nor where this interrupts `start`.
+        Does not wait in the thread itself, nor where this interrupts another call here.
         """
         with self._lock:
             if scavenger is not None and self._scavenger is not scavenger:
                 return
             self._dismiss()
-            thread = self._thread if self._alive() and not self._starting else None
-        if thread is threading.current_thread():
+            thread = self._thread if self._alive() else None
+        # The thread needs the lock to end, which a call that this interrupts still has.
+        if thread is threading.current_thread() or self._lock._is_owned():  # type: ignore[attr-defined]
             return
         # Another thread may start a scavenger meanwhile, which the thread then works for.
         while thread is not None and thread.is_alive() and self._scavenger is None:

@@ -174,6 +174,7 @@ class ViewTable:
 
 _NAMED = 3  # views that a message names
 _AT_ONCE = 10_000  # objects
+_LONGEST_CHAIN = 100  # of arrays and memoryviews on one another
 _ADVICE = {
     "release": "delete what holds it, or use close(), which waits for the last view",
     "free": "delete what holds it, or use the block's close(), which waits for the last view",
@@ -226,9 +227,9 @@ def _shown() -> list[Any]:
     objects = gc.get_objects()
     for start in range(0, len(objects), _AT_ONCE):
         some = objects[start : start + _AT_ONCE]
-        shown += [thing for thing in gc.get_referents(*some) if isinstance(thing, kinds)]
+        shown += [t for t in gc.get_referents(*some) if issubclass(type(t), kinds)]
         memoryviews += [thing for thing in some if type(thing) is memoryview]
-    shown += [thing for thing in _variables() if isinstance(thing, kinds)]
+    shown += [t for t in _variables() if issubclass(type(t), kinds)]
     seen = {id(_anchor_behind(thing)) for thing in shown}
     return shown + [view for view in memoryviews if id(_anchor_behind(view)) not in seen]
 
@@ -252,10 +253,21 @@ def _variables() -> list[Any]:
 
 
 def _anchor_behind(thing: Any) -> Any:
-    """Return the anchor of the buffer that a memoryview or an ndarray shows; else None."""
-    while not isinstance(thing, ffi.buffer):
-        try:
-            thing = thing.obj if isinstance(thing, memoryview) else thing.base
-        except (AttributeError, ValueError):  # of something else; a released memoryview
+    """Return the anchor of the buffer that a memoryview or an ndarray shows; else None.
+
+    Runs no code of subclasses, nor of what else there may be.
+    """
+    numpy = sys.modules.get("numpy")
+    for _ in range(_LONGEST_CHAIN):
+        if type(thing) is ffi.buffer:
+            return next(iter(gc.get_referents(thing)), None)
+        if type(thing) is memoryview:
+            try:
+                thing = thing.obj
+            except ValueError:  # a released one
+                return None
+        elif numpy is not None and issubclass(type(thing), numpy.ndarray):
+            thing = numpy.ndarray.base.__get__(thing)
+        else:
             return None
-    return next(iter(gc.get_referents(thing)), None)
+    return None

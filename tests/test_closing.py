@@ -7,6 +7,7 @@ import pickle
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -593,3 +594,113 @@ class TestMessages:
             block.free()
         del view
         block.free()
+
+    def test_odd_objects(self) -> None:
+        """Whatever objects a program has, an error has a text, and their code is not run."""
+
+        class Lazy:
+            def _lie(self) -> type:
+                raise AssertionError
+
+            locals()["__class__"] = property(_lie)
+
+        class Loop(np.ndarray):
+            @property
+            def base(self) -> Any:
+                return self
+
+        class Gone:
+            pass
+
+        region = pyreserve.reserve(MiB)
+        region.commit(0, MiB)
+        gone = Gone()
+        odd = [Lazy(), weakref.proxy(gone), region.ndarray(0, 4).view(Loop), memoryview(b"")]
+        odd[-1].release()
+        del gone
+
+        with pytest.raises(ViewError) as refused:
+            region.release()
+
+        assert "held by Loop" in str(refused.value)
+        odd.clear()
+        region.release()
+
+
+class TestSignals:
+    """A handler that raises at any moment: nothing is lost and no lock is kept."""
+
+    def struck(self, script: str) -> Any:
+        return witness.fresh_python(
+            f"""
+import gc, json, random, signal, threading, witness
+from pyreserve import *
+class Struck(Exception): pass
+struck = False
+def handler(*_):
+    global struck
+    struck = True
+    raise Struck
+signal.signal(signal.SIGALRM, handler)
+def strike(act):
+    global struck
+    struck = False
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-4))
+        while not struck: act()
+    except Struck: pass
+def free(lock):
+    answer = []
+    thread = threading.Thread(target=lambda: answer.append(lock.acquire(timeout=5)))
+    thread.start(); thread.join()
+    return answer[0]
+{script}
+"""
+        )
+
+    def test_blocks(self) -> None:
+        """Blocks that are closed under views are all freed in the end, and the lock is free."""
+        in_use, left, is_free = self.struck(
+            """
+arena = Arena("native", size=GiB)
+def act():
+    with arena.alloc(100) as block: view = block.view
+    arena.scavenge()
+import sys
+sys.unraisablehook = lambda *_: None
+for _ in range(1500): strike(act)
+signal.signal(signal.SIGALRM, signal.SIG_IGN)
+gc.collect()
+for block in list(arena.blocks()): block.free()  # struck before the block was closed
+print(json.dumps([arena.in_use, len(arena._closed_blocks), free(arena._lock)]))
+"""
+        )
+
+        assert (in_use, left, is_free) == (0, 0, True)
+
+    def test_regions(self) -> None:
+        """Regions that were closed under views leave no addresses behind."""
+        mapped = self.struck(
+            """
+import sys
+sys.unraisablehook = lambda *_: None
+from pyreserve import procfs
+from pyreserve.region import _sweep_outliving
+view = None
+def act():
+    global view
+    with reserve(64 * MiB) as region:
+        region.commit(0, 4096)
+        view = region.view(0, 1)
+    view = None
+before = procfs.status_kib()["VmSize"]
+for _ in range(1500): strike(act)
+signal.signal(signal.SIGALRM, signal.SIG_IGN)
+view = None
+gc.collect()
+_sweep_outliving()
+print(json.dumps((procfs.status_kib()["VmSize"] - before) // 1024))
+"""
+        )
+
+        assert mapped < 10 * 64

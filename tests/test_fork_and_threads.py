@@ -388,6 +388,38 @@ class TestThreads:
 
         assert decommits > 0
 
+    def test_a_finaliser_by_hand_waits_for_a_call(self) -> None:
+        """__del__ called by hand while other threads use a region ends it between two calls."""
+
+        def child() -> bool:
+            sys.setswitchinterval(1e-5)
+            for _ in range(30):
+                region = pyreserve.reserve(64 * PAGE_SIZE)
+                errors: list[BaseException] = []
+
+                def work(region: Region = region, errors: list[BaseException] = errors) -> None:
+                    try:
+                        while True:
+                            for page in range(64):
+                                region.commit(page * PAGE_SIZE, PAGE_SIZE)
+                            for page in range(0, 64, 2):
+                                region.decommit(page * PAGE_SIZE, PAGE_SIZE)
+                    except BaseException as caught:  # noqa: BLE001, RUF100
+                        errors.append(caught)
+
+                threads = [threading.Thread(target=work) for _ in range(2)]
+                for thread in threads:
+                    thread.start()
+                region.commit(0, PAGE_SIZE)
+                region.__del__()
+                for thread in threads:
+                    thread.join()
+                if not all(isinstance(error, ReleasedError) for error in errors):
+                    return False
+            return True
+
+        assert witness.in_child(child)
+
     def test_one_release_of_many_wins(self) -> None:
         """When many threads release a region, one succeeds and each other finds it released."""
         for _ in range(50):

@@ -202,6 +202,39 @@ print(json.dumps([outcome, status]))
     assert found == [["<module>", 1000], 0]
 
 
+def test_it_keeps_no_frame() -> None:
+    """What was raised while a fork waited keeps nothing of its caller alive afterwards."""
+    found = run(
+        """
+import gc, weakref
+from pyreserve import *
+region = reserve(MiB); region.commit(0, 4096)
+busy, leave = threading.Event(), threading.Event()
+def hold():
+    with region._lock:
+        busy.set(); leave.wait()
+thread = threading.Thread(target=hold); thread.start(); busy.wait()
+def handler(*_):
+    leave.set()
+    raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, handler)
+class Local: pass
+def fork():
+    local = Local()
+    seen.append(weakref.ref(local))
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    if os.fork() == 0: os._exit(0)
+seen = []
+try: fork()
+except KeyboardInterrupt: pass
+gc.collect()
+print(json.dumps([os.waitstatus_to_exitcode(os.wait()[1]), seen[0]() is None]))
+"""
+    )
+
+    assert found == [0, True]
+
+
 STRESS = """
 import random
 from pyreserve import *

@@ -474,6 +474,31 @@ class TestOneThread:
 
         assert found == [False]
 
+    @pytest.mark.parametrize("end", ["stop_scavenger", "close"])
+    def test_ended_by_a_handler_while_it_is_ended(self, end: str) -> None:
+        """A handler that ends the thread may interrupt what ends it or starts it."""
+        found = witness.fresh_python(
+            f"""
+            import json, random, signal
+            from pyreserve import *
+            arenas = []
+            def handler(*_): arenas[-1].{end}()
+            signal.signal(signal.SIGALRM, handler)
+            for _ in range(400):
+                arenas[:] = [Arena("native", size=MiB)]
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 4e-4))
+                    scavenger = arenas[-1].start_scavenger(100)
+                    arenas[-1].stop_scavenger()
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except ReleasedError: pass
+                arenas[-1].close()
+            print(json.dumps(scavenger.running))
+            """
+        )
+
+        assert found is False
+
     @pytest.mark.parametrize("exits", [5, pytest.param(200, marks=pytest.mark.heavy)])
     def test_at_the_end_of_the_interpreter(self, exits: int) -> None:
         """An exit with a scavenge under way ends it first: a finaliser then needs its lock."""

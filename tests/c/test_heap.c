@@ -975,20 +975,20 @@ static void a_renamed_block_is_freed_for_others(void) {
     struct machine *m = small_heap(&plain, 100);
     int64_t old = heap_alloc(&m->heap, 10000, 1, false, true);
     REQUIRE(old >= 0);
-    int64_t renamed = heap_rename(&m->heap, old);
-    REQUIRE(renamed >= 0 && renamed != old);
+    int64_t renamed = -1, none = -1;
+    REQUIRE(heap_rename(&m->heap, old, &renamed) == 0 && renamed >= 0 && renamed != old);
     CHECK(heap_address(&m->heap, renamed) == heap_address(&m->heap, old));
     CHECK(heap_nbytes(&m->heap, renamed) == 10000);
     CHECK(heap_nbytes(&m->heap, old) == HEAP_NO_BLOCK);
     CHECK(heap_free(&m->heap, old) == HEAP_NO_BLOCK);
-    CHECK(heap_rename(&m->heap, old) == HEAP_NO_BLOCK);
+    CHECK(heap_rename(&m->heap, old, &none) == HEAP_NO_BLOCK && none == -1);
     CHECK(heap_find(&m->heap, heap_address(&m->heap, renamed)) == renamed);
     struct heap_stats stats;
     heap_measure(&m->heap, &stats);
     CHECK(stats.in_use == 16384 && stats.mallocs == 1 && stats.frees == 0);
     CHECK(heap_free(&m->heap, renamed) == 10000);
     heap_close(&m->heap, true);
-    CHECK(heap_rename(&m->heap, renamed) == HEAP_CLOSED);
+    CHECK(heap_rename(&m->heap, renamed, &none) == HEAP_CLOSED && none == -1);
     machine_end(m);
 }
 
