@@ -11,9 +11,11 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from typing import Any
 
+import command
 import golden
 import pytest
 
@@ -57,6 +59,23 @@ def run(*arguments: str, ulimit: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
+@cache
+def shown() -> subprocess.CompletedProcess[str]:
+    """The screen without options, of one run for all who read it."""
+    return run("vsz")
+
+
+@cache
+def reported() -> str:
+    """The JSON without options, of one run for all who read it."""
+    return run("vsz", "--json").stdout
+
+
+def run_forked(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a forked child, for what reserves nothing."""
+    return command.run(*arguments, env=environment())
+
+
 def told(*arguments: str, ulimit: str = "") -> dict[str, Any]:
     """Run ``vsz --json`` with more arguments and return what it prints."""
     done = run("vsz", "--json", *arguments, ulimit=ulimit)
@@ -89,7 +108,7 @@ def refused_in_one_line(done: subprocess.CompletedProcess[str], status: int = 1)
 class TestScreen:
     def test_the_two_inaccessible_mappings(self) -> None:
         """Without options the screen points at the two large reserved pieces, and at no leak."""
-        done = run("vsz")
+        done = shown()
 
         assert (done.returncode, done.stderr) == (0, "")
         marked = [line for line in done.stdout.splitlines() if "<- inaccessible" in line]
@@ -101,7 +120,7 @@ class TestScreen:
     @needs_64_bits
     def test_the_articles_numbers(self) -> None:
         """The two pieces are the article's: about 8 GB and about 128 GB."""
-        lines = run("vsz").stdout.splitlines()
+        lines = shown().stdout.splitlines()
 
         marked = [line for line in lines if "<- inaccessible" in line]
         assert "8.125 GiB" in marked[0]
@@ -109,7 +128,7 @@ class TestScreen:
 
     def test_sizes_before_and_after(self) -> None:
         """The screen has VSZ and RSS before and after, and their change."""
-        done = run("vsz")
+        done = shown()
 
         rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
         for name in ("VSZ", "RSS", "PSS"):
@@ -131,7 +150,7 @@ class TestScreen:
 
     def test_no_colours_in_a_pipe(self) -> None:
         """What goes to a pipe has no escape codes."""
-        done = run("vsz")
+        done = shown()
 
         assert "\x1b" not in done.stdout + done.stderr
 
@@ -148,7 +167,7 @@ class TestScreen:
 
     def test_the_help(self) -> None:
         """--help names every option."""
-        help_ = run("vsz", "--help")
+        help_ = run_forked("vsz", "--help")
 
         assert help_.returncode == 0
         for option in ("--layout", "--list", "--size", "--touch", "--hold", "--json"):
@@ -158,7 +177,7 @@ class TestScreen:
 class TestJSON:
     def test_the_schema(self) -> None:
         """The report has exactly these keys, with these kinds of values."""
-        report = told()
+        report = json.loads(reported())
 
         assert list(report) == [
             "layout",
@@ -188,7 +207,7 @@ class TestJSON:
     @needs_golden_page
     def test_hello_world(self) -> None:
         """Without options the mappings are those that the real hello world had."""
-        report = told()
+        report = json.loads(reported())
 
         assert ranges(report) == golden.find(DEFAULT, 0).heap_maps
         assert report["maps"][0] == ["c000000000-c000001000", "rw-p", "spans"]
@@ -317,7 +336,7 @@ class TestTouch:
     @pytest.mark.parametrize("size", ["-5", "x", "1.5.2", "", "1YiB", "0.3"])
     def test_what_is_no_size(self, size: str) -> None:
         """A size that can't be read is a usage error."""
-        done = run("vsz", "--touch", size)
+        done = run_forked("vsz", "--touch", size)
 
         assert done.returncode == 2
         assert "--touch" in done.stderr
@@ -327,14 +346,14 @@ class TestTouch:
 class TestChoosing:
     def test_the_list(self) -> None:
         """--list names every layout, with what it is."""
-        done = run("vsz", "--list")
+        done = run_forked("vsz", "--list")
 
         assert (done.returncode, done.stderr) == (0, "")
         assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == layouts.names()
 
     def test_the_list_as_json(self) -> None:
         """--list --json gives the same as data."""
-        done = run("vsz", "--list", "--json")
+        done = run_forked("vsz", "--list", "--json")
 
         found = json.loads(done.stdout)
         assert [row["name"] for row in found] == layouts.names()
@@ -368,7 +387,7 @@ class TestChoosing:
     )
     def test_usage_errors(self, arguments: tuple[str, ...]) -> None:
         """What makes no sense ends with status 2 and an explanation, and reserves nothing."""
-        done = run("vsz", *arguments)
+        done = run_forked("vsz", *arguments)
 
         assert done.returncode == 2
         assert done.stdout == ""
@@ -377,7 +396,7 @@ class TestChoosing:
 
     def test_an_unknown_layout_is_told_the_known(self) -> None:
         """A layout that there is not is answered with those that there are."""
-        done = run("vsz", "--layout", "go2/amd64")
+        done = run_forked("vsz", "--layout", "go2/amd64")
 
         words = " ".join(done.stderr.split())
         assert "go2/amd64" in words
@@ -385,7 +404,7 @@ class TestChoosing:
 
     def test_more_than_all_addresses(self) -> None:
         """A native arena that no address space has is refused in one line."""
-        line = refused_in_one_line(run("vsz", "--layout", "native", "--size", "100EiB"))
+        line = refused_in_one_line(run_forked("vsz", "--layout", "native", "--size", "100EiB"))
 
         assert "address" in line
 
@@ -471,11 +490,11 @@ class Held:
 @pytest.fixture
 def held() -> Iterator[Held]:
     """A command that stays until it is interrupted."""
-    command = Held("--hold")
-    yield command
-    if command.process.poll() is None:
-        command.process.kill()
-    command.process.communicate()
+    made = Held("--hold")
+    yield made
+    if made.process.poll() is None:
+        made.process.kill()
+    made.process.communicate()
 
 
 class TestHold:
@@ -489,7 +508,9 @@ class TestHold:
         assert f"-p {pid}" in held.line
         assert size > layouts.get(DEFAULT).total()
 
-    @pytest.mark.parametrize("attempt", range(8))
+    @pytest.mark.parametrize(
+        "attempt", [0, 1, *(pytest.param(n, marks=pytest.mark.heavy) for n in range(2, 8))]
+    )
     def test_ctrl_c_ends_it_cleanly(self, attempt: int, held: Held) -> None:
         """Ctrl-C ends it with status 0 from the moment at which it says that it stays."""
         held.process.send_signal(signal.SIGINT)
@@ -509,10 +530,10 @@ class TestHold:
 
     def test_the_number_is_optional_anywhere(self) -> None:
         """--hold without its number may stand before another option."""
-        command = Held("--hold", "--layout", "native", "--size", "1MiB")
+        held = Held("--hold", "--layout", "native", "--size", "1MiB")
 
-        command.process.send_signal(signal.SIGINT)
-        status, out, _ = command.end()
+        held.process.send_signal(signal.SIGINT)
+        status, out, _ = held.end()
 
         assert status == 0
         assert json.loads(out)["layout"] == "native"
@@ -520,7 +541,7 @@ class TestHold:
     @pytest.mark.parametrize("seconds", ["nan", "-1", "-inf"])
     def test_what_is_no_time(self, seconds: str) -> None:
         """A number of seconds that makes no sense is a usage error."""
-        done = run("vsz", "--hold", seconds)
+        done = run_forked("vsz", "--hold", seconds)
 
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
@@ -580,9 +601,12 @@ class TestProgress:
         assert status == 0
         assert 0 <= grown(report, "VmSize") - (where["end"] - where["start"]) < 8 * MiB
 
-    def test_a_pipe_gets_none(self) -> None:
+    @pytest.mark.parametrize(
+        "nbytes",
+        [128 * MiB, pytest.param(GiB if WORD == 8 else 256 * MiB, marks=pytest.mark.heavy)],
+    )
+    def test_a_pipe_gets_none(self, nbytes: int) -> None:
         """Standard error that is no terminal stays empty, however long it takes."""
-        nbytes = GiB if WORD == 8 else 256 * MiB
         needs_memory(nbytes)
 
         done = run("vsz", "--touch", str(nbytes // MiB))
@@ -621,10 +645,12 @@ class TestWhatIsMissing:
         """
 
     @pytest.mark.parametrize("missing", ["typer", "rich", "typer,rich"])
-    @pytest.mark.parametrize("command", [["vsz"], ["vsz", "--list"]])
-    def test_the_extra_is_named(self, missing: str, command: list[str]) -> None:
+    @pytest.mark.parametrize(
+        "arguments", [["vsz"], pytest.param(["vsz", "--list"], marks=pytest.mark.heavy)]
+    )
+    def test_the_extra_is_named(self, missing: str, arguments: list[str]) -> None:
         """Without typer or rich the command says in one line which extra has them."""
-        done = python(self.WITHOUT, missing, *command)
+        done = python(self.WITHOUT, missing, *arguments)
 
         line = refused_in_one_line(done)
         assert "pip install 'pyreserve[cli]'" in line

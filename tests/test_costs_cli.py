@@ -9,15 +9,20 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import command
 import costs_tables
 import pytest
 from costs_tables import LOUD, USUAL, line
 from subjects import wait_until
 from witness import PATIENCE
 
-from pyreserve.costs import CostTable, Curve, Noise
+from pyreserve import procfs
+from pyreserve.cli import app
+from pyreserve.cli import costs as costs_command
+from pyreserve.costs import CostTable, Curve, Noise, measuring
 
 COMMAND = [sys.executable, "-m", "pyreserve", "costs"]
 TOUCH = Curve("touch", "write")
@@ -34,17 +39,6 @@ from pyreserve.cli import main
 main()
 """
 
-# The command, which has measured what a file holds.
-MEASURED = """
-import sys
-from pyreserve.cli import costs
-path = sys.argv.pop(1)
-costs.measure = lambda *_, **__: costs.CostTable.load(path)
-sys.argv[0] = "pyreserve"
-from pyreserve.cli import main
-main()
-"""
-
 
 def environment() -> dict[str, str]:
     """The environment without what changes how terminals are written to."""
@@ -53,32 +47,28 @@ def environment() -> dict[str, str]:
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the command."""
-    return subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, check=False, env=environment()
-    )
+    """Run the command in a forked child."""
+    return command.run("costs", *arguments, env=environment())
 
 
 def run_briefly(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the command on few cells and for few passes."""
-    return subprocess.run(
-        [sys.executable, "-c", BRIEF, "costs", *QUICK, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(),
-    )
+
+    def shorten() -> None:
+        measuring._LEAST_PASSES = 2
+        assert measuring.measure.__kwdefaults__ is not None
+        measuring.measure.__kwdefaults__["width"] = 10
+
+    return command.run("costs", *QUICK, *arguments, env=environment(), prepare=shorten)
 
 
 def run_measured(path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the command as if it had measured what a file holds."""
-    return subprocess.run(
-        [sys.executable, "-c", MEASURED, path, "costs", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(),
-    )
+
+    def replace() -> None:
+        vars(costs_command)["measure"] = lambda *_, **__: CostTable.load(path)
+
+    return command.run("costs", *arguments, env=environment(), prepare=replace)
 
 
 def imaginary(table: CostTable, **facts: object) -> CostTable:
@@ -143,15 +133,10 @@ class TestScreen:
     def test_recommendations_in_words(self, tmp_path: Path) -> None:
         """What follows is said in words, with the figures that it rests on."""
         table = costs_tables.table(USUAL)
-        code = "import sys; from pyreserve.cli import costs_screen as s; "
-        code += "from pyreserve.costs import CostTable, recommend; "
-        code += "t = CostTable.load(sys.argv[1]); s.show(t, recommend(t))"
         path = tmp_path / "a.json"
         path.write_text(imaginary(table).to_json(), encoding="utf-8")
 
-        out = subprocess.run(
-            [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
-        ).stdout
+        out = run_measured(path).stdout
 
         assert "Grow by 256 KiB or more" in out
         assert "Give back what stays idle for more than" in out
@@ -312,17 +297,12 @@ class TestRefusals:
     @pytest.mark.parametrize(("option", "name"), [("plot", "matplotlib"), ("pyperf", "pyperf")])
     def test_a_missing_extra(self, option: str, name: str, tmp_path: Path) -> None:
         """What a picture or a pyperf file needs is said before a minute is spent."""
-        code = f"""
-import importlib.util as util, sys
-found = util.find_spec
-util.find_spec = lambda name, *rest: None if name == {name!r} else found(name, *rest)
-sys.argv = ["pyreserve", "costs", "--{option}", {str(tmp_path / "a.png")!r}]
-from pyreserve.cli import main
-main()
-"""
-        ended = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False
-        )
+
+        def remove() -> None:
+            vars(app)["find_spec"] = lambda other: None if other == name else find_spec(other)
+
+        path = tmp_path / "a.png"
+        ended = command.run("costs", f"--{option}", path, env=environment(), prepare=remove)
 
         assert ended.returncode == 1
         assert ended.stderr == (
@@ -331,17 +311,11 @@ main()
 
     def test_too_little_memory(self) -> None:
         """A machine without the memory for it is told so in one line."""
-        code = """
-import sys
-from pyreserve import procfs
-procfs.available_bytes = lambda: 200 << 20
-sys.argv = ["pyreserve", "costs"]
-from pyreserve.cli import main
-main()
-"""
-        ended = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False
-        )
+
+        def use_up() -> None:
+            procfs.available_bytes = lambda: 200 << 20
+
+        ended = command.run("costs", env=environment(), prepare=use_up)
 
         assert ended.returncode == 1
         assert ended.stderr.startswith("pyreserve: measuring needs 1.")

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import command
 import pytest
 from captures import FOLDER, NAMES, truth
 from rich.console import Console
@@ -42,21 +42,23 @@ JSON_KEYS = {
 GO = str(FOLDER / "go_tip2014")
 
 
-def run(
-    *arguments: str | int | Path, status: int = 0, **more: Any
-) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "100", **more.pop("environment", {})}
-    done = subprocess.run(
-        [sys.executable, "-m", "pyreserve", "explain", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=PATIENCE,
-        check=False,
-        **more,
-    )
+def run(*arguments: str | int | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command in a forked child."""
+    done = command.run("explain", *map(str, arguments), env={**os.environ, "COLUMNS": "100"})
     assert done.returncode == status, done.stderr
     return done
+
+
+def run_fresh(*arguments: str | Path, **environment: str) -> str:
+    """Run the command in a fresh interpreter; return its screen."""
+    return subprocess.run(
+        [sys.executable, "-m", "pyreserve", "explain", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100", **environment},
+        timeout=PATIENCE,
+        check=True,
+    ).stdout
 
 
 def words(text: str) -> str:
@@ -78,7 +80,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 class TestScreen:
     def test_the_article(self) -> None:
         """The go program of 2014: what is reserved, whose it is, and that it costs nothing."""
-        screen = run("--from", GO).stdout
+        screen = run_fresh("--from", GO)
 
         assert re.search(
             r"VSZ is 136\.1 GiB, of which 136 GiB is reserved .* costs nothing", screen
@@ -129,12 +131,12 @@ class TestScreen:
 
     def test_this_command(self) -> None:
         """Without a pid it explains itself."""
-        assert "pyreserve explain  pid " in run().stdout
+        assert "pyreserve explain  pid " in run_fresh()
 
     def test_odd_names_do_nothing_to_a_terminal(self) -> None:
         """Whatever a file is called, and whatever the terminal can show."""
         for environment in ({"LC_ALL": "C", "PYTHONUTF8": "0"}, {"LC_ALL": "C.UTF-8"}):
-            screen = run("--from", FOLDER / "c_odd", "--maps", environment=environment).stdout
+            screen = run_fresh("--from", FOLDER / "c_odd", "--maps", **environment)
             assert "new\\012line and  two spaces" in screen
             assert "\x1b" not in screen
 
