@@ -65,9 +65,13 @@ def _first_example(_: None) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _collections_are_quick() -> None:
-    """Tests that collect garbage need not look at all the modules that were imported, each time."""
+def _hypothesis_has_started() -> None:
     _first_example()  # Hypothesis asks who refers to its Random, and freeze hides the answer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collections_are_quick(_hypothesis_has_started: None) -> None:
+    """Tests that collect garbage need not look at what was imported and collected before."""
     gc.collect()
     gc.freeze()
 
