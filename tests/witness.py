@@ -15,6 +15,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -49,20 +50,28 @@ class Piece(NamedTuple):
     flags: frozenset[str]
 
 
+def _addresses(head: str) -> tuple[int, int]:
+    """Read the start and end in the line that maps and smaps have for a mapping."""
+    lo, _, rest = head.partition("-")
+    return int(lo, 16), int(rest.partition(" ")[0], 16)
+
+
 def _span(head: str, base: int, end: int) -> Span | None:
-    """Read the line that maps and smaps have for a mapping, cut to [base, end)."""
-    fields = head.split(None, 5)
-    lo, hi = (int(address, 16) for address in fields[0].split("-"))
+    """Read that line, cut to [base, end)."""
+    lo, hi = _addresses(head)
     if lo >= end or hi <= base:
         return None
+    fields = head.split(None, 5)
     name = fields[5].strip() if len(fields) > 5 else ""
     return Span(max(lo, base), min(hi, end), fields[1], name)
 
 
 def spans(base: int, size: int) -> list[Span]:
     """Return what is mapped in [base, base + size): quick, and at home in little memory."""
+    end = base + size
     with Path("/proc/self/maps").open(errors="replace") as maps:
-        found = (_span(line, base, base + size) for line in maps)
+        below = takewhile(lambda line: _addresses(line)[0] < end, maps)
+        found = (_span(line, base, end) for line in below)
         return [span for span in found if span is not None]
 
 
@@ -71,14 +80,18 @@ def pieces(base: int, size: int) -> list[Piece]:
     found: list[Piece] = []
     span: Span | None = None
     kib: dict[str, int] = {}
-    for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
-        key, _, rest = line.partition(":")
-        if "-" in line.partition(" ")[0]:
-            span, kib = _span(line, base, base + size), {}
-        elif span is not None and key == "VmFlags":
-            found.append(Piece(*span, kib, frozenset(rest.split())))
-        elif span is not None and rest.endswith(" kB"):
-            kib[key] = int(rest.split()[0])
+    with Path("/proc/self/smaps").open(errors="replace") as smaps:
+        for line in smaps:
+            if "-" in line.partition(" ")[0]:
+                if _addresses(line)[0] >= base + size:
+                    break
+                span, kib = _span(line, base, base + size), {}
+            elif span is not None:
+                key, _, rest = line.partition(":")
+                if key == "VmFlags":
+                    found.append(Piece(*span, kib, frozenset(rest.split())))
+                elif rest.endswith(" kB\n"):
+                    kib[key] = int(rest.split()[0])
     return found
 
 
