@@ -411,8 +411,21 @@ class TestTable:
         with pytest.raises(ValueError, match="this is not what pyreserve costs --json writes"):
             CostTable.from_json(json.dumps(found) if path else value)
 
-    @pytest.mark.parametrize("ns", [0, -3.5, 1e-300, 1e18])
-    @pytest.mark.parametrize("nbytes", [1, PAGE_SIZE - 1, PAGE_SIZE + 1, 2**60])
+    @pytest.mark.parametrize(
+        ("ns", "nbytes"),
+        [
+            (0, 1),
+            (-3.5, PAGE_SIZE - 1),
+            (1e-300, PAGE_SIZE + 1),
+            (1e18, 2**60),
+            *(
+                pytest.param(ns, nbytes, marks=pytest.mark.heavy)
+                for i, ns in enumerate([0, -3.5, 1e-300, 1e18])
+                for j, nbytes in enumerate([1, PAGE_SIZE - 1, PAGE_SIZE + 1, 2**60])
+                if i != j
+            ),
+        ],
+    )
     def test_what_is_only_odd(self, ns: float, nbytes: int) -> None:
         """Figures of no time or less, and lengths that are no whole OS pages here, can be compared
         and recommended from, both ways."""
