@@ -113,7 +113,7 @@ class Arena(Engine):
 
     @property
     def released(self) -> bool:
-        """Whether the arena was released."""
+        """Whether the arena was released or closed."""
         return self._region.released
 
     # -- allocate and free --------------------------------------------------------------------
@@ -130,7 +130,7 @@ class Arena(Engine):
             RangeError: `nbytes` is not positive, or `align` not a power of two.
             OutOfMemoryError: the layout has no more room, or the kernel refused; it says what was
                 asked for, what is in use and what is reserved. Nothing has changed.
-            ReleasedError: the arena was released.
+            ReleasedError: the arena was released or closed.
             RuntimeError: called by a finaliser or signal handler inside a growth, and the arena had
                 to grow.
         """
@@ -153,7 +153,7 @@ class Arena(Engine):
             RangeError: it is a block of another arena.
             TypeError: it is no Block.
             ViewError: live views hold some of the bytes; nothing has changed.
-            ReleasedError: the arena was released.
+            ReleasedError: the arena was released or closed.
         """
         try:
             if block._arena is not self:
@@ -289,7 +289,7 @@ class Arena(Engine):
             ViewError: nothing was given back, since live views from `region` hold bytes of all that
                 could be. (Otherwise pieces with such views are passed over.)
             VMError: nothing was given back, since the kernel refused.
-            ReleasedError: the arena was released.
+            ReleasedError: the arena was released or closed.
         """
         most = 1 << 62 if nbytes is None else _index(nbytes)
         seconds = 0.0 if older_than is None else as_float(older_than)
@@ -370,7 +370,7 @@ class Arena(Engine):
 
         Raises:
             RangeError: a negative age.
-            ReleasedError: the arena was released.
+            ReleasedError: the arena was released or closed.
             RuntimeError: no thread can be started, as at the end of the interpreter.
         """
         older_than = as_float(older_than)
@@ -403,7 +403,7 @@ class Arena(Engine):
         Asks the kernel about every committed page.
 
         Raises:
-            ReleasedError: the arena was released.
+            ReleasedError: the arena was released or closed.
         """
         with self._lock:
             self._alive()
@@ -466,7 +466,7 @@ class Arena(Engine):
 
         Raises:
             ViewError: live views hold some of the bytes.
-            ReleasedError: it was released before.
+            ReleasedError: it was released or closed.
             RuntimeError: called by a finaliser or signal handler inside a growth.
         """
         region = self._region
@@ -614,7 +614,7 @@ class Arena(Engine):
                 return why
             return self._out_of_memory(nbytes, why.strerror or "", why.limit)
         if refused == lib.HEAP_CLOSED:
-            return ReleasedError("the arena was released")
+            return ReleasedError("the arena was released or closed")
         if refused == lib.HEAP_SCATTERED:
             return self._out_of_memory(nbytes, "its arenas lie in too many pieces")
         if refused == lib.PAGEALLOC_OUTSIDE:

@@ -34,7 +34,7 @@ class Bitmap:
 
     Raises (all methods):
         RangeError: a range that is not inside the bitmap (IndexError from ``[]``).
-        ReleasedError: the bitmap was released.
+        ReleasedError: the bitmap was released or closed.
         OutOfMemoryError: words could not be committed; no bit has changed.
         TypeError: something that is not an integer.
     """
@@ -208,7 +208,7 @@ class Bitmap:
 
         Raises:
             ViewError: live views from `words` hold some of them.
-            ReleasedError: it was released before.
+            ReleasedError: it was released or closed.
         """
         self._region.release()
 
@@ -287,7 +287,7 @@ class Bitmap:
 
     def _alive(self) -> None:
         if self._region.released:
-            msg = "the bitmap was released"
+            msg = "the bitmap was released or closed"
             raise ReleasedError(msg)
 
     def _range(self, start: int, stop: int | None) -> tuple[int, int]:

@@ -56,7 +56,7 @@ class Block:
         Touching memory through it is at your own risk.
 
         Raises:
-            ReleasedError: the arena was released.
+            ReleasedError: the arena was released or closed.
         """
         return self._arena._address(self._handle)
 
@@ -85,8 +85,8 @@ class Block:
         While it, or anything made from it, is alive, the block can't be freed.
 
         Raises:
-            FreeError: the block was freed.
-            ReleasedError: the arena was released.
+            FreeError: the block was freed or closed.
+            ReleasedError: the arena was released or closed.
             RuntimeError: see `pyreserve.Region.view`.
         """
         return self._arena._view(self)
@@ -139,7 +139,7 @@ class Blocks(Sequence[Block]):
     From `Arena.alloc_many`, in the order of the sizes.
 
     Raises:
-        FreeError: by ``blocks[i]``, if that block was freed.
+        FreeError: by ``blocks[i]``, if that block was freed or closed.
     """
 
     __slots__ = ("_arena", "_handles")
@@ -191,4 +191,4 @@ class Blocks(Sequence[Block]):
 
 def no_block(which: str = "the block") -> FreeError:
     """Make the exception for a block that is not there any more."""
-    return FreeError(f"{which} was freed already")
+    return FreeError(f"{which} was freed or closed already")

@@ -50,7 +50,8 @@ class BumpArena(InSteps):
 
     Any thread may take blocks; marks and resets are one stack, for one thread at a time to use. A
     finaliser or signal handler that interrupts a call may find RuntimeError, never others' bytes.
-    A block's ``obj`` is the buffer that it shares with its neighbours.
+    A block's ``obj`` is the buffer that it shares with its neighbours: blocks are cut from a window
+    of memory, and a ViewError names the window.
 
     Args:
         size: bytes to reserve, rounded up to whole OS pages; all that it can ever hold.
@@ -121,7 +122,7 @@ class BumpArena(InSteps):
         Raises:
             RangeError: `nbytes` is not positive, or `align` not a power of two.
             OutOfMemoryError: no room (``limit="layout"``), or refused; nothing has changed.
-            ReleasedError: the arena was released.
+            ReleasedError: the arena was released or closed.
             RuntimeError: called by a finaliser or signal handler inside another call.
         """
         # The last line reads, checks and stores. It is one, as tracers come in between lines.

@@ -114,7 +114,7 @@ class Engine:
             RangeError: not positive.
             OutOfMemoryError: refused; nothing has changed.
             VMError: somebody mapped addresses that were only probed (EEXIST).
-            ReleasedError: the arena was released.
+            ReleasedError: the arena was released or closed.
             RuntimeError: called by a finaliser or signal handler inside another growth.
         """
         nbytes = _index(nbytes)
@@ -293,7 +293,7 @@ class Engine:
 
         Raises:
             ViewError: live views hold some of the bytes.
-            ReleasedError: it was released before.
+            ReleasedError: it was released or closed.
         """
         try:
             self._region._release()
@@ -322,7 +322,7 @@ class Engine:
 
     def _alive(self) -> None:
         if self._region.released:
-            msg = "the arena was released"
+            msg = "the arena was released or closed"
             raise ReleasedError(msg)
 
     def __enter__(self) -> "Self":

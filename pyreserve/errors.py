@@ -6,8 +6,8 @@ class                  also a                means
 `VMError`              `OSError`             the kernel refused a verb; ``errno`` says how
 `OutOfMemoryError`     `MemoryError`         ... because memory or addresses ran out
 `RangeError`           `ValueError`          offsets, lengths or addresses that make no sense here
-`ReleasedError`        `ValueError`          the region was released
-`FreeError`            `ValueError`          freed already, or never allocated here
+`ReleasedError`        `ValueError`          the object was released or closed
+`FreeError`            `ValueError`          freed or closed already, or never allocated here
 `ViewError`            `BufferError`         live views hold the bytes
 `MapsError`            `ValueError`          files of /proc/PID, saved or not, that make no sense
 `NoAddressSpaceError`  `ProcessLookupError`  no such process, a zombie, a kernel thread
@@ -83,18 +83,19 @@ class RangeError(PyreserveError, ValueError):
 
 
 class ReleasedError(PyreserveError, ValueError):
-    """What was asked was released before: a region, bitmap, arena or pool."""
+    """The region, bitmap, arena, pool or array was released or closed before."""
 
 
 class FreeError(PyreserveError, ValueError):
-    """A page, slot or block was freed already, or never allocated here; nothing has changed."""
+    """A page, slot or block was freed or closed before, or never allocated. Nothing has changed."""
 
 
 class ViewError(PyreserveError, BufferError):
     """Live views hold bytes that would become inaccessible; nothing has changed.
 
-    The text says which bytes, what to do, and, while the views live and Python can tell, the type
-    and the address of what holds them. The search for that keeps objects alive while it lasts.
+    The text names the bytes and the remedy. While the views live it also names, where Python can
+    tell, the type of each holder and the addresses that it shows. The
+    search keeps objects alive while it lasts.
     """
 
     def __init__(self, message: str, holders: Callable[[], list[str]] = list) -> None:

@@ -75,7 +75,7 @@ class _Growable(InSteps):
                 changed.
             VMError: the kernel can't clear what was used before (before Linux 5.18: memory locked
                 by mlock); the length is as it was.
-            ReleasedError: it was released.
+            ReleasedError: it was released or closed.
             RuntimeError: called by a finaliser or signal handler inside another call.
         """
         self._alone(self._resize, _index(length) * self._itemsize)

@@ -28,7 +28,7 @@ class HeapBitmap:
 
     Raises (all methods):
         RangeError: no such word, or not an entry.
-        ReleasedError: the arena was released.
+        ReleasedError: the arena was released or closed.
     """
 
     __slots__ = ("_arena", "_bits", "_layout")

@@ -107,8 +107,7 @@ class StrictCommit(NamedTuple):
         used: Committed_AS, of all processes.
         limit: CommitLimit.
         admin_reserve: kept from processes without CAP_SYS_ADMIN (vm.admin_reserve_kbytes).
-        user_reserve: kept from this process: a 32nd of its addresses, reserved ones too, at most
-            vm.user_reserve_kbytes.
+        user_reserve: kept from this process: 1/32 of its VSZ, at most vm.user_reserve_kbytes.
         inexact: by how much the kernel's own count may differ from Committed_AS.
     """
 
@@ -128,8 +127,7 @@ class StrictCommit(NamedTuple):
             (self.admin_reserve, "for root (vm.admin_reserve_kbytes)"),
             (
                 self.user_reserve,
-                "from this process (a 32nd of its addresses, reserved ones too, at most "
-                "vm.user_reserve_kbytes)",
+                "for user_reserve (1/32 of this process's VSZ, at most vm.user_reserve_kbytes)",
             ),
         )
         reserves = " and ".join(f"{format_size(size)} {why}" for size, why in kept if size)

@@ -49,7 +49,7 @@ class Pool:
         RangeError: a number that makes no sense, or of no slot here.
         OutOfMemoryError: no free slot (``limit`` is ``"layout"``), or the kernel refused memory;
             nothing has changed.
-        ReleasedError: the pool was released.
+        ReleasedError: the pool was released or closed.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class Pool:
 
         Raises:
             ViewError: live views hold some of the bytes.
-            ReleasedError: it was released before.
+            ReleasedError: it was released or closed.
             RuntimeError: called by a finaliser or signal handler inside another call.
         """
         with self._lock:
@@ -297,7 +297,7 @@ class Pool:
 
     def _alive(self) -> None:
         if self._region.released:
-            msg = "the pool was released"
+            msg = "the pool was released or closed"
             raise ReleasedError(msg)
 
     def _full(self, n: int) -> RangeError | OutOfMemoryError:

@@ -115,7 +115,7 @@ def register(
         TypeError: it is nothing of the above, or the name is no string.
         ValueError: a thing of this kind that lives has the name, it has lone surrogates, or another
             collector has the metrics; nothing has changed.
-        ReleasedError: it was released.
+        ReleasedError: it was released or closed.
     """
     if isinstance(thing, Arena):
         region, default = thing.region, thing.layout.name
@@ -130,7 +130,7 @@ def register(
         msg = f"neither an arena nor on a region: {type(thing).__name__}"
         raise TypeError(msg)
     if region.released:
-        msg = f"the {source.kind} was released"
+        msg = f"the {source.kind} was released or closed"
         raise ReleasedError(msg)
     return _exposed.add(source, registry)
 

@@ -222,7 +222,7 @@ class Region:
 
         Raises:
             RangeError: a negative offset, or a length that is not positive.
-            ReleasedError: the region was released.
+            ReleasedError: the region was released or closed.
         """
         offset, length = _index(offset), _index(length)
         if offset < 0 or length <= 0:
@@ -251,7 +251,7 @@ class Region:
         Raises:
             RangeError: not whole OS pages inside the region.
             OutOfMemoryError: refused; ``limit`` says by what.
-            ReleasedError: the region was released.
+            ReleasedError: the region was released or closed.
         """
         offset, length = _index(offset), _index(length)
         with self._lock or self._make_lock():
@@ -268,7 +268,7 @@ class Region:
         Raises:
             RangeError: not whole OS pages inside the region, or not all committed.
             VMError: the kernel could not.
-            ReleasedError: the region was released.
+            ReleasedError: the region was released or closed.
         """
         offset, length = _index(offset), _index(length)
         with self._lock or self._make_lock():
@@ -289,7 +289,7 @@ class Region:
             RangeError: not whole OS pages inside the region, or not all committed; or the region is
                 part of an arena.
             VMError: the kernel could not (before Linux 5.18: memory locked by mlock).
-            ReleasedError: the region was released.
+            ReleasedError: the region was released or closed.
         """
         offset, length, lazy = _index(offset), _index(length), bool(lazy)
         self._refuse_owned("discard")
@@ -312,7 +312,7 @@ class Region:
             VMError: refused (max_map_count: a hole splits a mapping), or the region is sealed.
                 Should the kernel refuse the region's policies for the fresh addresses, that is
                 raised although the bytes are decommitted.
-            ReleasedError: the region was released.
+            ReleasedError: the region was released or closed.
         """
         offset, length = _index(offset), _index(length)
         self._refuse_owned("decommit")
@@ -336,7 +336,7 @@ class Region:
             ViewError: live views hold some of the bytes.
             VMError: refused (max_map_count), or the region is sealed.
             RangeError: the region is part of an arena, which is to be released instead.
-            ReleasedError: it was released before.
+            ReleasedError: it was released or closed.
         """
         self._refuse_owned("release")
         self._release()
@@ -419,7 +419,7 @@ class Region:
 
         Raises:
             RangeError: outside the region, or not all committed.
-            ReleasedError: the region was released.
+            ReleasedError: the region was released or closed.
             RuntimeError: called by a finaliser or signal handler inside another call on the region.
         """
         offset, length = _index(offset), _index(length)
@@ -780,7 +780,7 @@ def _unknown_word(mode: object, fork: object, huge_pages: object) -> ValueError:
 
 
 def _released() -> ReleasedError:
-    return ReleasedError("the region was released")
+    return ReleasedError("the region was released or closed")
 
 
 def _out_of_range(verb: str, offset: int, length: int, size: int) -> RangeError:

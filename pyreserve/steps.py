@@ -112,7 +112,7 @@ class InSteps:
 
     def _alive(self) -> None:
         if self._region._released:
-            msg = f"the {self._what} was released"
+            msg = f"the {self._what} was released or closed"
             raise ReleasedError(msg)
 
     def release(self) -> None:
@@ -121,7 +121,7 @@ class InSteps:
         Raises:
             ViewError: live views show some of the bytes; nothing has changed.
             VMError: as for `Region.release`.
-            ReleasedError: it was released before.
+            ReleasedError: it was released or closed.
             RuntimeError: called by a finaliser or signal handler inside another call.
         """
         self._alone(self._release)

@@ -176,8 +176,8 @@ _NAMED = 3  # views that a message names
 _AT_ONCE = 10_000  # objects
 _LONGEST_CHAIN = 100  # of arrays and memoryviews on one another
 _ADVICE = {
-    "release": "delete what holds it, or use close(), which waits for the last view",
-    "free": "delete what holds it, or use the block's close(), which waits for the last view",
+    "release": "delete the holder, or call close(), which defers the release to the last view",
+    "free": "delete the holder, or call the block's close(), which frees it with the last view",
 }
 
 
@@ -187,7 +187,7 @@ def view_error(refused: str, held: list[Entry], verb: str = "") -> ViewError:
     some = ", ".join(f"[{lo:#x}, {hi:#x})" for _, lo, hi in held[:_NAMED])
     more = ", ..." if len(held) > _NAMED else ""
     views = "1 live view holds" if len(held) == 1 else f"{len(held)} live views hold"
-    advice = _ADVICE.get(verb, "delete what holds it first")
+    advice = _ADVICE.get(verb, "delete the holder first")
     text = f"{refused}: {views} bytes of it: {some}{more}; {advice}"
     return ViewError(text, _Holders(held[:_NAMED]))
 
@@ -208,7 +208,7 @@ class _Holders:
         for thing in _shown() if alive else ():
             found.setdefault(id(_anchor_behind(thing)), set()).add(type(thing).__name__)
         return [
-            f"{' and '.join(sorted(found[key]))} at {address:#x}-{address + nbytes:#x}"
+            f"{' and '.join(sorted(found[key]))} over {address:#x}-{address + nbytes:#x}"
             for key, (address, nbytes) in alive.items()
             if key in found
         ]

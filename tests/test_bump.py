@@ -572,7 +572,7 @@ class TestViewsPin:
 
         assert str(refused.value).startswith(
             "can't reset to 0x100: 1 live view holds bytes of it: [0x100, 0x180); "
-            "delete what holds it first"
+            "delete the holder first"
         )
         del held
 

@@ -195,7 +195,7 @@ class TestEveryKind:
         thing = kind.make()
         view = kind.view(thing)
 
-        with pytest.raises(ViewError, match=r"delete what holds it, or use close\(\)"):
+        with pytest.raises(ViewError, match=r"delete the holder, or call close\(\)"):
             thing.release()
 
         assert not thing.released
@@ -553,7 +553,7 @@ class TestMessages:
         text = str(refused.value)
         assert "[0x10, 0x30)" in text
         low = region.base + 16
-        assert text.endswith(f"(held by ndarray at {low:#x}-{low + 32:#x})")
+        assert text.endswith(f"(held by ndarray over {low:#x}-{low + 32:#x})")
         held.clear()
         assert "held by" not in str(refused.value)
         region.release()
@@ -567,7 +567,8 @@ class TestMessages:
         with pytest.raises(ViewError) as refused:
             region.decommit(0, MiB)
 
-        assert f"held by memoryview at {region.base:#x}-{region.base + 32:#x}" in str(refused.value)
+        low = region.base
+        assert f"held by memoryview over {low:#x}-{low + 32:#x}" in str(refused.value)
         held.clear()
         region.release()
 
@@ -590,7 +591,7 @@ class TestMessages:
         """A block under a view says what to use instead."""
         block = arena.alloc(8)
         view = block.view
-        with pytest.raises(ViewError, match=r"or use the block's close\(\)"):
+        with pytest.raises(ViewError, match=r"or call the block's close\(\)"):
             block.free()
         del view
         block.free()

@@ -357,9 +357,8 @@ class TestStrictOvercommit:
         assert error.limit == "overcommit"
         assert (
             "vm.overcommit_memory is 2, and Committed_AS is 3 GiB of a CommitLimit of 4 GiB, of "
-            "which the kernel keeps back 8 MiB for root (vm.admin_reserve_kbytes) and 128 MiB from "
-            "this process (a 32nd of its addresses, reserved ones too, at most "
-            "vm.user_reserve_kbytes)"
+            "which the kernel keeps back 8 MiB for root (vm.admin_reserve_kbytes) and 128 MiB for "
+            "user_reserve (1/32 of this process's VSZ, at most vm.user_reserve_kbytes)"
         ) in str(error)
 
     def test_the_kernel_counts_in_batches(self, machine: Any) -> None:

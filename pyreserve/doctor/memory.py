@@ -92,7 +92,7 @@ def overcommit() -> Iterator[Finding]:
             f"vm.overcommit_memory is 2 (strict, {by}): {strict}.",
             f"Commits of at most {format_size(strict.left)} more, of all processes; "
             'mode="noreserve" is charged like "charge". Reserving is not charged, but '
-            "addresses count in what is kept back from their process.",
+            "1/32 of a process's addresses is withheld from its commits.",
             "sysctl -w vm.overcommit_memory=0",
             f"One commit may have {format_size(most)}, and noreserve is not charged. Or stay "
             "strict with a higher limit: sysctl -w vm.overcommit_ratio=100",

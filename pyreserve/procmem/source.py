@@ -197,7 +197,7 @@ class LiveSource:
 
     def _not_there(self, name: str) -> AccessError | NoAddressSpaceError:
         if not any(Path("/proc", one).exists() for one in ("self", "stat", "version")):
-            msg = "/proc is not mounted: what a process's address space holds is only told there"
+            msg = "/proc is not mounted; it is the only source for a process's mappings"
             return AccessError(errno.ENOENT, msg)
         if self._has_memory() or self.pid == os.getpid():
             msg = f"{self._folder / name} is not there: this kernel or a sandbox does not show it"

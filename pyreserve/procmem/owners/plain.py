@@ -19,7 +19,7 @@ def kernel_pages(sight: Sight) -> None:
     sight.claim(
         (i for i in pages if not sight.perms[i] & WRITE),
         "kernel pages (vdso, vvar)",
-        "the kernel's own names for what nobody may write to",
+        "read-only, with a name that the kernel gives",
     )
     stack = (i for i in sight.called("[stack]") if sight.perms[i] & RW == RW)
     sight.claim(stack, "main stack", "the kernel names it [stack]")
