@@ -14,12 +14,12 @@
 /* PyErr_Fetch is deprecated from 3.12 on, where what replaces it begins. */
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
 
-/* Exceptions in a row after which a fork goes on without locks: it is not signals, then. */
+/* Exceptions in a row after which a fork goes on without locks: more than signals could cause. */
 enum { MOST_RAISED = 10000 };
 
 static PyObject *registry, *collect;
 static PyObject *acquire, *release; /* methods of RLock */
-static PyObject *levels; /* of each fork under way, the innermost last: what it has taken */
+static PyObject *levels; /* a stack of nested forks; each entry holds the locks it took */
 static PyObject *raised; /* exceptions to raise after the fork, the first one first */
 static PyObject *caller; /* the frame that called the fork in which they were raised */
 static unsigned long main_id, forking_id;
@@ -39,13 +39,13 @@ void forklocks_open(uintptr_t registry_id, uintptr_t collect_id, unsigned long m
 
 /* -- exceptions that have to wait --------------------------------------------------------------- */
 
-/* Takes the exception that is set, if one is, out of the way of what has to be given back. */
+/* Saves the current exception, if any, to raise it after the fork. */
 static void keep_exception(void) {
     PyObject *type, *value, *traceback;
     if (PyErr_Occurred() == NULL)
         return;
     raised_in_a_row++;
-    if (PyThread_get_thread_ident() != main_id) { /* no signal handler's: nobody could be told */
+    if (PyThread_get_thread_ident() != main_id) { /* not from a signal handler */
         PyErr_WriteUnraisable(NULL);
         return;
     }
@@ -62,8 +62,8 @@ static void keep_exception(void) {
     caller = Py_XNewRef((PyObject *)PyEval_GetFrame());
 }
 
-/* Whether a function that the caller of the fork has called is at work: somebody's at-fork handler,
- * in which an exception would be lost. */
+/* True inside an at-fork handler, where an exception would be lost: a function that the caller of
+ * the fork has called is running. */
 static bool in_at_fork_handler(void) {
     PyObject *frame = Py_XNewRef((PyObject *)PyEval_GetFrame());
     bool first = true, found = false;
@@ -125,7 +125,8 @@ static struct pagealloc *tables_of(PyObject *entry) {
     return (struct pagealloc *)PyLong_AsVoidPtr(PyTuple_GetItem(entry, 1));
 }
 
-/* Waits until a lock, or that of tables, was free once, or a signal handler raised. */
+/* Blocks until `blocked`, a lock or tables, has been free at least once, or a signal handler
+ * raised. */
 static void wait_for(PyObject *blocked) {
     if (!PyTuple_Check(blocked)) {
         if (lock_rlock(blocked))
@@ -164,7 +165,7 @@ static bool take_rlocks(PyObject *locks, PyObject **blocked) {
     return err == 0;
 }
 
-/* Likewise; what an outer fork of this thread has already is left alone. NULL or what it took. */
+/* Same for tables; skips those that an outer fork holds. Returns the list taken, or NULL. */
 static PyObject *take_tables(PyObject *tables, PyObject **blocked) {
     PyObject *taken = PyList_New(0);
     bool failed = taken == NULL;
@@ -253,7 +254,7 @@ void forklocks_after_in_child(void) {
     PyGILState_STATE gil = PyGILState_Ensure();
     main_id = PyThread_get_thread_ident();
     after();
-    /* The parent's signals are the parent's. */
+    /* The parent raises them, not the child. */
     while (PyList_Size(raised) > 0)
         (void)PySequence_DelItem(raised, 0);
     Py_CLEAR(caller);

@@ -117,7 +117,7 @@ int pagealloc_trylock(struct pagealloc *pages);
 void pagealloc_unlock(struct pagealloc *pages);
 
 /* The lock from before a fork until after it, on both sides. The thread that forks may call every
- * function meanwhile, as other handlers of the fork do; all other threads wait. try: 0, EBUSY, or
+ * function, as at-fork handlers of other modules do; all other threads wait. try: 0, EBUSY, or
  * EDEADLK if this thread has it for a fork already. */
 int pagealloc_trylock_fork(struct pagealloc *pages);
 void pagealloc_unlock_fork(struct pagealloc *pages);

@@ -233,7 +233,7 @@ static int field(struct procmaps *table, struct cursor line) {
 
 /* ---- counting pages -------------------------------------------------------------------------- */
 
-/* [vsyscall]: a gate page is told by its place, the upper half, as a name may be anybody's. */
+/* [vsyscall]: recognise it by its address in the upper half; any file may have that name. */
 static bool is_kernels(const uint64_t *one) {
     return one[PROCMAPS_START] >> 63 != 0;
 }

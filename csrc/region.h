@@ -20,9 +20,9 @@
  *
  * A region is open, retired or closed. One that is all zero bytes is closed; region_reserve and
  * region_window open a closed one, region_release closes it and keeps its storage for the next
- * time, region_end is the end of it. A retired region keeps its addresses and its books for views
- * that still show them, and only region_end takes them away. What is asked of a region that is not
- * open answers REGION_RELEASED.
+ * time, region_end frees it. A retired region keeps its addresses and its books for views that
+ * still show them, and only region_end takes them away. Calls on a region that is not open return
+ * REGION_RELEASED.
  */
 #ifndef PYRESERVE_REGION_H
 #define PYRESERVE_REGION_H
@@ -54,7 +54,7 @@ struct region {
     bool retired;   /* open for region_end alone */
     char name[80]; /* empty: none */
     struct runs reserved, committed;
-    struct tracing traced; /* of the committed bytes, those that tracemalloc was told of */
+    struct tracing traced; /* pieces reported to tracemalloc */
 };
 
 /* Where a reservation shall be and what else it shall have; all zero: anywhere, nothing. */

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Runs whose storage is worth keeping for the next use. */
+/* Keep the storage of up to this many runs for reuse. */
 enum { SMALL = 64 };
 
 /* Index of the first run that ends at or after `offset`: the only one that can hold or touch it. */

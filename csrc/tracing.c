@@ -6,14 +6,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Pieces whose storage is worth keeping for the next use. */
+/* Keep the storage of up to this many pieces for reuse. */
 enum { SMALL = 64 };
 
 struct allocator { /* PyMemAllocatorEx */
     void *context, *malloc, *calloc, *realloc, *free;
 };
 
-/* What is used of Python, all of it or nothing. */
+/* Python functions, resolved at run time: all or none. */
 static struct {
     int (*track)(unsigned domain, uintptr_t address, size_t nbytes);
     int (*untrack)(unsigned domain, uintptr_t address);
@@ -59,8 +59,8 @@ static bool is_usable(void) {
     return python.track != NULL && !python.is_finalizing();
 }
 
-/* Untracking what is not tracked says whether there is tracing. To track would take the GIL before it
- * looks (3.13.2). */
+/* Untracking an address that is not tracked tells whether tracing is on. PyTraceMalloc_Track takes
+ * the GIL before it checks (3.13.2). */
 static bool is_tracing(void) {
     return python.untrack(TRACING_DOMAIN, 0) == 0;
 }
@@ -106,8 +106,8 @@ static void leave_python(struct entry entry) {
     python.leave_gil(entry.gil);
 }
 
-/* To untrack takes 42 ns on 3.13.2 and later 3.13, for its lock is a semaphore; to see that the raw
- * allocator is still the one of a moment without tracing, which replaces it, takes 9. */
+/* Untracking takes 42 ns on 3.13.2 and later 3.13, as its lock is a semaphore. tracemalloc replaces
+ * the raw allocator; comparing it takes 9 ns. */
 static bool is_tracing_by_allocator(void) {
     static void *off;
     if (raw_malloc() == __atomic_load_n(&off, __ATOMIC_RELAXED) || !is_usable())

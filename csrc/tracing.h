@@ -1,9 +1,9 @@
 /* tracing: reports committed bytes to Python's tracemalloc, in a domain of their own.
  *
- * tracemalloc keeps one trace an address: its bytes and the Python stack at that moment. So a commit
- * is one piece, kept apart from its neighbours, and a piece that is cut is reported anew. The books
- * here say which pieces were reported; tracemalloc may have lost them since (stop, clear_traces), and
- * what it lost is never reported again.
+ * tracemalloc keeps one trace per address: its bytes and the Python stack at that moment. Each
+ * commit is therefore a piece of its own, and cutting one reports the remainder again. The books
+ * here say which pieces were reported. A piece lost to stop() or clear_traces() is not reported
+ * again.
  *
  * PyTraceMalloc_Track and _Untrack are looked up in the process at first use: the extension stays in
  * Python's stable ABI, and without them, as in a C program, nothing is ever reported.

@@ -33,7 +33,8 @@ _ZEROED = 1 << lib.HEAP_PAGE_BITS
 _BLOCKS_AT_ONCE = 256
 _PIECES_AT_ONCE = 256
 _LONGEST_PIECE = 64 * MiB  # given back in one system call, so that nobody waits for long
-_PATIENCE = 0.05  # seconds until a scavenger that waits looks whether it is still wanted
+# Seconds a scavenger waits for the lock before checking that it is still wanted.
+_PATIENCE = 0.05
 _ARENAS_MOST = TiB  # of arenas that lie apart: what the tables are made for
 
 
@@ -83,8 +84,8 @@ class Arena(Engine):
         self._heap: Any = None
         self._tables: Region | None = None
         self._worker: Worker | None = None
-        # Blocks that were closed under live views, by their new handles; and those whose views have
-        # gone while the arena was busy.
+        # Closed blocks with live views, by new handle; and blocks whose last view died while the
+        # lock was taken.
         self._closed_blocks: dict[int, _ClosedBlock] = {}
         self._late: list[_ClosedBlock] = []
         super().__init__(layout, size, mode)
@@ -464,6 +465,8 @@ class Arena(Engine):
     def release(self) -> None:
         """Give all addresses back, and with them all blocks.
 
+        The allocator's own tables go with this object.
+
         Raises:
             ViewError: live views hold some of the bytes.
             ReleasedError: it was released or closed.
@@ -488,10 +491,9 @@ class Arena(Engine):
         self.stop_scavenger()
 
     def close(self) -> None:
-        """Refuse new use at once; give all addresses back when the last view is gone.
+        """Refuse new use; release the addresses with the last view. See `Region.close`.
 
-        That is at once if there is none. This is what the end of a ``with`` does. Once is enough,
-        and twice no harm.
+        The allocator's own tables go with this object.
         """
         with self._lock:
             if self._heap is not None:
@@ -762,7 +764,7 @@ class Arena(Engine):
 
 
 class _ClosedBlock:
-    """A block with a new handle, which comes to its arena's `_late` when no view is left."""
+    """A block to free with its last view. It has a handle of its own: the Block's is stale."""
 
     def __init__(self, arena: Arena, nbytes: int) -> None:
         self.handle, self.nbytes = ffi.new("int64_t *", -1), nbytes

@@ -213,11 +213,7 @@ class Bitmap:
         self._region.release()
 
     def close(self) -> None:
-        """Refuse new use at once; give the words back when the last view of them is gone.
-
-        That is at once if there is none. This is what the end of a ``with`` does. Once is enough,
-        and twice no harm.
-        """
+        """Refuse new use; release the words with the last view of them. See `Region.close`."""
         self._region.close()
 
     # -- Python's protocols -------------------------------------------------------------------

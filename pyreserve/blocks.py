@@ -62,7 +62,7 @@ class Block:
 
     @property
     def offset(self) -> int:
-        """Offset of the first byte in `Arena.region`, in bytes; likewise."""
+        """Offset of the first byte in `Arena.region`, in bytes; also after it was freed."""
         return self.address - self._arena.region.base
 
     @property
@@ -100,10 +100,10 @@ class Block:
         self._arena.free(self)
 
     def close(self) -> None:
-        """Refuse new views at once; free the block when its last view is gone.
+        """Refuse new views now; free the block when its last view is gone.
 
-        That is at once if there is none, and else no later than at the arena's next call. This is
-        what the end of a ``with`` does. Once is enough, and twice no harm.
+        With no view it is freed now; if another thread is in a call on the arena when the last view
+        dies, at the arena's next call. Leaving a ``with`` block calls this; see `Region.close`.
         """
         self._arena._close_block(self)
 

@@ -86,7 +86,7 @@ class BumpArena(InSteps):
         # Offsets: where the window begins, and up to where bytes may hold what was written before a
         # reset.
         self._floor = self._dirty = 0
-        # What a scope had to leave in use: from which offset, up to which, and `keep` of `reset`.
+        # A scope's blocks still to be taken back: (start, end, keep).
         self._due: tuple[int, int, bool] | None = None
         # The window's length, and how much of it is handed out.
         self._length = self._at = 0
@@ -197,15 +197,14 @@ class BumpArena(InSteps):
     def scope(self, *, keep: bool = True) -> Iterator[None]:
         """Take back, at the end of a ``with``, the blocks and the marks that were made inside.
 
-        Where live views still show some of the blocks at the end, all of them stay in use. They are
-        taken back when the next block or mark is made, if the views are gone by then, or else by
-        the next `reset` below.
+        If views of these blocks are alive at the end, the blocks stay in use. The next `alloc` or
+        `mark` takes them back if the views are gone by then, or else a `reset` to an earlier mark.
         """
         mark = self._alone(self._push, False)
         try:
             yield
         finally:
-            # Neither live views nor a kernel that refuses are a reason to hide an exception.
+            # A live view or a refused decommit must not replace the exception in flight.
             with suppress(PyreserveError, RuntimeError):
                 self._alone(self._end_scope, mark, keep)
             with self._lock:
@@ -219,7 +218,7 @@ class BumpArena(InSteps):
             self._reset_to(mark.offset, keep)
 
     def _take_back_due(self) -> None:
-        """Take back what a scope had to leave in use, unless more was handed out since."""
+        """Take back what a scope left in use, unless more was handed out since."""
         if self._due is None:
             return
         (offset, used, keep), self._due = self._due, None

@@ -24,7 +24,7 @@ _BRK_ROOM = 64 * MiB  # left to the C library's heap, which grows upward from th
 
 
 class FellBack(NamedTuple):
-    """Why a layout could not be had: in words, and the limit that refused if it is known."""
+    """Why a layout was refused: in words, and the limit if it is known."""
 
     because: str
     limit: str | None
@@ -67,12 +67,12 @@ class Engine:
 
     @property
     def layout(self) -> Layout:
-        """The layout at work: another one than was asked for if that fell back."""
+        """The layout in use; differs from `requested_layout` after a fallback."""
         return self._layout
 
     @property
     def fell_back(self) -> FellBack | None:
-        """Why the layout that was asked for could not be had; None if it could."""
+        """Why the requested layout was refused; None if it was not."""
         return self._fell_back
 
     @property
@@ -302,11 +302,7 @@ class Engine:
                 self._close_elsewhere()
 
     def close(self) -> None:
-        """Refuse new use at once; give all addresses back when the last view is gone.
-
-        That is at once if there is none. This is what the end of a ``with`` does. Once is enough,
-        and twice no harm.
-        """
+        """Refuse new use; release the addresses with the last view. See `Region.close`."""
         with self._lock:
             self._region._close()
             if self._undo is None:  # else the growth under way still needs them

@@ -94,8 +94,8 @@ class ViewError(PyreserveError, BufferError):
     """Live views hold bytes that would become inaccessible; nothing has changed.
 
     The text names the bytes and the remedy. While the views live it also names, where Python can
-    tell, the type of each holder and the addresses that it shows. The
-    search keeps objects alive while it lasts.
+    tell, the type of each holder and the addresses that it shows; the search keeps objects alive
+    while it lasts.
     """
 
     def __init__(self, message: str, holders: Callable[[], list[str]] = list) -> None:

@@ -4,21 +4,22 @@ from importlib import import_module
 from typing import Any
 
 
-def import_extra(module: str, extra: str, who: str) -> Any:
+def import_extra(module: str, extra: str, user: str) -> Any:
     """Import a module that an extra installs.
 
     Raises:
-        ImportError: it is not installed, which `who` needs. Any other failure of the import, such
+        ImportError: not installed; the message names `user`. Any other failure of the import, such
             as a library that can't be mapped, is raised as it is.
     """
     package = module.partition(".")[0]
     try:
-        import_module(package)  # 3.15 has other words for a module of a package that is not there
+        # The package first: Python 3.15 words the error for a submodule differently.
+        import_module(package)
         return import_module(module)
     except ModuleNotFoundError as missing:
         if missing.name != package:
             raise
-        msg = f"{who} needs {package}: pip install 'pyreserve[{extra}]'"
+        msg = f"{user} needs {package}: pip install 'pyreserve[{extra}]'"
         raise ImportError(msg, name=package) from missing
 
 

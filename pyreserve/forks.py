@@ -6,7 +6,7 @@ lock while holding others could deadlock: a fork takes all of them without waiti
 what it has, waits for the one that was taken, and begins again.
 
 The handlers of the fork are C (``csrc/forklocks.h``). While a thread forks, other at-fork handlers
-in it may call everything here: the thread can take each lock again.
+in it may call everything here: the thread can re-enter each lock.
 """
 
 import os
@@ -18,7 +18,7 @@ from typing import Any
 from pyreserve._native import ffi, lib
 
 registry_lock = RLock()
-"""Held from before a fork until after it: who holds it knows that no fork is under way."""
+"""Held across each fork: code that takes it runs while no other thread forks."""
 
 _FIRST_LIMIT = 64
 
@@ -48,12 +48,12 @@ _tables = _Registry()
 
 
 def register(lock: RLock) -> None:
-    """Have a lock taken before a fork, while it is alive."""
+    """Register a lock to be held across forks. The reference is weak."""
     _locks.add(lock, 0)
 
 
 def register_tables(keeper: Any, tables: Any) -> None:
-    """Have the lock of a ``struct pagealloc *`` taken before a fork, while `keeper` is alive."""
+    """Register the lock of a ``struct pagealloc *``, while `keeper` is alive."""
     _tables.add(keeper, int(ffi.cast("uintptr_t", tables)))
 
 

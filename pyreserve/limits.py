@@ -57,8 +57,7 @@ def _address_space(nbytes: int, address: int | None) -> Limit | None:
     return None
 
 
-# Of a resource limit: its name, what is limited besides, ulimit's option, and the field of
-# /proc/self/status that counts against it.
+# (name, text before it, ulimit option, field of /proc/self/status that counts against it)
 _RLIMITS = {
     resource.RLIMIT_AS: ("RLIMIT_AS", "", "-v", "VmSize"),
     resource.RLIMIT_DATA: ("RLIMIT_DATA", "", "-d", "VmData"),

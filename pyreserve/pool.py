@@ -225,7 +225,7 @@ class Pool:
         return nbytes
 
     def release(self) -> None:
-        """Give all addresses back.
+        """Give all addresses back. The allocator's own tables go with this object.
 
         Raises:
             ViewError: live views hold some of the bytes.
@@ -241,10 +241,9 @@ class Pool:
             self._seen = 0  # so that each `alloc` looks whether the region is there
 
     def close(self) -> None:
-        """Refuse new use at once; give all addresses back when the last view is gone.
+        """Refuse new use; release the addresses with the last view. See `Region.close`.
 
-        That is at once if there is none. This is what the end of a ``with`` does. Once is enough,
-        and twice no harm.
+        The allocator's own tables go with this object.
         """
         with self._lock:
             self._region._retire()

@@ -130,7 +130,7 @@ def free_gaps(mappings: list[Mapping], low: int, high: int) -> Iterator[tuple[in
 def available_bytes() -> int:
     """Estimate how much memory this process can still take: MemAvailable, or less by its cgroup.
 
-    Where /proc can't be read: the memory that is free now.
+    Falls back to free physical memory if /proc can't be read.
     """
     try:
         available = meminfo_kib()["MemAvailable"] * 1024
@@ -185,10 +185,10 @@ _CGROUPS = (
 def cgroup_places(
     controller: str, roots: tuple[Path, Path], pid: int | str = "self"
 ) -> Iterator[tuple[Path, bool]]:
-    """Yield the folders of the cgroups above a process, innermost first, and whether of version 1.
+    """Yield (folder, is_version_1) of the cgroups above a process, innermost first.
 
-    Those that may have the controller; `roots` is where the two versions, 2 and 1, are mounted. The
-    root group and one without the controller have none of its files.
+    Only of those that may have `controller`. `roots`: mount points of versions 2 and 1. The root
+    group and one without the controller have none of its files.
     """
     text = (_PROC / str(pid) / "cgroup").read_bytes().decode(errors="surrogateescape")
     for line in filter(None, text.split("\n")):
@@ -209,8 +209,8 @@ def memory_cgroups(pid: int | str = "self") -> Iterator[MemoryCgroup]:
     The root group and one without the memory controller have none of the files.
     """
     (root, *files), (root_1, *files_1) = _CGROUPS
-    for place, first in cgroup_places("memory", (root, root_1), pid):
-        yield MemoryCgroup(place, *(files_1 if first else files))
+    for place, version_1 in cgroup_places("memory", (root, root_1), pid):
+        yield MemoryCgroup(place, *(files_1 if version_1 else files))
 
 
 def cgroup_memory(pid: int | str = "self") -> Iterator[tuple[int, int]]:

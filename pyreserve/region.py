@@ -335,20 +335,20 @@ class Region:
         Raises:
             ViewError: live views hold some of the bytes.
             VMError: refused (max_map_count), or the region is sealed.
-            RangeError: the region is part of an arena, which is to be released instead.
+            RangeError: the region is part of an arena: release the arena.
             ReleasedError: it was released or closed.
         """
         self._refuse_owned("release")
         self._release()
 
     def close(self) -> None:
-        """Refuse new use at once; give the addresses back when the last view is gone.
+        """Refuse new use now; release the addresses when the last view is gone.
 
-        That is at once if there is none. This is what the end of a ``with`` does. Once is enough,
-        and twice no harm. A sealed region keeps its addresses until the process ends.
+        With no view they are released now. Leaving a ``with`` block calls this. Calling it again
+        does nothing. A sealed region keeps its addresses until the process ends.
 
         Raises:
-            RangeError: the region is part of an arena, which is to be closed instead.
+            RangeError: the region is part of an arena: close the arena.
         """
         self._refuse_owned("close")
         self._close()
@@ -374,7 +374,10 @@ class Region:
             self._closed = True
 
     def _retire(self) -> None:
-        """Refuse new use, but keep the addresses: for the owner of the lock, who closes it soon."""
+        """Refuse new use but keep the addresses.
+
+        The caller holds the lock and calls `_close` next.
+        """
         self._released = True
         lib.region_retire(self._handle)
 
@@ -613,7 +616,7 @@ def reserve(
         mode: ``"charge"``: a commit counts against the commit limit, a decommit gives it back.
             ``"noreserve"``: never charged (MAP_NORESERVE), except under
             ``vm.overcommit_memory=2``, where the kernel ignores that and ``Region.mode``
-            says ``"charge"``. There a reservation is not charged, but a 32nd of a process's
+            says ``"charge"``. There a reservation is not charged, but 1/32 of a process's
             addresses, at most vm.user_reserve_kbytes (128 MiB), is kept back from its commits.
         dump: whether core dumps include the region (else MADV_DONTDUMP).
         fork: what a forked child finds: ``"copy"`` as usual, or ``"wipe"`` zeros
@@ -681,13 +684,14 @@ def resident(region: Region) -> int:
     return total
 
 
-def import_numpy(who: str) -> Any:
+def import_numpy(user: str) -> Any:
     """Import numpy where it is needed, and only there: importing pyreserve is cheap.
 
     Raises:
-        ImportError: it is missing, which `who` needs (extra ``numpy``); or as numpy raised it.
+        ImportError: not installed (extra ``numpy``); the message names `user`. Or as numpy
+                raised it.
     """
-    return import_extra("numpy", "numpy", who)
+    return import_extra("numpy", "numpy", user)
 
 
 def _new_handle() -> Any:

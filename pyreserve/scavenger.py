@@ -17,7 +17,7 @@ FIVE_MINUTES = 300.0
 """How long Go keeps idle memory, in seconds (Go 1.4 src/runtime/mheap1.c, ``limit``)."""
 
 _MOST_BETWEEN = 60.0  # Go's ``tick`` (same file): seconds between two looks
-_PATIENCE = 0.1  # seconds between two looks of who waits for the thread's end
+_PATIENCE = 0.1  # seconds between checks while waiting for the thread to end
 _LEAST_BETWEEN = 1.0  # where memory of any age shall go
 
 
@@ -60,7 +60,7 @@ class Scavenger:
         return f"<Scavenger of what is idle for {self._older_than:g} s, {state}>"
 
     def stop(self) -> None:
-        """Stop the thread and wait for its end. Once is enough, and twice no harm."""
+        """Stop the thread and wait for it to end. Calling it again does nothing."""
         self._worker.stop(self)
 
     def add(self, nbytes: int) -> None:
@@ -71,7 +71,7 @@ class Scavenger:
 class Worker:
     """The thread of an arena: one at most, whose scavenger may be replaced by another.
 
-    Nobody waits for a lock while having this one, except for the end of a thread that needs none.
+    No lock is waited for while this one is held, except to join a thread that takes none.
     """
 
     def __init__(self, arena: "Arena") -> None:
@@ -84,7 +84,7 @@ class Worker:
         self._wake.acquire()
         self._scavenger: Scavenger | None = None
         self._thread: threading.Thread | None = None
-        self._ended: threading.Thread | None = None  # it has nothing left to do but to end
+        self._ended: threading.Thread | None = None  # finished its work, not yet exited
         self._arena = weakref.ref(arena, self._dismiss)
         _workers.add(self)
 
@@ -127,17 +127,17 @@ class Worker:
     def stop(self, scavenger: Scavenger | None = None) -> None:
         """Stop the thread if it works for `scavenger`, and wait for its end.
 
-        Does not wait in the thread itself, nor where this interrupts another call here.
+        Does not wait in the thread itself, nor where it interrupts a call that holds the lock.
         """
         with self._lock:
             if scavenger is not None and self._scavenger is not scavenger:
                 return
             self._dismiss()
             thread = self._thread if self._alive() else None
-        # The thread needs the lock to end, which a call that this interrupts still has.
+        # The thread takes this lock before it ends; an interrupted call may hold it.
         if thread is threading.current_thread() or self._lock._is_owned():  # type: ignore[attr-defined]
             return
-        # Another thread may start a scavenger meanwhile, which the thread then works for.
+        # Another thread may start a new scavenger; this thread then serves it.
         while thread is not None and thread.is_alive() and self._scavenger is None:
             thread.join(_PATIENCE)
 
@@ -147,7 +147,7 @@ class Worker:
         self._awake()
 
     def _awake(self) -> None:
-        with contextlib.suppress(RuntimeError):  # nobody has waited since it was released before
+        with contextlib.suppress(RuntimeError):  # already released, not yet consumed
             self._wake.release()
 
     def _run(self) -> None:
@@ -157,7 +157,7 @@ class Worker:
                 self._scavenge(scavenger)
 
     def _next(self) -> Scavenger | None:
-        """Return whose work to do; after None the thread ends and `start` makes another one."""
+        """Return the scavenger to serve; None ends the thread, and `start` then makes a new one."""
         with self._lock:
             if self._scavenger is None:
                 self._thread, self._ended = None, self._thread
@@ -178,7 +178,7 @@ _exiting = False
 
 @atexit.register
 def _end_threads() -> None:
-    """End all threads before the interpreter does, which would freeze one that has a lock."""
+    """End all threads before interpreter shutdown, which would freeze one that holds a lock."""
     global _exiting  # noqa: PLW0603
     _exiting = True
     for worker in list(_workers):

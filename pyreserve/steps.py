@@ -130,11 +130,7 @@ class InSteps:
         self._region.release()
 
     def close(self) -> None:
-        """Refuse new use at once; give all addresses back when the last view is gone.
-
-        That is at once if there is none. This is what the end of a ``with`` does. Once is enough,
-        and twice no harm.
-        """
+        """Refuse new use; release the addresses with the last view. See `Region.close`."""
         with self._lock:
             self._region._retire()
             if not self._busy:  # else the call under way still needs the memory

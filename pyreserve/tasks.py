@@ -1,4 +1,4 @@
-"""Which limit refuses another process or thread (EAGAIN of clone(2)). Asked after a refusal."""
+"""Find the limit behind an EAGAIN from clone(2)."""
 
 import contextlib
 import os
@@ -12,10 +12,9 @@ _PIDS_ROOTS = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/pids")  # versions 2 
 
 
 def refusing_limit() -> tuple[str, str] | None:
-    """Return the limit that is reached, by its name, and a sentence on how it stands.
+    """Return (name, sentence) of the limit that is reached, or None if no visible limit is.
 
-    In the order in which the kernel asks (``copy_process`` of kernel/fork.c). None: none of those
-    that can be seen from here.
+    In the kernel's order (``copy_process`` of kernel/fork.c).
     """
     return _rlimit_nproc() or _threads_max() or _pid_max() or _pids_cgroup()
 
@@ -67,7 +66,7 @@ def _threads_max() -> tuple[str, str] | None:
 
 def _pid_max() -> tuple[str, str] | None:
     limit, used = int(procfs.kernel_setting("pid_max")), _all_tasks()
-    # The first 300 are not given out a second time (RESERVED_PIDS of kernel/pid.c).
+    # The first 300 are not reused (RESERVED_PIDS of kernel/pid.c).
     if used < limit - 300:
         return None
     return (

@@ -182,7 +182,7 @@ _ADVICE = {
 
 
 def view_error(refused: str, held: list[Entry], verb: str = "") -> ViewError:
-    """Make the error for live views that stand in the way of `verb`."""
+    """Build the ViewError for `verb`; `refused` is the start of the message."""
     held = sorted(held, key=itemgetter(1, 2))
     some = ", ".join(f"[{lo:#x}, {hi:#x})" for _, lo, hi in held[:_NAMED])
     more = ", ..." if len(held) > _NAMED else ""
@@ -193,7 +193,7 @@ def view_error(refused: str, held: list[Entry], verb: str = "") -> ViewError:
 
 
 class _Holders:
-    """Describes what keeps the anchors of views alive, when and if somebody asks."""
+    """Describes the holders of views, lazily: scanning all objects is slow."""
 
     def __init__(self, held: list[Entry]) -> None:
         self._held = held
@@ -217,8 +217,8 @@ class _Holders:
 def _shown() -> list[Any]:
     """List the memoryviews and ndarrays that variables, containers and attributes refer to.
 
-    Where no array can be seen, the memoryview that it stands on still is. Looks at every object
-    that the garbage collector knows.
+    An array that is not found is represented by its memoryview. Looks at every object that the
+    garbage collector knows.
     """
     numpy = sys.modules.get("numpy")
     kinds = (memoryview,) if numpy is None else (memoryview, numpy.ndarray)
@@ -237,7 +237,7 @@ def _shown() -> list[Any]:
 def _variables() -> list[Any]:
     """List what the variables of running functions refer to, from Python 3.13 on.
 
-    Before, looking at them would keep what they refer to alive.
+    Before 3.13, reading f_locals keeps the values alive.
     """
     found: list[Any] = []
     frames = list(sys._current_frames().values()) if sys.version_info >= (3, 13) else []

@@ -24,7 +24,7 @@ _LONG = 0.5  # seconds after which a progress bar is worth its lines
 class PlainTable(Table):
     """Columns some spaces apart, without lines, and without padding at the edges.
 
-    rich before 14.1 counts the padding that is not there, and cuts figures to make room for it.
+    rich before 14.1 counts padding at the edges that is not drawn, and truncates cells.
     """
 
     def __init__(self, gap: int, *, indent: int = 0, **how: Any) -> None:

@@ -312,7 +312,7 @@ class _MachineTime:
     def _read() -> tuple[float, float]:
         """Read the seconds that all CPUs were busy, and had stolen from them (proc(5)).
 
-        Where that can't be read, nobody else was busy.
+        (0, 0) if /proc/stat can't be read.
         """
         try:
             with Path("/proc/stat").open(encoding="ascii") as stat:

@@ -37,8 +37,8 @@ class Capture:
         cgroups: limit and use in bytes of each limited memory cgroup.
         live: the process runs on this machine.
         pid: its number, None if not known.
-        missing: those of smaps, smaps_rollup, status and limits that could not be read.
-        knows_memory: what of each mapping is in memory is known; else only the totals may be.
+        missing: the unreadable files among smaps, smaps_rollup, status and limits.
+        knows_memory: resident bytes are known for each mapping; else at most the totals are.
         guarded: starts of mappings whose lowest page is a guard inside (MADV_GUARD_INSTALL), of
             those that may be stacks; not known of saved files.
     """
@@ -154,7 +154,7 @@ def _all(source: LiveSource | SavedSource) -> _Read:
 
 
 def _table(source: LiveSource | SavedSource, rollup: dict[str, int]) -> tuple[MapTable, bool, bool]:
-    """Return the mappings, whether smaps can be read, and whether it is known what is in memory."""
+    """Return the mappings, whether smaps can be read, and whether resident bytes are known."""
     maps = source.table("maps") if isinstance(source, LiveSource) else None
     if maps is not None and len(maps) >= _MANY and _counted(source, maps, rollup):
         return maps, True, True

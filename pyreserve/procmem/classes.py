@@ -45,9 +45,9 @@ WORDS = (
     "in swap",
     "the kernel's own",
 )
-"""What to call the classes of `NAMES` before people."""
+"""The classes of `NAMES` as shown on screen."""
 ACCESSIBLE, ACCESSIBLE_WORDS = "accessible", "accessible, in memory or not"
-"""The class of what may be in memory where it is not known, and what to call it."""
+"""The class of bytes that may be in memory where that is not known, and its label on screen."""
 NO_ACCESS, UNTOUCHED, PRIVATE, SHARED, FILE, SWAPPED, SPECIAL = range(len(NAMES))
 
 _ACCESS = READ | WRITE | EXECUTE

@@ -48,7 +48,7 @@ _MACHINE = {
 def naming_the_limit() -> Iterator[None]:
     """Raise an error that names the limit instead of an empty MemoryError.
 
-    Where vm.max_map_count is reached, malloc has only what it has already.
+    Where vm.max_map_count is reached, malloc can't map more memory.
     """
     ran_out = False
     try:
@@ -221,7 +221,7 @@ class LiveSource:
 
 
 class SavedSource:
-    """A folder with files of `SAVED`, perhaps compressed (``.gz``). Smaps or maps is a must."""
+    """A folder with files of `SAVED`, perhaps compressed (``.gz``). smaps or maps is required."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -63,7 +63,7 @@ class AddressSpace:
         ranges: address ranges that are known by name, such as a Go heap's spans, bitmap and arena.
         warnings: what is worth worrying about, in words.
         settled: all was read of one moment.
-        missing: which of smaps, smaps_rollup, status and limits could not be read. Without
+        missing: the unreadable files among smaps, smaps_rollup, status and limits. Without
             smaps_rollup PSS is the sum of the mappings', each rounded down; without smaps, unless
             pages could be counted, it is not known which mappings are in memory.
     """
@@ -191,7 +191,7 @@ def explain(pid: int | None = None, *, path: str | Path | None = None) -> Addres
     Args:
         pid: the process; this one by default.
         path: instead of a process, a folder with such files of one, each perhaps ``.gz``, as `save`
-            writes them. Only smaps, or else maps, is a must.
+            writes them. smaps or maps is required.
 
     Raises:
         TypeError, ValueError: `pid` is no process number, or both were given.

@@ -21,9 +21,8 @@ def own_regions(sight: Sight) -> None:
 def regions(sight: Sight) -> None:
     """Claim another process's regions: reserved, and kept out of core dumps (``dd``).
 
-    Kept out of dumps alone is no evidence: libraries do so with secrets, the kernel with what it
-    may drop. So a part of it must still be reserved: a region that is committed whole is not told
-    from other memory.
+    Being kept out of dumps is not enough: libraries hide secrets that way, and droppable memory has
+    it too. A part must also be reserved, so a fully committed region can't be distinguished.
     """
     if sight.pyreserve is None or not sight.knows_flags or sight.runs_code_of(_ALIKE):
         return
