@@ -12,7 +12,7 @@ FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 class BuildExt(build_ext):
     """Builds the extension, and leaves a copy beside its sources.
 
-    Python started in a clone imports the package from there, whatever is installed.
+    Python started in a clone imports that copy, even if another one is installed.
     """
 
     def run(self) -> None:

@@ -792,7 +792,7 @@ class TestScopes:
         assert arena.in_use == 16
 
     def test_live_views_under_later_blocks(self) -> None:
-        """What was handed out since is never taken back, nor what it lies above."""
+        """Blocks allocated after the scope, and those below them, are not taken back."""
         arena = BumpArena(4 * MiB)
         with arena.scope(keep=False):
             held = [arena.alloc(8)]

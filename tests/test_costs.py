@@ -804,7 +804,7 @@ class TestMeasure:
         assert found == costs_of
 
     def test_a_touch_is_a_first_touch(self) -> None:
-        """What is to touch 64 pages has 63 page faults more than what is to touch one."""
+        """Touching 64 pages takes 63 more faults than touching one."""
         one, many = write(ONE, ("life",), [PAGE_SIZE, 64 * PAGE_SIZE])
 
         def faults(program: Program) -> int:

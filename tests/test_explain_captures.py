@@ -465,7 +465,7 @@ class TestOutOfCoreDumps:
 
     @pytest.mark.parametrize("rest", [OURS + VDSO, LIBC + OURS], ids=["no glibc", "no vdso"])
     def test_droppable_memory_of_others(self, tmp_path: Path, rest: str) -> None:
-        """Whose it is is not known, and it is no region."""
+        """Its owner is unknown; it is not a pyreserve region."""
         assert owners_of(tmp_path, RANDOM, rest=rest)["unknown"] == 4
 
     @pytest.mark.parametrize(("mapped", "named"), [(16 << 10, True), (64 << 20, False)])

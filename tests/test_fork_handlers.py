@@ -1,4 +1,4 @@
-"""Forks that signal handlers, at-fork handlers of others and many threads interfere with."""
+"""Forks under signal handlers, other modules' at-fork handlers and threads."""
 
 import os
 import signal
@@ -69,7 +69,7 @@ print(json.dumps([status, done, len(uses)]))
 
 @pytest.mark.parametrize("where", ["before", "after_in_parent", "after_in_child"])
 def test_handlers_registered_earlier(where: str) -> None:
-    """At-fork handlers that were there before pyreserve may use everything of it."""
+    """At-fork handlers that were registered before pyreserve may call pyreserve."""
     status, done, uses = run(HOOKED.replace("WHERE", where))
 
     assert status == 0
@@ -78,7 +78,7 @@ def test_handlers_registered_earlier(where: str) -> None:
 
 @pytest.mark.parametrize("where", ["before", "after_in_parent", "after_in_child"])
 def test_handlers_that_fork(where: str) -> None:
-    """A handler that forks again gets a child that can use everything, as its own child can."""
+    """A handler that forks again gets a child that may call pyreserve, as its own child may."""
     found = run(
         f"""
         import textwrap
@@ -170,7 +170,7 @@ print(json.dumps([caught, status, os.read(read_end, 100).decode()]))
 
 
 def test_its_exception_is_not_lost_in_a_later_handler() -> None:
-    """What was raised meanwhile passes the at-fork handlers of modules that were imported later."""
+    """The deferred exception is raised after later modules' at-fork handlers."""
     found = run(
         """
 from pyreserve import *
@@ -327,7 +327,7 @@ def test_forks_under_threads_and_raising_handlers() -> None:
 
 
 def test_masks_are_left_alone() -> None:
-    """A fork changes no signal mask, of the parent's thread or the child's, whoever else forks."""
+    """A fork changes no signal mask, of parent or child, even while other threads fork."""
 
     def child() -> dict[str, int]:
         wrong = {"child": 0, "parent": 0}

@@ -171,7 +171,7 @@ class TestReservation:
 
 
 class TestCharge:
-    """Other processes commit and exit meanwhile, so each fact is tried until it is seen."""
+    """Other processes change Committed_AS, so each measurement is retried."""
 
     PIECE = GiB
     SLACK = 200 * MiB
