@@ -1126,10 +1126,6 @@ void pagealloc_lock(struct pagealloc *pages) {
         (void)pthread_mutex_lock(&pages->lock);
 }
 
-int pagealloc_trylock(struct pagealloc *pages) {
-    return forks_itself(pages) ? 0 : pthread_mutex_trylock(&pages->lock);
-}
-
 void pagealloc_unlock(struct pagealloc *pages) {
     if (!forks_itself(pages))
         (void)pthread_mutex_unlock(&pages->lock);

@@ -111,9 +111,8 @@ uint64_t pagealloc_longest(struct pagealloc *pages);
 size_t pagealloc_runs(struct pagealloc *pages, bool free, uint64_t start, uint64_t stop,
                       struct pagealloc_run *out, size_t max);
 
-/* The lock, for a caller that has to keep more than the pages in step. try: 0, or EBUSY. */
+/* The lock, for a caller that has to keep more than the pages in step. */
 void pagealloc_lock(struct pagealloc *pages);
-int pagealloc_trylock(struct pagealloc *pages);
 void pagealloc_unlock(struct pagealloc *pages);
 
 /* The lock from before a fork until after it, on both sides. The thread that forks may call every

@@ -23,7 +23,7 @@ static struct {
     void (*leave_gil)(int state);
     int (*stop_gc)(void); /* 1: it was on */
     int (*start_gc)(void);
-    void (*drop)(void *object);
+    void (*decref)(void *object);
     void *none;
     /* Of Python 3.13 alone, NULL elsewhere. */
     void (*allocator)(int domain, struct allocator *allocator);
@@ -40,14 +40,14 @@ static void find_python(void) {
     *(void **)&python.leave_gil = symbol("PyGILState_Release");
     *(void **)&python.stop_gc = symbol("PyGC_Disable");
     *(void **)&python.start_gc = symbol("PyGC_Enable");
-    *(void **)&python.drop = symbol("Py_DecRef");
+    *(void **)&python.decref = symbol("Py_DecRef");
     python.none = symbol("_Py_NoneStruct");
     *(void **)&python.is_finalizing = symbol("Py_IsFinalizing"); /* 3.13 */
     if (python.is_finalizing == NULL)
         *(void **)&python.is_finalizing = symbol("_Py_IsFinalizing");
     if (python.untrack != NULL && python.traceback != NULL && python.take_gil != NULL &&
         python.leave_gil != NULL && python.stop_gc != NULL && python.start_gc != NULL &&
-        python.drop != NULL && python.none != NULL && python.is_finalizing != NULL)
+        python.decref != NULL && python.none != NULL && python.is_finalizing != NULL)
         *(void **)&python.track = symbol("PyTraceMalloc_Track");
     const unsigned long *version = symbol("Py_Version");
     if (version != NULL && *version >> 16 == 0x030d)
@@ -86,7 +86,7 @@ static bool has_trace(uintptr_t base, struct run piece) {
     void *traceback = python.traceback(TRACING_DOMAIN, base + piece.lo);
     bool has = traceback != NULL && traceback != python.none;
     if (traceback != NULL)
-        python.drop(traceback);
+        python.decref(traceback);
     return has;
 }
 
@@ -194,9 +194,10 @@ static void cut(struct tracing *books, uintptr_t base, size_t offset) {
         insert(books, i, low);
 }
 
-/* Takes the pieces of [lo, hi) out of tracemalloc, and out of the books; or, to `keep` them, only
- * those that tracemalloc had lost. */
-static void withdraw(struct tracing *books, uintptr_t base, size_t lo, size_t hi, bool keep) {
+/* Takes the pieces of [lo, hi) out of tracemalloc and out of the books. With `keep_books` the books
+ * lose only those that tracemalloc had lost. */
+static void remove_range(struct tracing *books, uintptr_t base, size_t lo, size_t hi,
+                         bool keep_books) {
     if (books->count == 0)
         return;
     if (!is_usable()) {
@@ -212,7 +213,7 @@ static void withdraw(struct tracing *books, uintptr_t base, size_t lo, size_t hi
     size_t from = first_behind(books, lo), to = from, kept = from;
     for (; to < books->count && books->pieces[to].hi <= hi; to++) {
         struct run piece = books->pieces[to];
-        if (keep && has_trace(base, piece))
+        if (keep_books && has_trace(base, piece))
             books->pieces[kept++] = piece;
         untrack(base, piece);
     }
@@ -222,11 +223,11 @@ static void withdraw(struct tracing *books, uintptr_t base, size_t lo, size_t hi
 }
 
 void tracing_remove(struct tracing *books, uintptr_t base, size_t lo, size_t hi) {
-    withdraw(books, base, lo, hi, false);
+    remove_range(books, base, lo, hi, false);
 }
 
 void tracing_suspend(struct tracing *books, uintptr_t base, size_t lo, size_t hi) {
-    withdraw(books, base, lo, hi, true);
+    remove_range(books, base, lo, hi, true);
 }
 
 void tracing_resume(struct tracing *books, uintptr_t base, size_t lo, size_t hi) {

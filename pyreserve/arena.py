@@ -34,7 +34,7 @@ _BLOCKS_AT_ONCE = 256
 _PIECES_AT_ONCE = 256
 _LONGEST_PIECE = 64 * MiB  # given back in one system call, so that nobody waits for long
 # Seconds a scavenger waits for the lock before checking that it is still wanted.
-_PATIENCE = 0.05
+_LOCK_POLL_SECONDS = 0.05
 _ARENAS_MOST = TiB  # of arenas that lie apart: what the tables are made for
 
 
@@ -358,7 +358,7 @@ class Arena(Engine):
         between this and the ``try`` that gives the lock back.
         """
         while wanted():
-            if self._lock.acquire(timeout=_PATIENCE):
+            if self._lock.acquire(timeout=_LOCK_POLL_SECONDS):
                 return True
         return False
 

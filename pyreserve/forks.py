@@ -24,8 +24,9 @@ _FIRST_LIMIT = 64
 
 
 class _Registry:
-    """Weak references to what keeps a lock, each with what goes with it.
+    """Weak references to the owners of locks, each with the address of its tables.
 
+    A registered lock is its own owner, and its address is 0.
     The dead are dropped when their number may have doubled.
     """
 

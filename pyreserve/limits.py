@@ -13,7 +13,6 @@ from pyreserve.errors import OutOfMemoryError, VMError
 from pyreserve.units import KiB, format_size
 
 _RAN_OUT = {errno.ENOMEM, errno.EAGAIN}
-_CAP_SYS_ADMIN = 21  # linux/capability.h
 PAGE_SIZE: int = lib.vm_page_size()
 
 
@@ -149,7 +148,7 @@ def strict_commit() -> StrictCommit:
     return StrictCommit(
         used=memory["Committed_AS"] * KiB,
         limit=memory["CommitLimit"] * KiB,
-        admin_reserve=0 if procfs.capable(_CAP_SYS_ADMIN) else admin * KiB,
+        admin_reserve=0 if procfs.capable(procfs.CAP_SYS_ADMIN) else admin * KiB,
         user_reserve=min(procfs.status_kib()["VmSize"] // 32, user) * KiB,
         inexact=memory["MemTotal"] * KiB // 256,  # mm_compute_batch of mm/mm_init.c
     )

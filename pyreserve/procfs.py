@@ -246,6 +246,9 @@ def own_namespaces() -> list[str]:
     ]
 
 
+CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 21, 24  # linux/capability.h
+
+
 def capable(capability: int) -> bool:
     """Tell whether this process has a capability (its number in linux/capability.h) everywhere.
 

@@ -17,7 +17,7 @@ FIVE_MINUTES = 300.0
 """How long Go keeps idle memory, in seconds (Go 1.4 src/runtime/mheap1.c, ``limit``)."""
 
 _MOST_BETWEEN = 60.0  # Go's ``tick`` (same file): seconds between two looks
-_PATIENCE = 0.1  # seconds between checks while waiting for the thread to end
+_JOIN_POLL_SECONDS = 0.1  # seconds between checks while waiting for the thread to end
 _LEAST_BETWEEN = 1.0  # where memory of any age shall go
 
 
@@ -53,7 +53,7 @@ class Scavenger:
     @property
     def running(self) -> bool:
         """Whether the thread is at work in this process."""
-        return self._worker.works_for(self)
+        return self._worker.serves(self)
 
     def __repr__(self) -> str:
         state = "running" if self.running else "ended"
@@ -85,7 +85,7 @@ class Worker:
         self._scavenger: Scavenger | None = None
         self._thread: threading.Thread | None = None
         self._ended: threading.Thread | None = None  # finished its work, not yet exited
-        self._arena = weakref.ref(arena, self._dismiss)
+        self._arena = weakref.ref(arena, self._tell_to_stop)
         _workers.add(self)
 
     def start(self, older_than: float, lazy: bool) -> Scavenger:
@@ -101,7 +101,7 @@ class Worker:
                 raise RuntimeError(msg)
             self._scavenger = scavenger
             if self._alive():
-                self._awake()
+                self._notify()
             else:
                 self._start_thread()
         return scavenger
@@ -113,15 +113,15 @@ class Worker:
         try:
             self._thread.start()
         except BaseException:
-            self._dismiss()
+            self._tell_to_stop()
             raise
 
     def _alive(self) -> bool:
         # A forked child has the object, but not the thread.
         return self._thread is not None and self._thread.is_alive()
 
-    def works_for(self, scavenger: Scavenger) -> bool:
-        """Tell whether the thread is there and its work is this scavenger's."""
+    def serves(self, scavenger: Scavenger) -> bool:
+        """Tell whether the thread is alive and works for this scavenger."""
         return self._scavenger is scavenger and self._alive()
 
     def stop(self, scavenger: Scavenger | None = None) -> None:
@@ -132,21 +132,21 @@ class Worker:
         with self._lock:
             if scavenger is not None and self._scavenger is not scavenger:
                 return
-            self._dismiss()
+            self._tell_to_stop()
             thread = self._thread if self._alive() else None
         # The thread takes this lock before it ends; an interrupted call may hold it.
         if thread is threading.current_thread() or self._lock._is_owned():  # type: ignore[attr-defined]
             return
         # Another thread may start a new scavenger; this thread then serves it.
         while thread is not None and thread.is_alive() and self._scavenger is None:
-            thread.join(_PATIENCE)
+            thread.join(_JOIN_POLL_SECONDS)
 
-    def _dismiss(self, _: object = None) -> None:
+    def _tell_to_stop(self, _: object = None) -> None:
         """Tell the thread to end. Waits for nothing."""
         self._scavenger = None
-        self._awake()
+        self._notify()
 
-    def _awake(self) -> None:
+    def _notify(self) -> None:
         with contextlib.suppress(RuntimeError):  # already released, not yet consumed
             self._wake.release()
 
@@ -169,7 +169,7 @@ class Worker:
             try:
                 arena.scavenge_for(scavenger, lambda: self._scavenger is scavenger)
             except ReleasedError:
-                self._dismiss()
+                self._tell_to_stop()
 
 
 _workers: "weakref.WeakSet[Worker]" = weakref.WeakSet()

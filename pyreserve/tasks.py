@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pyreserve import procfs
 
-_CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24  # linux/capability.h
 _PIDS_ROOTS = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/pids")  # versions 2 and 1
 
 
@@ -35,7 +34,7 @@ def _rlimit_nproc() -> tuple[str, str] | None:
 
 
 def _is_exempt() -> bool:
-    return procfs.capable(_CAP_SYS_RESOURCE) or procfs.capable(_CAP_SYS_ADMIN)
+    return procfs.capable(procfs.CAP_SYS_RESOURCE) or procfs.capable(procfs.CAP_SYS_ADMIN)
 
 
 def _tasks_of(user: int) -> int:

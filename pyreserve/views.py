@@ -24,7 +24,7 @@ from pyreserve.errors import ViewError
 # above and undone from below. Children that are gone may stay named until the next sweep.
 _FIRST_SHIFT = 16
 _STEP = 3
-_PATIENCE = 256
+_SWEEP_MIN = 256
 
 # A buffer by its anchor, and the offsets where it begins and ends.
 Entry = tuple["weakref.ref[Any]", int, int]
@@ -51,7 +51,7 @@ class ViewTable:
         top = max(0, -(-(size.bit_length() - _FIRST_SHIFT) // _STEP))
         self._levels: list[dict[int, _Bucket]] = [{} for _ in range(top + 1)]
         self._filled: list[int] = []  # the levels that have entries
-        self._until_sweep = _PATIENCE
+        self._until_sweep = _SWEEP_MIN
 
     def add(self, anchor: Any, lo: int, hi: int) -> None:
         """Take in a buffer over [lo, hi) by its anchor."""
@@ -167,13 +167,13 @@ class ViewTable:
             if alive > below:
                 filled.append(level)
         self._filled = filled
-        self._until_sweep = 2 * alive + _PATIENCE
+        self._until_sweep = 2 * alive + _SWEEP_MIN
 
 
 # -- what holds a view ------------------------------------------------------------------------
 
 _NAMED = 3  # views that a message names
-_AT_ONCE = 10_000  # objects
+_BATCH = 10_000  # objects
 _LONGEST_CHAIN = 100  # of arrays and memoryviews on one another
 _ADVICE = {
     "release": "delete the holder, or call close(), which defers the release to the last view",
@@ -181,32 +181,32 @@ _ADVICE = {
 }
 
 
-def view_error(refused: str, held: list[Entry], verb: str = "") -> ViewError:
-    """Build the ViewError for `verb`; `refused` is the start of the message."""
+def view_error(prefix: str, held: list[Entry], verb: str = "") -> ViewError:
+    """Build the ViewError for `verb`; `prefix` is the start of the message."""
     held = sorted(held, key=itemgetter(1, 2))
     some = ", ".join(f"[{lo:#x}, {hi:#x})" for _, lo, hi in held[:_NAMED])
     more = ", ..." if len(held) > _NAMED else ""
     views = "1 live view holds" if len(held) == 1 else f"{len(held)} live views hold"
     advice = _ADVICE.get(verb, "delete the holder first")
-    text = f"{refused}: {views} bytes of it: {some}{more}; {advice}"
+    text = f"{prefix}: {views} bytes of it: {some}{more}; {advice}"
     return ViewError(text, _Holders(held[:_NAMED]))
 
 
 class _Holders:
     """Describes the holders of views, lazily: scanning all objects is slow."""
 
-    def __init__(self, held: list[Entry]) -> None:
-        self._held = held
+    def __init__(self, entries: list[Entry]) -> None:
+        self._entries = entries
 
     def __call__(self) -> list[str]:
         alive = {
             id(anchor): (int(ffi.cast("uintptr_t", anchor)), hi - lo)
-            for ref, lo, hi in self._held
+            for ref, lo, hi in self._entries
             if (anchor := ref()) is not None
         }
         found: dict[int, set[str]] = {}
-        for thing in _shown() if alive else ():
-            found.setdefault(id(_anchor_behind(thing)), set()).add(type(thing).__name__)
+        for holder in _find_holders() if alive else ():
+            found.setdefault(id(_anchor_behind(holder)), set()).add(type(holder).__name__)
         return [
             f"{' and '.join(sorted(found[key]))} over {address:#x}-{address + nbytes:#x}"
             for key, (address, nbytes) in alive.items()
@@ -214,7 +214,7 @@ class _Holders:
         ]
 
 
-def _shown() -> list[Any]:
+def _find_holders() -> list[Any]:
     """List the memoryviews and ndarrays that variables, containers and attributes refer to.
 
     An array that is not found is represented by its memoryview. Looks at every object that the
@@ -222,16 +222,16 @@ def _shown() -> list[Any]:
     """
     numpy = sys.modules.get("numpy")
     kinds = (memoryview,) if numpy is None else (memoryview, numpy.ndarray)
-    shown: list[Any] = []
+    holders: list[Any] = []
     memoryviews = []
     objects = gc.get_objects()
-    for start in range(0, len(objects), _AT_ONCE):
-        some = objects[start : start + _AT_ONCE]
-        shown += [t for t in gc.get_referents(*some) if issubclass(type(t), kinds)]
-        memoryviews += [thing for thing in some if type(thing) is memoryview]
-    shown += [t for t in _variables() if issubclass(type(t), kinds)]
-    seen = {id(_anchor_behind(thing)) for thing in shown}
-    return shown + [view for view in memoryviews if id(_anchor_behind(view)) not in seen]
+    for start in range(0, len(objects), _BATCH):
+        batch = objects[start : start + _BATCH]
+        holders += [each for each in gc.get_referents(*batch) if issubclass(type(each), kinds)]
+        memoryviews += [each for each in batch if type(each) is memoryview]
+    holders += [each for each in _variables() if issubclass(type(each), kinds)]
+    seen = {id(_anchor_behind(holder)) for holder in holders}
+    return holders + [view for view in memoryviews if id(_anchor_behind(view)) not in seen]
 
 
 def _variables() -> list[Any]:
@@ -252,22 +252,22 @@ def _variables() -> list[Any]:
         frame = found = frames = None  # type: ignore[assignment]  # this frame is one of them
 
 
-def _anchor_behind(thing: Any) -> Any:
+def _anchor_behind(holder: Any) -> Any:
     """Return the anchor of the buffer that a memoryview or an ndarray shows; else None.
 
-    Runs no code of subclasses, nor of what else there may be.
+    Runs no code of the objects that it meets.
     """
     numpy = sys.modules.get("numpy")
     for _ in range(_LONGEST_CHAIN):
-        if type(thing) is ffi.buffer:
-            return next(iter(gc.get_referents(thing)), None)
-        if type(thing) is memoryview:
+        if type(holder) is ffi.buffer:
+            return next(iter(gc.get_referents(holder)), None)
+        if type(holder) is memoryview:
             try:
-                thing = thing.obj
+                holder = holder.obj
             except ValueError:  # a released one
                 return None
-        elif numpy is not None and issubclass(type(thing), numpy.ndarray):
-            thing = numpy.ndarray.base.__get__(thing)
+        elif numpy is not None and issubclass(type(holder), numpy.ndarray):
+            holder = numpy.ndarray.base.__get__(holder)
         else:
             return None
     return None

@@ -16,8 +16,6 @@ STATES: tuple[State, ...] = ("limited", "missing", "good")
 
 SCHEMA = 1
 
-_CAP_SYS_RESOURCE = 24  # linux/capability.h
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -128,7 +126,7 @@ def soft_limit(which: int, ulimit: str) -> tuple[int | None, dict[str, Any]]:
     if soft is None:
         return None, {}
     how: dict[str, Any] = {"change": f"ulimit {ulimit} unlimited"}
-    if hard != resource.RLIM_INFINITY and not procfs.capable(_CAP_SYS_RESOURCE):
+    if hard != resource.RLIM_INFINITY and not procfs.capable(procfs.CAP_SYS_RESOURCE):
         how["risk"] = (
             f"The hard limit is {format_size(hard)}: only root raises it, in a shell of root's "
             "that starts the process, in /etc/security/limits.conf or in the service's unit."

@@ -14,7 +14,7 @@ from pyreserve.units import KiB
 # From so many mappings on, the kernel's printing of smaps takes longer than counting pages.
 _MANY = 10_000
 _ATTEMPTS = 4
-_STACK_LEAST = 16 * KiB  # PTHREAD_STACK_MIN
+STACK_LEAST = 16 * KiB  # PTHREAD_STACK_MIN
 _OF_MEMINFO = {"CommitLimit", "Committed_AS", "MemAvailable", "MemTotal"}
 
 
@@ -207,7 +207,7 @@ def _guarded(source: LiveSource | SavedSource, table: MapTable) -> frozenset[int
         for i, perms in enumerate(table.perms)
         if perms == READ | WRITE
         and table.flags[i] & marked == marked
-        and table.end[i] - table.start[i] > _STACK_LEAST
+        and table.end[i] - table.start[i] > STACK_LEAST
         and i not in names
     ]
     if not starts or not isinstance(source, LiveSource):

@@ -2,6 +2,7 @@
 
 import re
 
+from pyreserve.procmem.capture import STACK_LEAST
 from pyreserve.procmem.classes import is_shared_memory
 from pyreserve.procmem.owners.sight import NONE, RW, UNKNOWN, Sight, count
 from pyreserve.procmem.table import FLAGS, WRITE, written
@@ -9,7 +10,6 @@ from pyreserve.units import GiB, KiB, MiB, format_size
 
 _BSS_MOST, _BSS_SMALL = 8 * MiB, 256 * KiB
 _GUARD_MOST = 64 * KiB
-_STACK_LEAST = 16 * KiB  # PTHREAD_STACK_MIN
 _GETRANDOM_MOST = MiB  # 144 bytes a thread
 
 
@@ -96,7 +96,7 @@ def _stacks_with_hidden_guards(sight: Sight) -> None:
     found: list[int] = []
     seen = True
     for i in sight.unclaimed():
-        if sight.perms[i] != RW or sight.size(i) <= _STACK_LEAST:
+        if sight.perms[i] != RW or sight.size(i) <= STACK_LEAST:
             continue
         if sight.knows_flags and (sight.lacks(i, "nh") or not sight.lacks(i, "nr dd dc")):
             continue
