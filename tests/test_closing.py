@@ -650,9 +650,12 @@ def strike(act):
         signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-4))
         while not struck: act()
     except Struck: pass
-def free(lock):
+def is_free(lock):
     answer = []
-    thread = threading.Thread(target=lambda: answer.append(lock.acquire(timeout=5)))
+    def attempt():
+        answer.append(lock.acquire(timeout=5))
+        if answer[0]: lock.release()
+    thread = threading.Thread(target=attempt)
     thread.start(); thread.join()
     return answer[0]
 {script}
@@ -673,7 +676,7 @@ for _ in range(1500): strike(act)
 signal.signal(signal.SIGALRM, signal.SIG_IGN)
 gc.collect()
 for block in list(arena.blocks()): block.free()  # struck before the block was closed
-print(json.dumps([arena.in_use, len(arena._closed_blocks), free(arena._lock)]))
+print(json.dumps([arena.in_use, len(arena._closed_blocks), is_free(arena._lock)]))
 """
         )
 
