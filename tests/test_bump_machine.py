@@ -42,6 +42,8 @@ class BumpMachine(RuleBasedStateMachine):
         self.blocks: list[Block] = []
         self.marks: list[Mark] = []
         self.stale: list[Mark] = []
+        # From where to where a scope had to leave blocks in use, until the next block or mark.
+        self.due: tuple[int, int] | None = None
 
     @initialize(
         mode=st.sampled_from(["charge", "noreserve"]), step=st.sampled_from([1, 2, 16, 512])
@@ -59,6 +61,7 @@ class BumpMachine(RuleBasedStateMachine):
 
     @rule(nbytes=sizes, align=aligns, zero=st.booleans(), hold=st.booleans())
     def alloc(self, nbytes: int, align: int, zero: bool, hold: bool) -> None:
+        self.take_back_due()
         start = -(-(self.base + self.offset) // align) * align - self.base
         if start + nbytes > SIZE:
             with pytest.raises(OutOfMemoryError):
@@ -96,6 +99,7 @@ class BumpMachine(RuleBasedStateMachine):
 
     @rule()
     def mark(self) -> None:
+        self.take_back_due()
         mark = self.alive.mark()
         assert mark.offset == self.offset
         self.marks.append(mark)
@@ -114,9 +118,17 @@ class BumpMachine(RuleBasedStateMachine):
         self.alive.reset(mark, keep=keep)
         if not keep and not self.blocks:
             assert self.alive.committed <= -(-offset // PAGE_SIZE) * PAGE_SIZE
-        self.offset = offset
+        self.taken_back_to(offset)
+
+    def taken_back_to(self, offset: int) -> None:
+        self.offset, self.due = offset, None
         self.stale += [other for other in self.marks if other.offset > offset]
         self.marks = [other for other in self.marks if other.offset <= offset]
+
+    def take_back_due(self) -> None:
+        due, self.due = self.due, None
+        if due and due[1] == self.offset and not any(block.lo >= due[0] for block in self.blocks):
+            self.taken_back_to(due[0])
 
     @rule(which=st.integers(0, 1000), keep=st.booleans())
     def drop_above_and_reset(self, which: int, keep: bool) -> None:
@@ -133,18 +145,15 @@ class BumpMachine(RuleBasedStateMachine):
 
     @rule(nbytes=st.lists(sizes, max_size=4), keep=st.booleans(), hold=st.booleans())
     def scope(self, nbytes: list[int], keep: bool, hold: bool) -> None:
-        before, held = self.offset, len(self.blocks)
-        refused = hold and bool(nbytes)
-        try:
-            with self.alive.scope(keep=keep):
-                for n in nbytes:
-                    self.alloc(n, 8, False, hold)
-                refused = len(self.blocks) > held
-        except ViewError:
-            assert refused
+        self.take_back_due()
+        before = self.offset
+        with self.alive.scope(keep=keep):
+            for n in nbytes:
+                self.alloc(n, 8, False, hold)
+        if any(block.lo >= before for block in self.blocks):
+            self.due = before, self.offset
         else:
-            assert not refused
-            self.offset = before
+            self.taken_back_to(before)
 
     @precondition(lambda self: self.blocks)
     @rule()
