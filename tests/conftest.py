@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -96,3 +97,11 @@ def any_mode(request: pytest.FixtureRequest) -> Iterator[Region]:
     made = pyreserve.reserve(64 * PAGE_SIZE, mode=request.param)
     yield made
     _end(made)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let idle workers steal tests. As an option in addopts it would disable benchmarks."""
+    from xdist.scheduler import WorkStealingScheduling  # only where it is used
+
+    return WorkStealingScheduling(config, log)
