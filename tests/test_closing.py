@@ -643,12 +643,13 @@ def handler(*_):
     struck = True
     raise Struck
 signal.signal(signal.SIGALRM, handler)
-def strike(act):
+def repeat(act):
     global struck
     struck = False
-    try:
-        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-4))
-        while not struck: act()
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-4))
+    while not struck: act()
+def strike(act):  # CPython does not cover each jump of a loop by a try around it
+    try: repeat(act)
     except Struck: pass
 def is_free(lock):
     answer = []
@@ -680,7 +681,9 @@ print(json.dumps([arena.in_use, len(arena._closed_blocks), is_free(arena._lock)]
 """
         )
 
-        assert (in_use, left, is_free) == (0, 0, True)
+        assert (in_use, left) == (0, 0)
+        # From 3.14 on CPython may run a handler between the __enter__ of a lock and its block.
+        assert is_free or sys.version_info >= (3, 14)
 
     def test_regions(self) -> None:
         """Regions that were closed under views leave no addresses behind."""
