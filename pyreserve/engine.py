@@ -153,13 +153,16 @@ class Engine:
                     raise
                 for step, *arguments in reversed(self._undo):
                     step(*arguments)
+                if self._region._released:  # what interrupted the growth closed the arena
+                    self._close_elsewhere()
                 raise
             finally:
                 self._undo, self._region._busy = None, busy
-                if self._region._released:  # what interrupted the growth closed the arena
-                    self._close_elsewhere()
+            # No handler comes in between: nothing here or above calls or jumps.
             self._placement = after
             self._taken += nbytes
+            if self._region._released:
+                self._close_elsewhere()
         return block
 
     def _in_heap(self) -> int:
