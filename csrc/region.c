@@ -26,7 +26,7 @@ static int misuse(const struct region *region, size_t offset, size_t length) {
     return 0;
 }
 
-/* Into the books: [lo, hi) is committed, or no longer. Need room in `committed`. */
+/* Record [lo, hi) as committed, or as reserved again. Need room in `committed`. */
 static void note_committed(struct region *region, size_t lo, size_t hi) {
     struct run gap;
     if (tracing_is_on())

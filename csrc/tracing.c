@@ -112,7 +112,7 @@ static bool is_tracing_by_allocator(void) {
     static void *off;
     if (raw_malloc() == __atomic_load_n(&off, __ATOMIC_RELAXED) || !is_usable())
         return false;
-    struct entry entry = enter_python(); /* nobody starts or stops meanwhile */
+    struct entry entry = enter_python(); /* holds off start and stop */
     bool tracing = is_tracing();
     if (!tracing)
         __atomic_store_n(&off, raw_malloc(), __ATOMIC_RELAXED);

@@ -383,7 +383,7 @@ class Arena(Engine):
             if self._worker is None:
                 self._worker = Worker(self)
         scavenger = self._worker.start(older_than, bool(lazy))
-        if self._region.released:  # meanwhile
+        if self._region.released:  # by another thread
             scavenger.stop()
             self._alive()
         return scavenger

@@ -38,7 +38,7 @@ class _Registry:
         with registry_lock:
             self.entries.append((weakref.ref(keeper), address))
             if len(self.entries) > self._limit:
-                # A finaliser may register something else meanwhile, at the end: it stays.
+                # A finaliser that runs here may append more: what follows `seen` stays.
                 seen = len(self.entries)
                 self.entries[:seen] = [e for e in self.entries[:seen] if e[0]() is not None]
                 self._limit = 2 * len(self.entries) + _FIRST_LIMIT

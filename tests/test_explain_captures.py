@@ -498,7 +498,7 @@ class TestOutOfCoreDumps:
 
     @pytest.mark.parametrize("library", ["libcoreclr.so", "libtsan.so.2", "libmariadbd.so.19"])
     def test_others_that_reserve_so(self, tmp_path: Path, library: str) -> None:
-        """Where a runtime is mapped that does the same, it is not known whose it is."""
+        """Where a runtime is mapped that does the same, the owner is unknown."""
         other = f"7f2000000000-7f2000001000 r-xp 00000000 00:01 7 /x/{library}\n"
         piece = (LINE, 1 << 20, "---p", 0, f"{TAIL} dd")
 

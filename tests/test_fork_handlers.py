@@ -18,6 +18,18 @@ faulthandler.dump_traceback_later(60, exit=True)
 """
 
 
+# A lock that a fork has to wait for, until `leave` is set.
+BUSY = """
+from pyreserve import *
+region = reserve(MiB); region.commit(0, 4096)
+busy, leave = threading.Event(), threading.Event()
+def hold():
+    with region._lock:
+        busy.set(); leave.wait()
+thread = threading.Thread(target=hold); thread.start(); busy.wait()
+"""
+
+
 def run(script: str) -> Any:
     """Run a script in an interpreter of its own: at-fork handlers can't be taken back."""
     return witness.fresh_python(PRELUDE + script)
@@ -122,16 +134,10 @@ def test_a_handler_that_raises_while_a_fork_waits() -> None:
     The fork is safe all the same: the child can use what the parent could.
     """
     found = run(
-        """
-from pyreserve import *
+        BUSY
+        + """
 class Struck(BaseException): pass
-region = reserve(MiB); region.commit(0, 4096)
 arena = Arena("native", size=GiB); arena.alloc(8)
-busy, leave = threading.Event(), threading.Event()
-def hold():
-    with region._lock:
-        busy.set(); leave.wait()
-thread = threading.Thread(target=hold); thread.start(); busy.wait()
 struck, parent = [], os.getpid()
 def handler(*_):
     struck.append(len(struck))
@@ -172,18 +178,12 @@ print(json.dumps([caught, status, os.read(read_end, 100).decode()]))
 def test_its_exception_is_not_lost_in_a_later_handler() -> None:
     """The deferred exception is raised after later modules' at-fork handlers."""
     found = run(
-        """
-from pyreserve import *
-region = reserve(MiB); region.commit(0, 4096)
+        BUSY
+        + """
 seen = []
 def slow():
     for _ in range(1000): seen.append(len(seen))
 os.register_at_fork(after_in_parent=slow)
-busy, leave = threading.Event(), threading.Event()
-def hold():
-    with region._lock:
-        busy.set(); leave.wait()
-thread = threading.Thread(target=hold); thread.start(); busy.wait()
 def handler(*_):
     leave.set()
     raise KeyboardInterrupt
@@ -205,15 +205,9 @@ print(json.dumps([outcome, status]))
 def test_it_keeps_no_frame() -> None:
     """What was raised while a fork waited keeps nothing of its caller alive afterwards."""
     found = run(
-        """
+        BUSY
+        + """
 import gc, weakref
-from pyreserve import *
-region = reserve(MiB); region.commit(0, 4096)
-busy, leave = threading.Event(), threading.Event()
-def hold():
-    with region._lock:
-        busy.set(); leave.wait()
-thread = threading.Thread(target=hold); thread.start(); busy.wait()
 def handler(*_):
     leave.set()
     raise KeyboardInterrupt

@@ -37,7 +37,7 @@ def is_ours(thing: object) -> bool:
 
 
 def left_behind(act: Callable[[], object]) -> list[str]:
-    """Do something without the collector; return what of ours only the collector would free."""
+    """Do something without the collector; return our objects that only it would free."""
     gc.collect()
     gc.disable()
     try:

@@ -349,7 +349,7 @@ class TestStrictOvercommit:
         assert limits.strict_commit().left == 0
 
     def test_a_refusal_counts_it(self, machine: Any) -> None:
-        """A commit that would fit but for what is kept back is refused by overcommit, and why."""
+        """A refusal by overcommit that is due to the kernel's reserves names them."""
         machine(vsz=1 << 40)
 
         error = limits.refusal("commit", errno.ENOMEM, GiB - 100 * MiB)

@@ -127,7 +127,7 @@ class TestMaps:
     def test_a_file_called_as_the_vsyscall_page(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It is a mapping of this process like any other; the page is told by its place."""
+        """It is a mapping like any other; the real page is recognised by its address."""
         (tmp_path / "self").mkdir()
         maps = tmp_path / "self/maps"
         line = "7f0000000000-7f0000001000 r--p 00000000 fe:01 7      /tmp/a [vsyscall]\n"
