@@ -102,7 +102,7 @@ def bench_pages(run: "Run") -> None:
 
 
 def bench_pool(run: "Run") -> None:
-    pool_type = pytest.importorskip("pyreserve.pool").Pool
+    pool_type = pytest.importorskip("pyreserve._alloc.pool").Pool
     with pool_type(64) as pool:
 
         def calls() -> None:
@@ -113,7 +113,7 @@ def bench_pool(run: "Run") -> None:
 
 
 def bench_bump(run: "Run", ns_a_call: Any) -> None:
-    bump_type = pytest.importorskip("pyreserve.bump").BumpArena
+    bump_type = pytest.importorskip("pyreserve._alloc.bump").BumpArena
     with bump_type(GiB) as bump:
 
         def calls() -> None:

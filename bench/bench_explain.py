@@ -30,7 +30,7 @@ signal.pause()
 PEAK = """
 import sys
 import pyreserve
-from pyreserve import procfs
+from pyreserve._system import procfs
 before = procfs.status_kib()["VmHWM"]
 assert pyreserve.explain(int(sys.argv[1])).mappings > 30_000
 print(procfs.status_kib()["VmHWM"] - before)

@@ -13,11 +13,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pyreserve import layouts
-from pyreserve.arena import Arena
-from pyreserve.bitmap import Bitmap
-from pyreserve.blocks import Block, Blocks
-from pyreserve.bump import BumpArena
-from pyreserve.capabilities import Capabilities, capabilities
+from pyreserve._alloc.bitmap import Bitmap
+from pyreserve._alloc.bump import BumpArena
+from pyreserve._alloc.growable import GrowableArray, GrowableBuffer
+from pyreserve._alloc.pages import PageAllocator
+from pyreserve._alloc.pool import Pool
+from pyreserve._arena.arena import Arena
+from pyreserve._arena.blocks import Block, Blocks
+from pyreserve._arena.heapbitmap import HeapBitmap
+from pyreserve._arena.memstats import MemStats
+from pyreserve._arena.scavenger import Scavenger
+from pyreserve._region.region import TRACEMALLOC_DOMAIN, Region, reserve
+from pyreserve._system.features import Capabilities, capabilities
+from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import (
     AccessError,
     FreeError,
@@ -30,14 +38,6 @@ from pyreserve.errors import (
     ViewError,
     VMError,
 )
-from pyreserve.growable import GrowableArray, GrowableBuffer
-from pyreserve.heapbitmap import HeapBitmap
-from pyreserve.limits import PAGE_SIZE
-from pyreserve.memstats import MemStats
-from pyreserve.pagealloc import PageAllocator
-from pyreserve.pool import Pool
-from pyreserve.region import TRACEMALLOC_DOMAIN, Region, reserve
-from pyreserve.scavenger import Scavenger
 from pyreserve.units import GiB, KiB, MiB, TiB, format_size, parse_size
 
 if TYPE_CHECKING:

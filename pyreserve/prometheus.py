@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
-from pyreserve import forks, procfs
-from pyreserve.arena import Arena
-from pyreserve.bitmap import Bitmap
-from pyreserve.bump import BumpArena
+from pyreserve._alloc.bitmap import Bitmap
+from pyreserve._alloc.bump import BumpArena
+from pyreserve._alloc.growable import GrowableArray, GrowableBuffer
+from pyreserve._alloc.pool import Pool
+from pyreserve._arena.arena import Arena
+from pyreserve._region.region import Region, resident
+from pyreserve._system import forks, procfs
+from pyreserve._system.extras import import_extra
 from pyreserve.errors import PyreserveError, ReleasedError
-from pyreserve.extras import import_extra
-from pyreserve.growable import GrowableArray, GrowableBuffer
-from pyreserve.pool import Pool
-from pyreserve.region import Region, resident
 from pyreserve.units import KiB
 
 if TYPE_CHECKING:

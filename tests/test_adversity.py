@@ -6,7 +6,7 @@ import sys
 import pytest
 from witness import PATIENCE
 
-from pyreserve.arena import WORD
+from pyreserve._arena.arena import WORD
 
 pytestmark = pytest.mark.skipif(WORD != 8, reason="reserves more than 32 bits have")
 
@@ -15,7 +15,8 @@ PRELUDE = """
 import gc, os, signal, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 from pyreserve import *
-from pyreserve import PAGE_SIZE as P, procfs
+from pyreserve import PAGE_SIZE as P
+from pyreserve._system import procfs
 """
 FACTS: dict[str, str] = {}
 FACTS["a view that a finaliser uses or saves pins its bytes and keeps its region mapped"] = """

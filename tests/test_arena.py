@@ -28,7 +28,7 @@ from pyreserve import (
     VMError,
     layouts,
 )
-from pyreserve.arena import WORD
+from pyreserve._arena.arena import WORD
 from pyreserve.layouts import Placement, Request
 from pyreserve.units import round_up
 

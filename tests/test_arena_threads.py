@@ -14,8 +14,8 @@ from test_arena_alloc import PAGE, fill, holds
 from test_scavenge import check
 
 from pyreserve import Arena, Block, KiB, MiB, OutOfMemoryError, Region, layouts
-from pyreserve.arena import WORD
-from pyreserve.pagealloc import reserve_tables
+from pyreserve._alloc.pages import reserve_tables
+from pyreserve._arena.arena import WORD
 
 LAYOUTS = [
     name for name in layout_names() if name.startswith(("native", "go-tip", "go1.11", "fallback"))
@@ -311,7 +311,7 @@ class TestInterrupted:
                 interrupting.append(arena.alloc(PAGE))
                 return reserve_tables(*args, **kwargs)
 
-            monkeypatch.setattr("pyreserve.arena.reserve_tables", interrupted)
+            monkeypatch.setattr("pyreserve._arena.arena.reserve_tables", interrupted)
 
             block = arena.alloc(PAGE)
 

@@ -28,8 +28,8 @@ from pyreserve import (
     ViewError,
     VMError,
 )
-from pyreserve.bump import _QUICK, BumpArena, Mark
-from pyreserve.views import Entry
+from pyreserve._alloc.bump import _QUICK, BumpArena, Mark
+from pyreserve._region.exports import Entry
 
 FIRST = max(64 * KiB, PAGE_SIZE)
 STEP = 2 * MiB
@@ -902,7 +902,7 @@ class TestScopes:
 LIMITED = """
 import json, resource, witness
 from pyreserve import *
-from pyreserve.bump import BumpArena
+from pyreserve._alloc.bump import BumpArena
 def allow(nbytes):
     most = -1 if nbytes is None else witness.status("VmData") + nbytes
     resource.setrlimit(resource.RLIMIT_DATA, (most, -1))
@@ -1132,7 +1132,7 @@ class TestThreads:
     ) -> None:
         """Blocks that eight threads take at once keep what each thread wrote, lock or not."""
         if not quick:
-            monkeypatch.setattr("pyreserve.bump._QUICK", None)
+            monkeypatch.setattr("pyreserve._alloc.bump._QUICK", None)
         arena, threads, rounds = BumpArena(64 * MiB, step=64 * KiB), 8, 3000
         taken: list[list[memoryview]] = [[] for _ in range(threads)]
         start = threading.Barrier(threads)

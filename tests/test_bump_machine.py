@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from profiles import examples
 
 from pyreserve import PAGE_SIZE, OutOfMemoryError, RangeError, ViewError
-from pyreserve.bump import BumpArena, Mark
+from pyreserve._alloc.bump import BumpArena, Mark
 
 PAGES = 64
 SIZE = PAGES * PAGE_SIZE

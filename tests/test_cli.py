@@ -19,8 +19,9 @@ import command
 import golden
 import pytest
 
-from pyreserve import PAGE_SIZE, GiB, KiB, MiB, layouts, procfs
-from pyreserve.arena import WORD
+from pyreserve import PAGE_SIZE, GiB, KiB, MiB, layouts
+from pyreserve._arena.arena import WORD
+from pyreserve._system import procfs
 from pyreserve.units import round_up
 
 DEFAULT = layouts.default_name(WORD)

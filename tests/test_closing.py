@@ -31,7 +31,7 @@ from pyreserve import (
     ViewError,
     layouts,
 )
-from pyreserve.engine import WORD
+from pyreserve._arena.engine import WORD
 
 
 class Kind(NamedTuple):
@@ -691,8 +691,8 @@ print(json.dumps([arena.in_use, len(arena._closed_blocks), is_free(arena._lock)]
             """
 import sys
 sys.unraisablehook = lambda *_: None
-from pyreserve import procfs
-from pyreserve.region import _sweep_outliving
+from pyreserve._system import procfs
+from pyreserve._region.region import _sweep_outliving
 view = None
 def act():
     global view

@@ -29,7 +29,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import examples
 
-from pyreserve import PAGE_SIZE, BumpArena, GiB, KiB, MiB, OutOfMemoryError, costs, procfs
+from pyreserve import PAGE_SIZE, BumpArena, GiB, KiB, MiB, OutOfMemoryError, costs
+from pyreserve._system import machine, procfs
+from pyreserve._system.machine import facts
 from pyreserve.costs import (
     METHODS,
     Cell,
@@ -41,7 +43,6 @@ from pyreserve.costs import (
     Plan,
     Progress,
     compare,
-    machine,
     measure,
     measuring,
     plan,
@@ -50,7 +51,6 @@ from pyreserve.costs import (
 )
 from pyreserve.costs.cells import SMALL, PageKind, page_kinds
 from pyreserve.costs.child import Job, run
-from pyreserve.costs.machine import facts
 from pyreserve.costs.model import Fit
 from pyreserve.costs.programs import SCRIPTS, Program, Setting, write
 from pyreserve.costs.stats import quantile, split_cold, summarise

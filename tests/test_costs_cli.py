@@ -19,7 +19,7 @@ from costs_tables import LOUD, USUAL, line
 from subjects import wait_until
 from witness import PATIENCE
 
-from pyreserve import procfs
+from pyreserve._system import procfs
 from pyreserve.cli import app
 from pyreserve.cli import costs as costs_command
 from pyreserve.costs import CostTable, Curve, Noise, measuring

@@ -23,6 +23,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from pyreserve import GiB, KiB, MiB
+from pyreserve._system.output import check_writable, write_bytes, write_text
 from pyreserve.cli import costs as command
 from pyreserve.costs import GROUPS, METHODS, Cell, CostTable, Curve, Measured, Noise
 from pyreserve.costs import plot as module
@@ -30,7 +31,6 @@ from pyreserve.costs.plot import draw, figure, spread
 from pyreserve.costs.plot_choice import MOST_LINES, choose, label
 from pyreserve.costs.pyperf_export import COUNTS, name, thin, to_pyperf, write_pyperf
 from pyreserve.costs.stats import summarise
-from pyreserve.files import check_writable, write_bytes, write_text
 
 MACHINE = {"cpu": "$A$ CPU", "kernel": "6.1", "cpus": 2, "balloon": True, "virtualised": None}
 LENGTHS = (4 * KiB, 16 * KiB, 64 * KiB, 256 * KiB, 2 * MiB, 32 * MiB, GiB)
@@ -692,7 +692,7 @@ class TestWritingWhole:
         link, out = tmp_path / "stdout", tmp_path / "out"
         link.symlink_to("/proc/self/fd/1")
         code = (
-            "import sys; from pathlib import Path; from pyreserve.files import *; "
+            "import sys; from pathlib import Path; from pyreserve._system.output import *; "
             "print('before'); check_writable(Path(sys.argv[1])); "
             "write_text(Path(sys.argv[1]), 'between\\n'); print('after')"
         )

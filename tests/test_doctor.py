@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 import pyreserve
-from pyreserve import PAGE_SIZE, KiB, MiB, procfs
+from pyreserve import PAGE_SIZE, KiB, MiB
+from pyreserve._system import procfs
 from pyreserve.cli import doctor_screen
 from pyreserve.doctor import STATES, Diagnosis, Finding, diagnose, features, memory, pages
 from pyreserve.doctor import surroundings as around

@@ -15,10 +15,10 @@ from captures import FOLDER, NAMES, truth
 
 from pyreserve.errors import MapsError
 from pyreserve.procmem import AddressSpace, compare, explain
-from pyreserve.procmem.capture import capture
-from pyreserve.procmem.owners import Sight, allocators
-from pyreserve.procmem.source import SavedSource
-from pyreserve.procmem.table import MapTable
+from pyreserve.procmem.judge.owners import Sight, allocators
+from pyreserve.procmem.read.maps import MapTable
+from pyreserve.procmem.read.snapshot import capture
+from pyreserve.procmem.read.sources import SavedSource
 from pyreserve.units import KiB
 
 # Which of our names are right for an owner of the truth. What is not here has none.

@@ -30,11 +30,13 @@ from subjects import SUBJECTS, Stopped, kib_of, tool
 from test_cli import COMMAND, environment, refused_in_one_line, run
 from witness import PATIENCE, fresh_python, in_child, only_64_bit
 
-from pyreserve import PAGE_SIZE, GiB, KiB, MiB, Region, TiB, explain, procfs, reserve, track
+from pyreserve import PAGE_SIZE, GiB, KiB, MiB, Region, TiB, explain, reserve, track
+from pyreserve._system import procfs
 from pyreserve.errors import AccessError, NoAddressSpaceError, RangeError
-from pyreserve.procmem import AddressSpace, Owner, Sample, capture, compare, load, sample, save
-from pyreserve.procmem.source import LiveSource
-from pyreserve.procmem.table import MapTable
+from pyreserve.procmem import AddressSpace, Owner, Sample, compare, load, sample, save
+from pyreserve.procmem.read import snapshot as capture
+from pyreserve.procmem.read.maps import MapTable
+from pyreserve.procmem.read.sources import LiveSource
 
 # Large processes, and what the kernel says of them: the same whatever the interpreter.
 pytestmark = pytest.mark.heavy
@@ -760,9 +762,9 @@ class TestKinds:
             import json, platform
             from pyreserve import MiB, reserve
             from pyreserve._native import lib
-            from pyreserve.limits import PAGE_SIZE
-            from pyreserve.procmem.capture import capture
-            from pyreserve.procmem.source import LiveSource
+            from pyreserve._system.limits import PAGE_SIZE
+            from pyreserve.procmem.read.snapshot import capture
+            from pyreserve.procmem.read.sources import LiveSource
 
             region = reserve(4 * MiB, huge_pages="never")
             region.commit(0, MiB)

@@ -18,8 +18,8 @@ from PIL import Image
 
 from pyreserve import GiB, KiB, MiB, TiB, reserve
 from pyreserve.procmem import AddressSpace, explain
-from pyreserve.procmem.plot import draw, figure
-from pyreserve.procmem.plot_blocks import MOST, Block, _parts, blocks, holes, label, shorten
+from pyreserve.procmem.show.blocks import MOST, Block, _parts, blocks, holes, label, shorten
+from pyreserve.procmem.show.picture import draw, figure
 
 SVG = "{http://www.w3.org/2000/svg}"
 LOW, HIGH, STACK = 0x5555_5555_0000, 0x7F00_0000_0000, 0x7FFE_0000_0000
@@ -191,7 +191,7 @@ class TestBlocks:
     @given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(1, 20))
     def test_no_more_than_asked_for(self, gaps: list[int], most: int) -> None:
         """However scattered, there are no more blocks than asked for, and nothing is lost."""
-        from pyreserve.procmem.plot_blocks import _joined
+        from pyreserve.procmem.show.blocks import _joined
 
         at, made = 0, []
         for i, gap in enumerate(gaps):

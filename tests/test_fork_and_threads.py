@@ -15,7 +15,8 @@ import pytest
 import witness
 
 import pyreserve
-from pyreserve import PAGE_SIZE, Region, ReleasedError, ViewError, forks
+from pyreserve import PAGE_SIZE, Region, ReleasedError, ViewError
+from pyreserve._system import forks
 
 Mode = Literal["charge", "noreserve"]
 modes = pytest.mark.parametrize("mode", ["charge", "noreserve"])

@@ -26,7 +26,7 @@ from pyreserve import (
     Pool,
     layouts,
 )
-from pyreserve.engine import WORD
+from pyreserve._arena.engine import WORD
 
 
 def is_ours(thing: object) -> bool:

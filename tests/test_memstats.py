@@ -7,7 +7,7 @@ import pytest
 from test_arena import in_child, layout_names
 
 from pyreserve import MiB, layouts
-from pyreserve.arena import WORD
+from pyreserve._arena.arena import WORD
 
 REFUSE = """
     import dataclasses

@@ -15,8 +15,9 @@ import pytest
 import witness
 
 import pyreserve
-from pyreserve import GiB, KiB, MiB, OutOfMemoryError, limits, procfs
-from pyreserve.extras import import_extra
+from pyreserve import GiB, KiB, MiB, OutOfMemoryError
+from pyreserve._system import limits, procfs
+from pyreserve._system.extras import import_extra
 
 # Every public constructor and the verbs that follow; prints {name: what went wrong}.
 VERBS = """
@@ -118,8 +119,9 @@ print(json.dumps(found))
 # Where nobody may unmount anything: the names under which the package knows the two.
 RENAMED = """
 from pathlib import Path
-from pyreserve import capabilities as _, procfs
-module = sys.modules["pyreserve.capabilities"]
+from pyreserve import capabilities as _
+from pyreserve._system import procfs
+module = sys.modules["pyreserve._system.features"]
 procfs._PROC = Path("/nowhere/proc")
 procfs._CGROUPS = ()
 module._HUGE, module._THP = Path("/nowhere/hugepages"), Path("/nowhere/transparent_hugepage")

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import witness
 
+from pyreserve._alloc.pages import PageAllocator
 from pyreserve._native import ffi
 from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, VMError
-from pyreserve.pagealloc import PageAllocator
 
 MANY = 1 << 33
 WIDTHS = "bBhHiIlLqQ"

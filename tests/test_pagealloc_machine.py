@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from profiles import examples
 
+from pyreserve._alloc.pages import PageAllocator
 from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, VMError
-from pyreserve.pagealloc import PageAllocator
 
 CHUNK = 512
 CLASSES = 1 << 15

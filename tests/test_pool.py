@@ -16,8 +16,8 @@ import pytest
 import witness
 
 from pyreserve import PAGE_SIZE, KiB, MiB
+from pyreserve._alloc.pool import Pool
 from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError, ViewError
-from pyreserve.pool import Pool
 
 
 @pytest.fixture

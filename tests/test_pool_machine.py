@@ -9,8 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from profiles import examples
 
 from pyreserve import PAGE_SIZE
+from pyreserve._alloc.pool import Pool
 from pyreserve.errors import FreeError, OutOfMemoryError, ViewError
-from pyreserve.pool import Pool
 
 CAPACITY = 40
 # Apart so far that slots begin and end inside OS pages, and some lie in two.

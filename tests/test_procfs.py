@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import pyreserve
-from pyreserve import PAGE_SIZE, KiB, MiB, procfs
-from pyreserve.procfs import Mapping
+from pyreserve import PAGE_SIZE, KiB, MiB
+from pyreserve._system import procfs
+from pyreserve._system.procfs import Mapping
 
 
 class TestMapsLines:

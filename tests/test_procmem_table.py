@@ -11,13 +11,13 @@ from captures import FOLDER
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pyreserve import procfs
+from pyreserve._system import procfs
 from pyreserve.errors import MapsError
 from pyreserve.procmem import AddressSpace, explain
-from pyreserve.procmem.capture import capture
-from pyreserve.procmem.owners import recognise
-from pyreserve.procmem.source import SavedSource
-from pyreserve.procmem.table import FLAGS, READ, SHARED, WRITE, MapTable
+from pyreserve.procmem.judge.owners import recognise
+from pyreserve.procmem.read.maps import FLAGS, READ, SHARED, WRITE, MapTable
+from pyreserve.procmem.read.snapshot import capture
+from pyreserve.procmem.read.sources import SavedSource
 
 LINE = b"7fdbc9300000-7fdbc9400000 rw-s 00001000 fe:1a 2714305                    /tmp/a b\n"
 SMAPS = {

@@ -31,9 +31,9 @@ from pyreserve import (
     RangeError,
     Region,
     ReleasedError,
-    procfs,
     reserve,
 )
+from pyreserve._system import procfs
 from pyreserve.prometheus import register, register_process
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -558,7 +558,7 @@ class TestProcesses:
     def test_when_it_was_started(self) -> None:
         """A child was started after its parent, whatever its name may be."""
         script = (
-            "import sys; from pyreserve import procfs; import os\n"
+            "import sys; from pyreserve._system import procfs; import os\n"
             "open('/proc/self/comm', 'w').write('a) 1 (b')\n"
             "print(procfs.started(os.getpid()))"
         )

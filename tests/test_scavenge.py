@@ -17,7 +17,7 @@ from test_arena import layout_names, needs_64_bits
 from test_arena_alloc import PAGE, fill, holds
 
 from pyreserve import Arena, FreeError, KiB, MiB, OutOfMemoryError, RangeError, ViewError
-from pyreserve.memstats import MemStats
+from pyreserve._arena.memstats import MemStats
 
 LAYOUTS = [name for name in layout_names() if name in {"native", "go1.4/amd64", "go1.11/amd64"}]
 

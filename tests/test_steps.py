@@ -7,8 +7,8 @@ import costs_tables
 import pytest
 import witness
 
+import pyreserve._region.owner
 import pyreserve.costs
-import pyreserve.steps
 from pyreserve import (
     PAGE_SIZE,
     Arena,
@@ -21,7 +21,7 @@ from pyreserve import (
     Pool,
     RangeError,
 )
-from pyreserve.steps import as_step
+from pyreserve._region.owner import as_step
 
 
 def refuse_to_measure(**_: object) -> int:
@@ -78,7 +78,7 @@ class TestMeasured:
         monkeypatch.setattr(
             pyreserve.costs, "measured_step", lambda *, huge_pages: steps[huge_pages]
         )
-        monkeypatch.setattr(pyreserve.steps, "transparent_huge_pages", lambda: setting)
+        monkeypatch.setattr(pyreserve._region.owner, "transparent_huge_pages", lambda: setting)
 
         assert as_step("measured", policy) == steps[huge]
 
@@ -110,7 +110,7 @@ class TestMeasured:
             return 4 * MiB
 
         monkeypatch.setattr(pyreserve.costs, "measured_step", measured_step)
-        monkeypatch.setattr(pyreserve.steps, "transparent_huge_pages", lambda: "madvise")
+        monkeypatch.setattr(pyreserve._region.owner, "transparent_huge_pages", lambda: "madvise")
         BumpArena(64 * MiB, step="measured", huge_pages="prefer")
         GrowableBuffer(64 * MiB, step="measured", huge_pages="prefer")
         GrowableBuffer(64 * MiB, step="measured", huge_pages="never")

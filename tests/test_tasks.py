@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import witness
 
-from pyreserve import PAGE_SIZE, procfs, tasks
+from pyreserve import PAGE_SIZE
 from pyreserve._native import ffi, lib
+from pyreserve._system import procfs, tasks
+from pyreserve._system.limits import refusal
 from pyreserve.costs import child, plan
-from pyreserve.limits import refusal
 
 _NOBODY = 54321  # an id that nobody has
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from profiles import examples
 
 import pyreserve
-from pyreserve import PAGE_SIZE, GiB, KiB, MiB, RangeError, Region, ViewError, views
-from pyreserve.views import ViewTable
+from pyreserve import PAGE_SIZE, GiB, KiB, MiB, RangeError, Region, ViewError
+from pyreserve._region import exports as views
+from pyreserve._region.exports import ViewTable
 
 
 class Exported:

@@ -39,7 +39,7 @@ WATCH = """
 import fcntl, os, signal, sys, termios
 from pathlib import Path
 from types import SimpleNamespace
-from pyreserve import procfs
+from pyreserve._system import procfs
 from pyreserve.cli.watch import watch
 
 # Whoever runs the tests may ignore them (nohup, a background shell), and so would this process.

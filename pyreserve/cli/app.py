@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from pyreserve import layouts, parse_size
-from pyreserve.arena import WORD
+from pyreserve._arena.arena import WORD
 from pyreserve.errors import PyreserveError
 from pyreserve.units import GiB
 
@@ -373,7 +373,7 @@ def _load(path: Path) -> "CostTable":
 
 
 def _check_picture(path: Path) -> None:
-    from pyreserve.pictures import check_suffix  # noqa: PLC0415
+    from pyreserve._system.pictures import check_suffix  # noqa: PLC0415
 
     try:
         check_suffix(path)
@@ -390,7 +390,7 @@ def _check_output(path: Path, extra: tuple[str, str] | None) -> None:
             err=True,
         )
         raise typer.Exit(1)
-    from pyreserve.files import check_writable  # noqa: PLC0415
+    from pyreserve._system.output import check_writable  # noqa: PLC0415
 
     try:
         check_writable(path)

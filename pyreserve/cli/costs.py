@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyreserve._system.output import write_text
 from pyreserve.cli import costs_screen
 from pyreserve.costs import CostTable, Interrupted, Plan, compare, measure, recommend
-from pyreserve.files import write_text
 
 Writer = Callable[[CostTable, Path], None]
 

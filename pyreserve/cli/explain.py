@@ -19,7 +19,7 @@ def explained(pid: int | None, folder: Path | None, keep: Path | None) -> Addres
 
 def draw(space: AddressSpace, path: Path) -> None:
     """Draw the picture."""
-    from pyreserve.procmem.plot import draw as plot  # noqa: PLC0415
+    from pyreserve.procmem.show.picture import draw as plot  # noqa: PLC0415
 
     plot(space, path)
 

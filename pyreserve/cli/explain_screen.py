@@ -10,8 +10,8 @@ from rich.text import Text
 
 from pyreserve.cli.screen import PlainTable, console_for, printable
 from pyreserve.procmem import AddressSpace, Change, Difference, Mapping
-from pyreserve.procmem.classes import ACCESSIBLE, ACCESSIBLE_WORDS, NAMES, WORDS
-from pyreserve.procmem.owners import UNKNOWN
+from pyreserve.procmem.judge.classes import ACCESSIBLE, ACCESSIBLE_WORDS, NAMES, WORDS
+from pyreserve.procmem.judge.owners import UNKNOWN
 from pyreserve.procmem.space import state
 from pyreserve.units import KiB, format_size
 

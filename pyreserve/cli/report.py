@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pyreserve import procfs
-from pyreserve.arena import Arena, FellBack
+from pyreserve._arena.arena import Arena, FellBack
+from pyreserve._system import procfs
+from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError
 from pyreserve.layouts import GO_PAGE, Piece
-from pyreserve.limits import PAGE_SIZE
 from pyreserve.units import MiB, format_size, round_up
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def _pss_kib() -> int | None:
     try:
         return procfs.rollup_kib().get("Pss", 0)
     except OSError:  # Linux before 4.14, a sandbox; the import would grow what is measured
-        from pyreserve.procmem.sampling import resident  # noqa: PLC0415
-        from pyreserve.procmem.source import LiveSource  # noqa: PLC0415
+        from pyreserve.procmem.read.sampling import resident  # noqa: PLC0415
+        from pyreserve.procmem.read.sources import LiveSource  # noqa: PLC0415
 
         return resident(LiveSource(None))[1]
 

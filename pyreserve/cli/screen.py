@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyreserve import layouts
-from pyreserve.arena import WORD
+from pyreserve._arena.arena import WORD
 from pyreserve.cli.report import VszReport
 from pyreserve.layouts import Piece
 from pyreserve.units import GiB, KiB, format_size

@@ -12,11 +12,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
+from pyreserve._system.output import check_writable
 from pyreserve.cli.screen import console_for
 from pyreserve.cli.terminal import keys, signals
 from pyreserve.cli.watch_screen import frame
 from pyreserve.cli.watched import COLUMNS, Watched
-from pyreserve.files import check_writable
 from pyreserve.procmem import Sample, sample
 
 _TICK = 1.0  # seconds after which the time on the screen is old

@@ -36,8 +36,8 @@ fork      inherit, dontfork   fork(2) with touched pages, without and with MADV_
 from dataclasses import dataclass
 from typing import Any
 
-from pyreserve.capabilities import hugetlb_free, thp_settings
-from pyreserve.limits import PAGE_SIZE
+from pyreserve._system.features import hugetlb_free, thp_settings
+from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.units import format_size
 
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -13,13 +13,13 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pyreserve import tasks
 from pyreserve._native import ffi, lib
+from pyreserve._system import tasks
+from pyreserve._system.limits import PAGE_SIZE, refusal
 from pyreserve.costs.cells import SMALL, Cell, PageKind
 from pyreserve.costs.entries import map_entries
 from pyreserve.costs.programs import Program, Setting, Step
 from pyreserve.costs.stats import Sample
-from pyreserve.limits import PAGE_SIZE, refusal
 from pyreserve.units import MiB, format_size, round_up
 
 PIECE = 2 * MiB

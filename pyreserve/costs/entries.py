@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from pyreserve import procfs
 from pyreserve._native import ffi, lib
-from pyreserve.limits import PAGE_SIZE
+from pyreserve._system import procfs
+from pyreserve._system.limits import PAGE_SIZE
 
 _TIMES = 16
 _SPAN = 4 * PAGE_SIZE  # a place of its own for each, with room around what is done there

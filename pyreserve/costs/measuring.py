@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
-from pyreserve.costs import machine
+from pyreserve._system import machine
 from pyreserve.costs.cells import Cell, Curve
 from pyreserve.costs.child import PIECE, Job
 from pyreserve.costs.planning import Group, Plan

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from operator import index as _index
 from typing import TYPE_CHECKING, Any
 
+from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.costs.cells import SMALL, Curve
-from pyreserve.limits import PAGE_SIZE
 from pyreserve.units import GiB, as_float
 
 if TYPE_CHECKING:

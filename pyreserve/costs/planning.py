@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import index as _index
 
-from pyreserve import procfs
+from pyreserve._system import procfs
+from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.costs.cells import METHODS, MODES, Cell, page_kinds
 from pyreserve.costs.programs import SCRIPTS, Program, Setting, untouched, write
 from pyreserve.errors import OutOfMemoryError
-from pyreserve.limits import PAGE_SIZE
 from pyreserve.units import GiB, MiB, format_size
 
 # Beside the memory measured: the two interpreters, and the kernel's page tables.

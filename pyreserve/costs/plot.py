@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyreserve._system.pictures import check_suffix, own_settings, write_picture
 from pyreserve.costs.cells import GROUPS, Curve
 from pyreserve.costs.plot_choice import JOINED, NEAR, Chosen, Line, choose, kinds, label
 from pyreserve.costs.table import CostTable, Measured
-from pyreserve.pictures import check_suffix, own_settings, write_picture
 from pyreserve.units import format_size, format_time, parse_size
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from pyreserve._native import lib
-from pyreserve.capabilities import thp_size
+from pyreserve._system.features import thp_size
+from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.costs.cells import Cell, Curve, PageKind, in_words
-from pyreserve.limits import PAGE_SIZE
 from pyreserve.units import MiB
 
 _GROWTHS = 8  # steps of growth timed in one life

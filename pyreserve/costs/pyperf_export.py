@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyreserve._system.extras import import_extra
+from pyreserve._system.output import write_bytes
 from pyreserve.costs.cells import GROUPS, METHODS, MODES, Cell
 from pyreserve.costs.table import CostTable, Measured
-from pyreserve.extras import import_extra
-from pyreserve.files import write_bytes
 from pyreserve.units import GiB, KiB, MiB, TiB, parse_size
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
+from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.costs.cells import Curve
 from pyreserve.costs.measuring import measure
 from pyreserve.costs.model import CostModel, Fit
 from pyreserve.costs.planning import plan
 from pyreserve.costs.table import CostTable
 from pyreserve.errors import OutOfMemoryError
-from pyreserve.limits import PAGE_SIZE
 from pyreserve.units import GiB, MiB, format_size, format_time, parse_size
 
 FILE = "PYRESERVE_COSTS"

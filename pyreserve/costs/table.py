@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pyreserve._system.cached import lazily
 from pyreserve.costs.cells import Cell, Curve
 from pyreserve.costs.stats import Times
-from pyreserve.lazily import lazily
 
 if TYPE_CHECKING:
     from pyreserve.costs.model import CostModel
@@ -91,7 +91,7 @@ class CostTable:
     """What the verbs cost on one machine.
 
     Attributes:
-        machine: the machine's facts; see `pyreserve.costs.machine.facts`.
+        machine: the machine's facts; see `pyreserve._system.machine.facts`.
         cells: what was measured and what could not be, in the plan's order.
         noise: what else the machine did.
         seconds: how long it took.

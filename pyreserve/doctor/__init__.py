@@ -9,9 +9,9 @@ Nothing is changed, and nothing is printed.
 import os
 import platform
 
+from pyreserve._system.extras import own_version
 from pyreserve.doctor import addresses, features, memory, pages, surroundings
 from pyreserve.doctor.findings import SCHEMA, STATES, Diagnosis, Finding, State, examine
-from pyreserve.extras import own_version
 
 __all__ = ["SCHEMA", "STATES", "Diagnosis", "Finding", "State", "diagnose"]
 

@@ -3,10 +3,11 @@
 import resource
 from collections.abc import Iterator
 
-from pyreserve import layouts, procfs
-from pyreserve.arena import WORD
+from pyreserve import layouts
+from pyreserve._arena.arena import WORD
+from pyreserve._system import procfs
+from pyreserve._system.limits import PAGE_SIZE, address_bits
 from pyreserve.doctor.findings import Finding, soft_limit
-from pyreserve.limits import PAGE_SIZE, address_bits
 from pyreserve.units import KiB, format_size
 
 # Security modules keep the lowest addresses free whatever the setting (CONFIG_LSM_MMAP_MIN_ADDR).

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pyreserve import procfs
-from pyreserve.capabilities import capabilities
+from pyreserve._system import procfs
+from pyreserve._system.features import capabilities
 from pyreserve.doctor.findings import Finding
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pyreserve import procfs
-from pyreserve.limits import rlimit
+from pyreserve._system import procfs
+from pyreserve._system.limits import rlimit
 from pyreserve.units import format_size
 
 State = Literal["good", "limited", "missing"]

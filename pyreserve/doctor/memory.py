@@ -5,9 +5,9 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyreserve import procfs
+from pyreserve._system import procfs
+from pyreserve._system.limits import strict_commit
 from pyreserve.doctor.findings import Finding, soft_limit
-from pyreserve.limits import strict_commit
 from pyreserve.units import KiB, format_size
 
 _CAP_IPC_LOCK = 14  # linux/capability.h

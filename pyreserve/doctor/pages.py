@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyreserve import procfs
-from pyreserve.capabilities import chosen, hugetlb_free, thp_settings, thp_size
-from pyreserve.costs import machine
+from pyreserve._system import machine, procfs
+from pyreserve._system.features import chosen, hugetlb_free, thp_settings, thp_size
 from pyreserve.doctor.findings import Finding
 from pyreserve.units import KiB, MiB, format_size
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from pyreserve import procfs
+from pyreserve._system import procfs
 from pyreserve.doctor.findings import Finding, soft_limit
 from pyreserve.units import format_size
 

@@ -6,11 +6,11 @@ process, `compare` tells what changed between two explanations, `track` what a b
 in this process, and `sample` is a quick look for those who look often.
 """
 
-from pyreserve.procmem.classes import MemoryClass
 from pyreserve.procmem.comparison import Change, Difference, compare, load
-from pyreserve.procmem.owners import Owner
-from pyreserve.procmem.sampling import Sample, sample, track
-from pyreserve.procmem.source import save
+from pyreserve.procmem.judge.classes import MemoryClass
+from pyreserve.procmem.judge.owners import Owner
+from pyreserve.procmem.read.sampling import Sample, sample, track
+from pyreserve.procmem.read.sources import save
 from pyreserve.procmem.space import AddressSpace, Mapping, explain
 
 __all__ = [

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyreserve.layouts import Piece
-from pyreserve.procmem import classes, concerns, details
-from pyreserve.procmem.capture import Capture, capture
-from pyreserve.procmem.classes import MemoryClass
-from pyreserve.procmem.owners import UNKNOWN, Owner, Sight, recognise
-from pyreserve.procmem.source import LiveSource, SavedSource, naming_the_limit
-from pyreserve.procmem.table import EXECUTE, READ, SHARED, WRITE, written
+from pyreserve.procmem.judge import classes, details
+from pyreserve.procmem.judge import warnings as concerns
+from pyreserve.procmem.judge.classes import MemoryClass
+from pyreserve.procmem.judge.owners import UNKNOWN, Owner, Sight, recognise
+from pyreserve.procmem.read.maps import EXECUTE, READ, SHARED, WRITE, written
+from pyreserve.procmem.read.snapshot import Capture, capture
+from pyreserve.procmem.read.sources import LiveSource, SavedSource, naming_the_limit
 from pyreserve.units import KiB, format_size
 
 SCHEMA = 1
@@ -25,7 +26,7 @@ class Mapping(NamedTuple):
         name: of a file, or what the kernel or the program calls it; may be empty.
         kib: all of it.
         rss_kib: of it, in memory, pages of huge page pools included; 0 if not known.
-        class_name: the class of what is not in memory; see `pyreserve.procmem.classes`.
+        class_name: the class of what is not in memory; see `pyreserve.procmem.judge.classes`.
         owner: whose it is, or of the largest part.
     """
 
@@ -56,10 +57,10 @@ class AddressSpace:
         page_tables_kib: what translating the addresses takes, in no other figure (VmPTE); None if
             not known: status could not be read.
         mappings: how many, as vm.max_map_count counts them.
-        classes: what every byte of ``vsz_kib`` is; see `pyreserve.procmem.classes`.
+        classes: what every byte of ``vsz_kib`` is; see `pyreserve.procmem.judge.classes`.
         owners: whose it is, most first; what was not recognised is ``"unknown"``.
-        details: finer figures; see `pyreserve.procmem.details`. Those of pages are missing where
-            there were too many mappings to ask for them.
+        details: finer figures; see `pyreserve.procmem.judge.details`. Those of pages are missing
+            where there were too many mappings to ask for them.
         ranges: address ranges that are known by name, such as a Go heap's spans, bitmap and arena.
         warnings: what is worth worrying about, in words.
         settled: all was read of one moment.

@@ -1,0 +1,1 @@
+"""Containers and allocators over one region."""

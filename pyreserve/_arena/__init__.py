@@ -1,0 +1,1 @@
+"""Arenas: layouts brought to life, with a heap in them."""

@@ -1,0 +1,1 @@
+"""The system as pyreserve sees it: /proc, limits, kernel features, forks, files."""

@@ -1,0 +1,90 @@
+"""Find the limit behind an EAGAIN from clone(2)."""
+
+import contextlib
+import os
+import resource
+from pathlib import Path
+
+from pyreserve._system import procfs
+
+_PIDS_ROOTS = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/pids")  # versions 2 and 1
+
+
+def refusing_limit() -> tuple[str, str] | None:
+    """Return (name, sentence) of the limit that is reached, or None if no visible limit is.
+
+    In the kernel's order (``copy_process`` of kernel/fork.c).
+    """
+    return _rlimit_nproc() or _threads_max() or _pid_max() or _pids_cgroup()
+
+
+def _rlimit_nproc() -> tuple[str, str] | None:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    user = os.getuid()
+    if limit == resource.RLIM_INFINITY or user == 0 or _is_exempt():
+        return None
+    used = _tasks_of(user)
+    if used < limit:
+        return None
+    return (
+        "RLIMIT_NPROC",
+        f"RLIMIT_NPROC (ulimit -u) is {limit:,}, and user {user} has {used:,} processes and "
+        "threads",
+    )
+
+
+def _is_exempt() -> bool:
+    return procfs.capable(procfs.CAP_SYS_RESOURCE) or procfs.capable(procfs.CAP_SYS_ADMIN)
+
+
+def _tasks_of(user: int) -> int:
+    """Count the processes and threads of a real user that /proc shows."""
+    count = 0
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError, KeyError):  # it has ended
+                status = procfs.status(entry)
+                if int(status["Uid"].split()[0]) == user:
+                    count += int(status["Threads"])
+    return count
+
+
+def _all_tasks() -> int:
+    return int(Path("/proc/loadavg").read_bytes().split()[3].split(b"/")[1])
+
+
+def _threads_max() -> tuple[str, str] | None:
+    limit, used = int(procfs.kernel_setting("threads-max")), _all_tasks()
+    if used < limit:
+        return None
+    return (
+        "threads-max",
+        f"kernel.threads-max is {limit:,}, and the machine has {used:,} processes and threads",
+    )
+
+
+def _pid_max() -> tuple[str, str] | None:
+    limit, used = int(procfs.kernel_setting("pid_max")), _all_tasks()
+    # The first 300 are not reused (RESERVED_PIDS of kernel/pid.c).
+    if used < limit - 300:
+        return None
+    return (
+        "pid_max",
+        f"kernel.pid_max is {limit:,}, and the machine has {used:,} process ids in use",
+    )
+
+
+def _pids_cgroup() -> tuple[str, str] | None:
+    for group, _ in procfs.cgroup_places("pids", _PIDS_ROOTS):
+        try:
+            limit = (group / "pids.max").read_bytes().strip()
+            used = int((group / "pids.current").read_bytes())
+        except OSError:  # the root group, or one without the controller
+            continue
+        if limit != b"max" and used >= int(limit):
+            return (
+                "pids cgroup",
+                f"pids.max of the cgroup {group} is {int(limit):,}, and it has {used:,} processes "
+                "and threads",
+            )
+    return None

@@ -1,0 +1,1 @@
+"""What a process has mapped, read from /proc or from saved files."""
