@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 TESTS = Path(__file__).resolve().parent
 
+pytest.register_assert_rewrite("helpers")
+
 # The installed package is tested; `python -m pytest` puts the checkout before it.
 sys.path.sort(key=lambda entry: Path(entry).resolve() == TESTS.parent)
 

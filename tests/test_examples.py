@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from witness import PATIENCE
+
+from helpers.witness import PATIENCE
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 

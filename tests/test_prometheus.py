@@ -16,8 +16,8 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge, Metric, start_http_server
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
-from witness import PATIENCE
 
+from helpers.witness import PATIENCE
 from pyreserve import (
     PAGE_SIZE,
     Arena,

@@ -1,0 +1,643 @@
+"""Slots of one size: handed out, viewed, given back, cleared and trimmed."""
+
+import copy
+import gc
+import pickle
+import resource
+import sys
+import threading
+from array import array
+from itertools import pairwise
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers import witness
+from pyreserve import PAGE_SIZE, KiB, MiB
+from pyreserve._alloc.pool import Pool
+from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError, ViewError
+
+
+@pytest.fixture
+def pool() -> Pool:
+    """A hundred slots of 100 bytes."""
+    return Pool(100, capacity=100)
+
+
+class TestMaking:
+    def test_a_new_pool_is_empty(self, pool: Pool) -> None:
+        """At first no slot is in use and no memory is committed."""
+        assert (len(pool), list(pool), pool.in_use, pool.committed) == (0, [], 0, 0)
+        assert (pool.item_size, pool.capacity) == (100, 100)
+
+    @pytest.mark.parametrize(("size", "capacity"), [(16, 1 << 26), (100, 1 << 30), (3 << 30, 1)])
+    def test_addresses_by_default(self, size: int, capacity: int) -> None:
+        """Without a capacity there are as many slots as 1 GiB has, and at least one."""
+        with Pool(size) as pool:
+            assert pool.capacity == max(1, min(capacity, (1 << 30) // (-(-size // 16) * 16)))
+
+    @pytest.mark.parametrize(
+        ("size", "align", "apart"),
+        [(1, None, 1), (3, None, 4), (16, None, 16), (17, None, 32), (17, 1, 17), (5, 4096, 4096)],
+    )
+    def test_alignment(self, size: int, align: int | None, apart: int) -> None:
+        """Slots are as far apart as the alignment asks, and lie at its multiples."""
+        with Pool(size, capacity=9, align=align) as pool:
+            addresses = [pool.address(slot) for slot in pool.alloc_many(9)]
+
+            assert {b - a for a, b in pairwise(addresses)} == {apart}
+            assert all(address % (align or 1) == 0 for address in addresses)
+            assert pool.in_use == 9 * apart
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"item_size": 0},
+            {"item_size": -1},
+            {"capacity": 0},
+            {"capacity": -5},
+            {"capacity": 1 << 60, "item_size": 1},
+            {"align": 3},
+            {"align": 0},
+            {"step": 0},
+            {"step": PAGE_SIZE + 1},
+        ],
+        ids=str,
+    )
+    def test_numbers_that_make_no_sense(self, wrong: dict[str, int]) -> None:
+        """Sizes are positive, alignments powers of two, steps whole OS pages."""
+        with pytest.raises(RangeError):
+            Pool(**{"item_size": 8, **wrong})  # type: ignore[arg-type]
+
+    def test_what_is_no_integer(self, pool: Pool) -> None:
+        """Numbers are integers."""
+        pool.alloc()
+        calls: tuple[Any, ...] = (
+            Pool,
+            pool.free,
+            pool.view,
+            pool.address,
+            pool.alloc_many,
+            lambda n: pool.free_many([n]),
+            pool.__contains__,
+        )
+        for call in calls:
+            with pytest.raises(TypeError):
+                call(1.0)
+        assert len(pool) == 1
+
+    def test_it_is_not_copied(self, pool: Pool) -> None:
+        """A pool refuses to be pickled or copied."""
+        with pytest.raises(TypeError, match="pickled"):
+            pickle.dumps(pool)
+        with pytest.raises(TypeError, match="copied"):
+            copy.copy(pool)
+
+    def test_repr(self, pool: Pool) -> None:
+        """The repr says how much is in use."""
+        pool.alloc_many(3)
+
+        assert repr(pool).startswith("<Pool of 100-byte slots: 3 of 100 in use, ")
+
+
+class TestSlots:
+    def test_the_lowest_free_slot(self, pool: Pool) -> None:
+        """Slots are handed out from the lowest that is free."""
+        assert [pool.alloc() for _ in range(5)] == [0, 1, 2, 3, 4]
+
+        pool.free(3)
+        pool.free(1)
+
+        assert [pool.alloc() for _ in range(3)] == [1, 3, 5]
+
+    def test_which_are_in_use(self, pool: Pool) -> None:
+        """Iteration, `in`, len and in_use tell."""
+        pool.alloc_many(5)
+        pool.free(2)
+
+        assert list(pool) == [0, 1, 3, 4]
+        assert [slot in pool for slot in (-1, 0, 2, 4, 5, 100, 1 << 70)] == [
+            False,
+            True,
+            False,
+            True,
+            False,
+            False,
+            False,
+        ]
+        assert (len(pool), pool.in_use) == (4, 4 * 112)
+
+    def test_iteration_is_of_one_moment(self, pool: Pool) -> None:
+        """What is allocated or freed during an iteration does not disturb it."""
+        pool.alloc_many(3)
+
+        seen = []
+        for slot in pool:
+            pool.free(slot)
+            pool.alloc_many(2)
+            seen.append(slot)
+
+        assert seen == [0, 1, 2]
+
+    def test_a_slot_is_its_users(self, pool: Pool) -> None:
+        """What is written to a slot stays there and touches no other."""
+        slots = [pool.alloc() for _ in range(100)]
+        for slot in slots:
+            pool.view(slot)[:] = bytes([slot]) * 100
+
+        assert all(bytes(pool.view(slot)) == bytes([slot]) * 100 for slot in slots)
+
+    def test_a_view_for_reading(self, pool: Pool) -> None:
+        """A view can be had that does not write."""
+        assert pool.view(pool.alloc(), readonly=True).readonly
+
+    def test_addresses_do_not_change(self) -> None:
+        """The address of a slot is where its view is, however the pool grows."""
+        pool = Pool(3000, capacity=5000, step=16 * PAGE_SIZE)
+        first = pool.alloc()
+        pool.view(first)[:4] = b"mine"
+        address = pool.address(first)
+
+        pool.alloc_many(4999)
+
+        assert pool.address(first) == address
+        assert witness.peek(address, 4) == b"mine"
+        gc.collect()
+        pool.release()
+
+    def test_no_slot_is_free(self, pool: Pool) -> None:
+        """A pool that is full says so, and how many slots it has; a slot given back helps."""
+        pool.alloc_many(100)
+
+        with pytest.raises(OutOfMemoryError, match=r"0 of 100 are free") as caught:
+            pool.alloc()
+        assert caught.value.limit == "layout"
+
+        pool.free(50)
+        assert pool.alloc() == 50
+
+    def test_freed_twice(self, pool: Pool) -> None:
+        """A slot that is free is not freed again, nor viewed."""
+        slot = pool.alloc()
+        pool.free(slot)
+
+        for use in (pool.free, pool.view, pool.address, lambda slot: pool.free_many([slot])):
+            for free in (slot, 99):
+                with pytest.raises(FreeError, match=f"slot {free} is free"):
+                    use(free)
+
+    @pytest.mark.parametrize("slot", [-1, 100, 1 << 40, 1 << 64, -(1 << 70)])
+    def test_no_such_slot(self, pool: Pool, slot: int) -> None:
+        """A number of no slot here is out of range."""
+        pool.alloc_many(100)
+        held = pool.view(0)
+        for use in (pool.free, pool.view, pool.address, lambda slot: pool.free_many([1, slot])):
+            with pytest.raises(RangeError):
+                use(slot)
+        assert len(pool) == 100
+        held.release()
+
+
+class TestManySlots:
+    def test_all_or_none(self, pool: Pool) -> None:
+        """More slots than are free are refused together."""
+        pool.alloc_many(10)
+
+        with pytest.raises(OutOfMemoryError, match="can't take 91 slots"):
+            pool.alloc_many(91)
+
+        assert len(pool) == 10
+        assert list(pool.alloc_many(90)) == list(range(10, 100))
+
+    @pytest.mark.parametrize("n", [-1, -(1 << 70)])
+    def test_fewer_than_none(self, pool: Pool, n: int) -> None:
+        """A negative number of slots makes no sense."""
+        with pytest.raises(RangeError):
+            pool.alloc_many(n)
+
+    def test_none(self, pool: Pool) -> None:
+        """No slots are no work."""
+        assert list(pool.alloc_many(0)) == []
+        pool.free_many([])
+        assert pool.committed == 0
+
+    @pytest.mark.parametrize("n", [101, 1 << 62, 1 << 70])
+    def test_more_than_there_are(self, pool: Pool, n: int) -> None:
+        """Any number beyond the capacity is out of memory."""
+        with pytest.raises(OutOfMemoryError):
+            pool.alloc_many(n)
+
+    def test_wherever_integers_are(self, pool: Pool) -> None:
+        """Slots are given back from any buffer or iterable of integers."""
+        slots = pool.alloc_many(10)
+
+        pool.free_many(slots[:2])
+        pool.free_many(np.array(slots[2:6], "u1"))
+        pool.free_many(iter(slots[6:]))
+
+        assert len(pool) == 0
+
+    def test_duplicates_are_freed_none(self, pool: Pool) -> None:
+        """A slot that stands there twice leaves all of them in use."""
+        slots = pool.alloc_many(10)
+
+        with pytest.raises(FreeError, match="slot 4 "):
+            pool.free_many([*slots, 4])
+
+        assert list(pool) == list(slots)
+
+
+class TestViews:
+    def test_a_viewed_slot_stays(self, pool: Pool) -> None:
+        """A slot with a live view is not freed, alone or with others; its neighbours are."""
+        slots = pool.alloc_many(10)
+        view = pool.view(5)
+
+        with pytest.raises(ViewError, match="slot 5"):
+            pool.free(5)
+        with pytest.raises(ViewError, match="slot 5"):
+            pool.free_many(slots)
+        assert len(pool) == 10
+        pool.free(4)
+        pool.free_many([6, 7])
+
+        view.release()
+        pool.free(5)
+        assert list(pool) == [0, 1, 2, 3, 8, 9]
+
+    def test_whatever_was_made_of_a_view(self, pool: Pool) -> None:
+        """Also a consumer that keeps only a reference holds the slot."""
+        slot = pool.alloc()
+        kept: Any = np.ndarray((4,), np.uint8, buffer=pool.view(slot))
+
+        with pytest.raises(ViewError):
+            pool.free(slot)
+        with pytest.raises(ViewError):
+            pool.release()
+
+        del kept
+        pool.free(slot)
+
+    def test_release_under_a_view(self, pool: Pool) -> None:
+        """A release that is refused leaves a pool that works."""
+        view = pool.view(pool.alloc())
+
+        with pytest.raises(ViewError):
+            pool.release()
+
+        assert pool.alloc() == 1
+        view.release()
+        pool.release()
+
+
+class TestZero:
+    def test_contents_stay_unless_cleared(self, pool: Pool) -> None:
+        """A slot is as its last user left it; `zero` clears it, and it alone."""
+        for slot in pool.alloc_many(3):
+            pool.view(slot)[:] = b"\xaa" * 100
+        pool.free_many([0, 1])
+
+        assert bytes(pool.view(pool.alloc())) == b"\xaa" * 100
+        assert bytes(pool.view(pool.alloc(zero=True))) == bytes(100)
+        assert bytes(pool.view(0)) == bytes(pool.view(2)) == b"\xaa" * 100
+
+    def test_many(self, pool: Pool) -> None:
+        """Many slots are cleared where they were used."""
+        for slot in pool.alloc_many(10):
+            pool.view(slot)[:] = b"\xaa" * 100
+        pool.free_many(range(10))
+
+        slots = pool.alloc_many(20, zero=True)
+
+        assert all(bytes(pool.view(slot)) == bytes(100) for slot in slots)
+
+    def test_what_was_never_used_is_not_touched(self) -> None:
+        """To clear slots that nobody had takes no memory."""
+        pool = Pool(64 * KiB, capacity=1024, step=64 * MiB)
+
+        pool.alloc_many(1024, zero=True)
+
+        assert witness.total_kib(pool.address(0), 64 * MiB, "Rss") < 64 * MiB // KiB // 2
+        pool.release()
+
+
+class TestMemory:
+    def test_memory_comes_in_steps(self) -> None:
+        """Committed is what the slots in use need, up to the next step, but no more than all."""
+        step = 4 * PAGE_SIZE
+        pool = Pool(PAGE_SIZE, capacity=10, align=1, step=step)
+
+        committed = []
+        for _ in range(10):
+            pool.alloc()
+            committed.append(pool.committed // PAGE_SIZE)
+
+        assert committed == [4] * 4 + [8] * 4 + [10] * 2
+        assert pool.committed == witness.nbytes(pool.address(0), 10 * PAGE_SIZE)
+        pool.release()
+
+    def test_steps_end_on_their_own_lines(self) -> None:
+        """The first slot lies at a multiple of the step, so that huge pages fit."""
+        with Pool(64) as pool:
+            assert pool.address(pool.alloc()) % (2 * MiB) == 0
+
+    def test_a_commit_that_is_refused(self) -> None:
+        """If the kernel refuses memory no slot is taken, and what there is goes on working."""
+
+        def child() -> None:
+            pool = Pool(64 * KiB, capacity=4096, step=MiB)
+            pool.alloc_many(16)
+            used = witness.status("VmData")
+            resource.setrlimit(resource.RLIMIT_DATA, (used, used))
+            with pytest.raises(OutOfMemoryError) as caught:
+                pool.alloc()
+            assert caught.value.limit == "RLIMIT_DATA"
+            with pytest.raises(OutOfMemoryError):
+                pool.alloc_many(100)
+            assert (len(pool), pool.committed) == (16, MiB)
+            pool.free(7)
+            assert pool.alloc() == 7
+
+        witness.in_child(child)
+
+    def test_a_step_that_is_refused(self) -> None:
+        """If a whole step is refused, just what the slots need is committed."""
+
+        def child() -> None:
+            pool = Pool(64 * KiB, capacity=4096, step=64 * MiB)
+            used = witness.status("VmData")
+            resource.setrlimit(resource.RLIMIT_DATA, (used + 8 * MiB, used + 8 * MiB))
+            assert pool.alloc() == 0
+            assert pool.committed == 64 * KiB
+            assert len(pool.alloc_many(20)) == 20
+            assert pool.committed == 21 * 64 * KiB
+            pool.view(20)[:1] = b"x"
+            with pytest.raises(OutOfMemoryError):
+                pool.alloc_many(400)
+            assert len(pool) == 21
+
+        witness.in_child(child)
+
+    def test_trim(self) -> None:
+        """Whole OS pages above the highest slot in use are given back, and zero when used again."""
+        pool = Pool(100, capacity=10_000, align=4, step=64 * PAGE_SIZE)
+        for slot in pool.alloc_many(5000):
+            pool.view(slot)[:] = b"\xaa" * 100
+        before = pool.committed
+        pool.free_many(range(10, 5000))
+
+        given = pool.trim()
+
+        assert pool.committed == before - given == -(-1000 // PAGE_SIZE) * PAGE_SIZE
+        assert witness.nbytes(pool.address(0), 1_000_000) == pool.committed
+        assert pool.trim() == 0
+        slots = pool.alloc_many(4990)
+        assert all(bytes(pool.view(slot)) == bytes(100) for slot in slots)
+        assert all(bytes(pool.view(slot)) == b"\xaa" * 100 for slot in range(10))
+
+    def test_trim_a_full_pool(self, pool: Pool) -> None:
+        """Where the highest slot is in use there is nothing to give back but the rest."""
+        pool.alloc_many(100)
+
+        pool.trim()
+
+        assert len(pool) == 100
+        assert pool.committed == -(-100 * 112 // PAGE_SIZE) * PAGE_SIZE
+
+    def test_trim_an_empty_pool(self, pool: Pool) -> None:
+        """Without a slot in use all memory goes back."""
+        assert pool.trim() == 0
+        pool.free(pool.alloc())
+
+        pool.trim()
+
+        assert (pool.committed, len(pool)) == (0, 0)
+        assert pool.alloc() == 0
+
+    def test_trim_under_views(self, pool: Pool) -> None:
+        """A view holds a slot in use, so trim never meets one."""
+        pool.alloc_many(50)
+        view = pool.view(20)
+        view[:] = b"\xaa" * 100
+        pool.free_many([*range(20), *range(21, 50)])
+
+        pool.trim()
+
+        assert bytes(view) == b"\xaa" * 100
+
+
+class TestRelease:
+    def test_everything_is_refused_afterwards(self, pool: Pool) -> None:
+        """After a release every use says so."""
+        pool.alloc_many(10)
+        pool.release()
+
+        calls: tuple[Any, ...] = (
+            pool.alloc,
+            lambda: pool.alloc(zero=True),
+            lambda: pool.free(0),
+            lambda: pool.free(-1),
+            lambda: pool.alloc_many(1),
+            lambda: pool.alloc_many(0),
+            lambda: pool.free_many([0]),
+            lambda: pool.view(0),
+            lambda: pool.address(0),
+            lambda: 0 in pool,
+            lambda: iter(pool),
+            lambda: len(pool),
+            lambda: pool.in_use,
+            lambda: pool.committed,
+            pool.trim,
+            pool.release,
+            pool.__enter__,
+        )
+        for call in calls:
+            with pytest.raises(ReleasedError):
+                call()
+        assert pool.released
+        assert repr(pool) == "<Pool of 100-byte slots, released>"
+        assert (pool.item_size, pool.capacity) == (100, 100)
+
+    def test_a_block(self) -> None:
+        """A pool is released at the end of its block, once."""
+        with Pool(8) as pool:
+            pool.alloc()
+        assert pool.released
+        with Pool(8) as pool:
+            pool.release()
+
+    def test_a_view_outlives_the_pool(self) -> None:
+        """A pool that is dropped keeps the bytes that are in view."""
+        pool: Pool | None = Pool(100)
+        assert pool is not None
+        view = pool.view(pool.alloc())
+        view[:4] = b"kept"
+
+        pool = None
+        gc.collect()
+
+        assert bytes(view[:4]) == b"kept"
+
+
+class TestThreads:
+    def test_no_slot_has_two_owners(self) -> None:
+        """Eight threads that write to their slots find there what they wrote, also under trims."""
+        pool = Pool(100, capacity=2000, step=PAGE_SIZE)
+        errors: list[BaseException] = []
+
+        def work(number: int) -> None:
+            random, mine = Random(number), list[int]()
+            mark = bytes([number + 1]) * 100
+            try:
+                for _ in range(400):
+                    if len(mine) > 100 or (mine and random.random() < 0.5):
+                        slot = mine.pop(random.randrange(len(mine)))
+                        view = pool.view(slot)
+                        assert bytes(view) == mark
+                        view.release()
+                        pool.free(slot)
+                    else:
+                        some = [pool.alloc(zero=True)] if random.random() < 0.5 else []
+                        some = some or list(pool.alloc_many(3, zero=True))
+                        for slot in some:
+                            view = pool.view(slot)
+                            assert bytes(view) == bytes(100)
+                            view[:] = mark
+                            view.release()
+                        mine += some
+                    if number == 0:
+                        pool.trim()
+                pool.free_many(mine)
+            except BaseException as error:  # noqa: BLE001, RUF100
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(before)
+
+        assert errors == []
+        assert len(pool) == 0
+
+    def test_a_release_among_users(self) -> None:
+        """Threads that use a pool while another releases it find it released, and no worse."""
+
+        def child() -> list[str]:
+            wrong: list[str] = []
+            for _ in range(50):
+                pool = Pool(4096, capacity=1000, step=PAGE_SIZE)
+
+                def work(pool: Pool = pool) -> None:
+                    try:
+                        for _ in range(10_000):
+                            pool.free(pool.alloc(zero=True))
+                            pool.trim()
+                    except ReleasedError:
+                        return
+                    except BaseException as error:  # noqa: BLE001, RUF100
+                        wrong.append(repr(error))
+
+                threads = [threading.Thread(target=work) for _ in range(3)]
+                for thread in threads:
+                    thread.start()
+                pool.alloc()
+                pool.release()
+                for thread in threads:
+                    thread.join()
+            return wrong
+
+        assert witness.in_child(child) == []
+
+
+class TestFork:
+    def test_the_child_has_a_copy(self, pool: Pool) -> None:
+        """A child goes on with the same slots and contents, without the parent."""
+        slot = pool.alloc()
+        pool.view(slot)[:4] = b"both"
+
+        def child() -> bytes:
+            found = bytes(pool.view(slot)[:4])
+            pool.view(slot)[:4] = b"mine"
+            assert pool.alloc() == 1
+            pool.free_many([0, 1])
+            pool.trim()
+            pool.release()
+            return found
+
+        assert witness.in_child(child) == b"both"
+        assert list(pool) == [slot]
+        assert bytes(pool.view(slot)[:4]) == b"both"
+
+    @pytest.mark.parametrize("forks", [5, pytest.param(20, marks=pytest.mark.heavy)])
+    def test_a_fork_while_threads_allocate(self, forks: int) -> None:
+        """A child is never left with a lock that one of the parent's threads had."""
+        pool = Pool(100, capacity=10_000, step=PAGE_SIZE)
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                slots = pool.alloc_many(50)
+                pool.view(slots[7])[0] = 1
+                pool.free_many(slots)
+                pool.free(pool.alloc(zero=True))
+                pool.trim()
+
+        def child() -> bool:
+            slot = pool.alloc(zero=True)
+            clear = bytes(pool.view(slot)) == bytes(100)
+            pool.free(slot)
+            return clear and len(list(pool)) == len(pool)
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        try:
+            answers = [witness.in_child(child) for _ in range(forks)]
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+        assert all(answers)
+        assert len(pool) == 0
+
+    def test_finalisers_give_slots_back(self) -> None:
+        """Objects that free their slot when they die may die anywhere, in a fork's hooks too."""
+
+        def child() -> int:
+            pool = Pool(32)
+
+            class Owner:
+                def __init__(self) -> None:
+                    self.me = self
+                    self.slot = pool.alloc()
+
+                def __del__(self) -> None:
+                    pool.free(self.slot)
+
+            gc.set_threshold(5, 1, 1)
+            for _ in range(20):
+                owners = [Owner() for _ in range(100)]
+                assert len(pool) >= len(owners)
+                assert witness.in_child(lambda: pool.alloc() >= 0)
+            del owners
+            gc.collect()
+            return len(pool)
+
+        assert witness.in_child(child) == 0
+
+
+def test_the_slots_are_an_array(pool: Pool) -> None:
+    """Slots come as an array of 64-bit integers."""
+    slots = pool.alloc_many(3)
+
+    assert isinstance(slots, array)
+    assert slots.typecode == "q"

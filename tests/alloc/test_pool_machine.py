@@ -1,0 +1,154 @@
+"""A pool through any history: each step is done to a model too, and both must agree."""
+
+import gc
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from helpers.profiles import examples
+from pyreserve import PAGE_SIZE
+from pyreserve._alloc.pool import Pool
+from pyreserve.errors import FreeError, OutOfMemoryError, ViewError
+
+CAPACITY = 40
+# Apart so far that slots begin and end inside OS pages, and some lie in two.
+SIZE, APART = PAGE_SIZE * 3 // 4 - 5, PAGE_SIZE * 3 // 4
+
+slots = st.integers(0, CAPACITY - 1)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """A pool, which slots are in use, and a byte that fills each slot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = Pool(SIZE, capacity=CAPACITY, align=16, step=PAGE_SIZE)
+        self.used: set[int] = set()
+        self.fill = bytearray(CAPACITY)
+        self.views: dict[int, memoryview] = {}
+
+    @initialize(pages=st.integers(1, 8))
+    def begin(self, pages: int) -> None:
+        """Commit more or fewer pages at a time."""
+        self.pool.release()
+        self.pool = Pool(SIZE, capacity=CAPACITY, align=16, step=pages * PAGE_SIZE)
+
+    def teardown(self) -> None:
+        """Give the addresses back."""
+        self.views.clear()
+        gc.collect()
+        self.pool.release()
+
+    def lowest_free(self, n: int) -> list[int]:
+        """The slots that are to be handed out next."""
+        return [slot for slot in range(CAPACITY) if slot not in self.used][:n]
+
+    def write(self, slot: int, byte: int) -> None:
+        """Fill a slot."""
+        self.pool.view(slot)[:] = bytes([byte]) * SIZE
+        self.fill[slot] = byte
+
+    @rule(zero=st.booleans(), byte=st.none() | st.integers(0, 255))
+    def allocate(self, zero: bool, byte: int | None) -> None:
+        """Take a slot, and fill it or leave it as it is."""
+        if len(self.used) == CAPACITY:
+            with pytest.raises(OutOfMemoryError):
+                self.pool.alloc(zero=zero)
+            return
+
+        slot = self.pool.alloc(zero=zero)
+
+        assert [slot] == self.lowest_free(1)
+        self.used.add(slot)
+        if zero:
+            self.fill[slot] = 0
+        if byte is not None:
+            self.write(slot, byte)
+
+    @rule(n=st.integers(0, CAPACITY), zero=st.booleans(), byte=st.integers(0, 255))
+    def allocate_many(self, n: int, zero: bool, byte: int) -> None:
+        """Take some slots, or none."""
+        if n > CAPACITY - len(self.used):
+            with pytest.raises(OutOfMemoryError):
+                self.pool.alloc_many(n, zero=zero)
+            return
+
+        got = self.pool.alloc_many(n, zero=zero)
+
+        assert list(got) == self.lowest_free(n)
+        self.used.update(got)
+        for slot in got:
+            self.fill[slot] = 0 if zero else self.fill[slot]
+        for slot in got[::2]:
+            self.write(slot, byte)
+
+    @rule(slot=slots)
+    def free(self, slot: int) -> None:
+        """Give a slot back that may be in use, in view, or free."""
+        if slot not in self.used:
+            with pytest.raises(FreeError):
+                self.pool.free(slot)
+        elif slot in self.views:
+            with pytest.raises(ViewError):
+                self.pool.free(slot)
+        else:
+            self.pool.free(slot)
+            self.used.remove(slot)
+
+    @rule(some=st.lists(slots))
+    def free_many(self, some: list[int]) -> None:
+        """Give some back, or none if one is in view, free, or there twice."""
+        if self.views.keys() & set(some):
+            with pytest.raises(ViewError):
+                self.pool.free_many(some)
+        elif len(set(some)) < len(some) or not self.used.issuperset(some):
+            with pytest.raises(FreeError):
+                self.pool.free_many(some)
+        else:
+            self.pool.free_many(some)
+            self.used.difference_update(some)
+
+    @precondition(lambda self: self.used)
+    @rule(at=st.integers(0), part=st.booleans())
+    def keep_a_view(self, at: int, part: bool) -> None:
+        """Keep a view of a slot, or of a piece of it."""
+        slot = sorted(self.used)[at % len(self.used)]
+        view = self.pool.view(slot)
+        self.views[slot] = view[3:9] if part else view
+
+    @precondition(lambda self: self.views)
+    @rule(at=st.integers(0))
+    def drop_a_view(self, at: int) -> None:
+        """Drop one that was kept."""
+        del self.views[sorted(self.views)[at % len(self.views)]]
+
+    @rule()
+    def trim(self) -> None:
+        """Give memory back."""
+        before = self.pool.committed
+
+        given = self.pool.trim()
+
+        first = max(self.used, default=-1) + 1
+        assert self.pool.committed == before - given == -(-first * APART // PAGE_SIZE) * PAGE_SIZE
+        self.fill[first:] = bytes(CAPACITY - first)
+
+    @invariant()
+    def the_same_slots_are_in_use(self) -> None:
+        """Both have the same slots in use."""
+        assert list(self.pool) == sorted(self.used)
+        assert len(self.pool) == len(self.used)
+        assert self.pool.in_use == len(self.used) * APART
+        assert all((slot in self.pool) == (slot in self.used) for slot in range(CAPACITY))
+
+    @invariant()
+    def contents_are_as_they_were_left(self) -> None:
+        """Each slot in use has what its users left there."""
+        for slot in self.used:
+            assert self.pool.view(slot) == bytes([self.fill[slot]]) * SIZE
+
+
+TestPoolMachine = PoolMachine.TestCase
+TestPoolMachine.settings = settings(max_examples=examples(50), stateful_step_count=40)

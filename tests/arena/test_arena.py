@@ -1,0 +1,1117 @@
+"""Arenas: layouts alive, held against real Go binaries and against /proc/self/maps."""
+
+import functools
+import gc
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyreserve
+from helpers import golden
+from helpers.arenas import in_child, layout_names, needs_64_bits, needs_golden_page, relative
+from pyreserve import (
+    PAGE_SIZE,
+    Arena,
+    GiB,
+    KiB,
+    MiB,
+    OutOfMemoryError,
+    RangeError,
+    ReleasedError,
+    ViewError,
+    VMError,
+    layouts,
+)
+from pyreserve._arena.arena import WORD
+from pyreserve.layouts import Placement, Request
+from pyreserve.units import round_up
+
+GO_PAGE = 8 * KiB
+LAYOUT_32 = "go-tip-2014-12/386"
+RESERVED = ["go-tip-2014-12/amd64", LAYOUT_32, "go1.5/386", "fallback", "native"]
+
+needs_low_addresses = pytest.mark.skipif(
+    WORD != 8, reason="below 4 GiB only a 64-bit process has all addresses to itself"
+)
+
+
+def live(low: int, high: int) -> list[tuple[int, int, str]]:
+    """What /proc/self/maps shows in a range."""
+    found = []
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+        addresses, perms = line.split()[:2]
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        if start < high and end > low:
+            found.append((max(start, low), min(end, high), perms))
+    return found
+
+
+def plain(arena: Arena) -> list[tuple[int, int, str]]:
+    """What the arena says of its mappings."""
+    return [(piece.start, piece.end, piece.perms) for piece in arena.maps()]
+
+
+def predicted(arena: Arena) -> list[tuple[int, int, str]]:
+    """What the plan says of them."""
+    return [(start, end, perms) for start, end, perms, _ in arena.placement.maps(PAGE_SIZE)]
+
+
+def byte_at(arena: Arena, address: int) -> int:
+    """Read a committed byte of the arena or of its metadata."""
+    return arena.region.view(address - arena.region.base, 1)[0]
+
+
+@pytest.fixture(params=layout_names())
+def any_arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
+    """An arena of every layout, released at the end unless the test did."""
+    arena = Arena(request.param)
+    yield arena
+    gc.collect()
+    if not arena.region.released:
+        arena.release()
+
+
+GROW_AND_LOOK = """
+    name, growths = sys.argv[1], int(sys.argv[2])
+    with Arena(name or None) as arena:
+        for _ in range(growths):
+            arena.grow(MiB)
+        print(json.dumps({
+            "layout": arena.layout.name,
+            "requested": arena.requested_layout.name,
+            "fell_back": arena.fell_back,
+            "base": arena.placement.start,
+            "in_use": arena.in_use,
+            "live": live(arena.placement.start, arena.placement.end),
+            "told": plain(arena.maps()),
+            "planned": plain(arena.placement.maps(PAGE_SIZE)),
+        }))
+"""
+
+
+@needs_golden_page
+class TestGoldenTraces:
+    @pytest.mark.parametrize(
+        "trace",
+        [trace for trace in golden.MAPPED if trace.goarch == "amd64" and not trace.rlimit_as_kib],
+        ids=lambda trace: trace.name,
+    )
+    @needs_64_bits
+    def test_amd64(self, trace: golden.Trace) -> None:
+        """The kernel shows this process as it showed the real Go binary, address for address."""
+        found = in_child(GROW_AND_LOOK, trace.layout, str(trace.growths))
+
+        assert relative(found["live"], 0) == trace.ranges()
+        assert found["live"] == found["told"] == found["planned"]
+        assert found["in_use"] == trace.growths * MiB
+        assert found["fell_back"] is None
+
+    @pytest.mark.parametrize(
+        "trace",
+        [trace for trace in golden.MAPPED if trace.goarch == "386"],
+        ids=lambda trace: trace.name,
+    )
+    def test_386(self, trace: golden.Trace) -> None:
+        """The 386 layout shows the same mappings as the real binary, wherever it came to lie."""
+        found = in_child(GROW_AND_LOOK, trace.layout, str(trace.growths))
+
+        base = layouts.get(trace.layout).hints[0]
+        assert relative(found["live"], found["base"]) == trace.ranges(base)
+        assert found["live"] == found["told"] == found["planned"]
+
+    @pytest.mark.parametrize(
+        "trace",
+        [trace for trace in golden.MAPPED if trace.rlimit_as_kib],
+        ids=lambda trace: trace.name,
+    )
+    @needs_64_bits
+    def test_fallback(self, trace: golden.Trace) -> None:
+        """Under ulimit -v the default layout falls back to what the real binary fell back to."""
+        nbytes = (trace.rlimit_as_kib or 0) * KiB
+        lowered = f"resource.setrlimit(resource.RLIMIT_AS, ({nbytes}, -1))\n"
+
+        found = in_child(lowered + textwrap.dedent(GROW_AND_LOOK), "", str(trace.growths))
+
+        assert (found["requested"], found["layout"]) == (trace.layout, trace.used_layout)
+        because, limit = found["fell_back"]
+        assert limit == "RLIMIT_AS"
+        assert "ulimit -v" in because
+        base = layouts.get("fallback").hints[0]
+        assert relative(found["live"], found["base"]) == trace.ranges(base)
+        assert found["live"] == found["told"] == found["planned"]
+
+    def test_the_386_binary_dies_at_the_same_byte(self) -> None:
+        """386 runs out after exactly as many bytes as the real binary, in the same words."""
+        found = in_child(
+            """
+            arena = Arena("go-tip-2014-12/386")
+            with contextlib.suppress(OutOfMemoryError):
+                while True:
+                    arena.grow(MiB)
+            before = state(arena)
+            try:
+                arena.grow(MiB)
+            except OutOfMemoryError as error:
+                refused = [error.strerror, error.verb, error.nbytes, error.limit]
+            after = state(arena)
+            start = arena.placement.arena_start
+            print(json.dumps({"refused": refused, "arena_start": start, "in_use": arena.in_use,
+                              "same": before == after, "owned": arena.placement.owned,
+                              "live": live(arena.placement.start, arena.placement.end),
+                              "planned": plain(arena.placement.maps(PAGE_SIZE))}))
+            """
+        )
+
+        start = found["arena_start"]
+        message, *facts = found["refused"]
+        window = f"not in usable range [{start:#x},{start + 2 * GiB:#x})"
+        assert "memory allocated by OS (" in message
+        assert window in message
+        assert "cannot allocate 1048576-byte block (1879048192 in use)" in message
+        assert facts == ["grow", MiB, "layout"]
+        assert found["in_use"] == 1_879_048_192
+        assert found["same"]
+        assert len(found["owned"]) == 1
+        assert found["live"] == found["planned"]
+
+    def test_the_386_arena_is_usable_afterwards(self) -> None:
+        """An arena whose growth was refused keeps its blocks and hands out what is left."""
+        found = in_child(
+            """
+            arena = Arena("go-tip-2014-12/386")
+            first = arena.grow(MiB)
+            with contextlib.suppress(OutOfMemoryError):
+                while True:
+                    last = arena.grow(MiB)
+            ok = poke(arena, first, MiB) and poke(arena, last, MiB)
+            rest = arena.grow(8192)
+            ok = ok and poke(arena, rest, 8192)
+            in_use = arena.in_use
+            try:
+                arena.grow(8192)
+            except OutOfMemoryError:
+                gc.collect()
+                arena.release()
+                print(json.dumps([ok, in_use]))
+            """
+        )
+
+        assert found == [True, 1_879_048_192 + GO_PAGE]
+
+
+class TestReservation:
+    @pytest.mark.parametrize(
+        "name", [name for name in RESERVED if WORD == 8 or name in (LAYOUT_32, "go1.5/386")]
+    )
+    def test_vsz_grows_by_the_total(self, name: str) -> None:
+        """A reserve layout adds exactly its total to VmSize and to nothing else."""
+        found = in_child(
+            """
+            name = sys.argv[1]
+            for _ in range(2):
+                with Arena(name) as arena:
+                    arena.grow(MiB)
+                status("VmSize")
+            gc.collect()
+            before = status("VmSize"), status("VmData")
+            arena = Arena(name)
+            after = status("VmSize"), status("VmData")
+            arena.grow(MiB)
+            grown = status("VmSize"), status("VmData")
+            committed = arena.region.committed
+            arena.release()
+            print(json.dumps([before, after, grown, committed, status("VmSize")]))
+            """,
+            name,
+        )
+
+        before, after, grown, committed, released = found
+        total = round_up(layouts.get(name, word=WORD).total(), PAGE_SIZE)
+        assert after[0] - before[0] == total
+        assert after[1] == before[1]
+        assert grown == [after[0], after[1] + committed]
+        assert released == before[0]
+
+    @pytest.mark.parametrize("name", ["go1.4/amd64", "go1.5/amd64", "go1.10/amd64"])
+    @needs_64_bits
+    def test_probing_takes_nothing(self, name: str) -> None:
+        """A probe layout owns no address until it grows, and then only what is mapped."""
+        found = in_child(
+            """
+            name = sys.argv[1]
+            for _ in range(2):
+                with Arena(name) as arena:
+                    arena.grow(MiB)
+                status("VmSize")
+            gc.collect()
+            before = status("VmSize")
+            arena = Arena(name)
+            probed, owned = status("VmSize"), arena.region.reserved
+            arena.grow(MiB)
+            print(json.dumps([probed - before, owned, whole(arena), status("VmSize") - before,
+                              arena.region.reserved, arena.region.committed]))
+            """,
+            name,
+        )
+
+        probed, owned, mapped, grown, reserved, committed = found
+        assert (probed, owned) == (0, 0)
+        assert all(perms == "rw-p" for _, _, perms in mapped)
+        assert grown == reserved == committed == sum(end - start for start, end, _ in mapped)
+
+    def test_the_default_is_the_articles_layout(self) -> None:
+        """Without a name the arena is that of the article, for this interpreter's word size."""
+        with Arena() as arena:
+            assert arena.layout.name == layouts.default_name(WORD)
+            assert arena.requested_layout is arena.layout
+            assert arena.fell_back is None
+
+    def test_a_native_arena_has_the_size_asked_for(self) -> None:
+        """The native layout reserves the size in whole pages, and nothing beside it."""
+        with Arena("native", size=10 * MiB + 1) as arena:
+            low, high = arena.placement.arena
+
+            assert high - low == 10 * MiB + GO_PAGE
+            assert arena.region.reserved == round_up(high - low, PAGE_SIZE)
+            assert arena.placement.start == low == arena.region.base
+
+    def test_a_native_arena_is_whole_wherever_it_lies(self) -> None:
+        """Every byte of the size that was asked for can be handed out, whatever address came."""
+        spacers = []
+        for _ in range(6):
+            with Arena("native", size=MiB) as arena:
+                block = arena.grow(MiB)
+
+                assert arena.in_use == MiB
+                assert byte_at(arena, block + MiB - 1) == 0
+                gc.collect()
+            # Takes the place that became free, so that the next lies an odd page further on.
+            spacers.append(pyreserve.reserve(MiB + PAGE_SIZE))
+        for spacer in spacers:
+            spacer.release()
+
+    def test_two_arenas_of_one_layout_do_not_meet(self) -> None:
+        """A second arena of the same layout takes other addresses."""
+        with Arena() as one, Arena() as other:
+            one.grow(MiB)
+            other.grow(MiB)
+
+            ranges = sorted((arena.placement.start, arena.placement.end) for arena in (one, other))
+            assert ranges[0][1] <= ranges[1][0]
+            assert plain(one) == predicted(one)
+            assert plain(other) == predicted(other)
+
+    @pytest.mark.parametrize("name", ["go2/amd64", "", "native "])
+    def test_unknown_layouts(self, name: str) -> None:
+        """A name that there is not is a KeyError."""
+        with pytest.raises(KeyError):
+            Arena(name)
+
+    @pytest.mark.parametrize(("name", "size"), [("native", 0), ("native", -1), (None, MiB)])
+    def test_sizes_that_make_no_sense(self, name: str | None, size: int) -> None:
+        """A size that is not positive, or for a layout that has its own, is refused."""
+        with pytest.raises(RangeError):
+            Arena(name, size=size)
+
+    @pytest.mark.parametrize("size", [2**62, 2**64, 2**70])
+    def test_more_than_all_addresses(self, size: int) -> None:
+        """A size that no address space has is refused as memory that ran out."""
+        with pytest.raises(OutOfMemoryError):
+            Arena("native", size=size)
+
+    @needs_64_bits
+    def test_neither_fits(self) -> None:
+        """Where a limit forbids the fallback too, the error names the limit."""
+        found = in_child(
+            """
+            limit("AS", 500 * MiB)
+            try:
+                Arena()
+            except OutOfMemoryError as error:
+                print(json.dumps([error.strerror, error.limit, error.verb]))
+            """
+        )
+
+        message, limit, verb = found
+        assert message.startswith("cannot reserve arena virtual address space: ")
+        assert (limit, verb) == ("RLIMIT_AS", "reserve")
+
+    @needs_64_bits
+    def test_a_probing_runtime_does_not_fall_back(self) -> None:
+        """Under ulimit -v probing succeeds, since it takes nothing, and growth dies later."""
+        found = in_child(
+            """
+            limit("AS", 100 * MiB)
+            arena = Arena("go1.4/amd64")
+            arena.grow(MiB)
+            try:
+                arena.grow(200 * MiB)
+            except OutOfMemoryError:
+                print(json.dumps([arena.layout.name, arena.fell_back, arena.in_use]))
+            """
+        )
+
+        assert found == ["go1.4/amd64", None, MiB]
+
+    def test_later_32_bit_releases_take_less(self) -> None:
+        """Where 512 MiB of arena are refused, Go 1.5's 32-bit layout takes 256 MiB, then 128."""
+        found = in_child(
+            """
+            sizes = []
+            for mib in (900, 600, 450):
+                limit("AS", mib * MiB)
+                with Arena("go1.5/386") as arena:
+                    low, high = arena.placement.arena
+                    arena.grow(MiB)
+                    sizes.append([high - low - 8192, plain(arena.maps()) == whole(arena)])
+                limit("AS", None)
+            print(json.dumps(sizes))
+            """
+        )
+
+        assert found == [[512 * MiB, True], [256 * MiB, True], [128 * MiB, True]]
+
+
+class TestGrowth:
+    def test_blocks_follow_one_another_and_read_zero(self, any_arena: Arena) -> None:
+        """Blocks are neighbours in order, rounded up to whole pages, zero at first, writable."""
+        page = max(GO_PAGE, PAGE_SIZE)
+        sizes = [1, page, page + 1, MiB, 3 * MiB + 5]
+
+        blocks = [any_arena.grow(size) for size in sizes]
+
+        rounded = [round_up(size, page) for size in sizes]
+        assert blocks[0] == any_arena.placement.arena_start
+        for block, size, following in zip(blocks, rounded, blocks[1:], strict=False):
+            assert block + size == following
+        assert any_arena.in_use == sum(rounded)
+        assert any_arena.placement.arena_used == blocks[-1] + rounded[-1]
+        for block, size in zip(blocks, rounded, strict=True):
+            for at in (block, block + size - 1):
+                view = any_arena.region.view(at - any_arena.region.base, 1)
+                assert view[0] == 0
+                view[0] = 1
+                assert byte_at(any_arena, at) == 1
+                del view
+
+    def test_the_kernel_shows_what_the_plan_says(self, any_arena: Arena) -> None:
+        """After each of many growths plan, arena and kernel agree on every mapping."""
+        for nbytes in (1, MiB, 5 * MiB, 100 * MiB, GO_PAGE, 70 * MiB):
+            any_arena.grow(nbytes)
+
+            placement = any_arena.placement
+            shown = live(placement.start, placement.end)
+            assert plain(any_arena) == predicted(any_arena)
+            if placement.layout.strategy == "reserve":
+                assert shown == predicted(any_arena)
+
+    def test_maps_say_what_each_piece_is(self, any_arena: Arena) -> None:
+        """What the arena calls a piece is what the plan calls it."""
+        any_arena.grow(MiB)
+
+        assert any_arena.maps() == any_arena.placement.maps(PAGE_SIZE)
+
+    @pytest.mark.parametrize("nbytes", [0, -1, -MiB])
+    def test_only_by_a_positive_number(self, nbytes: int) -> None:
+        """An arena does not grow by nothing or by less."""
+        with Arena("native", size=MiB) as arena:
+            with pytest.raises(RangeError, match="positive"):
+                arena.grow(nbytes)
+
+            assert arena.in_use == 0
+
+    @pytest.mark.parametrize("nbytes", [1.5, "1", None])
+    def test_only_by_a_number(self, nbytes: Any) -> None:
+        """What is no integer is no number of bytes."""
+        with Arena("native", size=MiB) as arena, pytest.raises(TypeError):
+            arena.grow(nbytes)
+
+    @pytest.mark.parametrize("nbytes", [2**40, 2**62, 2**63, 2**64 - 1, 2**64, 2**70])
+    def test_more_than_there_is(self, any_arena: Arena, nbytes: int) -> None:
+        """More than any address space has is refused as memory that ran out; nothing changes."""
+        any_arena.grow(MiB)
+        before = any_arena.placement, any_arena.in_use, plain(any_arena)
+
+        with pytest.raises(OutOfMemoryError):
+            any_arena.grow(nbytes)
+
+        assert (any_arena.placement, any_arena.in_use, plain(any_arena)) == before
+        any_arena.grow(MiB)
+
+    def test_a_full_arena_says_so(self) -> None:
+        """An arena that is used up to the last byte refuses more and names its size."""
+        with Arena("native", size=MiB) as arena:
+            arena.grow(MiB)
+
+            with pytest.raises(
+                OutOfMemoryError, match=r"1 MiB is used up.*1048576 in use"
+            ) as caught:
+                arena.grow(1)
+
+            assert (caught.value.limit, caught.value.verb) == ("layout", "grow")
+            assert arena.in_use == MiB
+
+    @needs_64_bits
+    def test_a_64_bit_arena_ends_with_its_slack(self) -> None:
+        """128 GiB and the slack can be handed out, not a page more."""
+        with Arena("go-tip-2014-12/amd64") as arena:
+            low, high = arena.placement.arena
+            before = plain(arena)
+
+            with pytest.raises(OutOfMemoryError, match="used up"):
+                arena.grow(high - low + 1)
+
+            assert high - low == 128 * GiB + GO_PAGE
+            assert plain(arena) == before
+
+    def test_threads_get_different_blocks(self) -> None:
+        """Blocks that several threads take at once do not overlap, and all are counted."""
+        blocks: list[int] = []
+        with Arena() as arena:
+
+            def take() -> None:
+                for _ in range(100):
+                    blocks.append(arena.grow(64 * KiB))
+
+            threads = [threading.Thread(target=take) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+            start = arena.placement.arena_start
+            assert sorted(blocks) == [start + i * 64 * KiB for i in range(400)]
+            assert arena.in_use == 400 * 64 * KiB
+            assert plain(arena) == predicted(arena)
+
+
+class TestGrowthOf32Bits:
+    def test_something_above_the_arena_refuses_growth(self) -> None:
+        """Where the place above the arena is taken, the kernel answers outside: nothing changes."""
+        found = in_child(
+            """
+            arena = Arena("go-tip-2014-12/386")
+            while arena.placement.fits(MiB):
+                arena.grow(MiB)
+            foreign = pyreserve.reserve(PAGE_SIZE, at=arena.placement.arena_end)
+            before, size = state(arena), None
+            sizes = []
+            for _ in range(3):
+                try:
+                    arena.grow(MiB)
+                except OutOfMemoryError as error:
+                    refused = [error.strerror, error.limit]
+                sizes.append(status("VmSize"))
+            after = state(arena)
+            in_use = arena.in_use
+            foreign.release()
+            block = arena.grow(MiB)
+            print(json.dumps([refused, before == after, in_use, sizes[-1] - sizes[-2],
+                              block - arena.placement.arena_start, poke(arena, block, MiB)]))
+            """
+        )
+
+        (message, limit), same, in_use, leaked, offset, usable = found
+        assert "not in usable range" in message
+        assert "cannot allocate 1048576-byte block (536870912 in use)" in message
+        assert limit == "layout"
+        assert same
+        assert leaked == 0
+        assert in_use == offset == 512 * MiB
+        assert usable
+
+    @needs_low_addresses
+    def test_a_jump(self) -> None:
+        """Addresses that come from further up in the window are used; the hole gets metadata."""
+        with Arena(LAYOUT_32) as arena:
+            while arena.placement.fits(MiB):
+                arena.grow(MiB)
+            end = arena.placement.arena_end
+            elsewhere = round_up(end, MiB) + 64 * MiB
+            _steer(arena, lambda request: request if request.committed else _to(request, elsewhere))
+
+            block = arena.grow(MiB)
+
+            assert block == elsewhere
+            assert arena.in_use == 513 * MiB
+            assert arena.placement.owned == (
+                (arena.placement.start, end),
+                (elsewhere, elsewhere + 256 * MiB),
+            )
+            assert plain(arena) == predicted(arena)
+            low, high = arena.placement.mapped_bitmap(PAGE_SIZE)
+            assert high - low >= (block + MiB - arena.placement.arena_start) // 8
+            assert arena.region.is_committed(low - arena.region.base, high - low)
+            assert byte_at(arena, block + MiB - 1) == 0
+            assert arena.grow(MiB) == block + MiB
+            arena.heap_bitmap.set_at(block + 4, 9)
+            assert arena.heap_bitmap.at(block + 4) == 9
+
+    @needs_low_addresses
+    def test_the_last_resort(self) -> None:
+        """Memory that comes from inside the window is used as it is, wherever it lies."""
+        with Arena(LAYOUT_32) as arena:
+            while arena.placement.fits(MiB):
+                arena.grow(MiB)
+            end = arena.placement.arena_end
+            above = round_up(end, MiB) + 512 * MiB
+            hole = round_up(end, MiB) + 16 * MiB
+            _steer(arena, lambda request: _to(request, above) if request.committed else None)
+            first = arena.grow(MiB)
+            arena._placement = _steered(
+                arena.placement, lambda request: _to(request, hole) if request.committed else None
+            )
+
+            second = arena.grow(MiB)
+
+            assert (first, second) == (above, hole)
+            assert arena.in_use == 514 * MiB
+            assert arena.placement.arena_used == above + MiB
+            assert plain(arena) == predicted(arena)
+            for block in (first, second):
+                assert byte_at(arena, block) == byte_at(arena, block + MiB - 1) == 0
+
+    @needs_low_addresses
+    def test_addresses_outside_go_back(self) -> None:
+        """Addresses and memory that came from outside the window are given back at once."""
+        with Arena(LAYOUT_32) as arena:
+            while arena.placement.fits(MiB):
+                arena.grow(MiB)
+            outside = 0x200000000000
+            before = plain(arena), arena.region.reserved
+            plan = arena.placement
+            _steer(arena, lambda request: _to(request, outside))
+
+            with pytest.raises(OutOfMemoryError, match=rf"\({outside}\) not in usable range"):
+                arena.grow(MiB)
+
+            assert live(outside, outside + GiB) == []
+            assert (plain(arena), arena.region.reserved) == before
+            arena._placement = plan
+            assert arena.grow(MiB) == plan.arena_start + 512 * MiB
+
+    @needs_low_addresses
+    def test_where_its_usual_place_is_taken_it_goes_elsewhere(self) -> None:
+        """With 0x08200000 occupied, 386 finds another place and still grows there to 1792 MiB."""
+        found = in_child(
+            """
+            hint = layouts.get("go-tip-2014-12/386").hints[0]
+            try:
+                foreign = pyreserve.reserve(PAGE_SIZE, at=hint)
+            except VMError:
+                foreign = None  # the interpreter itself lies there
+            arena = Arena("go-tip-2014-12/386")
+            with contextlib.suppress(OutOfMemoryError):
+                while True:
+                    arena.grow(MiB)
+            print(json.dumps([arena.placement.start != hint, arena.in_use,
+                              len(arena.placement.owned), plain(arena.maps()) == whole(arena),
+                              foreign is None or live(hint, hint + PAGE_SIZE)[0][2]]))
+            """
+        )
+
+        assert found == [True, 1792 * MiB, 1, True, "---p"]
+
+
+def _to(request: Request, hint: int) -> Request:
+    return request._replace(hint=hint)
+
+
+def _steered(plan: Placement, steer: Callable[[Request], Request | None]) -> Placement:
+    """A plan whose requests are changed, or left out, before they are put to the kernel."""
+
+    class Steered(Placement):
+        __slots__ = ()
+
+        def growth(self, nbytes: int) -> list[Request]:
+            requests = (steer(request) for request in Placement.growth(self, nbytes))
+            return [request for request in requests if request is not None]
+
+    return Steered(
+        plan.layout,
+        plan.start,
+        plan.arena_start,
+        plan.arena_used,
+        plan.arena_end,
+        plan.owned,
+        plan.arenas,
+    )
+
+
+def _steer(arena: Arena, steer: Callable[[Request], Request | None]) -> None:
+    arena._placement = _steered(arena.placement, steer)
+
+
+REFUSE_IN_THE_MIDDLE = """
+    name, which, room, wish = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    arena = Arena(name)
+    block = arena.grow(20 * MiB)
+    poke(arena, block, 20 * MiB)
+    before, sizes, refused = state(arena), [], []
+    for _ in range(4):
+        limit(which, room)
+        try:
+            arena.grow(wish)
+        except OutOfMemoryError as error:
+            refused.append([error.limit, error.strerror])
+        limit(which, None)
+        gc.collect()
+        sizes.append(status("VmSize"))
+    after = state(arena)
+    kept = arena.region.view(block - arena.region.base, 1)[0]
+    block = arena.grow(wish)
+    print(json.dumps({"refused": refused, "before": before, "after": after, "sizes": sizes,
+                      "kept": kept, "usable": poke(arena, block, wish),
+                      "told": plain(arena.maps()),
+                      "planned": plain(arena.placement.maps(PAGE_SIZE))}))
+"""
+
+REFUSALS = [
+    # room for spans and bitmap, but not for the arena itself
+    pytest.param("go-tip-2014-12/amd64", "DATA", 30 * MiB, 300 * MiB, marks=needs_64_bits),
+    # room for spans alone
+    pytest.param("go-tip-2014-12/amd64", "DATA", 4 * MiB, 300 * MiB, marks=needs_64_bits),
+    pytest.param(LAYOUT_32, "DATA", 50 * MiB, 300 * MiB),
+    # room for the new addresses, not for all that becomes memory there
+    pytest.param(LAYOUT_32, "DATA", 50 * MiB, 600 * MiB),
+    pytest.param(LAYOUT_32, "AS", 50 * MiB, 600 * MiB),
+    pytest.param("go1.4/amd64", "AS", 30 * MiB, 300 * MiB, marks=needs_64_bits),
+    pytest.param("go1.4/amd64", "DATA", 30 * MiB, 300 * MiB, marks=needs_64_bits),
+    pytest.param("go1.10/amd64", "AS", 4 * MiB, 300 * MiB, marks=needs_64_bits),
+    # room for the arena, but not for its metadata elsewhere
+    pytest.param("go1.11/amd64", "AS", 65 * MiB, 60 * MiB, marks=needs_64_bits),
+    pytest.param("go1.11/amd64", "DATA", 65 * MiB, 60 * MiB, marks=needs_64_bits),
+    # room for the metadata of some of several arenas
+    pytest.param("go1.11/amd64", "AS", 262 * MiB, 250 * MiB, marks=needs_64_bits),
+    pytest.param("go1.11/amd64", "AS", 30 * MiB, 60 * MiB, marks=needs_64_bits),
+    pytest.param("native", "DATA", 30 * MiB, 300 * MiB),
+]
+
+
+@functools.cache
+def refuse_in_the_middle(name: str, which: str, room: int, wish: int) -> dict[str, Any]:
+    """Make a refusal once for all tests that look at it."""
+    found = in_child(REFUSE_IN_THE_MIDDLE, name, which, str(room), str(wish))
+    assert isinstance(found, dict)
+    return found
+
+
+class TestRefusedGrowth:
+    """Each in an interpreter of its own, whose limits are lowered for the moment."""
+
+    @pytest.mark.parametrize(("name", "which", "room", "wish"), REFUSALS)
+    def test_nothing_changes(self, name: str, which: str, room: int, wish: int) -> None:
+        """A growth that is refused half way leaves plan, books and kernel as they were."""
+        found = refuse_in_the_middle(name, which, room, wish)
+
+        assert len(found["refused"]) == 4
+        assert found["after"] == found["before"]
+        assert found["sizes"][-1] == found["sizes"][-2]
+        assert found["kept"] == 0xA5
+        assert found["usable"]
+        assert found["told"] == found["planned"]
+
+    @pytest.mark.parametrize(("name", "which", "room", "wish"), REFUSALS)
+    def test_the_limit_is_named(self, name: str, which: str, room: int, wish: int) -> None:
+        """The error says which limit refused."""
+        found = refuse_in_the_middle(name, which, room, wish)
+
+        assert {limit for limit, _ in found["refused"]} == {f"RLIMIT_{which}"}
+        assert all(f"RLIMIT_{which}" in message for _, message in found["refused"])
+
+
+@needs_64_bits
+class TestConflicts:
+    @pytest.mark.parametrize("where", ["arena", "bitmap", "spans"])
+    def test_a_stranger_in_the_way_of_a_probe_layout(self, where: str) -> None:
+        """A mapping that somebody made where growth needs to go is reported, not overwritten."""
+        with Arena("go1.4/amd64") as arena:
+            arena.grow(MiB)
+            placement = arena.placement
+            place = {
+                "arena": placement.arena_used + 5 * MiB,
+                "bitmap": placement.mapped_bitmap(PAGE_SIZE)[0] - 2 * PAGE_SIZE,
+                "spans": placement.mapped_spans(PAGE_SIZE)[1],
+            }[where]
+            with pyreserve.reserve(PAGE_SIZE, at=place) as foreign:
+                foreign.commit(0, PAGE_SIZE)
+                foreign.view(0, 8)[:] = b"stranger"
+                before = arena.placement, arena.in_use, plain(arena), arena.region.reserved
+
+                with pytest.raises(VMError, match="address space conflict") as caught:
+                    arena.grow(100 * MiB)
+
+                after = arena.placement, arena.in_use, plain(arena), arena.region.reserved
+                assert caught.value.errno_name == "EEXIST"
+                assert not isinstance(caught.value, MemoryError)
+                assert after == before
+                assert bytes(foreign.view(0, 8)) == b"stranger"
+                gc.collect()
+
+            assert arena.grow(100 * MiB) == placement.arena_used
+            assert plain(arena) == predicted(arena)
+
+    def test_a_stranger_at_the_hint_of_a_probe_layout(self) -> None:
+        """Where the first hint is taken, a probe layout goes to the next that is free."""
+        found = in_child(
+            """
+            first = pyreserve.reserve(PAGE_SIZE, at=0xc000000000)
+            with Arena("go1.4/amd64") as arena:
+                arena.grow(MiB)
+                print(json.dumps([arena.placement.start, arena.placement.arena_start,
+                                  plain(arena.maps()) == plain(arena.placement.maps(PAGE_SIZE))]))
+            """
+        )
+
+        assert found == [0x1C000000000, 0x1C208000000, True]
+
+    def test_a_stranger_at_the_hint_of_a_reserve_layout(self) -> None:
+        """A reserve layout takes whatever address comes instead of its hint."""
+        found = in_child(
+            """
+            first = pyreserve.reserve(PAGE_SIZE, at=0xc000000000)
+            with Arena("go-tip-2014-12/amd64") as arena:
+                arena.grow(MiB)
+                print(json.dumps([arena.placement.start != 0xc000000000, arena.fell_back,
+                                  plain(arena.maps()) == plain(arena.placement.maps(PAGE_SIZE)),
+                                  plain(arena.maps()) == whole(arena)]))
+            """
+        )
+
+        assert found == [True, None, True, True]
+
+    def test_a_stranger_above_the_last_arena(self) -> None:
+        """From Go 1.11 on a taken place moves the heap to the next hint, with its metadata."""
+        found = in_child(
+            """
+            arena = Arena("go1.11/amd64")
+            first = arena.grow(MiB)
+            foreign = pyreserve.reserve(PAGE_SIZE, at=first + 64 * MiB)
+            block = arena.grow(64 * MiB)
+            following = arena.grow(MiB)
+            print(json.dumps([first, block, following, poke(arena, block, 64 * MiB),
+                              plain(arena.maps()), live(foreign.base, foreign.base + PAGE_SIZE)]))
+            """
+        )
+
+        first, block, following, usable, maps, foreign = found
+        assert (first, block, following) == (
+            0xC000000000,
+            0x1C000000000,
+            0x1C000000000 + 64 * MiB,
+        )
+        assert usable
+        assert maps == [
+            [first, first + 64 * MiB, "rw-p"],
+            [block, block + 128 * MiB, "rw-p"],
+        ]
+        assert foreign[0][2] == "---p"
+
+    def test_a_moved_heap_has_its_bitmap(self) -> None:
+        """Words of an arena at the next hint have entries as those of the first arena have."""
+        found = in_child(
+            """
+            arena = Arena("go1.11/amd64")
+            first = arena.grow(MiB)
+            foreign = pyreserve.reserve(PAGE_SIZE, at=first + 64 * MiB)
+            block = arena.grow(64 * MiB)
+            bitmap = arena.heap_bitmap
+            bitmap.set_at(first, 1)
+            bitmap.set_at(block, 2)
+            bitmap.set_at(block + 64 * MiB - 8, 3)
+            print(json.dumps([bitmap.at(first), bitmap.at(block), bitmap.at(block + 64 * MiB - 8)]))
+            """
+        )
+
+        assert found == [1, 2, 3]
+
+    def test_words_between_two_hints_have_no_entries(self) -> None:
+        """Addresses between two arenas that lie apart are refused as not handed out."""
+        found = in_child(
+            """
+            arena = Arena("go1.11/amd64")
+            first = arena.grow(MiB)
+            foreign = pyreserve.reserve(PAGE_SIZE, at=first + 64 * MiB)
+            arena.grow(64 * MiB)
+            try:
+                arena.heap_bitmap.at(first + 128 * MiB)
+            except pyreserve.RangeError:
+                print(json.dumps("RangeError"))
+            """
+        )
+
+        assert found == "RangeError"
+
+
+FOUR_BITS = [name for name in layout_names() if layouts.get(name, word=WORD).bitmap_bits == 4]
+TWO_BITS = [name for name in layout_names() if layouts.get(name, word=WORD).bitmap_bits == 2]
+BEHIND = [name for name in TWO_BITS if layouts.get(name, word=WORD).strategy != "arenas"]
+
+
+class TestHeapBitmap:
+    @pytest.mark.parametrize("name", FOUR_BITS)
+    def test_four_bits_a_word_run_backward(self, name: str) -> None:
+        """Entry o stands in byte arena_start - o // 2 - 1, at bit o % 2 * 4."""
+        with Arena(name) as arena:
+            arena.grow(2 * MiB)
+            bitmap, start = arena.heap_bitmap, arena.placement.arena_start
+            words = 2 * MiB // arena.layout.word
+
+            for word in (0, 1, 2, 3, 1000, 1001, words - 2, words - 1):
+                for value in range(16):
+                    bitmap[word] = value
+                    byte = byte_at(arena, start - word // 2 - 1)
+                    assert byte >> (word % 2 * 4) & 15 == value
+                    assert bitmap[word] == value
+
+            assert len(bitmap) == words
+
+    @pytest.mark.parametrize("name", FOUR_BITS)
+    def test_what_is_written_is_read(self, name: str) -> None:
+        """A byte of the bitmap's memory is two entries, the lower word in the lower half."""
+        with Arena(name) as arena:
+            arena.grow(MiB)
+            bitmap, start = arena.heap_bitmap, arena.placement.arena_start
+
+            arena.region.view(start - 1 - arena.region.base, 1)[0] = 0x94
+
+            assert (bitmap[0], bitmap[1], bitmap[2]) == (4, 9, 0)
+
+    @pytest.mark.parametrize("name", BEHIND)
+    def test_two_bits_a_word_run_backward_too(self, name: str) -> None:
+        """Four entries share a byte: pointer bits in its lower half, marks in its upper half."""
+        with Arena(name) as arena:
+            arena.grow(2 * MiB)
+            bitmap, start = arena.heap_bitmap, arena.placement.arena_start
+            words = 2 * MiB // arena.layout.word
+
+            for word in (0, 1, 2, 3, 4, 4001, words - 1):
+                for value in range(4):
+                    bitmap[word] = value
+                    byte = byte_at(arena, start - word // 4 - 1)
+                    assert byte >> (word % 4) & 1 == value & 1
+                    assert byte >> (word % 4 + 4) & 1 == value >> 1
+                    assert bitmap[word] == value
+
+            assert len(bitmap) == words
+
+    @pytest.mark.parametrize("name", [*FOUR_BITS, *TWO_BITS])
+    def test_entries_do_not_touch_their_neighbours(self, name: str) -> None:
+        """Each word's entry is its own: writing one leaves all others as they were."""
+        with Arena(name) as arena:
+            arena.grow(MiB)
+            bitmap = arena.heap_bitmap
+            values = [(word * 7 + 3) % (1 << arena.layout.bitmap_bits) for word in range(64)]
+
+            for word in (*range(0, 64, 2), *range(1, 64, 2)):
+                bitmap[word] = values[word]
+
+            assert [bitmap[word] for word in range(64)] == values
+            assert bitmap[64] == 0
+            bitmap[20] = 0
+            assert [bitmap[word] for word in (19, 20, 21)] == [values[19], 0, values[21]]
+
+    @pytest.mark.parametrize("name", [*FOUR_BITS, *TWO_BITS])
+    def test_by_address(self, name: str) -> None:
+        """Every byte of a word has that word's entry, by address as by index."""
+        with Arena(name) as arena:
+            block = arena.grow(MiB)
+            bitmap, word = arena.heap_bitmap, arena.layout.word
+
+            bitmap.set_at(block + 100 * word + word - 1, 3)
+
+            assert bitmap.index(block + 100 * word) == 100
+            assert bitmap[100] == bitmap.at(block + 100 * word) == 3
+            assert bitmap.at(block + 101 * word) == bitmap.at(block + 99 * word) == 0
+
+    @pytest.mark.parametrize("name", [*FOUR_BITS, *TWO_BITS])
+    def test_bad_words_and_entries(self, name: str) -> None:
+        """Words that were not handed out and values that are no entries raise RangeError."""
+        with Arena(name) as arena:
+            block = arena.grow(MiB)
+            bitmap, word = arena.heap_bitmap, arena.layout.word
+            n = MiB // word
+
+            for index in (-1, n, 2**64, -(2**70)):
+                with pytest.raises(RangeError):
+                    bitmap[index]
+                with pytest.raises(RangeError):
+                    bitmap[index] = 1
+            for address in (block - 1, block + MiB, 0, -1, 2**64):
+                with pytest.raises(RangeError):
+                    bitmap.at(address)
+                with pytest.raises(RangeError):
+                    bitmap.set_at(address, 1)
+                with pytest.raises(RangeError):
+                    bitmap.index(address)
+            for value in (-1, 1 << arena.layout.bitmap_bits, 2**70):
+                with pytest.raises(RangeError):
+                    bitmap[0] = value
+            assert bitmap[0] == bitmap[n - 1] == 0
+
+    @pytest.mark.parametrize("wrong", [1.0, "1", None, slice(0, 2)])
+    def test_what_is_no_integer(self, wrong: Any) -> None:
+        """Words, addresses and entries are integers."""
+        with Arena(layouts.default_name(WORD)) as arena:
+            arena.grow(MiB)
+            bitmap = arena.heap_bitmap
+
+            with pytest.raises(TypeError):
+                bitmap[wrong]
+            with pytest.raises(TypeError):
+                bitmap[wrong] = 1
+            with pytest.raises(TypeError):
+                bitmap[0] = wrong
+            with pytest.raises(TypeError):
+                bitmap.at(wrong)
+
+    def test_it_grows_with_the_arena(self) -> None:
+        """Words get their entries when the arena hands them out, not before."""
+        with Arena(layouts.default_name(WORD)) as arena:
+            bitmap = arena.heap_bitmap
+            before = len(bitmap)
+            arena.grow(MiB)
+
+            arena.heap_bitmap[MiB // WORD - 1] = 5
+            arena.grow(MiB)
+
+            assert (before, len(bitmap)) == (0, 2 * MiB // WORD)
+            assert bitmap[MiB // WORD - 1] == 5
+            assert bitmap[MiB // WORD] == 0
+
+    @needs_64_bits
+    def test_each_arena_of_go_1_11_has_its_own(self) -> None:
+        """Entries on both sides of a 64 MiB border are apart, and both can be written."""
+        with Arena("go1.11/amd64") as arena:
+            block = arena.grow(200 * MiB)
+            bitmap, border = arena.heap_bitmap, 64 * MiB // 8
+
+            for n in (1, 2, 3):
+                bitmap[n * border - 1] = 1
+                bitmap[n * border] = 2
+
+            found = [bitmap[n * border + at] for n in (1, 2, 3) for at in (-2, -1, 0, 1)]
+            assert found == [0, 1, 2, 0] * 3
+            assert bitmap[0] == 0
+            assert bitmap.at(block + 64 * MiB - 1) == 1
+            assert bitmap.at(block + 64 * MiB) == 2
+            bitmap[200 * MiB // 8 - 1] = 3
+            with pytest.raises(RangeError):
+                bitmap[200 * MiB // 8]
+
+    def test_native_has_none(self) -> None:
+        """A layout without a heap bitmap says so."""
+        with Arena("native", size=MiB) as arena, pytest.raises(ValueError, match="no heap bitmap"):
+            _ = arena.heap_bitmap
+
+
+AFTERWARDS: dict[str, Callable[[Arena], object]] = {
+    "grow": lambda arena: arena.grow(MiB),
+    "maps": lambda arena: arena.maps(),
+    "release": lambda arena: arena.release(),
+    "with": lambda arena: arena.__enter__(),
+    "view": lambda arena: arena.region.view(0, 1),
+    "read an entry": lambda arena: arena.heap_bitmap[0],
+    "write an entry": lambda arena: arena.heap_bitmap.set_at(arena.placement.arena_start, 1),
+    "count entries": lambda arena: len(arena.heap_bitmap),
+    "index an entry": lambda arena: arena.heap_bitmap.index(arena.placement.arena_start),
+}
+
+
+class TestRelease:
+    def test_everything_is_given_back(self, any_arena: Arena) -> None:
+        """After the release nothing of the arena is mapped any more."""
+        any_arena.grow(100 * MiB)
+        pieces = any_arena.maps()
+
+        any_arena.release()
+
+        for piece in pieces:
+            left = live(piece.start, piece.end)
+            assert all(perms == "rw-p" and end - start < MiB for start, end, perms in left)
+        assert "released" in repr(any_arena)
+
+    def test_metadata_elsewhere_is_given_back(self) -> None:
+        """Releasing returns VmSize to what it was, the metadata elsewhere included."""
+        if WORD != 8:
+            pytest.skip("the layout lies above 4 GiB")
+        found = in_child(
+            """
+            def use():
+                with Arena("go1.11/amd64") as arena:
+                    arena.grow(200 * MiB)
+                gc.collect()
+                return status("VmSize")
+
+            use(), use()
+            print(json.dumps([use(), use()]))
+            """
+        )
+
+        assert found[0] == found[1]
+
+    @pytest.mark.parametrize("how", AFTERWARDS)
+    def test_afterwards_everything_is_refused(self, how: str) -> None:
+        """Whatever is done with a released arena raises ReleasedError."""
+        arena = Arena()
+        arena.grow(MiB)
+        arena.release()
+
+        with Arena() as other:
+            other.grow(MiB)
+            with pytest.raises(ReleasedError):
+                AFTERWARDS[how](arena)
+
+            assert other.in_use == MiB
+            assert other.heap_bitmap[0] == 0
+
+    def test_a_context_ends_with_the_release(self) -> None:
+        """Leaving the with block releases the arena, also when it was released inside."""
+        with Arena() as arena:
+            arena.grow(MiB)
+        with Arena() as other:
+            other.release()
+
+        assert arena.region.released
+        assert other.region.released
+
+    def test_an_exception_passes_through(self) -> None:
+        """An exception in the with block releases the arena and goes on."""
+
+        def fail(inside: Arena) -> None:
+            with inside:
+                raise LookupError
+
+        arena = Arena()
+        with pytest.raises(LookupError):
+            fail(arena)
+
+        assert arena.region.released
+
+    def test_no_release_under_a_live_view(self, any_arena: Arena) -> None:
+        """A live view keeps the whole arena; once it is gone the arena can be released."""
+        block = any_arena.grow(MiB)
+        view = any_arena.region.view(block - any_arena.region.base, MiB)
+        before = plain(any_arena)
+
+        with pytest.raises(ViewError, match="1 live view"):
+            any_arena.release()
+
+        assert plain(any_arena) == before
+        view[0] = 1
+        assert any_arena.grow(MiB) == block + MiB
+        del view
+        gc.collect()
+        any_arena.release()
+
+    def test_it_says_what_it_is(self) -> None:
+        """The repr names the layout and how much is in use."""
+        with Arena("native", size=8 * MiB) as arena:
+            arena.grow(MiB)
+
+            assert "native" in repr(arena)
+            assert "of 8 MiB: 1 MiB in use of 1 MiB taken so far" in repr(arena)

@@ -1,0 +1,603 @@
+"""Blocks of an arena, in every layout: where they lie, what is known of them, what is refused."""
+
+import array
+import contextlib
+import gc
+import pickle
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from random import Random
+
+import numpy as np
+import pytest
+
+from helpers import golden, witness
+from helpers.arenas import (
+    PAGE,
+    fill,
+    holds,
+    in_child,
+    layout_names,
+    needs_64_bits,
+    needs_golden_page,
+    relative,
+)
+from pyreserve import (
+    PAGE_SIZE,
+    Arena,
+    Block,
+    FreeError,
+    GiB,
+    KiB,
+    MiB,
+    OutOfMemoryError,
+    RangeError,
+    ReleasedError,
+    ViewError,
+)
+
+SIZES = [1, PAGE - 1, PAGE, PAGE + 1, 13 * PAGE, 100_000, MiB, 5 * MiB + 3]
+
+
+@pytest.fixture(params=layout_names())
+def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
+    """An arena of every layout, released at the end unless the test did."""
+    made = Arena(request.param)
+    yield made
+    gc.collect()
+    if not made.region.released:
+        made.release()
+
+
+@pytest.fixture
+def small() -> Iterator[Arena]:
+    """A native arena of 4 MiB, soon full."""
+    made = Arena("native", size=4 * MiB)
+    yield made
+    gc.collect()
+    if not made.region.released:
+        made.release()
+
+
+def books(arena: Arena) -> tuple[object, ...]:
+    """All that can be asked of an arena, but for what only the kernel knows."""
+    stats = arena.memstats()
+    return (
+        [(block.address, block.nbytes) for block in arena.blocks()],
+        stats.heap_sys,
+        stats.heap_inuse,
+        stats.heap_released,
+        stats.heap_alloc,
+        stats.mallocs,
+        stats.frees,
+        arena.region.committed_runs(),
+        arena.placement,
+    )
+
+
+class TestAlloc:
+    def test_blocks_do_not_overlap(self, arena: Arena) -> None:
+        """Each block keeps what was written to it, whatever is done with the others."""
+        random = Random(1)
+        live: list[tuple[Block, int]] = []
+        for step in range(300):
+            if live and random.random() < 0.4:
+                block, byte = live.pop(random.randrange(len(live)))
+                assert holds(block, byte)
+                block.free()
+            else:
+                block = arena.alloc(random.choice(SIZES[:-2]), zero=random.random() < 0.3)
+                if block.zeroed:
+                    assert holds(block, 0)
+                fill(block, step % 255 + 1)
+                live.append((block, step % 255 + 1))
+
+        assert all(holds(block, byte) for block, byte in live)
+
+    def test_what_a_block_says_of_itself(self, arena: Arena) -> None:
+        """Address, offset, size and view are of the same bytes."""
+        for nbytes in SIZES:
+            block = arena.alloc(nbytes)
+            block.view[nbytes - 1] = 0xA5
+
+            assert block.arena is arena
+            assert block.nbytes == len(block) == len(block.view) == nbytes
+            assert block.address == arena.region.base + block.offset
+            assert block.address % PAGE == 0
+            assert arena.region.view(block.offset, nbytes)[nbytes - 1] == 0xA5
+            assert witness.peek(block.address + nbytes - 1) == b"\xa5"
+            assert not block.freed
+
+    def test_the_lowest_run_that_is_long_enough(self, arena: Arena) -> None:
+        """First fit is by address: a hole that is too small is passed over, a larger one taken."""
+        blocks = [arena.alloc(n * PAGE) for n in (1, 2, 1, 4, 1, 8, 1)]
+        for i in (1, 3, 5):
+            blocks[i].free()
+
+        assert arena.alloc(3 * PAGE).address == blocks[3].address
+        assert arena.alloc(2 * PAGE).address == blocks[1].address
+        assert arena.alloc(PAGE).address == blocks[3].address + 3 * PAGE
+
+    @pytest.mark.parametrize("align", [1, 2, 4096, PAGE, 2 * PAGE, MiB, 4 * MiB])
+    def test_aligned(self, arena: Arena, align: int) -> None:
+        """The address is a multiple of the alignment, and neighbours are left alone."""
+        before = arena.alloc(PAGE)
+        fill(before, 7)
+
+        block = arena.alloc(3 * PAGE, align)
+        fill(block, 9)
+
+        assert block.address % align == 0
+        assert holds(before, 7)
+
+    @needs_64_bits
+    def test_aligned_to_more_than_go_1_11_maps_at_once(self) -> None:
+        """Arenas that lie apart can't keep such an alignment, and say so."""
+        with Arena("go1.11/amd64") as arena:
+            arena.grow(MiB)  # so that the heap begins in the middle of an arena
+
+            assert arena.alloc(1, 64 * MiB).address % (64 * MiB) == 0
+            with pytest.raises(RangeError, match="no alignment above"):
+                arena.alloc(1, 128 * MiB)
+
+    @pytest.mark.parametrize("nbytes", [0, -1, -(1 << 70)])
+    def test_no_bytes(self, small: Arena, nbytes: int) -> None:
+        """A block has at least one byte."""
+        with pytest.raises(RangeError, match="positive number of bytes"):
+            small.alloc(nbytes)
+
+    @pytest.mark.parametrize("align", [0, 3, -8, 1 << 80])
+    def test_no_alignment(self, small: Arena, align: int) -> None:
+        """An alignment is a power of two that addresses can have."""
+        with pytest.raises((RangeError, OutOfMemoryError)):
+            small.alloc(8, align)
+        small.alloc(8)
+
+    @pytest.mark.parametrize("wrong", [1.5, "8", None, b"8"])
+    def test_no_number(self, small: Arena, wrong: object) -> None:
+        """Sizes are integers."""
+        with pytest.raises(TypeError):
+            small.alloc(wrong)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("nbytes", [5 * MiB, 1 << 46, (1 << 63) - 1, 1 << 63, 1 << 64, 1 << 90])
+    def test_more_than_there_is(self, small: Arena, nbytes: int) -> None:
+        """Out of memory names what was asked, in use and reserved; the arena is as it was."""
+        block = small.alloc(MiB)
+        before = books(small)
+
+        with pytest.raises(OutOfMemoryError, match=f"cannot allocate {nbytes}-byte") as refused:
+            small.alloc(nbytes)
+
+        assert "1048576 in use" in str(refused.value)
+        assert f"{4 * MiB} reserved" in str(refused.value)
+        assert refused.value.limit in {"layout", "address space"}
+        assert books(small)[0] == before[0]
+        assert small.alloc(MiB).address == block.address + MiB
+
+    def test_all_of_an_arena_can_be_used(self, small: Arena) -> None:
+        """The last block takes what is free at the end together with what was not grown yet."""
+        small.alloc(3 * MiB + 512 * KiB)
+
+        block = small.alloc(512 * KiB)
+
+        assert block.offset + block.nbytes == 4 * MiB
+        with pytest.raises(MemoryError):
+            small.alloc(1)
+
+    def test_zero_clears_only_what_was_used(self, small: Arena) -> None:
+        """A block that nobody had before is zero and says so; another one is cleared on demand."""
+        first = small.alloc(10 * PAGE)
+        assert first.zeroed
+        fill(first, 1)
+        first.free()
+
+        assert not small.alloc(PAGE).zeroed
+        cleared = small.alloc(20 * PAGE, zero=True)
+
+        assert cleared.zeroed
+        assert holds(cleared, 0)
+
+
+class TestFree:
+    def test_twice(self, arena: Arena) -> None:
+        """What was freed can't be freed again, not even when its place is taken again."""
+        block = arena.alloc(3 * PAGE)
+        block.free()
+        assert block.freed
+        with pytest.raises(FreeError):
+            block.free()
+
+        other = arena.alloc(3 * PAGE)
+        assert other.address == block.address
+        for refused in (block.free, lambda: block.view, lambda: arena.free_many([block])):
+            with pytest.raises(FreeError):
+                refused()
+        assert not other.freed
+        assert other != block
+
+    def test_of_another_arena(self, small: Arena) -> None:
+        """A block goes back where it came from."""
+        with Arena("native", size=MiB) as other:
+            block = other.alloc(1)
+            for refused in (small.free, lambda block: small.free_many([block])):
+                with pytest.raises(RangeError, match="not of this arena"):
+                    refused(block)
+            assert not block.freed
+
+    def test_by_a_context(self, small: Arena) -> None:
+        """A block frees itself at the end of a with, unless that was done inside."""
+        with small.alloc(8) as block:
+            assert not block.freed
+        assert block.freed
+        with small.alloc(8) as block:
+            block.free()
+
+    @pytest.mark.parametrize("kind", ["memoryview", "slice", "ndarray", "raw ndarray"])
+    def test_not_under_a_view(self, arena: Arena, kind: str) -> None:
+        """While anything shows its bytes, a block can't be freed, and nothing changes."""
+        block, other = arena.alloc(2 * PAGE), arena.alloc(PAGE)
+        made: dict[str, Callable[[memoryview], object]] = {
+            "memoryview": lambda view: view,
+            "slice": lambda view: view[PAGE : PAGE + 10],
+            "ndarray": lambda view: np.frombuffer(view, dtype=np.uint8)[5:],
+            "raw ndarray": lambda view: np.ndarray((4,), dtype=np.uint8, buffer=view),
+        }
+        held = made[kind](block.view)
+        before = books(arena)
+
+        for refused in (block.free, lambda: arena.free_many([other, block])):
+            with pytest.raises(ViewError, match="can't free"):
+                refused()
+        with pytest.raises(ViewError):
+            arena.release()
+
+        assert books(arena) == before
+        del held
+        arena.free_many([other, block])
+
+
+class TestMany:
+    @pytest.mark.parametrize("width", "bBhHiIqQ")
+    def test_sizes_from_any_buffer(self, arena: Arena, width: str) -> None:
+        """Sizes may come in any buffer of integers, and the blocks come in their order."""
+        sizes = array.array(width, [100, 7, 1, 127, 3])
+
+        blocks = arena.alloc_many(sizes)
+
+        assert [block.nbytes for block in blocks] == list(sizes)
+        assert len({block.address for block in blocks}) == 5
+
+    def test_as_one_by_one(self, arena: Arena) -> None:
+        """Many at once lie where they would lie one by one."""
+        random = Random(2)
+        sizes = [random.choice(SIZES[:-2]) for _ in range(200)]
+        holes = [arena.alloc(random.choice(SIZES[:-2])) for _ in range(60)]
+        for hole in holes[::3]:
+            hole.free()
+
+        one_by_one = [arena.alloc(nbytes) for nbytes in sizes]
+        places = [block.address for block in one_by_one]
+        arena.free_many(one_by_one)
+        blocks = arena.alloc_many(sizes)
+
+        assert [block.address for block in blocks] == places
+        assert arena.memstats().heap_objects == len(list(arena.blocks())) == 240
+
+    def test_all_or_none(self, small: Arena) -> None:
+        """If one does not fit, none is allocated, and the counters have not moved."""
+        small.alloc(PAGE)
+        before = books(small)
+
+        for sizes in ([MiB] * 5, [1, 2, 0, 4], [1, -1], [PAGE, 1 << 62]):
+            with pytest.raises((OutOfMemoryError, RangeError)):
+                small.alloc_many(sizes)
+            after = books(small)
+            assert (after[0], after[5], after[6]) == (before[0], before[5], before[6])
+
+    def test_a_sequence(self, small: Arena) -> None:
+        """Blocks index, slice and iterate like any sequence."""
+        blocks = small.alloc_many([1, 2, 3, 4])
+
+        assert len(blocks) == 4
+        assert blocks[1].nbytes == 2
+        assert blocks[-1] == blocks[3]
+        assert [block.nbytes for block in blocks[::2]] == [1, 3]
+        assert "4 Blocks" in repr(blocks)
+        with pytest.raises(IndexError):
+            blocks[4]
+        blocks[1:3].free()
+        with pytest.raises(FreeError):
+            blocks[2]
+
+    def test_free_all_or_none(self, small: Arena) -> None:
+        """One that is there twice, or freed already, and none is freed."""
+        blocks = list(small.alloc_many([PAGE] * 6))
+        blocks[5].free()
+        before = books(small)
+
+        for wrong in ([*blocks[:3], blocks[1]], [blocks[0], blocks[5]]):
+            with pytest.raises(FreeError):
+                small.free_many(wrong)
+            assert books(small) == before
+        small.free_many(blocks[:5])
+        small.free_many([])
+
+    def test_none_at_all(self, small: Arena) -> None:
+        """No sizes, no blocks."""
+        assert len(small.alloc_many([])) == 0
+
+
+class TestFind:
+    def test_by_any_of_its_bytes(self, arena: Arena) -> None:
+        """The spans lead from any byte of a block to it, and from free pages nowhere."""
+        blocks = [arena.alloc(nbytes) for nbytes in SIZES]
+        arena.alloc(PAGE)
+        for block in blocks:
+            places = {0, block.nbytes // 2, block.nbytes - 1}
+            places |= {1 << k for k in range(23) if 1 << k < block.nbytes}
+            for place in places:
+                found = arena.block_at(block.address + place)
+                assert found == block
+                assert found is not None
+                assert found.nbytes == block.nbytes
+        for block in blocks[::2]:
+            block.free()
+            assert arena.block_at(block.address) is None
+            assert arena.block_at(block.address + block.nbytes - 1) is None
+
+    def test_nothing_elsewhere(self, arena: Arena) -> None:
+        """Addresses outside have no block, and an arena that has allocated nothing neither."""
+        assert arena.block_at(arena.placement.arena_start) is None
+        arena.alloc(1)
+        for address in (0, arena.placement.arena_start - 1, arena.placement.arena_end, -5, 1 << 90):
+            assert arena.block_at(address) is None
+
+    def test_all_in_order(self, arena: Arena) -> None:
+        """The walk meets each block once, by rising address."""
+        blocks = list(arena.alloc_many([PAGE * (i % 4 + 1) for i in range(1000)]))
+        for block in blocks[::7]:
+            block.free()
+
+        assert list(arena.blocks()) == [b for i, b in enumerate(blocks) if i % 7]
+
+    def test_the_heap_bitmap_marks_starts(self, arena: Arena) -> None:
+        """The entry of a block's first word has its lowest bit set while the block lives."""
+        if not arena.layout.bitmap_bits:
+            pytest.skip("the layout has no heap bitmap")
+        blocks = [arena.alloc(nbytes) for nbytes in SIZES]
+        bitmap = arena.heap_bitmap
+        for block in blocks:
+            assert bitmap.at(block.address) == 1
+            assert bitmap.at(block.address + arena.layout.word) == 0
+            bitmap.set_at(block.address, 3)
+        blocks[3].free()
+
+        assert bitmap.at(blocks[3].address) == 0
+        assert bitmap.at(blocks[4].address) == 3
+
+    def test_garbage_in_the_spans_leads_nowhere_wrong(self, arena: Arena) -> None:
+        """What is written over the spans makes answers wrong, and crashes nothing."""
+        if not arena.layout.spans:
+            pytest.skip("the spans can't be reached")
+        low, high = arena.placement.spans
+        random, blocks = Random(3), list(arena.alloc_many([PAGE * 3] * 50))
+        spans = arena.region.view(low - arena.region.base, PAGE_SIZE)
+        for _ in range(300):
+            at = random.randrange(0, 50 * 3 * arena.layout.word)
+            spans[at] = random.randrange(256)
+            block = random.choice(blocks)
+            arena.block_at(block.address + random.randrange(3 * PAGE))
+            len(list(arena.blocks()))
+            if random.random() < 0.1:
+                with contextlib.suppress(FreeError, ViewError):
+                    block.free()
+                arena.alloc(PAGE)
+        assert high > low
+
+
+class TestProtocols:
+    def test_equal_and_hashed_by_the_block(self, small: Arena) -> None:
+        """Two objects for one block are equal."""
+        block = small.alloc(8)
+        again = small.block_at(block.address)
+
+        assert block == again
+        assert hash(block) == hash(again)
+        assert block != small.alloc(8)
+        assert block != 8
+        assert {block: 1}[again] == 1
+
+    def test_no_pickles(self, small: Arena) -> None:
+        """Addresses of this process go nowhere else."""
+        for thing in (small, small.alloc(1), small.alloc_many([1])):
+            with pytest.raises(TypeError, match="pickled"):
+                pickle.dumps(thing)
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason="classes export no buffers before 3.12")
+    def test_directly_as_a_buffer(self, small: Arena) -> None:
+        """A block is a buffer, and then pinned as long as its object lives."""
+        block = small.alloc(PAGE)
+        memoryview(block)[0] = 9
+        assert block.view[0] == 9
+
+        with pytest.raises(ViewError):
+            block.free()
+        address = block.address
+        del block
+        gc.collect()
+        found = small.block_at(address)
+        assert found is not None
+        found.free()
+
+    def test_it_says_what_it_is(self, small: Arena) -> None:
+        """The repr has size and place, or that it was freed."""
+        block = small.alloc(PAGE)
+        assert f"{block.address:#x}" in repr(block)
+        block.free()
+        assert "freed" in repr(block)
+
+
+class TestTheEnd:
+    def test_after_release(self, arena: Arena) -> None:
+        """Everything is refused, and blocks count as freed."""
+        block, blocks = arena.alloc(8), arena.alloc_many([8, 8])
+        arena.release()
+
+        assert block.freed
+        for refused in (
+            lambda: arena.alloc(8),
+            lambda: arena.alloc_many([8]),
+            block.free,
+            blocks.free,
+            lambda: block.view,
+            lambda: block.address,
+            lambda: blocks[0],
+            lambda: list(arena.blocks()),
+            lambda: arena.block_at(8),
+            arena.scavenge,
+            arena.memstats,
+            arena.start_scavenger,
+        ):
+            with pytest.raises(ReleasedError):
+                refused()
+
+    def test_a_view_outlives_a_dropped_arena(self) -> None:
+        """What shows a block's bytes keeps them mapped."""
+        arena = Arena("native", size=MiB)
+        block = arena.alloc(PAGE)
+        view, address = block.view, block.address
+        view[:3] = b"abc"
+        del arena, block
+        gc.collect()
+
+        assert bytes(view[:3]) == b"abc"
+        assert witness.is_mapped(address)
+        del view
+        gc.collect()
+        assert not witness.is_mapped(address)
+
+    def test_its_region_is_its_own(self, arena: Arena) -> None:
+        """Nobody takes memory away under an arena through its region."""
+        arena.alloc(8)
+        verbs: list[Callable[[], None]] = [
+            lambda: arena.region.decommit(0, PAGE_SIZE),
+            lambda: arena.region.discard(0, PAGE_SIZE),
+            arena.region.release,
+        ]
+        for verb in verbs:
+            with pytest.raises(RangeError, match="part of an arena"):
+                verb()
+
+
+ALLOC_AND_LOOK = """
+    name, growths = sys.argv[1], int(sys.argv[2])
+    with Arena(name) as arena:
+        blocks = [arena.alloc(MiB) for _ in range(growths)]
+        stats = arena.memstats()
+        print(json.dumps({
+            "layout": arena.layout.name,
+            "base": arena.placement.start,
+            "live": live(arena.placement.start, arena.placement.end),
+            "heap_sys": stats.heap_sys,
+            "gc_sys": stats.gc_sys,
+            "in_use": stats.heap_inuse,
+        }))
+"""
+
+
+@needs_golden_page
+@needs_64_bits
+class TestGoldenTraces:
+    @pytest.mark.parametrize("trace", golden.MAPPED, ids=lambda trace: trace.name)
+    def test_maps_and_memstats(self, trace: golden.Trace) -> None:
+        """Blocks of 1 MiB make the kernel show what it showed of Go, and the accounts agree."""
+        limit = f"limit('AS', {trace.rlimit_as_kib} * KiB - status('VmSize'))\n"
+        script = ("    " + limit if trace.rlimit_as_kib else "") + ALLOC_AND_LOOK.lstrip("\n")
+        found = in_child(script, trace.layout, str(trace.growths))
+
+        first = trace.ranges()[0][0]
+        low = first if trace.goarch == "amd64" and not trace.rlimit_as_kib else found["base"]
+        assert relative(found["live"], low) == trace.ranges(first)
+        assert found["layout"] == trace.used_layout
+        assert abs(found["heap_sys"] - trace.memstats["HeapSys"]) <= MiB
+        assert found["in_use"] == trace.growths * MiB
+        # GCSys also has what the collector took elsewhere.
+        assert abs(found["gc_sys"] - trace.memstats["GCSys"]) <= MiB
+
+    def test_the_386_binary_dies_at_the_same_byte(self) -> None:
+        """The window is used up where Go's was, in its words."""
+        found = in_child(
+            """
+            blocks, arena = [], Arena("go-tip-2014-12/386")
+            base = arena.placement.arena_start
+            fence = pyreserve.reserve(64 * MiB, at=base + 2 * GiB)
+            try:
+                while True:
+                    blocks.append(arena.alloc(MiB))
+            except OutOfMemoryError as error:
+                print(json.dumps([error.strerror, error.limit, arena.in_use, len(blocks)]))
+            """
+        )
+
+        assert found[2] == 1_879_048_192
+        assert found[3] == 1792
+        assert "not in usable range" in found[0]
+        assert found[1] == "layout"
+
+
+@pytest.mark.heavy
+class TestThreads:
+    @pytest.mark.parametrize("layout", ["native", "go1.4/amd64"])
+    @needs_64_bits
+    def test_a_million_operations(self, layout: str) -> None:
+        """Eight threads get bytes of their own, and the counters end exact."""
+        arena, failures = Arena(layout), []
+        each, batch = 62_500, 250
+
+        def work(number: int) -> None:
+            random = Random(number)
+            try:
+                for _ in range(each // batch):
+                    blocks = arena.alloc_many([random.choice(SIZES[:5]) for _ in range(batch)])
+                    some = random.sample(range(batch), 20)
+                    for i in some:
+                        view = blocks[i].view
+                        view[0] = view[-1] = number
+                        del view
+                    single = arena.alloc(random.choice(SIZES[:5]))
+                    single.view[0] = number
+                    for i in some:
+                        view = blocks[i].view
+                        assert view[0] == view[-1] == number
+                        del view
+                    assert single.view[0] == number
+                    single.free()
+                    blocks.free()
+            except BaseException as failure:
+                failures.append(failure)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(1, 9)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            assert witness.in_child(lambda: arena.alloc(MiB).nbytes) == MiB
+        stats = arena.memstats()
+
+        assert not failures
+        assert stats.mallocs == stats.frees == 8 * (each + each // batch)
+        assert stats.heap_objects == stats.heap_alloc == stats.heap_inuse == 0
+        arena.release()
+
+    def test_an_arena_of_64_tib(self) -> None:
+        """Far beyond all memory, a block costs what it costs anywhere."""
+        if sys.maxsize < 1 << 46:
+            pytest.skip("needs 64-bit addresses")
+        with Arena("native", size=1 << 46) as arena:
+            before = witness.status("VmRSS")
+            far = arena.alloc_many([GiB] * 8)
+            block = arena.alloc(PAGE)
+            far[0].free()
+
+            assert block.offset == 8 * GiB
+            assert witness.status("VmRSS") - before < 2 * MiB

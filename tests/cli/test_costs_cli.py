@@ -1,0 +1,351 @@
+"""The command ``pyreserve costs``, run as a user runs it."""
+
+import csv
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from helpers import command, costs_tables
+from helpers.costs_tables import LOUD, USUAL, line
+from helpers.subjects import wait_until
+from helpers.witness import PATIENCE
+from pyreserve._system import procfs
+from pyreserve.cli import app
+from pyreserve.cli import costs as costs_command
+from pyreserve.costs import CostTable, Curve, Noise, measuring
+
+COMMAND = [sys.executable, "-m", "pyreserve", "costs"]
+TOUCH = Curve("touch", "write")
+QUICK = ("--only", "reserve,commit,touch", "--longest", "64KiB", "--budget", "1000")
+
+# The command, which a few passes end however little time they get, instead of its budget.
+BRIEF = """
+import sys
+from pyreserve.costs import measuring
+measuring._LEAST_PASSES = 2
+measuring.measure.__kwdefaults__["width"] = 10
+sys.argv[0] = "pyreserve"
+from pyreserve.cli import main
+main()
+"""
+
+
+def environment() -> dict[str, str]:
+    """The environment without what changes how terminals are written to."""
+    meddling = ("COLOR", "COLUMNS", "LINES", "TTY", "TERM", "GITHUB_ACTIONS")
+    return {k: v for k, v in os.environ.items() if not any(word in k for word in meddling)}
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in a forked child."""
+    return command.run("costs", *arguments, env=environment())
+
+
+def run_briefly(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command on few cells and for few passes."""
+
+    def shorten() -> None:
+        measuring._LEAST_PASSES = 2
+        assert measuring.measure.__kwdefaults__ is not None
+        measuring.measure.__kwdefaults__["width"] = 10
+
+    return command.run("costs", *QUICK, *arguments, env=environment(), prepare=shorten)
+
+
+def run_measured(path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command as if it had measured what a file holds."""
+
+    def replace() -> None:
+        vars(costs_command)["measure"] = lambda *_, **__: CostTable.load(path)
+
+    return command.run("costs", *arguments, env=environment(), prepare=replace)
+
+
+def imaginary(table: CostTable, **facts: object) -> CostTable:
+    """A made-up table with all the facts that a screen shows."""
+    machine = {
+        **table.machine,
+        "virtualised": "no",
+        "balloon": False,
+        "page_size": 4096,
+        "overcommit_memory": 0,
+        "transparent_huge_pages": {},
+        "transparent_huge_pages_defrag": None,
+        **facts,
+    }
+    return CostTable(machine, table.cells, table.noise, table.seconds)
+
+
+def spent_by_children(pid: int) -> int:
+    """The CPU ticks that a process's children have taken, those that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[13]) + int(fields[14])
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
+    """The output and the errors of one quick run, and the folder that it wrote its files to."""
+    folder = tmp_path_factory.mktemp("quick")
+    ended = run_briefly("--json", folder / "a.json", "--csv", folder / "a.csv")
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout, ended.stderr, folder
+
+
+class TestScreen:
+    def test_the_groups_as_a_person_thinks(self, quick: tuple[str, str, Path]) -> None:
+        """The table has a group for getting memory and one for its first use, with units."""
+        out, _, _ = quick
+
+        assert re.search(r"^ +pages +fixed +per page +GiB/s", out, re.MULTILINE)
+        assert re.search(r"^get memory *$", out, re.MULTILINE)
+        assert re.search(r"^first use *$", out, re.MULTILINE)
+        assert re.search(r"^  commit mprotect +\S+ .*[nµm]s ± ?\d+%", out, re.MULTILINE)
+        assert re.search(r"^  touch write +\S+ ", out, re.MULTILINE)
+        assert not re.search(r"^give back *$", out, re.MULTILINE)
+
+    def test_the_machine(self, quick: tuple[str, str, Path]) -> None:
+        """The screen begins with the machine's facts."""
+        out, _, _ = quick
+
+        first, second, *_ = out.splitlines()
+        assert first.startswith("pyreserve costs  ")
+        assert f"Linux {os.uname().release}" in out
+        assert "virtualised" in first + second
+        assert "transparent huge pages: " in out
+        assert "vm.overcommit_memory " in out
+
+    def test_it_says_what_it_does_meanwhile(self, quick: tuple[str, str, Path]) -> None:
+        """While it measures it says on standard error how long that takes at most."""
+        _, err, _ = quick
+
+        assert re.match(r"pyreserve costs: measuring \d+ cells for at most 1000 s, in up to ", err)
+
+    def test_recommendations_in_words(self, tmp_path: Path) -> None:
+        """What follows is said in words, with the figures that it rests on."""
+        table = costs_tables.table(USUAL)
+        path = tmp_path / "a.json"
+        path.write_text(imaginary(table).to_json(), encoding="utf-8")
+
+        out = run_measured(path).stdout
+
+        assert "Grow by 256 KiB or more" in out
+        assert "Give back what stays idle for more than" in out
+        assert "Huge pages win at first touch once 10% (10% to 10%) of each 2 MiB is used" in out
+        assert "MADV_FREE" in out
+
+    def test_a_bar_on_a_terminal(self) -> None:
+        """A terminal gets a bar that is gone at the end."""
+        leader, follower = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-c", BRIEF, "costs", *QUICK],
+            stdout=subprocess.DEVNULL,
+            stderr=follower,
+            env={**environment(), "TERM": "xterm"},
+        )
+        os.close(follower)
+        seen = b""
+        while True:
+            try:
+                chunk = os.read(leader, 1 << 16)
+            except OSError:
+                break
+            if not chunk:
+                break
+            seen += chunk
+        os.close(leader)
+
+        assert process.wait() == 0
+        assert b"pages, charge" in seen
+        assert "━".encode() in seen
+
+
+class TestFiles:
+    def test_json_and_csv(self, quick: tuple[str, str, Path]) -> None:
+        """Both files hold the same cells, and the JSON its model."""
+        _, _, folder = quick
+
+        found = json.loads((folder / "a.json").read_text())
+        rows = list(csv.DictReader(io.StringIO((folder / "a.csv").read_text())))
+
+        assert found["schema"] == 1
+        assert found["complete"] is True
+        assert {c["verb"] for c in found["cells"]} == {"reserve", "commit", "touch"}
+        assert [r["verb"] for r in rows] == [c["verb"] for c in found["cells"]]
+        assert {f["verb"] for f in found["model"]["fits"]} == {"reserve", "commit", "touch"}
+        table = CostTable.load(folder / "a.json")
+        assert table.model().estimate("touch", pages=4) > 0
+
+    def test_nothing_else_is_left(self, quick: tuple[str, str, Path]) -> None:
+        """No temporary file stays beside them, and their permissions are the usual."""
+        _, _, folder = quick
+
+        assert sorted(path.name for path in folder.iterdir()) == ["a.csv", "a.json"]
+        umask = os.umask(0)
+        os.umask(umask)
+        assert (folder / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
+
+    def test_standard_output_is_a_file_too(self, quick: tuple[str, str, Path]) -> None:
+        """``--json /dev/stdout`` works, as for any command."""
+        _, _, folder = quick
+
+        ended = run_measured(folder / "a.json", "--json", "/dev/stdout")
+
+        assert ended.returncode == 0, ended.stderr
+        found, _ = json.JSONDecoder().raw_decode(ended.stdout)
+        assert found["schema"] == 1
+
+    def test_all_four(self, tmp_path: Path) -> None:
+        """A picture and a file for pyperf come out of the same run."""
+        picture, samples = tmp_path / "a.svg", tmp_path / "a.pyperf.json"
+
+        ended = run_briefly("--plot", picture, "--pyperf", samples)
+
+        assert ended.returncode == 0, ended.stderr
+        assert picture.read_text().startswith("<?xml")
+        shown = subprocess.run(
+            [sys.executable, "-m", "pyperf", "show", samples],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert shown.returncode == 0, shown.stderr
+        assert "touch/write" in shown.stdout
+
+
+class TestCompare:
+    def test_with_itself(self, quick: tuple[str, str, Path]) -> None:
+        """A run against an old one says of how many cells, and what of each verdict."""
+        _, _, folder = quick
+
+        ended = run_measured(folder / "a.json", "--compare", folder / "a.json")
+
+        assert ended.returncode == 0, ended.stderr
+        assert re.search(r"^\d+ cells in both: \d+ same", ended.stdout, re.MULTILINE)
+
+    def compared(self, folder: Path, noise: Noise) -> str:
+        """What is shown where touching costs a thousand times what it did in an old run."""
+        old = costs_tables.table({TOUCH: line(0, 0.5)}, noise=noise)
+        (folder / "old.json").write_text(old.to_json())
+        new = imaginary(costs_tables.table({TOUCH: line(0, 500)}), cpu="Imaginary 9001")
+        (folder / "new.json").write_text(new.to_json())
+        return run_measured(folder / "new.json", "--compare", folder / "old.json").stdout
+
+    def test_a_change(self, tmp_path: Path) -> None:
+        """What costs a thousand times as much as in the file is slower."""
+        out = self.compared(tmp_path, costs_tables.QUIET)
+
+        assert "not the same: cpu was Imaginary 9000" in out
+        assert re.search(r"touch write.* slower", out)
+
+    def test_a_disturbed_run_invents_nothing(self, tmp_path: Path) -> None:
+        """Against a run under load nothing is called a change."""
+        out = self.compared(tmp_path, LOUD)
+
+        assert "slower" not in out
+        assert "Noisy, so nothing is called a change: the old run" in out
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--only", "comit"), "unknown verb 'comit'"),
+            (("--only", ","), "no verb"),
+            (("--budget", "0"), "positive number of seconds"),
+            (("--budget", "nan"), "positive number of seconds"),
+            (("--longest", "1"), "at least an OS page"),
+            (("--longest", "lots"), "not a size"),
+            (("--plot", "a.gif"), ".png or .svg"),
+            (("--json", "/nowhere/a.json"), "can't be written"),
+            (("--json", "/"), "can't be written"),
+        ],
+    )
+    def test_options_that_make_no_sense(self, arguments: tuple[str, str], message: str) -> None:
+        """A wrong option is refused before anything is measured."""
+        ended = run(*arguments)
+
+        assert ended.returncode == 2
+        assert message in " ".join(re.sub(r"[│╭╮╰╯─]", " ", ended.stderr).split())
+        assert ended.stdout == ""
+
+    def test_a_file_that_is_not_there(self) -> None:
+        """An old file that can't be read is one line, before anything is measured."""
+        ended = run("--compare", "/nowhere/old.json")
+
+        assert ended.returncode == 1
+        assert ended.stderr == "pyreserve: /nowhere/old.json: No such file or directory\n"
+
+    def test_a_file_of_another_kind(self, tmp_path: Path) -> None:
+        """An old file that is something else is refused with its name."""
+        (tmp_path / "old.json").write_text("{}")
+
+        ended = run("--compare", tmp_path / "old.json")
+
+        assert ended.returncode == 2
+        assert "old.json" in ended.stderr
+
+    @pytest.mark.parametrize(("option", "name"), [("plot", "matplotlib"), ("pyperf", "pyperf")])
+    def test_a_missing_extra(self, option: str, name: str, tmp_path: Path) -> None:
+        """What a picture or a pyperf file needs is said before a minute is spent."""
+
+        def remove() -> None:
+            vars(app)["find_spec"] = lambda other: None if other == name else find_spec(other)
+
+        path = tmp_path / "a.png"
+        ended = command.run("costs", f"--{option}", path, env=environment(), prepare=remove)
+
+        assert ended.returncode == 1
+        assert ended.stderr == (
+            f"pyreserve: --{option} needs {name}: pip install 'pyreserve[{option}]'\n"
+        )
+
+    def test_too_little_memory(self) -> None:
+        """A machine without the memory for it is told so in one line."""
+
+        def use_up() -> None:
+            procfs.available_bytes = lambda: 200 << 20
+
+        ended = command.run("costs", env=environment(), prepare=use_up)
+
+        assert ended.returncode == 1
+        assert ended.stderr.startswith("pyreserve: measuring needs 1.")
+        assert "200 MiB are available; a smaller longest piece (--longest)" in ended.stderr
+        assert ended.stderr.count("\n") == 1
+
+
+class TestInterrupted:
+    def test_ctrl_c(self, tmp_path: Path) -> None:
+        """Ctrl-C leaves a valid partial JSON, no process and status 130."""
+        path = tmp_path / "a.json"
+        arguments = ("--only", "commit,touch", "--longest", "1MiB", "--budget", "1000")
+        process = subprocess.Popen(
+            [*COMMAND, *arguments, "--json", path],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        kids = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_until(lambda: spent_by_children(process.pid) > 0, "the first pass")
+        measuring = kids.read_text().split()
+
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+
+        assert process.returncode == 130, err
+        assert "Interrupted after " in out
+        found = json.loads(path.read_text())
+        assert found["complete"] is False
+        assert any(cell["ns"] for cell in found["cells"])
+        assert CostTable.load(path).model().fits
+        assert all(not Path(f"/proc/{pid}").exists() for pid in measuring)
+        assert "Traceback" not in err

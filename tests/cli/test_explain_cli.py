@@ -1,0 +1,438 @@
+"""The command ``pyreserve explain``: its screen, its JSON, its files and what it refuses."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from helpers import command
+from helpers.captures import FOLDER, NAMES, truth
+from helpers.witness import PATIENCE
+from pyreserve.cli import explain_screen
+from pyreserve.errors import PyreserveError
+from pyreserve.procmem import explain, load
+
+JSON_KEYS = {
+    "schema",
+    "pid",
+    "name",
+    "settled",
+    "missing",
+    "vsz_kib",
+    "rss_kib",
+    "pss_kib",
+    "uss_kib",
+    "swap_kib",
+    "page_tables_kib",
+    "mappings",
+    "classes",
+    "owners",
+    "ranges",
+    "details_kib",
+    "warnings",
+    "verdict",
+}
+GO = str(FOLDER / "go_tip2014")
+
+
+def run(*arguments: str | int | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command in a forked child."""
+    done = command.run("explain", *map(str, arguments), env={**os.environ, "COLUMNS": "100"})
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def run_fresh(*arguments: str | Path, **environment: str) -> str:
+    """Run the command in a fresh interpreter; return its screen."""
+    return subprocess.run(
+        [sys.executable, "-m", "pyreserve", "explain", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100", **environment},
+        timeout=PATIENCE,
+        check=True,
+    ).stdout
+
+
+def words(text: str) -> str:
+    """What a refusal says, without the box that it is drawn in."""
+    return re.sub(r"[\s│]+", " ", text)
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of our own that does nothing."""
+    child = subprocess.Popen(["sleep", "1000"])
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+class TestScreen:
+    def test_the_article(self) -> None:
+        """The go program of 2014: what is reserved, whose it is, and that it costs nothing."""
+        screen = run_fresh("--from", GO)
+
+        assert re.search(
+            r"VSZ is 136\.1 GiB, of which 136 GiB is reserved .* costs nothing", screen
+        )
+        assert "No reason to worry" in screen
+        assert re.search(r"reserved, no access +136 GiB +99\.9 %", screen)
+        assert re.search(r"Go arena +128 GiB +94\.0 % +100\.6 MiB", screen)
+        assert re.search(r"c00001a000-c2079b0000 +8\.119 GiB +spans \+ bitmap +reserved", screen)
+        assert re.search(r"RSS 102\.3 MiB, PSS 102\.3 MiB, USS 102\.3 MiB", screen)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_every_capture_fits(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        """All but the lists of mappings, which are never cut, fits a hundred columns."""
+        explain_screen.show(explain(path=FOLDER / name), 0, all_maps=False)
+
+        screen = capsys.readouterr().out
+        assert max(map(len, screen.splitlines())) <= 100
+        assert "mappings: addresses" not in screen
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_no_figure_is_cut(
+        self, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In eighty columns, and in fewer, bars and names make room for sizes and shares."""
+        space = explain(path=FOLDER / name)
+        figures = re.compile(r"(\d|\.\d+) ([KMGT]i)?B +[<>]? ?\d+\.\d % +\d[^…]*$")
+        for width in (80, 50):
+            console = Console(width=width, highlight=False)
+            monkeypatch.setattr(explain_screen, "console_for", lambda console=console: console)
+
+            explain_screen.show(space, 0, all_maps=False)
+
+            screen = capsys.readouterr().out
+            tables = re.findall(r"^by (?:class|owner) .*\n((?:.* % .*\n)+)", screen, re.M)
+            rows = [row for table in tables for row in table.splitlines()]
+            assert len(rows) >= 1 + len(space.owners[:12]) + 3
+            assert [row for row in rows if not figures.search(row)] == []
+
+    def test_top_and_maps(self) -> None:
+        """--top lists the largest mappings, --maps all of them in address order."""
+        top = run("--from", GO, "--top", "2").stdout
+        maps = run("--from", GO, "--maps").stdout
+
+        assert len(re.findall(r"^[0-9a-f]+-[0-9a-f]+ +[r-][w-][x-][sp] ", top, re.M)) == 2
+        found = re.findall(r"^([0-9a-f]+)-[0-9a-f]+ +[r-][w-][x-][sp] ", maps, re.M)
+        assert len(found) == 14
+        assert found == sorted(found, key=lambda address: int(address, 16))
+
+    def test_this_command(self) -> None:
+        """Without a pid it explains itself."""
+        assert "pyreserve explain  pid " in run_fresh()
+
+    def test_odd_names_do_nothing_to_a_terminal(self) -> None:
+        """Whatever a file is called, and whatever the terminal can show."""
+        for environment in ({"LC_ALL": "C", "PYTHONUTF8": "0"}, {"LC_ALL": "C.UTF-8"}):
+            screen = run_fresh("--from", FOLDER / "c_odd", "--maps", **environment)
+            assert "new\\012line and  two spaces" in screen
+            assert "\x1b" not in screen
+
+    def test_a_warning(self, tmp_path: Path) -> None:
+        """What comes near a limit is said, with the limit."""
+        for path in (FOLDER / "redis").iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        limits = (tmp_path / "limits").read_text()
+        limits = re.sub(r"(Max address space +)\S+ +", r"\g<1>150000000            ", limits)
+        (tmp_path / "limits").write_text(limits)
+        (tmp_path / "max_map_count").write_text("122\n")
+        (tmp_path / "overcommit_memory").write_text("2\n")
+        (tmp_path / "meminfo").write_text(
+            "MemTotal: 1000 kB\nMemAvailable: 90 kB\nCommitLimit: 1000 kB\nCommitted_AS: 990 kB\n"
+        )
+        (tmp_path / "cgroup_memory").write_text("1000000 950000\n")
+        status = (tmp_path / "status").read_text().replace("236 kB", "12036 kB")
+        (tmp_path / "status").write_text(status)
+
+        warnings = json.loads(run("--from", tmp_path, "--json").stdout)["warnings"]
+
+        for pattern in (
+            r"VSZ is 96 % of RLIMIT_AS \(ulimit -v\), 143\.1 MiB",
+            r"cgroup uses 927\.7 KiB of 976\.6 KiB",
+            r"the machine has 90 KiB of its 1000 KiB of memory left",
+            r"120 mappings and vm\.max_map_count is 122",
+            r"page tables take 11\.75 MiB, 15 %",
+            r"promised 990 KiB of 1000 KiB",
+        ):
+            assert any(re.search(pattern, warning) for warning in warnings), (pattern, warnings)
+        screen = run("--from", tmp_path).stdout
+        assert screen.count("warning: ") == len(warnings) == 6
+        assert "6 things are worth a look" in screen
+
+    def test_a_tiny_process(self, tmp_path: Path) -> None:
+        """A process of three pages needs six for its page tables: no reason to worry."""
+        (tmp_path / "smaps").write_text(
+            "7f0000000000-7f0000003000 rw-p 00000000 00:00 0 \nRss: 12 kB\nPrivate_Dirty: 12 kB\n"
+        )
+        (tmp_path / "status").write_text("Name:\ttiny\nVmPTE:\t24 kB\n")
+
+        assert explain(path=tmp_path).warnings == ()
+
+    def test_maps_alone(self, tmp_path: Path) -> None:
+        """Totals that are not known are question marks, here and in what is compared with it."""
+        folder = tmp_path / "saved"
+        folder.mkdir()
+        (folder / "maps.gz").write_bytes((FOLDER / "redis" / "maps.gz").read_bytes())
+        plain = tmp_path / "plain.json"
+
+        screen = run("--from", folder).stdout
+        plain.write_text(run("--from", folder, "--json").stdout)
+
+        assert "RSS ?, PSS ?, USS ?, swap ?, page tables ?" in screen
+        assert "memory is not known" in words(screen)
+        assert "0 B" not in screen
+        assert load(plain)["rss_kib"] is None
+        assert "(RSS) can't be compared" in words(run("--diff", plain, plain).stdout)
+
+    def test_limits_that_were_not_saved(self, tmp_path: Path) -> None:
+        """Without the file limits nothing is said of them."""
+        for name in ("smaps.gz", "status"):
+            (tmp_path / name).write_bytes((FOLDER / "redis" / name).read_bytes())
+
+        verdict = explain(path=tmp_path).verdict
+
+        assert "No reason to worry" not in verdict
+        assert verdict.endswith("no limits were saved with it.")
+
+    def test_a_core_dump_would_walk(self, tmp_path: Path) -> None:
+        """A large mapping that was used a little, where core dumps are made."""
+        (tmp_path / "smaps").write_text(
+            "7f0000000000-7f0080000000 rw-p 00000000 00:00 0 \nRss: 4 kB\nPrivate_Dirty: 4 kB\n"
+            "Anonymous: 4 kB\nVmFlags: rd wr mr mw me ac \n"
+        )
+        (tmp_path / "core_pattern").write_text("|/usr/lib/systemd/systemd-coredump\n")
+
+        warnings = json.loads(run("--from", tmp_path, "--json").stdout)["warnings"]
+
+        assert any("core dump would walk 2 GiB" in warning for warning in warnings)
+
+
+class TestJson:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_the_documented_keys(self, name: str) -> None:
+        """Classes sum to VSZ, and so do owners."""
+        found = json.loads(explain(path=FOLDER / name).to_json())
+
+        assert set(found) == JSON_KEYS
+        assert found["schema"] == 1
+        assert found["vsz_kib"] == truth(name)["vsz_kib"]
+        assert sum(one["kib"] for one in found["classes"]) == found["vsz_kib"]
+        assert sum(one["kib"] for one in found["owners"]) == found["vsz_kib"]
+        assert all(set(one) == {"name", "kib", "mappings"} for one in found["classes"])
+        assert all({"name", "kib", "rss_kib", "evidence"} <= set(one) for one in found["owners"])
+
+    def test_a_live_process(self, sleeper: subprocess.Popen[bytes]) -> None:
+        """Its pid and name, and figures that agree."""
+        found = json.loads(run(sleeper.pid, "--json").stdout)
+
+        assert (found["pid"], found["name"], found["settled"]) == (sleeper.pid, "sleep", True)
+        assert found["owners"][0]["name"] == "mapped files"
+
+
+class TestFiles:
+    def test_save_and_explain(self, tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+        """What was saved says what was shown."""
+        shown = run(sleeper.pid, "--save", tmp_path / "kept", "--json").stdout
+        again = run("--from", tmp_path / "kept", "--json").stdout
+
+        assert again == shown
+        assert {"maps", "smaps", "smaps_rollup", "status", "limits"} <= {
+            path.name for path in (tmp_path / "kept").iterdir()
+        }
+
+    def test_save_overwrites_nothing(
+        self, tmp_path: Path, sleeper: subprocess.Popen[bytes]
+    ) -> None:
+        """A folder that holds a process is left as it is."""
+        run(sleeper.pid, "--save", tmp_path)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+        assert "is there already" in run(sleeper.pid, "--save", tmp_path, status=1).stderr
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    def test_diff(self, tmp_path: Path) -> None:
+        """What grew between two explanations, in words and as JSON."""
+        old, new = tmp_path / "old.json", tmp_path / "new.json"
+        old.write_text(run("--from", FOLDER / "go14", "--json").stdout)
+        new.write_text(run("--from", GO, "--json").stdout)
+
+        screen = run("--diff", old, new).stdout
+        found = json.loads(run("--diff", old, new, "--json").stdout)
+
+        assert "VSZ grew by 136 GiB, memory (RSS) grew by 168 KiB" in screen
+        assert "Most addresses went to Go arena: 127.9 GiB" in screen
+        assert "different processes" in screen
+        by = {one["name"]: one["change"] for one in found["totals"]}
+        assert by["vsz_kib"] == 142_740_892 - 113_332
+        assert by["mappings"] == 2
+
+    @pytest.mark.parametrize(
+        "text",
+        ["", "[]", "{}", '{"schema": 2}', "[" * 100_000, '{"schema": 1, "vsz_kib": "1"}', "\0"],
+    )
+    def test_what_is_no_explanation(self, tmp_path: Path, text: str) -> None:
+        """A file of something else is refused in words."""
+        path = tmp_path / "new.json"
+        path.write_text(text)
+
+        with pytest.raises(ValueError, match=r"new\.json (is not JSON|was not written by)"):
+            load(path)
+
+    def test_diff_of_something_else(self, tmp_path: Path) -> None:
+        """The command says so too."""
+        path = tmp_path / "new.json"
+        path.write_text("{}")
+
+        assert "new.json was not written by" in words(run("--diff", path, path, status=2).stderr)
+
+    @pytest.mark.parametrize("kind", ["png", "svg"])
+    def test_plot(self, tmp_path: Path, kind: str) -> None:
+        """The picture is written, and the screen shown as well."""
+        path = tmp_path / f"picture.{kind}"
+
+        assert "VSZ is 136.1 GiB" in run("--from", GO, "--plot", path).stdout
+        assert path.read_bytes()[:5] in {b"\x89PNG\r", b"<?xml"}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            (["1", "--from", "x"], "PID and --from"),
+            (["--from", "x", "--diff", "a", "b"], "--from and --diff"),
+            (["--from", "x", "--save", "y"], "--save takes a running process"),
+            (["0"], "a PID is a positive number"),
+            (["--", "-5"], "a PID is a positive number"),
+            (["--watch"], "--watch needs a process"),
+            (["1", "--watch", "0"], "a positive number of seconds"),
+            (["1", "--watch", "nan"], "a positive number of seconds"),
+            (["1", "--csv", "x"], "--csv records what --watch shows"),
+            (["1", "--watch", "--save", "x"], "no --save"),
+            (["1", "--watch", "--json", "--maps"], "no --json and no --maps"),
+            (["--diff", "a", "b", "--plot", "x.png"], "no --plot"),
+            (["--plot", "x.gif"], ".png or .svg"),
+            (["--top", "-1"], "--top"),
+            (["abc"], "PID"),
+        ],
+    )
+    def test_what_contradicts_itself(self, arguments: list[str], told: str) -> None:
+        """Options that make no sense together or alone end with status 2."""
+        refused = run(*arguments, status=2).stderr
+
+        assert told in words(refused)
+
+    @pytest.mark.parametrize(
+        ("pid", "told"),
+        [("4194304", "there is no process 4194304"), ("9" * 20, "there is no such process: no")],
+    )
+    def test_no_such_process(self, pid: str, told: str) -> None:
+        """One line, status 1."""
+        refused = run(pid, status=1).stderr
+
+        assert refused.startswith(f"pyreserve: {told}")
+        assert refused.count("\n") == 1
+
+    def test_no_such_folder(self, tmp_path: Path) -> None:
+        """One line that names it."""
+        refused = run("--from", tmp_path / "x", status=1).stderr
+
+        assert refused == f"pyreserve: {tmp_path}/x: no such folder\n"
+
+    def test_a_path_does_nothing_to_a_terminal(self, tmp_path: Path) -> None:
+        """What a path holds is printed without what a terminal would obey."""
+        assert run("--from", f"{tmp_path}/\x1b]0;x\x07", status=1).stderr.count("\x1b") == 0
+
+    def test_a_file_that_is_none(self, tmp_path: Path) -> None:
+        """One line that names the file and its line."""
+        (tmp_path / "smaps").write_text("hello\n")
+
+        refused = run("--from", tmp_path, status=1).stderr
+
+        assert refused.startswith(f"pyreserve: {tmp_path}/smaps: line 1 is not of")
+        assert refused.count("\n") == 1
+
+    @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+    def test_without_permission(self, sleeper: subprocess.Popen[bytes]) -> None:
+        """Another user's process: one clear line, status 1."""
+        # Imported before, since nobody may be allowed to read the interpreter's files.
+        code = (
+            "import os, sys; from pyreserve.cli import app, explain, explain_screen\n"
+            "try: app.app(['explain', '4194304'])\n"
+            "except SystemExit: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+            "app.app(['explain', sys.argv[1]])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(sleeper.pid)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+        assert done.returncode == 1
+        first, second = done.stderr.splitlines()
+        assert first == "pyreserve: there is no process 4194304"
+        assert second.startswith(f"pyreserve: process {sleeper.pid} belongs to user 0")
+
+
+class TestWatch:
+    def test_lines(self, sleeper: subprocess.Popen[bytes], tmp_path: Path) -> None:
+        """In a pipe it prints lines, and the same to the file."""
+        csv = tmp_path / "record.csv"
+        with subprocess.Popen(
+            [sys.executable, "-m", "pyreserve", "explain", str(sleeper.pid), "--watch", "0.05",
+             "--csv", str(csv)],
+            stdout=subprocess.PIPE, text=True,
+        ) as watching:  # fmt: skip
+            assert watching.stdout is not None
+            lines = [watching.stdout.readline() for _ in range(4)]
+            sleeper.kill()
+            watching.communicate(timeout=PATIENCE)
+
+        assert lines[0].split()[1:] == [
+            "vsz_kib", "reserved_kib", "committed_kib", "rss_kib", "pss_kib", "mappings",
+        ]  # fmt: skip
+        assert watching.returncode == 0
+        assert csv.read_text().splitlines()[1].split(",") == lines[1].split()
+
+    def test_a_terminal(self, sleeper: subprocess.Popen[bytes]) -> None:
+        """On a terminal q ends the screen."""
+        master, slave = pty.openpty()
+        try:
+            with subprocess.Popen(
+                [sys.executable, "-m", "pyreserve", "explain", str(sleeper.pid), "--watch"],
+                stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            ) as watching:  # fmt: skip
+                os.close(slave)
+                seen = b""
+                while b"quits" not in seen:
+                    seen += os.read(master, 4096)
+                os.write(master, b"q")
+                try:
+                    while data := os.read(master, 4096):
+                        seen += data
+                except OSError:  # the other end is closed
+                    pass
+            assert watching.returncode == 0
+            assert b"committed" in seen
+        finally:
+            os.close(master)
+
+
+def test_the_errors_are_ours() -> None:
+    """What explain raises of its own can be caught as one."""
+    from pyreserve import AccessError, MapsError, NoAddressSpaceError
+
+    assert all(issubclass(one, PyreserveError) for one in (AccessError, MapsError))
+    assert issubclass(NoAddressSpaceError, ProcessLookupError)

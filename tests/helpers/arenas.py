@@ -1,0 +1,124 @@
+"""Arenas of all layouts: which there are, scripts about them, and what holds of each."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers import golden
+from pyreserve import PAGE_SIZE, Block, KiB, MemStats, layouts
+from pyreserve._arena.arena import WORD
+
+PAGE = max(8 * KiB, PAGE_SIZE)
+
+needs_64_bits = pytest.mark.skipif(WORD != 8, reason="the layout lies above 4 GiB")
+needs_golden_page = pytest.mark.skipif(
+    PAGE_SIZE != golden.GOLDEN_PAGE, reason="the traces are of pages of 4 KiB"
+)
+
+PRELUDE = """
+import contextlib, gc, json, resource, sys
+from pathlib import Path
+import pyreserve
+from pyreserve import Arena, GiB, KiB, MiB, OutOfMemoryError, PAGE_SIZE, VMError, layouts
+
+def status(key):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * KiB
+
+def live(low, high):
+    "What /proc/self/maps shows in a range: start, end and permissions."
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, perms = line.split()[:2]
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        if start < high and end > low:
+            found.append([max(start, low), min(end, high), perms])
+    return found
+
+def whole(arena):
+    "What /proc/self/maps shows where the arena and its window are."
+    low = arena.placement.start
+    return live(low, max(arena.placement.end, arena.placement.window_end))
+
+def plain(pieces):
+    return [list(piece[:3]) for piece in pieces]
+
+def limit(which, nbytes):
+    "Allow so many more bytes of VmSize (AS) or VmData (DATA); None: any number."
+    used = status({"AS": "VmSize", "DATA": "VmData"}[which])
+    most = -1 if nbytes is None else used + nbytes
+    resource.setrlimit(getattr(resource, "RLIMIT_" + which), (most, -1))
+
+def state(arena):
+    placement = arena.placement
+    return [repr(placement), arena.in_use, arena.region.committed, arena.region.reserved,
+            plain(arena.maps()), whole(arena)]
+
+def poke(arena, block, nbytes):
+    "Whether the first and the last byte of a block read zero and can be written."
+    for at in (block, block + nbytes - 1):
+        view = arena.region.view(at - arena.region.base, 1)
+        if view[0] != 0:
+            return False
+        view[0] = 0xA5
+        if view[0] != 0xA5:
+            return False
+        del view
+    return True
+
+# Python maps its small objects 1 MiB at a time, which VmSize counts. A few objects kept
+# out of many leave it 4 MiB to use, so that it maps none while a test compares sizes.
+kept = [bytes(400) for _ in range(10_000)][::500]
+"""
+
+
+def in_child(script: str, *arguments: str) -> Any:
+    """Run a script in a fresh interpreter and return the JSON that it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(script), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def layout_names() -> list[str]:
+    """The rows of the table that this interpreter can bring to life."""
+    return [
+        name
+        for name in layouts.names()
+        if WORD == 8 or name == "native" or layouts.get(name).word == 4
+    ]
+
+
+def relative(ranges: list[list[Any]], base: int) -> list[tuple[int, int, str]]:
+    """Ranges less the address at which the layout came to lie."""
+    return [(start - base, end - base, perms) for start, end, perms in ranges]
+
+
+def fill(block: Block, byte: int) -> None:
+    """Write a byte all over a block."""
+    np.frombuffer(block.view, dtype=np.uint8)[:] = byte
+
+
+def holds(block: Block, byte: int) -> bool:
+    """Tell whether a block holds a byte all over."""
+    return bool((np.frombuffer(block.view, dtype=np.uint8) == byte).all())
+
+
+def check(stats: MemStats) -> None:
+    """What holds at every moment."""
+    assert stats.sys == stats.heap_sys + stats.gc_sys + stats.other_sys
+    assert stats.heap_sys == stats.heap_idle + stats.heap_inuse
+    assert 0 <= stats.heap_released <= stats.heap_idle
+    assert 0 <= stats.heap_alloc <= stats.heap_inuse
+    assert stats.heap_objects == stats.mallocs - stats.frees >= 0
+    assert stats.committed <= stats.reserved

@@ -1,0 +1,36 @@
+"""The command in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+COMMAND = [sys.executable, "-m", "pyreserve"]
+
+
+def environment() -> dict[str, str]:
+    """The environment without what changes how terminals are written to."""
+    meddling = ("COLOR", "COLUMNS", "LINES", "TTY", "TERM", "GITHUB_ACTIONS")
+    return {
+        key: value for key, value in os.environ.items() if not any(word in key for word in meddling)
+    }
+
+
+def run(*arguments: str, ulimit: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command, behind ``ulimit`` with these options if any."""
+    limited = ["sh", "-c", f'ulimit {ulimit} && exec "$@"', "sh"] if ulimit else []
+    return subprocess.run(
+        [*limited, *COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+    )
+
+
+def refused_in_one_line(done: subprocess.CompletedProcess[str], status: int = 1) -> str:
+    """Assert that a run failed in a single line, without a traceback, and return the line."""
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("pyreserve: ")
+    return done.stderr.strip()

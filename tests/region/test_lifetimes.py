@@ -1,0 +1,222 @@
+"""Nothing is left to the cyclic garbage collector, whichever way an object was made or refused."""
+
+import contextlib
+import gc
+import resource
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyreserve
+from helpers import witness
+from pyreserve import (
+    PAGE_SIZE,
+    Arena,
+    Bitmap,
+    BumpArena,
+    GiB,
+    GrowableArray,
+    GrowableBuffer,
+    KiB,
+    MiB,
+    PageAllocator,
+    Pool,
+    layouts,
+)
+from pyreserve._arena.engine import WORD
+
+
+def is_ours(thing: object) -> bool:
+    """Whether garbage is an object of the package, or a frame of it, or an exception through it."""
+    if isinstance(thing, types.FrameType):
+        return str(thing.f_globals.get("__name__")).startswith("pyreserve")
+    return type(thing).__module__.partition(".")[0] in {"pyreserve", "_cffi_backend"}
+
+
+def left_behind(act: Callable[[], object]) -> list[str]:
+    """Do something without the collector; return our objects that only it would free."""
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(pyreserve.PyreserveError, TypeError, ValueError, KeyError):
+            act()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        found = [
+            f"{type(thing).__name__}: {thing!r:.200}" for thing in gc.garbage if is_ours(thing)
+        ]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    gc.collect()
+    return found
+
+
+def _region() -> None:
+    region = pyreserve.reserve(MiB, name="x", align=2 * MiB, guard=True)
+    region.commit(0, MiB)
+    held = np.frombuffer(region.view(0, 16), np.uint8)
+    with contextlib.suppress(pyreserve.ViewError):
+        region.release()
+    with contextlib.suppress(pyreserve.ViewError):
+        region.decommit(0, MiB)
+    with contextlib.suppress(pyreserve.RangeError):
+        region.commit(1, 1)
+    held[0] = 1
+    region.close()
+
+
+def _arena(name: str) -> None:
+    arena = Arena(name, size=GiB if name == "native" else None)
+    blocks = arena.alloc_many([8 * KiB] * 100)
+    view = blocks[3].view
+    for refused in (blocks.free, blocks[3].free, lambda: arena.alloc(1 << 61), arena.release):
+        with contextlib.suppress(pyreserve.PyreserveError):
+            refused()
+    offset = blocks[5].offset
+    blocks[5].free()
+    held = arena.region.view(offset, 8)
+    with contextlib.suppress(pyreserve.ViewError):
+        arena.scavenge()
+    with arena.alloc(8) as block:
+        late = block.view
+    del view, held, late
+    arena.start_scavenger(60)
+    arena.memstats()
+    if arena.layout.bitmap_bits:
+        _ = arena.heap_bitmap[0]
+
+
+def _used_up() -> None:
+    arena = Arena("native", size=4 * MiB)
+    arena.alloc_many([MiB] * 5)
+
+
+def _bump() -> None:
+    arena = BumpArena(MiB)
+    mark = arena.mark()
+    with arena.scope():
+        held = arena.alloc(8)
+    with contextlib.suppress(pyreserve.ViewError):
+        arena.reset(mark)
+    with contextlib.suppress(pyreserve.OutOfMemoryError):
+        arena.alloc(GiB)
+    del held
+    arena.reset(keep=False)
+
+
+def _pool() -> None:
+    pool = Pool(48, capacity=1000)
+    slots = pool.alloc_many(10)
+    held = pool.view(slots[3])
+    for refused in (lambda: pool.free_many(slots), lambda: pool.alloc_many(2000), pool.release):
+        with contextlib.suppress(pyreserve.PyreserveError):
+            refused()
+    del held
+    pool.trim()
+
+
+def _pages() -> None:
+    pages = PageAllocator(1000)
+    pages.alloc_many([3] * 10)
+    with contextlib.suppress(pyreserve.PyreserveError):
+        pages.alloc(5000)
+
+
+def _bitmap() -> None:
+    bits = Bitmap(1000)
+    bits.set(5)
+    held = bits.words(0, 64)
+    with contextlib.suppress(pyreserve.ViewError):
+        bits.release()
+    del held
+    _ = bits[2:7], bits == bits.copy(), list(bits.runs())
+
+
+def _growable(make: Callable[[], Any]) -> None:
+    thing = make()
+    thing.resize(100)
+    held = thing.view() if isinstance(thing, GrowableBuffer) else thing.array
+    for refused in (lambda: thing.resize(0), lambda: thing.resize(1 << 40), thing.release):
+        with contextlib.suppress(pyreserve.PyreserveError):
+            refused()
+    del held
+    thing.shrink_to_fit()
+
+
+ACTS: dict[str, Callable[[], object]] = {
+    "region": _region,
+    "too large": lambda: pyreserve.reserve(1 << 62, align=MiB),
+    "occupied": lambda: pyreserve.reserve(
+        PAGE_SIZE, at=id(object()) // PAGE_SIZE * PAGE_SIZE, name="x"
+    ),
+    "no word": lambda: pyreserve.reserve(PAGE_SIZE, mode="x"),  # type: ignore[arg-type]
+    "an arena with a step that is none": lambda: Arena("native", step=PAGE_SIZE + 1),
+    "an arena that is too large": lambda: Arena("native", size=1 << 60),
+    "an arena without a layout": lambda: Arena("none"),
+    "an arena that is used up": _used_up,
+    "bump": _bump,
+    "bump, too large": lambda: BumpArena(1 << 60),
+    "pool": _pool,
+    "pool, too large": lambda: Pool(48, capacity=1 << 43),
+    "pages": _pages,
+    "pages, too many": lambda: PageAllocator(1 << 50),
+    "bitmap": _bitmap,
+    "bitmap, too large": lambda: Bitmap(1 << 62),
+    "buffer": lambda: _growable(lambda: GrowableBuffer(MiB)),
+    "buffer, too large": lambda: GrowableBuffer(1 << 60),
+    "array": lambda: _growable(lambda: GrowableArray("f8", 1000)),
+    "array of objects": lambda: GrowableArray("O", 1000),
+    **{
+        f"arena {name}": lambda name=name: _arena(name)  # type: ignore[misc]
+        for name in layouts.names()
+        if layouts.get(name).word <= WORD
+    },
+}
+
+
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+def test_it_goes_with_its_last_reference(act: Callable[[], object]) -> None:
+    """Whatever happens to it, it is freed without the cyclic collector."""
+    assert left_behind(act) == []
+
+
+@witness.only_64_bit
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+def test_where_addresses_are_scarce(act: Callable[[], object]) -> None:
+    """The same, where RLIMIT_AS refuses most reservations or has layouts fall back."""
+
+    def child() -> list[str]:
+        used = witness.status("VmSize")
+        found = []
+        for more in (MiB, 64 * MiB, 700 * MiB, 3 * GiB):
+            resource.setrlimit(resource.RLIMIT_AS, (used + more, resource.RLIM_INFINITY))
+            found += left_behind(act)
+        return found
+
+    assert witness.in_child(child) == []
+
+
+@witness.only_64_bit
+def test_arenas_that_fell_back() -> None:
+    """Arenas that fell back, dropped one after the other, leave their addresses to the next."""
+    found = witness.fresh_python(
+        """
+        import gc, json, resource
+        from pyreserve import *
+        gc.disable()
+        resource.setrlimit(resource.RLIMIT_AS, (2 * GiB, 2 * GiB))
+        names = []
+        for _ in range(6):
+            arena = Arena()
+            names.append((arena.layout.name, arena.fell_back.limit))
+            del arena
+        print(json.dumps(names))
+        """
+    )
+
+    assert found == [["fallback", "RLIMIT_AS"]] * 6

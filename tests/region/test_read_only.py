@@ -1,0 +1,169 @@
+"""Public attributes that are no settings can't be assigned: what they say stays true."""
+
+import copy
+import importlib
+import inspect
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import prometheus_client
+import pytest
+
+import pyreserve
+from pyreserve import (
+    Arena,
+    Bitmap,
+    BumpArena,
+    GrowableArray,
+    GrowableBuffer,
+    MiB,
+    OutOfMemoryError,
+    PageAllocator,
+    Pool,
+    VMError,
+    costs,
+    doctor,
+    explain,
+    procmem,
+    prometheus,
+    reserve,
+    track,
+)
+from pyreserve.costs import measuring
+
+MODULES = (
+    "pyreserve",
+    "pyreserve.costs",
+    "pyreserve.doctor",
+    "pyreserve.procmem",
+    "pyreserve.prometheus",
+)
+SPACE = Path(__file__).parents[1] / "data/captures/redis"
+
+
+def _table() -> costs.CostTable:
+    cell = costs.Cell("commit", "mprotect", "4KiB", "charge", 4096)
+    times = costs.Times(1.0, 2.0, 3.0, 4.0, 5.0, (1.5, 2.5), 6, 6, 0)
+    measured = costs.Measured(cell, "warm", times)
+    return costs.CostTable({}, (measured,), costs.Noise(0.0, 0.0, 0.0), 1.0)
+
+
+def _tracked() -> track:
+    with track() as tracked:
+        pass
+    return tracked
+
+
+def _registered() -> prometheus.Registration:
+    registry = prometheus_client.CollectorRegistry()
+    return prometheus.register_process(registry=registry)
+
+
+def _block() -> pyreserve.Block:
+    return Arena("native", size=MiB).alloc(1)
+
+
+def _refused() -> OutOfMemoryError:
+    with pytest.raises(OutOfMemoryError) as refused:
+        reserve(1 << 60)
+    return refused.value
+
+
+CURVE = costs.Curve("commit", "mprotect")
+
+# One of each public class, but for exceptions that have nothing of their own.
+MAKE: dict[str, Callable[[], Any]] = {
+    "AddressSpace": lambda: explain(path=SPACE),
+    "Arena": lambda: Arena("fallback"),
+    "Bitmap": lambda: Bitmap(1000),
+    "Block": _block,
+    "Blocks": lambda: Arena("native", size=MiB).alloc_many([1, 2]),
+    "BumpArena": lambda: BumpArena(MiB),
+    "Capabilities": pyreserve.capabilities,
+    "GrowableArray": lambda: GrowableArray("i8", 1000),
+    "GrowableBuffer": lambda: GrowableBuffer(MiB),
+    "HeapBitmap": lambda: Arena("fallback").heap_bitmap,
+    "MemStats": lambda: Arena("native", size=MiB).memstats(),
+    "OutOfMemoryError": _refused,
+    "PageAllocator": lambda: PageAllocator(100),
+    "Pool": lambda: Pool(64),
+    "Region": lambda: reserve(MiB),
+    "Scavenger": lambda: Arena("native", size=MiB).start_scavenger(100),
+    "VMError": lambda: VMError(5, "no", verb="commit"),
+    "track": _tracked,
+    "Answer": lambda: costs.Answer(1.0, "1", "so"),
+    "Cell": lambda: _table().cells[0].cell,
+    "Compared": lambda: costs.compare(_table(), _table()).cells[0],
+    "Comparison": lambda: costs.compare(_table(), _table()),
+    "CostModel": lambda: _table().model(),
+    "CostTable": _table,
+    "Curve": lambda: CURVE,
+    "Estimate": lambda: costs.Estimate(1.0, 0.5, 2.0),
+    "Fit": lambda: costs.Fit.of(CURVE, [(1, 2.0, 1.5, 2.5), (4, 8.0, 6.0, 10.0)]),
+    "Interrupted": lambda: measuring.Interrupted(_table()),
+    "Measured": lambda: _table().cells[0],
+    "Noise": lambda: _table().noise,
+    "Plan": lambda: costs.plan(longest=MiB),
+    "Progress": lambda: costs.Progress(1.0, 2.0, 3, 4, 5, "it"),
+    "Recommendations": lambda: costs.recommend(_table()),
+    "Times": lambda: _table().cells[0].times,
+    "Diagnosis": doctor.diagnose,
+    "Finding": lambda: doctor.Finding("topic", "good", "fact", "allows"),
+    "Change": lambda: procmem.Change("vsz_kib", 1, 2),
+    "Difference": lambda: procmem.compare(*(explain(path=SPACE).to_dict() for _ in range(2))),
+    "Mapping": lambda: explain(path=SPACE).top(1)[0],
+    "MemoryClass": lambda: explain(path=SPACE).classes[0],
+    "Owner": lambda: explain(path=SPACE).owners[0],
+    "Sample": procmem.sample,
+    "Registration": _registered,
+}
+
+
+def _public_classes() -> dict[str, type]:
+    modules = [importlib.import_module(name) for name in MODULES]
+    things = {name: getattr(module, name) for module in modules for name in module.__all__}
+    return {name: thing for name, thing in things.items() if inspect.isclass(thing)}
+
+
+def _builtin(kind: type) -> type:
+    return next(base for base in kind.__mro__ if base.__module__ == "builtins")
+
+
+def _attributes(thing: Any) -> list[str]:
+    """Its public data, without what Python's own base class lets anybody assign."""
+    own = sorted(set(dir(thing)) - set(dir(_builtin(type(thing)))))
+    return [
+        name
+        for name in own
+        if not name.startswith("_") and not callable(inspect.getattr_static(thing, name))
+    ]
+
+
+def test_every_public_class_is_here() -> None:
+    """There is one of each public class above, unless it is an exception with nothing to read."""
+    for name, kind in _public_classes().items():
+        own = [each for each in dir(kind) if each not in dir(_builtin(kind)) and each[0] != "_"]
+        assert name in MAKE or (issubclass(kind, Exception) and not own), name
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_nothing_can_be_assigned(name: str) -> None:
+    """To assign a public attribute is refused, and to delete it."""
+    thing = MAKE[name]()
+    for attribute in _attributes(thing):
+        value = getattr(thing, attribute, None)
+        with pytest.raises((AttributeError, TypeError)):
+            setattr(thing, attribute, value)
+        with pytest.raises((AttributeError, TypeError)):
+            delattr(thing, attribute)
+
+
+def test_errors_survive_copies() -> None:
+    """A copy of an error, or one from another process, still says all of it."""
+    error = _refused()
+    for twin in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert (twin.errno, str(twin)) == (error.errno, str(error))
+        assert (twin.verb, twin.nbytes, twin.address) == ("reserve", 1 << 60, None)
+        assert twin.limit == "address space"

@@ -1,0 +1,466 @@
+"""Views, and the table that knows which of them are alive."""
+
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from random import Random
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pyreserve
+from helpers import witness
+from helpers.profiles import examples
+from pyreserve import PAGE_SIZE, GiB, KiB, MiB, RangeError, Region, ViewError
+from pyreserve._region import exports as views
+from pyreserve._region.exports import ViewTable
+
+
+class Exported:
+    """Something that can be known by a weak reference, as an ffi.buffer is."""
+
+
+def buckets(table: ViewTable) -> int:
+    return sum(len(level) for level in table._levels)
+
+
+def live(table: ViewTable, lo: int, hi: int, *, prune: bool) -> list[tuple[int, int]]:
+    return [(low, high) for _, low, high in table.live(lo, hi, prune=prune)]
+
+
+def entries(table: ViewTable) -> int:
+    return sum(len(b.entries) for level in table._levels for b in level.values())
+
+
+def table_of(region: Region) -> ViewTable:
+    assert region._views is not None
+    return region._views
+
+
+class TestView:
+    def test_it_is_writable_bytes(self, region: Region) -> None:
+        """A view is a writable memoryview of unsigned bytes with the length asked for."""
+        region.commit(0, PAGE_SIZE)
+
+        view = region.view(3, 7)
+
+        assert isinstance(view, memoryview)
+        assert (view.format, view.itemsize, view.ndim) == ("B", 1, 1)
+        assert (len(view), view.nbytes, view.contiguous) == (7, 7, True)
+        assert not view.readonly
+
+    def test_views_share_the_bytes(self, region: Region) -> None:
+        """What one view writes another reads, and the addresses are those of the region."""
+        region.commit(0, 2 * PAGE_SIZE)
+        whole, piece = region.view(0, 2 * PAGE_SIZE), region.view(PAGE_SIZE - 2, 4)
+
+        piece[:] = b"abcd"
+
+        assert bytes(whole[PAGE_SIZE - 2 : PAGE_SIZE + 2]) == b"abcd"
+        address = np.frombuffer(piece, np.uint8).__array_interface__["data"][0]
+        assert address == region.base + PAGE_SIZE - 2
+
+    def test_readonly(self, region: Region) -> None:
+        """A readonly view can't be written, and sees what others write."""
+        region.commit(0, PAGE_SIZE)
+        view, reader = region.view(0, 4), region.view(0, 4, readonly=True)
+
+        view[:] = b"abcd"
+
+        assert reader.readonly
+        assert bytes(reader) == b"abcd"
+        with pytest.raises(TypeError, match="read-only"):
+            reader[0] = 1
+
+    def test_to_the_very_end(self, region: Region) -> None:
+        """The last byte of a region can be viewed and none after it."""
+        region.commit(0, region.size)
+
+        assert len(region.view(region.size - 1, 1)) == 1
+        with pytest.raises(RangeError):
+            region.view(region.size, 1)
+        with pytest.raises(RangeError):
+            region.view(region.size - 1, 2)
+
+    def test_only_committed_bytes(self, region: Region) -> None:
+        """A view of which a single byte is not committed is refused, and does not pin anything."""
+        region.commit(PAGE_SIZE, 2 * PAGE_SIZE)
+
+        for offset, length in [
+            (0, 1),
+            (PAGE_SIZE - 1, 2),
+            (PAGE_SIZE, 2 * PAGE_SIZE + 1),
+            (3 * PAGE_SIZE - 1, 2),
+            (0, region.size),
+        ]:
+            with pytest.raises(RangeError, match="not all of it is committed"):
+                region.view(offset, length)
+
+        region.decommit(0, region.size)
+        region.release()
+
+    def test_across_commits(self, region: Region) -> None:
+        """Pieces committed one after the other are viewed as one."""
+        for i in range(4):
+            region.commit(i * PAGE_SIZE, PAGE_SIZE)
+
+        assert bytes(region.view(0, 4 * PAGE_SIZE)) == bytes(4 * PAGE_SIZE)
+
+
+class TestNdarray:
+    @pytest.mark.parametrize("dtype", ["uint8", "<i4", "float64", "complex128", "M8[s]"])
+    def test_shape_and_dtype(self, region: Region, dtype: str) -> None:
+        """An ndarray has the shape and dtype asked for, C-ordered, writable, zero at first."""
+        region.commit(0, region.size)
+
+        array = region.ndarray(PAGE_SIZE, (3, 5, 2), dtype)
+
+        assert array.shape == (3, 5, 2)
+        assert array.dtype == np.dtype(dtype)
+        assert array.flags.c_contiguous
+        assert array.flags.writeable
+        assert not array.view(np.uint8).any()
+
+    def test_a_number_is_one_side(self, region: Region) -> None:
+        """A shape given as a number makes a vector; bytes are the default."""
+        region.commit(0, region.size)
+
+        array = region.ndarray(0, 100)
+        array[:] = 7
+
+        assert array.dtype == np.uint8
+        assert bytes(region.view(0, 101)) == b"\x07" * 100 + b"\0"
+
+    def test_readonly(self, region: Region) -> None:
+        """A readonly ndarray can't be written."""
+        region.commit(0, region.size)
+
+        array = region.ndarray(0, 4, readonly=True)
+
+        assert not array.flags.writeable
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+
+    def test_it_pins_its_bytes(self, region: Region) -> None:
+        """Bytes under an ndarray can't be decommitted; those beside it can."""
+        region.commit(0, region.size)
+        array = region.ndarray(PAGE_SIZE, (2, PAGE_SIZE))
+
+        with pytest.raises(ViewError):
+            region.decommit(2 * PAGE_SIZE, PAGE_SIZE)
+        region.decommit(0, PAGE_SIZE)
+        region.decommit(3 * PAGE_SIZE, PAGE_SIZE)
+
+        assert not array.any()
+
+    @pytest.mark.parametrize("shape", [0, (0,), (2, 0), -1, (-1,), (-2, -2), (1 << 62, 8)])
+    def test_shapes_that_hold_nothing_or_too_much(self, region: Region, shape: Any) -> None:
+        """An empty, negative or overflowing shape is a ValueError."""
+        region.commit(0, region.size)
+
+        with pytest.raises(ValueError):  # noqa: PT011
+            region.ndarray(0, shape)
+
+        region.decommit(0, region.size)
+
+    @pytest.mark.parametrize("dtype", ["O", [("a", "O"), ("b", "i4")]])
+    def test_objects_are_refused(self, region: Region, dtype: Any) -> None:
+        """Raw memory is never taken for Python objects."""
+        region.commit(0, region.size)
+
+        with pytest.raises(ValueError, match="OBJECT"):
+            region.ndarray(0, 4, dtype)
+
+        region.decommit(0, region.size)
+
+
+SIZES = [1, PAGE_SIZE, 64 * KiB, 64 * KiB + 1, 3 * MiB, GiB, 1 << 40, 1 << 46]
+
+
+@st.composite
+def ranges(draw: st.DrawFn, size: int) -> tuple[int, int]:
+    """A range inside [0, size): of any magnitude, often near the lines between buckets."""
+    length = min(size, draw(st.integers(0, size.bit_length()).flatmap(_around_power)))
+    lo = draw(st.integers(0, size - length))
+    if draw(st.booleans()):
+        shift = draw(st.sampled_from([12, 16, 19, 22, 25, 28, 40]))
+        lo = min(max(0, (lo >> shift << shift) + draw(st.integers(-2, 2))), size - length)
+    return lo, lo + length
+
+
+def _around_power(bits: int) -> st.SearchStrategy[int]:
+    return st.integers(max(1, (1 << bits) - 2), (1 << bits) + 2)
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[int, list[tuple[str, Any]]]:
+    """A table's size and what is done with it."""
+    size = draw(st.sampled_from(SIZES))
+    step = st.one_of(
+        st.tuples(st.just("add"), ranges(size)),
+        st.tuples(st.just("drop"), st.integers(0, 1000)),
+        st.tuples(st.just("ask"), st.tuples(ranges(size), st.booleans())),
+        st.tuples(st.just("sweep"), st.none()),
+    )
+    return size, draw(st.lists(step, max_size=60))
+
+
+class TestTable:
+    @settings(max_examples=examples(300))
+    @given(histories())
+    def test_it_answers_as_a_plain_list_would(
+        self, history: tuple[int, list[tuple[str, Any]]]
+    ) -> None:
+        """Whatever was added, dropped and swept, the answer is every live range that overlaps."""
+        size, steps = history
+        table = ViewTable(size)
+        alive: list[tuple[Exported, int, int]] = []
+
+        for what, argument in [*steps, ("ask", ((0, size), True))]:
+            if what == "add":
+                exported = Exported()
+                table.add(exported, *argument)
+                alive.append((exported, *argument))
+                del exported
+            elif what == "drop" and alive:
+                del alive[argument % len(alive)]
+            elif what == "sweep":
+                table._sweep()
+            elif what == "ask":
+                (lo, hi), prune = argument
+
+                found = live(table, lo, hi, prune=prune)
+
+                assert sorted(found) == sorted((a, b) for _, a, b in alive if a < hi and b > lo)
+
+    @settings(max_examples=examples(30))
+    @given(st.sampled_from(SIZES), st.integers(0, 1 << 32))
+    def test_sweeps_on_the_way_lose_nothing(self, size: int, seed: int) -> None:
+        """Thousands of adds with random deaths, and so many sweeps, leave exactly the living."""
+        random = Random(seed)
+        table = ViewTable(size)
+        alive: list[tuple[Exported, int, int]] = []
+
+        for _ in range(2000):
+            length = min(size, 1 << random.randrange(size.bit_length()))
+            lo = random.randrange(size - length + 1)
+            exported = Exported()
+            table.add(exported, lo, lo + length)
+            alive.append((exported, lo, lo + length))
+            del exported
+            if len(alive) > 100:
+                del alive[random.randrange(len(alive))]
+
+        for _ in range(20):
+            lo = random.randrange(size)
+            hi = min(size, lo + (1 << random.randrange(size.bit_length())))
+            found = live(table, lo, hi, prune=True)
+            assert sorted(found) == sorted((a, b) for _, a, b in alive if a < hi and b > lo)
+
+    def test_asking_without_pruning_changes_nothing(self) -> None:
+        """With prune off the dead stay where they are; with it they go."""
+        table = ViewTable(GiB)
+        gone = [Exported() for _ in range(10)]
+        for exported in gone:
+            table.add(exported, 0, 10)
+        del gone[:], exported
+
+        unpruned = live(table, 0, 10, prune=False)
+        kept = entries(table)
+        live(table, 0, 10, prune=True)
+
+        assert unpruned == []
+        assert (kept, entries(table)) == (10, 0)
+
+    def test_it_keeps_nothing_alive(self) -> None:
+        """A buffer in the table dies when its last user drops it."""
+        table, exported = ViewTable(GiB), Exported()
+        table.add(exported, 0, 10)
+        watch = weakref.ref(exported)
+
+        del exported
+
+        assert watch() is None
+
+
+class Struck(Exception):  # noqa: N818
+    """What a signal handler raises."""
+
+
+@contextmanager
+def struck_after(opcodes: int) -> Iterator[None]:
+    """Raise Struck in the table's code once so many of its opcodes have run."""
+    left = opcodes
+
+    def tracer(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != views.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left < 0:
+                raise Struck
+        return tracer
+
+    before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # or Python 3.12 has no such events in other frames
+    sys.settrace(tracer)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+class TestTableStruck:
+    @pytest.mark.parametrize("sweeping", [False, True])
+    def test_an_exception_anywhere_in_an_addition(self, sweeping: bool) -> None:
+        """Wherever a handler's exception strikes, every buffer taken in before and after is found,
+        and the next sweep leaves no bucket behind."""
+        lo, hi, opcodes, survived = 0, 40, 0, False
+        while not survived:
+            table, dead, kept = ViewTable(1 << 40), Exported(), Exported()
+            new, late = Exported(), Exported()
+            table.add(dead, 3 << 30, (3 << 30) + 5)
+            table.add(kept, 5 << 30, (5 << 30) + 9)
+            del dead
+            if sweeping:
+                table._until_sweep = 0
+            try:
+                with struck_after(opcodes):
+                    table.add(new, lo, hi)
+                survived = True
+            except Struck:
+                pass
+            opcodes += 1
+
+            table.add(late, lo + 8, hi + 8)
+
+            found = live(table, 0, 1 << 40, prune=True)
+            assert (lo + 8, hi + 8) in found
+            assert (5 << 30, (5 << 30) + 9) in found
+            assert (lo, hi) in found or not survived
+            assert live(table, lo, hi + 8, prune=True) == [r for r in found if r[0] < 1 << 30]
+            del new, late, kept
+            table._sweep()
+            assert buckets(table) == 0
+        assert opcodes > 100
+
+
+class TestTableSize:
+    @pytest.mark.heavy
+    def test_a_million_transient_views_leave_no_trace(self) -> None:
+        """Views made and dropped in ever new places keep the table at a few hundred entries."""
+        table = ViewTable(1 << 46)
+        largest = 0
+
+        for i in range(1_000_000):
+            lo = i << 25
+            table.add(Exported(), lo, lo + (PAGE_SIZE << i % 12))
+            if i % 9973 == 0:
+                largest = max(largest, entries(table) + buckets(table))
+
+        assert largest < 5000
+
+    def test_transient_views_of_a_region(self) -> None:
+        """The same holds for views of a region, one in each of 100,000 pages."""
+        count, largest = 100_000, 0
+        region = pyreserve.reserve(count * PAGE_SIZE, mode="noreserve")
+        region.commit(0, region.size)
+
+        for i in range(count):
+            region.view(i * PAGE_SIZE, PAGE_SIZE)
+            largest = max(largest, entries(table_of(region)))
+
+        assert largest <= 512
+        region.release()
+
+    def test_the_table_stays_in_proportion_to_the_living(self) -> None:
+        """With 1,000 views alive, transient ones add no more than a small multiple of that."""
+        table, largest = ViewTable(1 << 46), 0
+        alive = [Exported() for _ in range(1000)]
+        for i, exported in enumerate(alive):
+            table.add(exported, i << 30, (i << 30) + 10)
+
+        for i in range(30_000):
+            table.add(Exported(), i << 25, (i << 25) + 10)
+            if i % 997 == 0:
+                largest = max(largest, entries(table))
+
+        assert largest <= 4000
+        assert len(live(table, 0, 1 << 46, prune=True)) == 1000
+
+
+class TestManyViews:
+    COUNT = 10_000
+
+    @pytest.fixture
+    def crowded(self) -> tuple[Region, list[memoryview]]:
+        """A committed region with a live view on each of 10,000 pages, and 64 pages free of any."""
+        region = pyreserve.reserve((self.COUNT + 64) * PAGE_SIZE, mode="noreserve")
+        region.commit(0, region.size)
+        views = [region.view(i * PAGE_SIZE, PAGE_SIZE) for i in range(self.COUNT)]
+        return region, views
+
+    def test_views_elsewhere_are_not_looked_at(
+        self, crowded: tuple[Region, list[memoryview]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A decommit away from 10,000 live views looks at no more than a handful of them."""
+        region, views = crowded
+        scan, looked_at = ViewTable._scan, 0
+
+        def counting(bucket: Any, *rest: Any) -> None:
+            nonlocal looked_at
+            looked_at += len(bucket.entries)
+            scan(bucket, *rest)
+
+        monkeypatch.setattr(ViewTable, "_scan", staticmethod(counting))
+
+        region.decommit((self.COUNT + 63) * PAGE_SIZE, PAGE_SIZE)
+
+        assert looked_at <= 64
+        assert len(views) == self.COUNT
+
+    def test_each_of_many_is_found(self, crowded: tuple[Region, list[memoryview]]) -> None:
+        """Each of 10,000 live views protects its own page, and no longer once it is gone."""
+        region, views = crowded
+        for i in range(0, self.COUNT, 501):
+            with pytest.raises(ViewError, match="1 live view"):
+                region.decommit(i * PAGE_SIZE, PAGE_SIZE)
+
+            views[i] = memoryview(b"")
+            region.decommit(i * PAGE_SIZE, PAGE_SIZE)
+
+            assert not region.is_committed(i * PAGE_SIZE, PAGE_SIZE)
+
+    def test_a_release_counts_them_all(self, crowded: tuple[Region, list[memoryview]]) -> None:
+        """A release is refused as long as one view lives, and the message counts them."""
+        region, views = crowded
+
+        with pytest.raises(ViewError, match="10000 live views"):
+            region.release()
+        del views[1:]
+        with pytest.raises(ViewError, match="1 live view"):
+            region.release()
+        views.clear()
+        region.release()
+
+        assert region.released
+
+    @witness.only_64_bit
+    def test_a_wide_view_is_found_from_anywhere(self, region: Region) -> None:
+        """One view over everything is found by the smallest decommit in its midst."""
+        with pyreserve.reserve(1 << 33, mode="noreserve") as wide:
+            wide.commit(0, wide.size)
+            view = wide.view(1, wide.size - 2)
+
+            for offset in (0, PAGE_SIZE, 1 << 31, wide.size - PAGE_SIZE):
+                with pytest.raises(ViewError):
+                    wide.decommit(offset, PAGE_SIZE)
+
+            del view

@@ -1,0 +1,162 @@
+"""Which limit refuses a fork: each is reached in a child, and the refusal names it with numbers."""
+
+import contextlib
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers import witness
+from pyreserve import PAGE_SIZE
+from pyreserve._native import ffi, lib
+from pyreserve._system import procfs, tasks
+from pyreserve._system.limits import refusal
+from pyreserve.costs import child, plan
+
+_NOBODY = 54321  # an id that nobody has
+
+
+def fork() -> tuple[int, str, str | None]:
+    """Fork, and return the errno and what the refusal says."""
+    process = ffi.new("int *")
+    err = lib.vm_fork(process)
+    if err == 0:
+        lib.vm_reap(process[0])
+        return 0, "", None
+    refused = refusal("fork", err, PAGE_SIZE)
+    return err, str(refused.strerror), refused.limit
+
+
+def _be_nobody(processes: int) -> None:
+    """Have a user id without privileges, and a limit of processes."""
+    if os.getuid() == 0:
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    resource.setrlimit(resource.RLIMIT_NPROC, (processes, hard))
+
+
+class TestProcessLimit:
+    def test_the_refusal_names_it(self) -> None:
+        """RLIMIT_NPROC, which a fork's EAGAIN used to be blamed on RLIMIT_MEMLOCK for."""
+
+        def in_the_child() -> tuple[tuple[int, str, str | None], int]:
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+            _be_nobody(1)
+            return fork(), os.getuid()
+
+        (err, why, limit), user = witness.in_child(in_the_child)
+
+        assert err == errno.EAGAIN
+        assert limit == "RLIMIT_NPROC"
+        assert f"RLIMIT_NPROC (ulimit -u) is 1, and user {user} has " in why
+
+    def test_what_can_be_forked_is(self) -> None:
+        """With the limit not reached, there is no refusal and no limit to name."""
+
+        def in_the_child() -> tuple[tuple[int, str, str | None], object]:
+            _be_nobody(resource.getrlimit(resource.RLIMIT_NPROC)[0])
+            return fork(), tasks.refusing_limit()
+
+        assert witness.in_child(in_the_child) == ((0, "", None), None)
+
+    def test_the_costs_say_it(self) -> None:
+        """The cells that a refused fork leaves empty say why."""
+        forking = (
+            program
+            for group in plan(longest=PAGE_SIZE).groups
+            for program in group.programs
+            if any(step.verb == "FORK" for step in program.steps)
+        )
+        program = next(forking)
+
+        def in_the_child() -> str:
+            _be_nobody(1)
+            assert "(EAGAIN): RLIMIT_NPROC (ulimit -u) is 1" in child._no_thread(errno.EAGAIN)
+            try:
+                child.run(program, 1)
+            except child.Refused as refused:
+                verb = program.steps[refused.step].verb.lower()
+                return str(refusal(verb, refused.err, PAGE_SIZE))
+            return "not refused"
+
+        why = witness.in_child(in_the_child)
+
+        assert "fork of " in why
+        assert "refused (EAGAIN): RLIMIT_NPROC (ulimit -u) is 1" in why
+
+
+class TestMachineLimits:
+    @pytest.mark.parametrize(
+        ("setting", "name"), [("threads-max", "threads-max"), ("pid_max", "pid_max")]
+    )
+    def test_the_machine_is_full(
+        self, setting: str, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The settings that bound all processes together are named with their numbers."""
+        read = procfs.kernel_setting
+        monkeypatch.setattr(
+            procfs, "kernel_setting", lambda key: "2" if key == setting else read(key)
+        )
+
+        found = tasks.refusing_limit()
+
+        assert found is not None
+        assert found[0] == name
+        assert f"kernel.{setting} is 2, and the machine has " in found[1]
+
+
+@pytest.fixture
+def _cgroup() -> Iterator[Path]:
+    """A pids cgroup of our own, of the version that is mounted."""
+    for root in (tasks._PIDS_ROOTS[1], tasks._PIDS_ROOTS[0]):
+        place = root / f"pyreserve-test-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            place.mkdir()
+            if (place / "pids.max").exists():
+                yield place
+                place.rmdir()
+                return
+            place.rmdir()
+    pytest.skip("no pids cgroup can be made here: it takes root and a mounted controller")
+
+
+class TestCgroup:
+    def test_a_full_group_is_named(self, _cgroup: Path) -> None:  # noqa: PT019
+        """A real group of one process refuses a second."""
+
+        def in_the_child() -> tuple[int, str, str | None]:
+            (_cgroup / "cgroup.procs").write_text(str(os.getpid()))
+            (_cgroup / "pids.max").write_text("1")
+            found = fork()
+            (_cgroup.parent / "cgroup.procs").write_text(str(os.getpid()))
+            return found
+
+        err, why, limit = witness.in_child(in_the_child)
+
+        assert (err, limit) == (errno.EAGAIN, "pids cgroup")
+        assert f"pids.max of the cgroup {_cgroup} is 1, and it has 1 processes" in why
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_both_versions(
+        self, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The innermost full group is named, whichever version; one without a limit is passed."""
+        proc, groups = tmp_path / "proc", tmp_path / "groups"
+        (proc / "self").mkdir(parents=True)
+        line = "0::/a/b\n" if version == 2 else "1:cpu:/\n8:pids:/a/b\n"
+        (proc / "self/cgroup").write_text(line)
+        (groups / "a/b").mkdir(parents=True)
+        for place, most in ((groups / "a/b", "max"), (groups / "a", "1200")):
+            (place / "pids.max").write_text(f"{most}\n")
+            (place / "pids.current").write_text("1200\n")
+        monkeypatch.setattr(procfs, "_PROC", proc)
+        monkeypatch.setattr(tasks, "_PIDS_ROOTS", (groups, groups))
+
+        assert tasks._pids_cgroup() == (
+            "pids cgroup",
+            f"pids.max of the cgroup {groups / 'a'} is 1,200, and it has 1,200 processes and "
+            "threads",
+        )
