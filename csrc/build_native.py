@@ -7,6 +7,7 @@ from cffi import FFI
 
 ROOMS = (
     "vm",
+    "sys",
     "runs",
     "bitmap",
     "tracing",

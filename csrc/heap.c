@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "bitmap.h"
+#include "sys.h"
 #include "vm.h"
 
 /* Decommitting gives the commit charge back too, but each hole costs the kernel two mappings. */
@@ -338,7 +339,7 @@ int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero
 }
 
 int64_t heap_free(struct heap *heap, int64_t handle) {
-    uint32_t now = vm_milliseconds();
+    uint32_t now = sys_milliseconds();
     pagealloc_lock(heap->pages);
     uint64_t nbytes = heap->closed ? 0 : size_of(heap, handle);
     int64_t result = heap->closed ? HEAP_CLOSED : HEAP_NO_BLOCK;
@@ -391,7 +392,7 @@ uint64_t heap_need(const struct heap *heap, const struct pagealloc_integers *siz
 
 int64_t heap_free_many(struct heap *heap, const int64_t *handles, size_t count, bool undo,
                        size_t *failed) {
-    uint32_t now = vm_milliseconds();
+    uint32_t now = sys_milliseconds();
     int64_t result = 0;
     size_t i = 0;
     pagealloc_lock(heap->pages);
@@ -513,7 +514,7 @@ static uint64_t behind_last(const struct heap *heap, uint64_t start, uint64_t st
 
 int64_t heap_idle(struct heap *heap, uint64_t below, uint64_t most, uint64_t longest, uint32_t age,
                   bool lazy, struct pagealloc_run *out, size_t max) {
-    uint32_t now = vm_milliseconds();
+    uint32_t now = sys_milliseconds();
     struct pagealloc_run run;
     size_t n = 0;
     pagealloc_lock(heap->pages);

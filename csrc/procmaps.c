@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "sys.h"
 #include "vm.h"
 
 #define FLAGS \
@@ -239,7 +240,7 @@ static bool is_kernels(const uint64_t *one) {
 }
 
 /* Adds a run of pages that are alike to the rows that it covers, from row `*at` on. */
-static void add_run(struct procmaps *table, size_t *at, const struct vm_run *run, const int *columns) {
+static void add_run(struct procmaps *table, size_t *at, const struct sys_run *run, const int *columns) {
     while (*at < table->count && row(table, *at)[PROCMAPS_END] <= run->start)
         ++*at;
     for (size_t i = *at; i < table->count && row(table, i)[PROCMAPS_START] < run->end; i++) {
@@ -263,7 +264,7 @@ struct window {
 static int look(struct window *window, uint64_t address, int fd) {
     uint64_t page = vm_page_size();
     size_t size = sizeof *window->entries, got = 0;
-    int err = vm_read(fd, address / page * size, window->entries, sizeof window->entries, &got);
+    int err = sys_read(fd, address / page * size, window->entries, sizeof window->entries, &got);
     if (err != 0)
         return err;
     window->start = address;
@@ -273,11 +274,11 @@ static int look(struct window *window, uint64_t address, int fd) {
 
 /* Tells the pages of a run that only this process maps (bit 56 of Documentation/admin-guide/mm/
  * pagemap.rst) from those that others map too. */
-static int add_resident(struct procmaps *table, size_t *at, const struct vm_run *run, int fd,
+static int add_resident(struct procmaps *table, size_t *at, const struct sys_run *run, int fd,
                         struct window *window) {
     static const int shared[] = {PROCMAPS_RSS, PROCMAPS_SHARED_CLEAN, -1};
     uint64_t page = vm_page_size();
-    struct vm_run piece = {run->start, run->start, run->is};
+    struct sys_run piece = {run->start, run->start, run->is};
     while (piece.end < run->end) {
         if (piece.end < window->start || piece.end >= window->end) {
             int err = look(window, piece.end, fd);
@@ -305,7 +306,7 @@ static void forget_pages(struct procmaps *table) {
 
 int procmaps_count_pages(struct procmaps *table, int fd, int forked) {
     static const int swapped[] = {PROCMAPS_SWAP, -1};
-    struct vm_run runs[512]; /* more made the kernel say wrongly how far it came (Linux 6.18) */
+    struct sys_run runs[512]; /* more made the kernel say wrongly how far it came (Linux 6.18) */
     struct window window = {0};
     size_t count = table->count, at = 0;
     forget_pages(table);
@@ -316,13 +317,13 @@ int procmaps_count_pages(struct procmaps *table, int fd, int forked) {
     uint64_t from = row(table, 0)[PROCMAPS_START], end = row(table, count - 1)[PROCMAPS_END];
     while (from < end) {
         size_t found = 0;
-        int err = vm_pages(fd, from, end, runs, 512, &found, &from);
+        int err = sys_pages(fd, from, end, runs, 512, &found, &from);
         for (size_t i = 0; err == 0 && i < found; i++) {
-            if (runs[i].is & VM_PAGE_SWAPPED)
+            if (runs[i].is & SYS_PAGE_SWAPPED)
                 add_run(table, &at, &runs[i], swapped);
-            else if (runs[i].is & VM_PAGE_ZERO)
+            else if (runs[i].is & SYS_PAGE_ZERO)
                 continue;
-            else if (runs[i].is & VM_PAGE_FILE || forked)
+            else if (runs[i].is & SYS_PAGE_FILE || forked)
                 err = add_resident(table, &at, &runs[i], fd, &window);
             else
                 add_run(table, &at, &runs[i], OWN);

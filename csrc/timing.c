@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "sys.h"
 #include "vm.h"
 
 enum { CLOCK_READINGS = 255, SPINS = 1000, LINE = 64 };
@@ -40,7 +41,7 @@ static int compare(const void *a, const void *b) {
 double timing_clock(void) {
     double apart[CLOCK_READINGS];
     for (size_t i = 0; i < CLOCK_READINGS; i++) {
-        uint64_t before = vm_nanoseconds(), after = vm_nanoseconds();
+        uint64_t before = sys_nanoseconds(), after = sys_nanoseconds();
         apart[i] = (double)(after - before);
     }
     qsort(apart, CLOCK_READINGS, sizeof apart[0], compare);
@@ -111,7 +112,7 @@ static int release(const struct timing_program *program, struct stage *stage) {
 static int reap(struct stage *stage) {
     int child = stage->child;
     stage->child = 0;
-    return vm_reap(child);
+    return sys_reap(child);
 }
 
 static int discard_off(uintptr_t at, size_t length) {
@@ -164,11 +165,11 @@ static int perform(const struct run *run, const struct timing_step *step, struct
     case TIMING_UNGUARD:
         return vm_unguard(at, length);
     case TIMING_FORK:
-        return vm_fork(&stage->child);
+        return sys_fork(&stage->child);
     case TIMING_REAP:
         return reap(stage);
     case TIMING_SYSTEM_CALL:
-        (void)vm_parent();
+        (void)sys_parent();
         return 0;
     default:
         return EINVAL;
@@ -259,7 +260,7 @@ static void clean_up(const struct run *run, struct stage *stage) {
 static void note(const struct run *run, size_t slot, size_t round, struct stage *stage,
                  uint64_t elapsed, uint32_t repeat) {
     size_t i = (slot * run->rounds + round) * run->threads + stage->thread;
-    uint64_t preemptions = vm_preemptions();
+    uint64_t preemptions = sys_preemptions();
     run->samples[i] = ((double)elapsed - run->clock) / repeat;
     run->preempted[i] = preemptions != stage->preemptions;
     stage->preemptions = preemptions;
@@ -271,10 +272,10 @@ static bool take_step(struct run *run, size_t i, size_t round, struct stage *sta
     int err = 0;
     if (!meet(run))
         return false;
-    uint64_t begun = vm_nanoseconds();
+    uint64_t begun = sys_nanoseconds();
     for (uint32_t n = 0; n < step->repeat && err == 0; n++)
         err = perform(run, step, stage);
-    uint64_t ended = vm_nanoseconds();
+    uint64_t ended = sys_nanoseconds();
     if (err != 0)
         refused(run, err, i, round);
     else if (step->slot >= 0)
@@ -283,7 +284,7 @@ static bool take_step(struct run *run, size_t i, size_t round, struct stage *sta
 }
 
 static void run_thread(struct run *run, size_t thread) {
-    struct stage stage = {.thread = thread, .preemptions = vm_preemptions()};
+    struct stage stage = {.thread = thread, .preemptions = sys_preemptions()};
     bool goes_on = true;
     for (size_t round = 0; round < run->rounds && goes_on; round++)
         for (size_t i = 0; i < run->program->nsteps && goes_on; i++)

@@ -1,19 +1,11 @@
 #define _GNU_SOURCE
-#define _FILE_OFFSET_BITS 64
 #include "vm.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <signal.h>
-#include <stdbool.h>
 #include <sys/auxv.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/resource.h>
 #include <sys/syscall.h>
-#include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 /* Values of the kernel's interface that older C libraries do not name. */
@@ -47,9 +39,6 @@
 #endif
 #ifndef PR_SET_VMA_ANON_NAME
 #define PR_SET_VMA_ANON_NAME 0
-#endif
-#ifndef CLOCK_MONOTONIC_COARSE /* Linux's own, a fifth of the price */
-#define CLOCK_MONOTONIC_COARSE CLOCK_MONOTONIC
 #endif
 #ifndef SYS_mseal
 #define SYS_mseal 462
@@ -247,103 +236,6 @@ int vm_name(uintptr_t address, size_t length, const char *name) {
                NULL);
 }
 
-int vm_pages(int fd, uint64_t from, uint64_t end, struct vm_run *runs, size_t room, size_t *found,
-             uint64_t *next) {
-    /* struct pm_scan_arg of <linux/fs.h>; struct vm_run is its struct page_region. */
-    struct {
-        uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-        uint64_t inverted, mask, anyof_mask, return_mask;
-    } scan = {0};
-    scan.size = sizeof scan;
-    scan.start = from;
-    scan.end = end;
-    scan.vec = (uintptr_t)runs;
-    scan.vec_len = room;
-    scan.anyof_mask = VM_PAGE_PRESENT | VM_PAGE_SWAPPED;
-    scan.return_mask = scan.anyof_mask | VM_PAGE_ZERO | VM_PAGE_FILE;
-    int count = ioctl(fd, _IOWR('f', 16, scan), &scan);
-    if (count < 0)
-        return errno;
-    if (scan.walk_end <= from) /* it would go round for ever */
-        return EIO;
-    *found = (size_t)count;
-    *next = scan.walk_end;
-    return 0;
-}
-
-int vm_read(int fd, uint64_t offset, void *bytes, size_t length, size_t *got) {
-    ssize_t read = pread(fd, bytes, length, (off_t)offset);
-    if (read < 0)
-        return errno;
-    *got = (size_t)read;
-    return 0;
-}
-
-uint32_t vm_milliseconds(void) {
-    struct timespec now = {0};
-    (void)clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
-    return (uint32_t)((uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000);
-}
-
-uint64_t vm_nanoseconds(void) {
-    struct timespec now = {0};
-    (void)clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
-
-uint64_t vm_preemptions(void) {
-    struct rusage usage = {0};
-    (void)getrusage(RUSAGE_THREAD, &usage);
-    return (uint64_t)usage.ru_nivcsw;
-}
-
-int vm_parent(void) {
-    return (int)getppid();
-}
-
-int vm_end_with(int parent) {
-    int err = prctl(PR_SET_PDEATHSIG, SIGKILL) == 0 ? 0 : errno;
-    if (err == 0 && getppid() != parent)
-        err = ESRCH;
-    return err;
-}
-
-/* What a forked child does. */
-static _Noreturn void idle(int parent) {
-    if (vm_end_with(parent) == 0)
-        for (;;)
-            (void)pause();
-    _exit(0);
-}
-
-int vm_fork(int *child) {
-    int parent = (int)getpid();
-    sigset_t every, before;
-    (void)sigfillset(&every);
-    (void)pthread_sigmask(SIG_SETMASK, &every, &before); /* handlers are the caller's code */
-    /* The bare system call: the C library's fork would run other people's handlers. And no SIGCHLD:
-     * the caller may have a handler for it, or ignore it, and then nothing is left to wait for. */
-    long pid = syscall(SYS_clone, 0, 0, 0, 0, 0);
-    if (pid == 0)
-        idle(parent);
-    int err = pid < 0 ? errno : 0;
-    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (err == 0)
-        *child = (int)pid;
-    return err;
-}
-
-int vm_reap(int child) {
-    if (child <= 0)
-        return EINVAL; /* kill(2) takes these for process groups */
-    if (kill(child, SIGKILL) != 0)
-        return errno;
-    while (waitpid(child, NULL, __WALL) < 0)
-        if (errno != EINTR)
-            return errno;
-    return 0;
-}
-
 int vm_resident(uintptr_t address, size_t length, size_t *nbytes) {
     unsigned char seen[4096];
     size_t page = vm_page_size(), found = 0;
@@ -418,39 +310,4 @@ int vm_try_seal(void) {
 
 int vm_try_name(void) {
     return try_on_page(give_name, 0);
-}
-
-static int try_ioctl(const char *path, unsigned long request, void *argument) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        return errno;
-    int err = ioctl(fd, request, argument) < 0 ? errno : 0;
-    (void)close(fd);
-    return err;
-}
-
-int vm_try_pagemap_scan(void) {
-    struct vm_run run;
-    size_t found;
-    uint64_t next;
-    int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        return errno;
-    uintptr_t page = (uintptr_t)&run / vm_page_size() * vm_page_size();
-    int err = vm_pages(fd, page, page + vm_page_size(), &run, 1, &found, &next);
-    (void)close(fd);
-    return err;
-}
-
-int vm_try_procmap_query(void) {
-    /* struct procmap_query of <linux/fs.h>, Linux 6.11. */
-    struct {
-        uint64_t size, query_flags, query_addr, vma_start, vma_end, vma_flags, vma_page_size;
-        uint64_t vma_offset, inode;
-        uint32_t dev_major, dev_minor, vma_name_size, build_id_size;
-        uint64_t vma_name_addr, build_id_addr;
-    } query = {0};
-    query.size = sizeof query;
-    query.query_addr = (uintptr_t)&query;
-    return try_ioctl("/proc/self/maps", _IOWR('f', 17, query), &query);
 }

@@ -1,7 +1,7 @@
 /* vm: the verbs of virtual memory, one system call each where the kernel allows it.
  *
- * This is the only room that makes system calls, and it decides nothing: which verb, in which
- * order, and what to do when one is refused is the business of the rooms above.
+ * Only vm and sys make system calls. vm decides nothing: which verb to call, in which order, and what
+ * to do when one is refused, is up to the modules above.
  *
  * Holds for every function here:
  *  - an address is an integer; it and every length are multiples of vm_page_size(), and every
@@ -108,47 +108,6 @@ int vm_name(uintptr_t address, size_t length, const char *name);
 /* How many bytes of a mapped range are in memory. */
 int vm_resident(uintptr_t address, size_t length, size_t *nbytes);
 
-/* Pages of a process that are alike, [start, end). */
-struct vm_run {
-    uint64_t start;
-    uint64_t end;
-    uint64_t is; /* the or-ed enum vm_page */
-};
-
-enum vm_page { VM_PAGE_FILE = 4, VM_PAGE_PRESENT = 8, VM_PAGE_SWAPPED = 16, VM_PAGE_ZERO = 32 };
-
-/* Finds the pages of [from, end) that are in memory or in swap, through the /proc/PID/pagemap open at
- * `fd` (PAGEMAP_SCAN, Linux 6.7): up to `room` runs of them, `*found` of them, and `*next`, the address
- * to go on at. ENOTTY where the kernel has none of it. */
-int vm_pages(int fd, uint64_t from, uint64_t end, struct vm_run *runs, size_t room, size_t *found,
-             uint64_t *next);
-
-/* Reads up to `length` bytes of a file at an offset; `*got` is fewer at its end. */
-int vm_read(int fd, uint64_t offset, void *bytes, size_t length, size_t *got);
-
-/* Milliseconds of a clock that never goes back, good for a few of them; the number wraps round. */
-uint32_t vm_milliseconds(void);
-
-/* Nanoseconds of CLOCK_MONOTONIC. */
-uint64_t vm_nanoseconds(void);
-
-/* How often the kernel has taken the CPU away from this thread (ru_nivcsw of getrusage(2)). */
-uint64_t vm_preemptions(void);
-
-/* The parent's process id: what any system call costs, and nothing else. */
-int vm_parent(void);
-
-/* Ends this process when the thread of process `parent` that started it ends (Linux). ESRCH if that
- * process is gone already. */
-int vm_end_with(int parent);
-
-/* Forks a child that does nothing and runs none of the caller's code. It lives until vm_reap, if the
- * thread that forked it lives as long, and ends with this process at the latest. No SIGCHLD tells of
- * its end, and no wait finds it unless it asks for __WALL or __WCLONE. vm_reap takes the id of one
- * process: 0 and negative ones are EINVAL. */
-int vm_fork(int *child);
-int vm_reap(int child);
-
 /* Forbids every later change of access or address of the range, for the rest of the process's
  * life (mseal, Linux 6.10). */
 int vm_seal(uintptr_t address, size_t length);
@@ -162,7 +121,5 @@ int vm_try_wipe_on_fork(void);
 int vm_try_guard(void);
 int vm_try_seal(void);
 int vm_try_name(void);
-int vm_try_pagemap_scan(void);
-int vm_try_procmap_query(void);
 
 #endif

@@ -81,8 +81,8 @@ def capabilities() -> Capabilities:
         madv_wipeonfork=_works(lib.vm_try_wipe_on_fork),
         madv_guard_install=_works(lib.vm_try_guard),
         mseal=_works(lib.vm_try_seal),
-        pagemap_scan=_works(lib.vm_try_pagemap_scan),
-        procmap_query=_works(lib.vm_try_procmap_query),
+        pagemap_scan=_works(lib.sys_try_pagemap_scan),
+        procmap_query=_works(lib.sys_try_procmap_query),
         anon_vma_names=_works(lib.vm_try_name),
     )
 

@@ -22,9 +22,9 @@ _NOBODY = 54321  # an id that nobody has
 def fork() -> tuple[int, str, str | None]:
     """Fork, and return the errno and what the refusal says."""
     process = ffi.new("int *")
-    err = lib.vm_fork(process)
+    err = lib.sys_fork(process)
     if err == 0:
-        lib.vm_reap(process[0])
+        lib.sys_reap(process[0])
         return 0, "", None
     refused = refusal("fork", err, PAGE_SIZE)
     return err, str(refused.strerror), refused.limit
