@@ -19,6 +19,7 @@ ROOMS = (
     "procmaps",
     "forklocks",
 )  # lowest first
+PRIVATE = ("pagealloc_scan",)  # a header of C alone, which Python does not see
 HERE = Path("csrc")  # setuptools wants paths relative to setup.py, and runs this from there
 
 
@@ -33,7 +34,7 @@ ffibuilder.set_source(
     "pyreserve._native",
     "\n".join(f'#include "{room}.h"' for room in ROOMS),
     sources=[str(HERE / f"{room}.c") for room in ROOMS],
-    depends=[str(HERE / f"{room}.h") for room in ROOMS],
+    depends=[str(HERE / f"{header}.h") for header in (*ROOMS, *PRIVATE)],
     include_dirs=[str(HERE)],
     libraries=["dl"],  # dlsym, which glibc before 2.34 has there
     extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden"],

@@ -4,17 +4,15 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 
 #include "bitmap.h"
+#include "pagealloc_scan.h"
 #include "runs.h"
 
 enum {
-    CHUNK = 512,        /* pages: a cache line of bits */
-    WORDS = CHUNK / 64, /* of a chunk */
-    FAN = 32,           /* children of a node: a cache line of codes */
+    CHUNK = SCAN_BITS,  /* pages: a cache line of bits */
+    WORDS = SCAN_WORDS, /* of a chunk */
+    FAN = SCAN_CODES,   /* children of a node: a cache line of codes */
     LEVELS = 7,         /* enough for pagealloc_most() */
     LINE = 64,          /* bytes */
     GAP = 5 * LINE,     /* bytes between tables */
@@ -44,279 +42,6 @@ struct pagealloc {
     struct runs parts;       /* the pages that are part of the arena */
 };
 
-/* -- kernels: all that takes time on a cache line, portable and in 512-bit registers ------------ */
-
-/* `out` = `words` moved down by `by` bits, copies of `fill` (all zeros or all ones) moving in. */
-static void shift_down(uint64_t *out, const uint64_t *words, unsigned by, uint64_t fill) {
-    unsigned skip = by / 64, shift = by % 64;
-    for (unsigned i = 0; i < WORDS; i++) {
-        uint64_t low = i + skip < WORDS ? words[i + skip] : fill;
-        uint64_t high = i + skip + 1 < WORDS ? words[i + skip + 1] : fill;
-        out[i] = low >> shift | high << 1 << (63 - shift);
-    }
-}
-
-/* Keeps of each run of ones in `words` the part that has a one `by` further on, unless that leaves
- * nothing; tells whether it did. */
-static bool shorten(uint64_t *words, unsigned by) {
-    uint64_t shorter[WORDS], any = 0;
-    shift_down(shorter, words, by, 0);
-    for (unsigned i = 0; i < WORDS; i++)
-        any |= shorter[i] &= words[i];
-    if (any != 0)
-        memcpy(words, shorter, sizeof shorter);
-    return any != 0;
-}
-
-/* The length of the longest run of ones. */
-static unsigned longest_portable(const uint64_t *words) {
-    uint64_t ones[WORDS], any = 0;
-    for (unsigned i = 0; i < WORDS; i++)
-        any |= ones[i] = words[i];
-    if (any == 0)
-        return 0;
-    unsigned length = 1, step = 1;
-    for (; shorten(ones, step); step *= 2)
-        length += step;
-    while ((step /= 2) > 0)
-        length += shorten(ones, step) ? step : 0;
-    return length;
-}
-
-/* Clears the bits [start, stop) and then tells the length of the longest run of ones. There is one
- * of `rest`, which is often the answer. */
-static unsigned longest_without_portable(uint64_t *words, unsigned start, unsigned stop,
-                                         unsigned rest) {
-    (void)rest;
-    (void)bitmap_clear(words, start, stop);
-    return longest_portable(words);
-}
-
-/* Where the lowest run of `n` ones begins, 0 < n <= CHUNK; what follows the last word is `fill`.
- * There is such a run. */
-static unsigned find_portable(const uint64_t *words, unsigned n, uint64_t fill) {
-    uint64_t ones[WORDS], moved[WORDS];
-    memcpy(ones, words, sizeof ones);
-    for (unsigned have = 1; have < n;) {
-        unsigned step = have < n - have ? have : n - have;
-        shift_down(moved, ones, step, fill);
-        for (unsigned i = 0; i < WORDS; i++)
-            ones[i] &= moved[i];
-        have += step;
-    }
-    unsigned i = 0;
-    while (ones[i] == 0)
-        i++;
-    return i * 64 + (unsigned)__builtin_ctzll(ones[i]);
-}
-
-/* Which of a line's codes are at least `code`. */
-static uint32_t at_least_portable(const uint16_t *line, uint16_t code) {
-    uint32_t mask = 0;
-    for (unsigned i = 0; i < FAN; i++)
-        mask |= (uint32_t)(line[i] >= code) << i;
-    return mask;
-}
-
-/* The largest code of a line in which `code` stands in the place of number `at`. */
-static uint16_t largest_portable(const uint16_t *line, unsigned at, uint16_t code) {
-    uint16_t largest = code;
-    for (unsigned i = 0; i < FAN; i++)
-        largest = i != at && line[i] > largest ? line[i] : largest;
-    return largest;
-}
-
-/* Ones from bit 0 on, and down from bit 63. */
-static inline unsigned low_ones(uint64_t word) {
-    return word == ~UINT64_C(0) ? 64 : (unsigned)__builtin_ctzll(~word);
-}
-
-static inline unsigned high_ones(uint64_t word) {
-    return word == ~UINT64_C(0) ? 64 : (unsigned)__builtin_clzll(~word);
-}
-
-/* Runs of 64 and more reach a word's end: going from word to word finds them sooner than the other
- * kernels do. Where the lowest one of `n` >= 64 ones begins, or else the one that reaches the end. */
-static inline unsigned find_long(const uint64_t *words, unsigned n) {
-    unsigned open = 0, found = CHUNK; /* `open` ones reach the end of what has been seen */
-    for (unsigned i = 0; i < WORDS; i++) {
-        unsigned low = low_ones(words[i]);
-        found = found == CHUNK && open + low >= n ? i * 64 - open : found;
-        open = low == 64 ? open + 64 : high_ones(words[i]);
-    }
-    return found < CHUNK ? found : CHUNK - open;
-}
-
-/* The length of the longest run of ones, if that is 64 or more; 0 only if there is none at all. */
-static inline unsigned longest_long(const uint64_t *words) {
-    unsigned open = 0, longest = 0;
-    uint64_t any = 0;
-    for (unsigned i = 0; i < WORDS; i++) {
-        unsigned low = low_ones(words[i]);
-        longest = open + low > longest ? open + low : longest;
-        any |= words[i];
-        open = low == 64 ? open + 64 : high_ones(words[i]);
-    }
-    longest = open > longest ? open : longest;
-    return longest == 0 && any != 0 ? 1 : longest;
-}
-
-#ifdef __x86_64__
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,bmi,bmi2,lzcnt")))
-
-WIDE static inline __m512i shift_down_wide(__m512i words, unsigned by, __m512i fill) {
-    const __m512i places = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
-    __m512i from = _mm512_add_epi64(places, _mm512_set1_epi64(by / 64));
-    __m512i low = _mm512_permutex2var_epi64(words, from, fill);
-    __m512i high = _mm512_permutex2var_epi64(
-        words, _mm512_add_epi64(from, _mm512_set1_epi64(1)), fill);
-    return _mm512_shrdv_epi64(low, high, _mm512_set1_epi64(by % 64));
-}
-
-/* The same by a power of two that the compiler knows. */
-#define SHIFT_DOWN(words, by, fill)                                                                \
-    ((by) < 64 ? _mm512_shrdi_epi64(words, _mm512_alignr_epi64(fill, words, 1), (by) % 64)         \
-               : _mm512_alignr_epi64(fill, words, (by) / 64 % 8))
-
-WIDE static inline unsigned longest_of(__m512i ones) {
-    const __m512i zero = _mm512_setzero_si512();
-    __m512i shorter;
-    unsigned length = 1;
-    if (_mm512_test_epi64_mask(ones, ones) == 0)
-        return 0;
-#define DOUBLE(by, otherwise)                                                                      \
-    shorter = _mm512_and_si512(ones, SHIFT_DOWN(ones, by, zero));                                  \
-    if (_mm512_test_epi64_mask(shorter, shorter) == 0)                                             \
-        goto otherwise;                                                                            \
-    ones = shorter;                                                                                \
-    length = 2 * (by)
-#define ADD(by)                                                                                    \
-    shorter = _mm512_and_si512(ones, SHIFT_DOWN(ones, by, zero));                                  \
-    some = _mm512_test_epi64_mask(shorter, shorter) != 0 ? 0xff : 0;                               \
-    ones = _mm512_mask_mov_epi64(ones, some, shorter);                                             \
-    length += some ? (by) : 0
-    __mmask8 some;
-    DOUBLE(1, below_2);
-    DOUBLE(2, below_4);
-    DOUBLE(4, below_8);
-    DOUBLE(8, below_16);
-    DOUBLE(16, below_32);
-    DOUBLE(32, below_64);
-    DOUBLE(64, below_128);
-    DOUBLE(128, below_256);
-    DOUBLE(256, below_512);
-    return length;
-below_512:
-    ADD(128);
-below_256:
-    ADD(64);
-below_128:
-    ADD(32);
-below_64:
-    ADD(16);
-below_32:
-    ADD(8);
-below_16:
-    ADD(4);
-below_8:
-    ADD(2);
-below_4:
-    ADD(1);
-below_2:
-    return length;
-#undef DOUBLE
-#undef ADD
-}
-
-WIDE static unsigned longest_wide(const uint64_t *words) {
-    return longest_of(_mm512_loadu_si512(words));
-}
-
-/* From bit `at` on, 0 <= at <= CHUNK, all bits of a chunk. */
-WIDE static inline __m512i bits_from(unsigned at) {
-    const __m512i begin = _mm512_set_epi64(448, 384, 320, 256, 192, 128, 64, 0);
-    __m512i skip = _mm512_sub_epi64(_mm512_set1_epi64(at), begin);
-    return _mm512_sllv_epi64(_mm512_set1_epi64(-1),
-                             _mm512_max_epi64(skip, _mm512_setzero_si512()));
-}
-
-/* Where runs of at least `n` ones begin, 0 < n <= CHUNK, with copies of `fill` behind the last. */
-WIDE static inline __m512i starts_of(__m512i ones, unsigned n, __m512i filling) {
-    unsigned have = 1;
-#define DOUBLE(by)                                                                                 \
-    if (n < 2 * (by))                                                                              \
-        goto rest;                                                                                 \
-    ones = _mm512_and_si512(ones, SHIFT_DOWN(ones, by, filling));                                  \
-    have = 2 * (by)
-    DOUBLE(1);
-    DOUBLE(2);
-    DOUBLE(4);
-    DOUBLE(8);
-    DOUBLE(16);
-    DOUBLE(32);
-    DOUBLE(64);
-    DOUBLE(128);
-    DOUBLE(256);
-#undef DOUBLE
-rest:
-    if (have < n)
-        ones = _mm512_and_si512(ones, shift_down_wide(ones, n - have, filling));
-    return ones;
-}
-
-WIDE static unsigned longest_without_wide(uint64_t *words, unsigned start, unsigned stop,
-                                          unsigned rest) {
-    __m512i out = _mm512_andnot_si512(bits_from(stop), bits_from(start));
-    __m512i ones = _mm512_andnot_si512(out, _mm512_load_si512(words));
-    _mm512_store_si512(words, ones);
-    if (rest >= 64)
-        return longest_long(words);
-    if (rest > 0) {
-        __m512i longer = starts_of(ones, rest + 1, _mm512_setzero_si512());
-        if (_mm512_test_epi64_mask(longer, longer) == 0)
-            return rest;
-    }
-    return longest_of(ones);
-}
-
-WIDE static unsigned find_wide(const uint64_t *words, unsigned n, uint64_t fill) {
-    __m512i filling = _mm512_set1_epi64((long long)fill);
-    __m512i ones = starts_of(_mm512_loadu_si512(words), n, filling);
-    __mmask8 some = _mm512_test_epi64_mask(ones, ones);
-    __m128i lowest = _mm512_castsi512_si128(_mm512_maskz_compress_epi64(some, ones));
-    return (unsigned)__builtin_ctz(some) * 64 +
-           (unsigned)__builtin_ctzll((unsigned long long)_mm_cvtsi128_si64(lowest));
-}
-
-WIDE static uint32_t at_least_wide(const uint16_t *line, uint16_t code) {
-    return _mm512_cmpge_epu16_mask(_mm512_load_si512(line), _mm512_set1_epi16((short)code));
-}
-
-WIDE static uint16_t largest_wide(const uint16_t *line, unsigned at, uint16_t code) {
-    __m512i all = _mm512_mask_set1_epi16(_mm512_load_si512(line), 1U << at, (short)code);
-    __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-    __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    /* The instruction for the smallest of eight, asked about the complements. */
-    __m128i least = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
-    return (uint16_t)~_mm_extract_epi16(least, 0);
-}
-
-static bool machine_is_wide(void) {
-    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") &&
-           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-}
-
-#define KERNEL(pages, name, ...)                                                                   \
-    ((pages)->wide ? name##_wide(__VA_ARGS__) : name##_portable(__VA_ARGS__))
-#else
-static bool machine_is_wide(void) {
-    return false;
-}
-
-#define KERNEL(pages, name, ...) ((void)(pages), name##_portable(__VA_ARGS__))
-#endif
-
 /* -- the tree of longest runs ------------------------------------------------------------------- */
 
 static uint16_t code_of(uint64_t length) {
@@ -337,7 +62,7 @@ static uint64_t chunk_from(const struct pagealloc *pages, uint64_t from, uint16_
         if (i >= pages->count[level])
             return NONE;
         uint64_t line = i / FAN * FAN;
-        uint32_t found = KERNEL(pages, at_least, pages->codes[level] + line, code);
+        uint32_t found = SCAN(pages->wide, at_least, pages->codes[level] + line, code);
         found &= ~UINT32_C(0) << (i % FAN);
         if (found != 0) {
             i = line + (unsigned)__builtin_ctz(found);
@@ -348,7 +73,7 @@ static uint64_t chunk_from(const struct pagealloc *pages, uint64_t from, uint16_
         i = i / FAN + 1;
     }
     while (level-- > 0) {
-        uint32_t found = KERNEL(pages, at_least, pages->codes[level] + i * FAN, code);
+        uint32_t found = SCAN(pages->wide, at_least, pages->codes[level] + i * FAN, code);
         i = i * FAN + (unsigned)__builtin_ctz(found);
     }
     return i;
@@ -362,7 +87,7 @@ static uint64_t chunk_below(const struct pagealloc *pages, uint64_t below) {
         if (level == pages->levels || i == 0)
             return NONE;
         uint64_t line = (i - 1) / FAN * FAN;
-        uint32_t found = KERNEL(pages, at_least, pages->codes[level] + line, 1);
+        uint32_t found = SCAN(pages->wide, at_least, pages->codes[level] + line, 1);
         found &= ~UINT32_C(0) >> (FAN - 1 - (i - 1) % FAN);
         if (found != 0) {
             i = line + 31 - (unsigned)__builtin_clz(found);
@@ -371,7 +96,7 @@ static uint64_t chunk_below(const struct pagealloc *pages, uint64_t below) {
         i = line / FAN;
     }
     while (level-- > 0) {
-        uint32_t found = KERNEL(pages, at_least, pages->codes[level] + i * FAN, 1);
+        uint32_t found = SCAN(pages->wide, at_least, pages->codes[level] + i * FAN, 1);
         i = i * FAN + 31 - (unsigned)__builtin_clz(found);
     }
     return i;
@@ -382,10 +107,10 @@ static uint16_t largest_after(const struct pagealloc *pages, unsigned level, uin
                               uint16_t code) {
     const uint16_t *line = pages->codes[level] + i / FAN * FAN;
     unsigned at = (unsigned)(i % FAN);
-    uint32_t larger = code == UINT16_MAX ? 0 : KERNEL(pages, at_least, line, (uint16_t)(code + 1));
+    uint32_t larger = code == UINT16_MAX ? 0 : SCAN(pages->wide, at_least, line, (uint16_t)(code + 1));
     if ((larger & ~(UINT32_C(1) << at)) == 0)
         return code;
-    return KERNEL(pages, largest, line, at, code);
+    return SCAN(pages->wide, largest, line, at, code);
 }
 
 /* Gives a chunk its code and the nodes above it what follows from that. A line is read before it is
@@ -451,9 +176,9 @@ static void measure_chunk(struct pagealloc *pages, uint64_t chunk) {
     uint64_t copy[WORDS], length = pages->tags[chunk].length;
     if (length < CHUNK) {
         const uint64_t *words = started_here(pages, chunk, copy);
-        uint64_t longest = longest_long(words);
+        uint64_t longest = scan_longest_long(words);
         if (longest > 0 && longest < 64)
-            longest = KERNEL(pages, longest, words);
+            longest = SCAN(pages->wide, longest, words);
         length = longest > length ? longest : length;
     }
     set_code(pages, chunk, code_of(length));
@@ -626,7 +351,7 @@ static void take(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1), end = page + n;
     pages->free -= n;
     if (first == last && pages->tags[first].start == 0 && was_longest(pages, first, stop - start)) {
-        uint64_t longest = KERNEL(pages, longest_without, pages->bits[first],
+        uint64_t longest = SCAN(pages->wide, longest_without, pages->bits[first],
                                   (unsigned)(page - first * CHUNK), (unsigned)(end - first * CHUNK),
                                   (unsigned)(stop - end));
         uint64_t leaving = pages->tags[first].length;
@@ -759,8 +484,8 @@ static bool run_in_chunk(const struct pagealloc *pages, uint64_t chunk, uint64_t
     const uint64_t *words = started_here(pages, chunk, copy);
     if (n <= CHUNK) {
         uint64_t fill = leaving >= n ? ~UINT64_C(0) : 0;
-        unsigned at = n >= 64 ? find_long(words, (unsigned)n)
-                              : KERNEL(pages, find, words, (unsigned)n, fill);
+        unsigned at = n >= 64 ? scan_find_long(words, (unsigned)n)
+                              : SCAN(pages->wide, find, words, (unsigned)n, fill);
         run->start = chunk * CHUNK + at;
         unsigned end = ones_end(words, at);
         run->stop = end == CHUNK && leaving != 0 ? run->start + leaving : chunk * CHUNK + end;
@@ -867,7 +592,7 @@ static int64_t liberate(struct pagealloc *pages, uint64_t page, uint64_t n) {
 #ifdef __x86_64__
 /* The two that have to be fast, once more with all they call made one function: kernels for other
  * instructions can't be inlined otherwise. */
-#define FLAT WIDE __attribute__((flatten)) static
+#define FLAT SCAN_WIDE __attribute__((flatten)) static
 
 FLAT int64_t allocate_wide(struct pagealloc *pages, uint64_t n, uint64_t align, uint64_t phase) {
     if (!pages->wide)
@@ -1100,7 +825,7 @@ struct pagealloc *pagealloc_open(void *memory, uint64_t capacity) {
     struct pagealloc *pages = memory;
     count_levels(pages, capacity);
     (void)lay_out(pages, (uintptr_t)memory);
-    pages->wide = machine_is_wide();
+    pages->wide = scan_machine_is_wide();
     (void)pthread_mutex_init(&pages->lock, NULL);
     atomic_init(&pages->forking, NULL);
     return pages;
@@ -1188,7 +913,7 @@ uint64_t pagealloc_longest(struct pagealloc *pages) {
     uint64_t longest = 0;
     pagealloc_lock(pages);
     unsigned root = pages->levels - 1;
-    uint16_t code = KERNEL(pages, largest, pages->codes[root], 0, pages->codes[root][0]);
+    uint16_t code = SCAN(pages->wide, largest, pages->codes[root], 0, pages->codes[root][0]);
     if (code < EXACT)
         longest = code;
     else /* one of the runs in the highest class */

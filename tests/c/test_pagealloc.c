@@ -1175,7 +1175,7 @@ static unsigned find_naively(const uint64_t *words, unsigned n, uint64_t fill) {
 }
 
 static void check_words(const struct pagealloc *pages, const uint64_t *words) {
-    CHECK(KERNEL(pages, longest, words) == longest_naively(words));
+    CHECK(SCAN(pages->wide, longest, words) == longest_naively(words));
 
     _Alignas(LINE) uint64_t cleared[WORDS], want[WORDS];
     unsigned start = (unsigned)random_below(&seed, CHUNK);
@@ -1189,7 +1189,7 @@ static void check_words(const struct pagealloc *pages, const uint64_t *words) {
     unsigned rest = 0;
     while (stop + rest < CHUNK && is_one(want, stop + rest, 0))
         rest++;
-    CHECK(KERNEL(pages, longest_without, cleared, start, stop, rest) == longest_naively(want));
+    CHECK(SCAN(pages->wide, longest_without, cleared, start, stop, rest) == longest_naively(want));
     CHECK(memcmp(cleared, want, sizeof want) == 0);
 
     for (int i = 0; i < 6; i++) {
@@ -1197,7 +1197,7 @@ static void check_words(const struct pagealloc *pages, const uint64_t *words) {
         n = i == 1 ? CHUNK : i == 2 ? 1 : i == 3 ? 1 + n % 70 : n;
         for (uint64_t fill = 0; n > 0 && fill + 2 > 1; fill--) {
             unsigned at = find_naively(words, n, fill);
-            CHECK(at == CHUNK || KERNEL(pages, find, words, n, fill) == at);
+            CHECK(at == CHUNK || SCAN(pages->wide, find, words, n, fill) == at);
         }
     }
 }
@@ -1222,11 +1222,11 @@ static void kernels_agree_with_a_loop_over_bits(void) {
             memset(words, 0, sizeof words);
             for (unsigned i = at; i < at + n; i++)
                 words[i / 64] |= UINT64_C(1) << (i % 64);
-            CHECK(KERNEL(&pages, longest, words) == n);
-            CHECK(KERNEL(&pages, find, words, n, 0) == at);
-            CHECK(KERNEL(&pages, find, words, 1, 0) == at);
+            CHECK(SCAN(pages.wide, longest, words) == n);
+            CHECK(SCAN(pages.wide, find, words, n, 0) == at);
+            CHECK(SCAN(pages.wide, find, words, 1, 0) == at);
             if (at + n == CHUNK)
-                CHECK(KERNEL(&pages, find, words, CHUNK, ~UINT64_C(0)) == at);
+                CHECK(SCAN(pages.wide, find, words, CHUNK, ~UINT64_C(0)) == at);
         }
 }
 
@@ -1246,8 +1246,8 @@ static void kernels_agree_with_a_loop_over_codes(void) {
             mask |= (uint32_t)(line[i] >= code) << i;
             largest = i != at && line[i] > largest ? line[i] : largest;
         }
-        CHECK(KERNEL(&pages, at_least, line, code) == mask);
-        CHECK(KERNEL(&pages, largest, line, at, code) == largest);
+        CHECK(SCAN(pages.wide, at_least, line, code) == mask);
+        CHECK(SCAN(pages.wide, largest, line, at, code) == largest);
     }
 }
 
@@ -1295,7 +1295,7 @@ int main(void) {
     RUN(many_runs_are_read_and_written_in_every_width);
     RUN(a_negative_number_is_refused);
     run_all(false);
-    if (machine_is_wide())
+    if (scan_machine_is_wide())
         run_all(true);
     else
         SKIP("no 512-bit kernels here");
