@@ -14,8 +14,8 @@
 
 enum { CLOCK_READINGS = 255, SPINS = 1000, LINE = 64 };
 
-/* What the threads of one run share. */
-struct run {
+/* What the threads of one timing_run share. */
+struct job {
     const struct timing_program *program;
     size_t threads, rounds, page;
     double *samples, clock;
@@ -120,8 +120,8 @@ static int discard_off(uintptr_t at, size_t length) {
     return err != 0 ? err : vm_protect(at, length, VM_RESERVED);
 }
 
-static int perform(const struct run *run, const struct timing_step *step, struct stage *stage) {
-    const struct timing_program *program = run->program;
+static int perform(const struct job *job, const struct timing_step *step, struct stage *stage) {
+    const struct timing_program *program = job->program;
     uintptr_t at = stage->base + step->offset;
     size_t length = step->length;
     switch (step->verb) {
@@ -142,13 +142,13 @@ static int perform(const struct run *run, const struct timing_step *step, struct
     case TIMING_ADVISE:
         return vm_advise(at, length, program->advice);
     case TIMING_WRITE:
-        store(at, length, run->page);
+        store(at, length, job->page);
         return 0;
     case TIMING_REWRITE:
-        store_again(at, length, run->page);
+        store_again(at, length, job->page);
         return 0;
     case TIMING_READ:
-        load(at, length, run->page);
+        load(at, length, job->page);
         return 0;
     case TIMING_POPULATE:
         return vm_populate(at, length);
@@ -225,16 +225,16 @@ static bool is_sound(const struct timing_program *program, size_t threads, size_
 }
 
 /* Waits for all threads of the run; false once any of them has been refused. */
-static bool meet(struct run *run) {
-    if (run->threads == 1)
+static bool meet(struct job *job) {
+    if (job->threads == 1)
         return true;
-    size_t generation = atomic_load(&run->generation);
-    if (atomic_fetch_add(&run->arrived, 1) + 1 == run->threads) {
-        atomic_store(&run->arrived, 0);
-        atomic_fetch_add(&run->generation, 1);
+    size_t generation = atomic_load(&job->generation);
+    if (atomic_fetch_add(&job->arrived, 1) + 1 == job->threads) {
+        atomic_store(&job->arrived, 0);
+        atomic_fetch_add(&job->generation, 1);
     }
-    for (unsigned spins = 0; atomic_load(&run->generation) == generation; spins++) {
-        if (atomic_load(&run->err) != 0)
+    for (unsigned spins = 0; atomic_load(&job->generation) == generation; spins++) {
+        if (atomic_load(&job->err) != 0)
             return false;
         if (spins >= SPINS)
             (void)sched_yield();
@@ -242,82 +242,82 @@ static bool meet(struct run *run) {
     return true;
 }
 
-static void refused(struct run *run, int err, size_t step, size_t round) {
+static void refused(struct job *job, int err, size_t step, size_t round) {
     int none = 0;
-    if (atomic_compare_exchange_strong(&run->err, &none, err)) {
-        run->failed = step;
-        run->done = round;
+    if (atomic_compare_exchange_strong(&job->err, &none, err)) {
+        job->failed = step;
+        job->done = round;
     }
 }
 
-static void clean_up(const struct run *run, struct stage *stage) {
+static void clean_up(const struct job *job, struct stage *stage) {
     if (stage->child != 0)
         (void)reap(stage);
     if (stage->base != 0)
-        (void)release(run->program, stage);
+        (void)release(job->program, stage);
 }
 
-static void note(const struct run *run, size_t slot, size_t round, struct stage *stage,
+static void note(const struct job *job, size_t slot, size_t round, struct stage *stage,
                  uint64_t elapsed, uint32_t repeat) {
-    size_t i = (slot * run->rounds + round) * run->threads + stage->thread;
+    size_t i = (slot * job->rounds + round) * job->threads + stage->thread;
     uint64_t preemptions = sys_preemptions();
-    run->samples[i] = ((double)elapsed - run->clock) / repeat;
-    run->preempted[i] = preemptions != stage->preemptions;
+    job->samples[i] = ((double)elapsed - job->clock) / repeat;
+    job->preempted[i] = preemptions != stage->preemptions;
     stage->preemptions = preemptions;
 }
 
 /* Does a step together with the other threads; false if the run is over. */
-static bool take_step(struct run *run, size_t i, size_t round, struct stage *stage) {
-    const struct timing_step *step = &run->program->steps[i];
+static bool take_step(struct job *job, size_t i, size_t round, struct stage *stage) {
+    const struct timing_step *step = &job->program->steps[i];
     int err = 0;
-    if (!meet(run))
+    if (!meet(job))
         return false;
     uint64_t begun = sys_nanoseconds();
     for (uint32_t n = 0; n < step->repeat && err == 0; n++)
-        err = perform(run, step, stage);
+        err = perform(job, step, stage);
     uint64_t ended = sys_nanoseconds();
     if (err != 0)
-        refused(run, err, i, round);
+        refused(job, err, i, round);
     else if (step->slot >= 0)
-        note(run, (size_t)step->slot, round, stage, ended - begun, step->repeat);
+        note(job, (size_t)step->slot, round, stage, ended - begun, step->repeat);
     return err == 0;
 }
 
-static void run_thread(struct run *run, size_t thread) {
+static void run_thread(struct job *job, size_t thread) {
     struct stage stage = {.thread = thread, .preemptions = sys_preemptions()};
     bool goes_on = true;
-    for (size_t round = 0; round < run->rounds && goes_on; round++)
-        for (size_t i = 0; i < run->program->nsteps && goes_on; i++)
-            goes_on = take_step(run, i, round, &stage);
-    clean_up(run, &stage);
+    for (size_t round = 0; round < job->rounds && goes_on; round++)
+        for (size_t i = 0; i < job->program->nsteps && goes_on; i++)
+            goes_on = take_step(job, i, round, &stage);
+    clean_up(job, &stage);
 }
 
 struct worker {
-    struct run *run;
+    struct job *job;
     size_t thread;
     pthread_t id;
 };
 
 static void *work(void *argument) {
     struct worker *worker = argument;
-    run_thread(worker->run, worker->thread);
+    run_thread(worker->job, worker->thread);
     return NULL;
 }
 
-static void run_threads(struct run *run) {
-    struct worker *workers = calloc(run->threads, sizeof *workers);
+static void run_threads(struct job *job) {
+    struct worker *workers = calloc(job->threads, sizeof *workers);
     size_t made = 0;
     int err = workers == NULL ? ENOMEM : 0;
-    for (; err == 0 && made + 1 < run->threads; made++) {
-        workers[made] = (struct worker){.run = run, .thread = made + 1};
+    for (; err == 0 && made + 1 < job->threads; made++) {
+        workers[made] = (struct worker){.job = job, .thread = made + 1};
         err = pthread_create(&workers[made].id, NULL, work, &workers[made]);
         if (err != 0)
             break;
     }
     if (err != 0)
-        refused(run, err, run->program->nsteps, 0);
+        refused(job, err, job->program->nsteps, 0);
     else
-        run_thread(run, 0);
+        run_thread(job, 0);
     for (size_t i = 0; i < made; i++)
         (void)pthread_join(workers[i].id, NULL);
     free(workers);
@@ -325,18 +325,18 @@ static void run_threads(struct run *run) {
 
 int timing_run(const struct timing_program *program, size_t threads, size_t rounds, double *samples,
                unsigned char *preempted, size_t *done, size_t *failed) {
-    struct run run = {.program = program, .threads = threads, .rounds = rounds,
+    struct job job = {.program = program, .threads = threads, .rounds = rounds,
                       .page = vm_page_size(), .samples = samples, .preempted = preempted};
     *done = *failed = 0;
-    if (threads == 0 || rounds == 0 || !is_sound(program, threads, run.page))
+    if (threads == 0 || rounds == 0 || !is_sound(program, threads, job.page))
         return EINVAL;
-    run.clock = timing_clock();
-    run.done = rounds;
+    job.clock = timing_clock();
+    job.done = rounds;
     if (threads == 1)
-        run_thread(&run, 0);
+        run_thread(&job, 0);
     else
-        run_threads(&run);
-    *done = run.done;
-    *failed = run.failed;
-    return atomic_load(&run.err);
+        run_threads(&job);
+    *done = job.done;
+    *failed = job.failed;
+    return atomic_load(&job.err);
 }

@@ -499,14 +499,14 @@ static void an_empty_pool_of_huge_pages_refuses(void) {
 }
 
 /* What a thread that is refused stops, it stops in all of them, and in the same round. */
-static void refuse_from(struct run *run, size_t round) {
+static void refuse_from(struct job *job, size_t round) {
     struct stage stage = {0};
-    size_t n = run->program->nsteps;
-    for (size_t at = 0; at < round * n + 1 && meet(run); at++)
-        CHECK(perform(run, &run->program->steps[at % n], &stage) == 0);
-    REQUIRE(meet(run));
-    refused(run, E2BIG, 1, round);
-    clean_up(run, &stage);
+    size_t n = job->program->nsteps;
+    for (size_t at = 0; at < round * n + 1 && meet(job); at++)
+        CHECK(perform(job, &job->program->steps[at % n], &stage) == 0);
+    REQUIRE(meet(job));
+    refused(job, E2BIG, 1, round);
+    clean_up(job, &stage);
 }
 
 static void all_threads_end_when_one_is_refused_in_a_later_round(void) {
@@ -515,16 +515,16 @@ static void all_threads_end_when_one_is_refused_in_a_later_round(void) {
     for (size_t round = 0; round < ROUNDS; round++) {
         for (size_t i = 0; i < MOST_SAMPLES; i++)
             samples[i] = UNWRITTEN;
-        struct run run = {.program = &made.program, .threads = 3, .rounds = ROUNDS, .page = page,
+        struct job job = {.program = &made.program, .threads = 3, .rounds = ROUNDS, .page = page,
                           .samples = samples, .preempted = preempted, .done = ROUNDS};
-        struct worker workers[2] = {{.run = &run, .thread = 1}, {.run = &run, .thread = 2}};
+        struct worker workers[2] = {{.job = &job, .thread = 1}, {.job = &job, .thread = 2}};
         remember();
         for (size_t i = 0; i < 2; i++)
             REQUIRE(pthread_create(&workers[i].id, NULL, work, &workers[i]) == 0);
-        refuse_from(&run, round);
+        refuse_from(&job, round);
         for (size_t i = 0; i < 2; i++)
             REQUIRE(pthread_join(workers[i].id, NULL) == 0);
-        CHECK(atomic_load(&run.err) == E2BIG && run.failed == 1 && run.done == round);
+        CHECK(atomic_load(&job.err) == E2BIG && job.failed == 1 && job.done == round);
         CHECK(nothing_stays());
         for (size_t slot = 0; slot < 3; slot++) /* what is whole is there, and nothing after it */
             for (size_t r = 0; r < ROUNDS; r++)
@@ -538,18 +538,18 @@ static void all_threads_end_when_one_is_refused_in_a_later_round(void) {
 static void threads_begin_each_step_together(void) {
     struct made made;
     make_life(&made);
-    struct run run = {.program = &made.program, .threads = 2, .rounds = 1, .page = page,
+    struct job job = {.program = &made.program, .threads = 2, .rounds = 1, .page = page,
                       .samples = samples, .preempted = preempted, .done = 1};
-    struct worker worker = {.run = &run, .thread = 1};
+    struct worker worker = {.job = &job, .thread = 1};
     REQUIRE(pthread_create(&worker.id, NULL, work, &worker) == 0);
     for (size_t i = 0; i < made.program.nsteps; i++) {
-        for (int spins = 0; spins < 10000 && atomic_load(&run.arrived) == 0; spins++)
+        for (int spins = 0; spins < 10000 && atomic_load(&job.arrived) == 0; spins++)
             (void)usleep(100);
-        CHECK(atomic_load(&run.arrived) == 1 && atomic_load(&run.generation) == i);
-        CHECK(meet(&run));
+        CHECK(atomic_load(&job.arrived) == 1 && atomic_load(&job.generation) == i);
+        CHECK(meet(&job));
     }
     REQUIRE(pthread_join(worker.id, NULL) == 0);
-    CHECK(atomic_load(&run.generation) == made.program.nsteps);
+    CHECK(atomic_load(&job.generation) == made.program.nsteps);
 }
 
 static void no_child_stays_after_a_refusal_between_fork_and_reap(void) {
@@ -592,7 +592,7 @@ static void forks_work_where_children_are_ignored(void) {
 /* ---- what each verb does ---- */
 
 static struct made one;
-static struct run step_run;
+static struct job step_run;
 static struct stage stage;
 
 /* A mapping on which a test does one verb after another. */
@@ -601,7 +601,7 @@ static void open_stage(int access, int advice) {
     end(&one);
     one.program.access = access;
     one.program.advice = advice;
-    step_run = (struct run){.program = &one.program, .threads = 1, .rounds = 1, .page = page};
+    step_run = (struct job){.program = &one.program, .threads = 1, .rounds = 1, .page = page};
     stage = (struct stage){0};
     REQUIRE(perform(&step_run, &one.steps[0], &stage) == 0);
 }
@@ -753,7 +753,7 @@ static void collapsing_makes_huge_pages(void) {
     made.program.length = 2 * huge;
     made.program.align = huge;
     made.program.advice = VM_HUGE_NEVER;
-    step_run = (struct run){.program = &made.program, .threads = 1, .rounds = 1, .page = page};
+    step_run = (struct job){.program = &made.program, .threads = 1, .rounds = 1, .page = page};
     stage = (struct stage){0};
     REQUIRE(reserve(&made.program, &stage.base) == 0);
     size_t n = huge / page;
