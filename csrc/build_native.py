@@ -19,7 +19,7 @@ ROOMS = (
     "procmaps",
     "forklocks",
 )  # lowest first
-PRIVATE = ("pagealloc_scan",)  # a header of C alone, which Python does not see
+PRIVATE = ("pagealloc_scan", "words")  # headers of C alone, which Python does not see
 HERE = Path("csrc")  # setuptools wants paths relative to setup.py, and runs this from there
 
 

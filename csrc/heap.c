@@ -6,6 +6,7 @@
 #include "bitmap.h"
 #include "sys.h"
 #include "vm.h"
+#include "words.h"
 
 /* Decommitting gives the commit charge back too, but each hole costs the kernel two mappings. */
 enum { FEW_PIECES = 512, LARGE_PIECE = 1 << 20 };
@@ -15,14 +16,6 @@ enum { CLEAR_AT_ONCE = 1 << 18, BLOCKS_AT_ONCE = 1 << 12 };
 #define CONDEMNED (UINT32_C(1) << 31)
 #define SERIAL_MASK ((UINT32_C(1) << HEAP_SERIAL_BITS) - 1)
 #define PAGE_MASK ((UINT64_C(1) << HEAP_PAGE_BITS) - 1)
-
-static uint64_t up(uint64_t n, uint64_t to) {
-    return (n + to - 1) / to * to;
-}
-
-static uint64_t least(uint64_t a, uint64_t b) {
-    return a < b ? a : b;
-}
 
 static uint64_t pages_for(const struct heap *heap, uint64_t nbytes) {
     return (nbytes - 1) / heap->meta.page + 1;
@@ -67,7 +60,7 @@ static int64_t first_page(struct heap *heap, uintptr_t address, uint64_t *page) 
     if (heap->extent_count == HEAP_EXTENTS)
         return HEAP_SCATTERED;
     uint64_t unit = meta->unit / meta->page;
-    uint64_t beyond = heap->extent_count == 0 ? 0 : up(heap->end + 1, unit);
+    uint64_t beyond = heap->extent_count == 0 ? 0 : round_up(heap->end + 1, unit);
     *page = beyond + address % meta->unit / meta->page;
     heap->extents[heap->extent_count++] = (struct heap_extent){*page, address};
     return 0;
@@ -318,7 +311,7 @@ static void clear_dirty(struct heap *heap, int64_t handle, uint64_t n) {
         bool gone = heap->closed || size_of(heap, handle) == 0;
         uint64_t start = gone ? end : bitmap_find(heap->dirty, page, end, true);
         page = start == end ? end
-                            : bitmap_find(heap->dirty, start, least(end, start + most), false);
+                            : bitmap_find(heap->dirty, start, smaller(end, start + most), false);
         if (start < page)
             memset((void *)address_of(heap, start), 0,
                    (size_t)(page - start) * heap->meta.page);
@@ -370,7 +363,7 @@ int64_t heap_alloc_many(struct heap *heap, const struct pagealloc_integers *size
     size_t i = from;
     *refused = 0;
     while (i < count && *refused == 0) {
-        size_t stop = (size_t)least(count, i + BLOCKS_AT_ONCE);
+        size_t stop = (size_t)smaller(count, i + BLOCKS_AT_ONCE);
         pagealloc_lock(heap->pages);
         while (i < stop && *refused == 0)
             *refused = allocate_some(heap, sizes, handles, &i, stop, region);
@@ -523,7 +516,7 @@ int64_t heap_idle(struct heap *heap, uint64_t below, uint64_t most, uint64_t lon
         below = run.start;
         if (stop == run.start)
             continue;
-        uint64_t length = least(least(most, longest), stop - run.start);
+        uint64_t length = smaller(smaller(most, longest), stop - run.start);
         below = behind_last(heap, stop - length, stop, false, age, now, lazy);
         out[n++] = (struct pagealloc_run){below, stop};
         most -= stop - below;
@@ -645,16 +638,16 @@ void heap_measure(struct heap *heap, struct heap_stats *stats) {
 /* Lays out the tables from `memory` on; returns their bytes. */
 static uint64_t lay_out(struct heap *heap, uintptr_t memory, uint64_t capacity, bool spans) {
     size_t page = vm_page_size();
-    uint64_t bits = up((capacity + 63) / 64 * 8, page);
-    uint64_t at = up(pagealloc_bytes(capacity), page);
+    uint64_t bits = round_up((capacity + 63) / 64 * 8, page);
+    uint64_t at = round_up(pagealloc_bytes(capacity), page);
     heap->notes = (uint32_t *)(uintptr_t)(memory + at);
-    at += up(capacity * sizeof *heap->notes, page);
+    at += round_up(capacity * sizeof *heap->notes, page);
     heap->dirty = (uint64_t *)(uintptr_t)(memory + at);
     heap->released = (uint64_t *)(uintptr_t)(memory + at + bits);
     at += 2 * bits;
     if (spans) {
         heap->meta.spans = (void *)(uintptr_t)(memory + at);
-        at += up(capacity * sizeof(uint64_t), page);
+        at += round_up(capacity * sizeof(uint64_t), page);
     }
     return at;
 }

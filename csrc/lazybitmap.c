@@ -3,16 +3,14 @@
 #include <errno.h>
 #include <string.h>
 
+#include "words.h"
+
 /* Committing in steps of 64 KiB keeps a bitmap that fills up from one system call a page; memory
  * itself still comes a page at a time, where it is touched. */
 #define COMMIT_STEP ((uint64_t)64 << 10)
 
 static uint64_t *words_of(const struct region *bits) {
     return (uint64_t *)(void *)bits->base;
-}
-
-static uint64_t smaller(uint64_t a, uint64_t b) {
-    return a < b ? a : b;
 }
 
 /* Whether the bits from `at` on are committed, and the `*end`, at most `stop`, of that state. */

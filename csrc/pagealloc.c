@@ -8,6 +8,7 @@
 #include "bitmap.h"
 #include "pagealloc_scan.h"
 #include "runs.h"
+#include "words.h"
 
 enum {
     CHUNK = SCAN_BITS,  /* pages: a cache line of bits */
@@ -257,42 +258,42 @@ static uint64_t next_start(const struct pagealloc *pages, uint64_t from) {
 }
 
 /* The words under [start, stop), of at most one chunk, and which bits of the outer ones. */
-struct span {
+struct bit_range {
     uint64_t first, last, low, high;
 };
 
-static struct span span_of(uint64_t start, uint64_t stop) {
-    struct span span = {start / 64, (stop - 1) / 64, ~UINT64_C(0) << (start % 64),
-                        ~UINT64_C(0) >> (63 - (stop - 1) % 64)};
-    if (span.first == span.last)
-        span.low = span.high &= span.low;
-    return span;
+static struct bit_range range_of(uint64_t start, uint64_t stop) {
+    struct bit_range range = {start / 64, (stop - 1) / 64, ~UINT64_C(0) << (start % 64),
+                              ~UINT64_C(0) >> (63 - (stop - 1) % 64)};
+    if (range.first == range.last)
+        range.low = range.high &= range.low;
+    return range;
 }
 
 static bool any_bits(const struct pagealloc *pages, uint64_t start, uint64_t stop) {
     const uint64_t *words = bits_of(pages);
-    struct span span = span_of(start, stop);
-    uint64_t any = (words[span.first] & span.low) | (words[span.last] & span.high);
-    for (uint64_t i = span.first + 1; i < span.last; i++)
+    struct bit_range range = range_of(start, stop);
+    uint64_t any = (words[range.first] & range.low) | (words[range.last] & range.high);
+    for (uint64_t i = range.first + 1; i < range.last; i++)
         any |= words[i];
     return any != 0;
 }
 
 static void set_bits(struct pagealloc *pages, uint64_t start, uint64_t stop) {
     uint64_t *words = bits_of(pages);
-    struct span span = span_of(start, stop);
-    words[span.first] |= span.low;
-    words[span.last] |= span.high;
-    for (uint64_t i = span.first + 1; i < span.last; i++)
+    struct bit_range range = range_of(start, stop);
+    words[range.first] |= range.low;
+    words[range.last] |= range.high;
+    for (uint64_t i = range.first + 1; i < range.last; i++)
         words[i] = ~UINT64_C(0);
 }
 
 static void clear_bits(struct pagealloc *pages, uint64_t start, uint64_t stop) {
     uint64_t *words = bits_of(pages);
-    struct span span = span_of(start, stop);
-    words[span.first] &= ~span.low;
-    words[span.last] &= ~span.high;
-    for (uint64_t i = span.first + 1; i < span.last; i++)
+    struct bit_range range = range_of(start, stop);
+    words[range.first] &= ~range.low;
+    words[range.last] &= ~range.high;
+    for (uint64_t i = range.first + 1; i < range.last; i++)
         words[i] = 0;
 }
 
@@ -778,10 +779,6 @@ uint64_t pagealloc_most(void) {
     return most < SIZE_MAX / 2 ? most : SIZE_MAX / 2;
 }
 
-static uint64_t up(uint64_t n, uint64_t to) {
-    return (n + to - 1) / to * to;
-}
-
 /* Fills in how many codes each level has. */
 static void count_levels(struct pagealloc *pages, uint64_t capacity) {
     uint64_t n = (capacity + CHUNK - 1) / CHUNK;
@@ -797,13 +794,13 @@ static void count_levels(struct pagealloc *pages, uint64_t capacity) {
  * sizes are powers of two mostly: without a few lines between them, the last entries of all levels
  * would lie at the same offset in an OS page, where a load waits for an unrelated store. */
 static uint64_t lay_out(struct pagealloc *pages, uintptr_t memory) {
-    uint64_t at = up(sizeof *pages, LINE);
+    uint64_t at = round_up(sizeof *pages, LINE);
     for (unsigned level = pages->levels; level-- > 0;) {
         pages->codes[level] = (uint16_t *)(uintptr_t)(memory + at);
-        at += up(pages->count[level] * sizeof *pages->codes[level], LINE) + GAP;
+        at += round_up(pages->count[level] * sizeof *pages->codes[level], LINE) + GAP;
     }
     pages->tags = (struct tag *)(uintptr_t)(memory + at);
-    at = up(at + pages->chunks * sizeof *pages->tags, LINE) + GAP;
+    at = round_up(at + pages->chunks * sizeof *pages->tags, LINE) + GAP;
     pages->bits = (uint64_t(*)[WORDS])(uintptr_t)(memory + at);
     return at + pages->chunks * LINE;
 }
