@@ -30,10 +30,10 @@ signal.pause()
 PEAK = """
 import sys
 import pyreserve
-from pyreserve._system import procfs
-before = procfs.status_kib()["VmHWM"]
+from pyreserve._system import proc
+before = proc.status_kib()["VmHWM"]
 assert pyreserve.explain(int(sys.argv[1])).mappings > 30_000
-print(procfs.status_kib()["VmHWM"] - before)
+print(proc.status_kib()["VmHWM"] - before)
 """
 
 

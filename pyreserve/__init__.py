@@ -89,20 +89,19 @@ __all__ = [
 ]
 
 
-# What looks at memory is imported when it is first asked for: who only has memory to reserve pays
-# nothing for it.
-_ROOMS = {"costs", "doctor", "procmem", "prometheus"}
-_OF_PROCMEM = {"AddressSpace", "explain", "track"}
+# Imported at first use: a program that only reserves memory does not pay for them.
+_LAZY_MODULES = {"costs", "doctor", "procmem", "prometheus"}
+_PROCMEM_NAMES = {"AddressSpace", "explain", "track"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in _LAZY_MODULES:
         return import_module(f"pyreserve.{name}")
-    if name in _OF_PROCMEM:
+    if name in _PROCMEM_NAMES:
         return getattr(import_module("pyreserve.procmem"), name)
     msg = f"module 'pyreserve' has no attribute {name!r}"
     raise AttributeError(msg)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+    return sorted({*globals(), *__all__, *_LAZY_MODULES})

@@ -19,7 +19,7 @@ from pyreserve._alloc.growable import GrowableArray, GrowableBuffer
 from pyreserve._alloc.pool import Pool
 from pyreserve._arena.arena import Arena
 from pyreserve._region.region import Region, resident
-from pyreserve._system import forks, procfs
+from pyreserve._system import forks, proc
 from pyreserve._system.extras import import_extra
 from pyreserve.errors import PyreserveError, ReleasedError
 from pyreserve.units import KiB
@@ -153,7 +153,7 @@ def register_process(
         ImportError, TypeError, ValueError: as for `register`.
         OSError: there is no such process.
     """
-    process = _Process(pid, None if pid is None else procfs.started(pid))
+    process = _Process(pid, None if pid is None else proc.started(pid))
     default = "self" if pid is None else str(pid)
     source = _Source("process", default if name is None else name, lambda: process, _read_process)
     return _exposed.add(source, registry)
@@ -212,7 +212,7 @@ def _read_process(process: _Process) -> list[_Sample]:
     try:
         space = explain(os.getpid() if process.pid is None else process.pid)
         # Another process may have got the number by now.
-        if process.pid is not None and procfs.started(process.pid) != process.started:
+        if process.pid is not None and proc.started(process.pid) != process.started:
             return [("up", (), 0)]
     except (OSError, PyreserveError):
         return [("up", (), 0)]

@@ -33,7 +33,7 @@ from pyreserve import (
     ReleasedError,
     reserve,
 )
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve.prometheus import register, register_process
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -549,24 +549,24 @@ class TestProcesses:
         """A later process with the number of one that has ended is not taken for it."""
         explained[os.getppid()] = space()
         register_process(os.getppid(), "parent", registry=registry)
-        started = procfs.started(os.getppid())
+        started = proc.started(os.getppid())
 
-        monkeypatch.setattr(procfs, "started", lambda pid: started + 1)
+        monkeypatch.setattr(proc, "started", lambda pid: started + 1)
 
         assert scrape() == {("pyreserve_process_up", "parent"): 0}
 
     def test_when_it_was_started(self) -> None:
         """A child was started after its parent, whatever its name may be."""
         script = (
-            "import sys; from pyreserve._system import procfs; import os\n"
+            "import sys; from pyreserve._system import proc; import os\n"
             "open('/proc/self/comm', 'w').write('a) 1 (b')\n"
-            "print(procfs.started(os.getpid()))"
+            "print(proc.started(os.getpid()))"
         )
         found = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=True
         )
 
-        assert int(found.stdout) > procfs.started(os.getpid()) > 0
+        assert int(found.stdout) > proc.started(os.getpid()) > 0
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from pyreserve import layouts
 from pyreserve._native import ffi, lib
 from pyreserve._region.region import Mode, Region, effective_mode, reserve
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE, address_bits, refusal
 from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError, VMError
 from pyreserve.layouts import Layout, Piece, Placement, Request
@@ -92,7 +92,7 @@ class Engine:
             base, placement = self._region.base, self._placement
             owned = [(base + at, base + at + n) for at, n in self._region._runs("reserved")]
         pieces = []
-        for mapping in procfs.read_maps():
+        for mapping in proc.read_maps():
             for low, high in owned:
                 start, end = max(low, mapping.start), min(high, mapping.end)
                 if start < end:
@@ -431,12 +431,12 @@ def _window_bases(layout: Layout, span: int) -> Iterator[int]:
 
     Where /proc can't be read all places count as free: a claim replaces nothing.
     """
-    lowest = max(procfs.setting_or_default("mmap_min_addr"), _LOW_STEP // 16)
+    lowest = max(proc.setting_or_default("mmap_min_addr"), _LOW_STEP // 16)
     try:
-        mappings = _with_brk_room(procfs.read_maps())
+        mappings = _with_brk_room(proc.read_maps())
     except OSError:
         mappings = []
-    gaps = list(procfs.free_gaps(mappings, lowest, _low_top()))
+    gaps = list(proc.free_gaps(mappings, lowest, _low_top()))
     for base in (*layout.hints, *range(_LOW_STEP, _LOW, _LOW_STEP)):
         if any(low <= base and base + span <= high for low, high in gaps):
             yield base
@@ -450,7 +450,7 @@ def _low_top() -> int:
     return min(_LOW, 1 << address_bits())
 
 
-def _with_brk_room(mappings: list[procfs.Mapping]) -> list[procfs.Mapping]:
+def _with_brk_room(mappings: list[proc.Mapping]) -> list[proc.Mapping]:
     return [
         mapping._replace(end=mapping.end + _BRK_ROOM) if mapping.name == "[heap]" else mapping
         for mapping in mappings

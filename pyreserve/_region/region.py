@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pyreserve._native import ffi, lib
 from pyreserve._region.exports import ViewTable, view_error
-from pyreserve._system import forks, procfs
+from pyreserve._system import forks, proc
 from pyreserve._system.extras import import_extra
 from pyreserve._system.features import thp_size
 from pyreserve._system.forks import registry_lock as _registry_lock
@@ -726,7 +726,7 @@ def effective_mode(mode: Mode) -> tuple[Mode, int]:
     """
     if mode not in _MODES:
         raise _unknown_word(mode, "copy", "default")
-    if mode == "noreserve" and procfs.setting_or_default("overcommit_memory") == 2:
+    if mode == "noreserve" and proc.setting_or_default("overcommit_memory") == 2:
         mode = "charge"
     return mode, _MODES[mode]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyreserve._native import lib
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE, address_bits, refusal, rlimit
 from pyreserve.units import KiB
 
@@ -72,10 +72,10 @@ def capabilities() -> Capabilities:
         huge_page_sizes=_huge_page_sizes(),
         transparent_huge_pages=transparent_huge_pages(),
         address_bits=address_bits(),
-        overcommit_memory=procfs.setting_or_default("overcommit_memory"),
+        overcommit_memory=proc.setting_or_default("overcommit_memory"),
         rlimit_as=rlimit(resource.RLIMIT_AS),
         rlimit_data=rlimit(resource.RLIMIT_DATA),
-        max_map_count=procfs.setting_or_default("max_map_count"),
+        max_map_count=proc.setting_or_default("max_map_count"),
         madv_populate_write=_works(lib.vm_try_populate),
         madv_free=_works(lib.vm_try_discard_lazy),
         madv_wipeonfork=_works(lib.vm_try_wipe_on_fork),

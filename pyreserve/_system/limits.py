@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 from pyreserve._native import lib
-from pyreserve._system import procfs, tasks
+from pyreserve._system import proc, tasks
 from pyreserve.errors import OutOfMemoryError, VMError
 from pyreserve.units import KiB, format_size
 
@@ -44,9 +44,9 @@ def _address_space(nbytes: int, address: int | None) -> Limit | None:
     detail = f"a user address has {bits} bits here ({format_size(top)})"
     beyond = nbytes >= top or (address is not None and address + nbytes > top)
     try:
-        gaps = procfs.free_gaps(procfs.read_maps(), 0, top)
+        gaps = proc.free_gaps(proc.read_maps(), 0, top)
         largest = max(high - low for low, high in gaps)
-    except procfs.UNREADABLE:
+    except proc.UNREADABLE:
         if not beyond:
             raise
         return Limit("address space", detail)
@@ -76,10 +76,10 @@ def _rlimit(which: int, nbytes: int) -> Limit | None:
     name, before, option, field = _RLIMITS[which]
     detail = f"{before}{name} (ulimit {option}) is {format_size(limit)}"
     if nbytes > limit:  # even if nothing is in use, which can't be read everywhere
-        with suppress(*procfs.UNREADABLE):
-            detail += _in_use(procfs.status_kib()[field] * KiB)
+        with suppress(*proc.UNREADABLE):
+            detail += _in_use(proc.status_kib()[field] * KiB)
         return Limit(name, detail)
-    used = procfs.status_kib().get(field, 0) * KiB
+    used = proc.status_kib().get(field, 0) * KiB
     return Limit(name, detail + _in_use(used)) if used + nbytes > limit else None
 
 
@@ -88,7 +88,7 @@ def _in_use(nbytes: int) -> str:
 
 
 def _max_map_count() -> Limit | None:
-    limit, used = procfs.vm_setting("max_map_count"), procfs.map_count()
+    limit, used = proc.vm_setting("max_map_count"), proc.map_count()
     # A split in the middle of a mapping adds two.
     if used + 2 > limit:
         return Limit(
@@ -142,26 +142,26 @@ def strict_commit() -> StrictCommit:
     Raises:
         OSError, KeyError: /proc can't be read.
     """
-    memory = procfs.meminfo_kib()
-    user = procfs.setting_or_default("user_reserve_kbytes")
-    admin = procfs.setting_or_default("admin_reserve_kbytes")
+    memory = proc.meminfo_kib()
+    user = proc.setting_or_default("user_reserve_kbytes")
+    admin = proc.setting_or_default("admin_reserve_kbytes")
     return StrictCommit(
         used=memory["Committed_AS"] * KiB,
         limit=memory["CommitLimit"] * KiB,
-        admin_reserve=0 if procfs.capable(procfs.CAP_SYS_ADMIN) else admin * KiB,
-        user_reserve=min(procfs.status_kib()["VmSize"] // 32, user) * KiB,
+        admin_reserve=0 if proc.capable(proc.CAP_SYS_ADMIN) else admin * KiB,
+        user_reserve=min(proc.status_kib()["VmSize"] // 32, user) * KiB,
         inexact=memory["MemTotal"] * KiB // 256,  # mm_compute_batch of mm/mm_init.c
     )
 
 
 def _overcommit(nbytes: int) -> Limit | None:
-    mode = procfs.vm_setting("overcommit_memory")
+    mode = proc.vm_setting("overcommit_memory")
     if mode == 2:
         strict = strict_commit()
         if nbytes >= strict.left - strict.inexact:
             return Limit("overcommit", f"vm.overcommit_memory is 2, and {strict}")
     elif mode == 0:
-        memory = procfs.meminfo_kib()
+        memory = proc.meminfo_kib()
         most = (memory["MemTotal"] + memory["SwapTotal"]) * KiB
         if nbytes > most:
             return Limit(
@@ -173,10 +173,8 @@ def _overcommit(nbytes: int) -> Limit | None:
 
 
 def _mmap_min_addr() -> Limit:
-    with suppress(*procfs.UNREADABLE):
-        return Limit(
-            "mmap_min_addr", f"vm.mmap_min_addr is {procfs.vm_setting('mmap_min_addr'):#x}"
-        )
+    with suppress(*proc.UNREADABLE):
+        return Limit("mmap_min_addr", f"vm.mmap_min_addr is {proc.vm_setting('mmap_min_addr'):#x}")
     return Limit("mmap_min_addr", "the address is below vm.mmap_min_addr")
 
 
@@ -217,7 +215,7 @@ def _find(verb: str, err: int, nbytes: int, address: int | None) -> tuple[Limit 
     for check in _checks(verb, err, nbytes, address):
         try:
             limit = check()
-        except procfs.UNREADABLE as error:  # at the limit, even looking at /proc may be refused
+        except proc.UNREADABLE as error:  # at the limit, even looking at /proc may be refused
             cause = getattr(error, "strerror", None) or repr(error)
             unread = f", and /proc can't be read ({cause})"
             continue

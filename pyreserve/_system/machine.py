@@ -5,7 +5,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve._system.extras import own_version
 from pyreserve._system.features import chosen, hugetlb_free, thp_settings
 from pyreserve._system.limits import PAGE_SIZE
@@ -34,8 +34,8 @@ def facts() -> dict[str, Any]:
         "kernel": platform.release(),
         "memory": _memory(),
         "page_size": PAGE_SIZE,
-        "overcommit_memory": procfs.setting_or_default("overcommit_memory"),
-        "max_map_count": procfs.setting_or_default("max_map_count"),
+        "overcommit_memory": proc.setting_or_default("overcommit_memory"),
+        "max_map_count": proc.setting_or_default("max_map_count"),
         "transparent_huge_pages": {str(size): how for size, how in thp_settings().items()},
         "transparent_huge_pages_defrag": chosen(_SYS / "kernel/mm/transparent_hugepage/defrag"),
         "hugetlb_free": {str(size): free for size, free in hugetlb_free().items()},
@@ -49,8 +49,8 @@ def facts() -> dict[str, Any]:
 
 def _memory() -> int:
     try:
-        return procfs.meminfo_kib()["MemTotal"] * 1024
-    except procfs.UNREADABLE:
+        return proc.meminfo_kib()["MemTotal"] * 1024
+    except proc.UNREADABLE:
         return os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE
 
 

@@ -5,7 +5,7 @@ import os
 import resource
 from pathlib import Path
 
-from pyreserve._system import procfs
+from pyreserve._system import proc
 
 _PIDS_ROOTS = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/pids")  # versions 2 and 1
 
@@ -34,7 +34,7 @@ def _rlimit_nproc() -> tuple[str, str] | None:
 
 
 def _is_exempt() -> bool:
-    return procfs.capable(procfs.CAP_SYS_RESOURCE) or procfs.capable(procfs.CAP_SYS_ADMIN)
+    return proc.capable(proc.CAP_SYS_RESOURCE) or proc.capable(proc.CAP_SYS_ADMIN)
 
 
 def _tasks_of(user: int) -> int:
@@ -43,7 +43,7 @@ def _tasks_of(user: int) -> int:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError, KeyError):  # it has ended
-                status = procfs.status(entry)
+                status = proc.status(entry)
                 if int(status["Uid"].split()[0]) == user:
                     count += int(status["Threads"])
     return count
@@ -54,7 +54,7 @@ def _all_tasks() -> int:
 
 
 def _threads_max() -> tuple[str, str] | None:
-    limit, used = int(procfs.kernel_setting("threads-max")), _all_tasks()
+    limit, used = int(proc.kernel_setting("threads-max")), _all_tasks()
     if used < limit:
         return None
     return (
@@ -64,7 +64,7 @@ def _threads_max() -> tuple[str, str] | None:
 
 
 def _pid_max() -> tuple[str, str] | None:
-    limit, used = int(procfs.kernel_setting("pid_max")), _all_tasks()
+    limit, used = int(proc.kernel_setting("pid_max")), _all_tasks()
     # The first 300 are not reused (RESERVED_PIDS of kernel/pid.c).
     if used < limit - 300:
         return None
@@ -75,7 +75,7 @@ def _pid_max() -> tuple[str, str] | None:
 
 
 def _pids_cgroup() -> tuple[str, str] | None:
-    for group, _ in procfs.cgroup_places("pids", _PIDS_ROOTS):
+    for group, _ in proc.cgroup_places("pids", _PIDS_ROOTS):
         try:
             limit = (group / "pids.max").read_bytes().strip()
             used = int((group / "pids.current").read_bytes())

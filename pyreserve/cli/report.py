@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyreserve._arena.arena import Arena, FellBack
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError
 from pyreserve.layouts import GO_PAGE, Piece
@@ -39,12 +39,12 @@ class Snapshot:
     @classmethod
     def take(cls) -> "Snapshot":
         """Read /proc."""
-        status = procfs.status_kib()
+        status = proc.status_kib()
         return cls(
             status["VmSize"],
             status["VmRSS"],
             _pss_kib(),
-            procfs.meminfo_kib()["Committed_AS"],
+            proc.meminfo_kib()["Committed_AS"],
         )
 
     def to_dict(self) -> dict[str, int | None]:
@@ -59,7 +59,7 @@ class Snapshot:
 
 def _pss_kib() -> int | None:
     try:
-        return procfs.rollup_kib().get("Pss", 0)
+        return proc.rollup_kib().get("Pss", 0)
     except OSError:  # Linux before 4.14, a sandbox; the import would grow what is measured
         from pyreserve.procmem.read.sampling import resident  # noqa: PLC0415
         from pyreserve.procmem.read.sources import LiveSource  # noqa: PLC0415
@@ -163,7 +163,7 @@ class VszRun:
 
 
 def _refuse_too_much(touch: int) -> None:
-    available = procfs.available_bytes()
+    available = proc.available_bytes()
     if touch > available:
         msg = (
             f"touching {format_size(touch)} takes that much memory, and {format_size(available)} "

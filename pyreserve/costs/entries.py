@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from pyreserve._native import ffi, lib
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE
 
 _TIMES = 16
@@ -46,10 +46,10 @@ def _added(access: int, way: Callable[[int], int], step: int = _SPAN) -> float |
         begin = address[0] + PAGE_SIZE
         if way(begin):
             return None
-        before = procfs.map_count()
+        before = proc.map_count()
         if any(way(begin + i * step) for i in range(1, _TIMES + 1)):
             return None
-        return (procfs.map_count() - before) / _TIMES
+        return (proc.map_count() - before) / _TIMES
     except OSError:  # maps can't be read
         return None
     finally:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import index as _index
 
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.costs.cells import METHODS, MODES, Cell, page_kinds
 from pyreserve.costs.programs import SCRIPTS, Program, Setting, untouched, write
@@ -63,7 +63,7 @@ class Plan:
         Raises:
             OutOfMemoryError: it has less than `memory`.
         """
-        available = procfs.available_bytes()
+        available = proc.available_bytes()
         if self.memory > available:
             msg = (
                 f"measuring needs {format_size(self.memory)} of memory and "

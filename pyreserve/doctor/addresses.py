@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from pyreserve import layouts
 from pyreserve._arena.arena import WORD
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE, address_bits
 from pyreserve.doctor.findings import Finding, soft_limit
 from pyreserve.units import KiB, format_size
@@ -17,14 +17,14 @@ _MOST_MAP_COUNT = 2**31 - 1
 
 
 def _vm_size() -> int:
-    return procfs.status_kib()["VmSize"] * KiB
+    return proc.status_kib()["VmSize"] * KiB
 
 
 def address_space() -> Iterator[Finding]:
     """See how large one reservation can be now: the largest gap, and what RLIMIT_AS leaves."""
     bits = address_bits()
-    low = max(procfs.vm_setting("mmap_min_addr"), _LOWEST)
-    gaps = procfs.free_gaps(procfs.read_maps(), low, 1 << bits)
+    low = max(proc.vm_setting("mmap_min_addr"), _LOWEST)
+    gaps = proc.free_gaps(proc.read_maps(), low, 1 << bits)
     gap = max(high - low for low, high in gaps) // PAGE_SIZE * PAGE_SIZE
     limit, _ = soft_limit(resource.RLIMIT_AS, "-v")
     left = gap if limit is None else max(0, limit - _vm_size()) // PAGE_SIZE * PAGE_SIZE
@@ -103,7 +103,7 @@ def rlimit_stack() -> Iterator[Finding]:
 
 def max_map_count() -> Iterator[Finding]:
     """See how many map entries are left (Documentation/admin-guide/sysctl/vm.rst)."""
-    limit, used = procfs.vm_setting("max_map_count"), procfs.map_count()
+    limit, used = proc.vm_setting("max_map_count"), proc.map_count()
     left = max(0, limit - used)
     more = min(_MOST_MAP_COUNT, max(262144, 4 * limit))
     # A committed piece apart from others splits the reserved mapping around it: two entries more.

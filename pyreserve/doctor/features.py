@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve._system.features import capabilities
 from pyreserve.doctor.findings import Finding
 
@@ -108,7 +108,7 @@ def _works(feature: _Feature) -> Finding:
 
 def _missing(feature: _Feature) -> Finding:
     release, version = platform.release(), ".".join(map(str, feature.since))
-    filtered = procfs.status().get("Seccomp") == "2"
+    filtered = proc.status().get("Seccomp") == "2"
     if _version(release) < feature.since:
         fact = f"Linux {release} does not have it."
         change = f"boot Linux {version} or later"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve._system.limits import rlimit
 from pyreserve.units import format_size
 
@@ -126,7 +126,7 @@ def soft_limit(which: int, ulimit: str) -> tuple[int | None, dict[str, Any]]:
     if soft is None:
         return None, {}
     how: dict[str, Any] = {"change": f"ulimit {ulimit} unlimited"}
-    if hard != resource.RLIM_INFINITY and not procfs.capable(procfs.CAP_SYS_RESOURCE):
+    if hard != resource.RLIM_INFINITY and not proc.capable(proc.CAP_SYS_RESOURCE):
         how["risk"] = (
             f"The hard limit is {format_size(hard)}: only root raises it, in a shell of root's "
             "that starts the process, in /etc/security/limits.conf or in the service's unit."

@@ -5,7 +5,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve._system.limits import strict_commit
 from pyreserve.doctor.findings import Finding, soft_limit
 from pyreserve.units import KiB, format_size
@@ -16,7 +16,7 @@ _CAP_IPC_LOCK = 14  # linux/capability.h
 def rlimit_data() -> Iterator[Finding]:
     """See what RLIMIT_DATA leaves: private writable mappings count (getrlimit(2), Linux 4.7)."""
     limit, how = soft_limit(resource.RLIMIT_DATA, "-d")
-    used = procfs.status_kib()["VmData"] * KiB
+    used = proc.status_kib()["VmData"] * KiB
     if limit is None:
         yield Finding(
             "RLIMIT_DATA",
@@ -42,8 +42,8 @@ def rlimit_data() -> Iterator[Finding]:
 def rlimit_memlock() -> Iterator[Finding]:
     """See how much may be locked (mlock(2)); CAP_IPC_LOCK lifts the limit."""
     limit, how = soft_limit(resource.RLIMIT_MEMLOCK, "-l")
-    used = procfs.status_kib()["VmLck"] * KiB
-    exempt = procfs.capable(_CAP_IPC_LOCK)
+    used = proc.status_kib()["VmLck"] * KiB
+    exempt = proc.capable(_CAP_IPC_LOCK)
     values = {"limit": limit, "used": used, "cap_ipc_lock": exempt}
     if limit is None or exempt:
         says = "unlimited" if limit is None else format_size(limit)
@@ -71,9 +71,9 @@ def rlimit_memlock() -> Iterator[Finding]:
 
 def overcommit() -> Iterator[Finding]:
     """See how commits are accounted (Documentation/mm/overcommit-accounting.rst)."""
-    mode, memory = procfs.vm_setting("overcommit_memory"), procfs.meminfo_kib()
+    mode, memory = proc.vm_setting("overcommit_memory"), proc.meminfo_kib()
     most = (memory["MemTotal"] + memory["SwapTotal"]) * KiB
-    ratio, fixed = procfs.vm_setting("overcommit_ratio"), procfs.vm_setting("overcommit_kbytes")
+    ratio, fixed = proc.vm_setting("overcommit_ratio"), proc.vm_setting("overcommit_kbytes")
     values = {
         "mode": mode,
         "committed_as": memory["Committed_AS"] * KiB,
@@ -115,10 +115,10 @@ def overcommit() -> Iterator[Finding]:
 
 def cgroup_limit() -> Iterator[Finding]:
     """See which cgroup bounds the memory of this process, and which slows it down."""
-    groups, total = 0, procfs.meminfo_kib()["MemTotal"] * KiB
+    groups, total = 0, proc.meminfo_kib()["MemTotal"] * KiB
     hard: list[tuple[int, int, int, Path]] = []
     soft: list[tuple[int, int, int, Path]] = []
-    for group in procfs.memory_cgroups():
+    for group in proc.memory_cgroups():
         for name, found in ((group.limit_file, hard), ("memory.high", soft)):
             try:
                 limit = group.limit(name)
@@ -176,7 +176,7 @@ def _writable(file: Path) -> str:
 
 def swap() -> Iterator[Finding]:
     """See whether idle memory can leave RAM by itself."""
-    memory = procfs.meminfo_kib()
+    memory = proc.meminfo_kib()
     total, free = memory["SwapTotal"] * KiB, memory["SwapFree"] * KiB
     values = {"total": total, "free": free}
     if total:

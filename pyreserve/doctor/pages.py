@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyreserve._system import machine, procfs
+from pyreserve._system import machine, proc
 from pyreserve._system.features import chosen, hugetlb_free, thp_settings, thp_size
 from pyreserve.doctor.findings import Finding
 from pyreserve.units import KiB, MiB, format_size
@@ -44,7 +44,7 @@ def _largest_thp(general: str, setting: str, size: int) -> Finding:
         "setting": setting,
         "defrag": chosen(_THP / "defrag"),
     }
-    if procfs.status().get("THP_enabled") == "0":
+    if proc.status().get("THP_enabled") == "0":
         return Finding(
             topic,
             "missing",

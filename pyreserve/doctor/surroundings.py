@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve.doctor.findings import Finding, soft_limit
 from pyreserve.units import format_size
 
@@ -27,10 +27,10 @@ def other_processes() -> Iterator[Finding]:
 
     ``PTRACE_MODE_READ`` is enough for maps, smaps and pagemap.
     """
-    uid, power = os.geteuid(), procfs.capable(_CAP_SYS_PTRACE)
+    uid, power = os.geteuid(), proc.capable(_CAP_SYS_PTRACE)
     refused = None
     try:
-        procfs.read_maps(1)
+        proc.read_maps(1)
     except OSError as error:
         refused = error.strerror
     hidden = _hidepid()
@@ -80,7 +80,7 @@ def _hidepid() -> str | None:
 def ptrace_scope() -> Iterator[Finding]:
     """See what Yama restricts (Documentation/admin-guide/LSM/Yama.rst): attaching, not reading."""
     try:
-        scope = int(procfs.kernel_setting("yama/ptrace_scope"))
+        scope = int(proc.kernel_setting("yama/ptrace_scope"))
     except FileNotFoundError:
         yield Finding(
             "ptrace_scope",
@@ -102,7 +102,7 @@ def ptrace_scope() -> Iterator[Finding]:
 
 def core_dumps() -> Iterator[Finding]:
     """See where core dumps go and what they hold (core(5), MADV_DONTDUMP of madvise(2))."""
-    pattern = procfs.kernel_setting("core_pattern")
+    pattern = proc.kernel_setting("core_pattern")
     limit, how = soft_limit(resource.RLIMIT_CORE, "-c")
     values = {"core_pattern": pattern, "limit": limit}
     piped = pattern.startswith("|")  # a program's dump has no limit
@@ -126,7 +126,7 @@ def core_dumps() -> Iterator[Finding]:
 
 def container() -> Iterator[Finding]:
     """See whether the process is in namespaces of its own, or under a seccomp filter."""
-    own, status = procfs.own_namespaces(), procfs.status()
+    own, status = proc.own_namespaces(), proc.status()
     filtered = status.get("Seccomp") == "2"
     marks = [mark for mark in ("/.dockerenv", "/run/.containerenv") if Path(mark).exists()]
     named = os.environ.get("container")  # noqa: SIM112  # as systemd and podman spell it

@@ -22,7 +22,7 @@ from helpers.arenas import needs_64_bits, needs_golden_page
 from helpers.processes import COMMAND, environment, refused_in_one_line, run
 from pyreserve import PAGE_SIZE, GiB, KiB, MiB, layouts
 from pyreserve._arena.arena import WORD
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve.units import round_up
 
 DEFAULT = layouts.default_name(WORD)
@@ -31,7 +31,7 @@ LAYOUT_32 = "go-tip-2014-12/386"
 
 def needs_memory(nbytes: int) -> None:
     """Skip where the test's own wish would be refused."""
-    if procfs.available_bytes() < nbytes + 512 * MiB:
+    if proc.available_bytes() < nbytes + 512 * MiB:
         pytest.skip("too little memory here")
 
 
@@ -469,7 +469,7 @@ class TestHold:
         """While it stays, other programs see the VSZ that it reports."""
         pid = held.process.pid
 
-        size = procfs.status_kib(pid)["VmSize"] * KiB
+        size = proc.status_kib(pid)["VmSize"] * KiB
 
         assert f"pid {pid} stays until Ctrl-C" in held.line
         assert f"-p {pid}" in held.line

@@ -18,7 +18,7 @@ from helpers import command, costs_tables
 from helpers.costs_tables import LOUD, USUAL, line
 from helpers.subjects import wait_until
 from helpers.witness import PATIENCE
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve.cli import app
 from pyreserve.cli import costs as costs_command
 from pyreserve.costs import CostTable, Curve, Noise, measuring
@@ -312,7 +312,7 @@ class TestRefusals:
         """A machine without the memory for it is told so in one line."""
 
         def use_up() -> None:
-            procfs.available_bytes = lambda: 200 << 20
+            proc.available_bytes = lambda: 200 << 20
 
         ended = command.run("costs", env=environment(), prepare=use_up)
 

@@ -39,7 +39,7 @@ WATCH = """
 import fcntl, os, signal, sys, termios
 from pathlib import Path
 from types import SimpleNamespace
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve.cli.watch import watch
 
 # Whoever runs the tests may ignore them (nohup, a background shell), and so would this process.
@@ -49,8 +49,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def take(pid):
     try:
-        status = procfs.status_kib(pid)
-        mappings = procfs.read_maps(pid)
+        status = proc.status_kib(pid)
+        mappings = proc.read_maps(pid)
     except FileNotFoundError:
         raise ProcessLookupError(pid) from None
     if "VmSize" not in status:

@@ -30,7 +30,7 @@ from helpers import costs_tables
 from helpers.costs_tables import LOUD, QUIET, USUAL, line, measured
 from helpers.profiles import examples
 from pyreserve import PAGE_SIZE, BumpArena, GiB, KiB, MiB, OutOfMemoryError, costs
-from pyreserve._system import machine, procfs
+from pyreserve._system import machine, proc
 from pyreserve._system.machine import facts
 from pyreserve.costs import (
     METHODS,
@@ -616,7 +616,7 @@ class TestRecommendations:
     def test_too_little_memory_to_measure(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where there is no memory to measure with, the step is the usual one."""
         monkeypatch.delenv("PYRESERVE_COSTS", raising=False)
-        monkeypatch.setattr(procfs, "available_bytes", lambda: 10 * MiB)
+        monkeypatch.setattr(proc, "available_bytes", lambda: 10 * MiB)
         recommendation._measured_once.cache_clear()
 
         assert costs.measured_step() == 2 * MiB
@@ -716,7 +716,7 @@ class TestPlan:
 
     def test_too_little_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A machine or cgroup with less memory than it takes is refused before anything is done."""
-        monkeypatch.setattr(procfs, "available_bytes", lambda: 300 * MiB)
+        monkeypatch.setattr(proc, "available_bytes", lambda: 300 * MiB)
         before = children()
 
         with pytest.raises(OutOfMemoryError, match=r"measuring needs 1\.\d+ GiB .* 300 MiB"):
@@ -1082,7 +1082,7 @@ class TestPrograms:
         """Each program gives samples of all its cells, and leaves no mapping and no child."""
         lengths = [setting.unit, 2 * setting.unit]
         programs = list(write(setting, tuple(SCRIPTS), lengths))
-        before, pids = procfs.map_count(), children()
+        before, pids = proc.map_count(), children()
 
         for program in programs:
             samples = run(program, 2)
@@ -1091,7 +1091,7 @@ class TestPrograms:
             assert all(len(values) >= 2 * setting.threads for values in samples)
 
         assert len(programs) > 5
-        assert abs(procfs.map_count() - before) < 10  # the interpreter's own come and go
+        assert abs(proc.map_count() - before) < 10  # the interpreter's own come and go
         assert children() == pids
 
     def test_untimed_cells_stay_untimed(self) -> None:

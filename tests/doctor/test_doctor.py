@@ -18,7 +18,7 @@ import pytest
 
 import pyreserve
 from pyreserve import PAGE_SIZE, KiB, MiB
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve.cli import doctor_screen
 from pyreserve.doctor import STATES, Diagnosis, Finding, diagnose, features, memory, pages
 from pyreserve.doctor import surroundings as around
@@ -152,10 +152,10 @@ class TestFacts:
         values = here.about("overcommit").values
 
         assert values["mode"] == int(Path("/proc/sys/vm/overcommit_memory").read_text())
-        assert values["commit_limit"] == procfs.meminfo_kib()["CommitLimit"] * KiB
+        assert values["commit_limit"] == proc.meminfo_kib()["CommitLimit"] * KiB
         swap = here.about("swap")
         assert (swap.state == "good") == (swap.values["total"] > 0)
-        assert swap.values["total"] == procfs.meminfo_kib()["SwapTotal"] * KiB
+        assert swap.values["total"] == proc.meminfo_kib()["SwapTotal"] * KiB
 
     def test_features_are_the_capabilities(self, here: Diagnosis) -> None:
         """A feature is good exactly where it was found to work."""
@@ -167,7 +167,7 @@ class TestFacts:
     def test_names_in_maps(self, here: Diagnosis) -> None:
         """Where names are called good, a region's name shows."""
         with pyreserve.reserve(PAGE_SIZE, name="doctor"):
-            shows = any(mapping.name == "[anon:doctor]" for mapping in procfs.read_maps())
+            shows = any(mapping.name == "[anon:doctor]" for mapping in proc.read_maps())
 
         assert shows == (here.about("names in maps").state == "good")
 
@@ -211,7 +211,7 @@ class TestLimits:
         finding = limited["RLIMIT_MEMLOCK"]
 
         assert finding["values"]["limit"] == LIMITS["-l"] * KiB
-        if procfs.capable(14):
+        if proc.capable(14):
             assert (finding["state"], finding["change"]) == ("good", None)
         else:
             assert (finding["state"], finding["change"]) == ("limited", "ulimit -l unlimited")
@@ -220,7 +220,7 @@ class TestLimits:
         """Who can't raise a hard limit is told so."""
         told_so = "hard limit" in (limited["RLIMIT_AS"]["risk"] or "")
 
-        assert told_so != procfs.capable(24)
+        assert told_so != proc.capable(24)
 
     def test_the_reservation_is_what_the_limit_leaves(
         self, limited: dict[str, dict[str, Any]]
@@ -269,8 +269,8 @@ class TestOtherMachines:
             "user_reserve_kbytes": 0,
         }
         sizes = {"Committed_AS": 3 * MiB, "CommitLimit": 4 * MiB, "MemTotal": 8 * MiB}
-        monkeypatch.setattr(procfs, "vm_setting", settings.__getitem__)
-        monkeypatch.setattr(procfs, "meminfo_kib", lambda: {**sizes, "SwapTotal": 0})
+        monkeypatch.setattr(proc, "vm_setting", settings.__getitem__)
+        monkeypatch.setattr(proc, "meminfo_kib", lambda: {**sizes, "SwapTotal": 0})
 
         finding = only(memory.overcommit())
 
@@ -284,8 +284,8 @@ class TestOtherMachines:
     def test_loose_overcommit(self, mode: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """In modes 0 and 1 there is nothing to change."""
         sizes = dict.fromkeys(("Committed_AS", "CommitLimit", "SwapTotal"), 0)
-        monkeypatch.setattr(procfs, "vm_setting", lambda name: mode)
-        monkeypatch.setattr(procfs, "meminfo_kib", lambda: {**sizes, "MemTotal": 8 * MiB})
+        monkeypatch.setattr(proc, "vm_setting", lambda name: mode)
+        monkeypatch.setattr(proc, "meminfo_kib", lambda: {**sizes, "MemTotal": 8 * MiB})
 
         finding = only(memory.overcommit())
 
@@ -294,8 +294,8 @@ class TestOtherMachines:
 
     def test_map_entries_almost_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where few entries are left it says how many pieces, and by what to raise them."""
-        monkeypatch.setattr(procfs, "vm_setting", lambda name: 65530)
-        monkeypatch.setattr(procfs, "map_count", lambda: 65500)
+        monkeypatch.setattr(proc, "vm_setting", lambda name: 65530)
+        monkeypatch.setattr(proc, "map_count", lambda: 65500)
 
         finding = diagnose().about("max_map_count")
 
@@ -309,7 +309,7 @@ class TestOtherMachines:
         self, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The tightest group of either version is named by its file, with what lifts its limit."""
-        _, limit, use, cache = procfs._CGROUPS[2 - version]
+        _, limit, use, cache = proc._CGROUPS[2 - version]
         for name, most in (("inner", 300 * MiB), ("outer", 200 * MiB)):
             (tmp_path / name).mkdir()
             (tmp_path / name / limit).write_text(f"{most}\n")
@@ -318,10 +318,10 @@ class TestOtherMachines:
         if version == 2:
             (tmp_path / "inner/memory.high").write_text(f"{150 * MiB}\n")
         groups = [
-            procfs.MemoryCgroup(tmp_path / name, limit, use, cache)
+            proc.MemoryCgroup(tmp_path / name, limit, use, cache)
             for name in ("inner", "outer", "gone")
         ]
-        monkeypatch.setattr(procfs, "memory_cgroups", lambda: iter(groups))
+        monkeypatch.setattr(proc, "memory_cgroups", lambda: iter(groups))
 
         found = {finding.topic: finding for finding in memory.cgroup_limit()}
 
@@ -336,18 +336,16 @@ class TestOtherMachines:
     def test_no_cgroup_limit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A limit that is none, in either version's words, is good."""
         groups = []
-        for (_, limit, use, cache), none in zip(
-            procfs._CGROUPS, ("max", 2**63 - 4096), strict=True
-        ):
+        for (_, limit, use, cache), none in zip(proc._CGROUPS, ("max", 2**63 - 4096), strict=True):
             (tmp_path / limit).write_text(f"{none}\n")
-            groups.append(procfs.MemoryCgroup(tmp_path, limit, use, cache))
-        monkeypatch.setattr(procfs, "memory_cgroups", lambda: iter(groups))
+            groups.append(proc.MemoryCgroup(tmp_path, limit, use, cache))
+        monkeypatch.setattr(proc, "memory_cgroups", lambda: iter(groups))
 
         assert only(memory.cgroup_limit()).state == "good"
 
     def test_locked_memory_without_the_capability(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Without CAP_IPC_LOCK RLIMIT_MEMLOCK counts."""
-        monkeypatch.setattr(procfs, "capable", lambda capability: False)
+        monkeypatch.setattr(proc, "capable", lambda capability: False)
         monkeypatch.setattr(resource, "getrlimit", lambda which: (8 * MiB, 8 * MiB))
 
         finding = only(memory.rlimit_memlock())
@@ -376,7 +374,7 @@ class TestOtherMachines:
         offered = dataclasses.replace(pyreserve.capabilities(), mseal=False)
         monkeypatch.setattr(features, "capabilities", lambda: offered)
         monkeypatch.setattr(platform, "release", lambda: release)
-        monkeypatch.setattr(procfs, "status", lambda: {"Seccomp": seccomp})
+        monkeypatch.setattr(proc, "status", lambda: {"Seccomp": seccomp})
 
         (finding,) = [found for found in features.features() if found.topic == "mseal"]
 
@@ -412,7 +410,7 @@ class TestOtherMachines:
                 raise FileNotFoundError(name)
             return str(scope)
 
-        monkeypatch.setattr(procfs, "kernel_setting", setting)
+        monkeypatch.setattr(proc, "kernel_setting", setting)
 
         finding = only(around.ptrace_scope())
 

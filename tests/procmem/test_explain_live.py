@@ -31,7 +31,7 @@ from helpers.processes import COMMAND, environment, refused_in_one_line, run
 from helpers.subjects import SUBJECTS, Stopped, kib_of, tool
 from helpers.witness import PATIENCE, fresh_python, in_child, only_64_bit
 from pyreserve import PAGE_SIZE, GiB, KiB, MiB, Region, TiB, explain, reserve, track
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve.errors import AccessError, NoAddressSpaceError, RangeError
 from pyreserve.procmem import AddressSpace, Owner, Sample, compare, load, sample, save
 from pyreserve.procmem.read import snapshot as capture
@@ -325,7 +325,7 @@ def kill_before_read(
 ) -> None:
     """Have the process end before a certain opening or reading of a file of its /proc."""
     moments = itertools.count()
-    opened, cgroups = LiveSource.open, procfs.cgroup_memory
+    opened, cgroups = LiveSource.open, proc.cgroup_memory
 
     def happen() -> None:
         if next(moments) == which:
@@ -342,7 +342,7 @@ def kill_before_read(
         return cgroups(pid)
 
     patch.setattr(LiveSource, "open", mortal)
-    patch.setattr(procfs, "cgroup_memory", cgroup_memory)
+    patch.setattr(proc, "cgroup_memory", cgroup_memory)
 
 
 def end(process: "subprocess.Popen[bytes]", *, reaped: bool) -> None:

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers.captures import FOLDER
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve.errors import MapsError
 from pyreserve.procmem import AddressSpace, explain
 from pyreserve.procmem.judge.owners import recognise
@@ -142,7 +142,7 @@ class TestReading:
 
         table = read(text)
 
-        expected = [procfs.parse_maps_line(line) for line in text.decode().splitlines()]
+        expected = [proc.parse_maps_line(line) for line in text.decode().splitlines()]
         assert table.start == [one.start for one in expected]
         assert table.names == [one.name for one in expected]
 

@@ -16,7 +16,7 @@ import gc, os, signal, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 from pyreserve import *
 from pyreserve import PAGE_SIZE as P
-from pyreserve._system import procfs
+from pyreserve._system import proc
 """
 FACTS: dict[str, str] = {}
 FACTS["a view that a finaliser uses or saves pins its bytes and keeps its region mapped"] = """
@@ -36,8 +36,8 @@ class D:
     def __del__(self): self.v[0]=1; saved.append(self.v)
 d=D(); d.r=reserve(1<<16); d.r.commit(0,P); d.v=d.r.view(0,P); d.me=d; base=d.r.base
 del d; gc.collect()
-saved[0][5]=1; assert any(m.start<=base<m.end for m in procfs.read_maps())
-saved.clear(); gc.collect(); assert not any(m.start<=base<m.end for m in procfs.read_maps())
+saved[0][5]=1; assert any(m.start<=base<m.end for m in proc.read_maps())
+saved.clear(); gc.collect(); assert not any(m.start<=base<m.end for m in proc.read_maps())
 """
 FACTS["forks and growths that make regions never wait for each other"] = """
 import threading,time
@@ -56,7 +56,7 @@ stop=True; t.join()
 FACTS["a refused growth takes back nothing that was committed before"] = """
 import resource
 a=Arena(); r=a.region; r.commit(0,P); v=r.view(0,P)
-u=procfs.status_kib()["VmData"]<<10
+u=proc.status_kib()["VmData"]<<10
 resource.setrlimit(resource.RLIMIT_DATA,(u+(8<<20),-1))
 try: a.grow(32<<20); assert 0
 except MemoryError as e: assert e.limit=="RLIMIT_DATA",e

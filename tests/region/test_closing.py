@@ -692,7 +692,7 @@ print(json.dumps([arena.in_use, len(arena._closed_blocks), is_free(arena._lock)]
             """
 import sys
 sys.unraisablehook = lambda *_: None
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve._region.region import _sweep_outliving
 view = None
 def act():
@@ -701,13 +701,13 @@ def act():
         region.commit(0, 4096)
         view = region.view(0, 1)
     view = None
-before = procfs.status_kib()["VmSize"]
+before = proc.status_kib()["VmSize"]
 for _ in range(1500): strike(act)
 signal.signal(signal.SIGALRM, signal.SIG_IGN)
 view = None
 gc.collect()
 _sweep_outliving()
-print(json.dumps((procfs.status_kib()["VmSize"] - before) // 1024))
+print(json.dumps((proc.status_kib()["VmSize"] - before) // 1024))
 """
         )
 

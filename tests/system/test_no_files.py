@@ -16,7 +16,7 @@ import pytest
 import pyreserve
 from helpers import witness
 from pyreserve import GiB, KiB, MiB, OutOfMemoryError
-from pyreserve._system import limits, procfs
+from pyreserve._system import limits, proc
 from pyreserve._system.extras import import_extra
 
 # Every public constructor and the verbs that follow; prints {name: what went wrong}.
@@ -120,10 +120,10 @@ print(json.dumps(found))
 RENAMED = """
 from pathlib import Path
 from pyreserve import capabilities as _
-from pyreserve._system import procfs
+from pyreserve._system import proc
 module = sys.modules["pyreserve._system.features"]
-procfs._PROC = Path("/nowhere/proc")
-procfs._CGROUPS = ()
+proc._PROC = Path("/nowhere/proc")
+proc._CGROUPS = ()
 module._HUGE, module._THP = Path("/nowhere/hugepages"), Path("/nowhere/transparent_hugepage")
 print(json.dumps(problems()))
 """
@@ -172,16 +172,16 @@ def test_proc_and_sys_are_not_mounted() -> None:
 class TestDefaults:
     @pytest.fixture
     def nowhere(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr(procfs, "_PROC", tmp_path)
+        monkeypatch.setattr(proc, "_PROC", tmp_path)
 
     @pytest.mark.usefixtures("nowhere")
     def test_settings(self) -> None:
         """A setting that can't be read has the kernel's default; one without a default is none."""
-        assert procfs.setting_or_default("overcommit_memory") == 0
-        assert procfs.setting_or_default("max_map_count") == 65530
-        assert procfs.setting_or_default("mmap_min_addr") == 65536
+        assert proc.setting_or_default("overcommit_memory") == 0
+        assert proc.setting_or_default("max_map_count") == 65530
+        assert proc.setting_or_default("mmap_min_addr") == 65536
         with pytest.raises(KeyError):
-            procfs.setting_or_default("no_such_setting")
+            proc.setting_or_default("no_such_setting")
 
     @pytest.mark.usefixtures("nowhere")
     def test_capabilities(self) -> None:
@@ -197,7 +197,7 @@ class TestDefaults:
     def test_available_memory(self) -> None:
         """What is free now counts as available."""
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        assert 0 < procfs.available_bytes() <= total
+        assert 0 < proc.available_bytes() <= total
 
     @pytest.mark.usefixtures("nowhere")
     def test_a_refusal_says_that_it_could_not_look(self) -> None:
@@ -211,7 +211,7 @@ class TestDefaults:
         """A limit below what was asked for is named though /proc can't be read."""
 
         def child() -> tuple[str | None, str]:
-            procfs._PROC = Path("/nowhere")
+            proc._PROC = Path("/nowhere")
             resource.setrlimit(resource.RLIMIT_AS, (64 * GiB, 64 * GiB))
             with pytest.raises(OutOfMemoryError) as refused:
                 pyreserve.reserve(128 * GiB)
@@ -336,7 +336,7 @@ class TestStrictOvercommit:
                 f"VmSize: {vsz // KiB} kB\nVmData: 0 kB\nCapEff:\t{capabilities}\n"
             )
 
-        monkeypatch.setattr(procfs, "_PROC", tmp_path)
+        monkeypatch.setattr(proc, "_PROC", tmp_path)
         return write
 
     def test_what_is_kept_back(self, machine: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 from helpers import witness
 from pyreserve import PAGE_SIZE
 from pyreserve._native import ffi, lib
-from pyreserve._system import procfs, tasks
+from pyreserve._system import proc, tasks
 from pyreserve._system.limits import refusal
 from pyreserve.costs import child, plan
 
@@ -96,9 +96,9 @@ class TestMachineLimits:
         self, setting: str, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The settings that bound all processes together are named with their numbers."""
-        read = procfs.kernel_setting
+        read = proc.kernel_setting
         monkeypatch.setattr(
-            procfs, "kernel_setting", lambda key: "2" if key == setting else read(key)
+            proc, "kernel_setting", lambda key: "2" if key == setting else read(key)
         )
 
         found = tasks.refusing_limit()
@@ -144,15 +144,15 @@ class TestCgroup:
         self, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The innermost full group is named, whichever version; one without a limit is passed."""
-        proc, groups = tmp_path / "proc", tmp_path / "groups"
-        (proc / "self").mkdir(parents=True)
+        proc_dir, groups = tmp_path / "proc", tmp_path / "groups"
+        (proc_dir / "self").mkdir(parents=True)
         line = "0::/a/b\n" if version == 2 else "1:cpu:/\n8:pids:/a/b\n"
-        (proc / "self/cgroup").write_text(line)
+        (proc_dir / "self/cgroup").write_text(line)
         (groups / "a/b").mkdir(parents=True)
         for place, most in ((groups / "a/b", "max"), (groups / "a", "1200")):
             (place / "pids.max").write_text(f"{most}\n")
             (place / "pids.current").write_text("1200\n")
-        monkeypatch.setattr(procfs, "_PROC", proc)
+        monkeypatch.setattr(proc, "_PROC", proc_dir)
         monkeypatch.setattr(tasks, "_PIDS_ROOTS", (groups, groups))
 
         assert tasks._pids_cgroup() == (

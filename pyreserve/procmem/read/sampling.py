@@ -4,7 +4,7 @@ import errno
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve.errors import AccessError
 from pyreserve.procmem.read.sources import LiveSource, naming_the_limit
 from pyreserve.units import KiB, format_size
@@ -63,12 +63,12 @@ def resident(source: LiveSource) -> tuple[int, int | None]:
     """Return a process's Rss and Pss in KiB, the second None where it can't be read."""
     text = source.text("smaps_rollup")
     if text is not None:
-        rollup = dict(procfs.parse_kib(text))
+        rollup = dict(proc.parse_kib(text))
         return rollup.get("Rss", 0), rollup.get("Pss", 0)
     smaps = source.smaps()
     if smaps is not None:
         return sum(smaps.rss), sum(smaps.pss)
-    status = dict(procfs.parse_kib(source.text("status") or ""))
+    status = dict(proc.parse_kib(source.text("status") or ""))
     if "VmRSS" not in status:
         msg = "none of smaps_rollup, smaps and status can be read: what is in memory is not known"
         raise AccessError(errno.EACCES, msg)

@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import MapsError
 from pyreserve.procmem.read.maps import FLAGS, READ, WRITE, MapTable
@@ -69,7 +69,7 @@ def capture(source: LiveSource | SavedSource) -> Capture:
     """
     read, settled = _of_one_moment(source)
     table, rollup = read.table, read.rollup or {}
-    status = dict(procfs.parse_kib(read.status or ""))
+    status = dict(proc.parse_kib(read.status or ""))
     lines = (read.status or "").split("\n")
     facts = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
     limits = source.text("limits")
@@ -121,7 +121,7 @@ class _Read:
         """Tell whether the kernel's totals, as far as they are known, are the mappings' sums."""
         table, rollup = self.table, self.rollup
         size = sum(table.size)
-        sizes = dict(procfs.parse_kib(self.status or ""))
+        sizes = dict(proc.parse_kib(self.status or ""))
         return sizes.get("VmSize", size) == size and (
             not rollup
             or not self.knows_memory
@@ -148,7 +148,7 @@ def _of_one_moment(source: LiveSource | SavedSource) -> tuple[_Read, bool]:
 
 def _all(source: LiveSource | SavedSource) -> _Read:
     text = source.text("smaps_rollup")
-    rollup = None if text is None else dict(procfs.parse_kib(text))
+    rollup = None if text is None else dict(proc.parse_kib(text))
     table, has_smaps, knows_memory = _table(source, rollup or {})
     return _Read(table, source.text("status"), rollup, has_smaps, knows_memory)
 
@@ -226,7 +226,7 @@ def _limits(text: str) -> dict[str, int | None]:
     found: dict[str, int | None] = {}
     for line in text.splitlines()[1:]:
         name, soft = line[:25].removeprefix("Max ").strip(), line[25:46].split()
-        if not soft or not (soft[0] == "unlimited" or procfs.is_natural(soft[0])):
+        if not soft or not (soft[0] == "unlimited" or proc.is_natural(soft[0])):
             msg = f"limits: no limit in {line[:60]!r}"
             raise MapsError(msg)
         found[name] = None if soft[0] == "unlimited" else int(soft[0])
@@ -238,11 +238,11 @@ def _machine(source: Source) -> dict[str, int]:
     for name in ("max_map_count", "overcommit_memory"):
         text = source.text(name)
         if text is not None:
-            if not procfs.is_natural(text.strip()):
+            if not proc.is_natural(text.strip()):
                 msg = f"{name}: not a number"
                 raise MapsError(msg)
             found[name] = int(text)
-    for name, kib in procfs.parse_kib(source.text("meminfo") or ""):
+    for name, kib in proc.parse_kib(source.text("meminfo") or ""):
         if name in _OF_MEMINFO:
             found[name] = kib
     found["core_piped"] = (source.text("core_pattern") or "").startswith("|")
@@ -251,7 +251,7 @@ def _machine(source: Source) -> dict[str, int]:
 
 def _cgroups(text: str) -> tuple[tuple[int, int], ...]:
     pairs = [line.split() for line in text.splitlines()]
-    if any(len(pair) != 2 or not all(map(procfs.is_natural, pair)) for pair in pairs):
+    if any(len(pair) != 2 or not all(map(proc.is_natural, pair)) for pair in pairs):
         msg = "cgroup_memory: lines of a limit and a use in bytes were expected"
         raise MapsError(msg)
     return tuple((int(limit), int(used)) for limit, used in pairs)
@@ -261,4 +261,4 @@ def _pid(source: LiveSource | SavedSource, facts: dict[str, str]) -> int | None:
     if isinstance(source, LiveSource):
         return source.pid
     pid = facts.get("Pid", "")
-    return int(pid) if procfs.is_natural(pid) else None
+    return int(pid) if proc.is_natural(pid) else None

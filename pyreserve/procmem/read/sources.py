@@ -10,7 +10,7 @@ from operator import index
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from pyreserve._system import procfs
+from pyreserve._system import proc
 from pyreserve._system.limits import refusal
 from pyreserve.errors import AccessError, MapsError, NoAddressSpaceError, OutOfMemoryError
 from pyreserve.procmem.read.maps import ROW_BYTES, MapTable, Readable, Sums
@@ -60,7 +60,7 @@ def naming_the_limit() -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)  # what was read so far is in the way
     if ran_out:
         try:
-            nbytes = procfs.map_count() * ROW_BYTES
+            nbytes = proc.map_count() * ROW_BYTES
         except (OSError, MemoryError):
             nbytes = ROW_BYTES
         raise refusal("map", errno.ENOMEM, nbytes)
@@ -174,7 +174,7 @@ class LiveSource:
     def _text(self, name: str) -> str:
         if name == "cgroup_memory":
             with self._explained("cgroup"):
-                limits = procfs.cgroup_memory(self.pid)
+                limits = proc.cgroup_memory(self.pid)
                 return "".join(f"{limit} {used}\n" for limit, used in limits)
         with self.open(name) as file:
             return file.readall().decode(errors="surrogateescape")

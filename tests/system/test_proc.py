@@ -12,8 +12,8 @@ import pytest
 
 import pyreserve
 from pyreserve import PAGE_SIZE, KiB, MiB
-from pyreserve._system import procfs
-from pyreserve._system.procfs import Mapping
+from pyreserve._system import proc
+from pyreserve._system.proc import Mapping
 
 
 class TestMapsLines:
@@ -53,13 +53,13 @@ class TestMapsLines:
     )
     def test_a_line_is_read(self, line: str, mapping: Mapping) -> None:
         """Addresses, permissions and the name, with the spaces inside it, are found."""
-        assert procfs.parse_maps_line(line) == mapping
+        assert proc.parse_maps_line(line) == mapping
 
 
 class TestMaps:
     def test_all_mappings_in_order(self) -> None:
         """A process's mappings come in address order without overlap, stack and program too."""
-        mappings = procfs.read_maps()
+        mappings = proc.read_maps()
 
         assert all(a.end <= b.start for a, b in itertools.pairwise(mappings))
         names = {mapping.name for mapping in mappings}
@@ -73,12 +73,12 @@ class TestMaps:
             base = region.base
 
             found = [
-                mapping for mapping in procfs.read_maps() if mapping.start == base + 2 * PAGE_SIZE
+                mapping for mapping in proc.read_maps() if mapping.start == base + 2 * PAGE_SIZE
             ]
 
             assert found == [Mapping(base + 2 * PAGE_SIZE, base + 3 * PAGE_SIZE, "rw-p", "")]
         assert not any(
-            mapping.start <= base + 2 * PAGE_SIZE < mapping.end for mapping in procfs.read_maps()
+            mapping.start <= base + 2 * PAGE_SIZE < mapping.end for mapping in proc.read_maps()
         )
 
     def test_names_that_are_no_utf_8(self, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ class TestMaps:
             file.write(bytes(PAGE_SIZE))
             file.flush()
             with mmap.mmap(file.fileno(), PAGE_SIZE):
-                names = [mapping.name for mapping in procfs.read_maps()]
+                names = [mapping.name for mapping in proc.read_maps()]
 
         assert os.fsdecode(path) in names
 
@@ -103,10 +103,10 @@ class TestMaps:
             child.stdout.read(5)
 
             stacks = [
-                [m for m in procfs.read_maps(pid) if m.name == "[stack]"]
+                [m for m in proc.read_maps(pid) if m.name == "[stack]"]
                 for pid in (child.pid, str(child.pid), "self")
             ]
-            size = procfs.status_kib(child.pid)["VmSize"]
+            size = proc.status_kib(child.pid)["VmSize"]
             child.stdin.close()
             child.wait()
 
@@ -116,11 +116,11 @@ class TestMaps:
     def test_a_process_that_there_is_not(self) -> None:
         """Asking about a process that does not exist raises OSError."""
         with pytest.raises(OSError, match=r"proc"):
-            procfs.read_maps(2**31 - 1)
+            proc.read_maps(2**31 - 1)
 
     def test_counting_is_counting_lines(self) -> None:
         """map_count counts what a reader of /proc/self/maps counts, without the vsyscall page."""
-        before = procfs.map_count()
+        before = proc.map_count()
         lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
 
         assert before == sum(not line.endswith("[vsyscall]") for line in lines)
@@ -133,35 +133,35 @@ class TestMaps:
         maps = tmp_path / "self/maps"
         line = "7f0000000000-7f0000001000 r--p 00000000 fe:01 7      /tmp/a [vsyscall]\n"
         gate = "ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0    [vsyscall]\n"
-        monkeypatch.setattr(procfs, "_PROC", tmp_path)
+        monkeypatch.setattr(proc, "_PROC", tmp_path)
 
         counted = []
         for text in (line, line + gate, ""):
             maps.write_text(text)
-            counted.append(procfs.map_count())
+            counted.append(proc.map_count())
 
         assert counted == [1, 1, 0]
 
     def test_counting_follows_the_mappings(self) -> None:
         """A reservation split into pieces counts as many mappings more."""
         with pyreserve.reserve(64 * PAGE_SIZE, guard=True) as region:
-            procfs.map_count()
-            before = procfs.map_count()
+            proc.map_count()
+            before = proc.map_count()
             for page in range(1, 40, 2):
                 region.commit(page * PAGE_SIZE, PAGE_SIZE)
 
-            assert 40 <= procfs.map_count() - before <= 42
+            assert 40 <= proc.map_count() - before <= 42
 
 
 class TestSizes:
     def test_the_status_of_this_process(self) -> None:
         """VmSize grows by what is reserved, VmData by what is committed."""
-        procfs.status_kib()
-        before = procfs.status_kib()
+        proc.status_kib()
+        before = proc.status_kib()
         with pyreserve.reserve(512 * MiB) as region:
             region.commit(0, 64 * MiB)
 
-            after = procfs.status_kib()
+            after = proc.status_kib()
 
         # The interpreter may take a little for itself meanwhile.
         assert 512 * MiB <= (after["VmSize"] - before["VmSize"]) * KiB < 520 * MiB
@@ -170,7 +170,7 @@ class TestSizes:
 
     def test_only_sizes_are_read(self) -> None:
         """Lines of the status that are no sizes in kB are left out."""
-        found = procfs.status_kib()
+        found = proc.status_kib()
 
         assert {"VmPeak", "VmSize", "VmRSS", "VmData", "VmLck"} <= set(found)
         assert not {"Name", "Pid", "Threads", "Uid"} & set(found)
@@ -179,10 +179,10 @@ class TestSizes:
         """Rss and Pss of the rollup count memory that was touched and not what was reserved."""
         with pyreserve.reserve(64 * MiB) as region:
             region.commit(0, 8 * MiB)
-            before = procfs.rollup_kib()
+            before = proc.rollup_kib()
             region.populate(0, 8 * MiB)
 
-            after = procfs.rollup_kib()
+            after = proc.rollup_kib()
 
         # Pages of files come and go, and Pss shares them with other processes.
         for what in ("Rss", "Pss"):
@@ -190,7 +190,7 @@ class TestSizes:
 
     def test_the_memory_of_the_system(self) -> None:
         """MemTotal and the commit figures are those of /proc/meminfo and sysconf."""
-        found = procfs.meminfo_kib()
+        found = proc.meminfo_kib()
 
         total = os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE // KiB
         assert found["MemTotal"] == total
@@ -198,9 +198,9 @@ class TestSizes:
 
     def test_settings_of_vm(self) -> None:
         """vm_setting reads a number of /proc/sys/vm; one that there is not raises OSError."""
-        assert procfs.vm_setting("overcommit_memory") in {0, 1, 2}
+        assert proc.vm_setting("overcommit_memory") in {0, 1, 2}
         with pytest.raises(FileNotFoundError):
-            procfs.vm_setting("no_such_setting")
+            proc.vm_setting("no_such_setting")
 
 
 def mapped(*ranges: tuple[int, int]) -> list[Mapping]:
@@ -228,16 +228,16 @@ class TestGaps:
         self, mappings: list[tuple[int, int]], gaps: list[tuple[int, int]]
     ) -> None:
         """Gaps are what of the range is not mapped, lowest first."""
-        assert list(procfs.free_gaps(mapped(*mappings), 100, 200)) == gaps
+        assert list(proc.free_gaps(mapped(*mappings), 100, 200)) == gaps
 
     def test_a_reservation_is_no_gap(self) -> None:
         """Reserved addresses are not free, and are free again after the release."""
         region = pyreserve.reserve(4 * PAGE_SIZE)
         low, high = region.base, region.base + 4 * PAGE_SIZE
 
-        occupied = list(procfs.free_gaps(procfs.read_maps(), low, high))
+        occupied = list(proc.free_gaps(proc.read_maps(), low, high))
         region.release()
-        free = list(procfs.free_gaps(procfs.read_maps(), low, high))
+        free = list(proc.free_gaps(proc.read_maps(), low, high))
 
         assert occupied == []
         assert free == [(low, high)]
@@ -246,7 +246,7 @@ class TestGaps:
 class TestAvailableMemory:
     def test_no_more_than_the_system_has(self) -> None:
         """What can still be taken is positive and at most the system's memory."""
-        assert 0 < procfs.available_bytes() <= procfs.meminfo_kib()["MemTotal"] * KiB
+        assert 0 < proc.available_bytes() <= proc.meminfo_kib()["MemTotal"] * KiB
 
     @pytest.mark.parametrize(
         ("groups", "available"),
@@ -266,10 +266,10 @@ class TestAvailableMemory:
         def limited() -> Iterator[tuple[int, int]]:
             yield from groups
 
-        monkeypatch.setattr(procfs, "meminfo_kib", lambda: {"MemAvailable": 1000})
-        monkeypatch.setattr(procfs, "cgroup_memory", limited)
+        monkeypatch.setattr(proc, "meminfo_kib", lambda: {"MemAvailable": 1000})
+        monkeypatch.setattr(proc, "cgroup_memory", limited)
 
-        assert procfs.available_bytes() == available
+        assert proc.available_bytes() == available
 
     @pytest.mark.parametrize("version", [1, 2])
     def test_both_versions_of_cgroups(
@@ -279,29 +279,29 @@ class TestAvailableMemory:
 
         A group may have any name, invalid UTF-8 and Python's ends of lines among them.
         """
-        proc, groups = tmp_path / "proc", tmp_path / "groups"
+        proc_dir, groups = tmp_path / "proc", tmp_path / "groups"
         outer = "a\x0b:\udcff"
-        (proc / "self").mkdir(parents=True)
+        (proc_dir / "self").mkdir(parents=True)
         line = f"0::/{outer}/b\n" if version == 2 else f"1:cpu:/\n7:memory,x:/{outer}/b\n"
-        (proc / "self/cgroup").write_bytes(os.fsencode(line))
+        (proc_dir / "self/cgroup").write_bytes(os.fsencode(line))
         (groups / outer / "b").mkdir(parents=True)
-        _, limit, use, cache = procfs._CGROUPS[2 - version]
+        _, limit, use, cache = proc._CGROUPS[2 - version]
         for place, most in ((groups / outer / "b", "1000000"), (groups / outer, "900000")):
             (place / limit).write_text(most)
             (place / use).write_text("500000")
             (place / "memory.stat").write_text(f"anon 1\n{cache}200000\nfile_mapped 5\n")
-        monkeypatch.setattr(procfs, "_PROC", proc)
-        moved = tuple((groups, *rest) for _, *rest in procfs._CGROUPS)
-        monkeypatch.setattr(procfs, "_CGROUPS", moved)
+        monkeypatch.setattr(proc, "_PROC", proc_dir)
+        moved = tuple((groups, *rest) for _, *rest in proc._CGROUPS)
+        monkeypatch.setattr(proc, "_CGROUPS", moved)
 
-        assert list(procfs.cgroup_memory()) == [(1000000, 300000), (900000, 300000)]
+        assert list(proc.cgroup_memory()) == [(1000000, 300000), (900000, 300000)]
 
     def test_use_is_never_negative(self, tmp_path: Path) -> None:
         """The page cache is read after the use, and may have grown beyond it."""
         (tmp_path / "memory.current").write_text("4096")
         (tmp_path / "memory.stat").write_text("file 8192\n")
 
-        group = procfs.MemoryCgroup(tmp_path, "memory.max", "memory.current", "file ")
+        group = proc.MemoryCgroup(tmp_path, "memory.max", "memory.current", "file ")
 
         assert group.used() == 0
 
@@ -311,6 +311,6 @@ class TestAvailableMemory:
         """A process can't say by its name what the kernel does not."""
         (tmp_path / "self").mkdir()
         (tmp_path / "self/status").write_text("Name:\tx\x0bTHP_enabled:0\nPid:\t5\n")
-        monkeypatch.setattr(procfs, "_PROC", tmp_path)
+        monkeypatch.setattr(proc, "_PROC", tmp_path)
 
-        assert procfs.status() == {"Name": "x\x0bTHP_enabled:0", "Pid": "5"}
+        assert proc.status() == {"Name": "x\x0bTHP_enabled:0", "Pid": "5"}
