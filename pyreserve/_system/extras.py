@@ -1,19 +1,19 @@
-"""Optional dependencies, imported where they are needed and only there; and our own version."""
+"""Imports of optional dependencies, and the version of pyreserve."""
 
 from importlib import import_module
 from typing import Any
 
 
 def import_extra(module: str, extra: str, user: str) -> Any:
-    """Import a module that an extra installs.
+    """Import a module that the extra `extra` installs.
 
     Raises:
-        ImportError: not installed; the message names `user`. Any other failure of the import, such
-            as a library that can't be mapped, is raised as it is.
+        ImportError: the package is not installed; the message names `user` and the extra. Other
+            import failures, such as a shared library that cannot be mapped, are raised unchanged.
     """
     package = module.partition(".")[0]
     try:
-        # The package first: Python 3.15 words the error for a submodule differently.
+        # Import the package first: Python 3.15 words the error for a submodule differently.
         import_module(package)
         return import_module(module)
     except ModuleNotFoundError as missing:
@@ -24,8 +24,8 @@ def import_extra(module: str, extra: str, user: str) -> Any:
 
 
 def own_version() -> str | None:
-    """Return the version of pyreserve; None if it is not installed, or can't be read."""
-    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  # takes long
+    """Return the version of pyreserve; None if it is not installed or unreadable."""
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  # slow to import
 
     try:
         return version("pyreserve")

@@ -1,4 +1,4 @@
-"""What this kernel and this process offer, found by trying and not by version number."""
+"""Kernel features, found by trying each one, not by version number."""
 
 import errno
 import os
@@ -20,24 +20,24 @@ _THP = Path("/sys/kernel/mm/transparent_hugepage")
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """See `capabilities`. Sizes in bytes; None for a limit means unlimited.
+    """Kernel features and limits of this process. Sizes in bytes; a limit of None is unlimited.
 
     Attributes:
         page_size: the OS page.
-        huge_page_sizes: sizes that the kernel knows, smallest first (transparent and hugetlb).
+        huge_page_sizes: huge page sizes of the kernel (transparent and hugetlb), smallest first.
         transparent_huge_pages: ``"always"``, ``"madvise"`` or ``"never"``; None without THP.
-        address_bits: user addresses lie below ``2**address_bits``.
+        address_bits: user addresses are below ``2**address_bits``.
         overcommit_memory: vm.overcommit_memory: 0 heuristic, 1 always, 2 strict.
         rlimit_as, rlimit_data: soft limits (ulimit -v, -d).
         max_map_count: vm.max_map_count.
-        madv_populate_write: Linux 5.14.
-        madv_free: Linux 4.5.
-        madv_wipeonfork: Linux 4.14.
-        madv_guard_install: Linux 6.13.
-        mseal: Linux 6.10, 64-bit.
-        pagemap_scan: Linux 6.7.
-        procmap_query: Linux 6.11.
-        anon_vma_names: CONFIG_ANON_VMA_NAME, Linux 5.17.
+        madv_populate_write: MADV_POPULATE_WRITE (Linux 5.14).
+        madv_free: MADV_FREE (Linux 4.5).
+        madv_wipeonfork: MADV_WIPEONFORK (Linux 4.14).
+        madv_guard_install: MADV_GUARD_INSTALL (Linux 6.13).
+        mseal: mseal (Linux 6.10, 64-bit only).
+        pagemap_scan: PAGEMAP_SCAN (Linux 6.7).
+        procmap_query: PROCMAP_QUERY (Linux 6.11).
+        anon_vma_names: PR_SET_VMA_ANON_NAME (Linux 5.17 with CONFIG_ANON_VMA_NAME).
     """
 
     page_size: int
@@ -59,13 +59,13 @@ class Capabilities:
 
 
 def capabilities() -> Capabilities:
-    """Ask the running kernel what it offers to this process; each feature is tried.
+    """Return the features that the running kernel offers to this process; each one is tried.
 
-    Where /proc can't be read: the kernel's defaults, 0 for `overcommit_memory` and 65530 for
-    `max_map_count`; what needs a file there is not offered. Needs no new mapping.
+    If /proc is unreadable, `overcommit_memory` is 0 and `max_map_count` 65530 (the kernel's
+    defaults), and features that need a file of /proc are False. Creates no mapping.
 
     Raises:
-        OutOfMemoryError: no memory to try a feature with.
+        OutOfMemoryError: no memory to try a feature.
     """
     return Capabilities(
         page_size=PAGE_SIZE,
@@ -95,15 +95,16 @@ def _works(attempt: Callable[[], int]) -> bool:
 
 
 def thp_size() -> int | None:
-    """Size of a transparent huge page; None where the kernel has none.
+    """Return the size of a transparent huge page in bytes; None if the kernel has no THP.
 
-    Where /sys can't be read: what a page of a page table maps, which it is on every machine so far.
+    If /sys is unreadable: the bytes that one page of page table entries maps, which is the size on
+    every architecture so far.
     """
     try:
         return int((_THP / "hpage_pmd_size").read_text(encoding="ascii"))
     except OSError:
-        known_to_be_none = _THP.parent.is_dir() and not _THP.is_dir()
-        return None if known_to_be_none else PAGE_SIZE * (PAGE_SIZE // 8)
+        no_thp = _THP.parent.is_dir() and not _THP.is_dir()
+        return None if no_thp else PAGE_SIZE * (PAGE_SIZE // 8)
 
 
 def _huge_page_sizes() -> tuple[int, ...]:
@@ -115,27 +116,27 @@ def _huge_page_sizes() -> tuple[int, ...]:
 
 
 def thp_settings() -> dict[int, str]:
-    """Return what is set for each size of transparent huge pages, in bytes, smallest first.
+    """Return the setting of each size of transparent huge page, keyed by bytes, smallest first.
 
-    ``"always"``, ``"madvise"`` or ``"never"``; each size has a switch of its own since Linux 6.8
-    (Documentation/admin-guide/mm/transhuge.rst).
+    A setting is ``"always"``, ``"madvise"`` or ``"never"``. Each size has its own switch since
+    Linux 6.8 (Documentation/admin-guide/mm/transhuge.rst).
     """
-    general, found = transparent_huge_pages(), {}
+    general, settings = transparent_huge_pages(), {}
     if general is None:
         return {}
     for size in sorted(_sizes_in(_THP)):
         own = chosen(_THP / f"hugepages-{size // KiB}kB/enabled")
         if own is not None:
-            found[size] = general if own == "inherit" else own
+            settings[size] = general if own == "inherit" else own
     largest = thp_size()
     if largest is not None:
-        found.setdefault(largest, general)
-    return found
+        settings.setdefault(largest, general)
+    return settings
 
 
 def hugetlb_free() -> dict[int, int]:
-    """Return how many huge pages of each size, in bytes, are free in the pool (hugetlb)."""
-    found = {}
+    """Return the number of free, unreserved hugetlb pages of each size, keyed by bytes."""
+    free_pages = {}
     for size in sorted(_sizes_in(_HUGE)):
         pool = _HUGE / f"hugepages-{size // KiB}kB"
         with suppress(OSError):
@@ -143,8 +144,8 @@ def hugetlb_free() -> dict[int, int]:
                 int((pool / name).read_text(encoding="ascii"))
                 for name in ("free_hugepages", "resv_hugepages")
             )
-            found[size] = free - reserved
-    return found
+            free_pages[size] = free - reserved
+    return free_pages
 
 
 def _sizes_in(folder: Path) -> set[int]:
@@ -152,17 +153,17 @@ def _sizes_in(folder: Path) -> set[int]:
         names = os.listdir(folder)
     except OSError:
         return set()
-    found = (re.fullmatch(r"hugepages-(\d+)kB", name) for name in names)
-    return {int(match[1]) * KiB for match in found if match}
+    matches = (re.fullmatch(r"hugepages-(\d+)kB", name) for name in names)
+    return {int(match[1]) * KiB for match in matches if match}
 
 
 def transparent_huge_pages() -> str | None:
-    """Return what is set for them in general; see `Capabilities`."""
+    """Return the general setting; see `Capabilities.transparent_huge_pages`."""
     return chosen(_THP / "enabled")
 
 
 def chosen(switch: Path) -> str | None:
-    """Read which of the choices in a file of /sys is in brackets; None if there is no such file."""
+    """Return the choice in brackets in a file of /sys; None if the file does not exist."""
     try:
         choices = switch.read_text(encoding="ascii")
     except OSError:

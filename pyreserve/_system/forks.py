@@ -1,12 +1,12 @@
 """Locks across a fork.
 
-Other threads do not exist in a forked child, so no lock may be held by one of them at the fork:
-every registered lock is taken before it and given back after it, on both sides. To wait for one
-lock while holding others could deadlock: a fork takes all of them without waiting, or gives back
-what it has, waits for the one that was taken, and begins again.
+A forked child has only the forking thread, so no other thread may hold a lock at the fork: every
+registered lock is acquired before the fork and released after it, in parent and child. Waiting for
+one lock while holding others could deadlock: the fork acquires all of them without waiting, or
+releases those it has, waits for the one that is held, and starts again.
 
-The handlers of the fork are C (``csrc/forklocks.h``). While a thread forks, other at-fork handlers
-in it may call everything here: the thread can re-enter each lock.
+The fork handlers are C (``csrc/forklocks.h``). Other at-fork handlers of the forking thread may
+call everything here, since the thread can re-enter each lock.
 """
 
 import os
@@ -18,7 +18,7 @@ from typing import Any
 from pyreserve._native import ffi, lib
 
 registry_lock = RLock()
-"""Held across each fork: code that takes it runs while no other thread forks."""
+"""Held across each fork: no other thread forks while it is held."""
 
 _FIRST_LIMIT = 64
 
@@ -26,8 +26,8 @@ _FIRST_LIMIT = 64
 class _Registry:
     """Weak references to the owners of locks, each with the address of its tables.
 
-    A registered lock is its own owner, and its address is 0.
-    The dead are dropped when their number may have doubled.
+    A registered lock is its own owner and has address 0. Dead references are removed when the list
+    has doubled since the last removal.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class _Registry:
         with registry_lock:
             self.entries.append((weakref.ref(keeper), address))
             if len(self.entries) > self._limit:
-                # A finaliser that runs here may append more: what follows `seen` stays.
+                # A finaliser that runs here may append: entries after `seen` are kept.
                 seen = len(self.entries)
                 self.entries[:seen] = [e for e in self.entries[:seen] if e[0]() is not None]
                 self._limit = 2 * len(self.entries) + _FIRST_LIMIT
@@ -49,12 +49,12 @@ _tables = _Registry()
 
 
 def register(lock: RLock) -> None:
-    """Register a lock to be held across forks. The reference is weak."""
+    """Hold `lock` across forks. The reference is weak."""
     _locks.add(lock, 0)
 
 
 def register_tables(keeper: Any, tables: Any) -> None:
-    """Register the lock of a ``struct pagealloc *``, while `keeper` is alive."""
+    """Hold the lock of a ``struct pagealloc *`` across forks while `keeper` is alive."""
     _tables.add(keeper, int(ffi.cast("uintptr_t", tables)))
 
 

@@ -1,4 +1,4 @@
-"""Which limit refused. Asked after a refusal, never before: the kernel decides, this explains."""
+"""Limits, and the exceptions that name them. Read after a refusal, never to predict one."""
 
 import errno
 import resource
@@ -17,23 +17,23 @@ PAGE_SIZE: int = lib.vm_page_size()
 
 
 class Limit(NamedTuple):
-    """A limit by its name, and one sentence on how it stands."""
+    """Name of a limit, and a clause with its value and its use."""
 
     name: str
     detail: str
 
 
 def address_bits() -> int:
-    """How many bits a user address has here: mappings lie below ``2**address_bits()``.
+    """Return the number of bits of a user address: mappings are below ``2**address_bits()``.
 
-    Read off the first stack, which the kernel puts right below the end (47 on x86-64, also with
-    5-level page tables; Documentation/arch/x86/x86_64/mm.rst).
+    Derived from the initial stack, which the kernel places at the top of the user addresses (47
+    bits on x86-64, also with 5-level page tables; Documentation/arch/x86/x86_64/mm.rst).
     """
     return int(lib.vm_address_bits())
 
 
 def rlimit(which: int) -> int | None:
-    """Read a soft resource limit in bytes; None means unlimited."""
+    """Return a soft resource limit in bytes; None if unlimited."""
     soft, _ = resource.getrlimit(which)
     return None if soft == resource.RLIM_INFINITY else soft
 
@@ -41,7 +41,7 @@ def rlimit(which: int) -> int | None:
 def _address_space(nbytes: int, address: int | None) -> Limit | None:
     bits = address_bits()
     top = 1 << bits
-    detail = f"a user address has {bits} bits here ({format_size(top)})"
+    detail = f"user addresses have {bits} bits ({format_size(top)})"
     beyond = nbytes >= top or (address is not None and address + nbytes > top)
     try:
         gaps = proc.free_gaps(proc.read_maps(), 0, top)
@@ -51,7 +51,7 @@ def _address_space(nbytes: int, address: int | None) -> Limit | None:
             raise
         return Limit("address space", detail)
     if beyond or nbytes > largest:
-        detail += f", and the largest free piece is {format_size(largest)}"
+        detail += f", and the largest free range is {format_size(largest)}"
         return Limit("address space", detail)
     return None
 
@@ -62,7 +62,7 @@ _RLIMITS = {
     resource.RLIMIT_DATA: ("RLIMIT_DATA", "", "-d", "VmData"),
     resource.RLIMIT_MEMLOCK: (
         "RLIMIT_MEMLOCK",
-        "all future memory is to be locked, and ",
+        "all future memory is locked (MCL_FUTURE), and ",
         "-l",
         "VmLck",
     ),
@@ -75,7 +75,7 @@ def _rlimit(which: int, nbytes: int) -> Limit | None:
         return None
     name, before, option, field = _RLIMITS[which]
     detail = f"{before}{name} (ulimit {option}) is {format_size(limit)}"
-    if nbytes > limit:  # even if nothing is in use, which can't be read everywhere
+    if nbytes > limit:  # refused whatever is in use, which may be unreadable
         with suppress(*proc.UNREADABLE):
             detail += _in_use(proc.status_kib()[field] * KiB)
         return Limit(name, detail)
@@ -89,7 +89,7 @@ def _in_use(nbytes: int) -> str:
 
 def _max_map_count() -> Limit | None:
     limit, used = proc.vm_setting("max_map_count"), proc.map_count()
-    # A split in the middle of a mapping adds two.
+    # Splitting a mapping in its middle adds two.
     if used + 2 > limit:
         return Limit(
             "max_map_count",
@@ -99,14 +99,15 @@ def _max_map_count() -> Limit | None:
 
 
 class StrictCommit(NamedTuple):
-    """What vm.overcommit_memory=2 lets this process commit, in bytes (mm/util.c).
+    """Commit accounting under vm.overcommit_memory=2, in bytes (Linux mm/util.c).
 
     Attributes:
-        used: Committed_AS, of all processes.
+        used: Committed_AS, the charge of all processes.
         limit: CommitLimit.
-        admin_reserve: kept from processes without CAP_SYS_ADMIN (vm.admin_reserve_kbytes).
-        user_reserve: kept from this process: 1/32 of its VSZ, at most vm.user_reserve_kbytes.
-        inexact: by how much the kernel's own count may differ from Committed_AS.
+        admin_reserve: unavailable to processes without CAP_SYS_ADMIN (vm.admin_reserve_kbytes).
+        user_reserve: unavailable to this process: 1/32 of its VSZ, at most
+            vm.user_reserve_kbytes.
+        inexact: the largest difference between Committed_AS and the kernel's per-CPU count.
     """
 
     used: int
@@ -117,30 +118,30 @@ class StrictCommit(NamedTuple):
 
     @property
     def left(self) -> int:
-        """How much more this process may commit."""
+        """Bytes that this process may still commit."""
         return max(0, self.limit - self.admin_reserve - self.user_reserve - self.used)
 
     def __str__(self) -> str:
-        kept = (
+        reserves = (
             (self.admin_reserve, "for root (vm.admin_reserve_kbytes)"),
             (
                 self.user_reserve,
                 "for user_reserve (1/32 of this process's VSZ, at most vm.user_reserve_kbytes)",
             ),
         )
-        reserves = " and ".join(f"{format_size(size)} {why}" for size, why in kept if size)
+        kept = " and ".join(f"{format_size(size)} {purpose}" for size, purpose in reserves if size)
         return (
             f"Committed_AS is {format_size(self.used)} of a CommitLimit of "
             f"{format_size(self.limit)}"
-            + (f", of which the kernel keeps back {reserves}" if reserves else "")
+            + (f", of which the kernel keeps back {kept}" if kept else "")
         )
 
 
 def strict_commit() -> StrictCommit:
-    """Read what vm.overcommit_memory=2 lets this process commit.
+    """Read the commit accounting of vm.overcommit_memory=2.
 
     Raises:
-        OSError, KeyError: /proc can't be read.
+        OSError, KeyError: /proc is unreadable.
     """
     memory = proc.meminfo_kib()
     user = proc.setting_or_default("user_reserve_kbytes")
@@ -166,8 +167,8 @@ def _overcommit(nbytes: int) -> Limit | None:
         if nbytes > most:
             return Limit(
                 "overcommit",
-                f"vm.overcommit_memory is 0, which refuses more at once than memory and swap "
-                f"have ({format_size(most)})",
+                f"vm.overcommit_memory is 0, which refuses a single request above the size of "
+                f"memory and swap ({format_size(most)})",
             )
     return None
 
@@ -179,14 +180,14 @@ def _mmap_min_addr() -> Limit:
 
 
 def _tasks() -> Limit | None:
-    found = tasks.refusing_limit()
-    return Limit(*found) if found else None
+    limit = tasks.refusing_limit()
+    return Limit(*limit) if limit else None
 
 
 def _checks(
     verb: str, err: int, nbytes: int, address: int | None
 ) -> list[Callable[[], Limit | None]]:
-    """Return what to look at, in order."""
+    """Return the checks that may explain the refusal, in order."""
     if err == errno.EPERM and verb == "reserve":
         return [_mmap_min_addr]
     if err == errno.EAGAIN and verb == "fork":
@@ -210,14 +211,14 @@ def _checks(
 
 
 def _find(verb: str, err: int, nbytes: int, address: int | None) -> tuple[Limit | None, str]:
-    """Return the limit that refused, if it can be known, and why it may not be."""
+    """Return the limit that refused, or None and a clause that says if /proc was unreadable."""
     unread = ""
     for check in _checks(verb, err, nbytes, address):
         try:
             limit = check()
-        except proc.UNREADABLE as error:  # at the limit, even looking at /proc may be refused
+        except proc.UNREADABLE as error:  # at a limit, even reading /proc may fail
             cause = getattr(error, "strerror", None) or repr(error)
-            unread = f", and /proc can't be read ({cause})"
+            unread = f", and /proc is unreadable ({cause})"
             continue
         if limit is not None:
             return limit, ""
@@ -225,25 +226,25 @@ def _find(verb: str, err: int, nbytes: int, address: int | None) -> tuple[Limit 
 
 
 _REASONS = {
-    errno.EEXIST: "something is mapped there already, and it is never replaced",
-    errno.ENOSYS: "this kernel does not have it",
-    errno.EINVAL: "this kernel does not do it, or the memory is locked (mlock)",
+    errno.EEXIST: "the range is already mapped, and a mapping is never replaced",
+    errno.ENOSYS: "this kernel does not support it",
+    errno.EINVAL: "this kernel does not support it, or the memory is locked (mlock)",
 }
 
 
 def refusal(
     verb: str, err: int, nbytes: int, address: int | None = None, why: str | None = None
 ) -> VMError:
-    """Make the exception for a verb that the kernel refused with `err`.
+    """Return the exception for a verb that the kernel refused with errno `err`.
 
-    The verb ``"map"`` reserves and commits in one; ``"fork"`` makes a process.
-
-    It names the verb, the bytes, the address, the errno and, where it can be known, the limit.
+    It names the verb, the bytes, the address, the errno and, if known, the limit. The verb
+    ``"map"`` reserves and commits in one call; ``"fork"`` creates a process. `why` replaces the
+    reason.
     """
     limit, unread = _find(verb, err, nbytes, address)
     where = "" if address is None else f" at {address:#x}"
     reason = why or (
-        limit.detail if limit else _REASONS.get(err, f"the kernel did not say why{unread}")
+        limit.detail if limit else _REASONS.get(err, f"no known limit explains it{unread}")
     )
     cls = OutOfMemoryError if err in _RAN_OUT else VMError
     return cls(

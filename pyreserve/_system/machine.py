@@ -1,4 +1,4 @@
-"""The facts of a machine that decide what its memory costs."""
+"""Facts about the machine that determine the cost of its memory."""
 
 import os
 import platform
@@ -14,16 +14,16 @@ _SYS = Path("/sys")
 
 
 def facts() -> dict[str, Any]:
-    """Return them, ready for JSON; sizes in bytes, None for what can't be known here.
+    """Return the facts as a JSON-compatible dict; sizes in bytes, None if unknown.
 
-    Settings of vm that can't be read count as the kernel's defaults.
+    A vm setting that is unreadable has the kernel's default.
 
-    - ``cpu``, ``cpus`` (those that this process may use), ``architecture``, ``kernel``;
+    - ``cpu``, ``cpus`` (the CPUs that this process may use), ``architecture``, ``kernel``;
     - ``memory``, ``page_size``, ``overcommit_memory`` (vm.overcommit_memory), ``max_map_count``;
-    - ``transparent_huge_pages`` (what is set for each size), ``transparent_huge_pages_defrag``,
-      ``hugetlb_free`` (free huge pages of each size);
-    - ``virtualised``: the hypervisor's name, ``"yes"`` if it gives none, ``"no"``;
-    - ``balloon``: whether a virtio balloon may take idle memory back;
+    - ``transparent_huge_pages`` (size: setting), ``transparent_huge_pages_defrag``,
+      ``hugetlb_free`` (size: free pages);
+    - ``virtualised``: the hypervisor's name, ``"yes"`` if it has none, ``"no"`` on bare metal;
+    - ``balloon``: whether a virtio balloon device may reclaim idle memory;
     - ``clocksource``, ``python``, ``pyreserve``.
     """
     cpu = _cpu_info()
@@ -36,7 +36,7 @@ def facts() -> dict[str, Any]:
         "page_size": PAGE_SIZE,
         "overcommit_memory": proc.setting_or_default("overcommit_memory"),
         "max_map_count": proc.setting_or_default("max_map_count"),
-        "transparent_huge_pages": {str(size): how for size, how in thp_settings().items()},
+        "transparent_huge_pages": {str(size): setting for size, setting in thp_settings().items()},
         "transparent_huge_pages_defrag": chosen(_SYS / "kernel/mm/transparent_hugepage/defrag"),
         "hugetlb_free": {str(size): free for size, free in hugetlb_free().items()},
         "virtualised": _virtualised(cpu.get("flags", "")),
@@ -55,7 +55,7 @@ def _memory() -> int:
 
 
 def _cpu_info() -> dict[str, str]:
-    """Read the first processor of /proc/cpuinfo; empty where that can't be read."""
+    """Return the first processor of /proc/cpuinfo; empty if unreadable."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

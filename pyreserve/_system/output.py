@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Atomic writing of output files."""
 
 import os
 import secrets
@@ -12,14 +12,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: what failed leaves the old one as it was.
+    """Write a file completely or not at all: a failed call leaves the old file unchanged.
 
-    A link stays one, and who may read and write the file stays. What exists and is no regular file
-    (``/dev/null``, a pipe), and what is standard output or error under another name
-    (``/dev/stdout``), is written to as it is.
+    A symbolic link is followed and kept, and the file keeps its permission bits. A path that is not
+    a regular file (``/dev/null``, a pipe) or that names standard output or error (``/dev/stdout``)
+    is written in place.
 
     Raises:
-        OSError: it can't be written.
+        OSError: the file cannot be written.
     """
     stream = _stream(path)
     if stream is not None:
@@ -33,37 +33,37 @@ def write_bytes(path: Path, data: bytes) -> None:
         path.write_bytes(data)
         return
     path = Path(os.path.realpath(path))
-    made = path.parent / f".{secrets.token_hex(8)}.part"
+    part = path.parent / f".{secrets.token_hex(8)}.part"
     try:
-        with made.open("xb") as file:
+        with part.open("xb") as file:
             file.write(data)
         if path.exists():
-            made.chmod(path.stat().st_mode & 0o777)
-        made.replace(path)
+            part.chmod(path.stat().st_mode & 0o777)
+        part.replace(path)
     except BaseException:
-        made.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 
 def check_writable(path: Path) -> None:
-    """Refuse what `write_bytes` could not write, as far as can be seen without writing.
+    """Check that `write_bytes` can write `path`, as far as that is visible without writing.
 
     Raises:
-        PermissionError: it is a directory, it or the directory that it is in is not there or not
-            writable: a file that there is already is replaced.
+        PermissionError: `path` is a directory, an existing file without write permission, or in a
+            directory that is missing or not writable.
     """
     if _stream(path) is not None:
         return
-    needed = [path] if path.exists() else []
-    if path.is_file() or not needed:
-        needed.append(Path(os.path.realpath(path)).parent)
-    if path.is_dir() or not all(os.access(one, os.W_OK) for one in needed):
+    targets = [path] if path.exists() else []
+    if path.is_file() or not targets:  # a regular file is replaced, by a new one beside it
+        targets.append(Path(os.path.realpath(path)).parent)
+    if path.is_dir() or not all(os.access(target, os.W_OK) for target in targets):
         msg = f"{path} can't be written"
         raise PermissionError(msg)
 
 
 def _stream(path: Path) -> int | None:
-    """Return the number of the standard stream that a path is a name of, None if of none."""
+    """Return 1 or 2 if the path names standard output or error, else None."""
     for number in (1, 2):
         try:
             if os.path.samestat(path.stat(), os.fstat(number)):

@@ -1,4 +1,4 @@
-"""Pictures as files: the same whatever somebody has set for pictures of their own."""
+"""Figures as files, reproducible: the user's matplotlib settings are ignored."""
 
 import io
 from collections.abc import Iterator
@@ -16,22 +16,23 @@ _SUFFIXES = (".png", ".svg")
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse a name that tells no format.
+    """Check that the suffix of a file name selects a format.
 
     Raises:
         ValueError: the suffix is neither ``.png`` nor ``.svg``.
     """
     if path.suffix not in _SUFFIXES:
-        msg = f"a picture's file ends in {' or '.join(_SUFFIXES)}, and {path} does not"
+        msg = f"a picture's file name must end in {' or '.join(_SUFFIXES)}, got {path}"
         raise ValueError(msg)
 
 
 def write_picture(picture: "Figure", path: Path) -> None:
-    """Write a picture, whole or not at all; its format follows the suffix.
+    """Write a figure atomically, in the format of the suffix.
 
     Raises:
         ValueError: see `check_suffix`.
-        OSError: it can't be written.
+        OSError: the file cannot be written.
+        ImportError: matplotlib is missing (extra ``plot``).
     """
     check_suffix(path)
     data = io.BytesIO()
@@ -43,7 +44,7 @@ def write_picture(picture: "Figure", path: Path) -> None:
 
 @contextmanager
 def own_settings() -> Iterator[None]:
-    """Draw alike everywhere, whatever somebody has set for pictures of their own.
+    """Use matplotlib's defaults inside the block instead of the user's settings.
 
     Raises:
         ImportError: matplotlib is missing (extra ``plot``).
@@ -51,6 +52,6 @@ def own_settings() -> Iterator[None]:
     matplotlib = import_extra("matplotlib", "plot", "drawing")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        # Text stays text in an SVG, and the same data make the same file.
+        # Keep text as text in an SVG, and make its ids reproducible.
         matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "pyreserve"})
         yield

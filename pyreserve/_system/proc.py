@@ -1,4 +1,4 @@
-"""What Linux's /proc says: mappings, sizes and settings. Reading only (proc(5))."""
+"""The reader of /proc and of the cgroups in /sys: mappings, sizes, settings (proc(5))."""
 
 import os
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class Mapping(NamedTuple):
 
 
 def parse_maps_line(line: str) -> Mapping:
-    """Read one line of /proc/PID/maps."""
+    """Parse one line of /proc/PID/maps."""
     fields = line.rstrip("\n").split(" ", 5)
     start, end = fields[0].split("-")
     name = fields[5].strip(" ") if len(fields) == 6 else ""
@@ -40,7 +40,7 @@ def map_count() -> int:
         while chunk := maps.read(1 << 16):
             count += chunk.count(b"\n")
             last = chunk
-    # The vsyscall page, in the kernel's half, is printed, but belongs to no process.
+    # The vsyscall page, in the kernel's half, is listed but not counted.
     start = last.rstrip(b"\n").rpartition(b"\n")[2].partition(b"-")[0]
     return count - (int(start or b"0", 16) >> 63)
 
@@ -50,8 +50,8 @@ def _kib_fields(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def parse_kib(text: str) -> Iterator[tuple[str, int]]:
-    """Yield the lines with a size, such as ``VmRSS: 12 kB``, of status, meminfo or smaps_rollup."""
-    # Not splitlines: a process's name may hold what Python takes for the end of a line.
+    """Yield (key, KiB) for each line such as ``VmRSS: 12 kB`` of status, meminfo, smaps_rollup."""
+    # Not splitlines: a process's name may contain characters that it splits at.
     for line in text.split("\n"):
         key, _, rest = line.partition(":")
         value = rest.split()
@@ -60,7 +60,7 @@ def parse_kib(text: str) -> Iterator[tuple[str, int]]:
 
 
 def is_natural(text: str) -> bool:
-    """Tell whether a text is a number as the kernel prints it, of at most 64 bits or so."""
+    """Whether `text` is a decimal number of at most 20 digits, as the kernel prints 64 bits."""
     return text.isascii() and text.isdigit() and len(text) <= 20
 
 
@@ -75,13 +75,13 @@ def rollup_kib(pid: int | str = "self") -> dict[str, int]:
 
 
 def started(pid: int) -> int:
-    """Read when a process was started, in clock ticks since boot: tells users of a number apart.
+    """Read the start time of a process in clock ticks since boot: it tells reused PIDs apart.
 
     Raises:
         OSError: there is no such process.
     """
     stat = (_PROC / str(pid) / "stat").read_text(encoding="ascii", errors="replace")
-    return int(stat.rpartition(")")[2].split()[19])  # field 22; the name before may hold anything
+    return int(stat.rpartition(")")[2].split()[19])  # field 22; the name may contain anything
 
 
 def meminfo_kib() -> dict[str, int]:
@@ -102,12 +102,12 @@ _DEFAULTS = {
     "admin_reserve_kbytes": 8192,
     "user_reserve_kbytes": 131072,
 }
-# What reading /proc raises: no file or descriptor, no memory, a field missing, no number.
+# Raised by readers of /proc: no file, descriptor or memory, a missing field, not a number.
 UNREADABLE = (OSError, MemoryError, KeyError, ValueError)
 
 
 def setting_or_default(name: str) -> int:
-    """Read the integer /proc/sys/vm/NAME; where it can't be read, return the kernel's default."""
+    """Read the integer /proc/sys/vm/NAME; if it is unreadable, return the kernel's default."""
     try:
         return vm_setting(name)
     except UNREADABLE:
@@ -128,9 +128,9 @@ def free_gaps(mappings: list[Mapping], low: int, high: int) -> Iterator[tuple[in
 
 
 def available_bytes() -> int:
-    """Estimate how much memory this process can still take: MemAvailable, or less by its cgroup.
+    """Estimate the bytes that this process can still use: MemAvailable, or less by its cgroups.
 
-    Falls back to free physical memory if /proc can't be read.
+    If /proc is unreadable: free physical memory.
     """
     try:
         available = meminfo_kib()["MemAvailable"] * 1024
@@ -143,32 +143,33 @@ def available_bytes() -> int:
 
 
 class MemoryCgroup(NamedTuple):
-    """A cgroup above this process: its folder, and how its files about memory are called.
+    """A memory cgroup: its folder, and the names of its files.
 
-    In version 2 and in version 1 (Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst).
+    The names differ between version 2 and version 1 (Documentation/admin-guide/cgroup-v2.rst,
+    cgroup-v1/memory.rst).
     """
 
-    place: Path
+    folder: Path
     limit_file: str
     use_file: str
     cache_line: str  # of memory.stat
 
     def limit(self, name: str = "") -> int | None:
-        """Read a limit in bytes, of `name` if not the hard one; None means there is none.
+        """Read the hard limit, or the limit in the file `name`, in bytes; None if unlimited.
 
         Raises:
-            FileNotFoundError: the group has no such limit.
+            FileNotFoundError: the cgroup has no such file.
         """
-        text = (self.place / (name or self.limit_file)).read_text(encoding="ascii").strip()
-        # Version 1 has no word for it, and says the most that a counter of pages can hold.
+        text = (self.folder / (name or self.limit_file)).read_text(encoding="ascii").strip()
+        # Version 1 has no word for "unlimited": it prints the maximum of its page counter.
         return None if text == "max" or int(text) >= 1 << 62 else int(text)
 
     def used(self) -> int:
-        """Read how many bytes are in use, page cache left out."""
-        used = int((self.place / self.use_file).read_text(encoding="ascii"))
-        stat = (self.place / "memory.stat").read_text(encoding="ascii").splitlines()
+        """Read the bytes in use, without the page cache."""
+        used = int((self.folder / self.use_file).read_text(encoding="ascii"))
+        stat = (self.folder / "memory.stat").read_text(encoding="ascii").splitlines()
         cache = sum(int(row.split()[1]) for row in stat if row.startswith(self.cache_line))
-        return max(0, used - cache)  # the two are not of one moment
+        return max(0, used - cache)  # read at two different times
 
 
 _CGROUPS = (
@@ -182,13 +183,13 @@ _CGROUPS = (
 )
 
 
-def cgroup_places(
+def cgroup_folders(
     controller: str, roots: tuple[Path, Path], pid: int | str = "self"
 ) -> Iterator[tuple[Path, bool]]:
     """Yield (folder, is_version_1) of the cgroups above a process, innermost first.
 
-    Only of those that may have `controller`. `roots`: mount points of versions 2 and 1. The root
-    group and one without the controller have none of its files.
+    Only hierarchies that may have `controller`. `roots`: mount points of versions 2 and 1. The root
+    cgroup and one without the controller have none of its files.
     """
     text = (_PROC / str(pid) / "cgroup").read_bytes().decode(errors="surrogateescape")
     for line in filter(None, text.split("\n")):
@@ -197,52 +198,52 @@ def cgroup_places(
             continue
         root = roots[bool(controllers)]
         group = root / name.lstrip("/")
-        for place in (group, *group.parents):
-            if not place.is_relative_to(root):
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
                 break
-            yield place, bool(controllers)
+            yield folder, bool(controllers)
 
 
 def memory_cgroups(pid: int | str = "self") -> Iterator[MemoryCgroup]:
-    """Yield the places of the cgroups above a process, innermost first.
+    """Yield the memory cgroups above a process, innermost first.
 
-    The root group and one without the memory controller have none of the files.
+    The root cgroup and one without the memory controller have none of the files.
     """
     (root, *files), (root_1, *files_1) = _CGROUPS
-    for place, version_1 in cgroup_places("memory", (root, root_1), pid):
-        yield MemoryCgroup(place, *(files_1 if version_1 else files))
+    for folder, version_1 in cgroup_folders("memory", (root, root_1), pid):
+        yield MemoryCgroup(folder, *(files_1 if version_1 else files))
 
 
 def cgroup_memory(pid: int | str = "self") -> Iterator[tuple[int, int]]:
-    """Yield limit and use in bytes, page cache left out, of each limited cgroup of a process."""
+    """Yield (limit, bytes in use without page cache) of each limited cgroup above a process."""
     for group in memory_cgroups(pid):
         try:
             limit = group.limit()
             if limit is not None:
                 yield limit, group.used()
-        except OSError:  # the root group, one without the memory controller, or one just removed
+        except OSError:  # the root, no memory controller, or just removed
             continue
 
 
 def status(pid: int | str = "self") -> dict[str, str]:
-    """Read all of /proc/PID/status as it stands, such as ``CapEff`` and ``Seccomp``."""
+    """Read all fields of /proc/PID/status as text, such as ``CapEff`` and ``Seccomp``."""
     text = (_PROC / str(pid) / "status").read_text(encoding="utf-8", errors="replace")
     # Not splitlines, as in `parse_kib`.
     pairs = (line.partition(":") for line in text.split("\n") if line)
     return {key: value.strip() for key, _, value in pairs}
 
 
-# Inodes of the namespaces that the kernel boots with (include/linux/proc_ns.h).
-_FIRST_NAMESPACES = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC, "cgroup": 0xEFFFFFFB}
+# Inodes of the initial namespaces (include/linux/proc_ns.h).
+_INITIAL_NAMESPACES = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC, "cgroup": 0xEFFFFFFB}
 
 
 def own_namespaces() -> list[str]:
-    """Name which of ``user``, ``pid`` and ``cgroup`` are not those that the machine booted with."""
-    links = {kind: (_PROC / "self/ns" / kind) for kind in _FIRST_NAMESPACES}
+    """Return which of the ``user``, ``pid`` and ``cgroup`` namespaces are not the initial ones."""
+    links = {kind: (_PROC / "self/ns" / kind) for kind in _INITIAL_NAMESPACES}
     return [
         kind
         for kind, link in links.items()
-        if link.is_symlink() and str(link.readlink()) != f"{kind}:[{_FIRST_NAMESPACES[kind]}]"
+        if link.is_symlink() and str(link.readlink()) != f"{kind}:[{_INITIAL_NAMESPACES[kind]}]"
     ]
 
 
@@ -250,9 +251,10 @@ CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 21, 24  # linux/capability.h
 
 
 def capable(capability: int) -> bool:
-    """Tell whether this process has a capability (its number in linux/capability.h) everywhere.
+    """Whether this process has a capability (numbered as in linux/capability.h).
 
-    Not only over a user namespace of its own (capabilities(7)).
+    A capability inside a user namespace other than the initial one does not count
+    (capabilities(7)).
     """
     effective = int(status()["CapEff"], 16)
     return bool(effective >> capability & 1) and "user" not in own_namespaces()

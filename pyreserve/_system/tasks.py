@@ -1,4 +1,4 @@
-"""Find the limit behind an EAGAIN from clone(2)."""
+"""The limit on processes and threads behind an EAGAIN of clone(2)."""
 
 import contextlib
 import os
@@ -11,9 +11,9 @@ _PIDS_ROOTS = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/pids")  # versions 2 
 
 
 def refusing_limit() -> tuple[str, str] | None:
-    """Return (name, sentence) of the limit that is reached, or None if no visible limit is.
+    """Return (name, sentence) of the limit that is reached, None if no visible one is.
 
-    In the kernel's order (``copy_process`` of kernel/fork.c).
+    Limits are checked in the kernel's order (``copy_process``, kernel/fork.c).
     """
     return _rlimit_nproc() or _threads_max() or _pid_max() or _pids_cgroup()
 
@@ -38,11 +38,11 @@ def _is_exempt() -> bool:
 
 
 def _tasks_of(user: int) -> int:
-    """Count the processes and threads of a real user that /proc shows."""
+    """Count the threads of all processes of a real user ID that /proc shows."""
     count = 0
     for entry in os.listdir("/proc"):
         if entry.isdigit():
-            with contextlib.suppress(OSError, KeyError):  # it has ended
+            with contextlib.suppress(OSError, KeyError):  # the process has ended
                 status = proc.status(entry)
                 if int(status["Uid"].split()[0]) == user:
                     count += int(status["Threads"])
@@ -65,21 +65,21 @@ def _threads_max() -> tuple[str, str] | None:
 
 def _pid_max() -> tuple[str, str] | None:
     limit, used = int(proc.kernel_setting("pid_max")), _all_tasks()
-    # The first 300 are not reused (RESERVED_PIDS of kernel/pid.c).
+    # The lowest 300 IDs are not reused (RESERVED_PIDS, kernel/pid.c).
     if used < limit - 300:
         return None
     return (
         "pid_max",
-        f"kernel.pid_max is {limit:,}, and the machine has {used:,} process ids in use",
+        f"kernel.pid_max is {limit:,}, and the machine has {used:,} process IDs in use",
     )
 
 
 def _pids_cgroup() -> tuple[str, str] | None:
-    for group, _ in proc.cgroup_places("pids", _PIDS_ROOTS):
+    for group, _ in proc.cgroup_folders("pids", _PIDS_ROOTS):
         try:
             limit = (group / "pids.max").read_bytes().strip()
             used = int((group / "pids.current").read_bytes())
-        except OSError:  # the root group, or one without the controller
+        except OSError:  # the root cgroup, or no pids controller
             continue
         if limit != b"max" and used >= int(limit):
             return (

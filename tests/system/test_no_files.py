@@ -205,7 +205,7 @@ class TestDefaults:
         error = limits.refusal("commit", errno.ENOMEM, MiB)
 
         assert error.limit is None
-        assert "the kernel did not say why, and /proc can't be read (No such file" in str(error)
+        assert "no known limit explains it, and /proc is unreadable (No such file" in str(error)
 
     def test_a_limit_that_needs_no_looking(self) -> None:
         """A limit below what was asked for is named though /proc can't be read."""
