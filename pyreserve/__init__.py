@@ -1,12 +1,13 @@
 """Reserve virtual memory now, commit it later.
 
-- `reserve` owns addresses; a `Region` commits pieces of them, exports safe views, and gives back.
-- `Bitmap` is a bitmap of any size that takes memory only where bits were set.
-- `layouts` are Go's address-space plans as data; `Arena` brings one to life and allocates in it.
-- `BumpArena`, `Pool` and `PageAllocator` are allocators for what needs less than that.
-- `GrowableBuffer` and `GrowableArray` grow where they stand: growing ends no view of them.
-- `explain` says what a process's address space holds, `track` what a block of code changed in it.
-- `capabilities` says what this kernel and process offer.
+- `reserve` returns a `Region`: it owns addresses, commits and decommits parts of them, and gives
+  safe views of committed bytes.
+- `Bitmap` is a bitmap of any size that uses memory only where bits were set.
+- `layouts` describes Go's address-space layouts; an `Arena` reserves one and allocates in it.
+- `BumpArena`, `Pool` and `PageAllocator` are simpler allocators.
+- `GrowableBuffer` and `GrowableArray` grow in place: existing views stay valid.
+- `explain` describes a process's address space, `track` how a block of code changes it.
+- `capabilities` lists the features of this kernel and the limits of this process.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""``python -m pyreserve``: the same as the command ``pyreserve``."""
+"""``python -m pyreserve`` runs the ``pyreserve`` command."""
 
 from pyreserve.cli import main
 

@@ -1,5 +1,5 @@
-# What cffi builds from csrc/*.h. The headers are the declarations; each call is typed by the
-# Python face around it.
+# The extension module that cffi builds from csrc/*.h. It is untyped: each Python module that
+# calls it annotates the results.
 from typing import Any
 
 ffi: Any

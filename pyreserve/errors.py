@@ -1,17 +1,17 @@
-"""What can go wrong. Each class is also the builtin that a caller would think of.
+"""Exceptions. Each class is also the builtin exception that a caller would expect.
 
 =====================  ====================  ====================================================
 class                  also a                means
 =====================  ====================  ====================================================
 `VMError`              `OSError`             the kernel refused a verb; ``errno`` says how
 `OutOfMemoryError`     `MemoryError`         ... because memory or addresses ran out
-`RangeError`           `ValueError`          offsets, lengths or addresses that make no sense here
-`ReleasedError`        `ValueError`          the object was released or closed
-`FreeError`            `ValueError`          freed or closed already, or never allocated here
-`ViewError`            `BufferError`         live views hold the bytes
-`MapsError`            `ValueError`          files of /proc/PID, saved or not, that make no sense
+`RangeError`           `ValueError`          an invalid offset, length, size or address
+`ReleasedError`        `ValueError`          the object is released or closed
+`FreeError`            `ValueError`          already freed or closed, or never allocated here
+`ViewError`            `BufferError`         live views show the bytes
+`MapsError`            `ValueError`          malformed text of /proc/PID files, live or saved
 `NoAddressSpaceError`  `ProcessLookupError`  no such process, a zombie, a kernel thread
-`AccessError`          `PermissionError`     a process that this one may not look into
+`AccessError`          `PermissionError`     no permission to read the process's memory
 =====================  ====================  ====================================================
 """
 
@@ -20,19 +20,19 @@ from collections.abc import Callable
 
 
 class PyreserveError(Exception):
-    """The root of the others. Never raised itself."""
+    """Base class of all exceptions here; never raised itself."""
 
 
 class VMError(PyreserveError, OSError):
-    """The kernel refused a verb; what the region holds is as it was, unless the verb says more.
+    """The kernel refused a verb. The object is unchanged unless the verb documents otherwise.
 
     Attributes:
-        verb: ``"reserve"``, ``"commit"``, ...; ``"map"`` reserves and commits in one (str).
-        nbytes: how many bytes were asked for (int).
-        address: where, or None if anywhere would have done (int or None).
-        limit: which limit refused, if it can be known: ``"RLIMIT_AS"``, ``"RLIMIT_DATA"``,
+        verb: ``"reserve"``, ``"commit"``, ...; ``"map"`` reserves and commits in one call (str).
+        nbytes: the number of bytes requested (int).
+        address: the address requested; None for any address (int or None).
+        limit: the limit that refused, if known: ``"RLIMIT_AS"``, ``"RLIMIT_DATA"``,
             ``"RLIMIT_MEMLOCK"``, ``"overcommit"``, ``"max_map_count"``, ``"mmap_min_addr"``,
-            ``"address space"``, ``"layout"`` (an arena's own bounds); else None.
+            ``"address space"``, ``"layout"`` (the end of an arena's layout); else None.
     """
 
     def __init__(  # OSError takes its errno from the first two arguments
@@ -50,52 +50,55 @@ class VMError(PyreserveError, OSError):
 
     @property
     def verb(self) -> str:
-        """What was refused."""
+        """The verb that was refused."""
         return self._verb
 
     @property
     def nbytes(self) -> int:
-        """How many bytes were asked for."""
+        """The number of bytes requested."""
         return self._nbytes
 
     @property
     def address(self) -> int | None:
-        """Where; None if anywhere would have done."""
+        """The address requested; None for any address."""
         return self._address
 
     @property
     def limit(self) -> str | None:
-        """Which limit refused; None if that is not known."""
+        """The limit that refused; None if not known."""
         return self._limit
 
     @property
     def errno_name(self) -> str:
-        """The symbol of ``errno``, such as ``"ENOMEM"``."""
+        """The symbolic name of ``errno``, such as ``"ENOMEM"``."""
         return _errno.errorcode.get(self.errno or 0, str(self.errno))
 
 
 class OutOfMemoryError(VMError, MemoryError):
-    """Memory or addresses ran out: a `VMError` that is a `MemoryError` too."""
+    """Memory or addresses ran out: a `VMError` that is also a `MemoryError`."""
 
 
 class RangeError(PyreserveError, ValueError):
-    """An offset, length, size or address that is outside, misaligned or not committed."""
+    """An offset, length, size or address is out of range, misaligned or not committed."""
 
 
 class ReleasedError(PyreserveError, ValueError):
-    """The region, bitmap, arena, pool or array was released or closed before."""
+    """The region, bitmap, arena, pool or array is released or closed."""
 
 
 class FreeError(PyreserveError, ValueError):
-    """A page, slot or block was freed or closed before, or never allocated. Nothing has changed."""
+    """A page, slot or block is already freed or closed, or was never allocated.
+
+    Nothing has changed.
+    """
 
 
 class ViewError(PyreserveError, BufferError):
-    """Live views hold bytes that would become inaccessible; nothing has changed.
+    """Live views show bytes that would become inaccessible; nothing has changed.
 
-    The text names the bytes and the remedy. While the views live it also names, where Python can
-    tell, the type of each holder and the addresses that it shows; the search keeps objects alive
-    while it lasts.
+    The message names the bytes and the remedy. ``str()`` of the exception also names the type of
+    each object that holds a view and the addresses it shows, as far as Python can find them while
+    the views are alive. The search keeps objects alive until it ends.
     """
 
     def __init__(self, message: str, holders: Callable[[], list[str]] = list) -> None:
@@ -104,22 +107,25 @@ class ViewError(PyreserveError, BufferError):
 
     def __str__(self) -> str:
         try:
-            found = ", ".join(self._holders())
-        except Exception:  # whatever objects there are, an error has a text
-            found = ""
-        return f"{self.args[0]} (held by {found})" if found else str(self.args[0])
+            holders = ", ".join(self._holders())
+        except Exception:  # a foreign object that fails must not hide this error
+            holders = ""
+        return f"{self.args[0]} (held by {holders})" if holders else str(self.args[0])
 
     def __reduce__(self) -> tuple[type["ViewError"], tuple[str]]:
         return type(self), (str(self),)
 
 
 class MapsError(PyreserveError, ValueError):
-    """What was read is not what /proc/PID/maps, smaps or another of its files would say."""
+    """The text is not in the format of /proc/PID/maps, smaps or another file of /proc/PID."""
 
 
 class NoAddressSpaceError(PyreserveError, ProcessLookupError):
-    """There is no such process, or it has no memory of its own: a zombie or a kernel thread."""
+    """No such process, or one without user memory: a zombie or a kernel thread."""
 
 
 class AccessError(PyreserveError, PermissionError):
-    """This process may not look into that one (ptrace(2), "Ptrace access mode checking")."""
+    """No permission to read the memory map of a process.
+
+    See ptrace(2), "Ptrace access mode checking".
+    """

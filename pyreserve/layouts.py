@@ -1,20 +1,22 @@
-"""Address-space plans: where spans, bitmap and arena lie, and what is mapped when. Arithmetic only.
+"""Address-space layouts: where spans, bitmap and arena lie, and when each is mapped.
+
+This module is arithmetic only; it maps nothing.
 
 A Go heap of 2013-2018 is one range of addresses, low to high::
 
     [ spans | bitmap | arena | slack ]
 
-Memory is handed out from the arena, from ``arena_start`` up to ``arena_used``. The bitmap describes
+Memory is allocated from the arena, from ``arena_start`` up to ``arena_used``. The bitmap describes
 the arena's words and grows *backward* from its end, which is ``arena_start``; spans has one word
-for each 8 KiB page and grows forward. With u = ``arena_used - arena_start``, mapped are u bytes of
-arena, u * bits / (8 * word) of bitmap and u / 8192 * word of spans: at 4 bits and 8-byte words, a
-heap of H bytes commits H + H/16 + H/1024.
+for each 8 KiB page and grows forward. With u = ``arena_used - arena_start``, the mapped bytes are u
+of arena, u * bits / (8 * word) of bitmap and u / 8192 * word of spans: at 4 bits and 8-byte words,
+a heap of H bytes commits H + H/16 + H/1024.
 
-Two strategies on 64 bits: *reserve* maps all of it PROT_NONE at once, which is what ``ps`` shows as
-138 GB; *probe* only looks whether the place is free and maps each piece when it is used. A third,
-*arenas* (Go 1.11), maps 64 MiB at a time and keeps the metadata elsewhere. The 32-bit mechanism
-reserves 512 MiB of arena and then asks for more inside a *window* of 2 GiB that the metadata can
-describe.
+There are two strategies on 64 bits: *reserve* maps the whole range PROT_NONE at once, which ``ps``
+shows as 138 GB; *probe* only checks that the range is free and maps each piece at first use. A
+third, *arenas* (Go 1.11), maps 64 MiB at a time and keeps the metadata elsewhere. The 32-bit
+mechanism reserves 512 MiB of arena and then requests more inside a *window* of 2 GiB, the range
+that the metadata can describe.
 
 Sources: Go 1.3 to 1.4 ``src/runtime/malloc.goc``, ``malloc.h``, ``mheap.c``; Go 1.5 to 1.10
 ``src/runtime/malloc.go``, ``mbitmap.go``, ``mheap.go``; Go 1.11 ``src/runtime/malloc.go``; checked
@@ -40,26 +42,26 @@ _X86_PAGE = 4 * KiB
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One plan. Sizes in bytes.
+    """An address-space layout. Sizes in bytes.
 
     Attributes:
         name: release and GOARCH, such as ``"go1.4/amd64"``.
-        strategy: how addresses are taken (see the module).
+        strategy: ``"reserve"``, ``"probe"`` or ``"arenas"`` (see the module).
         word: pointer size of the target.
-        arena_sizes: arena to reserve at first; smaller ones are tried in turn.
-        bitmap: reserved for the bitmap.
-        bitmap_bits: bits a word that are really mapped; 0: there is no bitmap.
-        spans: reserved for spans; 0: there are none.
-        slack: extra bytes asked for, so that an unaligned answer can be rounded up.
-        hints: addresses to ask for, in order; empty: any will do.
-        window: the 32-bit mechanism: bytes from ``arena_start`` that the metadata can describe;
-            0: the arena does not grow beyond what was reserved.
-        page: what the heap hands out is a multiple of this.
-        growth: the heap takes at least so much of the arena at once.
-        unit: arenas are mapped in this unit.
-        index: a table of arenas, mapped once, elsewhere.
-        arena_metadata: mapped elsewhere with each arena.
-        source: where the facts are from.
+        arena_sizes: initial arena sizes, tried in order, largest first.
+        bitmap: bytes reserved for the bitmap.
+        bitmap_bits: bitmap bits mapped for each word of arena; 0: no bitmap.
+        spans: bytes reserved for spans; 0: no spans.
+        slack: extra bytes requested, so that an unaligned address can be rounded up.
+        hints: addresses to request, in order; empty: any address.
+        window: under the 32-bit mechanism, bytes from ``arena_start`` that the metadata can
+            describe; 0: the arena does not grow beyond its reservation.
+        page: allocation granularity of the heap.
+        growth: minimum number of bytes by which the heap extends into the arena.
+        unit: granularity in which arenas are mapped.
+        index: size of the table of arenas, which is mapped once, elsewhere.
+        arena_metadata: bytes of metadata mapped elsewhere for each arena.
+        source: Go version and files that the facts are from.
     """
 
     name: str
@@ -81,16 +83,16 @@ class Layout:
 
     @property
     def arena(self) -> int:
-        """Bytes of arena reserved at first, where the first size is to be had."""
+        """Bytes of arena to reserve initially: the first of `arena_sizes`."""
         return self.arena_sizes[0]
 
     def total(self, arena: int | None = None) -> int:
-        """Bytes to ask the kernel for at first, with this much arena."""
+        """Bytes to reserve initially with `arena` bytes of arena (None: the default)."""
         nbytes = self.arena if arena is None else _index(arena)
         return self.spans + self.bitmap + nbytes + self.slack
 
     def place(self, address: int, arena: int | None = None) -> "Placement":
-        """Lay the plan out at `address`, where `total(arena)` bytes are (or could be) reserved."""
+        """Return the placement of `total(arena)` bytes at `address`. Reserves nothing itself."""
         address = _index(address)
         end = address + self.total(arena)
         arena_start = round_up(address, self.page) + self.spans + self.bitmap
@@ -106,16 +108,16 @@ class Layout:
 
 
 class Request(NamedTuple):
-    """Addresses to ask the kernel for: `size` bytes near `hint` (0: anywhere)."""
+    """A request to the kernel: `size` bytes of addresses near `hint` (0: anywhere)."""
 
     size: int
     hint: int
-    committed: bool  # readable and writable from the start, or reserved only
-    exact: bool  # nothing but the hint will do
+    committed: bool  # map readable and writable, instead of only reserving
+    exact: bool  # accept no other address than the hint
 
 
 class Piece(NamedTuple):
-    """Addresses [start, end) as /proc/PID/maps shows them, and what they are."""
+    """Addresses [start, end) as /proc/PID/maps shows them, and the parts of the layout there."""
 
     start: int
     end: int
@@ -124,21 +126,21 @@ class Piece(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What an answered request leads to."""
+    """The effect of a granted request."""
 
     placement: "Placement"
-    block: int | None  # address of the bytes that were wanted; None: they fit the arena now
+    block: int | None  # address of the allocated bytes; None: not allocated, but they fit now
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A layout at an address, with so much of its arena in use. Immutable: growth makes new ones.
+    """A layout at an address, with part of its arena in use. Immutable: growth returns a new one.
 
     Attributes:
         start: first address.
-        arena_start, arena_used, arena_end: addresses, as the runtime calls them.
-        owned: address ranges reserved as a whole, lowest first (none under *probe*).
-        arenas: address ranges of arena that are mapped, lowest first.
+        arena_start, arena_used, arena_end: addresses, named as in the Go runtime.
+        owned: reserved address ranges, lowest first (none under *probe*).
+        arenas: mapped address ranges of arena, lowest first.
     """
 
     layout: Layout
@@ -149,16 +151,16 @@ class Placement:
     owned: tuple[tuple[int, int], ...]
     arenas: tuple[tuple[int, int], ...]
 
-    # -- which bytes are what -----------------------------------------------------------------
+    # -- parts of the layout ------------------------------------------------------------------
 
     @property
     def end(self) -> int:
-        """The first address above everything that belongs to the heap."""
+        """The first address above the heap."""
         return self.arena_end
 
     @property
     def used(self) -> int:
-        """``arena_used - arena_start`` in bytes: what the metadata describes."""
+        """``arena_used - arena_start`` in bytes: the length that the metadata describes."""
         return self.arena_used - self.arena_start
 
     @property
@@ -174,35 +176,35 @@ class Placement:
 
     @property
     def arena(self) -> tuple[int, int]:
-        """Address range of the arena, mapped or not, with the slack."""
+        """Address range of the arena including the slack, mapped or not."""
         return self.arena_start, self.arena_end
 
     @property
     def window_end(self) -> int:
-        """Under the 32-bit mechanism, where the metadata ends to describe; else ``arena_end``."""
+        """End of the window under the 32-bit mechanism; else ``arena_end``."""
         return self.arena_start + self.layout.window if self.layout.window else self.arena_end
 
     def mapped_bitmap(self, os_page: int = _X86_PAGE) -> tuple[int, int]:
-        """Address range of the bitmap that is mapped."""
+        """Mapped address range of the bitmap."""
         nbytes = self.used * self.layout.bitmap_bits // (8 * self.layout.word)
         nbytes = round_up(round_up(nbytes, self.layout.page), os_page)
         return self.arena_start - nbytes, self.arena_start
 
     def mapped_spans(self, os_page: int = _X86_PAGE) -> tuple[int, int]:
-        """Address range of spans that is mapped."""
+        """Mapped address range of spans."""
         low, _ = self.spans
         words = self.used // self.layout.page if self.layout.spans else 0
         return low, low + round_up(words * self.layout.word, os_page)
 
     def mapped(self, os_page: int = _X86_PAGE) -> tuple[tuple[int, int], ...]:
-        """Readable and writable address ranges, lowest first, neighbours joined."""
+        """Readable and writable address ranges, lowest first, adjacent ones joined."""
         metadata = [self.mapped_spans(os_page)]
         if self.layout.bitmap:
             metadata.append(self.mapped_bitmap(os_page))
         return _joined([*metadata, *self.arenas])
 
     def maps(self, os_page: int = _X86_PAGE) -> list[Piece]:
-        """What /proc/PID/maps shows of the heap, lowest first."""
+        """Lines that /proc/PID/maps shows for the heap, lowest first."""
         mapped = self.mapped(os_page)
         pieces = [Piece(low, high, "rw-p", self.what(low, high)) for low, high in mapped]
         for low, high in self.owned:
@@ -212,32 +214,33 @@ class Placement:
         return sorted(pieces)
 
     def what(self, low: int, high: int) -> str:
-        """Name what lies in an address range: ``"spans"``, ``"spans + bitmap"``, ..."""
+        """Name the parts in an address range: ``"spans"``, ``"spans + bitmap"``, ..."""
         names = {"spans": self.spans, "bitmap": self.bitmap, "arena": self.arena}
         return " + ".join(name for name, (a, b) in names.items() if a < high and low < b)
 
     # -- growth -------------------------------------------------------------------------------
 
     def fits(self, nbytes: int) -> bool:
-        """Tell whether the arena that is there has room for `nbytes` more."""
+        """Whether the arena has space for `nbytes` more without growing."""
         return nbytes <= self.arena_end - self.arena_used
 
     def advanced(self, nbytes: int) -> "Placement":
-        """Return the placement after handing out `nbytes` that fit."""
+        """Return the placement after allocating `nbytes`, which must fit."""
         return self._with_arena(self.arena_used, self.arena_used + nbytes)
 
     def growth(self, nbytes: int) -> list[Request]:
-        """Return what to ask the kernel for, in order, when `nbytes` do not fit.
+        """Return the requests to try, in order, when `nbytes` do not fit.
 
-        Each answer goes to `granted`, and back to the kernel if that has no use for it; when none
-        is left, memory is out. A 64-bit arena that is used up does not grow: the list is empty.
+        Pass the address of each mapping to `granted`; unmap it if that returns None. When all
+        requests fail, the heap is out of memory. A full 64-bit arena does not grow: the list is
+        empty.
         """
         layout = self.layout
         if layout.strategy == "arenas":
             size = round_up(nbytes, layout.unit)
-            onward = [self.arena_end] if self.arenas else []
-            beyond = [hint for hint in layout.hints if hint >= self.arena_end]
-            return [Request(size, hint, committed=True, exact=True) for hint in onward + beyond]
+            adjacent = [self.arena_end] if self.arenas else []
+            above = [hint for hint in layout.hints if hint >= self.arena_end]
+            return [Request(size, hint, committed=True, exact=True) for hint in adjacent + above]
         if not layout.window:
             return []
         requests = []
@@ -249,7 +252,7 @@ class Placement:
         return requests
 
     def granted(self, request: Request, address: int, nbytes: int) -> Answer | None:
-        """Return what follows from `request` answered at `address`; None: it is of no use."""
+        """Return the effect of `request` mapped at `address`; None if the range is unusable."""
         end = address + request.size
         if self.layout.strategy == "arenas":
             block = self.arena_used if self.arenas and address == self.arena_end else address
@@ -271,11 +274,11 @@ class Placement:
             return Answer(replace(self, arena_end=end, owned=owned), None)
         if address < self.arena_used:
             return None
-        # A jump: what was left of the old piece is stranded, and the metadata covers the hole.
+        # A jump: the unused end of the old range is lost, and the metadata covers the hole.
         return Answer(replace(self, arena_used=first, arena_end=end, owned=owned), None)
 
     def out_of_range(self, address: int) -> str:
-        """Say, as the runtime does, that memory came from where the metadata does not reach."""
+        """Return the runtime's message for memory outside the window."""
         return (
             f"memory allocated by OS ({address}) not in usable range "
             f"[{self.arena_start:#x},{self.window_end:#x})"
@@ -290,7 +293,7 @@ class Placement:
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Sort ranges, drop empty ones and join neighbours."""
+    """Sort ranges, drop empty ones and join adjacent ones."""
     joined: list[tuple[int, int]] = []
     for low, high in sorted(ranges):
         if low == high:
@@ -303,7 +306,7 @@ def _joined(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 def without(whole: tuple[int, int], taken: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield what of `whole` is in none of the sorted ranges `taken`."""
+    """Yield the parts of `whole` outside the sorted ranges `taken`."""
     at, end = whole
     for low, high in taken:
         if high <= at or low >= end:
@@ -380,15 +383,15 @@ _TABLE = (
         arena_metadata=2 * MiB + 64 * KiB,
         source="Go 1.11 src/runtime/malloc.go, mheap.go",
     ),
-    # The bases are where the loader of that time left the first free megabyte: a hint, no more.
+    # The base is the first free megabyte above the program, as loaders placed it then; only a hint.
     _go32("go-tip-2014-12/386", 4, 0x0820_0000, (512 * MiB,), 4, _GO_1_4),
     _go32("go1.4/386", 4, 0x0820_0000, (512 * MiB,), 4, _GO_1_4),
     _go32("go1.5/386", 4, 0x0820_0000, (512 * MiB, 256 * MiB, 128 * MiB), 2, _GO_1_5),
-    # What a 64-bit runtime falls back to when its reservation is refused.
+    # A 64-bit runtime falls back to this when its reservation is refused.
     _go32("fallback", 8, 0x0060_0000, (512 * MiB,), 4, _GO_1_4),
 )
 _BY_NAME = {layout.name: layout for layout in _TABLE}
-# Releases that share a row.
+# Releases with the same layout as another one.
 _ALIASES = {
     "go1.3/amd64": "go1.4/amd64",
     "go1.6/amd64": "go1.5/amd64",
@@ -401,25 +404,25 @@ _NATIVE_SIZE_32 = 512 * MiB
 
 
 def names() -> list[str]:
-    """List the names of all layouts."""
+    """Return the names of all layouts."""
     return [*_BY_NAME, "native", *_ALIASES]
 
 
 def get(name: str, *, size: int | None = None, word: int = 8) -> Layout:
-    """Return a layout by its name.
+    """Return a layout by name.
 
-    ``"native"`` is our own: one arena of `size` bytes (128 GiB; 512 MiB where `word` is 4), no
-    metadata beside it, no window, no slack, any address.
+    ``"native"`` is pyreserve's own layout: one arena of `size` bytes (default 128 GiB; 512 MiB if
+    `word` is 4) at any address, without metadata, window or slack.
 
     Raises:
         KeyError: no layout has this name.
-        RangeError: a size that is not positive, or given to a layout that has its own.
+        RangeError: `size` is not positive, or was given for another layout than ``"native"``.
     """
     size, word = None if size is None else _index(size), _index(word)
     if name == "native":
         size = (_NATIVE_SIZE_64 if word == 8 else _NATIVE_SIZE_32) if size is None else size
         if size <= 0:
-            msg = f"an arena has a positive size, not {size}"
+            msg = f"size must be positive, got {size}"
             raise RangeError(msg)
         return Layout(
             name="native",
@@ -435,17 +438,17 @@ def get(name: str, *, size: int | None = None, word: int = 8) -> Layout:
             source="pyreserve",
         )
     if size is not None:
-        msg = f"only the layout native takes a size, {name} has its own"
+        msg = f"size is valid for the layout native only, got {size} for {name}"
         raise RangeError(msg)
     layout = _BY_NAME.get(_ALIASES.get(name, name))
     if layout is None:
-        msg = f"no layout {name!r}; there are {', '.join(names())}"
+        msg = f"no layout {name!r}; layouts: {', '.join(names())}"
         raise KeyError(msg)
     return layout if layout.name == name else replace(layout, name=name)
 
 
 def fallback_of(layout: Layout) -> Layout | None:
-    """Return what the runtime falls back to when `layout` can't be reserved; None: nothing."""
+    """Return the layout that the Go runtime tries when `layout` is refused; None: no other."""
     is_go64 = (
         layout.word == 8 and layout.strategy != "arenas" and not layout.window and layout.spans
     )
@@ -453,23 +456,23 @@ def fallback_of(layout: Layout) -> Layout | None:
 
 
 def default_name(word: int) -> str:
-    """Name the article's layout for an interpreter with pointers of `word` bytes."""
+    """Return the name of the layout behind "136 GiB of VSZ", for pointers of `word` bytes."""
     return "go-tip-2014-12/amd64" if word == 8 else "go-tip-2014-12/386"
 
 
 def describe(layout: Layout) -> str:
-    """Put a layout in one line."""
+    """Describe a layout in one line."""
     if layout.strategy == "arenas":
         return f"{format_size(layout.unit)} arenas, mapped one at a time, metadata elsewhere"
     ranges = [
-        f"{format_size(size)} {what}"
-        for size, what in (
+        f"{format_size(size)} {part}"
+        for size, part in (
             (layout.spans, "spans"),
             (layout.bitmap, "bitmap"),
             (layout.arena, "arena"),
         )
         if size
     ]
-    how = {"reserve": "reserved at once", "probe": "mapped piece by piece"}[layout.strategy]
+    mapping = {"reserve": "reserved at once", "probe": "mapped piece by piece"}[layout.strategy]
     more = f", growing inside {format_size(layout.window)}" if layout.window else ""
-    return f"{' + '.join(ranges)}, {how}{more}"
+    return f"{' + '.join(ranges)}, {mapping}{more}"

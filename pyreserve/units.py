@@ -1,4 +1,4 @@
-"""Sizes in bytes and times: constants, and reading and writing them as people do."""
+"""Sizes in bytes: constants, parsing and formatting; and formatting of times."""
 
 import math
 import re
@@ -30,22 +30,22 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII
 
 
 def parse_size(text: str) -> int:
-    """Read a size such as ``"136GiB"``, ``"64K"``, ``"1.5 MiB"`` or ``"4096"`` as bytes.
+    """Parse a size such as ``"136GiB"``, ``"64K"``, ``"1.5 MiB"`` or ``"4096"``; return bytes.
 
-    ``K``, ``M``, ``G``, ``T``, ``P``, ``E`` alone or with ``iB`` count by 1024, with ``B`` by 1000
-    (IEC 80000-13); no unit means bytes. Case does not matter.
+    ``K``, ``M``, ``G``, ``T``, ``P``, ``E``, alone or with ``iB``, are powers of 1024; with ``B``
+    powers of 1000 (IEC 80000-13). No unit means bytes. Case is ignored.
 
     Raises:
         TypeError: `text` is not a string.
-        ValueError: it is not a size, or not a whole number of bytes.
+        ValueError: `text` is not a size, or not a whole number of bytes.
     """
     if not isinstance(text, str):
-        msg = f"a size to parse is a string, not {type(text).__name__}"
+        msg = f"text must be a string, got {type(text).__name__}"
         raise TypeError(msg)
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
-        msg = f"not a size: {text!r}; write for example 64KiB, 1.5MiB, 136GiB or 4096"
+        msg = f"not a size: {text!r}; examples: 64KiB, 1.5MiB, 136GiB, 4096"
         raise ValueError(msg)
     size = Fraction(match[1]) * unit
     if size.denominator != 1:
@@ -55,7 +55,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(nbytes: int) -> str:
-    """Write a number of bytes with four significant digits and a binary unit: ``136.1 GiB``."""
+    """Format a number of bytes with four significant digits and a binary unit: ``136.1 GiB``."""
     nbytes = _index(nbytes)
     if abs(nbytes) >> 100:
         return f"over 2**{abs(nbytes).bit_length() - 1} B"
@@ -68,11 +68,11 @@ def format_size(nbytes: int) -> str:
 
 
 def as_float(number: float) -> float:
-    """Read a real number once, also one that only has ``__index__``.
+    """Convert a real number to float, also one that only has ``__index__``; read it once.
 
     Raises:
-        TypeError: no number; text is none, though float() reads it.
-        ValueError: an integer that no float can hold.
+        TypeError: `number` is not a number; a string is not, although float() parses it.
+        ValueError: an integer too large for a float.
     """
     try:
         return math.ldexp(number, 0)
@@ -81,7 +81,7 @@ def as_float(number: float) -> float:
 
 
 def format_time(ns: float) -> str:
-    """Write nanoseconds with three significant digits and a unit: ``1.59 µs``."""
+    """Format nanoseconds with three significant digits and a unit: ``1.59 µs``."""
     value, unit = ns, "ns"
     for larger in ("µs", "ms", "s"):
         if abs(float(f"{value:.3g}")) < 1000:
