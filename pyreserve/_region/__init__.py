@@ -1,1 +1,1 @@
-"""One reservation: its verbs, its live views, and the base of what stands on it."""
+"""One region: its verbs, its live views, and the base class of objects built on a region."""

@@ -1,12 +1,12 @@
-"""Which live buffers overlap a byte range, in a time that does not grow with their number.
+"""The live buffers of a region, with a lookup by range whose time does not grow with their number.
 
-A buffer is known by a weak reference to its anchor: the address, a plain cdata, that its
-``ffi.buffer`` object keeps alive, as every consumer keeps that object alive: memoryviews and their
-slices, ndarrays, and also those that drop the Py_buffer and hold only the object, which an export
-counter misses. The anchor and not the buffer, since the garbage collector clears references to
-what it tracks before it runs finalisers, which may still use the buffer; it does not track a plain
-cdata. There are no weakref callbacks here; the dead are dropped when met, and all of them once
-twice as many buffers have been added as were alive at the last clean-up.
+A buffer is represented by a weak reference to its anchor: its address as a plain cdata, which its
+``ffi.buffer`` object keeps alive. Every consumer keeps that object alive: memoryviews and their
+slices, ndarrays, and consumers that release the Py_buffer and keep only the object, which an export
+counter misses. The reference is to the anchor because the garbage collector clears weak references
+to objects that it tracks before it runs finalisers, which may still use the buffer; it does not
+track a plain cdata. There are no weakref callbacks: dead references are removed when a lookup meets
+them, and all at once when twice as many buffers were added as were alive at the last sweep.
 """
 
 import gc
@@ -18,15 +18,15 @@ from typing import Any
 from pyreserve._native import ffi
 from pyreserve.errors import ViewError
 
-# A buffer of n bytes stands in a bucket of at least n bytes, so it reaches into one more at the
-# most. Buckets of level k hold 2**(16 + 3k) bytes each. A bucket that exists stands among its
-# parent's children, wherever an exception out of a signal handler may strike: links are made from
-# above and undone from below. Children that are gone may stay named until the next sweep.
+# A bucket of level k covers 2**(16 + 3k) bytes. A buffer is in a bucket at least as long as itself,
+# the one where it begins, so it overlaps at most the next bucket too. Parents are linked before
+# their children and removed after them, so an exception from a signal handler loses no bucket;
+# indices of removed children may remain until the next sweep.
 _FIRST_SHIFT = 16
 _STEP = 3
 _SWEEP_MIN = 256
 
-# A buffer by its anchor, and the offsets where it begins and ends.
+# The anchor of a buffer, and the offsets of its start and end.
 Entry = tuple["weakref.ref[Any]", int, int]
 
 
@@ -41,8 +41,8 @@ class _Bucket:
 class ViewTable:
     """The live buffers of one region.
 
-    Not synchronised: the region holds its lock around each call, and lets no finaliser or signal
-    handler that interrupts one call begin another, except to read.
+    Not synchronised: the region holds its lock around each call. A finaliser or signal handler that
+    interrupts a call may only read.
     """
 
     __slots__ = ("_filled", "_levels", "_until_sweep")
@@ -50,11 +50,11 @@ class ViewTable:
     def __init__(self, size: int) -> None:
         top = max(0, -(-(size.bit_length() - _FIRST_SHIFT) // _STEP))
         self._levels: list[dict[int, _Bucket]] = [{} for _ in range(top + 1)]
-        self._filled: list[int] = []  # the levels that have entries
+        self._filled: list[int] = []  # levels with entries
         self._until_sweep = _SWEEP_MIN
 
     def add(self, anchor: Any, lo: int, hi: int) -> None:
-        """Take in a buffer over [lo, hi) by its anchor."""
+        """Add the buffer over [lo, hi) with this anchor."""
         if self._until_sweep == 0:
             self._sweep()
         self._until_sweep -= 1
@@ -63,11 +63,11 @@ class ViewTable:
     def live(self, lo: int, hi: int, *, prune: bool) -> list[Entry]:
         """Return every live buffer that overlaps [lo, hi).
 
-        `prune` drops the dead that are met; without it the table is only read.
+        `prune` removes the dead references that it meets; without it the table is only read.
         """
-        found: list[Entry] = []
-        # From the level up at which the range spans three buckets at the most, buckets are asked
-        # for by index; below it, only those that exist are visited.
+        overlapping: list[Entry] = []
+        # From the level where the range spans at most three buckets, look buckets up by index;
+        # below it, visit only the buckets that exist.
         start = self._level_of(hi - lo)
         below = False
         for level in self._filled:
@@ -78,21 +78,21 @@ class ViewTable:
             buckets = self._levels[level]
             for index in range((lo >> shift) - 1, ((hi - 1) >> shift) + 1):
                 if index in buckets:
-                    self._scan(buckets[index], lo, hi, found, prune)
+                    self._scan(buckets[index], lo, hi, overlapping, prune)
         if below:
             for bucket in self._spanned(start, lo, hi):
-                self._descend(bucket, start, lo, hi, found, prune)
-        return found
+                self._descend(bucket, start, lo, hi, overlapping, prune)
+        return overlapping
 
     def anchors(self) -> list[Any]:
         """Return the anchors of all live buffers."""
-        found = (
+        anchors = (
             entry[0]()
             for buckets in self._levels
             for bucket in buckets.values()
             for entry in bucket.entries
         )
-        return [anchor for anchor in found if anchor is not None]
+        return [anchor for anchor in anchors if anchor is not None]
 
     def _level_of(self, length: int) -> int:
         bits = (length - 1).bit_length() - _FIRST_SHIFT
@@ -123,8 +123,8 @@ class ViewTable:
             above = index >> _STEP
             parent = self._levels[level + 1].get(above) or self._new_bucket(level + 1, above)
             parent.children.add(index)
-        made = self._levels[level][index] = _Bucket()
-        return made
+        bucket = self._levels[level][index] = _Bucket()
+        return bucket
 
     def _descend(
         self,
@@ -132,7 +132,7 @@ class ViewTable:
         level: int,
         lo: int,
         hi: int,
-        found: list[Entry],
+        overlapping: list[Entry],
         prune: bool,
     ) -> None:
         shift = _FIRST_SHIFT + _STEP * (level - 1)
@@ -140,17 +140,17 @@ class ViewTable:
             if (index << shift) < hi and ((index + 2) << shift) > lo:
                 child = self._levels[level - 1].get(index)
                 if child is not None:
-                    self._scan(child, lo, hi, found, prune)
-                    self._descend(child, level - 1, lo, hi, found, prune)
+                    self._scan(child, lo, hi, overlapping, prune)
+                    self._descend(child, level - 1, lo, hi, overlapping, prune)
 
     @staticmethod
-    def _scan(bucket: _Bucket, lo: int, hi: int, found: list[Entry], prune: bool) -> None:
+    def _scan(bucket: _Bucket, lo: int, hi: int, overlapping: list[Entry], prune: bool) -> None:
         entries = bucket.entries
         if entries:
             alive = [entry for entry in entries if entry[0]() is not None]
             if prune and len(alive) < len(entries):
                 bucket.entries = alive
-            found.extend(entry for entry in alive if entry[1] < hi and entry[2] > lo)
+            overlapping.extend(entry for entry in alive if entry[1] < hi and entry[2] > lo)
 
     def _sweep(self) -> None:
         alive, filled = 0, []
@@ -170,11 +170,11 @@ class ViewTable:
         self._until_sweep = 2 * alive + _SWEEP_MIN
 
 
-# -- what holds a view ------------------------------------------------------------------------
+# -- holders of views -------------------------------------------------------------------------
 
-_NAMED = 3  # views that a message names
-_BATCH = 10_000  # objects
-_LONGEST_CHAIN = 100  # of arrays and memoryviews on one another
+_NAMED = 3  # views listed in a message
+_BATCH = 10_000  # objects examined at a time
+_LONGEST_CHAIN = 100  # maximum number of nested arrays and memoryviews
 _ADVICE = {
     "release": "delete the holder, or call close(), which defers the release to the last view",
     "free": "delete the holder, or call the block's close(), which frees it with the last view",
@@ -182,7 +182,7 @@ _ADVICE = {
 
 
 def view_error(prefix: str, held: list[Entry], verb: str = "") -> ViewError:
-    """Build the ViewError for `verb`; `prefix` is the start of the message."""
+    """Return the ViewError for `verb`; the message starts with `prefix`."""
     held = sorted(held, key=itemgetter(1, 2))
     some = ", ".join(f"[{lo:#x}, {hi:#x})" for _, lo, hi in held[:_NAMED])
     more = ", ..." if len(held) > _NAMED else ""
@@ -193,7 +193,7 @@ def view_error(prefix: str, held: list[Entry], verb: str = "") -> ViewError:
 
 
 class _Holders:
-    """Describes the holders of views, lazily: scanning all objects is slow."""
+    """Find and describe the holders of views when called: scanning all objects is slow."""
 
     def __init__(self, entries: list[Entry]) -> None:
         self._entries = entries
@@ -204,21 +204,21 @@ class _Holders:
             for ref, lo, hi in self._entries
             if (anchor := ref()) is not None
         }
-        found: dict[int, set[str]] = {}
+        types: dict[int, set[str]] = {}
         for holder in _find_holders() if alive else ():
-            found.setdefault(id(_anchor_behind(holder)), set()).add(type(holder).__name__)
+            types.setdefault(id(_anchor_behind(holder)), set()).add(type(holder).__name__)
         return [
-            f"{' and '.join(sorted(found[key]))} over {address:#x}-{address + nbytes:#x}"
+            f"{' and '.join(sorted(types[key]))} over {address:#x}-{address + nbytes:#x}"
             for key, (address, nbytes) in alive.items()
-            if key in found
+            if key in types
         ]
 
 
 def _find_holders() -> list[Any]:
-    """List the memoryviews and ndarrays that variables, containers and attributes refer to.
+    """Return the memoryviews and ndarrays that variables, containers and attributes refer to.
 
-    An array that is not found is represented by its memoryview. Looks at every object that the
-    garbage collector knows.
+    A memoryview stands for an array that was not found. Examines every object that the garbage
+    collector tracks.
     """
     numpy = sys.modules.get("numpy")
     kinds = (memoryview,) if numpy is None else (memoryview, numpy.ndarray)
@@ -227,35 +227,35 @@ def _find_holders() -> list[Any]:
     objects = gc.get_objects()
     for start in range(0, len(objects), _BATCH):
         batch = objects[start : start + _BATCH]
-        holders += [each for each in gc.get_referents(*batch) if issubclass(type(each), kinds)]
-        memoryviews += [each for each in batch if type(each) is memoryview]
-    holders += [each for each in _variables() if issubclass(type(each), kinds)]
+        holders += [obj for obj in gc.get_referents(*batch) if issubclass(type(obj), kinds)]
+        memoryviews += [obj for obj in batch if type(obj) is memoryview]
+    holders += [obj for obj in _variables() if issubclass(type(obj), kinds)]
     seen = {id(_anchor_behind(holder)) for holder in holders}
     return holders + [view for view in memoryviews if id(_anchor_behind(view)) not in seen]
 
 
 def _variables() -> list[Any]:
-    """List what the variables of running functions refer to, from Python 3.13 on.
+    """Return the values of the local variables of running functions; none before Python 3.13.
 
     Before 3.13, reading f_locals keeps the values alive.
     """
-    found: list[Any] = []
+    values: list[Any] = []
     frames = list(sys._current_frames().values()) if sys.version_info >= (3, 13) else []
     try:
         while frames:
             frame = frames.pop()
             if frame.f_globals is not globals():
-                found += frame.f_locals.values()
+                values += frame.f_locals.values()
             frames += [] if frame.f_back is None else [frame.f_back]
-        return found
+        return values
     finally:
-        frame = found = frames = None  # type: ignore[assignment]  # this frame is one of them
+        frame = values = frames = None  # type: ignore[assignment]  # this frame is in `frames`
 
 
 def _anchor_behind(holder: Any) -> Any:
-    """Return the anchor of the buffer that a memoryview or an ndarray shows; else None.
+    """Return the anchor of the buffer behind a memoryview or ndarray; None for other objects.
 
-    Runs no code of the objects that it meets.
+    Runs no code of the objects.
     """
     numpy = sys.modules.get("numpy")
     for _ in range(_LONGEST_CHAIN):
@@ -264,7 +264,7 @@ def _anchor_behind(holder: Any) -> Any:
         if type(holder) is memoryview:
             try:
                 holder = holder.obj
-            except ValueError:  # a released one
+            except ValueError:  # a released memoryview
                 return None
         elif numpy is not None and issubclass(type(holder), numpy.ndarray):
             holder = numpy.ndarray.base.__get__(holder)

@@ -1,4 +1,4 @@
-"""Steps: how much is committed at a time, and a region that is committed so from its start on."""
+"""Base class of objects on one region that is committed from its start, in steps."""
 
 from collections.abc import Callable
 from operator import index as _index
@@ -17,69 +17,71 @@ _T = TypeVar("_T")
 
 
 def as_step(step: int | Literal["measured"], huge_pages: HugePages = "default") -> int:
-    """Return a step in bytes.
+    """Check a commit step and return it in bytes.
 
     Args:
-        step: in bytes, whole OS pages; or ``"measured"``: what suits this machine, as
-            `pyreserve.costs.measured_step` finds it in up to two seconds, once in a process.
-        huge_pages: the memory's policy, as for `pyreserve.reserve`.
+        step: bytes, a positive multiple of the OS page; or ``"measured"``: the best step on this
+            machine. `pyreserve.costs.measured_step` measures it once in a process, in at most two
+            seconds.
+        huge_pages: policy of the memory, as for `pyreserve.reserve`.
 
     Raises:
-        TypeError: neither an integer nor a string.
-        RangeError: not whole OS pages, or none.
-        ValueError: another string; or, as OSError, what `pyreserve.costs.measured_step` raises.
+        TypeError: `step` is neither an integer nor a string.
+        RangeError: `step` is not a positive multiple of the OS page.
+        ValueError: another string, or raised by `pyreserve.costs.measured_step`.
+        OSError: raised by `pyreserve.costs.measured_step`.
     """
     if isinstance(step, str):
         if step != "measured":
-            msg = f"a step is in bytes or 'measured', not {step!r}"
+            msg = f"step must be a number of bytes or 'measured', got {step!r}"
             raise ValueError(msg)
-        from pyreserve.costs import measured_step  # noqa: PLC0415  # only where it is wanted
+        from pyreserve.costs import measured_step  # noqa: PLC0415  # slow to import
 
         always = huge_pages == "default" and transparent_huge_pages() == "always"
         step = measured_step(huge_pages=always or huge_pages == "prefer")
     nbytes = _index(step)
     if nbytes <= 0 or nbytes % PAGE_SIZE:
-        msg = f"a step is whole OS pages of {PAGE_SIZE} bytes, not {nbytes}"
+        msg = f"step must be a positive multiple of the OS page ({PAGE_SIZE}), got {nbytes}"
         raise RangeError(msg)
     return nbytes
 
 
 class InSteps:
-    """A region that is committed from its start on, and changed by one call at a time.
+    """A region that is committed from its start on, by one call at a time.
 
-    The first 64 KiB are committed alone, in small pages, unless huge ones are preferred: many a
-    small thing never needs more. Further commits end on addresses that are multiples of the step.
+    The first commit is 64 KiB of small pages, unless huge pages are preferred: many small objects
+    never need more. Later commits end at addresses that are multiples of the step.
     """
 
-    _what: ClassVar[str]  # in messages
+    _what: ClassVar[str]  # the kind of object, for messages
 
     def __init__(self, region: Region, step: int, *, small_first: bool) -> None:
         self._region, self._step = region, step
         self._lock, self._base = region._make_lock(), region.base
         small = max(64 * KiB, PAGE_SIZE)
         self._first = small if small < step and small_first else 0
-        # Bytes up to here are committed; more may be, and to commit those again does no harm.
+        # Bytes below _end are committed; bytes above may be, and committing them again is harmless.
         self._end = 0
-        # A call is under way: other threads wait for it, and what interrupts it is refused.
+        # A call is in progress: a finaliser or signal handler that interrupts it is refused.
         self._busy = False
 
     @property
     def base(self) -> int:
-        """Address of the first byte. Touching memory through it is at your own risk."""
+        """Address of the first byte. Access through raw addresses is at your own risk."""
         return self._region.base
 
     @property
     def committed(self) -> int:
-        """How many bytes are committed. Exact."""
+        """Number of committed bytes. Exact."""
         return self._region.committed
 
     @property
     def released(self) -> bool:
-        """Whether it was released or closed."""
+        """Whether the object is released or closed."""
         return self._region.released
 
     def _commit(self, end: int) -> None:
-        """Commit to the end of a step, or if that is refused just up to `end`."""
+        """Commit to the end of a step; if that is refused, only up to `end`."""
         if end <= self._end:
             return
         size, ahead = self._region.size, self._first
@@ -96,7 +98,12 @@ class InSteps:
         self._end = ahead
 
     def _alone(self, do: Callable[..., _T], *arguments: object) -> _T:
-        """Do what must be interrupted by no other call; whatever that might be waits or fails."""
+        """Call `do` exclusively: other threads wait, calls that interrupt it are refused.
+
+        Raises:
+            RuntimeError: called by a finaliser or signal handler inside another call.
+            ReleasedError: the object is released or closed.
+        """
         with self._lock:
             if self._busy:
                 msg = f"called from inside another call on the same {self._what}"
@@ -107,7 +114,7 @@ class InSteps:
                 return do(*arguments)
             finally:
                 self._busy = False
-                if self._region._released:  # what interrupted this call closed it
+                if self._region._released:  # closed by an interrupting call
                     self._let_go()
 
     def _alive(self) -> None:
@@ -116,12 +123,12 @@ class InSteps:
             raise ReleasedError(msg)
 
     def release(self) -> None:
-        """Give all addresses back.
+        """Release all addresses.
 
         Raises:
             ViewError: live views show some of the bytes; nothing has changed.
             VMError: as for `Region.release`.
-            ReleasedError: it was released or closed.
+            ReleasedError: already released or closed.
             RuntimeError: called by a finaliser or signal handler inside another call.
         """
         self._alone(self._release)
@@ -130,10 +137,10 @@ class InSteps:
         self._region.release()
 
     def close(self) -> None:
-        """Refuse new use; release the addresses with the last view. See `Region.close`."""
+        """Refuse new use; release the addresses when the last view is gone. See `Region.close`."""
         with self._lock:
             self._region._retire()
-            if not self._busy:  # else the call under way still needs the memory
+            if not self._busy:  # otherwise the call in progress still needs the memory
                 self._let_go()
 
     def _let_go(self) -> None:
@@ -147,5 +154,7 @@ class InSteps:
         self.close()
 
     def __reduce__(self) -> NoReturn:
-        msg = f"a {type(self).__name__} is addresses of this process: it can't be pickled or copied"
+        msg = (
+            f"{type(self).__name__} cannot be pickled or copied: it owns addresses of this process"
+        )
         raise TypeError(msg)

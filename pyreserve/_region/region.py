@@ -1,17 +1,17 @@
-"""A region: addresses reserved now, memory committed later.
+"""Regions: addresses reserved now, memory committed later.
 
 ======== ===================================================== =====================================
-verb     means                                                 Linux
+verb     meaning                                               Linux
 ======== ===================================================== =====================================
-reserve  own the addresses; no access, no memory, no charge    ``mmap(PROT_NONE)``
-commit   make a piece readable and writable, zero at first     ``mprotect``
-populate back a committed piece with memory now                ``MADV_POPULATE_WRITE``
+reserve  own addresses; no access, no memory, no commit charge ``mmap(PROT_NONE)``
+commit   make a range readable and writable; reads zero        ``mprotect``
+populate back committed memory with pages now                  ``MADV_POPULATE_WRITE``
 discard  drop the contents, stay committed                     ``MADV_DONTNEED``, ``MADV_FREE``
 decommit back to reserved; memory and charge given back        ``mmap(MAP_FIXED, PROT_NONE)``
 release  give the addresses back                               ``munmap``
 ======== ===================================================== =====================================
 
-All sizes, offsets and lengths are bytes. Verbs take whole OS pages (`pyreserve.PAGE_SIZE`).
+Sizes, offsets and lengths are in bytes. Verbs take whole OS pages (`pyreserve.PAGE_SIZE`).
 """
 
 import errno
@@ -49,18 +49,18 @@ _HUGE = {"default": 0, "prefer": lib.VM_HUGE_PREFER, "never": lib.VM_HUGE_NEVER}
 _POLICIES = {
     (mode, fork, huge, no_dump): (
         accounting,
-        forked | paged | (lib.VM_NO_DUMP if no_dump else 0),
+        fork_flag | huge_flag | (lib.VM_NO_DUMP if no_dump else 0),
     )
     for mode, accounting in _MODES.items()
-    for fork, forked in _FORKS.items()
-    for huge, paged in _HUGE.items()
+    for fork, fork_flag in _FORKS.items()
+    for huge, huge_flag in _HUGE.items()
     for no_dump in (False, True)
 }
 
-# Where tracemalloc shows committed bytes, for tracemalloc.DomainFilter.
+# The tracemalloc domain of committed bytes, for tracemalloc.DomainFilter.
 TRACEMALLOC_DOMAIN: int = lib.TRACING_DOMAIN
 _ADDRESS_LIMIT = 1 << (8 * ffi.sizeof("size_t"))
-# Bound once: an attribute look-up on the library costs a third of an empty call.
+# Bound once: an attribute lookup on the library costs a third of an empty call.
 _buffer = ffi.buffer
 _commit = lib.region_commit
 _decommit = lib.region_decommit
@@ -69,28 +69,28 @@ _end = lib.region_end
 _release = lib.region_release
 _reserve = lib.region_reserve
 _NULL = ffi.NULL
-# What a region has for a handle after its end, and handles for the next regions to use.
+# The handle of a region after its end, and handles that later regions reuse.
 _CLOSED = ffi.new("struct region *")
 _spare_handles: list[Any] = []
 _SPARES = 16
-# Every handle, entered once for all the regions that have it one after the other.
+# Weak references to all handles by id; a handle stays here while regions reuse it.
 _handles: dict[int, "weakref.ref[Any]"] = {}
 
 
 class Region:
-    """A reservation of `size` bytes from address `base`, made by `reserve`.
+    """A reservation of `size` bytes from address `base`, returned by `reserve`.
 
-    Views, memoryviews over committed bytes, are safe: while anything that was made from one is
-    alive, its bytes can't be decommitted or released. A region that is closed, by `close` or the
-    end of a ``with``, or dropped keeps its addresses until the last view is gone. `discard` keeps
-    bytes readable, so it is allowed under views, which then read zero.
+    A view is a memoryview or ndarray over committed bytes. While it, or an object made from it, is
+    alive, its bytes cannot be decommitted or released. If the region is closed, by `close` or the
+    end of a ``with`` block, or garbage, its addresses stay reserved until the last view is gone.
+    `discard` keeps bytes readable, so it is allowed under views, which then read zero.
 
-    The methods may be called from any thread. After a fork the child has its own copy, subject to
-    `fork`. A finaliser or signal handler that interrupts a call on a region may call every method
-    of that region but `view` and `ndarray`, which raise RuntimeError there.
+    All methods are thread-safe. After a fork the child has its own copy, see `fork`. A finaliser or
+    signal handler that interrupts a call on a region may call all methods of that region except
+    `view` and `ndarray`, which raise RuntimeError there.
 
-    After `release` or `close`, everything raises `ReleasedError`, a ValueError, except that
-    `committed` and `reserved` of a closed region are exact as long as views keep it.
+    After `release` or `close`, methods raise `ReleasedError`, a ValueError. `committed` and
+    `reserved` of a closed region stay exact while views keep its addresses.
     """
 
     __slots__ = (
@@ -111,32 +111,32 @@ class Region:
     )
 
     def __init__(self, size: int, mode: Mode, fork: Fork, name: str | None) -> None:
-        """For `reserve`: a region whose ``struct region`` is still to be opened."""
+        """Create a region without addresses; only `reserve` calls this."""
         try:
             self._handle = _spare_handles.pop()
         except IndexError:
             self._handle = _new_handle()
-        # Who takes this away is alone with a region that nobody has used: its first user, who makes
-        # the lock, or its release, which then needs none.
+        # `del self._unused` succeeds exactly once, so it elects either the creator of the lock or a
+        # release that needs no lock.
         self._unused = None
         self._lock: RLock | None = None
         self._views: ViewTable | None = None
-        # A call that must not be interrupted by the making of a view is under way.
+        # A call is in progress during which no view may be created.
         self._busy = False
         self._released = False
-        # Closed: its addresses are gone, or left to the views that show them.
+        # The addresses are released, or kept only for live views.
         self._closed = False
-        # How many heaps in C use the handle; they keep this object as long.
+        # Number of C heaps that use the handle; they keep this object alive.
         self._in_heap = 0
         self._size = size
         self._mode: Mode = mode
         self._fork: Fork = fork
         self._name = name
-        # Who alone may take access and contents away, in words.
+        # Name of the object that alone may discard, decommit or release, for messages.
         self._owner: str | None = None
 
     def __del__(self) -> None:
-        # Only where it is called by hand can another thread have the lock.
+        # Another thread can hold the lock only if __del__ is called explicitly.
         if self._lock is None:
             self._drop()
         else:
@@ -153,48 +153,48 @@ class Region:
         if was_closed:
             return
         if not handle.base and len(_spare_handles) < _SPARES:
-            # Nobody has this handle any more: the next region may use it.
+            # The handle is unused: keep it for the next region.
             _spare_handles.append(handle)
         elif not _leave_to_views(handle, self._views):
             _end(handle)
 
-    # -- what it is ---------------------------------------------------------------------------
+    # -- properties ---------------------------------------------------------------------------
 
     @property
     def size(self) -> int:
-        """Bytes from the first to the last, guards not counted."""
+        """Size in bytes, without guards."""
         return self._size
 
     @property
     def mode(self) -> Mode:
-        """How commits are accounted."""
+        """Accounting mode: ``"charge"`` or ``"noreserve"``; see `reserve`."""
         return self._mode
 
     @property
     def fork(self) -> Fork:
-        """What a forked child finds."""
+        """Contents in a forked child: ``"copy"`` or ``"wipe"``; see `reserve`."""
         return self._fork
 
     @property
     def name(self) -> str | None:
-        """The name given, whether or not the kernel shows it."""
+        """The name given to `reserve`, whether or not the kernel shows it; None if none."""
         return self._name
 
     @property
     def released(self) -> bool:
-        """Whether the region was released or closed."""
+        """Whether the region is released or closed."""
         return self._released
 
     @property
     def base(self) -> int:
-        """Address of the first byte. Touching memory through it is at your own risk."""
+        """Address of the first byte. Access through raw addresses is at your own risk."""
         with self._lock or self._make_lock():
             self._alive()
             return int(ffi.cast("uintptr_t", self._handle.base))
 
     @property
     def committed(self) -> int:
-        """How many bytes are committed. Exact."""
+        """Number of committed bytes. Exact."""
         with self._lock or self._make_lock():
             if not self._handle.base:
                 raise _released()
@@ -202,7 +202,7 @@ class Region:
 
     @property
     def reserved(self) -> int:
-        """How many bytes the region owns: `size`, guards not counted."""
+        """Number of bytes that the region owns: `size`, without guards."""
         with self._lock or self._make_lock():
             if not self._handle.base:
                 raise _released()
@@ -216,13 +216,14 @@ class Region:
             return bool(self._handle.sealed)
 
     def is_committed(self, offset: int, length: int) -> bool:
-        """Tell whether all of [offset, offset + length) is committed. Any alignment.
+        """Return whether all of [offset, offset + length) is committed. Any alignment.
 
-        Asks the region's own books, not the kernel. Bytes outside the region are not committed.
+        Reads the region's own records, not the kernel's. Bytes outside the region count as not
+        committed.
 
         Raises:
-            RangeError: a negative offset, or a length that is not positive.
-            ReleasedError: the region was released or closed.
+            RangeError: `offset` is negative, or `length` not positive.
+            ReleasedError: the region is released or closed.
         """
         offset, length = _index(offset), _index(length)
         if offset < 0 or length <= 0:
@@ -237,21 +238,21 @@ class Region:
         return bool(answer)
 
     def committed_runs(self) -> list[tuple[int, int]]:
-        """List the committed pieces as (offset, length), lowest first; neighbours are one piece."""
+        """Return the committed ranges as (offset, length), lowest first, adjacent ones joined."""
         return self._runs("committed")
 
-    # -- the verbs ----------------------------------------------------------------------------
+    # -- verbs --------------------------------------------------------------------------------
 
     def commit(self, offset: int, length: int) -> None:
         """Make [offset, offset + length) readable and writable.
 
-        Fresh bytes read zero; bytes that were committed keep their contents. In mode ``"charge"``
-        the whole range counts against the commit limit at once.
+        Newly committed bytes read zero; bytes that were already committed keep their contents. In
+        mode ``"charge"`` the whole range is charged against the commit limit at once.
 
         Raises:
-            RangeError: not whole OS pages inside the region.
-            OutOfMemoryError: refused; ``limit`` says by what.
-            ReleasedError: the region was released or closed.
+            RangeError: the range is not whole OS pages inside the region.
+            OutOfMemoryError: refused; ``limit`` names the limit.
+            ReleasedError: the region is released or closed.
         """
         offset, length = _index(offset), _index(length)
         with self._lock or self._make_lock():
@@ -263,12 +264,12 @@ class Region:
             self._fail("commit", err, offset, length)
 
     def populate(self, offset: int, length: int) -> None:
-        """Back committed bytes with memory now instead of at first touch; contents stay.
+        """Back committed bytes with pages now instead of at first touch; keep their contents.
 
         Raises:
-            RangeError: not whole OS pages inside the region, or not all committed.
-            VMError: the kernel could not.
-            ReleasedError: the region was released or closed.
+            RangeError: the range is not whole OS pages inside the region, or not all committed.
+            VMError: the kernel refused.
+            ReleasedError: the region is released or closed.
         """
         offset, length = _index(offset), _index(length)
         with self._lock or self._make_lock():
@@ -280,16 +281,17 @@ class Region:
             self._fail("populate", err, offset, length)
 
     def discard(self, offset: int, length: int, lazy: bool = False) -> None:
-        """Drop the contents of committed bytes; they stay committed and read zero from now on.
+        """Drop the contents of committed bytes; they stay committed and read zero afterwards.
 
-        With `lazy` the kernel may keep the contents until it needs the memory or they are written
-        again, so reads show either; the memory counts in RSS until then. Allowed under live views.
+        With `lazy` the kernel drops the contents only under memory pressure: until then reads
+        return old contents or zero, and the memory counts in RSS. A write keeps a page. Allowed
+        under live views.
 
         Raises:
-            RangeError: not whole OS pages inside the region, or not all committed; or the region is
-                part of an arena.
-            VMError: the kernel could not (before Linux 5.18: memory locked by mlock).
-            ReleasedError: the region was released or closed.
+            RangeError: the range is not whole OS pages inside the region, or not all committed; or
+                the region is part of an arena.
+            VMError: the kernel refused (before Linux 5.18: memory locked by mlock).
+            ReleasedError: the region is released or closed.
         """
         offset, length, lazy = _index(offset), _index(length), bool(lazy)
         self._refuse_owned("discard")
@@ -302,17 +304,18 @@ class Region:
             self._fail("discard", err, offset, length)
 
     def decommit(self, offset: int, length: int) -> None:
-        """Take [offset, offset + length) back to reserved: no access, memory and charge given back.
+        """Return [offset, offset + length) to reserved: no access; memory and charge given back.
 
-        Bytes that are not committed stay so.
+        Bytes that are not committed are left as they are.
 
         Raises:
-            RangeError: not whole OS pages inside the region, or the region is part of an arena.
-            ViewError: live views hold some of the bytes.
-            VMError: refused (max_map_count: a hole splits a mapping), or the region is sealed.
-                Should the kernel refuse the region's policies for the fresh addresses, that is
-                raised although the bytes are decommitted.
-            ReleasedError: the region was released or closed.
+            RangeError: the range is not whole OS pages inside the region, or the region is part of
+                an arena.
+            ViewError: live views show some of the bytes.
+            VMError: refused (max_map_count: a hole splits a mapping), or the region is sealed. Also
+                if the kernel refuses the region's policies for the new mapping; only then are the
+                bytes decommitted nevertheless.
+            ReleasedError: the region is released or closed.
         """
         offset, length = _index(offset), _index(length)
         self._refuse_owned("decommit")
@@ -333,10 +336,10 @@ class Region:
         """Give the addresses back.
 
         Raises:
-            ViewError: live views hold some of the bytes.
+            ViewError: live views show some of the bytes.
             VMError: refused (max_map_count), or the region is sealed.
             RangeError: the region is part of an arena: release the arena.
-            ReleasedError: it was released or closed.
+            ReleasedError: the region is already released or closed.
         """
         self._refuse_owned("release")
         self._release()
@@ -344,8 +347,8 @@ class Region:
     def close(self) -> None:
         """Refuse new use now; release the addresses when the last view is gone.
 
-        With no view they are released now. Leaving a ``with`` block calls this. Calling it again
-        does nothing. A sealed region keeps its addresses until the process ends.
+        Without live views they are released at once. Leaving a ``with`` block calls this; a second
+        call does nothing. A sealed region keeps its addresses until the process ends.
 
         Raises:
             RangeError: the region is part of an arena: close the arena.
@@ -363,7 +366,7 @@ class Region:
             _end(self._handle)
 
     def _close_used(self) -> None:
-        if self._lock is None:  # released or closed before anybody used it
+        if self._lock is None:  # released or closed before first use
             return
         with self._lock:
             if self._closed or not self._handle.base:
@@ -413,16 +416,16 @@ class Region:
     # -- views --------------------------------------------------------------------------------
 
     def view(self, offset: int, length: int, *, readonly: bool = False) -> memoryview:
-        """Return a memoryview of committed bytes, one unsigned byte an item. Any alignment.
+        """Return a memoryview of committed bytes, format ``"B"``, shape (length,). Any alignment.
 
-        The bytes are pinned while the view, or anything made from it, is alive: slices, casts,
-        ndarrays, ctypes objects. Two ways around this guard are at your own risk: the raw address,
-        and consumers that keep only the memoryview object (``torch.frombuffer``) when you call its
-        ``release``. A readonly view's ``obj`` is the writable buffer behind it.
+        The bytes stay committed while the view, or an object made from it, is alive: slices, casts,
+        ndarrays, ctypes objects. Two uses are not protected: the raw address, and calling
+        ``release`` of a memoryview whose consumer keeps no reference to the buffer behind it
+        (``torch.frombuffer``). ``obj`` of a readonly view is the writable buffer behind it.
 
         Raises:
-            RangeError: outside the region, or not all committed.
-            ReleasedError: the region was released or closed.
+            RangeError: the range is outside the region, or not all committed.
+            ReleasedError: the region is released or closed.
             RuntimeError: called by a finaliser or signal handler inside another call on the region.
         """
         offset, length = _index(offset), _index(length)
@@ -431,22 +434,21 @@ class Region:
             raise _out_of_range("view", offset, length, self._size)
         with self._lock or self._make_lock():
             if self._busy:
-                msg = "view called from inside another call on the same region"
+                msg = "view cannot be called from inside another call on the same region"
                 raise RuntimeError(msg)
             self._alive()
             self._busy = True
             try:
                 if self._views is None:
                     _view_tables[id(self)] = self._views = ViewTable(self._size)
-                # A fresh cdata each time: it lives exactly as long as the buffer made of it.
+                # A new cdata for each view: it lives exactly as long as the buffer made from it.
                 anchor = self._anchor(offset)
                 exported = _buffer(anchor, length)
-                # Known as live first, found committed afterwards: whatever decommits from here on
-                # is refused, and what was decommitted before is seen.
+                # Register first, then check: a later decommit is refused, an earlier one is seen.
                 self._views.add(anchor, offset, offset + length)
-                known = _is_committed(self._handle, offset, length)
-                if known != 1:
-                    self._fail("view", known or lib.REGION_NOT_COMMITTED, offset, length)
+                committed = _is_committed(self._handle, offset, length)
+                if committed != 1:
+                    self._fail("view", committed or lib.REGION_NOT_COMMITTED, offset, length)
                 view = memoryview(exported)
             finally:
                 self._busy = False
@@ -460,21 +462,23 @@ class Region:
         *,
         readonly: bool = False,
     ) -> "np.ndarray[Any, Any]":
-        """Return a C-ordered numpy array over committed bytes, pinned like a view.
+        """Return a C-ordered ndarray of `shape` and `dtype` over committed bytes, from `offset`.
+
+        It protects its bytes as a `view` does.
 
         Raises:
             ImportError: numpy is missing (extra ``numpy``).
             RangeError, ReleasedError, RuntimeError: as for `view`.
         """
         numpy = import_numpy("ndarray")
-        kind = numpy.dtype(dtype)
+        item_type = numpy.dtype(dtype)
         sides = tuple(_index(side) for side in (shape if isinstance(shape, tuple) else (shape,)))
-        nbytes = math.prod(sides, start=kind.itemsize)
+        nbytes = math.prod(sides, start=item_type.itemsize)
         view = self.view(offset, nbytes, readonly=readonly)
-        array: np.ndarray[Any, Any] = numpy.frombuffer(view, dtype=kind).reshape(sides)
+        array: np.ndarray[Any, Any] = numpy.frombuffer(view, dtype=item_type).reshape(sides)
         return array
 
-    # -- Python's protocols -------------------------------------------------------------------
+    # -- Python protocols ---------------------------------------------------------------------
 
     def __enter__(self) -> "Self":
         self._alive()
@@ -500,17 +504,17 @@ class Region:
         )
 
     def __reduce__(self) -> NoReturn:
-        msg = "a Region is addresses of this process: it can't be pickled or copied"
+        msg = "Region cannot be pickled or copied: it owns addresses of this process"
         raise TypeError(msg)
 
-    # -- inside -------------------------------------------------------------------------------
+    # -- private ------------------------------------------------------------------------------
 
     def _alive(self) -> None:
         if self._released:
             raise _released()
 
     def _make_lock(self) -> RLock:
-        """Return the lock, made at the first use: a region that is only reserved does without."""
+        """Create the lock at first use and return it: a region that is only reserved has none."""
         with _registry_lock:
             if self._lock is None:
                 lock = RLock()
@@ -529,28 +533,28 @@ class Region:
         return ffi.cast("char *", int(ffi.cast("uintptr_t", base)) + offset)
 
     def _runs(self, which: Literal["committed", "reserved"]) -> list[tuple[int, int]]:
-        """Copy runs out in one call, so that nothing can come in between."""
+        """Return all runs, copied out by one C call so that they are consistent."""
         with self._lock or self._make_lock():
             self._alive()
-            room, count = 0, 1
-            while count > room:
-                room = 2 * count
-                runs = ffi.new("struct run[]", room)
-                count = lib.region_runs(self._handle, which == "committed", runs, room)
+            capacity, count = 0, 1
+            while count > capacity:
+                capacity = 2 * count
+                runs = ffi.new("struct run[]", capacity)
+                count = lib.region_runs(self._handle, which == "committed", runs, capacity)
             self._alive()
         return [(runs[i].lo, runs[i].hi - runs[i].lo) for i in range(count)]
 
     def _refuse_owned(self, verb: str) -> None:
         if self._owner is not None:
             self._alive()
-            msg = f"can't {verb}: the region is part of {self._owner}, which does that itself"
+            msg = f"cannot {verb} a region that is part of {self._owner}: use the owner's methods"
             raise RangeError(msg)
 
     @contextmanager
     def _taking_away(self) -> Iterator[bool]:
-        """Let no view be made inside; yields whether this interrupts another such call.
+        """Refuse new views inside the block; yield whether it interrupts another such block.
 
-        For whoever holds the lock, looks for live views, and then takes bytes away.
+        The caller holds the lock, checks for live views and then takes bytes away.
         """
         interrupting, self._busy = self._busy, True
         try:
@@ -559,7 +563,7 @@ class Region:
             self._busy = interrupting
 
     def _pinned(self, offset: int, length: int) -> Any:
-        """Return what pins bytes that are in view already, as long as it lives."""
+        """Return an object that protects bytes, which a live view shows, while it is alive."""
         anchor = self._anchor(offset)
         assert self._views is not None
         self._views.add(anchor, offset, offset + length)
@@ -570,24 +574,24 @@ class Region:
         assert self._views is not None
         held = self._views.live(lo, hi, prune=not interrupting)
         if held:
-            raise view_error(f"can't {verb} [{lo:#x}, {hi:#x})", held, verb)
+            raise view_error(f"cannot {verb} [{lo:#x}, {hi:#x})", held, verb)
 
     def _fail(self, verb: str, err: int, offset: int, length: int) -> NoReturn:
-        """Raise what `err`, an errno or an enum region_misuse, means."""
+        """Raise the exception for `err`, an errno or an enum region_misuse."""
         if err == lib.REGION_RELEASED:
             raise _released()
         if err == lib.REGION_SEALED:
-            msg = f"can't {verb}: the region is sealed until the process ends (mseal)"
+            msg = f"cannot {verb}: the region is sealed until the process ends (mseal)"
             raise VMError(errno.EPERM, msg, verb=verb, nbytes=length, address=self.base + offset)
         if err == lib.REGION_OUTSIDE:
             raise _out_of_range(verb, offset, length, self._size)
         if err < 0:
             reason = {
-                lib.REGION_MISALIGNED: f"not whole OS pages of {PAGE_SIZE} bytes",
+                lib.REGION_MISALIGNED: f"both must be multiples of the OS page ({PAGE_SIZE})",
                 lib.REGION_NOT_RESERVED: "not all of it is reserved",
                 lib.REGION_NOT_COMMITTED: "not all of it is committed",
             }[err]
-            msg = f"can't {verb} {length} bytes at offset {offset}: {reason}"
+            msg = f"cannot {verb} {length} bytes at offset {offset}: {reason}"
             raise RangeError(msg)
         raise refusal(verb, err, length, self.base + offset)
 
@@ -609,40 +613,40 @@ def reserve(
     """Reserve `size` bytes of addresses, rounded up to whole OS pages: no memory, no charge.
 
     Args:
-        size: in bytes, positive.
-        at: exactly this address; what is mapped there is never replaced.
-        hint: near this address if that is free, else anywhere.
-        align: the base is a multiple of this power of two (bytes).
-        mode: ``"charge"``: a commit counts against the commit limit, a decommit gives it back.
+        size: bytes, positive.
+        at: reserve exactly at this address; an existing mapping is never replaced.
+        hint: reserve near this address if it is free, else anywhere.
+        align: alignment of the base in bytes, a power of two.
+        mode: ``"charge"``: a commit is charged against the commit limit, a decommit refunds it.
             ``"noreserve"``: never charged (MAP_NORESERVE), except under
-            ``vm.overcommit_memory=2``, where the kernel ignores that and ``Region.mode``
-            says ``"charge"``. There a reservation is not charged, but 1/32 of a process's
-            addresses, at most vm.user_reserve_kbytes (128 MiB), is kept back from its commits.
-        dump: whether core dumps include the region (else MADV_DONTDUMP).
-        fork: what a forked child finds: ``"copy"`` as usual, or ``"wipe"`` zeros
-            (MADV_WIPEONFORK), which copies no page tables. In mode ``"charge"`` the child is
-            charged for the committed bytes either way (``dup_mmap`` in Linux's kernel/fork.c).
+            ``vm.overcommit_memory=2``, where the kernel ignores the flag and ``Region.mode``
+            is ``"charge"``. There a reservation is not charged, but 1/32 of a process's
+            addresses, at most vm.user_reserve_kbytes (128 MiB), is unavailable to its commits.
+        dump: include the region in core dumps (default: MADV_DONTDUMP).
+        fork: contents in a forked child: ``"copy"``, or ``"wipe"``: zeros (MADV_WIPEONFORK),
+            which copies no page tables. In mode ``"charge"`` the child is charged for the
+            committed bytes either way (``dup_mmap``, Linux kernel/fork.c).
         huge_pages: ``"prefer"`` (MADV_HUGEPAGE, the base aligned to a huge page), ``"never"``
-            (MADV_NOHUGEPAGE), or as the system is set.
-        guard: keep one OS page at each end that is never accessible, besides `size`.
-        name: shown in /proc/PID/maps as ``[anon:NAME]`` where the kernel was built with
-            CONFIG_ANON_VMA_NAME; at most 79 printable ASCII characters, none of them a bracket,
-            a backslash, a dollar sign or a backquote.
-        seal: commit all of it at once and forbid, until the process ends, to unmap it or change
-            its access (mseal, Linux 6.10): it can be discarded, never decommitted or released.
+            (MADV_NOHUGEPAGE), or ``"default"``: the system's setting.
+        guard: add an OS page that is never accessible at each end, in addition to `size`.
+        name: shown in /proc/PID/maps as ``[anon:NAME]`` if the kernel has CONFIG_ANON_VMA_NAME
+            (prctl(2), PR_SET_VMA_ANON_NAME); 1 to 79 printable ASCII characters except brackets,
+            backslash, dollar sign and backquote.
+        seal: commit the whole region and forbid unmapping it or changing its access until the
+            process ends (mseal, Linux 6.10): it can be discarded, never decommitted or released.
 
     Raises:
-        TypeError: a number that is not an integer.
-        ValueError: a number or a word that makes no sense (`RangeError` for sizes and addresses).
-        OutOfMemoryError: refused; ``limit`` says by what, ``"address space"`` among them.
-        VMError: `at` is occupied (EEXIST), or a policy is not to be had here.
+        TypeError: a number is not an integer, or `name` not a string.
+        ValueError: an invalid or conflicting argument (`RangeError` for sizes and addresses).
+        OutOfMemoryError: refused; ``limit`` names the limit, such as ``"address space"``.
+        VMError: `at` is occupied (EEXIST), or this kernel lacks a policy.
     """
     size, guard = _index(size), bool(guard)
     at = None if at is None else _index(at)
     hint = None if hint is None else _index(hint)
     align = None if align is None else _index(align)
     if size <= 0:
-        msg = f"a region has a positive size, not {size}"
+        msg = f"size must be positive, got {size}"
         raise RangeError(msg)
     if size % PAGE_SIZE:
         size += PAGE_SIZE - size % PAGE_SIZE
@@ -655,13 +659,13 @@ def reserve(
     if huge_pages == "prefer" and align is None and at is None:
         align = thp_size()
     if at is None and hint is None and align is None and not guard and name is None:
-        wish = _NULL
+        options = _NULL
     else:
-        wish = _wish(at, hint, align, guard, name)
+        options = _placement_options(at, hint, align, guard, name)
     region = Region(size, mode, fork, name)
     try:
-        err = _reserve(region._handle, size, accounting, advice, wish)
-    except OverflowError:  # more bytes than an address can tell apart
+        err = _reserve(region._handle, size, accounting, advice, options)
+    except OverflowError:  # size does not fit in size_t
         err = errno.ENOMEM
     if err:
         raise refusal("reserve", err, size + (align or 0) + 2 * PAGE_SIZE * bool(guard), at)
@@ -674,55 +678,55 @@ def reserve(
 
 
 def resident(region: Region) -> int:
-    """How much of a region is in memory, in bytes, as the kernel says."""
-    total, seen = 0, ffi.new("size_t *")
+    """Return the number of bytes of a region that are resident, as counted by mincore(2)."""
+    total, nbytes = 0, ffi.new("size_t *")
     for offset, length in region.committed_runs():
-        err = lib.vm_resident(region.base + offset, length, seen)
+        err = lib.vm_resident(region.base + offset, length, nbytes)
         if err:
-            raise refusal("look at", err, length, region.base + offset)
-        total += int(seen[0])
+            raise refusal("inspect", err, length, region.base + offset)
+        total += int(nbytes[0])
     return total
 
 
 def import_numpy(user: str) -> Any:
-    """Import numpy where it is needed, and only there: importing pyreserve is cheap.
+    """Import numpy at first use; importing pyreserve does not import it.
 
     Raises:
-        ImportError: not installed (extra ``numpy``); the message names `user`. Or as numpy
-                raised it.
+        ImportError: numpy is missing (extra ``numpy``), the message names `user`; or raised by
+            numpy itself.
     """
     return import_extra("numpy", "numpy", user)
 
 
 def _new_handle() -> Any:
     handle = ffi.new("struct region *")
-    key, forget = id(handle), _handles.pop  # bound: the module may be gone first
+    key, remove = id(handle), _handles.pop  # bound: at exit the module may be cleared first
 
-    def gone(_: "weakref.ref[Any]") -> None:
-        forget(key, None)
+    def on_death(_: "weakref.ref[Any]") -> None:
+        remove(key, None)
 
-    _handles[key] = weakref.ref(handle, gone)
+    _handles[key] = weakref.ref(handle, on_death)
     return handle
 
 
 def live_ranges() -> list[tuple[int, int]]:
-    """Return the addresses [start, end) of every region that is open, without keeping any alive."""
-    found = []
+    """Return the addresses [start, end) of all open regions, without keeping any alive."""
+    ranges = []
     for reference in list(_handles.values()):
         handle = reference()
         if handle is not None and handle.base:
             base = int(ffi.cast("uintptr_t", handle.base))
-            found.append((base, base + int(handle.size)))
-    return found
+            ranges.append((base, base + int(handle.size)))
+    return ranges
 
 
 def effective_mode(mode: Mode) -> tuple[Mode, int]:
-    """Return a mode as the kernel takes it, and the accounting of ``csrc/region.h`` for it.
+    """Return the mode that takes effect, and its accounting flag of ``csrc/region.h``.
 
-    Where /proc can't be read, vm.overcommit_memory counts as 0, the kernel's default.
+    If /proc is unreadable, vm.overcommit_memory counts as 0, the kernel's default.
 
     Raises:
-        ValueError: there is no such mode.
+        ValueError: `mode` is not a mode.
     """
     if mode not in _MODES:
         raise _unknown_word(mode, "copy", "default")
@@ -731,56 +735,59 @@ def effective_mode(mode: Mode) -> tuple[Mode, int]:
     return mode, _MODES[mode]
 
 
-def _wish(
+def _placement_options(
     at: int | None, hint: int | None, align: int | None, guard: bool, name: str | None
 ) -> Any:
-    """Check what a reservation shall have and put it in a ``struct region_wish``."""
-    wish = ffi.new("struct region_wish *")
+    """Check the placement arguments of `reserve` and return them as a C struct."""
+    options = ffi.new("struct region_wish *")
     if at is not None and hint is not None:
-        msg = "at and hint exclude each other"
+        msg = "at and hint are mutually exclusive"
         raise ValueError(msg)
     if at is not None or hint is not None:
-        address = hint if at is None else at
+        argument, address = ("hint", hint) if at is None else ("at", at)
         assert address is not None
         if not 0 < address < _ADDRESS_LIMIT or address % PAGE_SIZE:
-            msg = f"not the address of an OS page of {PAGE_SIZE} bytes: {address:#x}"
+            msg = (
+                f"{argument} must be a positive address that is a multiple of the OS page "
+                f"({PAGE_SIZE}), got {address:#x}"
+            )
             raise RangeError(msg)
-        wish.address, wish.exact = address, at is not None
+        options.address, options.exact = address, at is not None
     if align is not None:
         if not 0 < align < _ADDRESS_LIMIT or align & (align - 1):
-            msg = f"an alignment is a power of two, not {align}"
+            msg = f"align must be a power of two, got {align}"
             raise RangeError(msg)
         if at is not None and at % align:
-            msg = f"the address {at:#x} is not a multiple of {align:#x}"
+            msg = f"at must be a multiple of align ({align:#x}), got {at:#x}"
             raise RangeError(msg)
-        wish.align = align
+        options.align = align
     if guard:
-        wish.guard = PAGE_SIZE
+        options.guard = PAGE_SIZE
         if at is not None and at <= PAGE_SIZE:
-            msg = f"no room for a guard below the address {at:#x}"
+            msg = f"at must be above {PAGE_SIZE:#x} with a guard, got {at:#x}"
             raise RangeError(msg)
     if name is not None:
-        wish.name = _checked_name(name)
-    return wish
+        options.name = _checked_name(name)
+    return options
 
 
 def _checked_name(name: str) -> bytes:
     if not isinstance(name, str):
-        msg = f"a name is a string, not {type(name).__name__}"
+        msg = f"name must be a string, got {type(name).__name__}"
         raise TypeError(msg)
-    name = str.__str__(name)  # a subclass's methods may do anything
+    name = str.__str__(name)  # a subclass may override any method
     # The kernel's own rule (prctl(2), PR_SET_VMA_ANON_NAME).
     if not 0 < len(name) < 80 or any(not " " <= c <= "~" or c in "[]\\$`" for c in name):
-        msg = f"not a name for a mapping: {name!r}"
+        msg = f"name must be 1 to 79 printable ASCII characters without []\\$`, got {name!r}"
         raise ValueError(msg)
     return name.encode("ascii")
 
 
 def _unknown_word(mode: object, fork: object, huge_pages: object) -> ValueError:
-    for given, known, what in ((mode, _MODES, "mode"), (fork, _FORKS, "fork")):
-        if given not in list(known):
-            return ValueError(f"{what} is one of {', '.join(known)}; not {given!r}")
-    return ValueError(f"huge_pages is one of {', '.join(_HUGE)}; not {huge_pages!r}")
+    for argument, value, words in (("mode", mode, _MODES), ("fork", fork, _FORKS)):
+        if value not in list(words):
+            return ValueError(f"{argument} must be one of {', '.join(words)}, got {value!r}")
+    return ValueError(f"huge_pages must be one of {', '.join(_HUGE)}, got {huge_pages!r}")
 
 
 def _released() -> ReleasedError:
@@ -788,23 +795,25 @@ def _released() -> ReleasedError:
 
 
 def _out_of_range(verb: str, offset: int, length: int, size: int) -> RangeError:
-    return RangeError(f"can't {verb} {length} bytes at offset {offset} of a region of {size} bytes")
+    return RangeError(
+        f"cannot {verb} {length} bytes at offset {offset}: not a range of the region's {size} bytes"
+    )
 
 
 # -- views that outlive their region ----------------------------------------------------------
 
-# The view tables of all regions that have one. What is reachable only from a region that is garbage
-# itself loses its weak references before finalisers run; these are reachable from here.
+# The view tables of all regions. An object that only a garbage region refers to loses its weak
+# references before finalisers run; a view table must not, so it is referenced from here.
 _view_tables: dict[int, ViewTable] = {}
 
-# What is unmapped when the last anchor is gone.
+# Addresses to unmap when the last anchor is gone.
 _outliving: dict[int, "_Outlived"] = {}
 _FIRST_SWEEP = 16
 _sweep_at = _FIRST_SWEEP
 
 
 class _Outlived:
-    """The addresses of a closed or dropped region that live views still show."""
+    """The addresses of a closed or garbage region that live views still show."""
 
     def __init__(self, handle: Any, anchors: list[Any]) -> None:
         self.handle = handle
@@ -813,30 +822,30 @@ class _Outlived:
     def _gone(self, ref: "weakref.ref[Any]") -> None:
         self.anchors.pop(id(ref), None)
         if not self.anchors:
-            self.end_if_unseen()
+            self.unmap_if_unseen()
 
-    def end_if_unseen(self) -> None:
-        """Unmap unless a view is left. Twice does no harm: the handle is nobody else's."""
+    def unmap_if_unseen(self) -> None:
+        """Unmap unless a view is alive. A second call is harmless: the handle is not shared."""
         if all(ref() is None for ref in list(self.anchors.values())):
             _end(self.handle)
             _outliving.pop(id(self), None)
 
 
 def _leave_to_views(handle: Any, views: ViewTable | None) -> bool:
-    """Give the addresses of a region back when its last view is gone; False: there is none."""
+    """Arrange to unmap a region when its last view is gone; return False if it has no views."""
     anchors = [] if views is None else views.anchors()
     if not anchors:
         return False
-    left = _Outlived(handle, anchors)
-    _outliving[id(left)] = left
+    outlived = _Outlived(handle, anchors)
+    _outliving[id(outlived)] = outlived
     if len(_outliving) >= _sweep_at:
         _sweep_outliving()
     return True
 
 
 def _sweep_outliving() -> None:
-    """End what a signal handler that raised in `_Outlived._gone` has kept from its end."""
+    """Unmap regions that stayed because a signal handler raised inside `_Outlived._gone`."""
     global _sweep_at  # noqa: PLW0603
-    for left in list(_outliving.values()):
-        left.end_if_unseen()
+    for outlived in list(_outliving.values()):
+        outlived.unmap_if_unseen()
     _sweep_at = 2 * len(_outliving) + _FIRST_SWEEP

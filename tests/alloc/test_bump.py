@@ -697,7 +697,7 @@ class TestViewsPin:
         held = [arena.alloc(8)]
         before = state(arena)
 
-        with pytest.raises(ViewError, match="can't release"):
+        with pytest.raises(ViewError, match="cannot release"):
             arena.release()
 
         assert state(arena) == before

@@ -320,7 +320,7 @@ class TestViews:
             buffer.resize(0x10)
 
         assert str(refused.value).startswith(
-            "can't cut off [0x10, 0x100): 1 live view holds bytes of it: [0x0, 0x100); delete the"
+            "cannot cut off [0x10, 0x100): 1 live view holds bytes of it: [0x0, 0x100); delete the"
         )
         del held
 

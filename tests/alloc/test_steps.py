@@ -38,7 +38,9 @@ class TestNumbers:
     @pytest.mark.parametrize("step", [0, -PAGE_SIZE, 1, PAGE_SIZE + 1, PAGE_SIZE // 2])
     def test_what_makes_no_sense(self, step: int) -> None:
         """Steps are whole OS pages, at least one."""
-        with pytest.raises(RangeError, match=f"whole OS pages of {PAGE_SIZE} bytes, not {step}"):
+        with pytest.raises(
+            RangeError, match=rf"multiple of the OS page \({PAGE_SIZE}\), got {step}"
+        ):
             as_step(step)
 
     @pytest.mark.parametrize("wrong", [4096.0, None, b"measured", [4096]])
@@ -49,8 +51,8 @@ class TestNumbers:
 
     @pytest.mark.parametrize("word", ["", "4096", "Measured", "auto"])
     def test_other_words(self, word: Any) -> None:
-        """There is one word."""
-        with pytest.raises(ValueError, match="in bytes or 'measured', not"):
+        """The only word is "measured"."""
+        with pytest.raises(ValueError, match="number of bytes or 'measured', got"):
             as_step(word)
 
 
