@@ -247,7 +247,7 @@ class TestFree:
         before = books(arena)
 
         for refused in (block.free, lambda: arena.free_many([other, block])):
-            with pytest.raises(ViewError, match="can't free"):
+            with pytest.raises(ViewError, match="cannot free"):
                 refused()
         with pytest.raises(ViewError):
             arena.release()
