@@ -1,8 +1,8 @@
-"""Stats for Prometheus: what arenas, regions and processes hold, read when they are scraped.
+"""Prometheus metrics of arenas, regions and processes, read at each scrape.
 
-A collector stands in a registry of ``prometheus_client`` (extra ``prometheus``) for all that is
-registered there, so each metric has its HELP once, as the format wants it. Names and units follow
-https://prometheus.io/docs/practices/naming/: bytes, and ``_total`` for what only grows.
+Each registry of ``prometheus_client`` (extra ``prometheus``) has one collector for all objects
+registered there, so each metric has one HELP line, as the format requires. Names and units follow
+https://prometheus.io/docs/practices/naming/: bytes, and ``_total`` for counters.
 """
 
 import os
@@ -33,40 +33,40 @@ __all__ = ["Registration", "register", "register_process"]
 _OnRegion = Region | BumpArena | Pool | Bitmap | GrowableBuffer | GrowableArray
 _Sample = tuple[str, tuple[str, ...], int]  # metric, labels besides the name, value
 
-# What stands after pyreserve_ and the kind, and HELP. An arena's are the fields of `MemStats`.
+# Metric suffixes and their HELP texts. Those of an arena are the fields of `MemStats`.
 _ARENA = {
     "sys_bytes": "Bytes obtained from the system: heap_sys + gc_sys + other_sys.",
-    "heap_sys_bytes": "Bytes of arena that is or was readable and writable.",
-    "heap_idle_bytes": "Bytes of heap_sys that are in no block.",
-    "heap_inuse_bytes": "Bytes of heap_sys in whole pages of blocks, or handed out by grow.",
-    "heap_released_bytes": "Idle bytes given back to the system and not taken again.",
-    "heap_alloc_bytes": "Bytes that were asked for, of blocks that live, and of grow.",
-    "heap_objects": "How many blocks live.",
-    "mallocs_total": "How many blocks were ever allocated.",
-    "frees_total": "How many blocks were freed.",
+    "heap_sys_bytes": "Bytes of arena that are or were committed.",
+    "heap_idle_bytes": "Bytes of heap_sys outside all blocks.",
+    "heap_inuse_bytes": "Bytes of heap_sys in pages of blocks, or allocated by grow.",
+    "heap_released_bytes": "Idle bytes given back to the system and not committed again.",
+    "heap_alloc_bytes": "Bytes requested for live blocks and by grow.",
+    "heap_objects": "Number of live blocks.",
+    "mallocs_total": "Number of blocks allocated so far.",
+    "frees_total": "Number of blocks freed so far.",
     "gc_sys_bytes": "Mapped bytes of the heap bitmap.",
-    "other_sys_bytes": "Mapped bytes of spans, and of the index of arenas where there is one.",
-    "reserved_bytes": "Addresses that the arena owns, mapped or not.",
-    "committed_bytes": "Bytes of reserved that are readable and writable.",
-    "resident_bytes": "Bytes of committed that are in memory, as the kernel says (mincore).",
-    "tables_bytes": "Addresses of the allocator's own tables, beside the arena.",
+    "other_sys_bytes": "Mapped bytes of spans and of the index of arenas.",
+    "reserved_bytes": "Bytes of addresses that the arena owns, mapped or not.",
+    "committed_bytes": "Bytes of committed memory.",
+    "resident_bytes": "Bytes of committed memory that are resident (mincore).",
+    "tables_bytes": "Bytes of addresses of the allocator's own tables, outside the arena.",
 }
 _REGION = {
-    "reserved_bytes": "Addresses that the region owns.",
-    "committed_bytes": "Bytes of reserved that are readable and writable.",
-    "resident_bytes": "Bytes of committed that are in memory, as the kernel says (mincore).",
-    "in_use_bytes": "Bytes that a BumpArena or Pool has handed out.",
+    "reserved_bytes": "Bytes of addresses that the region owns.",
+    "committed_bytes": "Bytes of committed memory.",
+    "resident_bytes": "Bytes of committed memory that are resident (mincore).",
+    "in_use_bytes": "Bytes that a BumpArena or Pool has allocated.",
 }
 _PROCESS = {
-    "up": "Whether the process was there and could be read: if 0, it has no other metric.",
-    "address_space_bytes": "Bytes of addresses (VSZ) by what is behind them.",
-    "mappings": "Mappings that have addresses of the class; one may be in several classes.",
-    "map_entries": "Mappings, as vm.max_map_count limits them.",
-    "resident_bytes": "Bytes in memory (RSS).",
-    "proportional_bytes": "Bytes in memory, shared ones divided by how many share them (PSS).",
-    "unique_bytes": "Bytes in memory that no other process shares (USS).",
+    "up": "Whether the process could be read: if 0, it has no other metric.",
+    "address_space_bytes": "Bytes of addresses (VSZ) by class.",
+    "mappings": "Number of mappings with addresses of the class; one may be in several classes.",
+    "map_entries": "Number of mappings, which vm.max_map_count limits.",
+    "resident_bytes": "Bytes of resident memory (RSS).",
+    "proportional_bytes": "Bytes of resident memory, shared pages counted in proportion (PSS).",
+    "unique_bytes": "Bytes of resident memory that no other process shares (USS).",
     "swap_bytes": "Bytes in swap.",
-    "page_tables_bytes": "Bytes of the kernel's page tables for the process.",
+    "page_tables_bytes": "Bytes of the process's page tables.",
 }
 _METRICS = {"arena": _ARENA, "region": _REGION, "process": _PROCESS}
 _BY_CLASS = (("process", "address_space_bytes"), ("process", "mappings"))
@@ -74,11 +74,11 @@ _BY_CLASS = (("process", "address_space_bytes"), ("process", "mappings"))
 
 @dataclass(frozen=True, eq=False)
 class Registration:
-    """One thing in one registry, as made by `register` and `register_process`.
+    """An object in a registry, returned by `register` and `register_process`.
 
     Attributes:
-        name: the label.
-        registry: where.
+        name: value of the label.
+        registry: the registry.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Registration:
     _source: "_Source" = field(repr=False)
 
     def unregister(self) -> None:
-        """Expose it no longer. Does nothing where that was done before."""
+        """Stop exposing the object. A second call does nothing."""
         _exposed.remove(self._source, self.registry)
 
 
@@ -96,26 +96,26 @@ def register(
     *,
     registry: "CollectorRegistry | None" = None,
 ) -> Registration:
-    """Expose an arena's `MemStats`, or what a region has reserved, committed and in memory.
+    """Expose an arena's `MemStats`, or the reserved, committed and resident bytes of a region.
 
-    An arena has the metrics ``pyreserve_arena_*{arena="NAME"}``, each scrape from one `memstats`;
-    everything else stands on a region and has ``pyreserve_region_*{region="NAME"}``. A scrape looks
-    at a thing at one moment, waits for calls that change it, and asks the kernel about every
-    committed page. Nothing is kept alive: what was released or dropped is exposed no longer, and
-    its name is free.
+    An arena has the metrics ``pyreserve_arena_*{arena="NAME"}``, read by one `memstats` call at
+    each scrape; every other object has ``pyreserve_region_*{region="NAME"}`` of its region. A
+    scrape reads an object consistently, waits for calls that change it, and checks every committed
+    page with mincore(2). Objects are not kept alive: a released or garbage one is no longer
+    exposed, and its name is free again.
 
     Args:
-        thing: also what stands on a region: a BumpArena, Pool, Bitmap, GrowableBuffer or
-            GrowableArray.
-        name: the label; None: an arena's layout, a region's own name, or the kind of thing.
-        registry: where; None: ``prometheus_client.REGISTRY``.
+        thing: an Arena, a Region, or a BumpArena, Pool, Bitmap, GrowableBuffer or GrowableArray.
+        name: value of the label; None: the layout of an arena, the name of a region, or the type
+            in lower case.
+        registry: the registry; None: ``prometheus_client.REGISTRY``.
 
     Raises:
         ImportError: prometheus_client is missing (extra ``prometheus``).
-        TypeError: it is nothing of the above, or the name is no string.
-        ValueError: a thing of this kind that lives has the name, it has lone surrogates, or another
+        TypeError: `thing` is of another type, or `name` not a string.
+        ValueError: a live object of this kind has the name, `name` has lone surrogates, or another
             collector has the metrics; nothing has changed.
-        ReleasedError: it was released or closed.
+        ReleasedError: the object is released or closed.
     """
     if isinstance(thing, Arena):
         region, default = thing.region, thing.layout.name
@@ -123,11 +123,13 @@ def register(
     elif isinstance(thing, _OnRegion):
         region = thing if isinstance(thing, Region) else thing._region
         default = region.name or type(thing).__name__.lower()
-        # There are no weak references to a Bitmap, and its region lives as long.
+        # A Bitmap has no weak references; its region lives as long.
         find = ref(region if isinstance(thing, Bitmap) else thing)
         source = _Source("region", default if name is None else name, find, _read_region)
     else:
-        msg = f"neither an arena nor on a region: {type(thing).__name__}"
+        msg = (
+            f"thing must be an arena, a region or an object on a region, got {type(thing).__name__}"
+        )
         raise TypeError(msg)
     if region.released:
         msg = f"the {source.kind} was released or closed"
@@ -138,16 +140,16 @@ def register(
 def register_process(
     pid: int | None = None, name: str | None = None, *, registry: "CollectorRegistry | None" = None
 ) -> Registration:
-    """Expose what a process's address space holds, as ``pyreserve_process_*{process="NAME"}``.
+    """Expose the address space of a process as ``pyreserve_process_*{process="NAME"}``.
 
-    Each scrape asks `pyreserve.procmem.explain`. If the process has ended or may not be read then,
-    ``pyreserve_process_up`` is 0 and the rest of it is missing. Figures that are not
-    known, such as USS where smaps can't be read, are missing alone.
+    Each scrape calls `pyreserve.procmem.explain`. If the process has ended or cannot be read,
+    ``pyreserve_process_up`` is 0 and its other metrics are missing. A single figure that is not
+    known, such as USS if smaps is unreadable, is missing alone.
 
     Args:
-        pid: which process; None: this one, in a forked child the child.
-        name: the label; None: the number, or ``self``.
-        registry: where; None: ``prometheus_client.REGISTRY``.
+        pid: process ID; None: this process, and in a forked child the child.
+        name: value of the label; None: the process ID, or ``self``.
+        registry: the registry; None: ``prometheus_client.REGISTRY``.
 
     Raises:
         ImportError, TypeError, ValueError: as for `register`.
@@ -161,7 +163,7 @@ def register_process(
 
 @dataclass(frozen=True, eq=False)
 class _Source:
-    """A thing to expose: how to get hold of it, None if it is gone, and how to read it."""
+    """An object to expose: `find` returns it, None if it is gone; `read` returns its samples."""
 
     kind: str
     name: str
@@ -207,11 +209,11 @@ class _Process(NamedTuple):
 
 
 def _read_process(process: _Process) -> list[_Sample]:
-    from pyreserve.procmem import explain  # noqa: PLC0415  # only where it is wanted
+    from pyreserve.procmem import explain  # noqa: PLC0415  # slow to import
 
     try:
         space = explain(os.getpid() if process.pid is None else process.pid)
-        # Another process may have got the number by now.
+        # The PID may have been reused by another process.
         if process.pid is not None and proc.started(process.pid) != process.started:
             return [("up", (), 0)]
     except (OSError, PyreserveError):
@@ -225,25 +227,25 @@ def _read_process(process: _Process) -> list[_Sample]:
     )
     return [
         ("up", (), 1),
-        *(("address_space_bytes", (each.name,), KiB * each.kib) for each in space.classes),
-        *(("mappings", (each.name,), each.mappings) for each in space.classes),
+        *(("address_space_bytes", (cls.name,), KiB * cls.kib) for cls in space.classes),
+        *(("mappings", (cls.name,), cls.mappings) for cls in space.classes),
         ("map_entries", (), space.mappings),
         *((metric, (), KiB * kib) for metric, kib in totals if kib is not None),
     ]
 
 
 class _Collector:
-    """What a registry asks for the metrics of all that is registered there."""
+    """The collector of a registry, for all objects registered there."""
 
     def __init__(self, core: Any) -> None:
         self._core = core
-        self.sources: list[_Source] = []  # replaced, never changed: a scrape takes no lock
+        self.sources: list[_Source] = []  # replaced, never modified: a scrape takes no lock
 
     def alive(self) -> list[_Source]:
         return [source for source in self.sources if not source.gone()]
 
     def describe(self) -> "Iterable[Metric]":
-        """Say which metrics there may be: the registry then knows of clashes, and reads nothing."""
+        """Return all metrics without samples, so that the registry detects name clashes."""
         return self._families().values()
 
     def collect(self) -> "Iterable[Metric]":
@@ -268,50 +270,50 @@ class _Collector:
 
 
 class _Exposed:
-    """The collector of each registry: one, so that each metric has one HELP there."""
+    """The collectors: one for each registry, so that each metric has one HELP line there."""
 
     def __init__(self) -> None:
         self._lock = RLock()
-        self._of: WeakKeyDictionary[CollectorRegistry, _Collector] = WeakKeyDictionary()
+        self._collectors: WeakKeyDictionary[CollectorRegistry, _Collector] = WeakKeyDictionary()
         forks.register(self._lock)
 
     def add(self, source: _Source, registry: "CollectorRegistry | None") -> Registration:
         if not isinstance(source.name, str):
-            msg = f"a name is a string, not {type(source.name).__name__}"
+            msg = f"name must be a string, got {type(source.name).__name__}"
             raise TypeError(msg)
         try:
-            source.name.encode()  # every scrape would fail, of all that the registry has
+            source.name.encode()  # else every scrape of the whole registry would fail
         except UnicodeEncodeError as error:
-            msg = f"a name is text that UTF-8 can write, not {source.name!r}"
+            msg = f"name must be encodable as UTF-8, got {source.name!r}"
             raise ValueError(msg) from error
         core = import_extra("prometheus_client.core", "prometheus", "register")
-        where: CollectorRegistry = core.REGISTRY if registry is None else registry
+        target: CollectorRegistry = core.REGISTRY if registry is None else registry
         with self._lock:
-            known = self._of.get(where)
+            known = self._collectors.get(target)
             collector = known or _Collector(core)
             others = collector.alive()
             if any((other.kind, other.name) == (source.kind, source.name) for other in others):
-                msg = f"the name {source.name!r} is taken for a {source.kind}: give another one"
+                msg = f"name must be unique among {source.kind} metrics, got {source.name!r} again"
                 raise ValueError(msg)
             try:
-                where.register(collector)
+                target.register(collector)
             except ValueError:
-                # It stands there, as it should; unless somebody took it out, and it does again now.
+                # Already registered, which is expected unless the user had unregistered it.
                 if known is None:
                     raise
             collector.sources = [*others, source]
-            self._of[where] = collector
-        return Registration(source.name, where, source)
+            self._collectors[target] = collector
+        return Registration(source.name, target, source)
 
     def remove(self, source: _Source, registry: "CollectorRegistry") -> None:
         with self._lock:
-            collector = self._of.get(registry)
+            collector = self._collectors.get(registry)
             if collector is None:
                 return
             collector.sources = [other for other in collector.alive() if other is not source]
             if not collector.sources:
-                del self._of[registry]
-                with suppress(KeyError):  # somebody took it out
+                del self._collectors[registry]
+                with suppress(KeyError):  # the user had unregistered it
                     registry.unregister(collector)
 
 

@@ -272,7 +272,7 @@ class TestNames:
         register(arena, "one", registry=registry)
         before = scrape()
 
-        with pytest.raises(ValueError, match="'one' is taken for a region: give another"):
+        with pytest.raises(ValueError, match="name must be unique among region metrics, got 'one'"):
             register(Pool(8), "one", registry=registry)
 
         assert scrape() == before
@@ -295,11 +295,11 @@ class TestNames:
         gone.release()
         heap.release()
 
-        with pytest.raises(TypeError, match="neither an arena nor on a region: bytes"):
+        with pytest.raises(TypeError, match=r"thing must be an arena, .* got bytes"):
             register(b"", registry=registry)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="a name is a string, not int"):
+        with pytest.raises(TypeError, match="name must be a string, got int"):
             register(region, 5, registry=registry)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="a name is text that UTF-8 can write"):
+        with pytest.raises(ValueError, match="name must be encodable as UTF-8"):
             register(region, "\udcff", registry=registry)
         with pytest.raises(ReleasedError):
             register(gone, registry=registry)
@@ -587,7 +587,7 @@ def everything(
 @pytest.mark.usefixtures("everything")
 class TestFormat:
     def test_conventions(self, get: Get) -> None:
-        """Bytes end in _bytes, what only grows in _total, and HELP is a sentence."""
+        """Metrics in bytes end in _bytes, counters in _total, and HELP is a sentence."""
         for family in text_string_to_metric_families(get("text/plain")):
             assert re.fullmatch(r"pyreserve_(arena|region|process)_[a-z_]+", family.name)
             in_bytes = re.search(r"^(Idle )?[Bb]ytes|^Addresses|Mapped bytes", family.documentation)
