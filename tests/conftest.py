@@ -1,4 +1,4 @@
-"""Fixtures and settings that all tests share."""
+"""Fixtures and settings for all tests."""
 
 import gc
 import os
@@ -16,18 +16,22 @@ TESTS = Path(__file__).resolve().parent
 
 pytest.register_assert_rewrite("helpers")
 
-# The installed package is tested; `python -m pytest` puts the checkout before it.
+# Test the installed package, although `python -m pytest` puts the checkout first.
 sys.path.sort(key=lambda entry: Path(entry).resolve() == TESTS.parent)
 
 import pyreserve  # noqa: E402
 from pyreserve import PAGE_SIZE, Region  # noqa: E402
 
-# Chosen by --hypothesis-profile. No profile lets the machine's load decide a test.
-for name, derandomize, most in (("default", True, 100), ("ci", False, 200), ("long", False, 5000)):
+# Selected by --hypothesis-profile. No profile has a deadline: results must not depend on load.
+for name, derandomize, examples in (
+    ("default", True, 100),
+    ("ci", False, 200),
+    ("long", False, 5000),
+):
     settings.register_profile(
         name,
         derandomize=derandomize,
-        max_examples=most,
+        max_examples=examples,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow],
         print_blob=True,
@@ -35,19 +39,19 @@ for name, derandomize, most in (("default", True, 100), ("ci", False, 200), ("lo
 settings.load_profile("default")
 
 
-# A shell lets what it runs in the background ignore Ctrl-C, and so would all that tests start.
+# A background job of a shell ignores SIGINT, and the processes that tests start would inherit it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Let ``-n auto`` take the CPUs there are, but at most four: each takes 200 MiB and more."""
+    """Use all CPUs for ``-n auto``, but at most four: a worker needs 200 MiB and more."""
     return min(4, len(os.sched_getaffinity(0)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """State machines are heavy: thousands of steps against a model."""
+    """Mark state machines as heavy: they run thousands of steps against a model."""
     for item in items:
         if item.path.stem.endswith("_machine"):
             item.add_marker(pytest.mark.heavy)
@@ -55,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _children_import_the_same() -> Iterator[None]:
-    """``python -c`` puts the working directory first: let that be one without the package."""
+    """Run in a directory without the package, since ``python -c`` imports from it first."""
     before = Path.cwd()
     os.chdir(TESTS)
     yield
@@ -69,12 +73,12 @@ def _first_example(_: None) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _hypothesis_has_started() -> None:
-    _first_example()  # Hypothesis asks who refers to its Random, and freeze hides the answer
+    _first_example()  # Hypothesis uses gc.get_referrers once, which gc.freeze breaks
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _collections_are_quick(_hypothesis_has_started: None) -> None:
-    """Tests that collect garbage need not look at what was imported and collected before."""
+    """Freeze imported objects, so that tests collect garbage faster."""
     gc.collect()
     gc.freeze()
 
@@ -88,17 +92,17 @@ def _end(region: Region) -> None:
 @pytest.fixture
 def region() -> Iterator[Region]:
     """A region of 64 OS pages, released at the end unless the test did."""
-    made = pyreserve.reserve(64 * PAGE_SIZE)
-    yield made
-    _end(made)
+    reserved = pyreserve.reserve(64 * PAGE_SIZE)
+    yield reserved
+    _end(reserved)
 
 
 @pytest.fixture(params=["charge", "noreserve"])
 def any_mode(request: pytest.FixtureRequest) -> Iterator[Region]:
-    """A region of 64 OS pages in each of the two ways to account."""
-    made = pyreserve.reserve(64 * PAGE_SIZE, mode=request.param)
-    yield made
-    _end(made)
+    """A region of 64 OS pages in each accounting mode."""
+    reserved = pyreserve.reserve(64 * PAGE_SIZE, mode=request.param)
+    yield reserved
+    _end(reserved)
 
 
 @pytest.hookimpl(optionalhook=True)

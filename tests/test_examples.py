@@ -1,4 +1,4 @@
-"""The examples run as anybody would run them, and say what they should."""
+"""Each example runs as a script and prints the expected lines."""
 
 import re
 import subprocess
@@ -11,7 +11,7 @@ from helpers.witness import PATIENCE
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
-TELLING = {
+EXPECTED = {
     "mark_and_sweep.py": r"1 roots: ([1-9]\d*) objects reached, [1-9]\d* freed; (?s:.*)"
     r"0 roots: 0 objects reached, \1 freed; ",
     "request_scoped_arena.py": r"request 301: .* RSS [\d.]+ MiB\n",
@@ -21,7 +21,7 @@ TELLING = {
 
 @pytest.mark.skipif(not EXAMPLES, reason="the examples are not beside the tests here")
 def test_each_example_has_something_to_tell() -> None:
-    assert {example.name for example in EXAMPLES} == TELLING.keys()
+    assert {example.name for example in EXAMPLES} == EXPECTED.keys()
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -35,4 +35,4 @@ def test_example(example: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert re.search(TELLING[example.name], done.stdout), done.stdout
+    assert re.search(EXPECTED[example.name], done.stdout), done.stdout

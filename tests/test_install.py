@@ -1,4 +1,4 @@
-"""The package is found wherever a script lies, however it was installed."""
+"""The installed package is imported wherever the script is."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ SCRIPT = "import pyreserve; pyreserve.reserve(1 << 30).release(); print(pyreserv
 
 
 def ended(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run Python in a folder, which a script given by ``-c`` may import from."""
+    """Run Python in a folder, from which a script given by ``-c`` can import."""
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False
     )
@@ -18,7 +18,7 @@ def ended(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[s
 
 @pytest.mark.parametrize("how", ["-c", "file"])
 def test_a_script_beside_a_clone(how: str, tmp_path: Path) -> None:
-    """A folder of the package's name, as a clone is one, is not taken for the package."""
+    """A folder with the package's name, such as a clone, is not imported as the package."""
     clone = tmp_path / "pyreserve"
     (clone / "pyreserve").mkdir(parents=True)
     (clone / "pyreserve/__init__.py").touch()
@@ -31,7 +31,7 @@ def test_a_script_beside_a_clone(how: str, tmp_path: Path) -> None:
 
 
 def test_python_in_the_checkout() -> None:
-    """Python started where the tests come from can import the package, installed or not."""
+    """Python started in the checkout imports the package, installed or not."""
     done = ended(Path(__file__).parent.parent, "-c", SCRIPT)
 
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""What Prometheus is told: scraped over HTTP and parsed as it would."""
+"""Prometheus metrics, scraped over HTTP and parsed as Prometheus does."""
 
 import dataclasses
 import os
@@ -45,7 +45,7 @@ Get = Callable[[str], str]
 
 
 class Current:
-    """What the server serves: the registry of the test under way."""
+    """The registry that the server serves: that of the current test."""
 
     registry = CollectorRegistry()
 
@@ -66,14 +66,14 @@ def served() -> Iterator[tuple[str, Current]]:
 
 @pytest.fixture
 def registry(served: tuple[str, Current]) -> CollectorRegistry:
-    """A registry as `prometheus_client.REGISTRY` is."""
+    """A registry configured like `prometheus_client.REGISTRY`."""
     served[1].registry = CollectorRegistry(auto_describe=True)
     return served[1].registry
 
 
 @pytest.fixture
 def get(served: tuple[str, Current]) -> Get:
-    """Get what the registry has, in a format."""
+    """Fetch the registry in a format."""
 
     def get(accept: str) -> str:
         with urlopen(Request(served[0], headers={"Accept": accept}), timeout=PATIENCE) as answer:
@@ -101,7 +101,7 @@ def scrape(get: Get) -> Scrape:
 
 @pytest.fixture
 def arena() -> Iterator[Arena]:
-    """An arena of which something is in use, idle, given back and in memory."""
+    """An arena with bytes in use, idle, given back and resident."""
     with Arena("native", size=64 * MiB) as made:
         kept, idle = made.alloc(100 * KiB), made.alloc(3 * MiB)
         for block in (kept, idle):
@@ -112,7 +112,7 @@ def arena() -> Iterator[Arena]:
 
 
 def exposed(name: str, stats: MemStats) -> Scraped:
-    """What a scrape of an arena is to show."""
+    """The expected samples of an arena."""
     return {
         (f"pyreserve_arena_{field}{COUNTS.get(field, '_bytes')}", name): value
         for field, value in dataclasses.asdict(stats).items()
@@ -120,13 +120,13 @@ def exposed(name: str, stats: MemStats) -> Scraped:
 
 
 def shown(scraped: Scraped, name: str) -> dict[str, float]:
-    """The values of one thing."""
+    """The values of one object."""
     return {key[0]: value for key, value in scraped.items() if key[1] == name}
 
 
 class TestArenas:
     def test_every_field(self, registry: CollectorRegistry, scrape: Scrape, arena: Arena) -> None:
-        """A scrape shows what memstats shows, field by field, and nothing else."""
+        """A scrape has the fields of memstats and nothing else."""
         register(arena, "heap", registry=registry)
 
         stats = arena.memstats()
@@ -138,7 +138,7 @@ class TestArenas:
     def test_each_scrape_is_fresh(
         self, registry: CollectorRegistry, scrape: Scrape, arena: Arena
     ) -> None:
-        """The next scrape shows what has changed meanwhile."""
+        """The next scrape shows changes."""
         register(arena, "heap", registry=registry)
         before = scrape()
 
@@ -147,7 +147,7 @@ class TestArenas:
         assert scrape() == exposed("heap", arena.memstats()) != before
 
     def test_several(self, registry: CollectorRegistry, scrape: Scrape, arena: Arena) -> None:
-        """Two arenas stand in the same metrics under their names."""
+        """Two arenas share the metrics, told apart by their names."""
         with Arena("native", size=MiB) as other:
             register(arena, "heap", registry=registry)
             register(other, "other", registry=registry)
@@ -158,7 +158,7 @@ class TestArenas:
             }
 
     def test_under_way(self, registry: CollectorRegistry, scrape: Scrape, arena: Arena) -> None:
-        """A scrape while threads allocate and free shows one moment: its sums are exact."""
+        """A scrape while threads allocate and free is consistent: its sums are exact."""
         register(arena, "heap", registry=registry)
         done = threading.Event()
 
@@ -190,7 +190,7 @@ class TestArenas:
 
 class TestRegions:
     def test_a_region(self, registry: CollectorRegistry, scrape: Scrape, region: Region) -> None:
-        """A scrape shows what is reserved, committed and in memory."""
+        """A scrape shows the reserved, committed and resident bytes."""
         region.commit(0, 8 * PAGE_SIZE)
         region.populate(0, 3 * PAGE_SIZE)
         region.commit(20 * PAGE_SIZE, PAGE_SIZE)
@@ -204,7 +204,7 @@ class TestRegions:
         }
 
     def test_what_stands_on_one(self, registry: CollectorRegistry, scrape: Scrape) -> None:
-        """Allocators, growables and bitmaps show their regions, and what they have handed out."""
+        """Allocators, growables and bitmaps show their regions and allocated bytes."""
         pool, bump, bits, buffer = Pool(48), BumpArena(MiB), Bitmap(10**6), GrowableBuffer(MiB)
         pool.alloc_many(10)
         bump.alloc(1000)
@@ -225,7 +225,7 @@ class TestRegions:
             assert its.get("pyreserve_region_in_use_bytes") == in_use
 
     def test_under_way(self, registry: CollectorRegistry, scrape: Scrape, region: Region) -> None:
-        """A scrape while a thread commits, populates and decommits shows one moment."""
+        """A scrape while a thread commits, populates and decommits is consistent."""
         register(region, "cache", registry=registry)
         done = threading.Event()
 
@@ -251,7 +251,7 @@ class TestRegions:
 
 class TestNames:
     def test_their_own(self, registry: CollectorRegistry, arena: Arena) -> None:
-        """Without a name, an arena goes by its layout, and a region by its own name."""
+        """The default name of an arena is its layout, of a region its own name."""
         named = reserve(PAGE_SIZE, name="mine")
 
         assert register(arena, registry=registry).name == "native"
@@ -267,7 +267,7 @@ class TestNames:
     def test_one_name_twice(
         self, registry: CollectorRegistry, scrape: Scrape, region: Region, arena: Arena
     ) -> None:
-        """A name that is taken is refused, for the same kind, and nothing changes."""
+        """A name used by a live object of the same kind is refused, and nothing changes."""
         register(region, "one", registry=registry)
         register(arena, "one", registry=registry)
         before = scrape()
@@ -278,7 +278,7 @@ class TestNames:
         assert scrape() == before
 
     def test_free_again(self, registry: CollectorRegistry, scrape: Scrape) -> None:
-        """The name of what was released or dropped is to be had again."""
+        """The name of a released or garbage object is free again."""
         first, second = reserve(PAGE_SIZE), reserve(2 * PAGE_SIZE)
         register(first, "one", registry=registry)
         first.release()
@@ -290,7 +290,7 @@ class TestNames:
         assert shown(scrape(), "one")["pyreserve_region_reserved_bytes"] == 3 * PAGE_SIZE
 
     def test_refusals(self, registry: CollectorRegistry, scrape: Scrape, region: Region) -> None:
-        """What has no stats, no proper name or no memory any more is refused."""
+        """An object without metrics, an invalid name or a released object is refused."""
         gone, heap = reserve(PAGE_SIZE), Arena("native", size=MiB)
         gone.release()
         heap.release()
@@ -312,7 +312,7 @@ class TestEnds:
     def test_released(
         self, registry: CollectorRegistry, get: Get, scrape: Scrape, region: Region
     ) -> None:
-        """What was released is exposed no longer; the scrape goes on with the others."""
+        """A released object is no longer exposed; the others still are."""
         gone = Arena("native", size=MiB)
         register(gone, "gone", registry=registry)
         register(region, "stays", registry=registry)
@@ -326,7 +326,7 @@ class TestEnds:
     def test_released_in_between(
         self, registry: CollectorRegistry, scrape: Scrape, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """What is released after a scrape has found it breaks no scrape."""
+        """An object released in the middle of a scrape does not break the scrape."""
         arena = Arena("native", size=MiB)
         memstats = Arena.memstats
 
@@ -353,7 +353,7 @@ class TestEnds:
     def test_nothing_is_kept(
         self, registry: CollectorRegistry, scrape: Scrape, make: Callable[[], Any]
     ) -> None:
-        """What is dropped is gone at once, though the registration is kept."""
+        """A garbage object is gone at once, although the registration is kept."""
         thing = make()
         alive = ref(thing if isinstance(thing, Region) else thing._region)
         kept = register(thing, "it", registry=registry)
@@ -366,7 +366,7 @@ class TestEnds:
         kept.unregister()
 
     def test_unregistered(self, registry: CollectorRegistry, scrape: Scrape) -> None:
-        """One thing goes, the others stay; with the last one all is as if nothing had been."""
+        """Unregistering removes one object; the last one removes the collector."""
         regions = [reserve(PAGE_SIZE) for _ in range(2)]
         one, two = (register(r, str(i), registry=registry) for i, r in enumerate(regions))
 
@@ -383,7 +383,7 @@ class TestEnds:
     def test_a_registry_that_was_cleared(
         self, registry: CollectorRegistry, scrape: Scrape, region: Region
     ) -> None:
-        """If somebody takes the collector out of the registry, the next registration is exposed."""
+        """If the user unregisters the collector, the next registration is exposed."""
         one = register(region, "one", registry=registry)
         (collector,) = registry._collector_to_names
         registry.unregister(collector)
@@ -397,7 +397,7 @@ class TestEnds:
         two.unregister()
 
     def test_metrics_of_another(self, registry: CollectorRegistry, region: Region) -> None:
-        """If another collector has one of the metrics, that is said and nothing is registered."""
+        """If another collector has one of the metrics, ValueError, and nothing is registered."""
         other = Gauge("pyreserve_process_up", "Of somebody else.", registry=registry)
 
         for _ in range(2):
@@ -407,7 +407,7 @@ class TestEnds:
         register(region, registry=registry)
 
     def test_the_default_registry(self, region: Region) -> None:
-        """Without a registry, it is the one that prometheus_client serves."""
+        """The default registry is the one that prometheus_client serves."""
         kept = register(region, "default")
 
         assert kept.registry is REGISTRY
@@ -423,7 +423,7 @@ CLASSES = ("no_access_reserved", "resident_private", "swapped")
 
 @pytest.fixture
 def explained(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
-    """What `pyreserve.procmem.explain` finds, or raises, for each process."""
+    """The result or exception of `pyreserve.procmem.explain` for each process."""
     found: dict[int, Any] = {}
 
     def explain(pid: int) -> Any:
@@ -438,7 +438,7 @@ def explained(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
 
 
 def space() -> SimpleNamespace:
-    """An address space as it is explained."""
+    """An address space as `explain` returns it."""
     return SimpleNamespace(
         vsz_kib=600,
         rss_kib=11,
@@ -495,7 +495,7 @@ class TestProcesses:
         figure: str,
         metric: str,
     ) -> None:
-        """A figure that is not known is no metric, and the others are as ever."""
+        """An unknown figure is missing; the others are present."""
         explained[os.getpid()] = space()
         register_process(registry=registry)
         before = scrape()
@@ -513,7 +513,7 @@ class TestProcesses:
         region: Region,
         refusal: Exception,
     ) -> None:
-        """A process that may not be read is down, and everything else is as ever."""
+        """A process that cannot be read has up 0, and other objects are unaffected."""
         explained[os.getpid()] = space()
         explained[os.getppid()] = refusal
         register_process(registry=registry)
@@ -529,7 +529,7 @@ class TestProcesses:
     def test_gone(
         self, registry: CollectorRegistry, scrape: Scrape, explained: dict[int, Any]
     ) -> None:
-        """A process that has ended is down; one that is not there is refused at once."""
+        """An ended process has up 0; one that does not exist is refused at once."""
         with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
             pid, explained[child.pid] = child.pid, space()
             assert register_process(pid, registry=registry).name == str(pid)
@@ -546,7 +546,7 @@ class TestProcesses:
         explained: dict[int, Any],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """A later process with the number of one that has ended is not taken for it."""
+        """A later process with the same PID is not confused with an ended one."""
         explained[os.getppid()] = space()
         register_process(os.getppid(), "parent", registry=registry)
         started = proc.started(os.getppid())
@@ -556,7 +556,7 @@ class TestProcesses:
         assert scrape() == {("pyreserve_process_up", "parent"): 0}
 
     def test_when_it_was_started(self) -> None:
-        """A child was started after its parent, whatever its name may be."""
+        """A child has a later start time than its parent, whatever its name."""
         script = (
             "import sys; from pyreserve._system import proc; import os\n"
             "open('/proc/self/comm', 'w').write('a) 1 (b')\n"
@@ -573,7 +573,7 @@ class TestProcesses:
 def everything(
     registry: CollectorRegistry, arena: Arena, explained: dict[int, Any]
 ) -> Iterator[CollectorRegistry]:
-    """A registry of all kinds of things, so of all metrics there are."""
+    """A registry with all kinds of objects, so with all metrics."""
     explained[os.getpid()] = space()
     pool = Pool(8)
     register(arena, registry=registry)
@@ -600,13 +600,13 @@ class TestFormat:
             ]
 
     def test_each_metric_once(self, get: Get) -> None:
-        """However many things there are, a metric has one HELP and one TYPE."""
+        """A metric has one HELP and one TYPE for any number of objects."""
         described = re.findall(r"^# (?:HELP|TYPE) \S+", get("text/plain"), re.MULTILINE)
 
         assert len(described) == len(set(described)) > 50
 
     def test_openmetrics(self, get: Get, scrape: Scrape) -> None:
-        """OpenMetrics, whose parser is strict, says the same, and the unit too."""
+        """OpenMetrics, whose parser is strict, has the same samples and the units."""
         text = get(OPENMETRICS)
         families = list(openmetrics.text_string_to_metric_families(text))  # type: ignore[no-untyped-call]
 
@@ -624,7 +624,7 @@ class TestFormat:
 
 class TestElsewhere:
     def test_without_prometheus_client(self) -> None:
-        """Where it is missing one line says what to install; importing needs none."""
+        """Without prometheus_client the error names the extra; importing works."""
         done = subprocess.run(
             [
                 sys.executable,
@@ -643,7 +643,7 @@ class TestElsewhere:
         )
 
     def test_cheap_to_import(self) -> None:
-        """Importing pyreserve, or this of it, imports no prometheus_client."""
+        """Importing pyreserve or pyreserve.prometheus does not import prometheus_client."""
         subprocess.run(
             [
                 sys.executable,

@@ -135,7 +135,7 @@ class TestScavenge:
         block.free()
         view = arena.region.view(offset + PAGE, 8)
 
-        with pytest.raises(ViewError, match="can't scavenge"):
+        with pytest.raises(ViewError, match="cannot scavenge"):
             arena.scavenge()
 
         assert view[0] == 1

@@ -1,4 +1,4 @@
-"""Arenas of all layouts: which there are, scripts about them, and what holds of each."""
+"""Arenas of all layouts: their names, scripts in child processes, and common checks."""
 
 import json
 import subprocess
@@ -91,7 +91,7 @@ def in_child(script: str, *arguments: str) -> Any:
 
 
 def layout_names() -> list[str]:
-    """The rows of the table that this interpreter can bring to life."""
+    """Names of the layouts that this interpreter can reserve."""
     return [
         name
         for name in layouts.names()
@@ -100,22 +100,22 @@ def layout_names() -> list[str]:
 
 
 def relative(ranges: list[list[Any]], base: int) -> list[tuple[int, int, str]]:
-    """Ranges less the address at which the layout came to lie."""
+    """Ranges relative to `base`, the address of the layout."""
     return [(start - base, end - base, perms) for start, end, perms in ranges]
 
 
 def fill(block: Block, byte: int) -> None:
-    """Write a byte all over a block."""
+    """Fill a block with a byte."""
     np.frombuffer(block.view, dtype=np.uint8)[:] = byte
 
 
 def holds(block: Block, byte: int) -> bool:
-    """Tell whether a block holds a byte all over."""
+    """Whether all bytes of a block have this value."""
     return bool((np.frombuffer(block.view, dtype=np.uint8) == byte).all())
 
 
 def check(stats: MemStats) -> None:
-    """What holds at every moment."""
+    """Assert the invariants of MemStats."""
     assert stats.sys == stats.heap_sys + stats.gc_sys + stats.other_sys
     assert stats.heap_sys == stats.heap_idle + stats.heap_inuse
     assert 0 <= stats.heap_released <= stats.heap_idle

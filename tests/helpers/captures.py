@@ -1,7 +1,7 @@
-"""Saved processes with the truth about each: what tests/data/captures holds.
+"""The saved processes of tests/data/captures, each with its true owners.
 
 Each was stopped when its files were read. The owners of ranges come from tracing every mmap and brk
-of the program, from its own words (pthread_getattr_np, NMT, ASan's log), or from layouts, and never
+of the program, from its own output (pthread_getattr_np, NMT, ASan's log), or from layouts, never
 from the shape of the maps.
 """
 
@@ -14,6 +14,6 @@ NAMES = sorted(path.name for path in FOLDER.iterdir())
 
 
 def truth(name: str) -> dict[str, Any]:
-    """Return what is true of a capture."""
-    found: dict[str, Any] = json.loads((FOLDER / name / "truth.json").read_text(encoding="utf-8"))
-    return found
+    """Return the contents of a capture's truth.json."""
+    facts: dict[str, Any] = json.loads((FOLDER / name / "truth.json").read_text(encoding="utf-8"))
+    return facts

@@ -31,7 +31,7 @@ def run(
     env: Mapping[str, str] = os.environ,
     prepare: Callable[[], object] = lambda: None,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run the command, after a function that prepares its process; return what became of it."""
+    """Run the command in a child after calling `prepare` there; return its status and output."""
     argv = ["pyreserve", *map(str, arguments)]
     with TemporaryFile() as out, TemporaryFile() as err:
         pid = os.fork()

@@ -1,4 +1,4 @@
-"""Cost tables made up for tests: as if measured, with figures that are known."""
+"""Synthetic cost tables with known figures."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ def table(
     jitter: float = 0.01,
     more: Sequence[Measured] = (),
 ) -> CostTable:
-    """A table of curves, each given as nanoseconds for so many OS pages."""
+    """A table of curves, each given as a function from OS pages to nanoseconds."""
     cells = [
         measured(curve.at(nbytes), ns(nbytes // PAGE_SIZE), seed=seed, jitter=jitter)
         for curve, ns in costs.items()
@@ -69,4 +69,4 @@ USUAL: dict[Curve, Callable[[int], float]] = {
     Curve("retouch", "after-free"): line(0, 20),
     Curve("retouch", "resident"): line(0, 2),
 }
-"""What `recommend` asks for, in round figures."""
+"""The curves that `recommend` needs, in round figures."""

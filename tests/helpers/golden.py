@@ -1,4 +1,4 @@
-"""What real Go binaries showed: /proc/PID/maps of their heaps, in data/go-traces.json."""
+"""/proc/PID/maps of the heaps of real Go binaries, saved in data/go-traces.json."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,14 @@ GOLDEN_PAGE = 4096
 """The OS page of the machine on which the traces were taken."""
 
 FIRST_GROWTH = MiB
-"""What each of those runtimes had taken of its arena before the program touched anything."""
+"""Bytes of arena that each runtime had used before the program touched any memory."""
 
 
 class Trace(NamedTuple):
-    """One run of a Go program that touched so many MiB.
+    """One run of a Go program that touched `touched_mib` MiB.
 
-    `heap_maps` are address ranges and permissions as /proc/PID/maps shows them; `fatal` is what a
-    run that died wrote. `memstats` are fields of its runtime.MemStats, in bytes.
+    `heap_maps` are address ranges and permissions as /proc/PID/maps shows them; `fatal` is the
+    output of a run that died. `memstats` are fields of its runtime.MemStats, in bytes.
     """
 
     runtime: str
@@ -30,55 +30,55 @@ class Trace(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For the test report."""
+        """Name of the run, for test IDs."""
         limited = f"-limited-to-{self.rlimit_as_kib}KiB" if self.rlimit_as_kib else ""
         return f"{self.runtime}/{self.goarch}-{self.touched_mib}MiB{limited}"
 
     @property
     def layout(self) -> str:
-        """The layout that was asked for."""
+        """The layout that the runtime tried first."""
         return f"{self.runtime}/{self.goarch}"
 
     @property
     def used_layout(self) -> str:
-        """The layout that was had, which is another one where a limit forbade the first."""
+        """The layout that was used: the fallback where a limit forbade the first."""
         return "fallback" if self.rlimit_as_kib else self.layout
 
     @property
     def growths(self) -> int:
-        """How often the arena had grown by 1 MiB."""
+        """Number of times the arena had grown by 1 MiB."""
         return FIRST_GROWTH // MiB + self.touched_mib
 
     def ranges(self, base: int = 0) -> list[tuple[int, int, str]]:
         """Return (start, end, permissions) of the heap, less `base`."""
-        found = []
+        ranges = []
         for addresses, perms in self.heap_maps:
             start, end = (int(address, 16) for address in addresses.split("-"))
-            found.append((start - base, end - base, perms))
-        return found
+            ranges.append((start - base, end - base, perms))
+        return ranges
 
 
 def _load() -> list[Trace]:
     text = (Path(__file__).parents[1] / "data" / "go-traces.json").read_text(encoding="ascii")
     return [
         Trace(
-            runtime=found["runtime"],
-            goarch=found["goarch"],
-            touched_mib=found["touched_mib"],
-            rlimit_as_kib=found["rlimit_as_kib"],
-            heap_maps=[(addresses, perms) for addresses, perms in found.get("heap_maps", [])],
-            fatal=found.get("fatal", []),
-            memstats=found.get("memstats", {}),
+            runtime=run["runtime"],
+            goarch=run["goarch"],
+            touched_mib=run["touched_mib"],
+            rlimit_as_kib=run["rlimit_as_kib"],
+            heap_maps=[(addresses, perms) for addresses, perms in run.get("heap_maps", [])],
+            fatal=run.get("fatal", []),
+            memstats=run.get("memstats", {}),
         )
-        for found in json.loads(text)
+        for run in json.loads(text)
     ]
 
 
 TRACES = _load()
 MAPPED = [trace for trace in TRACES if trace.heap_maps]
-"""The traces of runs that lived."""
+"""The traces of runs that did not die."""
 FATAL = next(trace for trace in TRACES if trace.fatal)
-"""The run on 386 that used its window up."""
+"""The run on 386 that filled its window."""
 
 
 def find(layout: str, touched_mib: int, *, limited: bool = False) -> Trace:

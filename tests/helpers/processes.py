@@ -8,15 +8,17 @@ COMMAND = [sys.executable, "-m", "pyreserve"]
 
 
 def environment() -> dict[str, str]:
-    """The environment without what changes how terminals are written to."""
-    meddling = ("COLOR", "COLUMNS", "LINES", "TTY", "TERM", "GITHUB_ACTIONS")
+    """The environment without variables that change terminal output."""
+    terminal_words = ("COLOR", "COLUMNS", "LINES", "TTY", "TERM", "GITHUB_ACTIONS")
     return {
-        key: value for key, value in os.environ.items() if not any(word in key for word in meddling)
+        key: value
+        for key, value in os.environ.items()
+        if not any(word in key for word in terminal_words)
     }
 
 
 def run(*arguments: str, ulimit: str = "") -> subprocess.CompletedProcess[str]:
-    """Run the command, behind ``ulimit`` with these options if any."""
+    """Run the command, under ``ulimit`` with these options if given."""
     limited = ["sh", "-c", f'ulimit {ulimit} && exec "$@"', "sh"] if ulimit else []
     return subprocess.run(
         [*limited, *COMMAND, *arguments],

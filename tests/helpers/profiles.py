@@ -1,4 +1,4 @@
-"""How much Hypothesis tries: ``pytest --hypothesis-profile NAME``, see conftest.py."""
+"""Number of Hypothesis examples: ``pytest --hypothesis-profile NAME``, see conftest.py."""
 
 from hypothesis import settings
 

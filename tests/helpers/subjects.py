@@ -1,4 +1,4 @@
-"""Live processes to look at: started, brought to a known state, stopped, and ended for sure."""
+"""Live processes to inspect: started, brought to a known state, stopped and always ended."""
 
 import os
 import re
@@ -92,21 +92,21 @@ def kib_of(pid: int | None, file: str) -> dict[str, int]:
     return {key: int(kib) for key, kib in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Return when the condition holds; fail if it does not for much too long."""
+def wait_until(condition: Callable[[], bool], event: str) -> None:
+    """Wait until the condition holds; fail after `PATIENCE` seconds."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
-            pytest.fail(f"waited for {what} in vain")
+            pytest.fail(f"waited for {event} in vain")
         time.sleep(0.005)
 
 
 def thread_states(pid: int) -> set[str]:
     """Return the state of each thread, such as ``R``, ``S`` or ``T``."""
-    found = set()
+    states = set()
     for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
-        found.add(stat.read_bytes().rpartition(b") ")[2][:1].decode())
-    return found
+        states.add(stat.read_bytes().rpartition(b") ")[2][:1].decode())
+    return states
 
 
 def stop(pid: int) -> None:
@@ -160,15 +160,15 @@ HOLD = "import signal; print('ready', flush=True)\nwhile True: signal.pause()"
 
 
 def tool(name: str) -> str:
-    """Return where a program is, or skip."""
-    found = shutil.which(name)
-    if found is None:
+    """Return the path of a program, or skip the test."""
+    path = shutil.which(name)
+    if path is None:
         pytest.skip(f"{name} is not installed")
-    return found
+    return path
 
 
 def compiled(folder: Path, name: str, source: str, *options: str) -> Path:
-    """Compile a program, or skip where that can't be done."""
+    """Compile a program, or skip the test if that fails."""
     program, text = folder / name, folder / f"{name}.c"
     text.write_text(source)
     done = subprocess.run(
@@ -189,7 +189,7 @@ def simple_program(folder: Path, *options: str) -> Path:
 
 
 def restarting_program(folder: Path) -> Path:
-    """Compile a program that replaces itself by itself, for ever."""
+    """Compile a program that executes itself again and again."""
     return compiled(folder, "restarting", _RESTARTING)
 
 
@@ -200,7 +200,7 @@ def mappings_program(folder: Path) -> Path:
     return compiled(folder, "mappings", _MAPPINGS)
 
 
-# -- the processes that are looked at, stopped --------------------------------------------------
+# -- the processes, inspected while stopped -----------------------------------------------------
 
 
 def _vsz(folder: Path) -> list[str | Path]:
@@ -221,7 +221,7 @@ def _node(folder: Path) -> list[str | Path]:
 
 
 def _java(folder: Path) -> list[str | Path]:
-    # It says where a debugger might come, and waits for one before any code of Java's runs.
+    # The JVM prints the debugger's address and waits for a debugger before it runs Java code.
     agent = "-agentlib:jdwp=transport=dt_socket,server=y,suspend=y,address=127.0.0.1:0"
     return [tool("java"), f"-Xmx{JAVA_HEAP_MIB}m", agent, "-version"]
 
@@ -240,7 +240,7 @@ def _mappings(folder: Path) -> list[str | Path]:
 
 
 class Subject(NamedTuple):
-    """How a process is started, and the line by which it is ready."""
+    """The command of a process, and the line it prints when it is ready."""
 
     command: Callable[[Path], list[str | Path]]
     ready: str = "^ready"
@@ -258,7 +258,7 @@ SUBJECTS = {
 
 
 class Stopped:
-    """Stopped processes of `SUBJECTS`, each started when it is first asked for."""
+    """Stopped processes of `SUBJECTS`, each started at first use."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder = folder
@@ -266,7 +266,7 @@ class Stopped:
         self._pids: dict[str, int] = {}
 
     def __call__(self, name: str) -> int:
-        """Return the pid of one."""
+        """Return the PID of the process of this name."""
         if name not in self._pids:
             subject = SUBJECTS[name]
             command = subject.command(self._folder)

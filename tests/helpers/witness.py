@@ -1,7 +1,7 @@
-"""What the kernel says about this process: a witness that shares no code with pyreserve.
+"""The kernel's view of this process, read without any code of pyreserve.
 
-Also children: a function run in a forked child, and a script run by a fresh interpreter, so that
-limits, crashes and hangs stay there.
+Also runs functions in forked children and scripts in fresh interpreters, so that limits, crashes
+and hangs stay there.
 """
 
 import ctypes
@@ -25,13 +25,13 @@ Answer = TypeVar("Answer")
 
 RESERVED, COMMITTED = "---p", "rw-p"
 
-PATIENCE = 120  # seconds after which what has not come is called a hang: the machine may be busy
+PATIENCE = 120  # seconds until a wait counts as a hang; long, since the machine may be busy
 
 only_64_bit = pytest.mark.skipif(sys.maxsize < 1 << 62, reason="needs 64-bit addresses")
 
 
 class Span(NamedTuple):
-    """A mapping, or the part of it that lies inside the addresses that were asked about."""
+    """A mapping, or its part inside the requested addresses."""
 
     start: int
     end: int
@@ -40,7 +40,7 @@ class Span(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A span with what /proc/self/smaps tells besides; the sizes are the whole mapping's."""
+    """A span with the sizes and flags that /proc/self/smaps gives for its whole mapping."""
 
     start: int
     end: int
@@ -67,17 +67,17 @@ def _span(head: str, base: int, end: int) -> Span | None:
 
 
 def spans(base: int, size: int) -> list[Span]:
-    """Return what is mapped in [base, base + size): quick, and at home in little memory."""
+    """Return the mappings in [base, base + size); fast, and needs little memory."""
     end = base + size
     with Path("/proc/self/maps").open(errors="replace") as maps:
         below = takewhile(lambda line: _addresses(line)[0] < end, maps)
-        found = (_span(line, base, end) for line in below)
-        return [span for span in found if span is not None]
+        in_range = (_span(line, base, end) for line in below)
+        return [span for span in in_range if span is not None]
 
 
 def pieces(base: int, size: int) -> list[Piece]:
-    """Return what is mapped in [base, base + size) with its sizes and flags."""
-    found: list[Piece] = []
+    """Return the mappings in [base, base + size) with their sizes and flags."""
+    in_range: list[Piece] = []
     span: Span | None = None
     kib: dict[str, int] = {}
     with Path("/proc/self/smaps").open(errors="replace") as smaps:
@@ -89,10 +89,10 @@ def pieces(base: int, size: int) -> list[Piece]:
             elif span is not None:
                 key, _, rest = line.partition(":")
                 if key == "VmFlags":
-                    found.append(Piece(*span, kib, frozenset(rest.split())))
+                    in_range.append(Piece(*span, kib, frozenset(rest.split())))
                 elif rest.endswith(" kB\n"):
                     kib[key] = int(rest.split()[0])
-    return found
+    return in_range
 
 
 def runs(base: int, size: int, perms: str = COMMITTED) -> list[tuple[int, int]]:
@@ -127,7 +127,7 @@ def perms_by_page(base: int, size: int, page: int) -> list[str]:
 
 
 def is_mapped(address: int) -> bool:
-    """Tell whether anything is mapped at the address."""
+    """Whether any mapping contains the address."""
     return bool(spans(address, 1))
 
 
@@ -159,11 +159,11 @@ def peek(address: int, length: int = 1) -> bytes:
 
 
 class Hang(BaseException):
-    """What a child that takes too long meets."""
+    """Raised in a child that takes too long."""
 
 
 def _hang(*_: object) -> None:
-    # Should the exception get lost, as it does inside a hook of os.fork, the next alarm is final.
+    # If the exception is swallowed, as in a hook of os.fork, the next alarm ends the process.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(2)
     raise Hang

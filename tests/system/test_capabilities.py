@@ -1,4 +1,4 @@
-"""What the kernel offers, asked here by other ways than pyreserve's."""
+"""Kernel features, checked by other means than pyreserve's."""
 
 import contextlib
 import ctypes
@@ -32,7 +32,7 @@ def kernel() -> tuple[int, int]:
 
 
 def advice_works(advice: int) -> bool:
-    """Give a private page of memory the advice."""
+    """Call madvise with the advice on a private page."""
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     with mmap.mmap(-1, PAGE_SIZE, flags=private) as page:
         try:
@@ -63,7 +63,7 @@ def sys_vm(name: str) -> int:
 
 class TestValues:
     def test_sizes_and_settings_are_the_kernels(self) -> None:
-        """Page size and the settings of vm are those that the kernel gives elsewhere."""
+        """Page size and vm settings equal those read from sysconf and /proc."""
         found = capabilities()
 
         assert found.page_size == PAGE_SIZE == os.sysconf("SC_PAGE_SIZE") == mmap.PAGESIZE
@@ -86,7 +86,7 @@ class TestValues:
             assert found.transparent_huge_pages is None
 
     def test_addresses_end_where_it_says(self) -> None:
-        """All that is mapped here lies below 2**address_bits, and the stack in its upper half."""
+        """All mappings are below 2**address_bits, and the stack is in the upper half."""
         bits = capabilities().address_bits
 
         lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
@@ -103,7 +103,7 @@ class TestValues:
 
     @pytest.mark.parametrize("which", ["AS", "DATA"])
     def test_limits_are_those_of_the_process(self, which: str) -> None:
-        """The limits are the process's soft limits in bytes, and None where there is none."""
+        """The limits are the process's soft limits in bytes, None if unlimited."""
         script = f"""
 import resource
 from pyreserve import capabilities
@@ -136,11 +136,11 @@ class TestFeatures:
         ],
     )
     def test_an_advice_is_offered_if_it_works(self, feature: str, advice: int) -> None:
-        """The kernel accepts an advice from this test exactly if it is said to be offered."""
+        """The kernel accepts an advice exactly if the capability is True."""
         assert getattr(capabilities(), feature) is advice_works(advice)
 
     def test_names_are_offered_if_they_show(self) -> None:
-        """Names of mappings are offered exactly if one that this test gives shows in /proc."""
+        """anon_vma_names is True exactly if a name set here appears in /proc."""
         assert capabilities().anon_vma_names is names_work()
 
     @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ class TestFeatures:
     def test_no_feature_is_older_than_its_kernel(
         self, feature: str, since: tuple[int, int]
     ) -> None:
-        """What a kernel before its time can't have is not said to be offered."""
+        """A feature is False on kernels older than its version."""
         offered = getattr(capabilities(), feature)
 
         assert isinstance(offered, bool)
@@ -175,7 +175,7 @@ class TestFeatures:
             region.commit(0, PAGE_SIZE)
 
     def test_wiping_works_where_it_is_offered(self) -> None:
-        """A region that a child finds wiped can be had exactly where the advice is offered."""
+        """A region with fork="wipe" can be reserved exactly if madv_wipeonfork is True."""
         offered = capabilities().madv_wipeonfork
         expected: contextlib.AbstractContextManager[object] = (
             contextlib.nullcontext() if offered else pytest.raises(pyreserve.VMError)
@@ -189,7 +189,7 @@ class TestFeatures:
 
 class TestTrying:
     def test_asking_leaves_nothing_behind(self) -> None:
-        """Asking again and again changes no mapping and opens no file."""
+        """Repeated calls leave no mapping and no open file."""
         script = """
 import os
 from pathlib import Path
@@ -213,7 +213,7 @@ print(before == now())
         assert done.stdout == "True\n"
 
     def test_the_answer_does_not_change(self) -> None:
-        """Two answers are equal, and an answer can't be altered."""
+        """Two results are equal, and a result is immutable."""
         found = capabilities()
 
         assert isinstance(found, Capabilities)

@@ -1,4 +1,4 @@
-"""What needs no file works without /proc and /sys, and with no file descriptor left."""
+"""All verbs work without /proc and /sys, and with no free file descriptor."""
 
 import errno
 import json
@@ -142,12 +142,12 @@ def _unshared(command: list[str]) -> list[str]:
 
 
 def test_no_file_descriptor_is_left() -> None:
-    """Everything works, with files that were opened before."""
+    """All verbs work without a free file descriptor."""
     assert witness.fresh_python(VERBS + NO_DESCRIPTOR) == {}
 
 
 def test_proc_and_sys_are_elsewhere() -> None:
-    """Everything works where neither /proc nor /sys has what is looked for."""
+    """All verbs work if /proc and /sys lack the files that are read."""
     assert witness.fresh_python(VERBS + RENAMED) == {}
 
 
@@ -157,7 +157,7 @@ def test_proc_and_sys_are_elsewhere() -> None:
     reason="nothing can be mounted over /proc here",
 )
 def test_proc_and_sys_are_not_mounted() -> None:
-    """Everything works in a process without /proc and /sys; measuring costs, too."""
+    """All verbs and the measuring of costs work without /proc and /sys mounted."""
     done = subprocess.run(
         _unshared([sys.executable, "-c", VERBS + MEASURES]),
         capture_output=True,
@@ -176,7 +176,7 @@ class TestDefaults:
 
     @pytest.mark.usefixtures("nowhere")
     def test_settings(self) -> None:
-        """A setting that can't be read has the kernel's default; one without a default is none."""
+        """An unreadable setting has the kernel's default; a name without one raises KeyError."""
         assert proc.setting_or_default("overcommit_memory") == 0
         assert proc.setting_or_default("max_map_count") == 65530
         assert proc.setting_or_default("mmap_min_addr") == 65536
@@ -185,7 +185,7 @@ class TestDefaults:
 
     @pytest.mark.usefixtures("nowhere")
     def test_capabilities(self) -> None:
-        """They have the defaults, and the end of the addresses all the same."""
+        """Capabilities have the defaults, and address_bits is still right."""
         found = pyreserve.capabilities()
 
         assert (found.overcommit_memory, found.max_map_count) == (0, 65530)
@@ -195,20 +195,20 @@ class TestDefaults:
 
     @pytest.mark.usefixtures("nowhere")
     def test_available_memory(self) -> None:
-        """What is free now counts as available."""
+        """Free physical memory counts as available."""
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         assert 0 < proc.available_bytes() <= total
 
     @pytest.mark.usefixtures("nowhere")
     def test_a_refusal_says_that_it_could_not_look(self) -> None:
-        """Where the limit may be known but can't be read, the error says so."""
+        """If the limit is unreadable, the error says so."""
         error = limits.refusal("commit", errno.ENOMEM, MiB)
 
         assert error.limit is None
         assert "no known limit explains it, and /proc is unreadable (No such file" in str(error)
 
     def test_a_limit_that_needs_no_looking(self) -> None:
-        """A limit below what was asked for is named though /proc can't be read."""
+        """A limit below the requested bytes is named although /proc is unreadable."""
 
         def child() -> tuple[str | None, str]:
             proc._PROC = Path("/nowhere")
@@ -257,7 +257,7 @@ print(json.dumps([limit, same, numpy]))
     witness.vm_setting("max_map_count") > 140_000, reason="vm.max_map_count is too high to reach"
 )
 def test_the_map_table_is_full() -> None:
-    """capabilities() answers as before; that numpy can't be loaded does not say it is missing."""
+    """With a full address space capabilities() is unchanged, numpy not "missing"."""
     limit, same, numpy = witness.fresh_python(FULL)
 
     assert (limit, same) == ("max_map_count", [True] * 4)
@@ -268,7 +268,7 @@ def test_the_map_table_is_full() -> None:
 
 class TestExtras:
     def test_one_that_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The error says which extra has it."""
+        """The error names the extra."""
         monkeypatch.setitem(sys.modules, "no_such_library", None)
         with pytest.raises(ImportError, match=r"^it needs no_such_library: .*'pyreserve\[x\]'$"):
             import_extra("no_such_library", "x", "it")
@@ -292,7 +292,7 @@ class TestExtras:
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """What its import raises is raised: it is not missing."""
+        """Other import errors are raised unchanged."""
         (tmp_path / "a_library_that_fails.py").write_text(source)
         monkeypatch.syspath_prepend(tmp_path)
 
@@ -301,7 +301,7 @@ class TestExtras:
 
 
 class TestStrictOvercommit:
-    """vm.overcommit_memory=2 on a machine of 8 GiB, told by files that say so."""
+    """vm.overcommit_memory=2 on a machine of 8 GiB, simulated by files."""
 
     LIMIT, USED = 4 * GiB, 3 * GiB
 
@@ -340,7 +340,7 @@ class TestStrictOvercommit:
         return write
 
     def test_what_is_kept_back(self, machine: Any) -> None:
-        """8 MiB for root, and a 32nd of the process's addresses, at most 128 MiB."""
+        """The reserves are 8 MiB for root, and 1/32 of the VSZ, at most 128 MiB."""
         machine(vsz=GiB)
         assert limits.strict_commit().left == GiB - 8 * MiB - 32 * MiB
         machine(vsz=1 << 40)
@@ -351,7 +351,7 @@ class TestStrictOvercommit:
         assert limits.strict_commit().left == 0
 
     def test_a_refusal_counts_it(self, machine: Any) -> None:
-        """A refusal by overcommit that is due to the kernel's reserves names them."""
+        """A refusal caused by the kernel's reserves names them."""
         machine(vsz=1 << 40)
 
         error = limits.refusal("commit", errno.ENOMEM, GiB - 100 * MiB)
@@ -364,7 +364,7 @@ class TestStrictOvercommit:
         ) in str(error)
 
     def test_the_kernel_counts_in_batches(self, machine: Any) -> None:
-        """Committed_AS may differ from the kernel's own count by a 256th of memory, and no more."""
+        """Committed_AS may differ from the kernel's own count by at most 1/256 of memory."""
         machine(vsz=0, root=True)
 
         near, far = (
@@ -374,7 +374,7 @@ class TestStrictOvercommit:
         assert (near.limit, far.limit) == ("overcommit", None)
 
     def test_the_doctor_counts_it(self, machine: Any) -> None:
-        """What is left is what the kernel would allow."""
+        """`left` is the number of bytes that the kernel allows."""
         from pyreserve.doctor import memory
 
         machine(vsz=1 << 40)

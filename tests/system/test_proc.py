@@ -1,4 +1,4 @@
-"""Reading /proc: lines as they are documented, and what this kernel says of this process."""
+"""Readers of /proc: documented lines, and the files of this process."""
 
 import itertools
 import mmap
@@ -52,13 +52,13 @@ class TestMapsLines:
         ],
     )
     def test_a_line_is_read(self, line: str, mapping: Mapping) -> None:
-        """Addresses, permissions and the name, with the spaces inside it, are found."""
+        """Addresses, permissions and the name, including its spaces, are parsed."""
         assert proc.parse_maps_line(line) == mapping
 
 
 class TestMaps:
     def test_all_mappings_in_order(self) -> None:
-        """A process's mappings come in address order without overlap, stack and program too."""
+        """Mappings are in address order without overlap, and include stack and program."""
         mappings = proc.read_maps()
 
         assert all(a.end <= b.start for a, b in itertools.pairwise(mappings))
@@ -67,7 +67,7 @@ class TestMaps:
         assert str(Path(sys.executable).resolve()) in names
 
     def test_a_new_mapping_shows(self) -> None:
-        """What is reserved appears with its address, length and permissions, and goes again."""
+        """A reservation has its address, length and permissions in maps, until its release."""
         with pyreserve.reserve(8 * PAGE_SIZE, guard=True) as region:
             region.commit(2 * PAGE_SIZE, PAGE_SIZE)
             base = region.base
@@ -82,7 +82,7 @@ class TestMaps:
         )
 
     def test_names_that_are_no_utf_8(self, tmp_path: Path) -> None:
-        """A file name that is no UTF-8 is read without loss."""
+        """A file name that is not UTF-8 is read without loss."""
         path = os.path.join(os.fsencode(tmp_path), b"n\xe4me \xff")  # noqa: PTH118, RUF100
         with open(path, "w+b") as file:  # noqa: PTH123, RUF100
             file.write(bytes(PAGE_SIZE))
@@ -93,7 +93,7 @@ class TestMaps:
         assert os.fsdecode(path) in names
 
     def test_another_process(self) -> None:
-        """Mappings and sizes of a child are the child's."""
+        """Mappings and sizes of a child process are read by its PID."""
         script = "import sys; sys.stdout.write('ready'); sys.stdout.flush(); sys.stdin.read()"
         with subprocess.Popen(
             [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -114,7 +114,7 @@ class TestMaps:
         assert size > 0
 
     def test_a_process_that_there_is_not(self) -> None:
-        """Asking about a process that does not exist raises OSError."""
+        """A process that does not exist raises OSError."""
         with pytest.raises(OSError, match=r"proc"):
             proc.read_maps(2**31 - 1)
 
@@ -128,7 +128,7 @@ class TestMaps:
     def test_a_file_called_as_the_vsyscall_page(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It is a mapping like any other; the real page is recognised by its address."""
+        """A file named [vsyscall] is counted; the real page is recognised by its address."""
         (tmp_path / "self").mkdir()
         maps = tmp_path / "self/maps"
         line = "7f0000000000-7f0000001000 r--p 00000000 fe:01 7      /tmp/a [vsyscall]\n"
@@ -143,7 +143,7 @@ class TestMaps:
         assert counted == [1, 1, 0]
 
     def test_counting_follows_the_mappings(self) -> None:
-        """A reservation split into pieces counts as many mappings more."""
+        """A reservation split into pieces adds as many mappings."""
         with pyreserve.reserve(64 * PAGE_SIZE, guard=True) as region:
             proc.map_count()
             before = proc.map_count()
@@ -155,7 +155,7 @@ class TestMaps:
 
 class TestSizes:
     def test_the_status_of_this_process(self) -> None:
-        """VmSize grows by what is reserved, VmData by what is committed."""
+        """VmSize grows by the reserved bytes, VmData by the committed ones."""
         proc.status_kib()
         before = proc.status_kib()
         with pyreserve.reserve(512 * MiB) as region:
@@ -169,14 +169,14 @@ class TestSizes:
         assert after["VmRSS"] > 0
 
     def test_only_sizes_are_read(self) -> None:
-        """Lines of the status that are no sizes in kB are left out."""
+        """Lines of status that are not sizes in kB are omitted."""
         found = proc.status_kib()
 
         assert {"VmPeak", "VmSize", "VmRSS", "VmData", "VmLck"} <= set(found)
         assert not {"Name", "Pid", "Threads", "Uid"} & set(found)
 
     def test_the_rollup_adds_up(self) -> None:
-        """Rss and Pss of the rollup count memory that was touched and not what was reserved."""
+        """Rss and Pss of smaps_rollup count touched memory, not reservations."""
         with pyreserve.reserve(64 * MiB) as region:
             region.commit(0, 8 * MiB)
             before = proc.rollup_kib()
@@ -189,7 +189,7 @@ class TestSizes:
             assert 6 * MiB <= (after[what] - before[what]) * KiB < 32 * MiB
 
     def test_the_memory_of_the_system(self) -> None:
-        """MemTotal and the commit figures are those of /proc/meminfo and sysconf."""
+        """MemTotal and the commit figures equal those of /proc/meminfo and sysconf."""
         found = proc.meminfo_kib()
 
         total = os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE // KiB
@@ -197,7 +197,7 @@ class TestSizes:
         assert {"MemAvailable", "Committed_AS", "CommitLimit", "SwapTotal"} <= set(found)
 
     def test_settings_of_vm(self) -> None:
-        """vm_setting reads a number of /proc/sys/vm; one that there is not raises OSError."""
+        """vm_setting reads a number of /proc/sys/vm; an unknown name raises OSError."""
         assert proc.vm_setting("overcommit_memory") in {0, 1, 2}
         with pytest.raises(FileNotFoundError):
             proc.vm_setting("no_such_setting")
@@ -227,11 +227,11 @@ class TestGaps:
     def test_what_no_mapping_covers(
         self, mappings: list[tuple[int, int]], gaps: list[tuple[int, int]]
     ) -> None:
-        """Gaps are what of the range is not mapped, lowest first."""
+        """Gaps are the unmapped parts of the range, lowest first."""
         assert list(proc.free_gaps(mapped(*mappings), 100, 200)) == gaps
 
     def test_a_reservation_is_no_gap(self) -> None:
-        """Reserved addresses are not free, and are free again after the release."""
+        """Reserved addresses are not free until they are released."""
         region = pyreserve.reserve(4 * PAGE_SIZE)
         low, high = region.base, region.base + 4 * PAGE_SIZE
 
@@ -245,7 +245,7 @@ class TestGaps:
 
 class TestAvailableMemory:
     def test_no_more_than_the_system_has(self) -> None:
-        """What can still be taken is positive and at most the system's memory."""
+        """The estimate is positive and at most the system's memory."""
         assert 0 < proc.available_bytes() <= proc.meminfo_kib()["MemTotal"] * KiB
 
     @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ class TestAvailableMemory:
     def test_the_tightest_group_decides(
         self, monkeypatch: pytest.MonkeyPatch, groups: list[tuple[int, int]], available: int
     ) -> None:
-        """The least that a cgroup above the process leaves is what there is, and never below 0."""
+        """The tightest cgroup above the process decides, and the result is never below 0."""
 
         def limited() -> Iterator[tuple[int, int]]:
             yield from groups
@@ -297,7 +297,7 @@ class TestAvailableMemory:
         assert list(proc.cgroup_memory()) == [(1000000, 300000), (900000, 300000)]
 
     def test_use_is_never_negative(self, tmp_path: Path) -> None:
-        """The page cache is read after the use, and may have grown beyond it."""
+        """The page cache is read after the use, and may have grown beyond it; the result is 0."""
         (tmp_path / "memory.current").write_text("4096")
         (tmp_path / "memory.stat").write_text("file 8192\n")
 
@@ -308,7 +308,7 @@ class TestAvailableMemory:
     def test_a_name_with_ends_of_lines_of_pythons_only(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A process can't say by its name what the kernel does not."""
+        """A process's name cannot inject lines into status."""
         (tmp_path / "self").mkdir()
         (tmp_path / "self/status").write_text("Name:\tx\x0bTHP_enabled:0\nPid:\t5\n")
         monkeypatch.setattr(proc, "_PROC", tmp_path)

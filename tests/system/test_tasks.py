@@ -1,4 +1,4 @@
-"""Which limit refuses a fork: each is reached in a child, and the refusal names it with numbers."""
+"""Limits that refuse a fork: each is reached in a child, and the refusal names it with numbers."""
 
 import contextlib
 import errno
@@ -20,7 +20,7 @@ _NOBODY = 54321  # an id that nobody has
 
 
 def fork() -> tuple[int, str, str | None]:
-    """Fork, and return the errno and what the refusal says."""
+    """Fork; return the errno and the message of the refusal."""
     process = ffi.new("int *")
     err = lib.sys_fork(process)
     if err == 0:
@@ -31,7 +31,7 @@ def fork() -> tuple[int, str, str | None]:
 
 
 def _be_nobody(processes: int) -> None:
-    """Have a user id without privileges, and a limit of processes."""
+    """Switch to an unprivileged user ID with a limit on processes."""
     if os.getuid() == 0:
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
     _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
@@ -40,7 +40,7 @@ def _be_nobody(processes: int) -> None:
 
 class TestProcessLimit:
     def test_the_refusal_names_it(self) -> None:
-        """RLIMIT_NPROC, which a fork's EAGAIN used to be blamed on RLIMIT_MEMLOCK for."""
+        """A fork refused by RLIMIT_NPROC names it, not RLIMIT_MEMLOCK."""
 
         def in_the_child() -> tuple[tuple[int, str, str | None], int]:
             resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
@@ -54,7 +54,7 @@ class TestProcessLimit:
         assert f"RLIMIT_NPROC (ulimit -u) is 1, and user {user} has " in why
 
     def test_what_can_be_forked_is(self) -> None:
-        """With the limit not reached, there is no refusal and no limit to name."""
+        """Below the limit there is no refusal and no limit is named."""
 
         def in_the_child() -> tuple[tuple[int, str, str | None], object]:
             _be_nobody(resource.getrlimit(resource.RLIMIT_NPROC)[0])
@@ -63,7 +63,7 @@ class TestProcessLimit:
         assert witness.in_child(in_the_child) == ((0, "", None), None)
 
     def test_the_costs_say_it(self) -> None:
-        """The cells that a refused fork leaves empty say why."""
+        """Cells left empty by a refused fork give the reason."""
         forking = (
             program
             for group in plan(longest=PAGE_SIZE).groups
@@ -95,7 +95,7 @@ class TestMachineLimits:
     def test_the_machine_is_full(
         self, setting: str, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The settings that bound all processes together are named with their numbers."""
+        """System-wide limits are named with their numbers."""
         read = proc.kernel_setting
         monkeypatch.setattr(
             proc, "kernel_setting", lambda key: "2" if key == setting else read(key)
@@ -125,7 +125,7 @@ def _cgroup() -> Iterator[Path]:
 
 class TestCgroup:
     def test_a_full_group_is_named(self, _cgroup: Path) -> None:  # noqa: PT019
-        """A real group of one process refuses a second."""
+        """A real cgroup with pids.max 1 refuses a second process."""
 
         def in_the_child() -> tuple[int, str, str | None]:
             (_cgroup / "cgroup.procs").write_text(str(os.getpid()))
@@ -143,7 +143,7 @@ class TestCgroup:
     def test_both_versions(
         self, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The innermost full group is named, whichever version; one without a limit is passed."""
+        """The innermost full cgroup is named, in both versions; one without a limit is skipped."""
         proc_dir, groups = tmp_path / "proc", tmp_path / "groups"
         (proc_dir / "self").mkdir(parents=True)
         line = "0::/a/b\n" if version == 2 else "1:cpu:/\n8:pids:/a/b\n"

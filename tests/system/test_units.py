@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Parsing and formatting of sizes."""
 
 from decimal import Decimal
 
@@ -43,7 +43,7 @@ class TestParse:
         ],
     )
     def test_sizes(self, text: str, nbytes: int) -> None:
-        """Letters alone and with iB count by 1024, with B by 1000; case and outer space do not."""
+        """Letters alone and with iB mean powers of 1024, with B of 1000; case is ignored."""
         assert parse_size(text) == nbytes
 
     @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ class TestParse:
 
     @pytest.mark.parametrize("text", ["0.5", "1.5b", "0.0001KiB", "1.00001kB"])
     def test_parts_of_a_byte_are_refused(self, text: str) -> None:
-        """A size that is no whole number of bytes is an error and never rounded."""
+        """A size that is not a whole number of bytes is an error, never rounded."""
         with pytest.raises(ValueError, match="whole number of bytes"):
             parse_size(text)
 
@@ -94,7 +94,7 @@ class TestParse:
             parse_size(value)  # type: ignore[arg-type]
 
     def test_fractions_are_exact(self) -> None:
-        """A decimal fraction is taken exactly, where a float would lose the last bytes."""
+        """A decimal fraction is exact, where a float would lose the last bytes."""
         assert parse_size("8388607.9990234375TiB") == (8388608 << 40) - (1 << 30)
 
 
@@ -116,12 +116,12 @@ class TestFormat:
         ],
     )
     def test_four_digits_and_a_binary_unit(self, nbytes: int, text: str) -> None:
-        """A size is written with four significant digits and the largest unit below it."""
+        """A size is formatted with four significant digits and the largest unit below it."""
         assert format_size(nbytes) == text
 
     @given(st.integers(0, 1 << 64))
     def test_what_is_formatted_can_be_parsed_nearby(self, nbytes: int) -> None:
-        """Reading back what was written differs by no more than the digits that were dropped."""
+        """Parsing a formatted size differs by at most the rounded digits."""
         text = format_size(nbytes)
         number, unit = text.split()
 
