@@ -51,10 +51,10 @@ def c_loops(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.fixture(scope="session")
 def c_pairs(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """bench/c_pairs.c with the page allocator, compiled for this run as the package is built."""
-    rooms = [CSRC / f"{room}.c" for room in ("pagealloc", "runs", "bitmap")]
+    modules = [CSRC / f"{module}.c" for module in ("pagealloc", "runs", "bitmap")]
     flags = ("-O3", "-DNDEBUG", "-fvisibility=hidden", f"-I{CSRC}")
     into = tmp_path_factory.mktemp("c_pairs")
-    pairs = _compiled(into, "c_pairs", *flags, *rooms, "-lm", "-pthread")
+    pairs = _compiled(into, "c_pairs", *flags, *modules, "-lm", "-pthread")
     u32, u64, size, i64 = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_int64
     pages, integers = ctypes.c_void_p, ctypes.c_void_p
     for name, restype, argtypes in (

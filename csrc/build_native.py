@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cffi import FFI
 
-ROOMS = (
+MODULES = (
     "vm",
     "sys",
     "runs",
@@ -29,12 +29,12 @@ def declarations(header: Path) -> str:
 
 
 ffibuilder = FFI()
-ffibuilder.cdef("\n".join(declarations(HERE / f"{room}.h") for room in ROOMS))
+ffibuilder.cdef("\n".join(declarations(HERE / f"{module}.h") for module in MODULES))
 ffibuilder.set_source(
     "pyreserve._native",
-    "\n".join(f'#include "{room}.h"' for room in ROOMS),
-    sources=[str(HERE / f"{room}.c") for room in ROOMS],
-    depends=[str(HERE / f"{header}.h") for header in (*ROOMS, *PRIVATE)],
+    "\n".join(f'#include "{module}.h"' for module in MODULES),
+    sources=[str(HERE / f"{module}.c") for module in MODULES],
+    depends=[str(HERE / f"{header}.h") for header in (*MODULES, *PRIVATE)],
     include_dirs=[str(HERE)],
     libraries=["dl"],  # dlsym, which glibc before 2.34 has there
     extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden"],

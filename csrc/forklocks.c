@@ -230,7 +230,7 @@ void forklocks_before(void) {
 }
 
 /* Gives back what this thread's innermost fork has taken. */
-static void after(void) {
+static void release_innermost(void) {
     Py_ssize_t last = PyList_Size(levels) - 1;
     if (last < 0 || forking_id != PyThread_get_thread_ident())
         return;
@@ -244,7 +244,7 @@ static void after(void) {
 
 void forklocks_after_in_parent(void) {
     PyGILState_STATE gil = PyGILState_Ensure();
-    after();
+    release_innermost();
     if (PyThread_get_thread_ident() == main_id && PyList_Size(raised) > 0)
         (void)Py_AddPendingCall(raise_first, NULL);
     PyGILState_Release(gil);
@@ -253,7 +253,7 @@ void forklocks_after_in_parent(void) {
 void forklocks_after_in_child(void) {
     PyGILState_STATE gil = PyGILState_Ensure();
     main_id = PyThread_get_thread_ident();
-    after();
+    release_innermost();
     /* The parent raises them, not the child. */
     while (PyList_Size(raised) > 0)
         (void)PySequence_DelItem(raised, 0);

@@ -47,7 +47,7 @@ static uint64_t page_at(const struct heap *heap, uintptr_t address) {
  * between arenas, which may be terabytes: what lies far above the last extent has one of its own, at
  * least a page further on, so that runs do not join across the gap, and as far from a multiple of a
  * unit as its addresses, so that an aligned page has an aligned address. */
-static int64_t first_page(struct heap *heap, uintptr_t address, uint64_t *page) {
+static int64_t number_pages(struct heap *heap, uintptr_t address, uint64_t *page) {
     const struct heap_metadata *meta = &heap->meta;
     if (heap->extent_count > 0) {
         const struct heap_extent *last = &heap->extents[heap->extent_count - 1];
@@ -206,18 +206,18 @@ static int64_t recommit(struct heap *heap, uint64_t page, uint64_t n) {
 }
 
 /* Makes pages that were just taken ready for use, or gives them back and says why not. */
-static int64_t make_ready(struct heap *heap, uint64_t page, uint64_t n, bool region) {
+static int64_t commit_released(struct heap *heap, uint64_t page, uint64_t n, bool may_commit) {
     if (heap->released_pages == 0 ||
         bitmap_find(heap->released, page, page + n, true) == page + n)
         return 0;
-    int64_t refused = region ? recommit(heap, page, n) : HEAP_COMMIT;
+    int64_t refused = may_commit ? recommit(heap, page, n) : HEAP_COMMIT;
     if (refused != 0)
         (void)pagealloc_free_held(heap->pages, page, n);
     return refused;
 }
 
 /* Notes a block at pages that are ready. */
-static int64_t enter(struct heap *heap, uint64_t page, uint64_t n, uint64_t nbytes) {
+static int64_t record_block(struct heap *heap, uint64_t page, uint64_t n, uint64_t nbytes) {
     uintptr_t address = address_of(heap, page);
     write_spans(heap, address, n, nbytes);
     if (heap->meta.bitmap_bits != 0) {
@@ -232,7 +232,7 @@ static int64_t enter(struct heap *heap, uint64_t page, uint64_t n, uint64_t nbyt
 }
 
 /* Allocates with the lock held; does not clear. */
-static int64_t allocate(struct heap *heap, uint64_t nbytes, uint64_t align, bool region) {
+static int64_t allocate_block(struct heap *heap, uint64_t nbytes, uint64_t align, bool may_commit) {
     if (heap->closed)
         return HEAP_CLOSED;
     if (nbytes == 0)
@@ -247,14 +247,14 @@ static int64_t allocate(struct heap *heap, uint64_t nbytes, uint64_t align, bool
     if (coarse > 1 && heap->meta.index == NULL)
         phase = heap->meta.start / heap->meta.page & (coarse - 1);
     int64_t page = pagealloc_alloc_held(heap->pages, n, coarse > 1 ? coarse : 1, phase);
-    int64_t refused = page < 0 ? page : make_ready(heap, (uint64_t)page, n, region);
-    return refused != 0 ? refused : enter(heap, (uint64_t)page, n, nbytes);
+    int64_t refused = page < 0 ? page : commit_released(heap, (uint64_t)page, n, may_commit);
+    return refused != 0 ? refused : record_block(heap, (uint64_t)page, n, nbytes);
 }
 
 /* Allocates blocks for sizes[i] and those after it, as many as the lowest run that fits the first
  * has room for: as long as they are no smaller, it is the lowest that fits each of them. */
-static int64_t allocate_some(struct heap *heap, const struct pagealloc_integers *sizes,
-                             int64_t *handles, size_t *i, size_t stop, bool region) {
+static int64_t allocate_in_run(struct heap *heap, const struct pagealloc_integers *sizes,
+                             int64_t *handles, size_t *i, size_t stop, bool may_commit) {
     struct pagealloc_run run;
     uint64_t first = pagealloc_integer(sizes, *i), total = 0;
     if (heap->closed)
@@ -273,17 +273,17 @@ static int64_t allocate_some(struct heap *heap, const struct pagealloc_integers 
         n = nbytes == 0 ? 0 : pages_for(heap, nbytes);
     }
     (void)pagealloc_alloc_at_held(heap->pages, run.start, total);
-    int64_t refused = make_ready(heap, run.start, total, region);
+    int64_t refused = commit_released(heap, run.start, total, may_commit);
     for (uint64_t page = run.start; refused == 0 && *i < end; page += n, ++*i) {
         uint64_t nbytes = pagealloc_integer(sizes, *i);
         n = pages_for(heap, nbytes);
-        handles[*i] = enter(heap, page, n, nbytes);
+        handles[*i] = record_block(heap, page, n, nbytes);
     }
     return refused;
 }
 
 /* Forgets a block that is there; its pages are still to be freed. */
-static void forget(struct heap *heap, uint64_t page, uint64_t nbytes, uint32_t now) {
+static void erase_block(struct heap *heap, uint64_t page, uint64_t nbytes, uint32_t now) {
     uint64_t n = pages_for(heap, nbytes);
     uintptr_t address = address_of(heap, page);
     write_spans(heap, address, n, 0);
@@ -319,10 +319,10 @@ static void clear_dirty(struct heap *heap, int64_t handle, uint64_t n) {
     }
 }
 
-int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero, bool region) {
+int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero, bool may_commit) {
     const int64_t zeroed = (int64_t)1 << HEAP_PAGE_BITS;
     pagealloc_lock(heap->pages);
-    int64_t handle = allocate(heap, nbytes, align, region);
+    int64_t handle = allocate_block(heap, nbytes, align, may_commit);
     pagealloc_unlock(heap->pages);
     if (handle >= 0 && zero && !(handle & zeroed)) {
         clear_dirty(heap, handle, pages_for(heap, nbytes));
@@ -337,7 +337,7 @@ int64_t heap_free(struct heap *heap, int64_t handle) {
     uint64_t nbytes = heap->closed ? 0 : size_of(heap, handle);
     int64_t result = heap->closed ? HEAP_CLOSED : HEAP_NO_BLOCK;
     if (nbytes > 0) {
-        forget(heap, page_of(handle), nbytes, now);
+        erase_block(heap, page_of(handle), nbytes, now);
         free_pages(heap, page_of(handle), pages_for(heap, nbytes));
         result = (int64_t)nbytes;
     }
@@ -359,14 +359,14 @@ int64_t heap_rename(struct heap *heap, int64_t handle, int64_t *renamed) {
 }
 
 int64_t heap_alloc_many(struct heap *heap, const struct pagealloc_integers *sizes, int64_t *handles,
-                        size_t from, size_t count, bool region, int64_t *refused) {
+                        size_t from, size_t count, bool may_commit, int64_t *refused) {
     size_t i = from;
     *refused = 0;
     while (i < count && *refused == 0) {
         size_t stop = (size_t)smaller(count, i + BLOCKS_AT_ONCE);
         pagealloc_lock(heap->pages);
         while (i < stop && *refused == 0)
-            *refused = allocate_some(heap, sizes, handles, &i, stop, region);
+            *refused = allocate_in_run(heap, sizes, handles, &i, stop, may_commit);
         pagealloc_unlock(heap->pages);
     }
     return (int64_t)(i - from);
@@ -414,7 +414,7 @@ int64_t heap_free_many(struct heap *heap, const int64_t *handles, size_t count, 
         if (page != run.stop)
             run.start = page;
         run.stop = page + pages_for(heap, nbytes);
-        forget(heap, page, nbytes, now);
+        erase_block(heap, page, nbytes, now);
         result += (int64_t)nbytes;
     }
     if (run.start < run.stop)
@@ -480,7 +480,7 @@ int64_t heap_blocks(struct heap *heap, uint64_t *from, int64_t *handles, size_t 
 /* -- giving back -------------------------------------------------------------------------------- */
 
 /* Which of the 64 pages of bit word `i` may be given back, not looking at whether they are free. */
-static uint64_t eligible(const struct heap *heap, uint64_t i, uint32_t age, uint32_t now,
+static uint64_t eligible_pages(const struct heap *heap, uint64_t i, uint32_t age, uint32_t now,
                          bool lazy) {
     uint64_t pages = heap->dirty[i] & (lazy ? ~heap->released[i] : ~UINT64_C(0));
     for (uint64_t rest = age > 0 ? pages : 0; rest != 0; rest &= rest - 1) {
@@ -492,11 +492,11 @@ static uint64_t eligible(const struct heap *heap, uint64_t i, uint32_t age, uint
 }
 
 /* Behind the highest page of [start, stop) for which that is `wanted`; `start` if there is none. */
-static uint64_t behind_last(const struct heap *heap, uint64_t start, uint64_t stop, bool wanted,
+static uint64_t end_of_last(const struct heap *heap, uint64_t start, uint64_t stop, bool wanted,
                             uint32_t age, uint32_t now, bool lazy) {
     while (stop > start) {
         uint64_t i = (stop - 1) / 64, low = i * 64 > start ? i * 64 : start;
-        uint64_t pages = eligible(heap, i, age, now, lazy) ^ (wanted ? 0 : ~UINT64_C(0));
+        uint64_t pages = eligible_pages(heap, i, age, now, lazy) ^ (wanted ? 0 : ~UINT64_C(0));
         pages &= (~UINT64_C(0) >> (63 - (stop - 1) % 64)) & (~UINT64_C(0) << (low % 64));
         if (pages != 0)
             return i * 64 + 64 - (unsigned)__builtin_clzll(pages);
@@ -512,12 +512,12 @@ int64_t heap_idle(struct heap *heap, uint64_t below, uint64_t most, uint64_t lon
     size_t n = 0;
     pagealloc_lock(heap->pages);
     while (n < max && most > 0 && pagealloc_run_below_held(heap->pages, below, &run)) {
-        uint64_t stop = behind_last(heap, run.start, run.stop, true, age, now, lazy);
+        uint64_t stop = end_of_last(heap, run.start, run.stop, true, age, now, lazy);
         below = run.start;
         if (stop == run.start)
             continue;
         uint64_t length = smaller(smaller(most, longest), stop - run.start);
-        below = behind_last(heap, stop - length, stop, false, age, now, lazy);
+        below = end_of_last(heap, stop - length, stop, false, age, now, lazy);
         out[n++] = (struct pagealloc_run){below, stop};
         most -= stop - below;
     }
@@ -557,7 +557,7 @@ static void discard_metadata(const struct heap *heap, uint64_t start, uint64_t s
 }
 
 /* Gives contents, or contents and charge, of committed bytes back. */
-static int give_back(struct region *region, size_t offset, size_t length, bool lazy) {
+static int return_memory(struct region *region, size_t offset, size_t length, bool lazy) {
     bool charged = !(region->accounting & VM_NORESERVE);
     if (!lazy && charged && length >= LARGE_PIECE && region->committed.count < FEW_PIECES &&
         (region_decommit(region, offset, length) == 0 ||
@@ -578,7 +578,7 @@ int64_t heap_give_back(struct heap *heap, const struct pagealloc_run *piece, boo
         return 0;
     size_t offset = address_of(heap, start) - (uintptr_t)heap->region->base;
     size_t nbytes = (size_t)n * heap->meta.page;
-    int err = give_back(heap->region, offset, nbytes, lazy);
+    int err = return_memory(heap->region, offset, nbytes, lazy);
     if (err == 0 && !lazy)
         discard_metadata(heap, start, piece->stop);
     pagealloc_lock(heap->pages);
@@ -599,7 +599,7 @@ int64_t heap_add(struct heap *heap, uintptr_t address, size_t nbytes) {
     uint64_t page;
     pagealloc_lock(heap->pages);
     size_t extents = heap->extent_count;
-    int64_t result = heap->closed ? HEAP_CLOSED : first_page(heap, address, &page);
+    int64_t result = heap->closed ? HEAP_CLOSED : number_pages(heap, address, &page);
     if (result == 0)
         result = pagealloc_add_held(heap->pages, page, nbytes / heap->meta.page);
     if (result != 0)

@@ -109,7 +109,7 @@ int64_t heap_tail(struct heap *heap);
 /* Allocates a block at a multiple of `align` bytes, a power of two, under an index at most a unit;
  * cleared if `zero`. Without
  * `region`, pages that were given back are left alone: HEAP_COMMIT. Returns its handle. */
-int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero, bool region);
+int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero, bool may_commit);
 
 /* Frees a block. Returns its size. */
 int64_t heap_free(struct heap *heap, int64_t handle);
@@ -120,7 +120,7 @@ int64_t heap_rename(struct heap *heap, int64_t handle, int64_t *renamed);
 /* Allocates blocks of sizes[from], ... up to sizes[count - 1] bytes until one is refused, and then
  * writes why to `*refused`, else 0. Returns how many it allocated. */
 int64_t heap_alloc_many(struct heap *heap, const struct pagealloc_integers *sizes, int64_t *handles,
-                        size_t from, size_t count, bool region, int64_t *refused);
+                        size_t from, size_t count, bool may_commit, int64_t *refused);
 
 /* Bytes of whole pages for sizes[from], ... up to sizes[count - 1]; UINT64_MAX if they are too many
  * to be had. */

@@ -14,7 +14,7 @@ static uint64_t *words_of(const struct region *bits) {
 }
 
 /* Whether the bits from `at` on are committed, and the `*end`, at most `stop`, of that state. */
-static bool segment(const struct region *bits, uint64_t at, uint64_t stop, uint64_t *end) {
+static bool committed_segment(const struct region *bits, uint64_t at, uint64_t stop, uint64_t *end) {
     struct run piece;
     size_t lo = (size_t)(at / 8), hi = (size_t)(stop / 8 + (stop % 8 != 0));
     *end = stop;
@@ -26,7 +26,7 @@ static bool segment(const struct region *bits, uint64_t at, uint64_t stop, uint6
 }
 
 /* Commits the words under [start, stop); 0 or an errno, EBADF for a released region. */
-static int commit(struct region *bits, uint64_t start, uint64_t stop) {
+static int commit_words(struct region *bits, uint64_t start, uint64_t stop) {
     if (bits->base == NULL)
         return EBADF;
     uint64_t step = COMMIT_STEP > bits->page ? COMMIT_STEP : bits->page;
@@ -37,7 +37,7 @@ static int commit(struct region *bits, uint64_t start, uint64_t stop) {
 
 /* Ends a change that needed several commits: if `err` says that one was refused, decommits what was
  * not committed before. Returns `err`. */
-static int settle(struct region *bits, struct runs *before, int err) {
+static int rollback_commits(struct region *bits, struct runs *before, int err) {
     struct run gap;
     if (err != 0)
         for (size_t at = 0; runs_next_gap(before, at, bits->size, &gap); at = gap.hi)
@@ -47,16 +47,16 @@ static int settle(struct region *bits, struct runs *before, int err) {
 }
 
 /* A step that leaves the range at once, as large as that takes and no larger: nothing overflows. */
-static uint64_t sane_step(uint64_t start, uint64_t stop, uint64_t step) {
+static uint64_t clamp_step(uint64_t start, uint64_t stop, uint64_t step) {
     return stop > start ? smaller(step, stop - start) : 1;
 }
 
 int64_t lazybitmap_set(struct region *bits, uint64_t start, uint64_t stop, uint64_t step) {
     if (start >= stop)
         return 0;
-    step = sane_step(start, stop, step);
+    step = clamp_step(start, stop, step);
     if (step == 1) {
-        int err = commit(bits, start, stop);
+        int err = commit_words(bits, start, stop);
         return err != 0 ? -err : (int64_t)bitmap_set(words_of(bits), start, stop);
     }
     struct runs before;
@@ -65,10 +65,10 @@ int64_t lazybitmap_set(struct region *bits, uint64_t start, uint64_t stop, uint6
         return -err;
     bool dense = step <= COMMIT_STEP * 8; /* no step of words is left out anyway */
     if (dense)
-        err = commit(bits, start, stop);
+        err = commit_words(bits, start, stop);
     for (uint64_t i = start; !dense && i < stop && err == 0; i += step)
-        err = commit(bits, i, i + 1);
-    if (settle(bits, &before, err) != 0)
+        err = commit_words(bits, i, i + 1);
+    if (rollback_commits(bits, &before, err) != 0)
         return -err;
     uint64_t changed = 0;
     for (uint64_t i = start; i < stop; i += step)
@@ -78,9 +78,9 @@ int64_t lazybitmap_set(struct region *bits, uint64_t start, uint64_t stop, uint6
 
 int64_t lazybitmap_clear(struct region *bits, uint64_t start, uint64_t stop, uint64_t step) {
     uint64_t changed = 0;
-    step = sane_step(start, stop, step);
+    step = clamp_step(start, stop, step);
     for (uint64_t at = start, end; at < stop;) {
-        if (!segment(bits, at, stop, &end)) {
+        if (!committed_segment(bits, at, stop, &end)) {
             at += (end - at + step - 1) / step * step;
         } else if (step == 1) {
             changed += bitmap_clear(words_of(bits), at, end);
@@ -95,13 +95,13 @@ int64_t lazybitmap_clear(struct region *bits, uint64_t start, uint64_t stop, uin
 
 bool lazybitmap_test(const struct region *bits, uint64_t index) {
     uint64_t end;
-    return segment(bits, index, index + 1, &end) && bitmap_test(words_of(bits), index);
+    return committed_segment(bits, index, index + 1, &end) && bitmap_test(words_of(bits), index);
 }
 
 uint64_t lazybitmap_count(const struct region *bits, uint64_t start, uint64_t stop) {
     uint64_t count = 0;
     for (uint64_t at = start, end; at < stop; at = end)
-        if (segment(bits, at, stop, &end))
+        if (committed_segment(bits, at, stop, &end))
             count += bitmap_count(words_of(bits), at, end);
     return count;
 }
@@ -110,7 +110,7 @@ int64_t lazybitmap_find(const struct region *bits, uint64_t start, uint64_t stop
                         uint64_t wanted) {
     uint64_t first = start;
     for (uint64_t at = start, end; at < stop; at = end) {
-        if (segment(bits, at, stop, &end)) {
+        if (committed_segment(bits, at, stop, &end)) {
             if (bitmap_seek(words_of(bits), at, end, value, wanted, &first))
                 return (int64_t)first;
         } else if (value) {
@@ -138,28 +138,28 @@ size_t lazybitmap_runs(const struct region *bits, uint64_t start, uint64_t stop,
 }
 
 /* Commits, in `bits`, what is committed in `other`. */
-static int commit_alike(struct region *bits, const struct region *other, uint64_t nbits) {
+static int commit_same_words(struct region *bits, const struct region *other, uint64_t nbits) {
     struct runs before;
     int err = runs_copy(&before, &bits->committed);
     if (err != 0)
         return err;
     for (uint64_t at = 0, end; at < nbits && err == 0; at = end)
-        if (segment(other, at, nbits, &end))
-            err = commit(bits, at, end);
-    return settle(bits, &before, err);
+        if (committed_segment(other, at, nbits, &end))
+            err = commit_words(bits, at, end);
+    return rollback_commits(bits, &before, err);
 }
 
 int64_t lazybitmap_combine(struct region *bits, const struct region *other, uint64_t nbits,
                            enum bitmap_operation operation) {
     if (operation == BITMAP_OR || operation == BITMAP_XOR) {
-        int err = commit_alike(bits, other, nbits);
+        int err = commit_same_words(bits, other, nbits);
         if (err != 0)
             return -err;
     }
     for (uint64_t at = 0, end; at < nbits; at = end) {
-        if (!segment(bits, at, nbits, &end))
+        if (!committed_segment(bits, at, nbits, &end))
             continue;
-        bool both = segment(other, at, end, &end);
+        bool both = committed_segment(other, at, end, &end);
         if (both)
             bitmap_combine(words_of(bits), words_of(other), at, end, operation);
         else if (operation == BITMAP_AND)
@@ -170,8 +170,8 @@ int64_t lazybitmap_combine(struct region *bits, const struct region *other, uint
 
 bool lazybitmap_equal(const struct region *bits, const struct region *other, uint64_t nbits) {
     for (uint64_t at = 0, end; at < nbits; at = end) {
-        bool here = segment(bits, at, nbits, &end);
-        bool there = segment(other, at, end, &end);
+        bool here = committed_segment(bits, at, nbits, &end);
+        bool there = committed_segment(other, at, end, &end);
         if (here && there) {
             const uint64_t *a = words_of(bits), *b = words_of(other);
             if (memcmp(a + at / 64, b + at / 64, (size_t)((end - at) / 64 * 8)) != 0)
@@ -194,7 +194,7 @@ static bool next_set(const struct region *bits, uint64_t from, uint64_t step, ui
     uint64_t stop = from + (n - 1) * step + 1, end;
     while (*j < n) {
         uint64_t at = from + *j * step;
-        if (!segment(bits, at, stop, &end)) {
+        if (!committed_segment(bits, at, stop, &end)) {
             *j += (end - at + step - 1) / step;
             continue;
         }
@@ -205,8 +205,8 @@ static bool next_set(const struct region *bits, uint64_t from, uint64_t step, ui
     return false;
 }
 
-/* Puts the bits of a committed segment [at, end) of `other`, neighbours in both, at `to`. */
-static void copy_neighbours(struct region *bits, uint64_t to, const struct region *other,
+/* Puts the bits of a committed committed_segment [at, end) of `other`, consecutive in both, at `to`. */
+static void copy_consecutive(struct region *bits, uint64_t to, const struct region *other,
                             uint64_t at, uint64_t end) {
     while (at < end) {
         unsigned n = (unsigned)smaller(64, end - at);
@@ -220,26 +220,26 @@ int64_t lazybitmap_copy(struct region *bits, uint64_t start, const struct region
                         uint64_t from, uint64_t step, uint64_t n, bool reverse) {
     if (n == 0)
         return 0;
-    bool neighbours = step == 1 && !reverse;
+    bool consecutive = step == 1 && !reverse;
     struct runs before;
     int err = runs_copy(&before, &bits->committed);
     if (err != 0)
         return -err;
-    for (uint64_t i = 0, end; neighbours && i < n && err == 0; i = end - from)
-        if (segment(other, from + i, from + n, &end))
-            err = commit(bits, start + i, start + end - from);
-    for (uint64_t j = 0; !neighbours && err == 0 && next_set(other, from, step, n, &j); j++) {
+    for (uint64_t i = 0, end; consecutive && i < n && err == 0; i = end - from)
+        if (committed_segment(other, from + i, from + n, &end))
+            err = commit_words(bits, start + i, start + end - from);
+    for (uint64_t j = 0; !consecutive && err == 0 && next_set(other, from, step, n, &j); j++) {
         uint64_t to = start + (reverse ? n - 1 - j : j);
-        err = commit(bits, to, to + 1);
+        err = commit_words(bits, to, to + 1);
     }
-    if (settle(bits, &before, err) != 0)
+    if (rollback_commits(bits, &before, err) != 0)
         return -err;
 
     (void)lazybitmap_clear(bits, start, start + n, 1);
-    for (uint64_t i = 0, end; neighbours && i < n; i = end - from)
-        if (segment(other, from + i, from + n, &end))
-            copy_neighbours(bits, start + i, other, from + i, end);
-    for (uint64_t j = 0; !neighbours && next_set(other, from, step, n, &j); j++) {
+    for (uint64_t i = 0, end; consecutive && i < n; i = end - from)
+        if (committed_segment(other, from + i, from + n, &end))
+            copy_consecutive(bits, start + i, other, from + i, end);
+    for (uint64_t j = 0; !consecutive && next_set(other, from, step, n, &j); j++) {
         uint64_t to = start + (reverse ? n - 1 - j : j);
         (void)bitmap_set(words_of(bits), to, to + 1);
     }
@@ -249,7 +249,7 @@ int64_t lazybitmap_copy(struct region *bits, uint64_t start, const struct region
 void lazybitmap_read(const struct region *bits, uint64_t start, uint64_t stop, unsigned char *out) {
     memset(out, 0, (size_t)((stop - start + 7) / 8));
     for (uint64_t at = start, end; at < stop; at = end) {
-        if (!segment(bits, at, stop, &end))
+        if (!committed_segment(bits, at, stop, &end))
             continue;
         for (uint64_t i = at; i < end;) {
             /* Up to the next byte of `out`, then eight of its bytes at a time. */
@@ -266,7 +266,7 @@ void lazybitmap_read(const struct region *bits, uint64_t start, uint64_t stop, u
 }
 
 /* Up to 64 bits of `in`, from bit i of its n on; `*count` says how many. */
-static uint64_t incoming(const unsigned char *in, uint64_t i, uint64_t n, unsigned *count) {
+static uint64_t input_word(const unsigned char *in, uint64_t i, uint64_t n, unsigned *count) {
     uint64_t word = 0;
     *count = (unsigned)smaller(64, n - i);
     memcpy(&word, in + i / 8, (*count + 7) / 8);
@@ -282,13 +282,13 @@ int64_t lazybitmap_write(struct region *bits, uint64_t start, uint64_t stop,
     if (err != 0)
         return -err;
     for (uint64_t i = 0; i < n && err == 0; i += 64)
-        if (incoming(in, i, n, &count) != 0)
-            err = commit(bits, start + i, start + i + count);
-    if (settle(bits, &before, err) != 0)
+        if (input_word(in, i, n, &count) != 0)
+            err = commit_words(bits, start + i, start + i + count);
+    if (rollback_commits(bits, &before, err) != 0)
         return -err;
     (void)lazybitmap_clear(bits, start, stop, 1);
     for (uint64_t i = 0; i < n; i += 64) {
-        uint64_t word = incoming(in, i, n, &count);
+        uint64_t word = input_word(in, i, n, &count);
         if (word != 0)
             bitmap_deposit(words_of(bits), start + i, count, word);
     }

@@ -14,7 +14,7 @@ enum {
     CHUNK = SCAN_BITS,  /* pages: a cache line of bits */
     WORDS = SCAN_WORDS, /* of a chunk */
     FAN = SCAN_CODES,   /* children of a node: a cache line of codes */
-    LEVELS = 7,         /* enough for pagealloc_most() */
+    LEVELS = 7,         /* enough for pagealloc_max_pages() */
     LINE = 64,          /* bytes */
     GAP = 5 * LINE,     /* bytes between tables */
     EXACT = 1 << 15,    /* codes below this are lengths */
@@ -173,7 +173,7 @@ static const uint64_t *started_here(const struct pagealloc *pages, uint64_t chun
     return copy;
 }
 
-static void measure_chunk(struct pagealloc *pages, uint64_t chunk) {
+static void update_chunk(struct pagealloc *pages, uint64_t chunk) {
     uint64_t copy[WORDS], length = pages->tags[chunk].length;
     if (length < CHUNK) {
         const uint64_t *words = started_here(pages, chunk, copy);
@@ -298,7 +298,7 @@ static void clear_bits(struct pagealloc *pages, uint64_t start, uint64_t stop) {
 }
 
 /* Notes the run [start, stop), which touches no other. */
-static void insert(struct pagealloc *pages, uint64_t start, uint64_t stop) {
+static void insert_run(struct pagealloc *pages, uint64_t start, uint64_t stop) {
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1);
     if (first == last) {
         set_bits(pages, start, stop);
@@ -312,7 +312,7 @@ static void insert(struct pagealloc *pages, uint64_t start, uint64_t stop) {
 }
 
 /* Forgets the run [start, stop), but for its length in its first chunk's code. */
-static void erase(struct pagealloc *pages, uint64_t start, uint64_t stop) {
+static void erase_run(struct pagealloc *pages, uint64_t start, uint64_t stop) {
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1);
     if (first == last) {
         clear_bits(pages, start, stop);
@@ -325,13 +325,13 @@ static void erase(struct pagealloc *pages, uint64_t start, uint64_t stop) {
 }
 
 /* Whether a run of this length may be what the code of the chunk stands for. */
-static bool was_longest(const struct pagealloc *pages, uint64_t chunk, uint64_t length) {
+static bool may_be_longest(const struct pagealloc *pages, uint64_t chunk, uint64_t length) {
     return pages->codes[0][chunk] == code_of(length);
 }
 
 /* Lets a run that reaches `stop` begin at `start`, in a later chunk than before; no run if they are
  * the same. The bits between its old and its new beginning are zero, but for those in the last chunk. */
-static void begin_later(struct pagealloc *pages, uint64_t start, uint64_t stop) {
+static void move_start(struct pagealloc *pages, uint64_t start, uint64_t stop) {
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1);
     if (first < last) {
         set_bits(pages, start, (first + 1) * CHUNK);
@@ -347,11 +347,11 @@ static void begin_later(struct pagealloc *pages, uint64_t start, uint64_t stop) 
 }
 
 /* Takes [page, page + n) out of the free run [start, stop). */
-static void take(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_t page,
+static void take_run(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_t page,
                  uint64_t n) {
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1), end = page + n;
     pages->free -= n;
-    if (first == last && pages->tags[first].start == 0 && was_longest(pages, first, stop - start)) {
+    if (first == last && pages->tags[first].start == 0 && may_be_longest(pages, first, stop - start)) {
         uint64_t longest = SCAN(pages->wide, longest_without, pages->bits[first],
                                   (unsigned)(page - first * CHUNK), (unsigned)(end - first * CHUNK),
                                   (unsigned)(stop - end));
@@ -368,20 +368,20 @@ static void take(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_
     } else if (page == start) {
         clear_bits(pages, page, (first + 1) * CHUNK);
         pages->tags[first].length = 0;
-        begin_later(pages, end, stop);
+        move_start(pages, end, stop);
     } else {
-        erase(pages, start, stop);
+        erase_run(pages, start, stop);
         if (start < page)
-            insert(pages, start, page);
+            insert_run(pages, start, page);
         if (end < stop)
-            insert(pages, end, stop);
+            insert_run(pages, end, stop);
     }
-    if (was_longest(pages, first, stop - start))
-        measure_chunk(pages, first);
+    if (may_be_longest(pages, first, stop - start))
+        update_chunk(pages, first);
 }
 
 /* Zeros a chunk that has come to lie between a run's first and last one. */
-static void empty_between(struct pagealloc *pages, uint64_t chunk, uint64_t first, uint64_t last) {
+static void clear_inner_chunk(struct pagealloc *pages, uint64_t chunk, uint64_t first, uint64_t last) {
     if (first < chunk && chunk < last) {
         memset(pages->bits[chunk], 0, CHUNK / 8);
         pages->tags[chunk] = (struct tag){0, 0};
@@ -390,13 +390,13 @@ static void empty_between(struct pagealloc *pages, uint64_t chunk, uint64_t firs
 
 /* Joins the run [start, page), the pages [page, end) and the run [end, stop), each of the runs
  * possibly empty, to one that spans several chunks. */
-static void join(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_t page,
+static void join_runs(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_t page,
                  uint64_t end) {
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1), border = (first + 1) * CHUNK;
     if (start < page)
-        empty_between(pages, chunk_of(page - 1), first, last);
+        clear_inner_chunk(pages, chunk_of(page - 1), first, last);
     if (end < stop)
-        empty_between(pages, chunk_of(end), first, last);
+        clear_inner_chunk(pages, chunk_of(end), first, last);
     if (page < border)
         set_bits(pages, page, border < end ? border : end);
     if (last * CHUNK < end)
@@ -407,7 +407,7 @@ static void join(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_
 }
 
 /* Makes [page, page + n), none of it free, free. */
-static void give(struct pagealloc *pages, uint64_t page, uint64_t n) {
+static void return_run(struct pagealloc *pages, uint64_t page, uint64_t n) {
     uint64_t end = page + n, start = page, stop = end;
     if (page > 0 && is_set(pages, page - 1))
         start = start_of(pages, page);
@@ -422,22 +422,22 @@ static void give(struct pagealloc *pages, uint64_t page, uint64_t n) {
         }
         raise_code(pages, first, stop - start);
     } else {
-        join(pages, start, stop, page, end);
+        join_runs(pages, start, stop, page, end);
         /* The run that was here starts lower now. */
-        if (end < stop && right != first && was_longest(pages, right, stop - end))
-            measure_chunk(pages, right);
+        if (end < stop && right != first && may_be_longest(pages, right, stop - end))
+            update_chunk(pages, right);
     }
     pages->free += n;
 }
 
 /* -- what is asked for -------------------------------------------------------------------------- */
 
-static bool outside(const struct pagealloc *pages, uint64_t page, uint64_t n) {
+static bool is_outside(const struct pagealloc *pages, uint64_t page, uint64_t n) {
     return n == 0 || page >= pages->capacity || n > pages->capacity - page;
 }
 
 /* Whether a chunk whose bits are zero lies between the first and the last chunk of a free run. */
-static bool inside_a_run(const struct pagealloc *pages, uint64_t chunk) {
+static bool is_inner_chunk(const struct pagealloc *pages, uint64_t chunk) {
     const uint64_t *words = pages->bits[chunk];
     uint64_t any = pages->codes[0][chunk];
     for (unsigned i = 0; i < WORDS; i++)
@@ -457,7 +457,7 @@ static bool some_free(const struct pagealloc *pages, uint64_t page, uint64_t n) 
     if (first != last &&
         (chunk_from(pages, first + 1, 1) < last || any_bits(pages, last * CHUNK, page + n)))
         return true;
-    return inside_a_run(pages, first);
+    return is_inner_chunk(pages, first);
 }
 
 /* Whether all of [page, page + n) is part of the arena. */
@@ -469,7 +469,7 @@ static bool is_part(const struct pagealloc *pages, uint64_t page, uint64_t n) {
 }
 
 /* The run of `n` pages at or above `run->start` that is placed as asked; false if it has none. */
-static bool place(struct pagealloc_run *run, uint64_t n, uint64_t align, uint64_t phase,
+static bool aligned_page_in(struct pagealloc_run *run, uint64_t n, uint64_t align, uint64_t phase,
                   uint64_t *page) {
     uint64_t off = (run->start + phase) & (align - 1);
     uint64_t skip = off == 0 ? 0 : align - off;
@@ -531,13 +531,13 @@ static bool aligned_run(const struct pagealloc *pages, uint64_t n, uint64_t alig
                         struct pagealloc_run *run, uint64_t *page) {
     bool found = run_from_chunk(pages, 0, n, run);
     for (unsigned seen = 0; found; found = run_after(pages, n, run)) {
-        if (place(run, n, align, phase, page))
+        if (aligned_page_in(run, n, align, phase, page))
             return true;
         if (++seen == PATIENCE) {
             struct pagealloc_run sure;
             if (align <= pages->capacity && run_from_chunk(pages, 0, n + align - 1, &sure)) {
                 *run = sure;
-                return place(run, n, align, phase, page);
+                return aligned_page_in(run, n, align, phase, page);
             }
         }
     }
@@ -560,12 +560,12 @@ static int64_t allocate(struct pagealloc *pages, uint64_t n, uint64_t align, uin
     } else if (!aligned_run(pages, n, align, phase, &run, &page)) {
         return PAGEALLOC_FULL;
     }
-    take(pages, run.start, run.stop, page, n);
+    take_run(pages, run.start, run.stop, page, n);
     return (int64_t)page;
 }
 
 int64_t pagealloc_alloc_at_held(struct pagealloc *pages, uint64_t page, uint64_t n) {
-    if (outside(pages, page, n))
+    if (is_outside(pages, page, n))
         return PAGEALLOC_OUTSIDE;
     if (!is_part(pages, page, n))
         return PAGEALLOC_FOREIGN;
@@ -575,18 +575,18 @@ int64_t pagealloc_alloc_at_held(struct pagealloc *pages, uint64_t page, uint64_t
     uint64_t stop = stop_of(pages, start);
     if (stop < page + n)
         return PAGEALLOC_IN_USE;
-    take(pages, start, stop, page, n);
+    take_run(pages, start, stop, page, n);
     return 0;
 }
 
-static int64_t liberate(struct pagealloc *pages, uint64_t page, uint64_t n) {
-    if (outside(pages, page, n))
+static int64_t free_run(struct pagealloc *pages, uint64_t page, uint64_t n) {
+    if (is_outside(pages, page, n))
         return PAGEALLOC_OUTSIDE;
     if (!is_part(pages, page, n))
         return PAGEALLOC_FOREIGN;
     if (some_free(pages, page, n))
         return PAGEALLOC_NOT_IN_USE;
-    give(pages, page, n);
+    return_run(pages, page, n);
     return 0;
 }
 
@@ -601,10 +601,10 @@ FLAT int64_t allocate_wide(struct pagealloc *pages, uint64_t n, uint64_t align, 
     return allocate(pages, n, align, phase);
 }
 
-FLAT int64_t liberate_wide(struct pagealloc *pages, uint64_t page, uint64_t n) {
+FLAT int64_t free_run_wide(struct pagealloc *pages, uint64_t page, uint64_t n) {
     if (!pages->wide)
         __builtin_unreachable();
-    return liberate(pages, page, n);
+    return free_run(pages, page, n);
 }
 #endif
 
@@ -619,21 +619,21 @@ int64_t pagealloc_alloc_held(struct pagealloc *pages, uint64_t n, uint64_t align
 int64_t pagealloc_free_held(struct pagealloc *pages, uint64_t page, uint64_t n) {
 #ifdef __x86_64__
     if (pages->wide)
-        return liberate_wide(pages, page, n);
+        return free_run_wide(pages, page, n);
 #endif
-    return liberate(pages, page, n);
+    return free_run(pages, page, n);
 }
 
 int64_t pagealloc_add_held(struct pagealloc *pages, uint64_t page, uint64_t n) {
     struct run piece;
-    if (outside(pages, page, n))
+    if (is_outside(pages, page, n))
         return PAGEALLOC_OUTSIDE;
     if (runs_next(&pages->parts, (size_t)page, (size_t)(page + n), &piece))
         return PAGEALLOC_IN_USE;
-    if (runs_make_room(&pages->parts) != 0)
+    if (runs_grow(&pages->parts) != 0)
         return PAGEALLOC_NO_MEMORY;
     runs_add(&pages->parts, (size_t)page, (size_t)(page + n));
-    give(pages, page, n);
+    return_run(pages, page, n);
     return 0;
 }
 
@@ -642,7 +642,7 @@ bool pagealloc_lowest_held(const struct pagealloc *pages, uint64_t n, struct pag
 }
 
 bool pagealloc_in_use_held(const struct pagealloc *pages, uint64_t page, uint64_t n) {
-    return !outside(pages, page, n) && is_part(pages, page, n) && !some_free(pages, page, n);
+    return !is_outside(pages, page, n) && is_part(pages, page, n) && !some_free(pages, page, n);
 }
 
 uint64_t pagealloc_free_pages_held(const struct pagealloc *pages) {
@@ -742,7 +742,7 @@ int64_t pagealloc_alloc_many(struct pagealloc *pages, const struct pagealloc_int
     for (; i < count && page >= 0; i++) {
         page = pagealloc_alloc_held(pages, pagealloc_integer(lengths, i), 1, 0);
         if (page >= 0 && !write_integer(first, i, (uint64_t)page)) {
-            give(pages, (uint64_t)page, pagealloc_integer(lengths, i));
+            return_run(pages, (uint64_t)page, pagealloc_integer(lengths, i));
             page = PAGEALLOC_NARROW;
         }
     }
@@ -774,7 +774,7 @@ int64_t pagealloc_free_many(struct pagealloc *pages, const struct pagealloc_inte
 
 /* -- the rest of the contract ------------------------------------------------------------------- */
 
-uint64_t pagealloc_most(void) {
+uint64_t pagealloc_max_pages(void) {
     uint64_t most = UINT64_C(1) << 44;
     return most < SIZE_MAX / 2 ? most : SIZE_MAX / 2;
 }
@@ -811,11 +811,11 @@ uint64_t pagealloc_bytes(uint64_t capacity) {
     return lay_out(&pages, 0);
 }
 
-uint64_t pagealloc_room(uint64_t capacity) {
+uint64_t pagealloc_tree_capacity(uint64_t capacity) {
     uint64_t room = (uint64_t)CHUNK * FAN;
     while (room < capacity)
         room *= FAN;
-    return room < pagealloc_most() ? room : pagealloc_most();
+    return room < pagealloc_max_pages() ? room : pagealloc_max_pages();
 }
 
 struct pagealloc *pagealloc_open(void *memory, uint64_t capacity) {
@@ -838,23 +838,23 @@ static _Thread_local char this_thread;
 
 /* Whether this thread has the lock for a fork. Only the thread itself ever writes what makes this
  * true, so no order of memory is needed. */
-static bool forks_itself(struct pagealloc *pages) {
+static bool holds_for_fork(struct pagealloc *pages) {
     const void *thread = atomic_load_explicit(&pages->forking, memory_order_relaxed);
     return thread != NULL && thread == &this_thread;
 }
 
 void pagealloc_lock(struct pagealloc *pages) {
-    if (!forks_itself(pages))
+    if (!holds_for_fork(pages))
         (void)pthread_mutex_lock(&pages->lock);
 }
 
 void pagealloc_unlock(struct pagealloc *pages) {
-    if (!forks_itself(pages))
+    if (!holds_for_fork(pages))
         (void)pthread_mutex_unlock(&pages->lock);
 }
 
 int pagealloc_trylock_fork(struct pagealloc *pages) {
-    if (forks_itself(pages))
+    if (holds_for_fork(pages))
         return EDEADLK;
     int err = pthread_mutex_trylock(&pages->lock);
     if (err == 0)

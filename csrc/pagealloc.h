@@ -59,13 +59,13 @@ struct pagealloc_run {
 struct pagealloc;
 
 /* The most pages that tables can be made for. */
-uint64_t pagealloc_most(void);
+uint64_t pagealloc_max_pages(void);
 
-/* Bytes of memory for the tables of `capacity` pages, 0 < capacity <= pagealloc_most(). */
+/* Bytes of memory for the tables of `capacity` pages, 0 < capacity <= pagealloc_max_pages(). */
 uint64_t pagealloc_bytes(uint64_t capacity);
 
 /* The most pages that a tree as high as that for `capacity` pages can hold. */
-uint64_t pagealloc_room(uint64_t capacity);
+uint64_t pagealloc_tree_capacity(uint64_t capacity);
 
 /* Makes an allocator with no parts in pagealloc_bytes(capacity) zero bytes at a cache line's start.
  * It lives there until pagealloc_close. */

@@ -20,14 +20,14 @@ struct cursor {
 };
 
 /* Reads a character that must come next, unless it is 0. */
-static bool followed(struct cursor *line, char after) {
+static bool expect(struct cursor *line, char after) {
     if (after == 0)
         return true;
     return line->at < line->end && *line->at++ == after;
 }
 
 /* Reads up to 16 digits, and then what must follow. */
-static bool hexadecimal(struct cursor *line, char after, uint64_t *value) {
+static bool parse_hexadecimal(struct cursor *line, char after, uint64_t *value) {
     const char *start = line->at;
     uint64_t n = 0;
     for (; line->at < line->end; line->at++) {
@@ -40,10 +40,10 @@ static bool hexadecimal(struct cursor *line, char after, uint64_t *value) {
             break;
     }
     *value = n;
-    return line->at > start && line->at - start <= 16 && followed(line, after);
+    return line->at > start && line->at - start <= 16 && expect(line, after);
 }
 
-static bool decimal(struct cursor *line, char after, uint64_t *value) {
+static bool parse_decimal(struct cursor *line, char after, uint64_t *value) {
     const char *start = line->at;
     uint64_t n = 0;
     for (; line->at < line->end && *line->at >= '0' && *line->at <= '9'; line->at++) {
@@ -52,7 +52,7 @@ static bool decimal(struct cursor *line, char after, uint64_t *value) {
         n = n * 10 + (uint64_t)(*line->at - '0');
     }
     *value = n;
-    return line->at > start && followed(line, after);
+    return line->at > start && expect(line, after);
 }
 
 static void skip_spaces(struct cursor *line) {
@@ -60,7 +60,7 @@ static void skip_spaces(struct cursor *line) {
         line->at++;
 }
 
-static bool permissions(struct cursor *line, uint64_t *perms) {
+static bool parse_permissions(struct cursor *line, uint64_t *perms) {
     static const char on[] = "rwxs", off[] = "---p";
     if (line->end - line->at < 5 || line->at[4] != ' ')
         return false;
@@ -99,7 +99,7 @@ static uint64_t *row(const struct procmaps *table, size_t i) {
 }
 
 /* Keeps a name, once for neighbours: a file's mappings lie side by side. */
-static int keep_name(struct procmaps *table, const char *name, size_t length, uint64_t *fresh) {
+static int store_name(struct procmaps *table, const char *name, size_t length, uint64_t *fresh) {
     fresh[PROCMAPS_NAME_LENGTH] = length;
     if (length == 0)
         return 0;
@@ -123,8 +123,8 @@ static int keep_name(struct procmaps *table, const char *name, size_t length, ui
 }
 
 /* Takes back what a mapping that was printed later has taken the place of: the kernel prints piece by
- * piece, and neighbours may have become one meanwhile (fs/proc/task_mmu.c, proc_get_vma). */
-static void make_way(struct procmaps *table, uint64_t start) {
+ * piece, and neighbours may have become cells meanwhile (fs/proc/task_mmu.c, proc_get_vma). */
+static void drop_replaced(struct procmaps *table, uint64_t start) {
     while (table->count > 0 && row(table, table->count - 1)[PROCMAPS_START] >= start)
         table->count--;
     if (table->count == 0)
@@ -138,12 +138,12 @@ static void make_way(struct procmaps *table, uint64_t start) {
 
 /* "7f00-7f10 rw-p 0000 fe:00 12   /name", as show_vma_header_prefix of fs/proc/task_mmu.c makes it. A
  * newline in a name is printed as \012, so a line is a line; a name starts with no space. */
-static int mapping(struct procmaps *table, struct cursor line) {
+static int parse_mapping(struct procmaps *table, struct cursor line) {
     uint64_t fresh[PROCMAPS_COLUMNS] = {0}, major, minor;
-    if (!hexadecimal(&line, '-', &fresh[PROCMAPS_START]) ||
-        !hexadecimal(&line, ' ', &fresh[PROCMAPS_END]) || !permissions(&line, &fresh[PROCMAPS_PERMS]) ||
-        !hexadecimal(&line, ' ', &fresh[PROCMAPS_OFFSET]) || !hexadecimal(&line, ':', &major) ||
-        !hexadecimal(&line, ' ', &minor) || !decimal(&line, 0, &fresh[PROCMAPS_INODE]))
+    if (!parse_hexadecimal(&line, '-', &fresh[PROCMAPS_START]) ||
+        !parse_hexadecimal(&line, ' ', &fresh[PROCMAPS_END]) || !parse_permissions(&line, &fresh[PROCMAPS_PERMS]) ||
+        !parse_hexadecimal(&line, ' ', &fresh[PROCMAPS_OFFSET]) || !parse_hexadecimal(&line, ':', &major) ||
+        !parse_hexadecimal(&line, ' ', &minor) || !parse_decimal(&line, 0, &fresh[PROCMAPS_INODE]))
         return EINVAL;
     if (line.at < line.end && *line.at != ' ')
         return EINVAL;
@@ -152,10 +152,10 @@ static int mapping(struct procmaps *table, struct cursor line) {
         (fresh[PROCMAPS_START] | fresh[PROCMAPS_END]) % 4096 != 0 || (major | minor) >> 32 != 0)
         return EINVAL;
     if (fresh[PROCMAPS_START] < last)
-        make_way(table, fresh[PROCMAPS_START]);
+        drop_replaced(table, fresh[PROCMAPS_START]);
     fresh[PROCMAPS_DEVICE] = major << 32 | minor;
     skip_spaces(&line);
-    int err = keep_name(table, line.at, (size_t)(line.end - line.at), fresh);
+    int err = store_name(table, line.at, (size_t)(line.end - line.at), fresh);
     if (err != 0)
         return err;
     void *rows = table->rows;
@@ -204,7 +204,7 @@ static const struct {
 };
 
 /* "Rss:   12 kB" or "VmFlags: rd wr"; what it does not know, a newer kernel's, it leaves alone. */
-static int field(struct procmaps *table, struct cursor line) {
+static int parse_field(struct procmaps *table, struct cursor line) {
     const char *colon = memchr(line.at, ':', (size_t)(line.end - line.at));
     if (table->count == 0 || colon == NULL)
         return EINVAL;
@@ -221,7 +221,7 @@ static int field(struct procmaps *table, struct cursor line) {
         if (FIELDS[i].length != length || memcmp(FIELDS[i].name, name, length) != 0)
             continue;
         uint64_t kib;
-        if (!decimal(&line, ' ', &kib) || line.end - line.at != 2 || memcmp(line.at, "kB", 2) != 0)
+        if (!parse_decimal(&line, ' ', &kib) || line.end - line.at != 2 || memcmp(line.at, "kB", 2) != 0)
             return EINVAL;
         /* No more than there are addresses, so that sums of sizes never wrap. */
         if (kib > (last[PROCMAPS_END] - last[PROCMAPS_START]) / 1024)
@@ -235,24 +235,24 @@ static int field(struct procmaps *table, struct cursor line) {
 /* ---- counting pages -------------------------------------------------------------------------- */
 
 /* [vsyscall]: recognise it by its address in the upper half; any file may have that name. */
-static bool is_kernels(const uint64_t *one) {
-    return one[PROCMAPS_START] >> 63 != 0;
+static bool is_kernel_row(const uint64_t *cells) {
+    return cells[PROCMAPS_START] >> 63 != 0;
 }
 
 /* Adds a run of pages that are alike to the rows that it covers, from row `*at` on. */
-static void add_run(struct procmaps *table, size_t *at, const struct sys_run *run, const int *columns) {
+static void add_run(struct procmaps *table, size_t *at, const struct sys_page_run *run, const int *columns) {
     while (*at < table->count && row(table, *at)[PROCMAPS_END] <= run->start)
         ++*at;
     for (size_t i = *at; i < table->count && row(table, i)[PROCMAPS_START] < run->end; i++) {
-        uint64_t *one = row(table, i);
-        uint64_t start = one[PROCMAPS_START] > run->start ? one[PROCMAPS_START] : run->start;
-        uint64_t end = one[PROCMAPS_END] < run->end ? one[PROCMAPS_END] : run->end;
+        uint64_t *cells = row(table, i);
+        uint64_t start = cells[PROCMAPS_START] > run->start ? cells[PROCMAPS_START] : run->start;
+        uint64_t end = cells[PROCMAPS_END] < run->end ? cells[PROCMAPS_END] : run->end;
         for (const int *column = columns; *column >= 0; column++)
-            one[*column] += (end - start) / 1024;
+            cells[*column] += (end - start) / 1024;
     }
 }
 
-static const int OWN[] = {PROCMAPS_RSS, PROCMAPS_PRIVATE_CLEAN, -1};
+static const int PRIVATE_COLUMNS[] = {PROCMAPS_RSS, PROCMAPS_PRIVATE_CLEAN, -1};
 
 /* Entries of the pagemap, 512 pages of them from an address on. */
 struct window {
@@ -261,7 +261,7 @@ struct window {
     uint64_t entries[512];
 };
 
-static int look(struct window *window, uint64_t address, int fd) {
+static int read_entries(struct window *window, uint64_t address, int fd) {
     uint64_t page = vm_page_size();
     size_t size = sizeof *window->entries, got = 0;
     int err = sys_read(fd, address / page * size, window->entries, sizeof window->entries, &got);
@@ -274,14 +274,14 @@ static int look(struct window *window, uint64_t address, int fd) {
 
 /* Tells the pages of a run that only this process maps (bit 56 of Documentation/admin-guide/mm/
  * pagemap.rst) from those that others map too. */
-static int add_resident(struct procmaps *table, size_t *at, const struct sys_run *run, int fd,
+static int add_resident(struct procmaps *table, size_t *at, const struct sys_page_run *run, int fd,
                         struct window *window) {
     static const int shared[] = {PROCMAPS_RSS, PROCMAPS_SHARED_CLEAN, -1};
     uint64_t page = vm_page_size();
-    struct sys_run piece = {run->start, run->start, run->is};
+    struct sys_page_run piece = {run->start, run->start, run->is};
     while (piece.end < run->end) {
         if (piece.end < window->start || piece.end >= window->end) {
-            int err = look(window, piece.end, fd);
+            int err = read_entries(window, piece.end, fd);
             if (err != 0)
                 return err;
         }
@@ -291,33 +291,33 @@ static int add_resident(struct procmaps *table, size_t *at, const struct sys_run
         piece.start = piece.end;
         for (; piece.end < end && (*entry >> 56 & 1) == alone; entry++)
             piece.end += page;
-        add_run(table, at, &piece, alone ? OWN : shared);
+        add_run(table, at, &piece, alone ? PRIVATE_COLUMNS : shared);
     }
     return 0;
 }
 
-static void forget_pages(struct procmaps *table) {
+static void clear_page_counts(struct procmaps *table) {
     for (size_t i = 0; i < table->count; i++) {
-        uint64_t *one = row(table, i);
-        one[PROCMAPS_RSS] = one[PROCMAPS_SWAP] = 0;
-        one[PROCMAPS_PRIVATE_CLEAN] = one[PROCMAPS_SHARED_CLEAN] = 0;
+        uint64_t *cells = row(table, i);
+        cells[PROCMAPS_RSS] = cells[PROCMAPS_SWAP] = 0;
+        cells[PROCMAPS_PRIVATE_CLEAN] = cells[PROCMAPS_SHARED_CLEAN] = 0;
     }
 }
 
 int procmaps_count_pages(struct procmaps *table, int fd, int forked) {
     static const int swapped[] = {PROCMAPS_SWAP, -1};
-    struct sys_run runs[512]; /* more made the kernel say wrongly how far it came (Linux 6.18) */
+    struct sys_page_run runs[512]; /* more made the kernel say wrongly how far it came (Linux 6.18) */
     struct window window = {0};
     size_t count = table->count, at = 0;
-    forget_pages(table);
-    while (count > 0 && is_kernels(row(table, count - 1)))
+    clear_page_counts(table);
+    while (count > 0 && is_kernel_row(row(table, count - 1)))
         count--;
     if (count == 0)
         return 0;
     uint64_t from = row(table, 0)[PROCMAPS_START], end = row(table, count - 1)[PROCMAPS_END];
     while (from < end) {
         size_t found = 0;
-        int err = sys_pages(fd, from, end, runs, 512, &found, &from);
+        int err = sys_scan_pages(fd, from, end, runs, 512, &found, &from);
         for (size_t i = 0; err == 0 && i < found; i++) {
             if (runs[i].is & SYS_PAGE_SWAPPED)
                 add_run(table, &at, &runs[i], swapped);
@@ -326,7 +326,7 @@ int procmaps_count_pages(struct procmaps *table, int fd, int forked) {
             else if (runs[i].is & SYS_PAGE_FILE || forked)
                 err = add_resident(table, &at, &runs[i], fd, &window);
             else
-                add_run(table, &at, &runs[i], OWN);
+                add_run(table, &at, &runs[i], PRIVATE_COLUMNS);
         }
         if (err != 0)
             return err;
@@ -346,9 +346,9 @@ int procmaps_feed(struct procmaps *table, const char *text, size_t length, size_
     *used = 0;
     while (line.at < end && (line.end = memchr(line.at, '\n', (size_t)(end - line.at))) != NULL) {
         table->lines++;
-        /* Addresses are of small letters, fields begin with a capital one. */
-        int err = line.at < line.end && *line.at >= 'A' && *line.at <= 'Z' ? field(table, line)
-                                                                         : mapping(table, line);
+        /* Addresses are of small letters, fields begin with a capital cells. */
+        int err = line.at < line.end && *line.at >= 'A' && *line.at <= 'Z' ? parse_field(table, line)
+                                                                         : parse_mapping(table, line);
         if (err != 0)
             return err;
         line.at = line.end + 1;
@@ -359,26 +359,26 @@ int procmaps_feed(struct procmaps *table, const char *text, size_t length, size_
 
 int procmaps_divide(struct procmaps *table, size_t *wrong) {
     for (size_t i = 0; i < table->count; i++) {
-        uint64_t *one = row(table, i);
-        if (is_kernels(one)) {
-            memset(one + PROCMAPS_RSS, 0, (PROCMAPS_COLUMNS - PROCMAPS_RSS) * sizeof *one);
+        uint64_t *cells = row(table, i);
+        if (is_kernel_row(cells)) {
+            memset(cells + PROCMAPS_RSS, 0, (PROCMAPS_COLUMNS - PROCMAPS_RSS) * sizeof *cells);
             continue;
         }
-        uint64_t own = one[PROCMAPS_PRIVATE_CLEAN] + one[PROCMAPS_PRIVATE_DIRTY] +
-                       one[PROCMAPS_PRIVATE_HUGETLB];
-        uint64_t others = one[PROCMAPS_SHARED_CLEAN] + one[PROCMAPS_SHARED_DIRTY] +
-                          one[PROCMAPS_SHARED_HUGETLB];
-        uint64_t size = (one[PROCMAPS_END] - one[PROCMAPS_START]) / 1024;
+        uint64_t own = cells[PROCMAPS_PRIVATE_CLEAN] + cells[PROCMAPS_PRIVATE_DIRTY] +
+                       cells[PROCMAPS_PRIVATE_HUGETLB];
+        uint64_t others = cells[PROCMAPS_SHARED_CLEAN] + cells[PROCMAPS_SHARED_DIRTY] +
+                          cells[PROCMAPS_SHARED_HUGETLB];
+        uint64_t size = (cells[PROCMAPS_END] - cells[PROCMAPS_START]) / 1024;
         if (own + others > size) {
             *wrong = i;
             return EINVAL;
         }
-        if (one[PROCMAPS_SWAP] > size - own - others)
-            one[PROCMAPS_SWAP] = size - own - others;
-        one[PROCMAPS_SIZE] = size;
-        one[PROCMAPS_PRIVATE] = own;
-        one[PROCMAPS_SHARED_MEMORY] = others;
-        one[PROCMAPS_REST] = size - own - others - one[PROCMAPS_SWAP];
+        if (cells[PROCMAPS_SWAP] > size - own - others)
+            cells[PROCMAPS_SWAP] = size - own - others;
+        cells[PROCMAPS_SIZE] = size;
+        cells[PROCMAPS_PRIVATE] = own;
+        cells[PROCMAPS_SHARED_MEMORY] = others;
+        cells[PROCMAPS_REST] = size - own - others - cells[PROCMAPS_SWAP];
     }
     return 0;
 }
@@ -386,19 +386,19 @@ int procmaps_divide(struct procmaps *table, size_t *wrong) {
 void procmaps_sum(struct procmaps *table, size_t keep, struct procmaps_sums *sums) {
     size_t done = table->count > keep ? table->count - keep : 0;
     for (size_t i = 0; i < done; i++) {
-        const uint64_t *one = row(table, i);
+        const uint64_t *cells = row(table, i);
         /* A mapping that grew downward into dropped ones counts for what they have not. */
-        uint64_t start = one[PROCMAPS_START] > sums->end ? one[PROCMAPS_START] : sums->end;
-        if (is_kernels(one) || one[PROCMAPS_END] <= start)
+        uint64_t start = cells[PROCMAPS_START] > sums->end ? cells[PROCMAPS_START] : sums->end;
+        if (is_kernel_row(cells) || cells[PROCMAPS_END] <= start)
             continue;
-        uint64_t size = one[PROCMAPS_END] - start, perms = one[PROCMAPS_PERMS];
+        uint64_t size = cells[PROCMAPS_END] - start, perms = cells[PROCMAPS_PERMS];
         sums->size += size;
         if ((perms & (PROCMAPS_READ | PROCMAPS_WRITE | PROCMAPS_EXECUTE)) == 0)
             sums->reserved += size;
         if ((perms & (PROCMAPS_WRITE | PROCMAPS_SHARED)) == PROCMAPS_WRITE)
             sums->committed += size;
         sums->count++;
-        sums->end = one[PROCMAPS_END];
+        sums->end = cells[PROCMAPS_END];
     }
     if (done > 0)
         memmove(table->rows, row(table, done), (table->count - done) * PROCMAPS_COLUMNS * sizeof *table->rows);

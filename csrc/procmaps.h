@@ -72,7 +72,7 @@ int procmaps_feed(struct procmaps *table, const char *text, size_t length, size_
  * RSS, SWAP, and PRIVATE_CLEAN and SHARED_CLEAN, which here stand for clean and dirty alike. Memory of
  * no file is taken for private unless `forked`, where each page is asked for. Quicker than smaps where
  * there are many mappings, but not the kernel's own count: huge page pools and swapped pages of shared
- * memory are counted otherwise or not at all, so check the sums. Errors are those of sys_pages and
+ * memory are counted otherwise or not at all, so check the sums. Errors are those of sys_scan_pages and
  * sys_read. */
 int procmaps_count_pages(struct procmaps *table, int fd, int forked);
 

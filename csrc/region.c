@@ -14,7 +14,7 @@ static bool is_open(const struct region *region) {
 }
 
 /* What is wrong with a range of whole pages, or 0. */
-static int misuse(const struct region *region, size_t offset, size_t length) {
+static int check_range(const struct region *region, size_t offset, size_t length) {
     if (!is_open(region))
         return REGION_RELEASED;
     if (length == 0 || offset > region->size || length > region->size - offset)
@@ -27,7 +27,7 @@ static int misuse(const struct region *region, size_t offset, size_t length) {
 }
 
 /* Record [lo, hi) as committed, or as reserved again. Need room in `committed`. */
-static void note_committed(struct region *region, size_t lo, size_t hi) {
+static void record_commit(struct region *region, size_t lo, size_t hi) {
     struct run gap;
     if (tracing_is_on())
         for (size_t at = lo; runs_next_gap(&region->committed, at, hi, &gap); at = gap.hi)
@@ -35,7 +35,7 @@ static void note_committed(struct region *region, size_t lo, size_t hi) {
     runs_add(&region->committed, lo, hi);
 }
 
-static void note_decommitted(struct region *region, size_t lo, size_t hi) {
+static void record_decommit(struct region *region, size_t lo, size_t hi) {
     tracing_remove(&region->traced, address_of(region, 0), lo, hi);
     runs_remove(&region->committed, lo, hi);
 }
@@ -56,7 +56,7 @@ static int unmap_piece(struct region *region, size_t lo, size_t hi, size_t befor
 }
 
 /* Gives freshly mapped bytes what all of the region has: its advice and its name. */
-static int dress(const struct region *region, uintptr_t address, size_t length) {
+static int apply_policy(const struct region *region, uintptr_t address, size_t length) {
     int err = region->advice ? vm_advise(address, length, region->advice) : 0;
     /* A name is for the reader of /proc; kernels without CONFIG_ANON_VMA_NAME refuse it. */
     if (err == 0 && region->name[0] != '\0')
@@ -65,7 +65,7 @@ static int dress(const struct region *region, uintptr_t address, size_t length) 
 }
 
 /* The smallest range that holds all committed bytes of [lo, hi). */
-static bool committed_hull(const struct region *region, size_t lo, size_t hi, struct run *all) {
+static bool committed_bounds(const struct region *region, size_t lo, size_t hi, struct run *all) {
     struct run piece;
     if (!runs_next(&region->committed, lo, hi, all))
         return false;
@@ -105,7 +105,7 @@ static int map_aligned(uintptr_t hint, size_t total, size_t guard, size_t align,
 }
 
 /* Everything of a closed region but its base, which opens it. */
-static void set_up(struct region *region, size_t size, int accounting, int advice) {
+static void initialise(struct region *region, size_t size, int accounting, int advice) {
     region->size = size;
     region->page = vm_page_size();
     region->guard = 0;
@@ -116,37 +116,37 @@ static void set_up(struct region *region, size_t size, int accounting, int advic
 }
 
 int region_reserve(struct region *region, size_t size, int accounting, int advice,
-                   const struct region_wish *wish) {
-    static const struct region_wish anywhere;
-    if (wish == NULL)
-        wish = &anywhere;
-    set_up(region, size, accounting, advice);
-    size_t guard = region->guard = wish->guard;
+                   const struct region_options *options) {
+    static const struct region_options anywhere;
+    if (options == NULL)
+        options = &anywhere;
+    initialise(region, size, accounting, advice);
+    size_t guard = region->guard = options->guard;
     if (size == 0)
         return REGION_OUTSIDE;
-    if ((size | guard | wish->address) & (region->page - 1))
+    if ((size | guard | options->address) & (region->page - 1))
         return REGION_MISALIGNED;
-    int err = runs_make_room(&region->reserved);
+    int err = runs_grow(&region->reserved);
     if (err != 0)
         return err;
     if (guard > SIZE_MAX / 2 || size > SIZE_MAX - 2 * guard)
         return ENOMEM;
-    if (wish->exact && wish->address <= guard)
+    if (options->exact && options->address <= guard)
         return EINVAL;
-    memcpy(region->name, wish->name, sizeof region->name - 1);
+    memcpy(region->name, options->name, sizeof region->name - 1);
 
     size_t total = size + 2 * guard;
     int access = VM_RESERVED | accounting;
-    uintptr_t start = wish->address > guard ? wish->address - guard : wish->address;
-    if (wish->exact)
+    uintptr_t start = options->address > guard ? options->address - guard : options->address;
+    if (options->exact)
         err = vm_map_at(start, total, access);
-    else if (wish->align > region->page)
-        err = map_aligned(start, total, guard, wish->align, access, &start);
+    else if (options->align > region->page)
+        err = map_aligned(start, total, guard, options->align, access, &start);
     else
         err = vm_map(start, total, access, &start);
     if (err != 0)
         return err;
-    err = dress(region, start, total);
+    err = apply_policy(region, start, total);
     if (err != 0) {
         (void)vm_release(start, total);
         return err;
@@ -158,7 +158,7 @@ int region_reserve(struct region *region, size_t size, int accounting, int advic
 
 int region_window(struct region *region, uintptr_t address, size_t size, int accounting,
                   int advice) {
-    set_up(region, size, accounting, advice);
+    initialise(region, size, accounting, advice);
     if (address == 0 || size == 0 || size > UINTPTR_MAX - address ||
         ((address | size) & (region->page - 1)))
         return EINVAL;
@@ -167,37 +167,37 @@ int region_window(struct region *region, uintptr_t address, size_t size, int acc
 }
 
 /* Room for a piece in both sets, before the kernel is asked. */
-static int room_for_piece(struct region *region) {
-    int err = runs_make_room(&region->reserved);
-    return err != 0 ? err : runs_make_room(&region->committed);
+static int grow_books(struct region *region) {
+    int err = runs_grow(&region->reserved);
+    return err != 0 ? err : runs_grow(&region->committed);
 }
 
 /* Takes a piece that the kernel has just mapped into the region's books. */
-static int adopt(struct region *region, size_t offset, size_t length, int access) {
-    int err = dress(region, address_of(region, offset), length);
+static int record_claim(struct region *region, size_t offset, size_t length, int access) {
+    int err = apply_policy(region, address_of(region, offset), length);
     if (err != 0) {
         (void)vm_release(address_of(region, offset), length);
         return err;
     }
     runs_add(&region->reserved, offset, offset + length);
     if (access & VM_COMMITTED)
-        note_committed(region, offset, offset + length);
+        record_commit(region, offset, offset + length);
     return 0;
 }
 
-/* misuse() without the question of ownership: a claim is how a window comes to own. */
+/* check_range() without the question of ownership: a claim is how a window comes to own. */
 static int claim_misuse(const struct region *region, size_t offset, size_t length) {
-    int wrong = misuse(region, offset, length);
+    int wrong = check_range(region, offset, length);
     return wrong == REGION_NOT_RESERVED ? 0 : wrong;
 }
 
 int region_claim(struct region *region, size_t offset, size_t length, int access) {
     int err = claim_misuse(region, offset, length);
     if (err == 0)
-        err = room_for_piece(region);
+        err = grow_books(region);
     if (err == 0)
         err = vm_map_at(address_of(region, offset), length, access | region->accounting);
-    return err != 0 ? err : adopt(region, offset, length, access);
+    return err != 0 ? err : record_claim(region, offset, length, access);
 }
 
 int region_claim_near(struct region *region, size_t from, uintptr_t hint, size_t length, int access,
@@ -208,7 +208,7 @@ int region_claim_near(struct region *region, size_t from, uintptr_t hint, size_t
         return REGION_OUTSIDE;
     if ((hint | length) & (region->page - 1))
         return REGION_MISALIGNED;
-    int err = room_for_piece(region);
+    int err = grow_books(region);
     if (err == 0)
         err = vm_map(hint, length, access | region->accounting, address);
     if (err != 0)
@@ -218,38 +218,38 @@ int region_claim_near(struct region *region, size_t from, uintptr_t hint, size_t
         err = vm_release(*address, length);
         return err != 0 ? err : ERANGE;
     }
-    return adopt(region, *address - (uintptr_t)region->base, length, access);
+    return record_claim(region, *address - (uintptr_t)region->base, length, access);
 }
 
 int region_disclaim(struct region *region, size_t offset, size_t length) {
-    int err = region->sealed ? REGION_SEALED : misuse(region, offset, length);
+    int err = region->sealed ? REGION_SEALED : check_range(region, offset, length);
     if (err == 0)
-        err = room_for_piece(region);
+        err = grow_books(region);
     return err != 0 ? err : unmap_piece(region, offset, offset + length, 0, 0);
 }
 
 /* Closes a gap that was opened, wholly, partly or not at all. */
-static int shut(const struct region *region, const struct run *gap) {
+static int reprotect(const struct region *region, const struct run *gap) {
     uintptr_t address = address_of(region, gap->lo);
     int err = vm_protect(address, gap->hi - gap->lo, VM_RESERVED);
     /* Where it had joined touched memory, only a fresh mapping refunds its charge. */
     if (err == 0 && !(region->accounting & VM_NORESERVE) &&
         vm_renew(address, gap->hi - gap->lo, VM_RESERVED) == 0)
-        (void)dress(region, address, gap->hi - gap->lo);
+        (void)apply_policy(region, address, gap->hi - gap->lo);
     return err;
 }
 
 /* Closes the gaps of [lo, hi) again. One that the kernel refuses to close is committed, so the
  * books say so. */
-static void shut_gaps(struct region *region, size_t lo, size_t hi) {
+static void reprotect_gaps(struct region *region, size_t lo, size_t hi) {
     struct run gap;
     for (size_t at = lo; runs_next_gap(&region->committed, at, hi, &gap); at = gap.hi)
-        if (shut(region, &gap) != 0 && runs_make_room(&region->committed) == 0)
-            note_committed(region, gap.lo, gap.hi);
+        if (reprotect(region, &gap) != 0 && runs_grow(&region->committed) == 0)
+            record_commit(region, gap.lo, gap.hi);
 }
 
 /* A fresh mapping in the place of [lo, hi), whose ends are committed. */
-static int renew(struct region *region, size_t lo, size_t hi) {
+static int remap(struct region *region, size_t lo, size_t hi) {
     uintptr_t address = address_of(region, lo);
     int access = VM_RESERVED | region->accounting;
     int err = vm_renew(address, hi - lo, access);
@@ -260,25 +260,25 @@ static int renew(struct region *region, size_t lo, size_t hi) {
         return err;
     err = vm_renew(address, hi - lo, access);
     if (err != 0)
-        shut_gaps(region, lo, hi);
+        reprotect_gaps(region, lo, hi);
     return err;
 }
 
 /* Back to reserved, kernel and books. Needs room in the books. */
-static int withdraw(struct region *region, size_t lo, size_t hi) {
+static int decommit_range(struct region *region, size_t lo, size_t hi) {
     uintptr_t address = address_of(region, lo);
     bool charged = !(region->accounting & VM_NORESERVE);
     int err = charged ? 0 : vm_protect(address, hi - lo, VM_RESERVED);
     if (!charged && err == 0 && vm_discard(address, hi - lo) == 0) {
-        note_decommitted(region, lo, hi);
+        record_decommit(region, lo, hi);
         return 0;
     }
     /* A fresh mapping refunds the charge, and does without locked pages' leave. */
     if (err == 0)
-        err = renew(region, lo, hi);
+        err = remap(region, lo, hi);
     if (err == 0) {
-        note_decommitted(region, lo, hi);
-        return dress(region, address, hi - lo);
+        record_decommit(region, lo, hi);
+        return apply_policy(region, address, hi - lo);
     }
     struct run piece;
     for (size_t at = lo; !charged && runs_next(&region->committed, at, hi, &piece); at = piece.hi)
@@ -287,12 +287,12 @@ static int withdraw(struct region *region, size_t lo, size_t hi) {
 }
 
 int region_commit(struct region *region, size_t offset, size_t length) {
-    int err = misuse(region, offset, length);
+    int err = check_range(region, offset, length);
     size_t end = offset + length;
     struct run gap;
     if (err != 0 || !runs_next_gap(&region->committed, offset, end, &gap))
         return err;
-    err = runs_make_room(&region->committed);
+    err = runs_grow(&region->committed);
     if (err != 0)
         return err;
     for (size_t at = offset; runs_next_gap(&region->committed, at, end, &gap); at = gap.hi) {
@@ -301,40 +301,40 @@ int region_commit(struct region *region, size_t offset, size_t length) {
             break;
     }
     if (err == 0) {
-        note_committed(region, offset, end);
+        record_commit(region, offset, end);
         return 0;
     }
-    (void)shut(region, &gap);
-    shut_gaps(region, offset, gap.lo);
+    (void)reprotect(region, &gap);
+    reprotect_gaps(region, offset, gap.lo);
     return err;
 }
 
 int region_decommit(struct region *region, size_t offset, size_t length) {
-    int err = misuse(region, offset, length);
+    int err = check_range(region, offset, length);
     if (err == 0 && region->sealed)
         return REGION_SEALED;
     struct run all;
-    if (err != 0 || !committed_hull(region, offset, offset + length, &all))
+    if (err != 0 || !committed_bounds(region, offset, offset + length, &all))
         return err;
-    err = runs_make_room(&region->committed);
-    return err != 0 ? err : withdraw(region, all.lo, all.hi);
+    err = runs_grow(&region->committed);
+    return err != 0 ? err : decommit_range(region, all.lo, all.hi);
 }
 
-/* misuse(), and every byte must be committed. */
-static int access_misuse(const struct region *region, size_t offset, size_t length) {
-    int wrong = misuse(region, offset, length);
+/* check_range(), and every byte must be committed. */
+static int check_committed(const struct region *region, size_t offset, size_t length) {
+    int wrong = check_range(region, offset, length);
     if (wrong == 0 && !runs_contain(&region->committed, offset, offset + length))
         return REGION_NOT_COMMITTED;
     return wrong;
 }
 
 int region_populate(struct region *region, size_t offset, size_t length) {
-    int err = access_misuse(region, offset, length);
+    int err = check_committed(region, offset, length);
     return err != 0 ? err : vm_populate(address_of(region, offset), length);
 }
 
 int region_discard(struct region *region, size_t offset, size_t length, bool lazy) {
-    int err = access_misuse(region, offset, length);
+    int err = check_committed(region, offset, length);
     if (err != 0)
         return err;
     if (lazy) {

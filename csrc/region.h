@@ -13,7 +13,7 @@
  *
  * Holds for every function here:
  *  - offsets and lengths are bytes, multiples of the OS page, lengths positive, checked without
- *    overflow; what is wrong with them comes back as a negative enum region_misuse;
+ *    overflow; what is wrong with them comes back as a negative enum region_refusal;
  *  - a positive result is the errno of the system call that was refused, and the region is as it
  *    was before; 0 is success;
  *  - not synchronised: the owner holds a lock around each call.
@@ -34,7 +34,7 @@
 #include "runs.h"
 #include "tracing.h"
 
-enum region_misuse {
+enum region_refusal {
     REGION_RELEASED = -1,
     REGION_OUTSIDE = -2,       /* not wholly inside [0, size), or the length is 0 */
     REGION_MISALIGNED = -3,    /* not whole OS pages */
@@ -58,7 +58,7 @@ struct region {
 };
 
 /* Where a reservation shall be and what else it shall have; all zero: anywhere, nothing. */
-struct region_wish {
+struct region_options {
     uintptr_t address; /* near this, unless 0 */
     bool exact;        /* there or nowhere */
     size_t align;      /* the base is a multiple of this power of two; 0: of the OS page */
@@ -66,10 +66,10 @@ struct region_wish {
     char name[80];
 };
 
-/* Opens a region of `size` bytes, reserved as `wish` (NULL: anywhere) says. EEXIST if any of an
+/* Opens a region of `size` bytes, reserved as `options` (NULL: anywhere) says. EEXIST if any of an
  * exact place is taken, ENOMEM also where the size does not fit the address type. */
 int region_reserve(struct region *region, size_t size, int accounting, int advice,
-                   const struct region_wish *wish);
+                   const struct region_options *options);
 
 /* Opens a window over [address, address + size) without mapping anything; EINVAL if these are not
  * whole OS pages of addresses. */

@@ -48,7 +48,7 @@ static size_t bytes_between(const struct runs *set, size_t from, size_t to) {
     return bytes;
 }
 
-int runs_make_room(struct runs *set) {
+int runs_grow(struct runs *set) {
     if (set->count < set->capacity)
         return 0;
     size_t capacity = set->capacity == 0 ? 4 : set->capacity * 2;

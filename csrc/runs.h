@@ -25,9 +25,9 @@ struct runs {
 };
 
 /* Makes sure that the next runs_add or runs_remove finds room. 0 or ENOMEM; the set is unchanged. */
-int runs_make_room(struct runs *set);
+int runs_grow(struct runs *set);
 
-/* Adds [lo, hi) or takes it out; what is in or out already stays so. Needs runs_make_room before. */
+/* Adds [lo, hi) or takes it out; what is in or out already stays so. Needs runs_grow before. */
 void runs_add(struct runs *set, size_t lo, size_t hi);
 void runs_remove(struct runs *set, size_t lo, size_t hi);
 

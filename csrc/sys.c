@@ -17,9 +17,9 @@
 #define CLOCK_MONOTONIC_COARSE CLOCK_MONOTONIC
 #endif
 
-int sys_pages(int fd, uint64_t from, uint64_t end, struct sys_run *runs, size_t room, size_t *found,
+int sys_scan_pages(int fd, uint64_t from, uint64_t end, struct sys_page_run *runs, size_t max, size_t *found,
               uint64_t *next) {
-    /* struct pm_scan_arg of <linux/fs.h>; struct sys_run is its struct page_region. */
+    /* struct pm_scan_arg of <linux/fs.h>; struct sys_page_run is its struct page_region. */
     struct {
         uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
         uint64_t inverted, mask, anyof_mask, return_mask;
@@ -28,7 +28,7 @@ int sys_pages(int fd, uint64_t from, uint64_t end, struct sys_run *runs, size_t 
     scan.start = from;
     scan.end = end;
     scan.vec = (uintptr_t)runs;
-    scan.vec_len = room;
+    scan.vec_len = max;
     scan.anyof_mask = SYS_PAGE_PRESENT | SYS_PAGE_SWAPPED;
     scan.return_mask = scan.anyof_mask | SYS_PAGE_ZERO | SYS_PAGE_FILE;
     int count = ioctl(fd, _IOWR('f', 16, scan), &scan);
@@ -71,7 +71,7 @@ int sys_parent(void) {
     return (int)getppid();
 }
 
-int sys_end_with(int parent) {
+int sys_end_with_parent(int parent) {
     int err = prctl(PR_SET_PDEATHSIG, SIGKILL) == 0 ? 0 : errno;
     if (err == 0 && getppid() != parent)
         err = ESRCH;
@@ -80,7 +80,7 @@ int sys_end_with(int parent) {
 
 /* What a forked child does. */
 static _Noreturn void idle(int parent) {
-    if (sys_end_with(parent) == 0)
+    if (sys_end_with_parent(parent) == 0)
         for (;;)
             (void)pause();
     _exit(0);
@@ -124,14 +124,14 @@ static int try_ioctl(const char *path, unsigned long request, void *argument) {
 }
 
 int sys_try_pagemap_scan(void) {
-    struct sys_run run;
+    struct sys_page_run run;
     size_t found;
     uint64_t next;
     int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         return errno;
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), address = (uintptr_t)&run / page * page;
-    int err = sys_pages(fd, address, address + page, &run, 1, &found, &next);
+    int err = sys_scan_pages(fd, address, address + page, &run, 1, &found, &next);
     (void)close(fd);
     return err;
 }

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Pages of a process that are alike, [start, end). */
-struct sys_run {
+struct sys_page_run {
     uint64_t start;
     uint64_t end;
     uint64_t is; /* the or-ed enum sys_page */
@@ -22,9 +22,9 @@ struct sys_run {
 enum sys_page { SYS_PAGE_FILE = 4, SYS_PAGE_PRESENT = 8, SYS_PAGE_SWAPPED = 16, SYS_PAGE_ZERO = 32 };
 
 /* Finds the pages of [from, end) that are in memory or in swap, through the /proc/PID/pagemap open at
- * `fd` (PAGEMAP_SCAN, Linux 6.7): up to `room` runs of them, `*found` of them, and `*next`, the address
+ * `fd` (PAGEMAP_SCAN, Linux 6.7): up to `max` runs of them, `*found` of them, and `*next`, the address
  * to go on at. ENOTTY where the kernel has none of it. */
-int sys_pages(int fd, uint64_t from, uint64_t end, struct sys_run *runs, size_t room, size_t *found,
+int sys_scan_pages(int fd, uint64_t from, uint64_t end, struct sys_page_run *runs, size_t max, size_t *found,
               uint64_t *next);
 
 /* Reads up to `length` bytes of a file at an offset; `*got` is fewer at its end. */
@@ -44,7 +44,7 @@ int sys_parent(void);
 
 /* Ends this process when the thread of process `parent` that started it ends (Linux). ESRCH if that
  * process is gone already. */
-int sys_end_with(int parent);
+int sys_end_with_parent(int parent);
 
 /* Forks a child that does nothing and runs none of the caller's code. It lives until sys_reap, if the
  * thread that forked it lives as long, and ends with this process at the latest. No SIGCHLD tells of

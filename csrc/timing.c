@@ -26,7 +26,7 @@ struct job {
 };
 
 /* What one thread has. */
-struct stage {
+struct thread_state {
     size_t thread;
     uintptr_t base;
     int child; /* 0: none */
@@ -102,14 +102,14 @@ static int renew(const struct timing_program *program, uintptr_t at, size_t leng
                               : vm_renew(at, length, access);
 }
 
-static int release(const struct timing_program *program, struct stage *stage) {
+static int release(const struct timing_program *program, struct thread_state *stage) {
     int err = vm_release(stage->base, program->length);
     if (err == 0)
         stage->base = 0;
     return err;
 }
 
-static int reap(struct stage *stage) {
+static int reap(struct thread_state *stage) {
     int child = stage->child;
     stage->child = 0;
     return sys_reap(child);
@@ -120,7 +120,7 @@ static int discard_off(uintptr_t at, size_t length) {
     return err != 0 ? err : vm_protect(at, length, VM_RESERVED);
 }
 
-static int perform(const struct job *job, const struct timing_step *step, struct stage *stage) {
+static int perform(const struct job *job, const struct timing_step *step, struct thread_state *stage) {
     const struct timing_program *program = job->program;
     uintptr_t at = stage->base + step->offset;
     size_t length = step->length;
@@ -202,7 +202,7 @@ static bool is_sound_step(const struct timing_program *program, size_t i, size_t
 }
 
 /* Whether each fork is followed by its reap. */
-static bool is_sound_family(const struct timing_program *program, size_t threads) {
+static bool reaps_each_fork(const struct timing_program *program, size_t threads) {
     bool forked = false;
     for (size_t i = 0; i < program->nsteps; i++) {
         int verb = program->steps[i].verb;
@@ -221,11 +221,11 @@ static bool is_sound(const struct timing_program *program, size_t threads, size_
     for (size_t i = 0; i < program->nsteps; i++)
         if (!is_sound_step(program, i, page))
             return false;
-    return is_sound_family(program, threads);
+    return reaps_each_fork(program, threads);
 }
 
 /* Waits for all threads of the run; false once any of them has been refused. */
-static bool meet(struct job *job) {
+static bool wait_for_all(struct job *job) {
     if (job->threads == 1)
         return true;
     size_t generation = atomic_load(&job->generation);
@@ -242,7 +242,7 @@ static bool meet(struct job *job) {
     return true;
 }
 
-static void refused(struct job *job, int err, size_t step, size_t round) {
+static void record_refusal(struct job *job, int err, size_t step, size_t round) {
     int none = 0;
     if (atomic_compare_exchange_strong(&job->err, &none, err)) {
         job->failed = step;
@@ -250,14 +250,14 @@ static void refused(struct job *job, int err, size_t step, size_t round) {
     }
 }
 
-static void clean_up(const struct job *job, struct stage *stage) {
+static void clean_up(const struct job *job, struct thread_state *stage) {
     if (stage->child != 0)
         (void)reap(stage);
     if (stage->base != 0)
         (void)release(job->program, stage);
 }
 
-static void note(const struct job *job, size_t slot, size_t round, struct stage *stage,
+static void record_sample(const struct job *job, size_t slot, size_t round, struct thread_state *stage,
                  uint64_t elapsed, uint32_t repeat) {
     size_t i = (slot * job->rounds + round) * job->threads + stage->thread;
     uint64_t preemptions = sys_preemptions();
@@ -267,28 +267,28 @@ static void note(const struct job *job, size_t slot, size_t round, struct stage 
 }
 
 /* Does a step together with the other threads; false if the run is over. */
-static bool take_step(struct job *job, size_t i, size_t round, struct stage *stage) {
+static bool run_step(struct job *job, size_t i, size_t round, struct thread_state *stage) {
     const struct timing_step *step = &job->program->steps[i];
     int err = 0;
-    if (!meet(job))
+    if (!wait_for_all(job))
         return false;
     uint64_t begun = sys_nanoseconds();
     for (uint32_t n = 0; n < step->repeat && err == 0; n++)
         err = perform(job, step, stage);
     uint64_t ended = sys_nanoseconds();
     if (err != 0)
-        refused(job, err, i, round);
+        record_refusal(job, err, i, round);
     else if (step->slot >= 0)
-        note(job, (size_t)step->slot, round, stage, ended - begun, step->repeat);
+        record_sample(job, (size_t)step->slot, round, stage, ended - begun, step->repeat);
     return err == 0;
 }
 
 static void run_thread(struct job *job, size_t thread) {
-    struct stage stage = {.thread = thread, .preemptions = sys_preemptions()};
+    struct thread_state stage = {.thread = thread, .preemptions = sys_preemptions()};
     bool goes_on = true;
     for (size_t round = 0; round < job->rounds && goes_on; round++)
         for (size_t i = 0; i < job->program->nsteps && goes_on; i++)
-            goes_on = take_step(job, i, round, &stage);
+            goes_on = run_step(job, i, round, &stage);
     clean_up(job, &stage);
 }
 
@@ -315,7 +315,7 @@ static void run_threads(struct job *job) {
             break;
     }
     if (err != 0)
-        refused(job, err, job->program->nsteps, 0);
+        record_refusal(job, err, job->program->nsteps, 0);
     else
         run_thread(job, 0);
     for (size_t i = 0; i < made; i++)

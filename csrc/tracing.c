@@ -145,7 +145,7 @@ static size_t first_behind(const struct tracing *books, size_t offset) {
     return low;
 }
 
-static bool make_room(struct tracing *books) {
+static bool grow(struct tracing *books) {
     if (books->count < books->capacity)
         return true;
     size_t capacity = books->capacity == 0 ? 4 : books->capacity * 2;
@@ -163,7 +163,7 @@ static void insert(struct tracing *books, size_t at, struct run piece) {
     books->count++;
 }
 
-static void take_out(struct tracing *books, size_t from, size_t to) {
+static void remove_pieces(struct tracing *books, size_t from, size_t to) {
     memmove(books->pieces + from, books->pieces + to, (books->count - to) * sizeof *books->pieces);
     books->count -= to - from;
     if (books->count == 0 && books->capacity > SMALL)
@@ -173,24 +173,24 @@ static void take_out(struct tracing *books, size_t from, size_t to) {
 void tracing_add(struct tracing *books, uintptr_t base, size_t lo, size_t hi) {
     struct run piece = {lo, hi};
     struct entry entry = enter_python();
-    if (is_tracing() && make_room(books) && track(base, piece))
+    if (is_tracing() && grow(books) && track(base, piece))
         insert(books, first_behind(books, lo), piece);
     leave_python(entry);
 }
 
 /* Makes `offset` the end of one piece and the beginning of the next, if it lies inside one. */
-static void cut(struct tracing *books, uintptr_t base, size_t offset) {
+static void split_at(struct tracing *books, uintptr_t base, size_t offset) {
     size_t i = first_behind(books, offset);
     if (i == books->count || books->pieces[i].lo >= offset)
         return;
     struct run whole = books->pieces[i], low = {whole.lo, offset}, high = {offset, whole.hi};
-    take_out(books, i, i + 1);
+    remove_pieces(books, i, i + 1);
     if (!has_trace(base, whole))
         return;
     untrack(base, whole);
-    if (make_room(books) && track(base, high))
+    if (grow(books) && track(base, high))
         insert(books, i, high);
-    if (make_room(books) && track(base, low))
+    if (grow(books) && track(base, low))
         insert(books, i, low);
 }
 
@@ -201,15 +201,15 @@ static void remove_range(struct tracing *books, uintptr_t base, size_t lo, size_
     if (books->count == 0)
         return;
     if (!is_usable()) {
-        take_out(books, 0, books->count);
+        remove_pieces(books, 0, books->count);
         return;
     }
     /* The GIL, for what untracks too: its lock must not be held while another thread forks. */
     struct entry entry = enter_python();
     if (!is_tracing())
-        take_out(books, 0, books->count); /* its traces are gone */
-    cut(books, base, lo);
-    cut(books, base, hi);
+        remove_pieces(books, 0, books->count); /* its traces are gone */
+    split_at(books, base, lo);
+    split_at(books, base, hi);
     size_t from = first_behind(books, lo), to = from, kept = from;
     for (; to < books->count && books->pieces[to].hi <= hi; to++) {
         struct run piece = books->pieces[to];
@@ -218,7 +218,7 @@ static void remove_range(struct tracing *books, uintptr_t base, size_t lo, size_
         untrack(base, piece);
     }
     if (kept < to)
-        take_out(books, kept, to);
+        remove_pieces(books, kept, to);
     leave_python(entry);
 }
 
@@ -239,7 +239,7 @@ void tracing_resume(struct tracing *books, uintptr_t base, size_t lo, size_t hi)
         if (is_tracing() && track(base, books->pieces[i]))
             i++;
         else
-            take_out(books, i, i + 1);
+            remove_pieces(books, i, i + 1);
     leave_python(entry);
 }
 
@@ -248,7 +248,7 @@ void tracing_drop(struct tracing *books, size_t lo, size_t hi) {
     while (to < books->count && books->pieces[to].hi <= hi)
         to++;
     if (from < to)
-        take_out(books, from, to);
+        remove_pieces(books, from, to);
 }
 
 void tracing_clear(struct tracing *books) {

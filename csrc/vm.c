@@ -68,7 +68,7 @@ static void *pointer(uintptr_t address) {
 }
 
 #ifdef SANITIZED
-static intptr_t by_the_library(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d,
+static intptr_t library_call(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d,
                                uintptr_t e) {
     if (number == VM_SYS_MMAP)
         return (intptr_t)mmap(pointer(a), b, (int)c, (int)d, -1, 0);
@@ -86,25 +86,25 @@ static intptr_t by_the_library(long number, uintptr_t a, uintptr_t b, uintptr_t 
 }
 #endif
 
-static intptr_t direct(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e,
+static intptr_t default_call(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e,
                        uintptr_t f) {
 #ifdef SANITIZED
     (void)f;
-    intptr_t got = by_the_library(number, a, b, c, d, e);
+    intptr_t got = library_call(number, a, b, c, d, e);
 #else
     intptr_t got = syscall(number, a, b, c, d, e, f);
 #endif
     return got == -1 ? -errno : got;
 }
 
-static vm_system_call mapping_call = direct;
+static vm_system_call mapping_call = default_call;
 
 vm_system_call vm_replace(vm_system_call call) {
-    return __atomic_exchange_n(&mapping_call, call == NULL ? direct : call, __ATOMIC_ACQ_REL);
+    return __atomic_exchange_n(&mapping_call, call == NULL ? default_call : call, __ATOMIC_ACQ_REL);
 }
 
 /* Makes a mapping call: 0 or the errno. `address` (NULL: of no use) receives the result of mmap. */
-static int ask(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e,
+static int call_kernel(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e,
                uintptr_t f, uintptr_t *address) {
     vm_system_call call = __atomic_load_n(&mapping_call, __ATOMIC_ACQUIRE);
     intptr_t got = call(number, a, b, c, d, e, f);
@@ -116,11 +116,11 @@ static int ask(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, 
 }
 
 static int protect(uintptr_t address, size_t length, int access) {
-    return ask(SYS_mprotect, address, length, (uintptr_t)access, 0, 0, 0, NULL);
+    return call_kernel(SYS_mprotect, address, length, (uintptr_t)access, 0, 0, 0, NULL);
 }
 
 static int advise(uintptr_t address, size_t length, int advice) {
-    return ask(SYS_madvise, address, length, (uintptr_t)advice, 0, 0, 0, NULL);
+    return call_kernel(SYS_madvise, address, length, (uintptr_t)advice, 0, 0, 0, NULL);
 }
 
 static int protection(int access) {
@@ -131,7 +131,7 @@ static int map(uintptr_t hint, size_t length, int access, int fixed, uintptr_t *
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | fixed;
     if (access & VM_NORESERVE)
         flags |= MAP_NORESERVE;
-    return ask(VM_SYS_MMAP, hint, length, (uintptr_t)protection(access), (uintptr_t)flags,
+    return call_kernel(VM_SYS_MMAP, hint, length, (uintptr_t)protection(access), (uintptr_t)flags,
                (uintptr_t)-1, 0, address);
 }
 
@@ -153,14 +153,14 @@ int vm_map_at(uintptr_t address, size_t length, int access) {
     return EEXIST;
 }
 
-/* Flags of mmap for hugetlb pages of this size. */
-static int hugetlb(size_t huge) {
+/* Flags of mmap for hugetlb_flags pages of this size. */
+static int hugetlb_flags(size_t huge) {
     unsigned size = (unsigned)__builtin_ctzll((unsigned long long)huge);
     return (int)(MAP_HUGETLB | size << MAP_HUGE_SHIFT); /* 34, for 16 GiB, reaches the sign */
 }
 
 int vm_map_huge(size_t length, int access, size_t huge, uintptr_t *address) {
-    return map(0, length, access, hugetlb(huge), address);
+    return map(0, length, access, hugetlb_flags(huge), address);
 }
 
 int vm_renew(uintptr_t address, size_t length, int access) {
@@ -170,7 +170,7 @@ int vm_renew(uintptr_t address, size_t length, int access) {
 
 int vm_renew_huge(uintptr_t address, size_t length, int access, size_t huge) {
     uintptr_t got;
-    return map(address, length, access, MAP_FIXED | hugetlb(huge), &got);
+    return map(address, length, access, MAP_FIXED | hugetlb_flags(huge), &got);
 }
 
 int vm_protect(uintptr_t address, size_t length, int access) {
@@ -201,7 +201,7 @@ int vm_discard_lazy(uintptr_t address, size_t length) {
 }
 
 int vm_release(uintptr_t address, size_t length) {
-    return ask(SYS_munmap, address, length, 0, 0, 0, 0, NULL);
+    return call_kernel(SYS_munmap, address, length, 0, 0, 0, 0, NULL);
 }
 
 int vm_advise(uintptr_t address, size_t length, int advice) {
@@ -232,7 +232,7 @@ int vm_unguard(uintptr_t address, size_t length) {
 }
 
 int vm_name(uintptr_t address, size_t length, const char *name) {
-    return ask(SYS_prctl, PR_SET_VMA, PR_SET_VMA_ANON_NAME, address, length, (uintptr_t)name, 0,
+    return call_kernel(SYS_prctl, PR_SET_VMA, PR_SET_VMA_ANON_NAME, address, length, (uintptr_t)name, 0,
                NULL);
 }
 
@@ -241,7 +241,7 @@ int vm_resident(uintptr_t address, size_t length, size_t *nbytes) {
     size_t page = vm_page_size(), found = 0;
     for (size_t at = 0; at < length; at += sizeof seen * page) {
         size_t n = length - at < sizeof seen * page ? length - at : sizeof seen * page;
-        int err = ask(SYS_mincore, address + at, n, (uintptr_t)seen, 0, 0, 0, NULL);
+        int err = call_kernel(SYS_mincore, address + at, n, (uintptr_t)seen, 0, 0, 0, NULL);
         if (err != 0)
             return err;
         for (size_t i = 0; i < n / page; i++)
@@ -261,7 +261,7 @@ int vm_address_bits(void) {
 }
 
 int vm_seal(uintptr_t address, size_t length) {
-    return ask(SYS_mseal, address, length, 0, 0, 0, 0, NULL);
+    return call_kernel(SYS_mseal, address, length, 0, 0, 0, 0, NULL);
 }
 
 /* Tries something on a committed page. Where memory or map entries for that run out, on an empty range:
@@ -276,7 +276,7 @@ static int try_on_page(int (*attempt)(uintptr_t, size_t, int), int argument) {
     return err == ENOMEM || err == EAGAIN ? attempt(0, 0, argument) : err;
 }
 
-static int give_name(uintptr_t address, size_t length, int unused) {
+static int name_page(uintptr_t address, size_t length, int unused) {
     (void)unused;
     return vm_name(address, length, "pyreserve");
 }
@@ -309,5 +309,5 @@ int vm_try_seal(void) {
 }
 
 int vm_try_name(void) {
-    return try_on_page(give_name, 0);
+    return try_on_page(name_page, 0);
 }

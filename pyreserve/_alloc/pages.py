@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Out = TypeVar("Out")  # before Python 3.12, the types of ndarrays are no Buffers
 
 _RUNS_AT_ONCE = 256
-_MOST: int = lib.pagealloc_most()
+_MOST: int = lib.pagealloc_max_pages()
 
 _alloc = lib.pagealloc_alloc
 _alloc_at = lib.pagealloc_alloc_at
@@ -63,7 +63,7 @@ class PageAllocator:
             msg = f"can't have {npages} pages and room for {most}; at most {_MOST}"
             raise RangeError(msg)
         if capacity is None:
-            most = int(lib.pagealloc_room(min(max(2 * npages, 1), _MOST)))
+            most = int(lib.pagealloc_tree_capacity(min(max(2 * npages, 1), _MOST)))
         tables = reserve_tables(lib.pagealloc_bytes(most))
         # Whatever calls into C keeps this cdata alive meanwhile. It is not tracked by the garbage
         # collector, so it dies after the last finaliser that could still use it.

@@ -577,7 +577,7 @@ class Region:
             raise view_error(f"cannot {verb} [{lo:#x}, {hi:#x})", held, verb)
 
     def _fail(self, verb: str, err: int, offset: int, length: int) -> NoReturn:
-        """Raise the exception for `err`, an errno or an enum region_misuse."""
+        """Raise the exception for `err`, an errno or an enum region_refusal."""
         if err == lib.REGION_RELEASED:
             raise _released()
         if err == lib.REGION_SEALED:
@@ -739,7 +739,7 @@ def _placement_options(
     at: int | None, hint: int | None, align: int | None, guard: bool, name: str | None
 ) -> Any:
     """Check the placement arguments of `reserve` and return them as a C struct."""
-    options = ffi.new("struct region_wish *")
+    options = ffi.new("struct region_options *")
     if at is not None and hint is not None:
         msg = "at and hint are mutually exclusive"
         raise ValueError(msg)

@@ -312,7 +312,7 @@ def work(job: Job) -> None:
 def main() -> None:
     """Do the job on standard input, for as long as the parent lives."""
     job: Job = pickle.load(sys.stdin.buffer)
-    if lib.sys_end_with(job.parent):
+    if lib.sys_end_with_parent(job.parent):
         sys.exit(f"process {job.parent}, whose job it is, has not started it itself, or has ended")
     work(job)
     answer(done=True)

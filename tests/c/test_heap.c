@@ -210,7 +210,7 @@ static struct machine *machine_start(const struct kind *kind, size_t capacity) {
         m->bitmap_bytes = whole_os_pages(kind->pages * kind->page * kind->bits / 8 / kind->word);
     size_t before = (m->spans_bytes + m->bitmap_bytes + kind->page - 1) / kind->page * kind->page;
     size_t size = before + kind->pages * kind->page;
-    struct region_wish wish = {.align = kind->index ? UNIT : kind->page};
+    struct region_options wish = {.align = kind->index ? UNIT : kind->page};
     REQUIRE(region_reserve(&m->region, size, kind->accounting, 0, &wish) == 0);
     uintptr_t base = (uintptr_t)m->region.base;
     m->low = base + before;

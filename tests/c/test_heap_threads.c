@@ -315,7 +315,7 @@ static void threads_share_a_heap_that_is_not_charged(void) {
 }
 
 static void threads_share_a_heap_under_an_index(void) {
-    const struct region_wish wish = {.align = UNIT};
+    const struct region_options wish = {.align = UNIT};
     const size_t index_bytes = ((size_t)1 << 47) / UNIT * sizeof(uintptr_t);
     uintptr_t index;
     REQUIRE(vm_map(0, index_bytes, VM_COMMITTED | VM_NORESERVE, &index) == 0);

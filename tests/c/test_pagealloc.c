@@ -1,9 +1,9 @@
 #define _GNU_SOURCE
 
 /* So that there can be no memory for the list of parts. */
-#define runs_make_room make_room
+#define runs_grow make_room
 #include "../../csrc/pagealloc.c"
-#undef runs_make_room
+#undef runs_grow
 
 #include <inttypes.h>
 
@@ -21,10 +21,10 @@ static uint64_t seed = 0x2545F4914F6CDD1D;
 
 static bool no_memory;
 
-int runs_make_room(struct runs *set);
+int runs_grow(struct runs *set);
 
 int make_room(struct runs *set) {
-    return no_memory ? ENOMEM : runs_make_room(set);
+    return no_memory ? ENOMEM : runs_grow(set);
 }
 
 /* Which kernels the machines opened from now on use. */
@@ -784,15 +784,15 @@ static void zero_bytes_are_an_arena_with_no_parts(void) {
 }
 
 static void sizes_of_tables_are_consistent(void) {
-    uint64_t before = 0, most = pagealloc_most();
+    uint64_t before = 0, most = pagealloc_max_pages();
     CHECK(most >= HUGE_CAPACITY);
-    CHECK(pagealloc_room(most) == most);
+    CHECK(pagealloc_tree_capacity(most) == most);
     for (uint64_t capacity = 1; capacity <= most; capacity += 1 + capacity / 3) {
-        uint64_t bytes = pagealloc_bytes(capacity), room = pagealloc_room(capacity);
+        uint64_t bytes = pagealloc_bytes(capacity), room = pagealloc_tree_capacity(capacity);
         CHECK(bytes >= capacity / 8 && bytes >= before);
         CHECK(room >= capacity && room <= most);
-        CHECK(pagealloc_room(room) == room);
-        CHECK(room == most || pagealloc_room(room + 1) > room);
+        CHECK(pagealloc_tree_capacity(room) == room);
+        CHECK(room == most || pagealloc_tree_capacity(room + 1) > room);
         before = bytes;
     }
 }
@@ -1077,7 +1077,7 @@ static void a_negative_number_is_refused(void) {
             /* The last is the most negative one there is. */
             put(&lengths, 1, k < LENGTH(negative) ? negative[k] : widest(widths[i]) + 1);
             CHECK(pagealloc_integer(&lengths, 1) == get(&lengths, 1));
-            CHECK(pagealloc_integer(&lengths, 1) > pagealloc_most());
+            CHECK(pagealloc_integer(&lengths, 1) > pagealloc_max_pages());
             CHECK(try_alloc_many(&m, &lengths, &other, 3) == PAGEALLOC_OUTSIDE);
             CHECK(try_free_many(&m, &lengths, &first, 3) == PAGEALLOC_OUTSIDE);
             put(&lengths, 1, 2);
@@ -1256,7 +1256,7 @@ static void codes_keep_the_order_of_lengths(void) {
         CHECK(n >= EXACT || code_of(n) == n);
         CHECK(code_of(n + 1) >= code_of(n) && code_of(n + 1) - code_of(n) <= 1);
     }
-    for (uint64_t n = EXACT; n <= pagealloc_most() / 2; n *= 2) {
+    for (uint64_t n = EXACT; n <= pagealloc_max_pages() / 2; n *= 2) {
         CHECK(code_of(n) == code_of(n - 1) + 1);
         CHECK(code_of(n + n / 1024) == code_of(n) + 1);
         CHECK(code_of(n + n / 1024 - 1) == code_of(n));

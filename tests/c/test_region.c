@@ -46,7 +46,7 @@ static struct region *closed(void) {
 
 static struct region *reserve(size_t size, uintptr_t address, bool exact, size_t align,
                               size_t guard, int accounting, int advice, const char *name) {
-    struct region_wish wish = {.address = address, .exact = exact, .align = align, .guard = guard};
+    struct region_options wish = {.address = address, .exact = exact, .align = align, .guard = guard};
     struct region *region = closed();
     if (name != NULL)
         (void)snprintf(wish.name, sizeof wish.name, "%s", name);
@@ -866,7 +866,7 @@ static void zero_bytes_are_a_closed_region(void) {
 
 static void a_closed_region_can_be_opened_again(void) {
     struct region region = {0};
-    struct region_wish wish = {.guard = page, .name = "first"};
+    struct region_options wish = {.guard = page, .name = "first"};
     for (int round = 0; round < 3; round++) {
         REQUIRE(region_reserve(&region, 4 * page, VM_NORESERVE, VM_NO_DUMP, &wish) == 0);
         CHECK(region.guard == page && region.reserved.total == 4 * page);
@@ -888,7 +888,7 @@ static void a_closed_region_can_be_opened_again(void) {
 
 static void opening_again_after_a_refusal_works(void) {
     struct region region = {0};
-    struct region_wish wish = {.address = page, .exact = true, .guard = page};
+    struct region_options wish = {.address = page, .exact = true, .guard = page};
     CHECK(region_reserve(&region, page, 0, 0, &wish) == EINVAL);
     CHECK(region_reserve(&region, SIZE_MAX / page * page, 0, 0, NULL) == ENOMEM);
     CHECK(region_window(&region, 1, page, 0, 0) == EINVAL);

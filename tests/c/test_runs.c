@@ -7,12 +7,12 @@
 #define UNITS 192
 
 static void add(struct runs *set, size_t lo, size_t hi) {
-    REQUIRE(runs_make_room(set) == 0);
+    REQUIRE(runs_grow(set) == 0);
     runs_add(set, lo, hi);
 }
 
 static void take_out(struct runs *set, size_t lo, size_t hi) {
-    REQUIRE(runs_make_room(set) == 0);
+    REQUIRE(runs_grow(set) == 0);
     runs_remove(set, lo, hi);
 }
 
@@ -113,7 +113,7 @@ static void a_split_finds_room_in_a_full_array(void) {
     struct runs set = {0};
     add(&set, 0, 10);
     size_t lo = 20;
-    while (set.count < set.capacity || runs_make_room(&set) == 0) {
+    while (set.count < set.capacity || runs_grow(&set) == 0) {
         if (set.count >= 1000)
             break;
         add(&set, lo, lo + 10);
@@ -131,7 +131,7 @@ static void making_room_leaves_the_set_as_it_is(void) {
     struct runs set = {0};
     for (size_t i = 0; i < 200; i++) {
         struct runs before = set;
-        REQUIRE(runs_make_room(&set) == 0);
+        REQUIRE(runs_grow(&set) == 0);
         CHECK(set.count == before.count && set.total == before.total);
         CHECK(set.count < set.capacity);
         for (size_t k = 0; k < set.count; k++)

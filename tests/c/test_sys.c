@@ -62,12 +62,12 @@ static bool all_have_ended(int end) {
 }
 
 static int ends_with_another(uintptr_t parent) {
-    return sys_end_with((int)parent + 1);
+    return sys_end_with_parent((int)parent + 1);
 }
 
 static int ends_with(uintptr_t parent) {
     int sent = 0;
-    int err = sys_end_with((int)parent);
+    int err = sys_end_with_parent((int)parent);
     (void)prctl(PR_GET_PDEATHSIG, &sent);
     return err != 0 ? err : sent;
 }
@@ -82,7 +82,7 @@ static void a_process_ends_with_the_parent_it_names(void) {
         char byte = 0;
         int ready[2], parent = (int)getpid();
         if (pipe(ready) == 0 && fork() == 0) {
-            int err = sys_end_with(parent);
+            int err = sys_end_with_parent(parent);
             if (err == 0 && write(ready[1], &byte, 1) == 1)
                 for (;;)
                     (void)pause();

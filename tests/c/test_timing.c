@@ -500,12 +500,12 @@ static void an_empty_pool_of_huge_pages_refuses(void) {
 
 /* What a thread that is refused stops, it stops in all of them, and in the same round. */
 static void refuse_from(struct job *job, size_t round) {
-    struct stage stage = {0};
+    struct thread_state stage = {0};
     size_t n = job->program->nsteps;
-    for (size_t at = 0; at < round * n + 1 && meet(job); at++)
+    for (size_t at = 0; at < round * n + 1 && wait_for_all(job); at++)
         CHECK(perform(job, &job->program->steps[at % n], &stage) == 0);
-    REQUIRE(meet(job));
-    refused(job, E2BIG, 1, round);
+    REQUIRE(wait_for_all(job));
+    record_refusal(job, E2BIG, 1, round);
     clean_up(job, &stage);
 }
 
@@ -546,7 +546,7 @@ static void threads_begin_each_step_together(void) {
         for (int spins = 0; spins < 10000 && atomic_load(&job.arrived) == 0; spins++)
             (void)usleep(100);
         CHECK(atomic_load(&job.arrived) == 1 && atomic_load(&job.generation) == i);
-        CHECK(meet(&job));
+        CHECK(wait_for_all(&job));
     }
     REQUIRE(pthread_join(worker.id, NULL) == 0);
     CHECK(atomic_load(&job.generation) == made.program.nsteps);
@@ -593,7 +593,7 @@ static void forks_work_where_children_are_ignored(void) {
 
 static struct made one;
 static struct job step_run;
-static struct stage stage;
+static struct thread_state stage;
 
 /* A mapping on which a test does one verb after another. */
 static void open_stage(int access, int advice) {
@@ -602,7 +602,7 @@ static void open_stage(int access, int advice) {
     one.program.access = access;
     one.program.advice = advice;
     step_run = (struct job){.program = &one.program, .threads = 1, .rounds = 1, .page = page};
-    stage = (struct stage){0};
+    stage = (struct thread_state){0};
     REQUIRE(perform(&step_run, &one.steps[0], &stage) == 0);
 }
 
@@ -754,7 +754,7 @@ static void collapsing_makes_huge_pages(void) {
     made.program.align = huge;
     made.program.advice = VM_HUGE_NEVER;
     step_run = (struct job){.program = &made.program, .threads = 1, .rounds = 1, .page = page};
-    stage = (struct stage){0};
+    stage = (struct thread_state){0};
     REQUIRE(reserve(&made.program, &stage.base) == 0);
     size_t n = huge / page;
     CHECK(perform_on(TIMING_COMMIT, 0, n) == 0);
