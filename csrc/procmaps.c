@@ -278,7 +278,7 @@ static int add_resident(struct procmaps *table, size_t *at, const struct sys_pag
                         struct window *window) {
     static const int shared[] = {PROCMAPS_RSS, PROCMAPS_SHARED_CLEAN, -1};
     uint64_t page = vm_page_size();
-    struct sys_page_run piece = {run->start, run->start, run->is};
+    struct sys_page_run piece = {run->start, run->start, run->categories};
     while (piece.end < run->end) {
         if (piece.end < window->start || piece.end >= window->end) {
             int err = read_entries(window, piece.end, fd);
@@ -319,11 +319,11 @@ int procmaps_count_pages(struct procmaps *table, int fd, int forked) {
         size_t found = 0;
         int err = sys_scan_pages(fd, from, end, runs, 512, &found, &from);
         for (size_t i = 0; err == 0 && i < found; i++) {
-            if (runs[i].is & SYS_PAGE_SWAPPED)
+            if (runs[i].categories & SYS_PAGE_SWAPPED)
                 add_run(table, &at, &runs[i], swapped);
-            else if (runs[i].is & SYS_PAGE_ZERO)
+            else if (runs[i].categories & SYS_PAGE_ZERO)
                 continue;
-            else if (runs[i].is & SYS_PAGE_FILE || forked)
+            else if (runs[i].categories & SYS_PAGE_FILE || forked)
                 err = add_resident(table, &at, &runs[i], fd, &window);
             else
                 add_run(table, &at, &runs[i], PRIVATE_COLUMNS);

@@ -13,7 +13,7 @@ static bool is_open(const struct region *region) {
     return region->base != NULL && !region->retired;
 }
 
-/* What is wrong with a range of whole pages, or 0. */
+/* 0, or the refusal for a range that is not whole pages owned by an open region. */
 static int check_range(const struct region *region, size_t offset, size_t length) {
     if (!is_open(region))
         return REGION_RELEASED;
@@ -26,7 +26,7 @@ static int check_range(const struct region *region, size_t offset, size_t length
     return 0;
 }
 
-/* Record [lo, hi) as committed, or as reserved again. Need room in `committed`. */
+/* Record [lo, hi) as committed, or as reserved again. Need runs_grow on `committed` before. */
 static void record_commit(struct region *region, size_t lo, size_t hi) {
     struct run gap;
     if (tracing_is_on())
@@ -40,7 +40,7 @@ static void record_decommit(struct region *region, size_t lo, size_t hi) {
     runs_remove(&region->committed, lo, hi);
 }
 
-/* Unmaps the piece [lo, hi), with guards around it, and takes it out of the books, which need room. */
+/* Unmaps the piece [lo, hi) with its guards and removes it from the books, which must have space. */
 static int unmap_piece(struct region *region, size_t lo, size_t hi, size_t before, size_t after) {
     uintptr_t base = address_of(region, 0);
     tracing_suspend(&region->traced, base, lo, hi);
@@ -55,16 +55,16 @@ static int unmap_piece(struct region *region, size_t lo, size_t hi, size_t befor
     return 0;
 }
 
-/* Gives freshly mapped bytes what all of the region has: its advice and its name. */
+/* Gives newly mapped bytes the advice and the name of the region. */
 static int apply_policy(const struct region *region, uintptr_t address, size_t length) {
     int err = region->advice ? vm_advise(address, length, region->advice) : 0;
-    /* A name is for the reader of /proc; kernels without CONFIG_ANON_VMA_NAME refuse it. */
+    /* The name is only information; kernels without CONFIG_ANON_VMA_NAME refuse it. */
     if (err == 0 && region->name[0] != '\0')
         (void)vm_name(address, length, region->name);
     return err;
 }
 
-/* The smallest range that holds all committed bytes of [lo, hi). */
+/* The smallest range that contains all committed bytes of [lo, hi); false if there are none. */
 static bool committed_bounds(const struct region *region, size_t lo, size_t hi, struct run *all) {
     struct run piece;
     if (!runs_next(&region->committed, lo, hi, all))
@@ -74,7 +74,8 @@ static bool committed_bounds(const struct region *region, size_t lo, size_t hi, 
     return true;
 }
 
-/* Maps `total` bytes so that `guard` bytes in, the address is a multiple of `align`. */
+/* Maps `total` bytes so that `*start` + `guard` is a multiple of `align`: at the first try if the
+ * kernel happens to align it, else by mapping `align` more and unmapping both ends. */
 static int map_aligned(uintptr_t hint, size_t total, size_t guard, size_t align, int access,
                        uintptr_t *start) {
     int err = vm_map(hint, total, access, start);
@@ -104,7 +105,7 @@ static int map_aligned(uintptr_t hint, size_t total, size_t guard, size_t align,
     return err;
 }
 
-/* Everything of a closed region but its base, which opens it. */
+/* Sets all fields of a closed region except `base`, which opens it. */
 static void initialise(struct region *region, size_t size, int accounting, int advice) {
     region->size = size;
     region->page = vm_page_size();
@@ -166,13 +167,13 @@ int region_window(struct region *region, uintptr_t address, size_t size, int acc
     return 0;
 }
 
-/* Room for a piece in both sets, before the kernel is asked. */
+/* Allocates storage for one more piece in both sets, before any system call. */
 static int grow_books(struct region *region) {
     int err = runs_grow(&region->reserved);
     return err != 0 ? err : runs_grow(&region->committed);
 }
 
-/* Takes a piece that the kernel has just mapped into the region's books. */
+/* Records a piece that has just been mapped; unmaps it again if the policy is refused. */
 static int record_claim(struct region *region, size_t offset, size_t length, int access) {
     int err = apply_policy(region, address_of(region, offset), length);
     if (err != 0) {
@@ -228,19 +229,19 @@ int region_disclaim(struct region *region, size_t offset, size_t length) {
     return err != 0 ? err : unmap_piece(region, offset, offset + length, 0, 0);
 }
 
-/* Closes a gap that was opened, wholly, partly or not at all. */
+/* Removes access from a gap that a refused commit may have opened, in full or in part. */
 static int reprotect(const struct region *region, const struct run *gap) {
     uintptr_t address = address_of(region, gap->lo);
     int err = vm_protect(address, gap->hi - gap->lo, VM_RESERVED);
-    /* Where it had joined touched memory, only a fresh mapping refunds its charge. */
+    /* If the gap had merged with touched memory, only a new mapping refunds its charge. */
     if (err == 0 && !(region->accounting & VM_NORESERVE) &&
         vm_renew(address, gap->hi - gap->lo, VM_RESERVED) == 0)
         (void)apply_policy(region, address, gap->hi - gap->lo);
     return err;
 }
 
-/* Closes the gaps of [lo, hi) again. One that the kernel refuses to close is committed, so the
- * books say so. */
+/* Removes access from the gaps of [lo, hi). A gap that the kernel refuses to close stays committed, and
+ * the books record that. */
 static void reprotect_gaps(struct region *region, size_t lo, size_t hi) {
     struct run gap;
     for (size_t at = lo; runs_next_gap(&region->committed, at, hi, &gap); at = gap.hi)
@@ -248,13 +249,13 @@ static void reprotect_gaps(struct region *region, size_t lo, size_t hi) {
             record_commit(region, gap.lo, gap.hi);
 }
 
-/* A fresh mapping in the place of [lo, hi), whose ends are committed. */
+/* Puts a new mapping in the place of [lo, hi), whose first and last page are committed. */
 static int remap(struct region *region, size_t lo, size_t hi) {
     uintptr_t address = address_of(region, lo);
     int access = VM_RESERVED | region->accounting;
     int err = vm_renew(address, hi - lo, access);
-    /* A full map table refuses every mmap. Opening the gaps first joins all of it to one mapping,
-     * which makes room. */
+    /* A full map table refuses every mmap. Committing the gaps first merges [lo, hi) into one mapping,
+     * which frees entries. */
     if (err != ENOMEM || runs_contain(&region->committed, lo, hi) ||
         vm_protect(address, hi - lo, VM_COMMITTED) != 0)
         return err;
@@ -264,7 +265,7 @@ static int remap(struct region *region, size_t lo, size_t hi) {
     return err;
 }
 
-/* Back to reserved, kernel and books. Needs room in the books. */
+/* Returns [lo, hi) to reserved in the kernel and in the books, which must have space. */
 static int decommit_range(struct region *region, size_t lo, size_t hi) {
     uintptr_t address = address_of(region, lo);
     bool charged = !(region->accounting & VM_NORESERVE);
@@ -273,7 +274,7 @@ static int decommit_range(struct region *region, size_t lo, size_t hi) {
         record_decommit(region, lo, hi);
         return 0;
     }
-    /* A fresh mapping refunds the charge, and does without locked pages' leave. */
+    /* Remapping refunds the charge and works on mlocked pages. */
     if (err == 0)
         err = remap(region, lo, hi);
     if (err == 0) {
@@ -341,7 +342,7 @@ int region_discard(struct region *region, size_t offset, size_t length, bool laz
         err = vm_discard_lazy(address_of(region, offset), length);
         if (err != EINVAL)
             return err;
-        /* No MADV_FREE here (Linux 4.5): dropping at once keeps the same promise. */
+        /* No MADV_FREE before Linux 4.5: discarding at once keeps the same promise. */
     }
     return vm_discard(address_of(region, offset), length);
 }
@@ -395,7 +396,7 @@ int region_seal(struct region *region) {
     return err;
 }
 
-/* Unmaps all that the region owns, highest piece first, and closes it. */
+/* Unmaps all pieces that the region owns, highest first, and closes the region. */
 static int unmap(struct region *region) {
     while (region->reserved.count > 0) {
         struct run piece = region->reserved.items[region->reserved.count - 1];

@@ -1,28 +1,28 @@
-/* region: one reservation and what of it is committed. vm + runs + tracing.
+/* region: one reservation and its books: which of its bytes are reserved and which committed.
+ * Uses vm, runs and tracing.
  *
- * A region is a span of addresses [base, base + size). Of it, `reserved` says which bytes it owns
- * and `committed` which of those are readable and writable; both are exact after every call, and
- * neither ever asks the kernel. A region from region_reserve owns its whole span. A window, from
- * region_window, owns nothing at first and claims pieces of the span one by one.
+ * A region is a range of addresses [base, base + size). The set `reserved` holds the bytes that it
+ * owns, `committed` those of them that are readable and writable. Both are exact after every call;
+ * reading them makes no system call. region_reserve opens a region that owns its whole range.
+ * region_window opens a window, which owns nothing at first and claims pieces of its range one by one.
  *
- * Two ways to account, chosen once:
- *  - charged: commit by mprotect, which charges the commit limit at once; decommit by a fresh
- *    MAP_FIXED mapping, the only way that gives a touched charge back;
- *  - VM_NORESERVE: never charged (overcommit modes 0 and 1); decommit by mprotect, then DONTNEED,
- *    in this order so that no other thread can touch the pages again in between.
+ * The accounting mode is chosen once:
+ *  - charged: commit by mprotect (0.75 us for 64 KiB), which charges the commit limit at once.
+ *    Decommit by a new MAP_FIXED mapping: only that refunds the charge of touched memory;
+ *  - VM_NORESERVE: never charged in overcommit modes 0 and 1. Decommit by mprotect, then
+ *    MADV_DONTNEED, in this order so that no other thread can touch the pages in between.
  *
  * Holds for every function here:
- *  - offsets and lengths are bytes, multiples of the OS page, lengths positive, checked without
- *    overflow; what is wrong with them comes back as a negative enum region_refusal;
- *  - a positive result is the errno of the system call that was refused, and the region is as it
- *    was before; 0 is success;
+ *  - offsets and lengths are bytes and multiples of the OS page, lengths are positive; both are
+ *    checked without overflow, and a wrong one returns a negative enum region_refusal;
+ *  - 0 is success; a positive result is the errno of the refused system call, and the region is as it
+ *    was before;
  *  - not synchronised: the owner holds a lock around each call.
  *
- * A region is open, retired or closed. One that is all zero bytes is closed; region_reserve and
- * region_window open a closed one, region_release closes it and keeps its storage for the next
- * time, region_end frees it. A retired region keeps its addresses and its books for views that
- * still show them, and only region_end takes them away. Calls on a region that is not open return
- * REGION_RELEASED.
+ * A region is open, retired or closed. Zero bytes are a closed region. region_reserve and
+ * region_window open a closed region; region_release closes it but keeps the storage of its books for
+ * reuse; region_end frees that too. region_retire leaves the addresses and the books to views that
+ * are still alive, until region_end. Calls on a region that is not open return REGION_RELEASED.
  */
 #ifndef PYRESERVE_REGION_H
 #define PYRESERVE_REGION_H
@@ -38,91 +38,93 @@ enum region_refusal {
     REGION_RELEASED = -1,
     REGION_OUTSIDE = -2,       /* not wholly inside [0, size), or the length is 0 */
     REGION_MISALIGNED = -3,    /* not whole OS pages */
-    REGION_NOT_RESERVED = -4,  /* the window does not own all of it */
+    REGION_NOT_RESERVED = -4,  /* the region does not own all of it */
     REGION_NOT_COMMITTED = -5, /* some of it is not committed */
     REGION_SEALED = -6
 };
 
 struct region {
     char *base;  /* NULL once released */
-    size_t size; /* guards not counted */
+    size_t size; /* without the guards */
     size_t page; /* the OS page */
     size_t guard; /* bytes of guard at each end; never accessible */
     int accounting; /* 0 or VM_NORESERVE */
     int advice;     /* enum vm_advice, kept on every byte owned */
     bool sealed;
-    bool retired;   /* open for region_end alone */
+    bool retired;   /* accepts only region_end */
     char name[80]; /* empty: none */
     struct runs reserved, committed;
     struct tracing traced; /* pieces reported to tracemalloc */
 };
 
-/* Where a reservation shall be and what else it shall have; all zero: anywhere, nothing. */
+/* Placement options for region_reserve; zero-initialise for defaults. */
 struct region_options {
-    uintptr_t address; /* near this, unless 0 */
-    bool exact;        /* there or nowhere */
+    uintptr_t address; /* a hint; 0: anywhere */
+    bool exact;        /* refuse any other address */
     size_t align;      /* the base is a multiple of this power of two; 0: of the OS page */
     size_t guard;      /* bytes of guard at each end */
     char name[80];
 };
 
-/* Opens a region of `size` bytes, reserved as `options` (NULL: anywhere) says. EEXIST if any of an
- * exact place is taken, ENOMEM also where the size does not fit the address type. */
+/* Opens a region of `size` bytes; `options` may be NULL. EEXIST if any byte of an exact place is
+ * mapped, ENOMEM also if the size with its guards does not fit the address type. */
 int region_reserve(struct region *region, size_t size, int accounting, int advice,
                    const struct region_options *options);
 
-/* Opens a window over [address, address + size) without mapping anything; EINVAL if these are not
- * whole OS pages of addresses. */
+/* Opens a window over [address, address + size) without mapping anything. EINVAL if the range is
+ * empty, wraps around or is not whole OS pages. */
 int region_window(struct region *region, uintptr_t address, size_t size, int accounting,
                   int advice);
 
-/* Claims exactly this piece of a window with the given enum vm_access; EEXIST if any of it is taken. */
+/* Maps exactly this piece of a window with the given enum vm_access; EEXIST if any byte is mapped. */
 int region_claim(struct region *region, size_t offset, size_t length, int access);
 
-/* Claims `length` bytes near the address `hint` (0: anywhere), wherever in [from, size) the kernel
- * puts them. `*address` is where that is; ERANGE if it is outside, and then the bytes have been
- * given back. `*address` is written in both cases. */
+/* Maps `length` bytes near the address `hint` (0: anywhere) and claims them. `*address` is where the
+ * kernel put them. ERANGE if that is outside [from, size) of the window: then they are unmapped again,
+ * and `*address` is written all the same. */
 int region_claim_near(struct region *region, size_t from, uintptr_t hint, size_t length, int access,
                       uintptr_t *address);
 
-/* Unmaps a piece that a window owns: the opposite of a claim. */
+/* Unmaps a piece that a window owns. */
 int region_disclaim(struct region *region, size_t offset, size_t length);
 
-/* Makes the range readable and writable; what already is stays untouched. */
+/* Makes the range readable and writable. Contents of bytes that are committed already stay. */
 int region_commit(struct region *region, size_t offset, size_t length);
 
-/* Back to reserved; what already is stays so. Should the kernel refuse to give fresh addresses
- * their advice again, that errno is returned although the bytes are decommitted. */
+/* Returns the range to reserved and drops its contents. If the kernel refuses the advice for the new
+ * mapping, that errno is returned although the bytes are decommitted. */
 int region_decommit(struct region *region, size_t offset, size_t length);
 
-/* Backs with memory, or drops the contents of, bytes that are all committed. `lazy` leaves the
- * moment to the kernel where it can. */
+/* Back a committed range with memory now, or drop its contents: at once, with `lazy` when the kernel
+ * needs memory (at once before Linux 4.5). */
 int region_populate(struct region *region, size_t offset, size_t length);
 int region_discard(struct region *region, size_t offset, size_t length, bool lazy);
 
-/* Whether all of the range is committed: 1, 0 or REGION_RELEASED. Any alignment; a range that
- * leaves the region is not committed. */
+/* Whether the whole range is committed: 1, 0 or REGION_RELEASED. Any alignment; a range that is not
+ * inside the region is not committed. */
 int region_is_committed(const struct region *region, size_t offset, size_t length);
 
-/* Copies up to `max` runs of what is committed, or reserved, to `out`; returns how many there are. */
+/* Copies up to `max` runs of committed (else reserved) bytes to `out`; returns how many exist. */
 size_t region_runs(const struct region *region, bool committed, struct run *out, size_t max);
 
-/* Reads, or writes, one byte, any offset: the byte or 0, REGION_NOT_COMMITTED or REGION_RELEASED. */
+/* Read or write one byte at any offset. Return the byte or 0, REGION_NOT_COMMITTED or
+ * REGION_RELEASED. */
 int region_load(const struct region *region, size_t offset);
 int region_store(struct region *region, size_t offset, unsigned char byte);
 
-/* Commits the whole region and seals it until the process ends: no decommit, no release. */
+/* Commits the whole region and seals it (mseal, Linux 6.10): no decommit and no release until the
+ * process ends. */
 int region_seal(struct region *region);
 
-/* Gives the addresses back. A window whose pieces are refused half way keeps, and still owns, the
- * rest. */
+/* Unmaps the region and closes it. If the kernel refuses one piece of a window, the pieces that are
+ * left stay owned and the window stays open. */
 int region_release(struct region *region);
 
-/* Refuses every later call but region_end. The addresses and their contents stay. */
+/* Refuses every later call except region_end. The addresses and their contents stay. */
 void region_retire(struct region *region);
 
-/* Releases what the region still has, unless it is sealed, and frees its storage. Should the kernel
- * refuse to unmap, the addresses stay taken but their memory is dropped. */
+/* Unmaps what the region still owns, unless it is sealed, and frees the storage of its books. If the
+ * kernel refuses to unmap, the addresses stay mapped and their contents are discarded. */
 void region_end(struct region *region);
 
 #endif

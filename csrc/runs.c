@@ -4,10 +4,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Keep the storage of up to this many runs for reuse. */
+/* runs_empty keeps the storage of up to this many runs. */
 enum { SMALL = 64 };
 
-/* Index of the first run that ends at or after `offset`: the only one that can hold or touch it. */
+/* Index of the first run that ends at or after `offset`: the only run that can contain or touch it. */
 static size_t first_ending_from(const struct runs *set, size_t offset) {
     size_t low = 0, high = set->count;
     while (low < high) {
@@ -20,7 +20,7 @@ static size_t first_ending_from(const struct runs *set, size_t offset) {
     return low;
 }
 
-/* Index of the first run that starts at or after `offset`, looking from `from` on. */
+/* Index of the first run, from index `from` on, that starts at or after `offset`. */
 static size_t first_starting_from(const struct runs *set, size_t from, size_t offset) {
     size_t low = from, high = set->count;
     while (low < high) {
@@ -33,7 +33,7 @@ static size_t first_starting_from(const struct runs *set, size_t from, size_t of
     return low;
 }
 
-/* Puts the `n` runs of `fresh` in the place of the runs [from, to). */
+/* Replaces the runs with index [from, to) by the `n` runs of `fresh`. */
 static void splice(struct runs *set, size_t from, size_t to, const struct run *fresh, size_t n) {
     memmove(set->items + from + n, set->items + to, (set->count - to) * sizeof *set->items);
     for (size_t i = 0; i < n; i++)

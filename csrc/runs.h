@@ -1,12 +1,12 @@
-/* runs: a set of offsets kept as sorted, disjoint half-open runs [lo, hi) that never touch.
+/* runs: a set of offsets, stored as sorted half-open runs [lo, hi) that neither overlap nor touch.
  *
- * It answers "what of this reservation is committed". Each run with its gap is at least two of the
- * kernel's mappings, so the map count (65,530 by default) bounds the runs: 512 KiB of them at the
- * very most, 16 bytes for the usual one, and nothing at all for a reservation of 64 TiB that has
- * not been committed. A bit per OS page would take 2 GiB there.
+ * It holds which bytes of a reservation are committed. A run and the gap after it are at least two
+ * mappings of the kernel, so max_map_count (65,530 by default) bounds the set: 16 bytes for the usual
+ * single run, at most 512 KiB, and nothing for a reservation of 64 TiB without committed bytes. One
+ * bit per OS page would take 2 GiB there. Lookups are binary searches.
  *
- * Holds for every function here: lo < hi; no system call; not synchronised, the owner holds a lock.
- * A run set that is all zero bytes is empty and ready for use.
+ * Holds for every function here: lo < hi unless said otherwise; no system call; not synchronised, the
+ * owner holds a lock. Zero bytes are an empty set.
  */
 #ifndef PYRESERVE_RUNS_H
 #define PYRESERVE_RUNS_H
@@ -21,31 +21,33 @@ struct run {
 struct runs {
     struct run *items;
     size_t count, capacity;
-    size_t total; /* bytes in all runs, exact at any moment */
+    size_t total; /* bytes in all runs */
 };
 
-/* Makes sure that the next runs_add or runs_remove finds room. 0 or ENOMEM; the set is unchanged. */
+/* Allocates storage for one more run, which the next runs_add or runs_remove may need. 0 or ENOMEM;
+ * the set is unchanged. */
 int runs_grow(struct runs *set);
 
-/* Adds [lo, hi) or takes it out; what is in or out already stays so. Needs runs_grow before. */
+/* Add [lo, hi) to the set or remove it from the set. Offsets that are in (or not in) the set already
+ * are no error. runs_grow must have succeeded before each call. */
 void runs_add(struct runs *set, size_t lo, size_t hi);
 void runs_remove(struct runs *set, size_t lo, size_t hi);
 
 /* Whether all of [lo, hi) is in the set. */
 bool runs_contain(const struct runs *set, size_t lo, size_t hi);
 
-/* The first piece of [lo, hi), which may be empty here, that is in the set, or that is not; false if
- * there is none. */
+/* The first piece of [lo, hi) that is in the set, or that is not in it; false if there is none. [lo, hi)
+ * may be empty. */
 bool runs_next(const struct runs *set, size_t lo, size_t hi, struct run *piece);
 bool runs_next_gap(const struct runs *set, size_t lo, size_t hi, struct run *gap);
 
-/* Makes `copy`, whatever it held, a set of its own with the same runs. 0 or ENOMEM. */
+/* Makes the uninitialised `copy` an independent set with the same runs. 0 or ENOMEM. */
 int runs_copy(struct runs *copy, const struct runs *set);
 
-/* Leaves an empty set, with its storage if that is small. */
+/* Empties the set and keeps its storage if that is small. */
 void runs_empty(struct runs *set);
 
-/* Frees the storage and leaves an empty set. */
+/* Empties the set and frees its storage. */
 void runs_clear(struct runs *set);
 
 #endif

@@ -13,12 +13,12 @@
 #include <time.h>
 #include <unistd.h>
 
-#ifndef CLOCK_MONOTONIC_COARSE /* Linux's own, a fifth of the price */
+#ifndef CLOCK_MONOTONIC_COARSE /* Linux only; a fifth of the cost */
 #define CLOCK_MONOTONIC_COARSE CLOCK_MONOTONIC
 #endif
 
-int sys_scan_pages(int fd, uint64_t from, uint64_t end, struct sys_page_run *runs, size_t max, size_t *found,
-              uint64_t *next) {
+int sys_scan_pages(int fd, uint64_t from, uint64_t end, struct sys_page_run *runs, size_t max,
+                   size_t *found, uint64_t *next) {
     /* struct pm_scan_arg of <linux/fs.h>; struct sys_page_run is its struct page_region. */
     struct {
         uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
@@ -34,7 +34,7 @@ int sys_scan_pages(int fd, uint64_t from, uint64_t end, struct sys_page_run *run
     int count = ioctl(fd, _IOWR('f', 16, scan), &scan);
     if (count < 0)
         return errno;
-    if (scan.walk_end <= from) /* it would go round for ever */
+    if (scan.walk_end <= from) /* no progress: the caller would loop forever */
         return EIO;
     *found = (size_t)count;
     *next = scan.walk_end;
@@ -78,7 +78,7 @@ int sys_end_with_parent(int parent) {
     return err;
 }
 
-/* What a forked child does. */
+/* The life of a forked child. */
 static _Noreturn void idle(int parent) {
     if (sys_end_with_parent(parent) == 0)
         for (;;)
@@ -90,9 +90,9 @@ int sys_fork(int *child) {
     int parent = (int)getpid();
     sigset_t every, before;
     (void)sigfillset(&every);
-    (void)pthread_sigmask(SIG_SETMASK, &every, &before); /* handlers are the caller's code */
-    /* The bare system call: the C library's fork would run other people's handlers. And no SIGCHLD:
-     * the caller may have a handler for it, or ignore it, and then nothing is left to wait for. */
+    (void)pthread_sigmask(SIG_SETMASK, &every, &before); /* signal handlers are the caller's code */
+    /* The system call itself: the C library's fork runs at-fork handlers. No SIGCHLD: the caller may
+     * handle it, or ignore it, and then there would be no child left to wait for. */
     long pid = syscall(SYS_clone, 0, 0, 0, 0, 0);
     if (pid == 0)
         idle(parent);
@@ -105,7 +105,7 @@ int sys_fork(int *child) {
 
 int sys_reap(int child) {
     if (child <= 0)
-        return EINVAL; /* kill(2) takes these for process groups */
+        return EINVAL; /* kill(2) reads these as process groups */
     if (kill(child, SIGKILL) != 0)
         return errno;
     while (waitpid(child, NULL, __WALL) < 0)

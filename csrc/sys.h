@@ -12,49 +12,49 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Pages of a process that are alike, [start, end). */
+/* Adjacent pages [start, end) of a process that are in the same state. */
 struct sys_page_run {
     uint64_t start;
     uint64_t end;
-    uint64_t is; /* the or-ed enum sys_page */
+    uint64_t categories; /* a set of enum sys_page */
 };
 
 enum sys_page { SYS_PAGE_FILE = 4, SYS_PAGE_PRESENT = 8, SYS_PAGE_SWAPPED = 16, SYS_PAGE_ZERO = 32 };
 
-/* Finds the pages of [from, end) that are in memory or in swap, through the /proc/PID/pagemap open at
- * `fd` (PAGEMAP_SCAN, Linux 6.7): up to `max` runs of them, `*found` of them, and `*next`, the address
- * to go on at. ENOTTY where the kernel has none of it. */
-int sys_scan_pages(int fd, uint64_t from, uint64_t end, struct sys_page_run *runs, size_t max, size_t *found,
-              uint64_t *next);
+/* Finds the pages of [from, end) that are in memory or in swap, by the /proc/PID/pagemap open at `fd`
+ * (PAGEMAP_SCAN, Linux 6.7). Writes up to `max` runs, their number to `*found` and the address at which
+ * to continue to `*next`. ENOTTY where the kernel has no such call. */
+int sys_scan_pages(int fd, uint64_t from, uint64_t end, struct sys_page_run *runs, size_t max,
+                   size_t *found, uint64_t *next);
 
-/* Reads up to `length` bytes of a file at an offset; `*got` is fewer at its end. */
+/* Reads up to `length` bytes of a file at an offset; `*got` is how many, fewer at the end of the file. */
 int sys_read(int fd, uint64_t offset, void *bytes, size_t length, size_t *got);
 
-/* Milliseconds of a clock that never goes back, good for a few of them; the number wraps round. */
+/* Milliseconds of a monotonic clock with a resolution of a few milliseconds; wraps around after 49
+ * days. About a fifth of the price of sys_nanoseconds. */
 uint32_t sys_milliseconds(void);
 
 /* Nanoseconds of CLOCK_MONOTONIC. */
 uint64_t sys_nanoseconds(void);
 
-/* How often the kernel has taken the CPU away from this thread (ru_nivcsw of getrusage(2)). */
+/* The number of times that the kernel preempted this thread (ru_nivcsw of getrusage(2)). */
 uint64_t sys_preemptions(void);
 
-/* The parent's process id: what any system call costs, and nothing else. */
+/* The parent's process id (getppid): the cheapest system call, for measuring its overhead. */
 int sys_parent(void);
 
-/* Ends this process when the thread of process `parent` that started it ends (Linux). ESRCH if that
- * process is gone already. */
+/* Has the kernel end this process when the thread of process `parent` that started it ends. ESRCH if
+ * that process has ended already. */
 int sys_end_with_parent(int parent);
 
-/* Forks a child that does nothing and runs none of the caller's code. It lives until sys_reap, if the
- * thread that forked it lives as long, and ends with this process at the latest. No SIGCHLD tells of
- * its end, and no wait finds it unless it asks for __WALL or __WCLONE. sys_reap takes the id of one
- * process: 0 and negative ones are EINVAL. */
+/* sys_fork creates a child that only waits: none of the caller's code or handlers run in it. It lives
+ * until sys_reap, or until the thread that forked it ends. Its end sends no SIGCHLD, and only a wait
+ * with __WALL or __WCLONE finds it. sys_reap ends it; `child` is one process, 0 and below are EINVAL. */
 int sys_fork(int *child);
 int sys_reap(int child);
 
-/* Ask the running kernel by using a feature on this process's own files. 0: it works; an errno: it
- * was refused with that. */
+/* Test the running kernel by using a feature on this process's own files. 0: it works; else the errno
+ * of the refusal. */
 int sys_try_pagemap_scan(void);
 int sys_try_procmap_query(void);
 

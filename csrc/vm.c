@@ -53,7 +53,7 @@
 
 enum { MOST_ERRNO = 4095 }; /* the kernel's results from -MOST_ERRNO to -1 are errors */
 
-/* Sanitizers learn of mappings from the C library's functions, which they replace. */
+/* Sanitizers observe mappings through the C library's functions, which they replace. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_HWADDRESS__) || defined(__SANITIZE_THREAD__)
 #define SANITIZED 1
 #elif defined(__has_feature)
@@ -103,7 +103,7 @@ vm_system_call vm_replace(vm_system_call call) {
     return __atomic_exchange_n(&mapping_call, call == NULL ? default_call : call, __ATOMIC_ACQ_REL);
 }
 
-/* Makes a mapping call: 0 or the errno. `address` (NULL: of no use) receives the result of mmap. */
+/* Makes a mapping call: 0 or the errno. `address`, unless NULL, receives the result of mmap. */
 static int call_kernel(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e,
                uintptr_t f, uintptr_t *address) {
     vm_system_call call = __atomic_load_n(&mapping_call, __ATOMIC_ACQUIRE);
@@ -148,7 +148,7 @@ int vm_map_at(uintptr_t address, size_t length, int access) {
     int err = map(address, length, access, MAP_FIXED_NOREPLACE, &got);
     if (err != 0 || got == address)
         return err;
-    /* Before Linux 4.17 the flag is unknown and the address only a hint. */
+    /* Before Linux 4.17 the flag is unknown and the address is only a hint. */
     (void)vm_release(got, length);
     return EEXIST;
 }
@@ -156,7 +156,7 @@ int vm_map_at(uintptr_t address, size_t length, int access) {
 /* Flags of mmap for hugetlb_flags pages of this size. */
 static int hugetlb_flags(size_t huge) {
     unsigned size = (unsigned)__builtin_ctzll((unsigned long long)huge);
-    return (int)(MAP_HUGETLB | size << MAP_HUGE_SHIFT); /* 34, for 16 GiB, reaches the sign */
+    return (int)(MAP_HUGETLB | size << MAP_HUGE_SHIFT); /* 34, for 16 GiB, uses the sign bit */
 }
 
 int vm_map_huge(size_t length, int access, size_t huge, uintptr_t *address) {
@@ -181,8 +181,8 @@ int vm_populate(uintptr_t address, size_t length) {
     int err = advise(address, length, MADV_POPULATE_WRITE);
     if (err != EINVAL)
         return err;
-    /* Before Linux 5.14. An atomic or with nothing dirties the page and can lose no other thread's
-     * store. */
+    /* Before Linux 5.14. An atomic OR with 0 dirties the page without losing a store of another
+     * thread. */
     size_t step = vm_page_size();
     for (size_t offset = 0; offset < length; offset += step)
         __atomic_fetch_or((unsigned char *)pointer(address + offset), 0, __ATOMIC_RELAXED);
@@ -191,7 +191,7 @@ int vm_populate(uintptr_t address, size_t length) {
 
 int vm_discard(uintptr_t address, size_t length) {
     int err = advise(address, length, MADV_DONTNEED);
-    if (err == EINVAL) /* locked pages want to be asked for by name */
+    if (err == EINVAL) /* MADV_DONTNEED fails on mlocked pages; _LOCKED (5.18) does not */
         err = advise(address, length, MADV_DONTNEED_LOCKED);
     return err;
 }
@@ -252,7 +252,7 @@ int vm_resident(uintptr_t address, size_t length, size_t *nbytes) {
 }
 
 int vm_address_bits(void) {
-    /* The random bytes lie on the first stack, which the kernel puts right below the end. */
+    /* The random bytes are on the first stack, which the kernel puts at the end of user addresses. */
     uint64_t address = getauxval(AT_RANDOM);
     int bits = 0;
     for (; address != 0; address >>= 1)
@@ -264,8 +264,8 @@ int vm_seal(uintptr_t address, size_t length) {
     return call_kernel(SYS_mseal, address, length, 0, 0, 0, 0, NULL);
 }
 
-/* Tries something on a committed page. Where memory or map entries for that run out, on an empty range:
- * the kernel looks at the request first and at the range second. */
+/* Tries a call on a committed page, or on an empty range if there is no memory or map entry for one:
+ * the kernel checks the request before the range. */
 static int try_on_page(int (*attempt)(uintptr_t, size_t, int), int argument) {
     uintptr_t page = 0;
     int err = vm_map(0, vm_page_size(), VM_COMMITTED, &page);
@@ -302,8 +302,8 @@ int vm_try_guard(void) {
 }
 
 int vm_try_seal(void) {
-    /* A seal can't be taken off again, so it is tried where it can't stick: a kernel that has mseal
-     * looks at the address first and finds it misaligned. */
+    /* A seal is permanent, so use an address that cannot be sealed: a kernel with mseal rejects it as
+     * misaligned. */
     int err = vm_seal(1, vm_page_size());
     return err == EINVAL ? 0 : err;
 }

@@ -1,4 +1,4 @@
-/* vm: the verbs of virtual memory, one system call each where the kernel allows it.
+/* vm: the verbs of virtual memory on mappings, one system call each where the kernel allows it.
  *
  * Only vm and sys make system calls. vm decides nothing: which verb to call, in which order, and what
  * to do when one is refused, is up to the modules above.
@@ -17,14 +17,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* What a new mapping is for, and how the kernel shall account for it. */
+/* Access of a mapping, and how the kernel accounts for it. */
 enum vm_access {
     VM_RESERVED = 0,  /* PROT_NONE: addresses only */
     VM_COMMITTED = 1, /* PROT_READ | PROT_WRITE */
-    VM_NORESERVE = 2  /* or-ed in: MAP_NORESERVE, never charged in overcommit modes 0 and 1 */
+    VM_NORESERVE = 2  /* added with |: MAP_NORESERVE, never charged in overcommit modes 0 and 1 */
 };
 
-/* Standing advice for a mapping. It belongs to the mapping: a later vm_renew starts without it. */
+/* Advice that a mapping keeps. A mapping that vm_renew puts in its place starts without it. */
 enum vm_advice {
     VM_NO_DUMP = 1,       /* MADV_DONTDUMP: leave it out of core dumps */
     VM_NO_FORK = 2,       /* MADV_DONTFORK: a child does not inherit it */
@@ -33,88 +33,87 @@ enum vm_advice {
     VM_HUGE_NEVER = 16    /* MADV_NOHUGEPAGE */
 };
 
-/* All mapping calls made here (mmap, munmap, mprotect, madvise, mincore, mseal, and the prctl that
- * names a mapping) pass one function. It gets the kernel's own arguments: the number (SYS_munmap, ...;
- * for mmap SYS_mmap2 where there is one, whose offset counts pages) and six of them, unused ones 0.
- * It returns what the kernel returns, a result or minus an errno, and leaves errno unspecified.
+/* All system calls of this module (mmap, munmap, mprotect, madvise, mincore, mseal, and the prctl that
+ * names a mapping) pass one function. It takes the arguments of syscall(2): the number (SYS_munmap,
+ * ...; for mmap SYS_mmap2 where it exists, whose offset counts pages) and six values, unused ones 0.
+ * It returns the result of the kernel or minus an errno; errno is unspecified.
  *
- * Unless replaced it is the bare system call, so that nothing that replaces the C library's mmap sees
- * a reservation; under Address-, Memory- and ThreadSanitizer it calls the C library's functions. */
+ * The default makes the system call directly, so that libraries that replace the C library's mmap do
+ * not see a reservation. Under Address-, Memory- and ThreadSanitizer it calls the C library. */
 typedef intptr_t (*vm_system_call)(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d,
                                    uintptr_t e, uintptr_t f);
 
-/* Makes `call` that function from now on, in all threads; NULL: the one it was at first. Returns the
- * one it was until now, to which the new one may pass calls on. For tests: it refuses calls, or
- * counts them. */
+/* Replaces that function in all threads; NULL restores the default. Returns the previous function, to
+ * which `call` may forward. For tests that count or refuse calls. */
 vm_system_call vm_replace(vm_system_call call);
 
 /* The kernel's page size in bytes (the OS page). */
 size_t vm_page_size(void);
 
-/* How many bits a user address has: mappings lie below 1 << vm_address_bits(). Reads no file. */
+/* The number of bits of a user address: mappings lie below 1 << vm_address_bits(). Reads no file. */
 int vm_address_bits(void);
 
-/* Maps `length` bytes wherever the kernel likes, near `hint` if that is free (0: no hint). */
+/* Maps `length` bytes at an address that the kernel picks, at `hint` if that is free (0: no hint). */
 int vm_map(uintptr_t hint, size_t length, int access, uintptr_t *address);
 
-/* Maps exactly [address, address + length). EEXIST if any of it is taken: nothing that is mapped
- * there is ever replaced. */
+/* Maps exactly [address, address + length). EEXIST if any byte is mapped already; existing mappings
+ * are never replaced. */
 int vm_map_at(uintptr_t address, size_t length, int access);
 
-/* Like vm_map, out of the kernel's pool of huge pages (hugetlb) of `huge` bytes, of which `length` is
- * a multiple. ENOMEM if the pool has too few, EINVAL if there is none of that size. */
+/* Like vm_map, with pages of `huge` bytes from the kernel's pool (hugetlb); `length` is a multiple of
+ * `huge`. ENOMEM if the pool has too few pages, EINVAL if there is no pool of that size. */
 int vm_map_huge(size_t length, int access, size_t huge, uintptr_t *address);
 
-/* Replaces what the caller owns at [address, address + length) by a fresh mapping. Contents,
- * commit charge, advice and name of the old one are gone. */
+/* Replaces the caller's mappings in [address, address + length) by a new one. Contents, commit charge,
+ * advice and name of the old ones are gone. */
 int vm_renew(uintptr_t address, size_t length, int access);
 
-/* Like vm_renew, out of the pool of huge pages; both ends are multiples of `huge`. */
+/* Like vm_renew, with pages from the pool; both ends are multiples of `huge`. */
 int vm_renew_huge(uintptr_t address, size_t length, int access, size_t huge);
 
-/* Changes the access of what is mapped there, VM_RESERVED or VM_COMMITTED; contents stay. The
- * kernel works mapping by mapping and may stop half way. */
+/* Changes the access to VM_RESERVED or VM_COMMITTED; contents stay. The kernel works mapping by
+ * mapping and may stop half way. */
 int vm_protect(uintptr_t address, size_t length, int access);
 
-/* Backs a committed range with memory now. The kernel may stop half way; that loses nothing. */
+/* Backs a committed range with memory now (MADV_POPULATE_WRITE, Linux 5.14; before that by touching
+ * each page). Contents stay. The kernel may stop half way. */
 int vm_populate(uintptr_t address, size_t length);
 
-/* Drops the contents of a committed range: it reads as zero from now on. Locked pages refuse with
+/* Drops the contents of a committed range, which then reads as zero. Locked pages are refused with
  * EINVAL before Linux 5.18, and the kernel then stops half way. */
 int vm_discard(uintptr_t address, size_t length);
 
-/* Lets the kernel drop the contents when it needs memory, until they are written again. */
+/* Allows the kernel to drop the contents when it needs memory, until a page is written again
+ * (MADV_FREE, Linux 4.5). */
 int vm_discard_lazy(uintptr_t address, size_t length);
 
-/* Unmaps. */
+/* Unmaps the range. */
 int vm_release(uintptr_t address, size_t length);
 
-/* Gives every advice of the or-ed enum vm_advice; stops at the first that is refused. */
+/* Gives each advice of a set of enum vm_advice; stops at the first that is refused. */
 int vm_advise(uintptr_t address, size_t length, int advice);
 
-/* Makes huge pages of a committed range's small ones, now (MADV_COLLAPSE, Linux 6.1). The kernel may
- * stop half way. */
+/* Replaces the small pages of a committed range by huge pages now (MADV_COLLAPSE, Linux 6.1). The
+ * kernel may stop half way. */
 int vm_collapse(uintptr_t address, size_t length);
 
-/* Guard pages, which fault on any access and need no mapping of their own, and their removal
- * (MADV_GUARD_INSTALL and _REMOVE, Linux 6.13). Contents are gone. */
+/* Install or remove guard pages, which fault on any access and need no mapping of their own
+ * (MADV_GUARD_INSTALL and _REMOVE, Linux 6.13). Contents are lost. */
 int vm_guard(uintptr_t address, size_t length);
 int vm_unguard(uintptr_t address, size_t length);
 
-/* Names an anonymous mapping for /proc/PID/maps; `name` is copied. EINVAL where the kernel was
- * built without CONFIG_ANON_VMA_NAME or does not like the characters. */
+/* Names an anonymous mapping in /proc/PID/maps; `name` is copied. EINVAL if the kernel was built
+ * without CONFIG_ANON_VMA_NAME or refuses a character. */
 int vm_name(uintptr_t address, size_t length, const char *name);
 
-/* How many bytes of a mapped range are in memory. */
+/* The number of bytes of a mapped range that are in memory. */
 int vm_resident(uintptr_t address, size_t length, size_t *nbytes);
 
-/* Forbids every later change of access or address of the range, for the rest of the process's
- * life (mseal, Linux 6.10). */
+/* Forbids later changes of the range's access or address until the process ends (mseal, Linux 6.10). */
 int vm_seal(uintptr_t address, size_t length);
 
-/* The vm_try functions ask the running kernel by using a feature on a mapping of their own, made
- * and removed again; on an empty range where no mapping can be made. 0: it works; an errno: it was
- * refused with that. */
+/* The vm_try functions test the running kernel: they use a feature on a temporary mapping, or on an
+ * empty range where no mapping can be created. 0: it works; else the errno of the refusal. */
 int vm_try_populate(void);
 int vm_try_discard_lazy(void);
 int vm_try_wipe_on_fork(void);
