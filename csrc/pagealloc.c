@@ -19,44 +19,51 @@ enum {
     GAP = 5 * LINE,     /* bytes between tables */
     EXACT = 1 << 15,    /* codes below this are lengths */
     CLASS_BITS = 10,    /* above, each doubling of the length has 2^10 codes */
-    PATIENCE = 64       /* misplaced runs before an aligned request takes one that is sure to fit */
+    PATIENCE = 64       /* misaligned runs before an aligned request takes one that always fits */
 };
 
 #define NONE UINT64_MAX
 
-/* How far the runs reach that cross a chunk's borders. */
+/* The runs that cross the borders of a chunk. */
 struct tag {
-    uint64_t length; /* of the run that starts here and leaves; 0: none does */
-    uint64_t start;  /* 1 + the first page of the run that comes from below and ends here; 0: none */
+    uint64_t length; /* of the run that starts in this chunk and leaves it; 0: there is none */
+    uint64_t start;  /* 1 + first page of the run that ends in this chunk and starts below; 0: none */
 };
 
 struct pagealloc {
     pthread_mutex_t lock;
-    _Atomic(const void *) forking; /* which thread has the lock for a fork; NULL: none */
-    bool wide; /* the machine has the instructions of the 512-bit kernels */
+    _Atomic(const void *) forking; /* the thread that holds the lock for a fork; NULL: none */
+    bool wide; /* the machine can run the wide kernels of pagealloc_scan */
     unsigned levels;
     uint64_t capacity, chunks, free;
-    uint64_t count[LEVELS];  /* codes of a level; level 0 has a chunk's longest run ... */
-    uint16_t *codes[LEVELS]; /* ... and each above it the largest of 32 below */
+    uint64_t count[LEVELS];  /* number of codes per level */
+    uint16_t *codes[LEVELS]; /* the max tree: level 0 is the longest run of each chunk, a code above it
+                                the largest of its 32 children */
     struct tag *tags;
     uint64_t (*bits)[WORDS]; /* 1 = free; all zero in chunks between a run's first and its last */
     struct runs parts;       /* the pages that are part of the arena */
 };
 
-/* -- the tree of longest runs ------------------------------------------------------------------- */
+/* -- the max tree ------------------------------------------------------------------------------- */
+
+/* The code of a length: itself while it is exact; above, a floating-point number of 10 bits. Codes
+ * have the order of lengths, so a tree of codes finds what a tree of lengths would. */
 
 static uint16_t code_of(uint64_t length) {
     if (length < EXACT)
         return (uint16_t)length;
+    /* The power of two below the length, and the CLASS_BITS bits below its leading one. */
     unsigned octave = 63 - (unsigned)__builtin_clzll(length);
     uint64_t inside = length >> (octave - CLASS_BITS) & ((1U << CLASS_BITS) - 1);
     return (uint16_t)(EXACT + ((octave - 15) << CLASS_BITS) + inside);
 }
 
-/* The first chunk from `from` on whose code is at least `code` (> 0). */
+/* The first chunk from `from` on whose code is at least `code` (> 0); NONE if there is none. */
 static uint64_t chunk_from(const struct pagealloc *pages, uint64_t from, uint16_t code) {
     unsigned level = 0;
     uint64_t i = from;
+    /* A search from chunk 0 starts at the root. Any other climbs from its chunk: it looks at the
+     * siblings at or after `i`, then at the siblings after their parent, and so on. */
     if (from == 0)
         level = pages->levels - 1;
     for (;;) {
@@ -73,6 +80,7 @@ static uint64_t chunk_from(const struct pagealloc *pages, uint64_t from, uint16_
             return NONE;
         i = i / FAN + 1;
     }
+    /* Descend to the lowest child that is large enough: the code of its parent guarantees one. */
     while (level-- > 0) {
         uint32_t found = SCAN(pages->wide, at_least, pages->codes[level] + i * FAN, code);
         i = i * FAN + (unsigned)__builtin_ctz(found);
@@ -80,10 +88,11 @@ static uint64_t chunk_from(const struct pagealloc *pages, uint64_t from, uint16_
     return i;
 }
 
-/* The last chunk below `below` in which a run starts. */
+/* The last chunk below `below` in which a run starts; NONE if there is none. */
 static uint64_t chunk_below(const struct pagealloc *pages, uint64_t below) {
     uint64_t i = below;
     unsigned level = 0;
+    /* Climb until a node has a child before `i` that is not zero, then descend to its last one. */
     for (;; level++) {
         if (level == pages->levels || i == 0)
             return NONE;
@@ -103,19 +112,20 @@ static uint64_t chunk_below(const struct pagealloc *pages, uint64_t below) {
     return i;
 }
 
-/* The largest code among the siblings of one that is about to become `code`. */
+/* The largest code of a line once its element `i` is `code`. */
 static uint16_t largest_after(const struct pagealloc *pages, unsigned level, uint64_t i,
                               uint16_t code) {
     const uint16_t *line = pages->codes[level] + i / FAN * FAN;
     unsigned at = (unsigned)(i % FAN);
+    /* Mostly no sibling is larger, which one comparison tells. */
     uint32_t larger = code == UINT16_MAX ? 0 : SCAN(pages->wide, at_least, line, (uint16_t)(code + 1));
     if ((larger & ~(UINT32_C(1) << at)) == 0)
         return code;
     return SCAN(pages->wide, largest, line, at, code);
 }
 
-/* Gives a chunk its code and the nodes above it what follows from that. A line is read before it is
- * written: to read it as a whole right after a small write would wait for that. */
+/* Sets the code of a chunk and updates its ancestors, up to the first one that stays the same. A line
+ * is read before it is written: a 64-byte load right after a 2-byte store to it stalls. */
 static void set_code(struct pagealloc *pages, uint64_t i, uint16_t code) {
     for (unsigned level = 0;; level++) {
         uint16_t *node = &pages->codes[level][i], before = *node;
@@ -123,6 +133,8 @@ static void set_code(struct pagealloc *pages, uint64_t i, uint16_t code) {
             return;
         uint64_t parent = i / FAN;
         uint16_t above = code;
+        /* The parent changes if the new code exceeds it, or if the old code may have been the only
+         * maximum: only then are the siblings compared. */
         if (level + 1 < pages->levels) {
             above = pages->codes[level + 1][parent];
             if (code > above)
@@ -138,6 +150,7 @@ static void set_code(struct pagealloc *pages, uint64_t i, uint16_t code) {
     }
 }
 
+/* Counts a run of `length` pages that now starts in a chunk; never lowers its code. */
 static void raise_code(struct pagealloc *pages, uint64_t chunk, uint64_t length) {
     uint16_t code = code_of(length);
     if (code > pages->codes[0][chunk])
@@ -150,7 +163,7 @@ static uint64_t chunk_of(uint64_t page) {
     return page / CHUNK;
 }
 
-/* Pages are the bits of one long bitmap, but for the chunks that are kept zero. */
+/* All chunks as one bitmap: bit n is page n, except inside the chunks that are kept zero. */
 static uint64_t *bits_of(const struct pagealloc *pages) {
     return pages->bits[0];
 }
@@ -159,12 +172,14 @@ static bool is_set(const struct pagealloc *pages, uint64_t page) {
     return bits_of(pages)[page / 64] >> (page % 64) & 1;
 }
 
-/* The bits of the runs that start in a chunk: `copy` if one from below has to be left out. */
+/* The bits of the runs that start in a chunk. If a run from below ends here, its bits are removed in
+ * `copy`, which is returned; otherwise the chunk itself is. */
 static const uint64_t *started_here(const struct pagealloc *pages, uint64_t chunk, uint64_t *copy) {
     const uint64_t *words = pages->bits[chunk];
     if (pages->tags[chunk].start == 0)
         return words;
     memcpy(copy, words, CHUNK / 8);
+    /* Clear the leading ones: whole words, then x & (x + 1), which clears the lowest row of ones. */
     unsigned i = 0;
     while (i < WORDS && copy[i] == ~UINT64_C(0))
         copy[i++] = 0;
@@ -173,8 +188,10 @@ static const uint64_t *started_here(const struct pagealloc *pages, uint64_t chun
     return copy;
 }
 
+/* Recomputes the code of a chunk from its bits and its tag. */
 static void update_chunk(struct pagealloc *pages, uint64_t chunk) {
     uint64_t copy[WORDS], length = pages->tags[chunk].length;
+    /* A run that leaves the chunk and is longer than one is the longest without a look at the bits. */
     if (length < CHUNK) {
         const uint64_t *words = started_here(pages, chunk, copy);
         uint64_t longest = scan_longest_long(words);
@@ -185,7 +202,7 @@ static void update_chunk(struct pagealloc *pages, uint64_t chunk) {
     set_code(pages, chunk, code_of(length));
 }
 
-/* How far the ones of a chunk go on from bit `at`: the first bit that is not one, or CHUNK. */
+/* The first bit at or after `at` that is zero; CHUNK if there is none. */
 static unsigned ones_end(const uint64_t *words, unsigned at) {
     for (unsigned i = at / 64, shift = at % 64; i < WORDS; i++, shift = 0) {
         uint64_t zeros = ~words[i] >> shift;
@@ -195,7 +212,7 @@ static unsigned ones_end(const uint64_t *words, unsigned at) {
     return CHUNK;
 }
 
-/* Where the ones of a chunk that reach up to bit `end`, exclusive, begin; `end` if there are none. */
+/* The start of the row of ones that ends before bit `end`; `end` if the bit below it is zero. */
 static unsigned ones_begin(const uint64_t *words, unsigned end) {
     while (end > 0) {
         unsigned i = (end - 1) / 64, above = 63 - (end - 1) % 64;
@@ -207,16 +224,17 @@ static unsigned ones_begin(const uint64_t *words, unsigned end) {
     return 0;
 }
 
-/* Where the run that starts at `start` stops. */
+/* The end of the run that starts at `start`. */
 static uint64_t stop_of(const struct pagealloc *pages, uint64_t start) {
     uint64_t chunk = chunk_of(start);
     unsigned end = ones_end(pages->bits[chunk], (unsigned)(start % CHUNK));
+    /* A run that reaches the end of its chunk goes on if the tag says so. */
     if (end == CHUNK && pages->tags[chunk].length != 0)
         return start + pages->tags[chunk].length;
     return chunk * CHUNK + end;
 }
 
-/* Where the run begins whose last page in its chunk is below `end` (> 0), in the same chunk. */
+/* The start of the run that contains page `end` - 1, whose bit must be set. */
 static uint64_t start_of(const struct pagealloc *pages, uint64_t end) {
     uint64_t chunk = chunk_of(end - 1);
     unsigned first = ones_begin(pages->bits[chunk], (unsigned)(end - chunk * CHUNK));
@@ -225,10 +243,11 @@ static uint64_t start_of(const struct pagealloc *pages, uint64_t end) {
     return chunk * CHUNK + first;
 }
 
-/* The highest page below `below` at which a run starts. */
+/* The highest start of a run below `below`; NONE if there is none. */
 static uint64_t last_start(const struct pagealloc *pages, uint64_t below) {
     uint64_t chunk = below == 0 ? 0 : chunk_of(below - 1), copy[WORDS];
     unsigned n = (unsigned)(below - chunk * CHUNK);
+    /* Look at the bits of the chunk of `below`, then of the nearest chunk below in which a run starts. */
     for (; chunk != NONE; chunk = chunk_below(pages, chunk), n = CHUNK) {
         const uint64_t *words = started_here(pages, chunk, copy);
         for (unsigned end = n; end > 0; end = (end - 1) / 64 * 64) {
@@ -242,11 +261,12 @@ static uint64_t last_start(const struct pagealloc *pages, uint64_t below) {
     return NONE;
 }
 
-/* The first page from `from` on, which is in no free run, at which one starts. */
+/* The lowest start of a run at or above `from`, which is in no free run; NONE if there is none. */
 static uint64_t next_start(const struct pagealloc *pages, uint64_t from) {
     if (from >= pages->capacity)
         return NONE;
     uint64_t chunk = chunk_of(from), end = (chunk + 1) * CHUNK, copy[WORDS];
+    /* First the rest of this chunk, whose ones all start at or above `from`; then the tree. */
     uint64_t found = bitmap_find(bits_of(pages), from, end, true);
     if (found < end)
         return found;
@@ -257,7 +277,7 @@ static uint64_t next_start(const struct pagealloc *pages, uint64_t from) {
     return chunk * CHUNK + bitmap_find(words, 0, CHUNK, true);
 }
 
-/* The words under [start, stop), of at most one chunk, and which bits of the outer ones. */
+/* The words of [start, stop), at most one chunk, and masks for the first and the last of them. */
 struct bit_range {
     uint64_t first, last, low, high;
 };
@@ -297,7 +317,8 @@ static void clear_bits(struct pagealloc *pages, uint64_t start, uint64_t stop) {
         words[i] = 0;
 }
 
-/* Notes the run [start, stop), which touches no other. */
+/* Marks [start, stop) as a free run that touches no other: bits in its first and last chunk, tags if
+ * these differ, and the code of the first. The bits of the chunks in between stay zero. */
 static void insert_run(struct pagealloc *pages, uint64_t start, uint64_t stop) {
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1);
     if (first == last) {
@@ -311,7 +332,7 @@ static void insert_run(struct pagealloc *pages, uint64_t start, uint64_t stop) {
     raise_code(pages, first, stop - start);
 }
 
-/* Forgets the run [start, stop), but for its length in its first chunk's code. */
+/* Unmarks the run [start, stop). The code of its first chunk still counts it: the caller updates it. */
 static void erase_run(struct pagealloc *pages, uint64_t start, uint64_t stop) {
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1);
     if (first == last) {
@@ -324,20 +345,22 @@ static void erase_run(struct pagealloc *pages, uint64_t start, uint64_t stop) {
     }
 }
 
-/* Whether a run of this length may be what the code of the chunk stands for. */
+/* Whether a run of this length may be the longest of the chunk; if not, its end changes no code. */
 static bool may_be_longest(const struct pagealloc *pages, uint64_t chunk, uint64_t length) {
     return pages->codes[0][chunk] == code_of(length);
 }
 
-/* Lets a run that reaches `stop` begin at `start`, in a later chunk than before; no run if they are
- * the same. The bits between its old and its new beginning are zero, but for those in the last chunk. */
+/* Shortens a run that ends at `stop` so that it starts at `start`, in a later chunk than before; if
+ * start == stop the run ends. The bits below `start` are zero already except in the last chunk. */
 static void move_start(struct pagealloc *pages, uint64_t start, uint64_t stop) {
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1);
     if (first < last) {
+        /* `start` was in an inner chunk, whose bits were zero: it becomes the first chunk. */
         set_bits(pages, start, (first + 1) * CHUNK);
         pages->tags[first].length = stop - start;
         pages->tags[last].start = start + 1;
     } else {
+        /* The rest lies in the last chunk: an ordinary run of bits, without a tag. */
         if (last * CHUNK < start)
             clear_bits(pages, last * CHUNK, start);
         pages->tags[last].start = 0;
@@ -346,11 +369,14 @@ static void move_start(struct pagealloc *pages, uint64_t start, uint64_t stop) {
         raise_code(pages, first, stop - start);
 }
 
-/* Takes [page, page + n) out of the free run [start, stop). */
+/* Allocates [page, page + n) from the free run [start, stop): splits the run, clears the bits of the
+ * pages and brings the code of the first chunk up to date. */
 static void take_run(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_t page,
                  uint64_t n) {
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1), end = page + n;
     pages->free -= n;
+    /* The usual case, a run in one chunk that may be its longest: one kernel clears the bits and finds
+     * the longest run that is left. The rest behind the pages is a lower bound for it. */
     if (first == last && pages->tags[first].start == 0 && may_be_longest(pages, first, stop - start)) {
         uint64_t longest = SCAN(pages->wide, longest_without, pages->bits[first],
                                   (unsigned)(page - first * CHUNK), (unsigned)(end - first * CHUNK),
@@ -362,25 +388,29 @@ static void take_run(struct pagealloc *pages, uint64_t start, uint64_t stop, uin
     if (first == last) {
         clear_bits(pages, page, end);
     } else if (page == start && chunk_of(end) == first) {
+        /* The front of a long run: it still starts in this chunk, only later and shorter. */
         clear_bits(pages, page, end);
         pages->tags[first].length -= n;
         pages->tags[last].start += n;
     } else if (page == start) {
+        /* The front of a long run, beyond its first chunk: the rest moves to a later chunk. */
         clear_bits(pages, page, (first + 1) * CHUNK);
         pages->tags[first].length = 0;
         move_start(pages, end, stop);
     } else {
+        /* The middle or the end of a long run: unmark it and mark what is left on both sides. */
         erase_run(pages, start, stop);
         if (start < page)
             insert_run(pages, start, page);
         if (end < stop)
             insert_run(pages, end, stop);
     }
+    /* insert_run and move_start only raise codes, so the first chunk may still count the old run. */
     if (may_be_longest(pages, first, stop - start))
         update_chunk(pages, first);
 }
 
-/* Zeros a chunk that has come to lie between a run's first and last one. */
+/* Zeros the bits and the tag of a chunk that has become an inner chunk of a run. */
 static void clear_inner_chunk(struct pagealloc *pages, uint64_t chunk, uint64_t first, uint64_t last) {
     if (first < chunk && chunk < last) {
         memset(pages->bits[chunk], 0, CHUNK / 8);
@@ -388,33 +418,40 @@ static void clear_inner_chunk(struct pagealloc *pages, uint64_t chunk, uint64_t 
     }
 }
 
-/* Joins the run [start, page), the pages [page, end) and the run [end, stop), each of the runs
- * possibly empty, to one that spans several chunks. */
+/* Joins the run [start, page), the pages [page, end) and the run [end, stop) to one run that spans
+ * several chunks. Each of the two runs may be empty. */
 static void join_runs(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_t page,
                  uint64_t end) {
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1), border = (first + 1) * CHUNK;
+    /* The last chunk of the lower run and the first chunk of the upper one may now be inner chunks. */
     if (start < page)
         clear_inner_chunk(pages, chunk_of(page - 1), first, last);
     if (end < stop)
         clear_inner_chunk(pages, chunk_of(end), first, last);
+    /* Of the freed pages, mark those in the first and the last chunk of the joined run. */
     if (page < border)
         set_bits(pages, page, border < end ? border : end);
     if (last * CHUNK < end)
         set_bits(pages, page > last * CHUNK ? page : last * CHUNK, end);
+    /* Account for the run at both ends and in the tree. */
     pages->tags[first].length = stop - start;
     pages->tags[last].start = start + 1;
     raise_code(pages, first, stop - start);
 }
 
-/* Makes [page, page + n), none of it free, free. */
+/* Frees [page, page + n), all of it in use: finds the free runs that touch it, joins them and brings
+ * the codes up to date. */
 static void return_run(struct pagealloc *pages, uint64_t page, uint64_t n) {
     uint64_t end = page + n, start = page, stop = end;
+    /* Free neighbours show in the bits: their end pages lie in first or last chunks, never in inner
+     * ones. */
     if (page > 0 && is_set(pages, page - 1))
         start = start_of(pages, page);
     if (end < pages->capacity && is_set(pages, end))
         stop = stop_of(pages, end);
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1), right = chunk_of(end);
     if (first == last || (first == right && end < stop)) {
+        /* All changed bits lie in one chunk, in which the joined run starts. */
         set_bits(pages, page, end);
         if (first != last) {
             pages->tags[first].length = stop - start;
@@ -422,21 +459,22 @@ static void return_run(struct pagealloc *pages, uint64_t page, uint64_t n) {
         }
         raise_code(pages, first, stop - start);
     } else {
+        /* The joined run has other first or last chunks than the two runs it is made of. */
         join_runs(pages, start, stop, page, end);
-        /* The run that was here starts lower now. */
+        /* The upper run started in `right` and now starts in `first`: `right` must not count it. */
         if (end < stop && right != first && may_be_longest(pages, right, stop - end))
             update_chunk(pages, right);
     }
     pages->free += n;
 }
 
-/* -- what is asked for -------------------------------------------------------------------------- */
+/* -- checks and searches ------------------------------------------------------------------------ */
 
 static bool is_outside(const struct pagealloc *pages, uint64_t page, uint64_t n) {
     return n == 0 || page >= pages->capacity || n > pages->capacity - page;
 }
 
-/* Whether a chunk whose bits are zero lies between the first and the last chunk of a free run. */
+/* Whether a chunk is an inner chunk of a free run, whose pages are free although its bits are zero. */
 static bool is_inner_chunk(const struct pagealloc *pages, uint64_t chunk) {
     const uint64_t *words = pages->bits[chunk];
     uint64_t any = pages->codes[0][chunk];
@@ -444,11 +482,13 @@ static bool is_inner_chunk(const struct pagealloc *pages, uint64_t chunk) {
         any |= words[i];
     if (any != 0)
         return false;
+    /* Only the nearest run below can cover it. */
     uint64_t start = last_start(pages, chunk * CHUNK);
     return start != NONE && stop_of(pages, start) > chunk * CHUNK;
 }
 
-/* Whether some of [page, page + n), pages of the tables, are free. */
+/* Whether some of [page, page + n), all below the capacity, are free: bits in the outer chunks, a run
+ * that starts in a chunk between them, or a run from below that covers the first. */
 static bool some_free(const struct pagealloc *pages, uint64_t page, uint64_t n) {
     uint64_t first = chunk_of(page), last = chunk_of(page + n - 1);
     uint64_t border = (first + 1) * CHUNK;
@@ -460,7 +500,7 @@ static bool some_free(const struct pagealloc *pages, uint64_t page, uint64_t n) 
     return is_inner_chunk(pages, first);
 }
 
-/* Whether all of [page, page + n) is part of the arena. */
+/* Whether all of [page, page + n) is part of the arena. Mostly there is one part. */
 static bool is_part(const struct pagealloc *pages, uint64_t page, uint64_t n) {
     const struct runs *parts = &pages->parts;
     if (parts->count == 1)
@@ -468,7 +508,7 @@ static bool is_part(const struct pagealloc *pages, uint64_t page, uint64_t n) {
     return runs_contain(parts, (size_t)page, (size_t)(page + n));
 }
 
-/* The run of `n` pages at or above `run->start` that is placed as asked; false if it has none. */
+/* Sets `*page` to the lowest page of the run with the alignment; false if fewer than `n` follow. */
 static bool aligned_page_in(struct pagealloc_run *run, uint64_t n, uint64_t align, uint64_t phase,
                   uint64_t *page) {
     uint64_t off = (run->start + phase) & (align - 1);
@@ -477,13 +517,14 @@ static bool aligned_page_in(struct pagealloc_run *run, uint64_t n, uint64_t alig
     return run->stop - run->start >= skip && run->stop - *page >= n;
 }
 
-/* The lowest run of at least `n` pages that starts in `chunk`, or false: in classes of lengths, the
- * longest one may be too short. */
+/* Finds the lowest run of at least `n` pages that starts in `chunk`, whose code is at least that of
+ * `n`. False if there is none: above 32,768 pages a code is a class, and the run may be shorter. */
 static bool run_in_chunk(const struct pagealloc *pages, uint64_t chunk, uint64_t n,
                          struct pagealloc_run *run) {
     uint64_t leaving = pages->tags[chunk].length, copy[WORDS];
     const uint64_t *words = started_here(pages, chunk, copy);
     if (n <= CHUNK) {
+        /* Bits behind the chunk count as free if the run that leaves it is long enough. */
         uint64_t fill = leaving >= n ? ~UINT64_C(0) : 0;
         unsigned at = n >= 64 ? scan_find_long(words, (unsigned)n)
                               : SCAN(pages->wide, find, words, (unsigned)n, fill);
@@ -492,6 +533,7 @@ static bool run_in_chunk(const struct pagealloc *pages, uint64_t chunk, uint64_t
         run->stop = end == CHUNK && leaving != 0 ? run->start + leaving : chunk * CHUNK + end;
         return true;
     }
+    /* Only a run that leaves the chunk is longer than one. */
     run->start = chunk * CHUNK + ones_begin(words, CHUNK);
     run->stop = run->start + leaving;
     return leaving >= n;
@@ -509,9 +551,10 @@ static bool run_from_chunk(const struct pagealloc *pages, uint64_t chunk, uint64
     return true;
 }
 
-/* The next run after `run` with at least `n` pages. */
+/* The next run after `run` with at least `n` pages: in the same chunk, else in a later one. */
 static bool run_after(const struct pagealloc *pages, uint64_t n, struct pagealloc_run *run) {
     uint64_t chunk = chunk_of(run->start);
+    /* A run that left the chunk ends the loop at once: it was the last one that starts there. */
     for (uint64_t start = run->stop; chunk_of(start) == chunk;) {
         start = bitmap_find(bits_of(pages), start, (chunk + 1) * CHUNK, true);
         if (chunk_of(start) != chunk)
@@ -527,6 +570,9 @@ static bool run_after(const struct pagealloc *pages, uint64_t n, struct pageallo
 }
 
 /* The lowest well-placed run, unless it hides behind many long but misplaced ones. */
+/* The lowest run that holds `n` pages with the alignment, and the first of these pages. Runs that are
+ * long enough are tried in turn; after PATIENCE misaligned ones, the lowest run with `align` - 1 spare
+ * pages, which always fits, bounds the time. */
 static bool aligned_run(const struct pagealloc *pages, uint64_t n, uint64_t align, uint64_t phase,
                         struct pagealloc_run *run, uint64_t *page) {
     bool found = run_from_chunk(pages, 0, n, run);
@@ -534,9 +580,9 @@ static bool aligned_run(const struct pagealloc *pages, uint64_t n, uint64_t alig
         if (aligned_page_in(run, n, align, phase, page))
             return true;
         if (++seen == PATIENCE) {
-            struct pagealloc_run sure;
-            if (align <= pages->capacity && run_from_chunk(pages, 0, n + align - 1, &sure)) {
-                *run = sure;
+            struct pagealloc_run spare;
+            if (align <= pages->capacity && run_from_chunk(pages, 0, n + align - 1, &spare)) {
+                *run = spare;
                 return aligned_page_in(run, n, align, phase, page);
             }
         }
@@ -544,6 +590,7 @@ static bool aligned_run(const struct pagealloc *pages, uint64_t n, uint64_t alig
     return false;
 }
 
+/* Allocates with the lock held: checks the request, finds a run, takes the pages from it. */
 static int64_t allocate(struct pagealloc *pages, uint64_t n, uint64_t align, uint64_t phase) {
     struct pagealloc_run run;
     uint64_t page;
@@ -569,6 +616,7 @@ int64_t pagealloc_alloc_at_held(struct pagealloc *pages, uint64_t page, uint64_t
         return PAGEALLOC_OUTSIDE;
     if (!is_part(pages, page, n))
         return PAGEALLOC_FOREIGN;
+    /* The free run that contains the page, if any, is the last one that starts at or below it. */
     uint64_t start = last_start(pages, page + 1);
     if (start == NONE)
         return PAGEALLOC_IN_USE;
@@ -579,6 +627,7 @@ int64_t pagealloc_alloc_at_held(struct pagealloc *pages, uint64_t page, uint64_t
     return 0;
 }
 
+/* Frees with the lock held; every check precedes the first change. */
 static int64_t free_run(struct pagealloc *pages, uint64_t page, uint64_t n) {
     if (is_outside(pages, page, n))
         return PAGEALLOC_OUTSIDE;
@@ -591,8 +640,8 @@ static int64_t free_run(struct pagealloc *pages, uint64_t page, uint64_t n) {
 }
 
 #ifdef __x86_64__
-/* The two that have to be fast, once more with all they call made one function: kernels for other
- * instructions can't be inlined otherwise. */
+/* The two hot functions, compiled again for the wide kernels with all callees inlined (flatten): a
+ * function with another target cannot be inlined otherwise. */
 #define FLAT SCAN_WIDE __attribute__((flatten)) static
 
 FLAT int64_t allocate_wide(struct pagealloc *pages, uint64_t n, uint64_t align, uint64_t phase) {
@@ -630,6 +679,7 @@ int64_t pagealloc_add_held(struct pagealloc *pages, uint64_t page, uint64_t n) {
         return PAGEALLOC_OUTSIDE;
     if (runs_next(&pages->parts, (size_t)page, (size_t)(page + n), &piece))
         return PAGEALLOC_IN_USE;
+    /* Storage first: nothing after this can fail. */
     if (runs_grow(&pages->parts) != 0)
         return PAGEALLOC_NO_MEMORY;
     runs_add(&pages->parts, (size_t)page, (size_t)(page + n));
@@ -665,11 +715,12 @@ bool pagealloc_run_below_held(const struct pagealloc *pages, uint64_t stop,
     return true;
 }
 
-/* The first run of free pages that reaches beyond `from`, cut there, and at `stop`. */
+/* The first run of free pages in [from, stop), clipped to it; false if there is none. */
 static bool free_from(const struct pagealloc *pages, uint64_t from, uint64_t stop,
                       struct pagealloc_run *run) {
     if (from >= stop || from >= pages->capacity)
         return false;
+    /* `from` lies in the last run that starts at or below it, or else before the next one. */
     uint64_t start = last_start(pages, from + 1), end = start == NONE ? 0 : stop_of(pages, start);
     if (end <= from) {
         start = next_start(pages, from);
@@ -687,6 +738,7 @@ bool pagealloc_used_from_held(const struct pagealloc *pages, uint64_t start, uin
     struct pagealloc_run free;
     if (stop > pages->capacity)
         stop = pages->capacity;
+    /* In each part, the pages in use end where the next free run starts, or with the part. */
     while (start < stop && runs_next(&pages->parts, (size_t)start, (size_t)stop, &part)) {
         if (!free_from(pages, part.lo, part.hi, &free))
             free.start = free.stop = part.hi;
@@ -699,7 +751,7 @@ bool pagealloc_used_from_held(const struct pagealloc *pages, uint64_t start, uin
     return false;
 }
 
-/* -- integers in foreign memory ----------------------------------------------------------------- */
+/* -- integers in the caller's memory ------------------------------------------------------------ */
 
 uint64_t pagealloc_integer(const struct pagealloc_integers *from, size_t i) {
 #define READ(type) ((const type *)from->items)[i]
@@ -717,12 +769,12 @@ uint64_t pagealloc_integer(const struct pagealloc_integers *from, size_t i) {
 #undef READ
 }
 
-/* Whether the integer could be written without loss; if so it was. */
+/* Writes an integer; false, with nothing written, if it does not fit. */
 static bool write_integer(const struct pagealloc_integers *to, size_t i, uint64_t value) {
 #define WRITE(type) (((type *)to->items)[i] = (type)value)
     unsigned bits = 8 * (unsigned)(to->width < 0 ? -to->width : to->width);
-    unsigned room = to->width < 0 ? bits - 1 : bits;
-    if (bits == 0 || (room < 64 && value >> room != 0))
+    unsigned usable = to->width < 0 ? bits - 1 : bits;
+    if (bits == 0 || (usable < 64 && value >> usable != 0))
         return false;
     switch (bits) {
     case 8: WRITE(uint8_t); break;
@@ -746,9 +798,10 @@ int64_t pagealloc_alloc_many(struct pagealloc *pages, const struct pagealloc_int
             page = PAGEALLOC_NARROW;
         }
     }
+    /* Undo: free the runs that were allocated so far. */
     if (page < 0) {
         *failed = --i;
-        while (i-- > 0) /* checked: others may have written to their memory */
+        while (i-- > 0) /* with checks: other threads may have changed the caller's arrays */
             (void)pagealloc_free_held(pages, pagealloc_integer(first, i),
                                       pagealloc_integer(lengths, i));
     }
@@ -763,6 +816,7 @@ int64_t pagealloc_free_many(struct pagealloc *pages, const struct pagealloc_inte
     pagealloc_lock(pages);
     for (; i < count && refused == 0; i++)
         refused = pagealloc_free_held(pages, pagealloc_integer(first, i), pagealloc_integer(lengths, i));
+    /* Undo: the pages are still free, since the lock is held. */
     if (refused != 0) {
         *failed = --i;
         while (i-- > 0)
@@ -772,14 +826,14 @@ int64_t pagealloc_free_many(struct pagealloc *pages, const struct pagealloc_inte
     return refused;
 }
 
-/* -- the rest of the contract ------------------------------------------------------------------- */
+/* -- creation, locking and the locked functions ------------------------------------------------- */
 
 uint64_t pagealloc_max_pages(void) {
     uint64_t most = UINT64_C(1) << 44;
     return most < SIZE_MAX / 2 ? most : SIZE_MAX / 2;
 }
 
-/* Fills in how many codes each level has. */
+/* Sets the number of levels and of codes per level. */
 static void count_levels(struct pagealloc *pages, uint64_t capacity) {
     uint64_t n = (capacity + CHUNK - 1) / CHUNK;
     pages->capacity = capacity;
@@ -790,9 +844,9 @@ static void count_levels(struct pagealloc *pages, uint64_t capacity) {
     while (n > FAN && (n = (n + FAN - 1) / FAN));
 }
 
-/* Lays the tables out behind the head, small and busy ones first; returns where they end. Their
- * sizes are powers of two mostly: without a few lines between them, the last entries of all levels
- * would lie at the same offset in an OS page, where a load waits for an unrelated store. */
+/* Places the tables after the struct, small and hot ones first; returns their end. Most sizes are
+ * powers of two: without a gap of a few cache lines the last entries of all levels would have the same
+ * offset in an OS page, and loads would wait for unrelated stores (4K aliasing). */
 static uint64_t lay_out(struct pagealloc *pages, uintptr_t memory) {
     uint64_t at = round_up(sizeof *pages, LINE);
     for (unsigned level = pages->levels; level-- > 0;) {
@@ -812,10 +866,10 @@ uint64_t pagealloc_bytes(uint64_t capacity) {
 }
 
 uint64_t pagealloc_tree_capacity(uint64_t capacity) {
-    uint64_t room = (uint64_t)CHUNK * FAN;
-    while (room < capacity)
-        room *= FAN;
-    return room < pagealloc_max_pages() ? room : pagealloc_max_pages();
+    uint64_t largest = (uint64_t)CHUNK * FAN;
+    while (largest < capacity)
+        largest *= FAN;
+    return smaller(largest, pagealloc_max_pages());
 }
 
 struct pagealloc *pagealloc_open(void *memory, uint64_t capacity) {
@@ -833,11 +887,11 @@ void pagealloc_close(struct pagealloc *pages) {
     (void)pthread_mutex_destroy(&pages->lock);
 }
 
-/* Its address tells threads apart, and is the same in a forked child. */
+/* Its address identifies a thread, and stays the same in a forked child. */
 static _Thread_local char this_thread;
 
-/* Whether this thread has the lock for a fork. Only the thread itself ever writes what makes this
- * true, so no order of memory is needed. */
+/* Whether this thread holds the lock for a fork. Only this thread writes the value that makes it true,
+ * so relaxed order is enough. */
 static bool holds_for_fork(struct pagealloc *pages) {
     const void *thread = atomic_load_explicit(&pages->forking, memory_order_relaxed);
     return thread != NULL && thread == &this_thread;
@@ -911,9 +965,10 @@ uint64_t pagealloc_longest(struct pagealloc *pages) {
     pagealloc_lock(pages);
     unsigned root = pages->levels - 1;
     uint16_t code = SCAN(pages->wide, largest, pages->codes[root], 0, pages->codes[root][0]);
+    /* The root has the longest length, or its class. */
     if (code < EXACT)
         longest = code;
-    else /* one of the runs in the highest class */
+    else /* a class: compare the runs of all chunks that have this code */
         for (uint64_t chunk = 0; (chunk = chunk_from(pages, chunk, code)) != NONE; chunk++)
             if (run_in_chunk(pages, chunk, longest > CHUNK ? longest : CHUNK + 1, &run))
                 longest = run.stop - run.start;
