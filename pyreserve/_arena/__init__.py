@@ -1,1 +1,1 @@
-"""Arenas: layouts brought to life, with a heap in them."""
+"""Arenas: a heap of page-sized blocks in an address-space layout."""

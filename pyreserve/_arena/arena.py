@@ -424,9 +424,9 @@ class Arena(Engine):
                 frees=stats.frees,
                 gc_sys=gc_sys,
                 other_sys=other_sys,
-                reserved=self._region.reserved + sum(r.size for r in self._elsewhere),
-                committed=self._region.committed + sum(r.size for r in self._elsewhere),
-                resident=sum(resident(r) for r in (self._region, *self._elsewhere)),
+                reserved=self._region.reserved + sum(r.size for r in self._metadata_regions),
+                committed=self._region.committed + sum(r.size for r in self._metadata_regions),
+                resident=sum(resident(r) for r in (self._region, *self._metadata_regions)),
                 tables=self._tables.size if self._tables is not None else 0,
             )
 
@@ -445,7 +445,7 @@ class Arena(Engine):
         """Bytes of heap bitmap and of spans that are mapped."""
         layout, placement = self.layout, self.placement
         if layout.arena_metadata:
-            arenas = len(self._elsewhere) - 1
+            arenas = len(self._metadata_regions) - 1
             return self._unit_bitmap * arenas, layout.index + self._unit_spans * arenas
         bitmap = placement.mapped_bitmap(PAGE_SIZE) if layout.bitmap else (0, 0)
         spans = placement.mapped_spans(PAGE_SIZE)
@@ -652,7 +652,7 @@ class Arena(Engine):
         metadata.start = placement.arena_start
         metadata.spans = ffi.cast("void *", placement.spans[0] if layout.spans else 0)
         if layout.arena_metadata:
-            metadata.index = ffi.cast("uintptr_t *", self._elsewhere[0].base)
+            metadata.index = ffi.cast("uintptr_t *", self._metadata_regions[0].base)
             metadata.unit = layout.unit
             metadata.unit_bitmap = self._unit_bitmap
         heap = ffi.new("struct heap *")
@@ -666,7 +666,7 @@ class Arena(Engine):
         )
         # What the heap's calls touch lives as long as this cdata, which they hold and the garbage
         # collector does not track: longer than any finaliser that may still use the arena.
-        close_with(heap, tables, self._region, self._elsewhere)
+        close_with(heap, tables, self._region, self._metadata_regions)
         forks.register_tables(heap, heap.pages)
         # A signal handler or finaliser may have made one meanwhile, and blocks: it stays.
         if self._heap is None:

@@ -43,7 +43,7 @@ class Engine:
         self._requested_layout = self._layout = layouts.get(name, size=size, word=WORD)
         self._mode: Mode = mode
         self._fell_back: FellBack | None = None
-        self._elsewhere: list[Region] = []  # metadata that does not lie beside the arena
+        self._metadata_regions: list[Region] = []  # metadata that does not lie beside the arena
         self._taken = self._by_hand = 0  # bytes of arena: all, and those handed out by `grow`
         self._undo: list[tuple[Any, ...]] | None = None  # while growing
         self._placement: Placement
@@ -262,11 +262,11 @@ class Engine:
         """Map the metadata of each arena that has none yet, and enter it in the index."""
         unit = self._layout.unit
         units = [at // unit for low, high in after.arenas for at in range(low, high, unit)]
-        index = ffi.cast("uintptr_t *", self._elsewhere[0].base)
-        for number in units[len(self._elsewhere) - 1 :]:
+        index = ffi.cast("uintptr_t *", self._metadata_regions[0].base)
+        for number in units[len(self._metadata_regions) - 1 :]:
             metadata = _committed(self._layout.arena_metadata, self._mode)
-            self._elsewhere.append(metadata)
-            self._note(self._elsewhere.pop)
+            self._metadata_regions.append(metadata)
+            self._note(self._metadata_regions.pop)
             index[number] = metadata.base
             self._note(index.__setitem__, number, 0)
 
@@ -284,7 +284,7 @@ class Engine:
         elif layout.strategy == "probe":
             region, self._placement = _open_probed(layout, self._mode)
         else:
-            self._elsewhere = [_committed(layout.index, self._mode)]
+            self._metadata_regions = [_committed(layout.index, self._mode)]
             start = layout.hints[0]
             self._placement = layout.place(start)
             region = _window(start, (1 << address_bits()) - start, self._mode)
@@ -313,7 +313,7 @@ class Engine:
                 self._close_elsewhere()
 
     def _close_elsewhere(self) -> None:
-        for metadata in self._elsewhere:
+        for metadata in self._metadata_regions:
             metadata._close()
 
     def __reduce__(self) -> NoReturn:

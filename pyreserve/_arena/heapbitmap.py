@@ -1,4 +1,4 @@
-"""The heap bitmap: a few bits for each word of the arena, where the layout's runtime had them."""
+"""The heap bitmap of a Go layout: two or four bits for each word of the arena."""
 
 from collections.abc import Iterator
 from operator import index as _index
@@ -10,42 +10,42 @@ from pyreserve.errors import RangeError
 
 
 class HeapBitmap:
-    """The collector's notes on each word of the arena, as the layout's runtime kept them.
+    """The garbage collector's bits for each word of the arena, in the format of the Go release.
 
-    Four bits a word up to Go 1.4: entry o stands in byte ``arena_start - o // 2 - 1`` at bit
+    Go up to 1.4 has four bits a word. Entry o is in byte ``arena_start - o // 2 - 1`` at bit
     ``o % 2 * 4``: bit 0 object start, bit 1 marked, bits 2-3 type (0 dead, 1 scalar, 2 pointer,
-    3 multi-word); Go 1.4 ``src/runtime/mgc0.h``. Two bits from Go 1.5 on: bit 0 pointer, bit 1 mark
-    or "more follows"; four entries a byte, pointer bits in its lower half (Go 1.5
-    ``src/runtime/mbitmap.go``). From Go 1.11 on each arena has a bitmap of its own, which runs
+    3 multi-word); Go 1.4 ``src/runtime/mgc0.h``. Go from 1.5 on has two bits a word: bit 0 pointer,
+    bit 1 mark or "more follows". A byte holds four entries, with the pointer bits in its lower half
+    (Go 1.5 ``src/runtime/mbitmap.go``). From Go 1.11 on each arena has its own bitmap, which grows
     forward.
 
-    The lowest bit of the entry of a block's first word is set while the block lives, in each form
-    (that is its meaning up to Go 1.4; later releases found starts by their spans). The rest is for
-    the user, who has all entries of a block; freeing it clears the first one.
+    In all formats the arena sets the lowest bit of the entry of a live block's first word. (Up to
+    Go 1.4 this is the meaning of the bit; later releases find object starts through spans.) The
+    other bits are free for the caller; freeing a block clears only its first entry.
 
-    ``bitmap[o]`` is the entry of word o from ``arena_start``, an int; `at` and `set_at` take an
-    address. Only words that the arena has handed out have entries.
+    ``bitmap[o]`` is the entry of word o counted from ``arena_start``, an int below 16 or 4. `at`
+    and `set_at` take an address. Words between ``arena_start`` and ``arena_used`` have entries.
 
     Raises (all methods):
-        RangeError: no such word, or not an entry.
+        RangeError: the word has no entry, its entry was decommitted, or the value is out of range.
         ReleasedError: the arena was released or closed.
     """
 
     __slots__ = ("_arena", "_bits", "_layout")
 
     def __init__(self, arena: Engine) -> None:
-        """For `Arena.heap_bitmap`."""
+        """Called by `Arena.heap_bitmap` alone."""
         self._arena = arena
         self._layout = arena.layout
         self._bits = arena.layout.bitmap_bits
 
     def __len__(self) -> int:
-        """How many words have entries."""
+        """Return the number of words that have entries."""
         self._arena._alive()
         return self._arena.placement.used // self._layout.word
 
     def index(self, address: int) -> int:
-        """Return the word index of an address inside the arena."""
+        """Return the index of the word that holds `address`."""
         word = (_index(address) - self._arena.placement.arena_start) // self._layout.word
         self._check(word)
         return word
@@ -61,59 +61,59 @@ class HeapBitmap:
     def __getitem__(self, word: int) -> int:
         with self._arena._lock:
             region, offset, shifts = self._entry(_index(word))
-            byte = self._known(lib.region_load(region._handle, offset))
+            byte = self._checked(lib.region_load(region._handle, offset))
         return sum((byte >> shift & 1) << bit for bit, shift in enumerate(shifts))
 
     def __setitem__(self, word: int, value: int) -> None:
         value = _index(value)
         if not 0 <= value < 1 << self._bits:
-            msg = f"an entry has {self._bits} bits: {value} is none"
+            msg = f"value must be between 0 and {(1 << self._bits) - 1}, got {value}"
             raise RangeError(msg)
         with self._arena._lock:
             region, offset, shifts = self._entry(_index(word))
-            byte = self._known(lib.region_load(region._handle, offset))
+            byte = self._checked(lib.region_load(region._handle, offset))
             for bit, shift in enumerate(shifts):
                 byte = byte & ~(1 << shift) | (value >> bit & 1) << shift
-            self._known(lib.region_store(region._handle, offset, byte))
+            self._checked(lib.region_store(region._handle, offset, byte))
 
     def __iter__(self) -> Iterator[int]:
         return (self[word] for word in range(len(self)))
 
     def _check(self, word: int) -> None:
         if not 0 <= word < len(self):
-            msg = f"no word {word}: the arena has handed out {len(self)}"
+            msg = f"word {word} has no heap bitmap entry: the arena uses {len(self)} words"
             raise RangeError(msg)
 
-    def _known(self, answer: int) -> int:
-        """Pass on what region_load or region_store answered, unless it could not."""
-        if answer < 0:
+    def _checked(self, result: int) -> int:
+        """Return the result of region_load or region_store; raise if the byte is not committed."""
+        if result < 0:
             self._arena._alive()
-            msg = "this part of the bitmap was decommitted"
+            msg = "this part of the heap bitmap was decommitted"
             raise RangeError(msg)
-        return answer
+        return result
 
     def _entry(self, word: int) -> tuple[Region, int, tuple[int, ...]]:
-        """Where an entry is: region and offset of its byte, and where its bits stand there."""
+        """Return region and offset of the byte that holds an entry, and the shifts of its bits."""
         self._check(word)
-        a_byte = 8 // self._bits
-        at, place = divmod(word, a_byte)
-        shifts = tuple(range(4 * place, 4 * place + 4)) if self._bits == 4 else (place, place + 4)
+        per_byte = 8 // self._bits
+        byte, slot = divmod(word, per_byte)
+        shifts = tuple(range(4 * slot, 4 * slot + 4)) if self._bits == 4 else (slot, slot + 4)
         if self._layout.arena_metadata:
-            region, inside = self._own_bitmap(word)
-            return region, inside // a_byte, shifts
+            region, arena_word = self._arena_bitmap(word)
+            return region, arena_word // per_byte, shifts
         region = self._arena.region
-        return region, self._arena.placement.arena_start - region.base - 1 - at, shifts
+        return region, self._arena.placement.arena_start - region.base - 1 - byte, shifts
 
-    def _own_bitmap(self, word: int) -> tuple[Region, int]:
-        """The bitmap of the arena with this word, and the word's index in that arena."""
+    def _arena_bitmap(self, word: int) -> tuple[Region, int]:
+        """Return the bitmap of the arena that holds a word, and the word's index in that arena."""
         placement, unit = self._arena.placement, self._layout.unit
         address = placement.arena_start + word * self._layout.word
-        before = 0
+        bytes_below = 0
         for low, high in placement.arenas:
             if low <= address < high:
-                arena, inside = divmod(address - low, unit)
-                metadata = self._arena._elsewhere[1 + before // unit + arena]
-                return metadata, inside // self._layout.word
-            before += high - low
-        msg = f"word {word} lies in no arena"
+                arena, offset = divmod(address - low, unit)
+                metadata = self._arena._metadata_regions[1 + bytes_below // unit + arena]
+                return metadata, offset // self._layout.word
+            bytes_below += high - low
+        msg = f"word {word} has no heap bitmap entry: it is in the gap between two arenas"
         raise RangeError(msg)

@@ -1,11 +1,11 @@
-"""What an arena has taken and given back, in the words of Go's runtime.MemStats."""
+"""Memory statistics of an arena, named after the fields of Go's runtime.MemStats."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class MemStats:
-    """A snapshot of an arena. Bytes, but for the three counts.
+    """Memory statistics of an arena at one moment: three counts, all other fields in bytes.
 
     The names and meanings are those of Go's ``runtime.MemStats`` (Go 1.4 ``src/runtime/mem.go``)::
 
@@ -15,26 +15,27 @@ class MemStats:
         heap_alloc <= heap_inuse
         heap_objects == mallocs - frees
 
-    What the kernel is asked for, `resident`, may change while the snapshot is taken; the others are
-    exact.
+    All fields are exact except `resident`: the kernel may change it while it is read.
 
     Attributes:
-        sys: obtained from the system, the sum of the ``_sys`` fields.
-        heap_sys: arena that is or was readable and writable.
-        heap_idle: of it, in no block.
-        heap_inuse: of it, whole pages of blocks, and what `Arena.grow` has handed out.
-        heap_released: idle bytes given back to the system and not taken again.
-        heap_alloc: bytes that were asked for, of blocks that live, and of `Arena.grow`.
-        heap_objects: how many blocks live.
-        mallocs: how many blocks were ever allocated.
-        frees: how many of them were freed.
+        sys: bytes obtained from the system; the sum of the ``_sys`` fields.
+        heap_sys: bytes of arena that are committed, or were before they were decommitted.
+        heap_idle: bytes of `heap_sys` outside blocks and outside ranges from `Arena.grow`.
+        heap_inuse: bytes of `heap_sys` in the whole pages of blocks and in ranges from
+            `Arena.grow`.
+        heap_released: bytes of `heap_idle` given back to the system and not used since.
+        heap_alloc: requested bytes of all live blocks, plus the ranges from `Arena.grow`.
+        heap_objects: number of live blocks.
+        mallocs: number of blocks allocated since the arena was created.
+        frees: number of blocks freed since the arena was created.
         gc_sys: mapped bytes of the heap bitmap.
-        other_sys: mapped bytes of spans, and of the index of arenas where there is one.
-        reserved: addresses that the arena owns, mapped or not: Go shows them in no field.
-        committed: of them, readable and writable.
-        resident: of them, in memory, as the kernel says (mincore).
-        tables: addresses of the allocator's own tables, beside the arena; memory is in them only
-            where pages were used.
+        other_sys: mapped bytes of spans, and of the index of arenas in layouts that have one.
+        reserved: bytes of address space that the arena owns, committed or not. Go has no field
+            for it.
+        committed: bytes of `reserved` that are readable and writable.
+        resident: bytes of `reserved` that are in RAM (mincore(2)).
+        tables: bytes of address space of the allocator's own tables, which are not part of
+            `reserved`. Only entries of pages that were used have memory.
     """
 
     sys: int

@@ -101,7 +101,7 @@ class TestTracemalloc:
         arena = Arena()
         blocks = [arena.alloc(100 * 1024) for _ in range(50)]
         tables = 0 if arena._tables is None else arena._tables.committed
-        elsewhere = sum(region.committed for region in arena._elsewhere)
+        elsewhere = sum(region.committed for region in arena._metadata_regions)
         assert traced() == arena.region.committed + tables + elsewhere > 5_000_000
 
         before = traced()
