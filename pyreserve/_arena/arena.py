@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pyreserve._alloc.integers import IntegersForC, integers
 from pyreserve._alloc.pages import close_with, reserve_tables
-from pyreserve._arena.blocks import Block, Blocks, no_block
+from pyreserve._arena.blocks import Block, Blocks, already_freed
 from pyreserve._arena.engine import WORD, Engine, FellBack
 from pyreserve._arena.heapbitmap import HeapBitmap
 from pyreserve._arena.memstats import MemStats
@@ -173,7 +173,7 @@ class Arena(Engine):
                 region._busy = interrupting
         if freed < 0:
             self._alive()
-            raise no_block()
+            raise already_freed()
 
     def alloc_many(self, sizes: Any) -> Blocks:
         """Allocate a block for each of `sizes`: an iterable or a buffer of positive integers.
@@ -231,7 +231,7 @@ class Arena(Engine):
             self._refuse_views(handles)
             freed = lib.heap_free_many(self._heap, handles, len(handles), False, failed)
         if freed < 0:
-            raise no_block(f"blocks[{failed[0]}]")
+            raise already_freed(f"blocks[{failed[0]}]")
 
     def block_at(self, address: int) -> Block | None:
         """Return the block that has the byte at `address`; None if none has. Asks the spans."""
@@ -691,7 +691,7 @@ class Arena(Engine):
         nbytes = int(_nbytes(self._heap, handle))
         if nbytes < 0:
             self._alive()
-            raise no_block()
+            raise already_freed()
         return Block(self, handle, nbytes)
 
     def _view(self, block: Block, *, pin: bool = False) -> memoryview:
@@ -699,12 +699,12 @@ class Arena(Engine):
             self._alive()
             if _nbytes(self._heap, block._handle) < 0:
                 self._alive()
-                raise no_block()
+                raise already_freed()
             offset, nbytes = int(_address(self._heap, block._handle)) - self._base, block._nbytes
             view = self._region.view(offset, nbytes)
             if _nbytes(self._heap, block._handle) < 0:  # a signal handler freed it meanwhile
                 self._alive()
-                raise no_block()
+                raise already_freed()
             if pin:
                 block._pin = self._region._pinned(offset, nbytes)
         return view

@@ -1,4 +1,4 @@
-"""What an arena hands out: one block, or many that are objects only when looked at."""
+"""Block and Blocks: handles to the blocks that an arena allocates."""
 
 from collections.abc import Iterator, Sequence
 from operator import index as _index
@@ -18,15 +18,15 @@ _nbytes = lib.heap_nbytes
 
 
 class Block:
-    """Bytes of an `Arena` that are one's own until they are freed.
+    """A block of an `Arena`: a range of committed bytes, in use until it is freed.
 
-    Two Block objects for the same block are equal. A block lives until it is freed, whether or not
-    there is an object for it: `Arena.block_at` and `Arena.blocks` find it.
+    Dropping a Block object does not free its block; `Arena.block_at` and `Arena.blocks` return a
+    new object for it. Two Block objects for the same block are equal.
 
-    As a context manager a block closes itself at the end. From Python 3.12 on it can be used as a
-    buffer directly; then its bytes are pinned as long as this object lives, since some consumers
-    (``np.ndarray(buffer=...)``, ``torch.frombuffer``) keep nothing but a reference to it. Bytes got
-    by `view` are pinned only as long as the view, or what was made of it, lives.
+    Leaving a ``with`` block closes the block. From Python 3.12 on a Block is itself a buffer.
+    Exporting that buffer pins the bytes as long as the Block object lives, because some consumers
+    (``np.ndarray(buffer=...)``, ``torch.frombuffer``) keep only a reference to the object. `view`
+    pins them only as long as the view, or an object made from it, is alive.
     """
 
     __slots__ = ("_arena", "_handle", "_nbytes", "_pin")
@@ -34,26 +34,26 @@ class Block:
     _pin: Any
 
     def __init__(self, arena: "Arena", handle: int, nbytes: int) -> None:
-        """For `Arena`."""
+        """Called by `Arena` alone."""
         self._arena = arena
         self._handle = handle
         self._nbytes = nbytes
 
     @property
     def arena(self) -> "Arena":
-        """Whose bytes they are."""
+        """The arena that the block belongs to."""
         return self._arena
 
     @property
     def nbytes(self) -> int:
-        """How many bytes were asked for."""
+        """Requested size in bytes. The block occupies whole pages of the layout."""
         return self._nbytes
 
     @property
     def address(self) -> int:
-        """Address of the first byte, also after it was freed.
+        """Address of the first byte; unchanged after the block was freed.
 
-        Touching memory through it is at your own risk.
+        Access through a raw address is at your own risk.
 
         Raises:
             ReleasedError: the arena was released or closed.
@@ -62,27 +62,31 @@ class Block:
 
     @property
     def offset(self) -> int:
-        """Offset of the first byte in `Arena.region`, in bytes; also after it was freed."""
+        """Offset of the first byte from the base of `Arena.region`, in bytes.
+
+        Raises:
+            ReleasedError: the arena was released or closed.
+        """
         return self.address - self._arena.region.base
 
     @property
     def zeroed(self) -> bool:
         """Whether the bytes were known to be zero when the block was allocated.
 
-        False for a Block that `Arena.block_at` or `Arena.blocks` made: they can't know.
+        Always False for a Block from `Arena.block_at` or `Arena.blocks`, which do not know.
         """
         return bool(self._handle & _ZEROED)
 
     @property
     def freed(self) -> bool:
-        """Whether the block was freed or closed, or its arena released."""
+        """Whether the block was freed or closed, or its arena released or closed."""
         return bool(_nbytes(self._arena._heap, self._handle) < 0)
 
     @property
     def view(self) -> memoryview:
-        """A new memoryview of the bytes, writable, one unsigned byte an item.
+        """A new writable memoryview of the bytes: format ``"B"``, shape ``(nbytes,)``.
 
-        While it, or anything made from it, is alive, the block can't be freed.
+        The block cannot be freed while the view, or an object made from it, is alive.
 
         Raises:
             FreeError: the block was freed or closed.
@@ -92,18 +96,22 @@ class Block:
         return self._arena._view(self)
 
     def __buffer__(self, flags: int, /) -> memoryview:
-        """Export the bytes (PEP 688); pins them as long as this object lives."""
+        """Export the bytes as a buffer (PEP 688), pinned as long as this object lives.
+
+        Raises: as `view`.
+        """
         return self._arena._view(self, pin=True)
 
     def free(self) -> None:
-        """Give the bytes back to the arena; see `Arena.free`."""
+        """Free the block. Raises as `Arena.free`."""
         self._arena.free(self)
 
     def close(self) -> None:
-        """Refuse new views now; free the block when its last view is gone.
+        """Refuse new views now, and free the block when its last view is gone.
 
-        With no view it is freed now; if another thread is in a call on the arena when the last view
-        dies, at the arena's next call. Leaving a ``with`` block calls this; see `Region.close`.
+        Without a live view the block is freed at once. If another thread is in a call on the arena
+        when the last view dies, the arena's next call frees the block. Leaving a ``with`` block
+        calls this method; see `Region.close`.
         """
         self._arena._close_block(self)
 
@@ -129,33 +137,35 @@ class Block:
         return f"<Block of {format_size(self._nbytes)}{state}>"
 
     def __reduce__(self) -> NoReturn:
-        msg = "a Block is addresses of this process: it can't be pickled or copied"
+        msg = "a Block can't be pickled or copied: its memory belongs to this process"
         raise TypeError(msg)
 
 
 class Blocks(Sequence[Block]):
-    """Many blocks in eight bytes each; Block objects are made when it is indexed or iterated over.
+    """A sequence of blocks that stores eight bytes a block.
 
-    From `Arena.alloc_many`, in the order of the sizes.
+    `Arena.alloc_many` returns it, in the order of the sizes. Indexing and iterating create the
+    Block objects.
 
     Raises:
         FreeError: by ``blocks[i]``, if that block was freed or closed.
+        IndexError: by ``blocks[i]``, if the index is out of range.
     """
 
     __slots__ = ("_arena", "_handles")
 
     def __init__(self, arena: "Arena", handles: Any) -> None:
-        """For `Arena`: `handles` is a cdata array of ``int64_t``."""
+        """Called by `Arena` alone. `handles` is a cdata array of ``int64_t``."""
         self._arena = arena
         self._handles = handles
 
     @property
     def arena(self) -> "Arena":
-        """Whose blocks they are."""
+        """The arena that the blocks belong to."""
         return self._arena
 
     def free(self) -> None:
-        """Give all of them back; see `Arena.free_many`."""
+        """Free all of the blocks, or none. Raises as `Arena.free_many`."""
         self._arena.free_many(self)
 
     def __len__(self) -> int:
@@ -166,17 +176,17 @@ class Blocks(Sequence[Block]):
     @overload
     def __getitem__(self, key: slice) -> "Blocks": ...
     def __getitem__(self, key: int | slice) -> "Block | Blocks":
-        """``blocks[i]`` is a Block, ``blocks[a:b]`` Blocks of their own."""
+        """Return a Block for an index, and a new Blocks for a slice."""
         if isinstance(key, slice):
-            chosen = range(*key.indices(len(self)))
-            return Blocks(self._arena, ffi.new("int64_t[]", [self._handles[i] for i in chosen]))
-        at = _index(key)
-        if at < 0:
-            at += len(self)
-        if not 0 <= at < len(self):
-            msg = f"no block {key} in {len(self)} blocks"
+            indices = range(*key.indices(len(self)))
+            return Blocks(self._arena, ffi.new("int64_t[]", [self._handles[i] for i in indices]))
+        i = _index(key)
+        if i < 0:
+            i += len(self)
+        if not 0 <= i < len(self):
+            msg = f"index {key} is out of range for {len(self)} blocks"
             raise IndexError(msg)
-        return self._arena._block(self._handles[at])
+        return self._arena._block(self._handles[i])
 
     def __iter__(self) -> Iterator[Block]:
         return (self[i] for i in range(len(self)))
@@ -185,10 +195,10 @@ class Blocks(Sequence[Block]):
         return f"<{len(self):,} Blocks of {self._arena!r}>"
 
     def __reduce__(self) -> NoReturn:
-        msg = "Blocks are addresses of this process: they can't be pickled or copied"
+        msg = "Blocks can't be pickled or copied: their memory belongs to this process"
         raise TypeError(msg)
 
 
-def no_block(which: str = "the block") -> FreeError:
-    """Make the exception for a block that is not there any more."""
-    return FreeError(f"{which} was freed or closed already")
+def already_freed(name: str = "the block") -> FreeError:
+    """Create the exception for a block that was freed or closed before."""
+    return FreeError(f"{name} was already freed or closed")

@@ -1,4 +1,4 @@
-"""A thread that gives an arena's idle memory back to the system, as Go's runtime has one."""
+"""A background thread that gives an arena's idle memory back, like the scavenger of Go."""
 
 import atexit
 import contextlib
@@ -14,22 +14,23 @@ if TYPE_CHECKING:
     from pyreserve._arena.arena import Arena
 
 FIVE_MINUTES = 300.0
-"""How long Go keeps idle memory, in seconds (Go 1.4 src/runtime/mheap1.c, ``limit``)."""
+"""Seconds that Go keeps idle memory (Go 1.4 src/runtime/mheap1.c, ``limit``)."""
 
-_MOST_BETWEEN = 60.0  # Go's ``tick`` (same file): seconds between two looks
+_MAX_INTERVAL = 60.0  # seconds between two scavenges: Go's ``tick`` (same file)
+_ZERO_AGE_INTERVAL = 1.0  # seconds between two scavenges when older_than is 0
 _JOIN_POLL_SECONDS = 0.1  # seconds between checks while waiting for the thread to end
-_LEAST_BETWEEN = 1.0  # where memory of any age shall go
 
 
 class Scavenger:
-    """Calls ``arena.scavenge(older_than=...)`` again and again until it is stopped.
+    """Calls ``arena.scavenge(older_than=...)`` periodically until it is stopped.
 
-    It ends by itself when the arena is released or dropped, when another one is started for the
-    arena, and with the interpreter. It does not keep the arena alive, and a forked child has none.
+    It also ends when the arena is released, closed or dropped, when a new scavenger is started for
+    the arena, and when the interpreter exits. It does not keep the arena alive. A forked child has
+    no scavenger.
     """
 
     def __init__(self, worker: "Worker", older_than: float, lazy: bool) -> None:
-        """For `Arena.start_scavenger`."""
+        """Called by `Arena.start_scavenger` alone."""
         self._worker = worker
         self._older_than = older_than
         self._lazy = lazy
@@ -37,67 +38,67 @@ class Scavenger:
 
     @property
     def older_than(self) -> float:
-        """Seconds that memory must have been idle."""
+        """Seconds that memory must have been idle before it is given back."""
         return self._older_than
 
     @property
     def lazy(self) -> bool:
-        """As for `Arena.scavenge`."""
+        """Whether memory is given back lazily (MADV_FREE); see `Arena.scavenge`."""
         return self._lazy
 
     @property
     def given_back(self) -> int:
-        """Bytes that it has given back so far."""
+        """Bytes given back so far."""
         return self._given_back
 
     @property
     def running(self) -> bool:
-        """Whether the thread is at work in this process."""
+        """Whether the thread of this process runs for this scavenger."""
         return self._worker.serves(self)
 
     def __repr__(self) -> str:
         state = "running" if self.running else "ended"
-        return f"<Scavenger of what is idle for {self._older_than:g} s, {state}>"
+        return f"<Scavenger of memory idle for {self._older_than:g} s, {state}>"
 
     def stop(self) -> None:
-        """Stop the thread and wait for it to end. Calling it again does nothing."""
+        """Stop the thread and wait for it to end. Does nothing if it has ended."""
         self._worker.stop(self)
 
     def add(self, nbytes: int) -> None:
-        """Count bytes that the thread has given back."""
+        """Add to `given_back`."""
         self._given_back += nbytes
 
 
 class Worker:
-    """The thread of an arena: one at most, whose scavenger may be replaced by another.
+    """Runs an arena's scavenger in a thread: at most one thread, for the latest scavenger.
 
-    No lock is waited for while this one is held, except to join a thread that takes none.
+    While the lock is held no other lock is awaited, except to join a thread that takes none.
     """
 
     def __init__(self, arena: "Arena") -> None:
-        """For `Arena`: without a thread yet."""
+        """Called by `Arena` alone. Starts no thread."""
         self._lock = RLock()
         forks.register(self._lock)
-        # Released to wake the thread. The garbage collector, which may run anywhere, can do that
-        # without waiting for anything.
+        # Released to wake the thread. Releasing never blocks, so a weakref callback may do it
+        # wherever the garbage collector runs.
         self._wake = allocate_lock()
         self._wake.acquire()
         self._scavenger: Scavenger | None = None
         self._thread: threading.Thread | None = None
         self._ended: threading.Thread | None = None  # finished its work, not yet exited
-        self._arena = weakref.ref(arena, self._tell_to_stop)
+        self._arena = weakref.ref(arena, self._request_stop)
         _workers.add(self)
 
     def start(self, older_than: float, lazy: bool) -> Scavenger:
-        """Have the thread work for a new scavenger; start it if there is none.
+        """Replace the scavenger by a new one; start the thread if none runs.
 
         Raises:
-            RuntimeError: no thread can be started.
+            RuntimeError: no thread can be started, or the interpreter is exiting.
         """
         scavenger = Scavenger(self, older_than, lazy)
         with self._lock:
             if _exiting:
-                msg = "can't start a scavenger at the end of the interpreter"
+                msg = "cannot start a scavenger: the interpreter is exiting"
                 raise RuntimeError(msg)
             self._scavenger = scavenger
             if self._alive():
@@ -108,41 +109,42 @@ class Worker:
 
     def _start_thread(self) -> None:
         if self._ended is not None:
-            self._ended.join(1.0)  # bounded: a finaliser in it may be waiting for this lock
+            self._ended.join(1.0)  # bounded: a finaliser in it may wait for this lock
         self._thread = threading.Thread(target=self._run, name="pyreserve-scavenger", daemon=True)
         try:
             self._thread.start()
         except BaseException:
-            self._tell_to_stop()
+            self._request_stop()
             raise
 
     def _alive(self) -> bool:
-        # A forked child has the object, but not the thread.
+        # A forked child inherits the Thread object without the thread.
         return self._thread is not None and self._thread.is_alive()
 
     def serves(self, scavenger: Scavenger) -> bool:
-        """Tell whether the thread is alive and works for this scavenger."""
+        """Return whether the thread is alive and runs for `scavenger`."""
         return self._scavenger is scavenger and self._alive()
 
     def stop(self, scavenger: Scavenger | None = None) -> None:
-        """Stop the thread if it works for `scavenger`, and wait for its end.
+        """Stop the thread and wait for its end; if `scavenger` is given, only if it runs for it.
 
-        Does not wait in the thread itself, nor where it interrupts a call that holds the lock.
+        Does not wait if called in the thread itself, or by a signal handler or finaliser that
+        interrupts a call holding the lock.
         """
         with self._lock:
             if scavenger is not None and self._scavenger is not scavenger:
                 return
-            self._tell_to_stop()
+            self._request_stop()
             thread = self._thread if self._alive() else None
-        # The thread takes this lock before it ends; an interrupted call may hold it.
+        # The thread takes this lock before it ends, and an interrupted call may hold the lock.
         if thread is threading.current_thread() or self._lock._is_owned():  # type: ignore[attr-defined]
             return
-        # Another thread may start a new scavenger; this thread then serves it.
+        # Another thread may start a new scavenger, and the thread goes on for that one.
         while thread is not None and thread.is_alive() and self._scavenger is None:
             thread.join(_JOIN_POLL_SECONDS)
 
-    def _tell_to_stop(self, _: object = None) -> None:
-        """Tell the thread to end. Waits for nothing."""
+    def _request_stop(self, _: object = None) -> None:
+        """Ask the thread to end, without blocking."""
         self._scavenger = None
         self._notify()
 
@@ -152,12 +154,12 @@ class Worker:
 
     def _run(self) -> None:
         while (scavenger := self._next()) is not None:
-            pause = min(_MOST_BETWEEN, scavenger.older_than / 2) or _LEAST_BETWEEN
+            pause = min(_MAX_INTERVAL, scavenger.older_than / 2) or _ZERO_AGE_INTERVAL
             if not self._wake.acquire(timeout=pause):
                 self._scavenge(scavenger)
 
     def _next(self) -> Scavenger | None:
-        """Return the scavenger to serve; None ends the thread, and `start` then makes a new one."""
+        """Return the current scavenger. None ends the thread; `start` then creates a new one."""
         with self._lock:
             if self._scavenger is None:
                 self._thread, self._ended = None, self._thread
@@ -169,7 +171,7 @@ class Worker:
             try:
                 arena.scavenge_for(scavenger, lambda: self._scavenger is scavenger)
             except ReleasedError:
-                self._tell_to_stop()
+                self._request_stop()
 
 
 _workers: "weakref.WeakSet[Worker]" = weakref.WeakSet()
@@ -178,7 +180,7 @@ _exiting = False
 
 @atexit.register
 def _end_threads() -> None:
-    """End all threads before interpreter shutdown, which would freeze one that holds a lock."""
+    """End all threads before interpreter shutdown, which would freeze a thread holding a lock."""
     global _exiting  # noqa: PLW0603
     _exiting = True
     for worker in list(_workers):

@@ -539,4 +539,4 @@ box.append(Arena("native", size=MiB))
             check=True,
         )
 
-        assert done.stdout == "can't start a scavenger at the end of the interpreter\n"
+        assert done.stdout == "cannot start a scavenger: the interpreter is exiting\n"
