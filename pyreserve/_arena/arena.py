@@ -418,7 +418,7 @@ class Arena(Engine):
                 heap_idle=heap_sys - inuse,
                 heap_inuse=inuse,
                 heap_released=stats.released,
-                heap_alloc=stats.requested + self._by_hand,
+                heap_alloc=stats.requested + self._taken_by_grow,
                 heap_objects=stats.mallocs - stats.frees,
                 mallocs=stats.mallocs,
                 frees=stats.frees,
@@ -430,7 +430,7 @@ class Arena(Engine):
                 tables=self._tables.size if self._tables is not None else 0,
             )
 
-    def _in_heap(self) -> int:
+    def _heap_bytes(self) -> int:
         return int(self._counts()[0].arena)
 
     def _counts(self) -> tuple[Any, int]:
@@ -439,7 +439,7 @@ class Arena(Engine):
         with self._lock:
             if self._heap is not None:
                 lib.heap_measure(self._heap, stats)
-            return stats, int(stats.in_use) + self._by_hand
+            return stats, int(stats.in_use) + self._taken_by_grow
 
     def _metadata_mapped(self) -> tuple[int, int]:
         """Bytes of heap bitmap and of spans that are mapped."""
@@ -457,7 +457,7 @@ class Arena(Engine):
         low, high = self.placement.arena
         return (
             f"<Arena {self.layout.name} {low:#x}-{high:#x} of {format_size(high - low)}: "
-            f"{format_size(self.in_use)} in use of {format_size(self._taken)} taken so far>"
+            f"{format_size(self.in_use)} in use of {format_size(self._taken_total)} taken so far>"
         )
 
     # -- the end ------------------------------------------------------------------------------
@@ -475,7 +475,7 @@ class Arena(Engine):
         region = self._region
         with self._lock, region._taking_away() as interrupting:
             self._alive()
-            if self._undo is not None:
+            if self._undo_log is not None:
                 msg = "release called from inside a growth of the same arena"
                 raise RuntimeError(msg)
             if region._views is not None:
@@ -595,7 +595,7 @@ class Arena(Engine):
             if size <= 0:
                 continue
             try:
-                self._take(size, partial(self._add, size))
+                self._take_pages(size, partial(self._add, size))
             except OutOfMemoryError as refused:
                 refusals.append(refused.with_traceback(None))
             else:
@@ -628,8 +628,8 @@ class Arena(Engine):
     ) -> OutOfMemoryError:
         _, in_use = self._counts()
         msg = (
-            f"cannot allocate {nbytes}-byte block: {in_use} in use, {self._taken - in_use} idle, "
-            f"{self._region.reserved} reserved: {because}"
+            f"cannot allocate {nbytes}-byte block: {in_use} in use, "
+            f"{self._taken_total - in_use} idle, {self._region.reserved} reserved: {because}"
         )
         return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit=limit)
 

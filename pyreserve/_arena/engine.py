@@ -1,4 +1,4 @@
-"""The engine that brings a layout to life: reserve, grow, and map the metadata that follows."""
+"""Engine: reserves a layout's addresses, grows its arena and maps the metadata it needs."""
 
 import errno
 from collections.abc import Callable, Iterator
@@ -18,21 +18,33 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 WORD: int = ffi.sizeof("void *")
-_PROBE = 64 * KiB  # what Go mapped to see whether a place is free (src/runtime/mem_linux.c)
-_LOW = 4 * GiB  # where the 32-bit mechanism looks for its window
-_LOW_STEP = 16 * MiB
-_BRK_ROOM = 64 * MiB  # left to the C library's heap, which grows upward from the program's end
+_PROBE_SIZE = 64 * KiB  # mapped to test whether an address is free (Go src/runtime/mem_linux.c)
+_WINDOW_LIMIT = 4 * GiB  # the window of the 32-bit mechanism lies below this address
+_WINDOW_STEP = 16 * MiB  # between two addresses tried for the window
+_BRK_SPACE = 64 * MiB  # left free above [heap], which the C library extends upward by brk(2)
 
 
 class FellBack(NamedTuple):
-    """Why a layout was refused: in words, and the limit if it is known."""
+    """Why the requested layout was refused.
+
+    Attributes:
+        because: the reason in words.
+        limit: the limit that refused it; None if unknown.
+    """
 
     because: str
     limit: str | None
 
 
 class Engine:
-    """A layout at work: what `pyreserve.Arena` stands on.
+    """A layout at its addresses: reserves them, commits arena and metadata, and undoes failures.
+
+    It knows nothing about blocks.
+
+    Args:
+        layout: name of a layout; None: Go's of December 2014 for this interpreter's word size.
+        size: bytes of arena, for the layout ``"native"`` only.
+        mode: how commits are accounted, as for `pyreserve.reserve`.
 
     Raises:
         KeyError, RangeError, OutOfMemoryError: as for `pyreserve.Arena`.
@@ -43,32 +55,33 @@ class Engine:
         self._requested_layout = self._layout = layouts.get(name, size=size, word=WORD)
         self._mode: Mode = mode
         self._fell_back: FellBack | None = None
-        self._metadata_regions: list[Region] = []  # metadata that does not lie beside the arena
-        self._taken = self._by_hand = 0  # bytes of arena: all, and those handed out by `grow`
-        self._undo: list[tuple[Any, ...]] | None = None  # while growing
+        # Go 1.11: the index of arenas, then the metadata of each arena.
+        self._metadata_regions: list[Region] = []
+        self._taken_total = self._taken_by_grow = 0  # bytes of arena
+        self._undo_log: list[tuple[Any, ...]] | None = None  # None: no growth under way
         self._placement: Placement
-        other = layouts.fallback_of(self._layout)
+        fallback = layouts.fallback_of(self._layout)
         try:
             self._region = self._open(self._layout)
         except VMError as refused:
-            if other is None:
+            if fallback is None:
                 raise
             self._fell_back = FellBack(refused.strerror or str(refused), refused.limit)
         if self._fell_back is not None:
-            assert other is not None
-            self._layout, self._region = other, self._open(other)
+            assert fallback is not None
+            self._layout, self._region = fallback, self._open(fallback)
         self._lock = self._region._make_lock()
 
-    # -- what it is ---------------------------------------------------------------------------
+    # -- properties ---------------------------------------------------------------------------
 
     @property
     def requested_layout(self) -> Layout:
-        """The layout that was asked for."""
+        """The layout named in the constructor."""
         return self._requested_layout
 
     @property
     def layout(self) -> Layout:
-        """The layout in use; differs from `requested_layout` after a fallback."""
+        """The layout in use; the fallback if `requested_layout` was refused."""
         return self._layout
 
     @property
@@ -78,16 +91,20 @@ class Engine:
 
     @property
     def placement(self) -> Placement:
-        """Where everything lies at this moment; addresses."""
+        """Current address ranges of spans, bitmap and arena."""
         return self._placement
 
     @property
     def region(self) -> Region:
-        """The region that holds spans, bitmap and arena."""
+        """The region that contains spans, bitmap and arena."""
         return self._region
 
     def maps(self) -> list[Piece]:
-        """What /proc/self/maps shows inside the addresses that the arena owns, lowest first."""
+        """Return the mappings in /proc/self/maps within the arena's addresses, lowest first.
+
+        Raises:
+            OSError: /proc/self/maps cannot be read.
+        """
         with self._lock:
             base, placement = self._region.base, self._placement
             owned = [(base + at, base + at + n) for at, n in self._region._runs("reserved")]
@@ -96,112 +113,115 @@ class Engine:
             for low, high in owned:
                 start, end = max(low, mapping.start), min(high, mapping.end)
                 if start < end:
-                    what = placement.what(start, end)
-                    pieces.append(Piece(start, end, mapping.perms, what))
+                    parts = placement.what(start, end)
+                    pieces.append(Piece(start, end, mapping.perms, parts))
         return pieces
 
     # -- growth -------------------------------------------------------------------------------
 
     def grow(self, nbytes: int) -> int:
-        """Take `nbytes` more of the arena, commit them and the metadata for them.
+        """Take the next `nbytes` bytes of the arena; commit them and their metadata.
 
-        Rounded up to whole pages of the layout. Where the arena is used up, more addresses are
-        asked for by the layout's rules.
+        The size is rounded up to whole pages of the layout. When the arena is used up, the layout's
+        rules decide which addresses are requested from the kernel. A failed call changes nothing.
 
         Returns:
-            The address of the first of the new bytes. They read zero.
+            The address of the first new byte. The new bytes read zero.
 
         Raises:
-            RangeError: not positive.
-            OutOfMemoryError: refused; nothing has changed.
-            VMError: somebody mapped addresses that were only probed (EEXIST).
+            RangeError: `nbytes` is not positive.
+            OutOfMemoryError: the layout is used up, or the kernel refused.
+            VMError: another mapping occupies addresses that were only probed (EEXIST).
             ReleasedError: the arena was released or closed.
-            RuntimeError: called by a finaliser or signal handler inside another growth.
+            RuntimeError: a finaliser or signal handler called this during another growth.
         """
         nbytes = _index(nbytes)
         if nbytes <= 0:
-            msg = f"an arena grows by a positive number of bytes, not {nbytes}"
+            msg = f"nbytes must be positive, got {nbytes}"
             raise RangeError(msg)
         with self._lock:
             nbytes = round_up(nbytes, self._page)
-            address = self._take(nbytes, lambda _: None)
-            self._by_hand += nbytes
+            address = self._take_pages(nbytes, lambda _: None)
+            self._taken_by_grow += nbytes
         return address
 
     @property
     def _page(self) -> int:
-        """Bytes of a page of the arena: the layout's, or the kernel's if that is larger."""
+        """Page size of the arena in bytes: the layout's, or the OS page if that is larger."""
         return max(self._layout.page, PAGE_SIZE)
 
-    def _take(self, nbytes: int, then: Callable[[int], None]) -> int:
-        """Grow by whole pages; `then` gets the address, and what it raises undoes the growth."""
+    def _take_pages(self, nbytes: int, use: Callable[[int], None]) -> int:
+        """Grow by whole pages, call `use` with their address, and return it.
+
+        An exception from `use` undoes the growth, unless the heap has taken the pages.
+        """
         with self._lock:
             self._alive()
-            if self._undo is not None:
-                msg = "grow called from inside grow of the same arena"
+            if self._undo_log is not None:
+                msg = "grow called from inside another growth of the same arena"
                 raise RuntimeError(msg)
-            before = self._in_heap()
-            self._undo = []
-            # No view may be made of bytes that an undoing would take away.
+            heap_bytes = self._heap_bytes()
+            self._undo_log = []
+            # No view may be created of bytes that a rollback would decommit.
             self._region._busy, busy = True, self._region._busy
             try:
-                after, block = self._grown(nbytes)
-                then(block)
+                grown, address = self._commit_growth(nbytes)
+                use(address)
             except BaseException:
-                if self._in_heap() != before:
-                    # A signal handler raised after the heap had taken the bytes: they stay.
-                    self._placement, self._taken = after, self._taken + nbytes
+                if self._heap_bytes() != heap_bytes:
+                    # A signal handler raised after the heap had taken the pages: keep the growth.
+                    self._placement, self._taken_total = grown, self._taken_total + nbytes
                     raise
-                for step, *arguments in reversed(self._undo):
+                for step, *arguments in reversed(self._undo_log):
                     step(*arguments)
-                if self._region._released:  # what interrupted the growth closed the arena
-                    self._close_elsewhere()
+                if self._region._released:  # closed by a handler that interrupted the growth
+                    self._close_metadata()
                 raise
             finally:
-                self._undo, self._region._busy = None, busy
-            # No handler comes in between: nothing here or above calls or jumps.
-            self._placement = after
-            self._taken += nbytes
+                self._undo_log, self._region._busy = None, busy
+            # No signal handler runs between `use` and here: there is no call or backward jump.
+            self._placement = grown
+            self._taken_total += nbytes
             if self._region._released:
-                self._close_elsewhere()
-        return block
+                self._close_metadata()
+        return address
 
-    def _in_heap(self) -> int:
-        """Bytes of arena that blocks are made of."""
+    def _heap_bytes(self) -> int:
+        """Return the bytes of arena that the heap allocates from."""
         return 0
 
-    def _grown(self, nbytes: int) -> tuple[Placement, int]:
-        """Take, commit and map; note in `_undo` how to take each step back."""
-        after, block = self._placement, None
-        if not after.fits(nbytes):
-            after, block = self._extend(nbytes)
-        if block is None:
-            block, after = after.arena_used, after.advanced(nbytes)
+    def _commit_growth(self, nbytes: int) -> tuple[Placement, int]:
+        """Commit the next `nbytes` and their metadata; log in `_undo_log` how to undo each step."""
+        grown, address = self._placement, None
+        if not grown.fits(nbytes):
+            grown, address = self._extend_arena(nbytes)
+        if address is None:
+            address, grown = grown.arena_used, grown.advanced(nbytes)
         mapped = self._placement.mapped(PAGE_SIZE)
-        for piece in after.mapped(PAGE_SIZE):
-            for low, high in layouts.without(piece, mapped):
-                self._commit(low, high)
+        for addresses in grown.mapped(PAGE_SIZE):
+            for low, high in layouts.without(addresses, mapped):
+                self._commit_range(low, high)
         if self._layout.arena_metadata:
-            self._map_elsewhere(after)
-        return after, block
+            self._map_arena_metadata(grown)
+        return grown, address
 
-    def _extend(self, nbytes: int) -> layouts.Answer:
-        """Ask for more addresses; return what follows."""
+    def _extend_arena(self, nbytes: int) -> layouts.Answer:
+        """Request more addresses by the layout's rules; return the extended placement."""
         handle = self._region._handle
         refusals: list[VMError] = []
         reason = None
         for request in self._placement.growth(nbytes):
-            err, address = self._ask(request)
+            err, address = self._request_addresses(request)
             if err == errno.ERANGE:
                 reason = self._placement.out_of_range(address)
             elif err in {errno.ENOMEM, errno.EAGAIN} and not refusals:
                 refusals.append(refusal("map", err, request.size))
             if err:
                 continue
-            claimed = self._offsets(address, address + round_up(request.size, PAGE_SIZE))
+            claimed = self._offset_and_length(address, address + round_up(request.size, PAGE_SIZE))
             answer = self._placement.granted(request, address, nbytes)
             if answer is not None:
-                self._note(lib.region_disclaim, handle, *claimed)
+                self._log_undo(lib.region_disclaim, handle, *claimed)
                 return answer
             lib.region_disclaim(handle, *claimed)
             reason = self._placement.out_of_range(address)
@@ -212,17 +232,17 @@ class Engine:
             reason = f"the arena of {format_size(high - low)} is used up"
         reserved = self._region.reserved
         msg = (
-            f"{reason}: cannot allocate {nbytes}-byte block ({self._taken} in use), "
+            f"{reason}: cannot allocate {nbytes}-byte block ({self._taken_total} in use), "
             f"{reserved} reserved"
         )
         raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit="layout")
 
-    def _note(self, *step: Any) -> None:
-        assert self._undo is not None
-        self._undo.append(step)
+    def _log_undo(self, *step: Any) -> None:
+        assert self._undo_log is not None
+        self._undo_log.append(step)
 
-    def _ask(self, request: Request) -> tuple[int, int]:
-        """Put a request to the kernel; return an errno and an address."""
+    def _request_addresses(self, request: Request) -> tuple[int, int]:
+        """Claim the addresses of a request; return an errno and the first address."""
         handle, access = self._region._handle, lib.VM_COMMITTED if request.committed else 0
         size = round_up(request.size, PAGE_SIZE)
         if size >> (8 * WORD - 1):
@@ -235,89 +255,94 @@ class Engine:
         err = lib.region_claim_near(handle, floor, request.hint, size, access, address)
         return err, int(address[0])
 
-    def _commit(self, low: int, high: int) -> None:
-        """Make a range that the placement has just come to map readable and writable."""
+    def _commit_range(self, low: int, high: int) -> None:
+        """Make a range that the new placement maps readable and writable.
+
+        The strategy *arenas* claims its ranges readable and writable: nothing is left to do.
+        """
         handle, err, verb = self._region._handle, 0, "commit"
         if self._layout.strategy == "reserve":
             base = self._region.base
             committed = [(base + at, base + at + n) for at, n in self._region.committed_runs()]
-            for piece in layouts.without((low, high), committed):
-                self._note(lib.region_decommit, handle, *self._offsets(*piece))
-            err = lib.region_commit(handle, *self._offsets(low, high))
+            for gap in layouts.without((low, high), committed):
+                self._log_undo(lib.region_decommit, handle, *self._offset_and_length(*gap))
+            err = lib.region_commit(handle, *self._offset_and_length(low, high))
         elif self._layout.strategy == "probe":
             verb = "map"
-            self._note(lib.region_disclaim, handle, *self._offsets(low, high))
-            err = lib.region_claim(handle, *self._offsets(low, high), lib.VM_COMMITTED)
+            self._log_undo(lib.region_disclaim, handle, *self._offset_and_length(low, high))
+            err = lib.region_claim(handle, *self._offset_and_length(low, high), lib.VM_COMMITTED)
             if err:
-                assert self._undo is not None
-                self._undo.pop()
-        # The third strategy claims an arena readable and writable.
+                assert self._undo_log is not None
+                self._undo_log.pop()
         if err:
             self._alive()
-            conflict = "address space conflict: somebody mapped it since it was probed"
-            why = conflict if err == errno.EEXIST else None
-            raise refusal(verb, err, high - low, low, why)
+            conflict = "address space conflict: another mapping was created since the probe"
+            reason = conflict if err == errno.EEXIST else None
+            raise refusal(verb, err, high - low, low, reason)
 
-    def _map_elsewhere(self, after: Placement) -> None:
-        """Map the metadata of each arena that has none yet, and enter it in the index."""
+    def _map_arena_metadata(self, grown: Placement) -> None:
+        """Map the metadata of each new arena and store its address in the index."""
         unit = self._layout.unit
-        units = [at // unit for low, high in after.arenas for at in range(low, high, unit)]
+        units = [at // unit for low, high in grown.arenas for at in range(low, high, unit)]
         index = ffi.cast("uintptr_t *", self._metadata_regions[0].base)
         for number in units[len(self._metadata_regions) - 1 :]:
-            metadata = _committed(self._layout.arena_metadata, self._mode)
+            metadata = _reserve_committed(self._layout.arena_metadata, self._mode)
             self._metadata_regions.append(metadata)
-            self._note(self._metadata_regions.pop)
+            self._log_undo(self._metadata_regions.pop)
             index[number] = metadata.base
-            self._note(index.__setitem__, number, 0)
+            self._log_undo(index.__setitem__, number, 0)
 
-    def _offsets(self, low: int, high: int) -> tuple[int, int]:
+    def _offset_and_length(self, low: int, high: int) -> tuple[int, int]:
         return low - self._region.base, high - low
 
     # -- opening ------------------------------------------------------------------------------
 
     def _open(self, layout: Layout) -> Region:
-        """Take the first addresses of a layout."""
+        """Reserve or probe the first addresses of a layout; set the placement."""
         if layout.window:
             region, self._placement = _open_window(layout, self._mode)
         elif layout.strategy == "reserve":
-            region, self._placement = _open_whole(layout, self._mode)
+            region, self._placement = _open_reserved(layout, self._mode)
         elif layout.strategy == "probe":
             region, self._placement = _open_probed(layout, self._mode)
         else:
-            self._metadata_regions = [_committed(layout.index, self._mode)]
+            self._metadata_regions = [_reserve_committed(layout.index, self._mode)]
             start = layout.hints[0]
             self._placement = layout.place(start)
-            region = _window(start, (1 << address_bits()) - start, self._mode)
+            region = _window_region(start, (1 << address_bits()) - start, self._mode)
         return region
 
     # -- the end ------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Give all addresses back.
+        """Release all addresses.
 
         Raises:
-            ViewError: live views hold some of the bytes.
-            ReleasedError: it was released or closed.
+            ViewError: live views show some of the bytes; nothing was released.
+            ReleasedError: the arena was already released or closed.
         """
         try:
             self._region._release()
         finally:
             if self._region.released:
-                self._close_elsewhere()
+                self._close_metadata()
 
     def close(self) -> None:
-        """Refuse new use; release the addresses with the last view. See `Region.close`."""
+        """Refuse new calls; release the addresses when the last view is gone.
+
+        See `Region.close`.
+        """
         with self._lock:
             self._region._close()
-            if self._undo is None:  # else the growth under way still needs them
-                self._close_elsewhere()
+            if self._undo_log is None:  # a growth under way still needs the metadata
+                self._close_metadata()
 
-    def _close_elsewhere(self) -> None:
+    def _close_metadata(self) -> None:
         for metadata in self._metadata_regions:
             metadata._close()
 
     def __reduce__(self) -> NoReturn:
-        msg = "an Arena is addresses of this process: it can't be pickled or copied"
+        msg = "an Arena can't be pickled or copied: its memory belongs to this process"
         raise TypeError(msg)
 
     def _alive(self) -> None:
@@ -333,17 +358,17 @@ class Engine:
         self.close()
 
 
-# -- how the first addresses are taken --------------------------------------------------------
+# -- opening a layout: its first addresses ----------------------------------------------------
 
 
-def _committed(nbytes: int, mode: Mode) -> Region:
+def _reserve_committed(nbytes: int, mode: Mode) -> Region:
     region = reserve(nbytes, mode=mode)
     region.commit(0, region.size)
     return region
 
 
-def _window(start: int, size: int, mode: Mode) -> Region:
-    """Open a region over addresses that are claimed piece by piece."""
+def _window_region(start: int, size: int, mode: Mode) -> Region:
+    """Create a region over free addresses, of which ranges are claimed later."""
     size &= -PAGE_SIZE
     mode, accounting = effective_mode(mode)
     region = Region(size, mode, "copy", None)
@@ -356,8 +381,8 @@ def _window(start: int, size: int, mode: Mode) -> Region:
     return region
 
 
-def _open_whole(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
-    """Reserve all of a layout at once, near the first hint that the kernel accepts."""
+def _open_reserved(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
+    """Reserve a whole layout near the first hint that the kernel accepts."""
     refusals: list[VMError] = []
     for hint in layout.hints or (None,):
         fits = hint is None or hint >> (8 * WORD) == 0
@@ -369,31 +394,31 @@ def _open_whole(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
                 align=None if layout.slack else max(layout.page, PAGE_SIZE),
             )
         except OutOfMemoryError as refused:
-            refusals = [refused]
+            refusals = [refused]  # the last refusal is raised
         else:
             return region, layout.place(region.base)
     raise refusals.pop()
 
 
 def _open_probed(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
-    """Take the first hint at which a few pages are free, without keeping them."""
+    """Place a layout at the first hint where `_PROBE_SIZE` bytes are free; own none of them."""
     err = errno.ENOMEM
     for hint in layout.hints:
         if hint >> (8 * WORD):
             break
-        err = lib.vm_map_at(hint, _PROBE, lib.VM_RESERVED)
+        err = lib.vm_map_at(hint, _PROBE_SIZE, lib.VM_RESERVED)
         if err == 0:
-            err = lib.vm_release(hint, _PROBE)
+            err = lib.vm_release(hint, _PROBE_SIZE)
             if err:
-                raise refusal("release", err, _PROBE, hint)
-            return _window(hint, layout.total(), mode), layout.place(hint)
+                raise refusal("release", err, _PROBE_SIZE, hint)
+            return _window_region(hint, layout.total(), mode), layout.place(hint)
     raise refusal("reserve", err, layout.total())
 
 
 def _open_window(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
-    """Reserve the first piece of the 32-bit mechanism, its window free above it if possible.
+    """Reserve the first range of the 32-bit mechanism, with a free window above it if possible.
 
-    Smaller arenas are tried in turn.
+    Smaller arenas are tried in turn when the kernel refuses.
     """
     refusals: list[VMError] = []
     for arena in layout.arena_sizes:
@@ -417,7 +442,7 @@ def _reserve_in_window(layout: Layout, arena: int, mode: Mode) -> tuple[Region, 
     metadata = layout.spans + layout.bitmap + layout.page
     top = 1 << address_bits()
     for base in _window_bases(layout, metadata + layout.window):
-        region = _window(base, min(metadata + layout.window, top - base), mode)
+        region = _window_region(base, min(metadata + layout.window, top - base), mode)
         err = lib.region_claim(region._handle, 0, total, lib.VM_RESERVED)
         if err == 0:
             return region, layout.place(base, arena)
@@ -427,31 +452,31 @@ def _reserve_in_window(layout: Layout, arena: int, mode: Mode) -> tuple[Region, 
 
 
 def _window_bases(layout: Layout, span: int) -> Iterator[int]:
-    """Yield where `span` bytes are free, best first, then wherever the kernel likes.
+    """Yield addresses with `span` free bytes, best first, then three that the kernel chooses.
 
-    Where /proc can't be read all places count as free: a claim replaces nothing.
+    If /proc/self/maps cannot be read all addresses count as free: a claim replaces no mapping.
     """
-    lowest = max(proc.setting_or_default("mmap_min_addr"), _LOW_STEP // 16)
+    lowest = max(proc.setting_or_default("mmap_min_addr"), _WINDOW_STEP // 16)
     try:
-        mappings = _with_brk_room(proc.read_maps())
+        mappings = _with_brk_space(proc.read_maps())
     except OSError:
         mappings = []
-    gaps = list(proc.free_gaps(mappings, lowest, _low_top()))
-    for base in (*layout.hints, *range(_LOW_STEP, _LOW, _LOW_STEP)):
+    gaps = list(proc.free_gaps(mappings, lowest, _window_top()))
+    for base in (*layout.hints, *range(_WINDOW_STEP, _WINDOW_LIMIT, _WINDOW_STEP)):
         if any(low <= base and base + span <= high for low, high in gaps):
             yield base
-    for _ in range(3):  # another thread may take the place between the question and the claim
+    for _ in range(3):  # another thread may map the range before it is claimed
         with reserve(layout.total()) as anywhere:
             base = anywhere.base
         yield base
 
 
-def _low_top() -> int:
-    return min(_LOW, 1 << address_bits())
+def _window_top() -> int:
+    return min(_WINDOW_LIMIT, 1 << address_bits())
 
 
-def _with_brk_room(mappings: list[proc.Mapping]) -> list[proc.Mapping]:
+def _with_brk_space(mappings: list[proc.Mapping]) -> list[proc.Mapping]:
     return [
-        mapping._replace(end=mapping.end + _BRK_ROOM) if mapping.name == "[heap]" else mapping
+        mapping._replace(end=mapping.end + _BRK_SPACE) if mapping.name == "[heap]" else mapping
         for mapping in mappings
     ]
