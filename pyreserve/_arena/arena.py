@@ -1,4 +1,4 @@
-"""The arena: blocks out of a layout that is alive, and idle memory back to the system."""
+"""Arena: a heap of blocks in an address-space layout, which gives idle memory back."""
 
 import errno
 import weakref
@@ -30,44 +30,45 @@ _find = lib.heap_find
 _nbytes = lib.heap_nbytes
 _address = lib.heap_address
 _ZEROED = 1 << lib.HEAP_PAGE_BITS
-_BLOCKS_AT_ONCE = 256
-_PIECES_AT_ONCE = 256
-_LONGEST_PIECE = 64 * MiB  # given back in one system call, so that nobody waits for long
-# Seconds a scavenger waits for the lock before checking that it is still wanted.
+_BLOCKS_PER_CALL = 256
+_RUNS_PER_CALL = 256
+_MAX_RUN_BYTES = 64 * MiB  # given back in one system call: bounds how long the lock is held
+# Seconds that a scavenger waits for the lock before it checks whether it was stopped.
 _LOCK_POLL_SECONDS = 0.05
-_ARENAS_MOST = TiB  # of arenas that lie apart: what the tables are made for
+_SPREAD_BYTES = TiB  # the tables' capacity where each arena is mapped separately (Go 1.11)
 
 
 class Arena(Engine):
-    """A heap in a layout: addresses reserved as it says, memory committed as blocks need it.
+    """A heap of blocks: reserves the addresses of a layout and commits memory as blocks need it.
 
-    Blocks are whole pages of the layout (8 KiB in Go's), placed by address-ordered first fit: the
-    lowest run of free pages that is long enough. To allocate or free takes much the same time
-    whatever the size of the arena and of the block: a few bytes of notes are written for each page.
+    A block occupies whole pages of the layout (8 KiB in Go's). Placement is address-ordered first
+    fit: the lowest run of free pages that is long enough. Allocating and freeing take nearly the
+    same time for all sizes of arenas and blocks: the tables have a few bytes for each page.
 
     Args:
-        layout: a name from `pyreserve.layouts.names`; None takes the article's layout for this
-            interpreter's word size.
-        size: bytes of arena, for ``"native"`` only.
+        layout: a name from `pyreserve.layouts.names`; None: Go's layout of December 2014 for this
+            interpreter's word size (`pyreserve.layouts.default_name`).
+        size: bytes of arena, for the layout ``"native"`` only.
         mode: how commits are accounted, as for `pyreserve.reserve`.
-        scavenge_after: seconds; if given, a thread gives back what was idle for so long
+        scavenge_after: if given, a thread gives memory back that was idle for this many seconds
             (`start_scavenger`).
-        step: how much the arena grows by at least, in bytes, whole pages of the layout and of the
-            OS; None: by the layout's rule, 1 MiB in Go's; ``"measured"``: what suits this machine,
-            as `pyreserve.costs.measured_step` finds it in up to two seconds, once in a process.
+        step: minimum growth of the arena in bytes, a multiple of the layout's page and of the OS
+            page. None: the layout's rule, 1 MiB in Go's and 2 MiB in ``"native"``. ``"measured"``:
+            a step that suits this machine, from `pyreserve.costs.measured_step`, which takes up to
+            two seconds once in a process.
 
-    A 64-bit Go layout whose reservation is refused falls back to the 32-bit mechanism, as the
-    runtime did; `layout` then differs from `requested_layout`, and `fell_back` says why.
+    A 64-bit Go layout whose reservation is refused falls back to the 32-bit mechanism, as Go's
+    runtime did. `layout` then differs from `requested_layout`, and `fell_back` has the reason.
 
-    The methods may be called from any thread. A forked child has the arena with all its blocks, as
-    its own copy, and no scavenger.
+    All methods may be called from any thread. A forked child has its own copy of the arena and of
+    all blocks, and no scavenger.
 
     Raises:
-        KeyError: no such layout.
-        RangeError: a size or step that makes no sense.
-        ValueError, OSError: another word, or ``"measured"`` can't be told: see
+        KeyError: no layout has this name.
+        RangeError: `size` or `step` is out of range.
+        ValueError, OSError: `step` is another string, or could not be measured; see
             `pyreserve.costs.measured_step`.
-        OutOfMemoryError: the addresses were refused; ``limit`` says by what.
+        OutOfMemoryError: the addresses were refused; its ``limit`` names the limit.
     """
 
     def __init__(
@@ -80,36 +81,36 @@ class Arena(Engine):
         step: int | Literal["measured"] | None = None,
     ) -> None:
         nbytes = None if step is None else as_step(step)
-        # What it has for C, once there are blocks.
+        # The C heap and its tables; None until the first allocation.
         self._heap: Any = None
         self._tables: Region | None = None
         self._worker: Worker | None = None
-        # Closed blocks with live views, by new handle; and blocks whose last view died while the
-        # lock was taken.
+        # Closed blocks by their new handle, and those whose last view is gone, to be freed. The
+        # callback of a view cannot take the lock, so it only appends to the list.
         self._closed_blocks: dict[int, _ClosedBlock] = {}
-        self._late: list[_ClosedBlock] = []
+        self._unviewed_blocks: list[_ClosedBlock] = []
         super().__init__(layout, size, mode)
         self._step = self.layout.growth if nbytes is None else round_up(nbytes, self._page)
         if nbytes not in {None, self._step} and step != "measured":
             super().release()
-            msg = f"a step is whole pages of {self._page} bytes in this layout, not {nbytes}"
+            msg = f"step must be a multiple of the layout's page ({self._page}), got {nbytes}"
             raise RangeError(msg)
         self._region._owner = "an arena"
         self._base = self._region.base
         if scavenge_after is not None:
             self.start_scavenger(scavenge_after)
 
-    # -- what it is ---------------------------------------------------------------------------
+    # -- properties ---------------------------------------------------------------------------
 
     @property
     def in_use(self) -> int:
-        """Bytes handed out: whole pages of blocks, and what `grow` has given."""
+        """Bytes in use: the whole pages of all blocks, and the ranges from `grow`."""
         self._free_closed(sweep=True)
         return self._counts()[1]
 
     @property
     def committed(self) -> int:
-        """How many bytes of `region` are committed: arena, and its metadata there."""
+        """Committed bytes of `region`: arena, spans and bitmap."""
         return self._region.committed
 
     @property
@@ -122,45 +123,50 @@ class Arena(Engine):
     def alloc(self, nbytes: int, align: int = 1, *, zero: bool = False) -> Block:
         """Allocate a block of `nbytes` bytes.
 
-        Its address is a multiple of `align`, a power of two (and of the page in any case). The
-        contents are zero where nobody used the bytes before, which `Block.zeroed` tells; `zero`
-        clears the rest, and only that. Where no free run is long enough the arena grows, by its
-        step or what the block needs if that is more, and if that is refused by just what it needs.
+        If no free run is long enough, the arena grows by its step, or by what the block needs if
+        that is more. If the kernel refuses the step, the arena grows by just what the block needs.
+
+        Args:
+            nbytes: size of the block in bytes.
+            align: the address is a multiple of it, and of the arena's page in any case. A power of
+                two; in layouts with separate arenas (Go 1.11) at most the size of one, 64 MiB.
+            zero: clear the bytes that are not known to be zero. Bytes never used before read zero
+                in any case; `Block.zeroed` is True if the whole block was known to be zero.
 
         Raises:
-            RangeError: `nbytes` is not positive, or `align` not a power of two.
-            OutOfMemoryError: the layout has no more room, or the kernel refused; it says what was
-                asked for, what is in use and what is reserved. Nothing has changed.
+            RangeError: `nbytes` is not positive, or `align` is not allowed.
+            OutOfMemoryError: the layout is used up, or the kernel refused. The message has the
+                bytes requested, in use and reserved. Nothing has changed.
             ReleasedError: the arena was released or closed.
-            RuntimeError: called by a finaliser or signal handler inside a growth, and the arena had
-                to grow.
+            RuntimeError: a finaliser or signal handler called this during a growth, and the arena
+                has to grow again.
         """
         nbytes = _index(nbytes)
-        if self._late:
+        if self._unviewed_blocks:
             self._free_closed()
         try:
             handle = _alloc(self._heap, nbytes, align, zero, False)
-        except (OverflowError, TypeError):  # no heap yet, or no numbers for C
+        except (OverflowError, TypeError):  # no heap yet, or an argument that C does not take
             handle = lib.HEAP_CLOSED
         if handle < 0:
-            handle = self._alloc_slowly(nbytes, _index(align), bool(zero))
+            handle = self._alloc_slow_path(nbytes, _index(align), bool(zero))
         return Block(self, handle, nbytes)
 
     def free(self, block: Block) -> None:
-        """Free a block. Its memory stays for the next one, until `scavenge`.
+        """Free a block. Its memory stays committed for later blocks until `scavenge`.
 
         Raises:
-            FreeError: it was freed before.
-            RangeError: it is a block of another arena.
-            TypeError: it is no Block.
-            ViewError: live views hold some of the bytes; nothing has changed.
+            FreeError: the block was already freed or closed.
+            RangeError: the block belongs to another arena.
+            TypeError: `block` is not a Block.
+            ViewError: live views show some of the bytes; nothing has changed.
             ReleasedError: the arena was released or closed.
         """
         try:
             if block._arena is not self:
-                raise _foreign(block)
+                raise _other_arenas(block)
         except AttributeError:
-            raise _no_block_at_all("free", block) from None
+            raise _not_a_block("free", block) from None
         region = self._region
         with self._lock:
             interrupting, region._busy = region._busy, True
@@ -176,10 +182,13 @@ class Arena(Engine):
             raise already_freed()
 
     def alloc_many(self, sizes: Any) -> Blocks:
-        """Allocate a block for each of `sizes`: an iterable or a buffer of positive integers.
+        """Allocate a block for each size, all or none.
+
+        Args:
+            sizes: sizes in bytes: an iterable of positive integers, or a buffer of integers.
 
         Raises:
-            As `alloc`, for the first size that is refused; then no block was allocated, though the
+            As `alloc`, for the first size that is refused. No block was allocated then, but the
             arena may have grown.
         """
         wanted = integers(sizes, "sizes")
@@ -198,43 +207,50 @@ class Arena(Engine):
                     )
                     if done == count:
                         break
-                    self._make_room(int(refused[0]), wanted, done)
+                    self._grow_for_sizes(int(refused[0]), wanted, done)
             except BaseException:
                 lib.heap_free_many(self._heap, handles, done, True, ffi.new("size_t *"))
                 raise
         return Blocks(self, handles)
 
     def free_many(self, blocks: Iterable[Block]) -> None:
-        """Free blocks, all or none: `Blocks`, or any iterable of Block.
+        """Free blocks, all or none.
+
+        Args:
+            blocks: `Blocks`, or an iterable of Block.
 
         Raises:
-            As `free`, for the first block that is refused; then none was freed.
+            As `free`, for the first block that is refused. No block was freed then.
         """
         if isinstance(blocks, Blocks):
             foreign: Block | Blocks | None = blocks if blocks.arena is not self else None
             handles = blocks._handles
         else:
-            some = list(blocks)
-            for block in some:
+            listed = list(blocks)
+            for block in listed:
                 if not isinstance(block, Block):
-                    raise _no_block_at_all("free_many", block)
-            foreign = next((block for block in some if block._arena is not self), None)
-            handles = ffi.new("int64_t[]", [block._handle for block in some])
+                    raise _not_a_block("free_many", block)
+            foreign = next((block for block in listed if block._arena is not self), None)
+            handles = ffi.new("int64_t[]", [block._handle for block in listed])
         if foreign is not None:
-            raise _foreign(foreign)
+            raise _other_arenas(foreign)
         failed = ffi.new("size_t *")
         with self._lock, self._region._taking_away():
             self._alive()
             self._free_closed()
             if self._heap is None:
                 return
-            self._refuse_views(handles)
+            self._refuse_viewed_blocks(handles)
             freed = lib.heap_free_many(self._heap, handles, len(handles), False, failed)
         if freed < 0:
             raise already_freed(f"blocks[{failed[0]}]")
 
     def block_at(self, address: int) -> Block | None:
-        """Return the block that has the byte at `address`; None if none has. Asks the spans."""
+        """Return the block that contains `address`, from the spans; None if no block does.
+
+        Raises:
+            ReleasedError: the arena was released or closed.
+        """
         address = _index(address)
         self._alive()
         if self._heap is None or not 0 <= address < 1 << (8 * WORD):
@@ -246,17 +262,21 @@ class Arena(Engine):
     def blocks(self) -> Iterator[Block]:
         """Iterate over all blocks, lowest address first.
 
-        Sees changes made meanwhile, except in the few hundred blocks that it is ahead.
+        Blocks may be allocated and freed during the iteration. It reads 256 blocks ahead and does
+        not see later changes to them.
+
+        Raises:
+            ReleasedError: the arena was released or closed; also by ``next``.
         """
         self._alive()
-        return self._walk()
+        return self._iter_blocks()
 
     @property
     def heap_bitmap(self) -> HeapBitmap:
-        """The heap bitmap.
+        """The heap bitmap of the arena.
 
         Raises:
-            ValueError: the layout has none.
+            ValueError: the layout has no heap bitmap.
         """
         if not self.layout.bitmap_bits:
             msg = f"the layout {self.layout.name} has no heap bitmap"
@@ -268,94 +288,97 @@ class Arena(Engine):
     def scavenge(
         self, nbytes: int | None = None, older_than: float | None = None, lazy: bool = False
     ) -> int:
-        """Give memory of free pages back to the system, highest addresses first.
+        """Give the memory of free pages back to the system, highest addresses first.
 
-        Pages that nobody used since they were committed or given back have no memory and are left
-        alone. The address space stays reserved. In mode ``"charge"`` pieces of 1 MiB and more are
-        decommitted, so that the commit charge goes back too, unless that would leave the arena in
-        more than 512 pieces; everything else is discarded. To use such pages again costs a page
-        fault each, as at first, and a commit where they were decommitted.
+        The addresses stay reserved. Free pages that were not used since they were committed or
+        given back have no memory and are skipped. In mode ``"charge"`` runs of 1 MiB and more are
+        decommitted, which also gives back their commit charge, unless the arena would then have
+        more than 512 committed ranges. All other runs are discarded. Using a page again costs a
+        page fault, and a commit if the page was decommitted.
 
         Args:
-            nbytes: at the most so many bytes, rounded up to whole pages; None: all.
-            older_than: only what was free for so many seconds; None: all.
-            lazy: let the kernel take the memory when it needs some (MADV_FREE): cheaper, but it
-                counts in RSS until then, and the bytes do not count as zero.
+            nbytes: maximum to give back, rounded up to whole pages; None: no maximum.
+            older_than: give back only pages that were free for this many seconds; None: all.
+            lazy: let the kernel take the memory under memory pressure (MADV_FREE). This is cheaper,
+                but until then RSS includes the pages, and their contents are not known to be zero.
 
         Returns:
             Bytes given back.
 
         Raises:
-            RangeError: negative numbers.
-            ViewError: nothing was given back, since live views from `region` hold bytes of all that
-                could be. (Otherwise pieces with such views are passed over.)
-            VMError: nothing was given back, since the kernel refused.
+            RangeError: `nbytes` or `older_than` is negative.
+            ViewError: nothing was given back, because live views from `region` show bytes of all
+                free runs. (If only some runs have such views, those are skipped.)
+            VMError: nothing was given back, because the kernel refused.
             ReleasedError: the arena was released or closed.
         """
-        most = 1 << 62 if nbytes is None else _index(nbytes)
+        max_bytes = 1 << 62 if nbytes is None else _index(nbytes)
         seconds = 0.0 if older_than is None else as_float(older_than)
-        if most < 0 or not seconds >= 0:
-            msg = f"scavenge takes no negative numbers: {most} bytes, {seconds} seconds"
+        if max_bytes < 0:
+            msg = f"nbytes must not be negative, got {max_bytes}"
             raise RangeError(msg)
-        total, refusals = self._scavenge(most, seconds, bool(lazy), None)
+        if not seconds >= 0:
+            msg = f"older_than must be at least 0 seconds, got {seconds}"
+            raise RangeError(msg)
+        total, refusals = self._scavenge(max_bytes, seconds, bool(lazy), None)
         if refusals and total == 0:
             raise refusals.pop()
         return total
 
     def scavenge_for(self, scavenger: Scavenger, wanted: Callable[[], bool]) -> None:
-        """For the thread of `start_scavenger`: scavenge once, as long as it is `wanted`."""
+        """Scavenge once for the thread of `start_scavenger`, until `wanted` returns False."""
         total, _ = self._scavenge(1 << 62, scavenger.older_than, scavenger.lazy, wanted)
         scavenger.add(total)
 
     def _scavenge(
-        self, most: int, older_than: float, lazy: bool, wanted: Callable[[], bool] | None
+        self, max_bytes: int, older_than: float, lazy: bool, wanted: Callable[[], bool] | None
     ) -> tuple[int, list[Exception]]:
-        """Give back; the bytes, and the first reason why some could not be.
+        """Give back up to `max_bytes`; return the bytes given back and at most one refusal.
 
-        With `wanted`, which is for the scavenger's thread, only while that is so.
+        The scavenger's thread passes `wanted`, and stops when that returns False.
         """
         age = int(min(older_than * 1000, (1 << 32) - 1))
-        left, below, total, n = -(-most // self._page), 1 << 62, 0, _PIECES_AT_ONCE
+        left, below, total, n = -(-max_bytes // self._page), 1 << 62, 0, _RUNS_PER_CALL
         refusals: list[Exception] = []
-        pieces = ffi.new("struct pagealloc_run[]", _PIECES_AT_ONCE)
-        while n == _PIECES_AT_ONCE and left > 0:
+        runs = ffi.new("struct pagealloc_run[]", _RUNS_PER_CALL)
+        while n == _RUNS_PER_CALL and left > 0:
             if wanted is None:
                 with self._lock:
-                    n, given = self._scavenge_some(pieces, left, below, age, lazy, refusals)
-            elif self._lock_while(wanted):
+                    n, given = self._scavenge_batch(runs, left, below, age, lazy, refusals)
+            elif self._acquire_while(wanted):
                 try:
-                    n, given = self._scavenge_some(pieces, left, below, age, lazy, refusals)
+                    n, given = self._scavenge_batch(runs, left, below, age, lazy, refusals)
                 finally:
                     self._lock.release()
             else:
                 break
             total += given
             if n > 0:
-                below = pieces[n - 1].start
-                left -= sum(pieces[i].stop - pieces[i].start for i in range(n))
+                below = runs[n - 1].start
+                left -= sum(runs[i].stop - runs[i].start for i in range(n))
         return total, refusals
 
-    def _scavenge_some(
-        self, pieces: Any, left: int, below: int, age: int, lazy: bool, refusals: list[Exception]
+    def _scavenge_batch(
+        self, runs: Any, left: int, below: int, age: int, lazy: bool, refusals: list[Exception]
     ) -> tuple[int, int]:
-        """Give back up to `left` pages below a page; how many pieces there were, and the bytes."""
+        """Give back up to `left` pages below page `below`; return the number of runs and bytes."""
         self._alive()
         self._free_closed()
         if self._heap is None:
             return 0, 0
-        longest = _LONGEST_PIECE // self._page
+        longest = _MAX_RUN_BYTES // self._page
         n = int(
             lib.heap_idle(
-                self._heap, below, min(left, 1 << 62), longest, age, lazy, pieces, _PIECES_AT_ONCE
+                self._heap, below, min(left, 1 << 62), longest, age, lazy, runs, _RUNS_PER_CALL
             )
         )
-        return n, self._give_back(pieces, n, lazy, refusals)
+        return n, self._give_back_runs(runs, n, lazy, refusals)
 
-    def _lock_while(self, wanted: Callable[[], bool]) -> bool:
-        """Take the lock while that is wanted, as its owner may wait for this thread.
+    def _acquire_while(self, wanted: Callable[[], bool]) -> bool:
+        """Take the lock, or return False when `wanted` does: its owner may wait for this thread.
 
-        For the scavenger's thread alone: where signal handlers run, one that raises could strike
-        between this and the ``try`` that gives the lock back.
+        For the scavenger's thread alone. In the main thread a signal handler could raise between
+        the return and the ``try`` whose ``finally`` releases the lock.
         """
         while wanted():
             if self._lock.acquire(timeout=_LOCK_POLL_SECONDS):
@@ -363,20 +386,24 @@ class Arena(Engine):
         return False
 
     def start_scavenger(self, older_than: float = FIVE_MINUTES, *, lazy: bool = False) -> Scavenger:
-        """Start a thread that scavenges what was free for `older_than` seconds.
+        """Start a thread that gives back pages that were free for `older_than` seconds.
 
-        It looks every `older_than` / 2 seconds, at least once a minute (for 0: once a second). It
-        takes the place of one that was started before, and ends with `stop_scavenger`, `release`,
-        or when the arena is dropped.
+        The thread scavenges every `older_than` / 2 seconds, at least once a minute; for 0 once a
+        second. It replaces a scavenger started before. It ends with `stop_scavenger`, `release` and
+        `close`, and when the arena is dropped.
+
+        Args:
+            older_than: seconds; five minutes by default, as in Go.
+            lazy: as for `scavenge`.
 
         Raises:
-            RangeError: a negative age.
+            RangeError: `older_than` is negative.
             ReleasedError: the arena was released or closed.
-            RuntimeError: no thread can be started, as at the end of the interpreter.
+            RuntimeError: no thread can be started, or the interpreter is exiting.
         """
         older_than = as_float(older_than)
         if not older_than >= 0:
-            msg = f"an age is not negative, as {older_than} is"
+            msg = f"older_than must be at least 0 seconds, got {older_than}"
             raise RangeError(msg)
         with self._lock:
             self._alive()
@@ -389,19 +416,19 @@ class Arena(Engine):
         return scavenger
 
     def stop_scavenger(self) -> None:
-        """Stop that thread, if there is one, and wait for its end.
+        """Stop the scavenger's thread, if there is one, and wait for its end.
 
-        A signal handler that interrupts `start_scavenger` does not wait.
+        Does not wait when called by a signal handler that interrupts `start_scavenger`.
         """
         if self._worker is not None:
             self._worker.stop()
 
-    # -- accounts -----------------------------------------------------------------------------
+    # -- statistics ---------------------------------------------------------------------------
 
     def memstats(self) -> MemStats:
-        """Return what is in use, idle, given back and reserved, at one moment.
+        """Return the bytes in use, idle, given back and reserved at one moment.
 
-        Asks the kernel about every committed page.
+        Calls mincore(2) over all committed pages.
 
         Raises:
             ReleasedError: the arena was released or closed.
@@ -434,7 +461,7 @@ class Arena(Engine):
         return int(self._counts()[0].arena)
 
     def _counts(self) -> tuple[Any, int]:
-        """What the heap counts, and the bytes that are in use, those of `grow` among them."""
+        """Return the statistics of the C heap, and the bytes in use including those of `grow`."""
         stats = ffi.new("struct heap_stats *")
         with self._lock:
             if self._heap is not None:
@@ -442,7 +469,7 @@ class Arena(Engine):
             return stats, int(stats.in_use) + self._taken_by_grow
 
     def _metadata_mapped(self) -> tuple[int, int]:
-        """Bytes of heap bitmap and of spans that are mapped."""
+        """Return the mapped bytes of the heap bitmap, and those of spans and index."""
         layout, placement = self.layout, self.placement
         if layout.arena_metadata:
             arenas = len(self._metadata_regions) - 1
@@ -463,14 +490,14 @@ class Arena(Engine):
     # -- the end ------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Give all addresses back, and with them all blocks.
+        """Release all addresses, including those of all blocks.
 
-        The allocator's own tables go with this object.
+        The allocator's own tables are released with this object.
 
         Raises:
-            ViewError: live views hold some of the bytes.
-            ReleasedError: it was released or closed.
-            RuntimeError: called by a finaliser or signal handler inside a growth.
+            ViewError: live views show some of the bytes; nothing was released.
+            ReleasedError: the arena was already released or closed.
+            RuntimeError: a finaliser or signal handler called this during a growth.
         """
         region = self._region
         with self._lock, region._taking_away() as interrupting:
@@ -481,7 +508,7 @@ class Arena(Engine):
             if region._views is not None:
                 region._refuse_views("release", 0, region.size, interrupting)
             try:
-                # Calls that take no lock of ours are refused from here on.
+                # First refuse the calls that do not take the lock.
                 if self._heap is not None:
                     lib.heap_close(self._heap, True)
                 super().release()
@@ -491,9 +518,9 @@ class Arena(Engine):
         self.stop_scavenger()
 
     def close(self) -> None:
-        """Refuse new use; release the addresses with the last view. See `Region.close`.
+        """Refuse new calls; release the addresses when the last view is gone.
 
-        The allocator's own tables go with this object.
+        The allocator's own tables are released with this object. See `Region.close`.
         """
         with self._lock:
             if self._heap is not None:
@@ -501,42 +528,42 @@ class Arena(Engine):
             super().close()
         self.stop_scavenger()
 
-    # -- blocks that were closed under live views ---------------------------------------------
+    # -- closed blocks with live views --------------------------------------------------------
 
     def _close_block(self, block: Block) -> None:
         with self._lock:
             if not self._region._released:
-                # Noted first, whatever may interrupt this.
+                # Recorded first, so that an interruption cannot lose the block.
                 closed = _ClosedBlock(self, block._nbytes)
-                self._late.append(closed)
+                self._unviewed_blocks.append(closed)
                 lib.heap_rename(self._heap, block._handle, closed.handle)
                 self._free_closed()
 
     def _free_closed(self, *, sweep: bool = False) -> None:
-        """Free the closed blocks whose views are gone, which `_late` knows.
+        """Free the closed blocks in `_unviewed_blocks`; with `sweep`, check all closed blocks.
 
-        A signal handler that raises can keep one from `_late`: a `sweep` looks at all.
+        A signal handler that raises can keep a block out of `_unviewed_blocks`.
         """
-        if not self._late and not (sweep and self._closed_blocks):
+        if not self._unviewed_blocks and not (sweep and self._closed_blocks):
             return
         with self._lock:
             for closed in list(self._closed_blocks.values()) if sweep else ():
                 self._free_unless_viewed(closed)
-            while self._late:
-                closed = self._late[-1]
+            while self._unviewed_blocks:
+                closed = self._unviewed_blocks[-1]
                 self._free_unless_viewed(closed)
-                self._late.remove(closed)
+                self._unviewed_blocks.remove(closed)
 
     def _free_unless_viewed(self, closed: "_ClosedBlock") -> None:
-        """Free a closed block, or have it come to `_late` when its views are gone."""
+        """Free a closed block, or watch its views: the last one to go queues it again."""
         handle, views = closed.handle[0], self._region._views
-        if handle < 0:  # it was freed or closed before
+        if handle < 0:  # freed or closed before
             return
         self._closed_blocks[handle] = closed
         if views is not None:
             low = int(_address(self._heap, handle)) - self._base
             held = views.live(low, low + closed.nbytes, prune=False)
-            if closed.wait_for([anchor for entry in held if (anchor := entry[0]()) is not None]):
+            if closed.watch([anchor for entry in held if (anchor := entry[0]()) is not None]):
                 return
         _free(self._heap, handle)
         self._closed_blocks.pop(handle, None)
@@ -544,58 +571,59 @@ class Arena(Engine):
     def _is_closed(self, handle: int) -> bool:
         return handle & ~_ZEROED in self._closed_blocks
 
-    # -- inside -------------------------------------------------------------------------------
+    # -- the C heap ---------------------------------------------------------------------------
 
-    def _alloc_slowly(self, nbytes: int, align: int, zero: bool) -> int:
-        """Allocate with all that may be needed: a heap, a commit, a growth."""
+    def _alloc_slow_path(self, nbytes: int, align: int, zero: bool) -> int:
+        """Check the arguments, and allocate with a new heap, a commit or a growth if needed."""
         if nbytes <= 0:
-            msg = f"a block has a positive number of bytes, not {nbytes}"
+            msg = f"nbytes must be positive, got {nbytes}"
             raise RangeError(msg)
         if align <= 0 or align & (align - 1):
-            msg = f"an alignment is a power of two, not {align}"
+            msg = f"align must be a power of two, got {align}"
             raise RangeError(msg)
         if self.layout.arena_metadata and align > self.layout.unit:
-            msg = f"no alignment above {format_size(self.layout.unit)} in arenas of that size"
+            msg = f"align must be at most the size of an arena ({self.layout.unit}), got {align}"
             raise RangeError(msg)
         with self._lock:
             self._alive()
             self._open_heap()
             need = nbytes + (align if align > self._page else 0)
             if need >= 1 << 62:
-                raise self._out_of_memory(nbytes, "there are no such addresses")
+                raise self._out_of_memory(nbytes, "larger than any address space")
             handle = int(_alloc(self._heap, nbytes, align, zero, True))
             if handle == lib.PAGEALLOC_FULL:
                 self._grow_heap(need, need, nbytes)
                 handle = int(_alloc(self._heap, nbytes, align, zero, True))
             if handle < 0:
-                raise self._refused(handle, nbytes)
+                raise self._alloc_error(handle, nbytes)
         return handle
 
-    def _make_room(self, refused: int, wanted: IntegersForC, done: int) -> None:
-        """Grow for the sizes from `done` on, or raise why that is no help."""
+    def _grow_for_sizes(self, refused: int, wanted: IntegersForC, done: int) -> None:
+        """Grow for the sizes from index `done` on; raise if growing cannot help."""
         nbytes = wanted.item(done)
         if nbytes <= 0:
-            msg = f"a block has a positive number of bytes, not {nbytes} (sizes[{done}])"
+            msg = f"sizes[{done}] must be positive, got {nbytes}"
             raise RangeError(msg)
         need = int(lib.heap_need(self._heap, wanted.struct, done, len(wanted.values)))
         if refused != lib.PAGEALLOC_FULL or nbytes >= 1 << 62:
-            raise self._refused(refused, nbytes, need)
+            raise self._alloc_error(refused, nbytes, need)
         self._grow_heap(need, nbytes, nbytes)
 
-    def _grow_heap(self, wish: int, need: int, nbytes: int) -> None:
-        """Grow by `wish` bytes and at least a step; if refused, by just `need`.
+    def _grow_heap(self, wanted_bytes: int, need: int, nbytes: int) -> None:
+        """Grow by `wanted_bytes`, at least a step; if the kernel refuses, by smaller sizes.
 
-        At the very last, by what `need` lacks beyond the free pages at the end.
+        The smallest is what `need` lacks beyond the free pages at the end of the heap.
         """
         self._free_closed(sweep=True)
         page, step = self._page, self._step
         refusals: list[OutOfMemoryError] = []
-        for ask in (max(wish, step), max(need, step), need, need - int(lib.heap_tail(self._heap))):
-            size = -(-ask // page) * page
+        lacking = need - int(lib.heap_tail(self._heap))
+        for nbytes_asked in (max(wanted_bytes, step), max(need, step), need, lacking):
+            size = -(-nbytes_asked // page) * page
             if size <= 0:
                 continue
             try:
-                self._take_pages(size, partial(self._add, size))
+                self._take_pages(size, partial(self._add_to_heap, size))
             except OutOfMemoryError as refused:
                 refusals.append(refused.with_traceback(None))
             else:
@@ -603,24 +631,27 @@ class Arena(Engine):
         first = refusals[0]
         raise self._out_of_memory(nbytes, first.strerror or "", first.limit) from first
 
-    def _add(self, nbytes: int, address: int) -> None:
+    def _add_to_heap(self, nbytes: int, address: int) -> None:
         err = lib.heap_add(self._heap, address, nbytes)
         if err:
-            raise self._refused(err, nbytes)
+            raise self._alloc_error(err, nbytes)
 
-    def _refused(self, refused: int, nbytes: int, wanted: int = 0) -> Exception:
-        """Make the exception for a block of `nbytes`, one of many that are `wanted` together."""
+    def _alloc_error(self, refused: int, nbytes: int, wanted: int = 0) -> Exception:
+        """Create the exception for a negative result of the C heap.
+
+        The refused block has `nbytes`; a call for many blocks needs `wanted` bytes in total.
+        """
         if refused <= lib.HEAP_ERRNO:
-            why = refusal("commit", lib.HEAP_ERRNO - refused, wanted or nbytes)
-            if not isinstance(why, OutOfMemoryError):
-                return why
-            return self._out_of_memory(nbytes, why.strerror or "", why.limit)
+            error = refusal("commit", lib.HEAP_ERRNO - refused, wanted or nbytes)
+            if not isinstance(error, OutOfMemoryError):
+                return error
+            return self._out_of_memory(nbytes, error.strerror or "", error.limit)
         if refused == lib.HEAP_CLOSED:
             return ReleasedError("the arena was released or closed")
         if refused == lib.HEAP_SCATTERED:
-            return self._out_of_memory(nbytes, "its arenas lie in too many pieces")
+            return self._out_of_memory(nbytes, "the arenas are in too many separate ranges")
         if refused == lib.PAGEALLOC_OUTSIDE:
-            return self._out_of_memory(nbytes, "the tables end here")
+            return self._out_of_memory(nbytes, "the allocator's tables are full")
         return self._out_of_memory(nbytes, "no free run is long enough")
 
     def _out_of_memory(
@@ -634,16 +665,16 @@ class Arena(Engine):
         return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit=limit)
 
     def _open_heap(self) -> None:
-        """Make the tables: a reservation, of which memory is only what is touched."""
+        """Create the C heap; its tables are a reservation that gets memory where it is touched."""
         if self._heap is not None:
             return
         layout, placement = self.layout, self.placement
         own_spans = not layout.spans and not layout.arena_metadata
         if layout.arena_metadata:
-            room = _ARENAS_MOST
+            arena_bytes = _SPREAD_BYTES
         else:
-            room = placement.window_end - placement.arena_start
-        capacity = min(room // self._page, 1 << lib.HEAP_PAGE_BITS)
+            arena_bytes = placement.window_end - placement.arena_start
+        capacity = min(arena_bytes // self._page, 1 << lib.HEAP_PAGE_BITS)
         tables = reserve_tables(lib.heap_bytes(capacity, own_spans))
         metadata = ffi.new("struct heap_metadata *")
         metadata.page = self._page
@@ -664,23 +695,24 @@ class Arena(Engine):
             self._region._handle,
             metadata,
         )
-        # What the heap's calls touch lives as long as this cdata, which they hold and the garbage
-        # collector does not track: longer than any finaliser that may still use the arena.
+        # This cdata keeps all memory of the heap alive. The collector does not track it and calls
+        # hold a reference, so it outlives every finaliser that may still use the arena.
         close_with(heap, tables, self._region, self._metadata_regions)
         forks.register_tables(heap, heap.pages)
-        # A signal handler or finaliser may have made one meanwhile, and blocks: it stays.
+        # A signal handler or finaliser may have created a heap with blocks: keep that one.
         if self._heap is None:
             self._tables, self._heap = tables, heap
-        if self._region._released:  # by what interrupted this
+        if self._region._released:  # by a handler that interrupted this call
             lib.heap_close(self._heap, True)
 
     @property
     def _unit_spans(self) -> int:
-        """Bytes of spans of one arena, where each has its own."""
+        """Bytes of spans of one arena, in layouts with separate arenas."""
         return self.layout.unit // self.layout.page * self.layout.word
 
     @property
     def _unit_bitmap(self) -> int:
+        """Bytes of heap bitmap of one arena, in layouts with separate arenas."""
         return self.layout.arena_metadata - self._unit_spans
 
     def _address(self, handle: int) -> int:
@@ -702,15 +734,15 @@ class Arena(Engine):
                 raise already_freed()
             offset, nbytes = int(_address(self._heap, block._handle)) - self._base, block._nbytes
             view = self._region.view(offset, nbytes)
-            if _nbytes(self._heap, block._handle) < 0:  # a signal handler freed it meanwhile
+            if _nbytes(self._heap, block._handle) < 0:  # freed by a signal handler
                 self._alive()
                 raise already_freed()
             if pin:
                 block._pin = self._region._pinned(offset, nbytes)
         return view
 
-    def _refuse_views(self, handles: Any) -> None:
-        """Raise ViewError if a live view shows bytes of one of several blocks."""
+    def _refuse_viewed_blocks(self, handles: Any) -> None:
+        """Raise ViewError if a live view shows bytes of one of the blocks."""
         region = self._region
         if region._views is None:
             return
@@ -727,20 +759,20 @@ class Arena(Engine):
                     end = int(_address(self._heap, handle)) + int(_nbytes(self._heap, handle))
                     at = max(at, end - self._base)
 
-    def _give_back(self, pieces: Any, n: int, lazy: bool, refusals: list[Exception]) -> int:
-        """Give pieces of free pages back; the bytes, and in `refusals` why one could not be."""
+    def _give_back_runs(self, runs: Any, n: int, lazy: bool, refusals: list[Exception]) -> int:
+        """Give `n` runs of free pages back; return the bytes and add a refusal to `refusals`."""
         if n < 0:
             self._alive()
         region, total = self._region, 0
         for i in range(n):
-            address = int(lib.heap_page_address(self._heap, pieces[i].start))
-            nbytes = (pieces[i].stop - pieces[i].start) * self._page
+            address = int(lib.heap_page_address(self._heap, runs[i].start))
+            nbytes = (runs[i].stop - runs[i].start) * self._page
             try:
                 with region._taking_away() as interrupting:
                     if region._views is not None:
                         low = address - self._base
                         region._refuse_views("scavenge", low, low + nbytes, interrupting)
-                    given = int(lib.heap_give_back(self._heap, pieces + i, lazy))
+                    given = int(lib.heap_give_back(self._heap, runs + i, lazy))
             except ViewError as held:
                 if not refusals:
                     refusals.append(held.with_traceback(None))
@@ -750,12 +782,12 @@ class Arena(Engine):
             total += max(given, 0)
         return total
 
-    def _walk(self) -> Iterator[Block]:
+    def _iter_blocks(self) -> Iterator[Block]:
         at = ffi.new("uint64_t *")
-        handles = ffi.new("int64_t[]", _BLOCKS_AT_ONCE)
-        n = _BLOCKS_AT_ONCE
-        while n == _BLOCKS_AT_ONCE and self._heap is not None:
-            n = int(lib.heap_blocks(self._heap, at, handles, _BLOCKS_AT_ONCE))
+        handles = ffi.new("int64_t[]", _BLOCKS_PER_CALL)
+        n = _BLOCKS_PER_CALL
+        while n == _BLOCKS_PER_CALL and self._heap is not None:
+            n = int(lib.heap_blocks(self._heap, at, handles, _BLOCKS_PER_CALL))
             self._alive()
             for handle in ffi.unpack(handles, max(n, 0)):
                 nbytes = int(_nbytes(self._heap, handle))
@@ -764,30 +796,30 @@ class Arena(Engine):
 
 
 class _ClosedBlock:
-    """A block to free with its last view. It has a handle of its own: the Block's is stale."""
+    """A closed block, freed when its last view is gone. Its new handle makes the Block's stale."""
 
     def __init__(self, arena: Arena, nbytes: int) -> None:
         self.handle, self.nbytes = ffi.new("int64_t *", -1), nbytes
         self._arena = weakref.ref(arena)
         self._anchors: dict[int, weakref.ref[Any]] = {}
 
-    def wait_for(self, anchors: list[Any]) -> bool:
-        """Wait until all of these are gone; False if there is none."""
-        refs = [weakref.ref(anchor, self._gone) for anchor in anchors]
+    def watch(self, anchors: list[Any]) -> bool:
+        """Queue the block when all anchors are gone; return False if there is none."""
+        refs = [weakref.ref(anchor, self._on_view_gone) for anchor in anchors]
         self._anchors = {id(ref): ref for ref in refs}
         return bool(refs)
 
-    def _gone(self, ref: "weakref.ref[Any]") -> None:
-        # Runs wherever a view may die, so it waits for nobody.
+    def _on_view_gone(self, ref: "weakref.ref[Any]") -> None:
+        # A view may die anywhere, so this callback takes no lock.
         self._anchors.pop(id(ref), None)
         arena = self._arena()
         if not self._anchors and arena is not None:
-            arena._late.append(self)
+            arena._unviewed_blocks.append(self)
 
 
-def _no_block_at_all(verb: str, thing: object) -> TypeError:
-    return TypeError(f"{verb} takes a Block, not {type(thing).__name__}")
+def _not_a_block(verb: str, block: object) -> TypeError:
+    return TypeError(f"{verb} takes Block objects, got {type(block).__name__}")
 
 
-def _foreign(block: Block | Blocks) -> RangeError:
-    return RangeError(f"not of this arena: {block!r}")
+def _other_arenas(block: Block | Blocks) -> RangeError:
+    return RangeError(f"block must belong to this arena, got {block!r}")

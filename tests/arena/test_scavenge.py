@@ -441,12 +441,12 @@ class TestOneThread:
             arena = Arena("native", size=GiB)
             arena.alloc(8)
             scavenger = arena.start_scavenger(0.001)
-            waits, wait = [], type(arena)._lock_while
+            waits, wait = [], type(arena)._acquire_while
             def lock_while(self, wanted):
                 waits.append(1)
                 try: return wait(self, wanted)
                 finally: waits.pop()
-            type(arena)._lock_while = lock_while
+            type(arena)._acquire_while = lock_while
             done = []
             def handler(*_):
                 while not waits: time.sleep(0.001)  # until the thread waits for the lock
