@@ -164,7 +164,7 @@ class Arena(Engine):
         """
         try:
             if block._arena is not self:
-                raise _other_arenas(block)
+                raise _not_of_this_arena(block)
         except AttributeError:
             raise _not_a_block("free", block) from None
         region = self._region
@@ -233,7 +233,7 @@ class Arena(Engine):
             foreign = next((block for block in listed if block._arena is not self), None)
             handles = ffi.new("int64_t[]", [block._handle for block in listed])
         if foreign is not None:
-            raise _other_arenas(foreign)
+            raise _not_of_this_arena(foreign)
         failed = ffi.new("size_t *")
         with self._lock, self._region._taking_away():
             self._alive()
@@ -821,5 +821,5 @@ def _not_a_block(verb: str, block: object) -> TypeError:
     return TypeError(f"{verb} takes Block objects, got {type(block).__name__}")
 
 
-def _other_arenas(block: Block | Blocks) -> RangeError:
+def _not_of_this_arena(block: Block | Blocks) -> RangeError:
     return RangeError(f"block must belong to this arena, got {block!r}")
