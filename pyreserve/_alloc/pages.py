@@ -1,6 +1,6 @@
-"""Runs of pages by address-ordered first fit, in a time that hardly depends on their number.
+"""Runs of pages by address-ordered first fit, in nearly constant time.
 
-What a page is, and where, is the caller's business: pages are numbers from 0 on.
+Pages are numbers from 0 up; the caller decides their size and address. See ``csrc/pagealloc.h``.
 """
 
 import errno
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
-from pyreserve._alloc.integers import integers, item_width, own, same_count
+from pyreserve._alloc.integers import integers, item_width, same_count, wrap_bytes
 from pyreserve._native import ffi, lib
 from pyreserve._region.region import Region, reserve
 from pyreserve._system import forks
@@ -19,10 +19,10 @@ from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, VMError
 if TYPE_CHECKING:
     from pyreserve._alloc.integers import Integers
 
-    Out = TypeVar("Out")  # before Python 3.12, the types of ndarrays are no Buffers
+    Out = TypeVar("Out")  # not Buffer: before Python 3.12, ndarrays are not typed as buffers
 
-_RUNS_AT_ONCE = 256
-_MOST: int = lib.pagealloc_max_pages()
+_RUNS_PER_CALL = 256
+_MAX_PAGES: int = lib.pagealloc_max_pages()
 
 _alloc = lib.pagealloc_alloc
 _alloc_at = lib.pagealloc_alloc_at
@@ -31,104 +31,109 @@ _OUTSIDE: int = lib.PAGEALLOC_OUTSIDE
 
 
 class PageAllocator:
-    """`npages` pages, all free at first, handed out in runs of neighbours: the lowest that fits.
+    """`npages` pages, initially free, allocated in runs of neighbours: the lowest run that fits.
 
-    A pair of `alloc` and `free` costs much the same with 2**10 pages as with 2**33, for one page as
-    for thousands; the tables, about 0.2 bytes a page if all of them are used, take memory only
-    where pages were handed out one by one. They live as long as the allocator: there is nothing to
-    release.
+    The cost of `alloc` and `free` hardly depends on the number of pages (2**10 or 2**33) or on the
+    length of the run. The tables take about 0.2 bytes per page if every page is used, and only
+    where pages were allocated singly. They live as long as the allocator, which has no `release`.
 
-    Any number of threads may use an allocator; each call is atomic against the others. A forked
-    child has a copy of its own.
+    Any number of threads may use an allocator; each call is atomic. A forked child has its own
+    copy.
 
     Raises (all methods):
-        TypeError: something that is not an integer.
-        RangeError: pages that are not all there, a number of pages that is not positive, or
-            integers of 2**63 and more.
+        TypeError: an argument is not an integer.
+        RangeError: pages outside the allocator, a number of pages that is not positive, or an
+            integer of 2**63 or more.
     """
 
-    __slots__ = ("__weakref__", "_capacity", "_pages")
+    __slots__ = ("__weakref__", "_capacity", "_handle")
 
     def __init__(self, npages: int, *, capacity: int | None = None) -> None:
-        """Make an allocator of `npages` pages (0 or more) that can `grow` to `capacity`.
+        """Make an allocator of `npages` (0 or more) pages that can `grow` to `capacity` pages.
 
-        The default leaves room for at least as many again.
+        The default capacity is at least twice `npages`.
 
         Raises:
-            OutOfMemoryError: no addresses for the tables.
+            OutOfMemoryError: the tables' addresses could not be reserved.
         """
         npages = _index(npages)
-        most = _MOST if capacity is None else _index(capacity)
-        if not (0 <= npages <= most and 0 < most <= _MOST):
-            msg = f"can't have {npages} pages and room for {most}; at most {_MOST}"
+        limit = _MAX_PAGES if capacity is None else _index(capacity)
+        if not 0 < limit <= _MAX_PAGES:
+            msg = f"capacity must be between 1 and {_MAX_PAGES}, got {limit}"
+            raise RangeError(msg)
+        if not 0 <= npages <= limit:
+            msg = f"npages must be between 0 and {limit}, got {npages}"
             raise RangeError(msg)
         if capacity is None:
-            most = int(lib.pagealloc_tree_capacity(min(max(2 * npages, 1), _MOST)))
-        tables = reserve_tables(lib.pagealloc_bytes(most))
-        # Whatever calls into C keeps this cdata alive meanwhile. It is not tracked by the garbage
-        # collector, so it dies after the last finaliser that could still use it.
-        self._pages = lib.pagealloc_open(tables._handle.base, most)
-        close_with(self._pages, tables)
-        self._capacity = most
-        forks.register_tables(self._pages, self._pages)
+            limit = int(lib.pagealloc_tree_capacity(min(max(2 * npages, 1), _MAX_PAGES)))
+        tables = reserve_tables(lib.pagealloc_bytes(limit))
+        # A call into C keeps this cdata alive. The garbage collector does not track it, so it dies
+        # after the last finaliser that could still use it.
+        self._handle = lib.pagealloc_open(tables._handle.base, limit)
+        close_with(self._handle, tables)
+        self._capacity = limit
+        forks.register_tables(self._handle, self._handle)
         if npages:
             self.grow(npages)
 
-    # -- what it has --------------------------------------------------------------------------
+    # -- state --------------------------------------------------------------------------------
 
     @property
     def npages(self) -> int:
-        """How many pages there are, free or in use."""
-        return int(lib.pagealloc_part_pages(self._pages))
+        """Number of pages, free or in use."""
+        return int(lib.pagealloc_part_pages(self._handle))
 
     @property
     def capacity(self) -> int:
-        """How many pages there can be."""
+        """The number of pages that `grow` can reach."""
         return self._capacity
 
     @property
     def free_pages(self) -> int:
-        """How many pages are free."""
-        return int(lib.pagealloc_free_pages(self._pages))
+        """Number of free pages."""
+        return int(lib.pagealloc_free_pages(self._handle))
 
     @property
     def longest_free(self) -> int:
-        """How many pages the longest free run has."""
-        return int(lib.pagealloc_longest(self._pages))
+        """Length of the longest free run, in pages."""
+        return int(lib.pagealloc_longest(self._handle))
 
     def is_used(self, page: int) -> bool:
-        """Tell whether a page is in use; False for what is no page here."""
+        """Tell whether a page is in use; False for a page outside the allocator."""
         page = _index(page)
         if not 0 <= page < self._capacity:
             return False
         run = ffi.new("struct pagealloc_run *")
-        return bool(lib.pagealloc_runs(self._pages, False, page, page + 1, run, 1))
+        return bool(lib.pagealloc_runs(self._handle, False, page, page + 1, run, 1))
 
     def free_runs(self) -> Iterator[tuple[int, int]]:
         """Iterate over the runs of free pages as (start, stop), lowest first.
 
-        Sees changes made meanwhile, except in the few hundred runs that it is ahead.
+        Runs are read in batches of a few hundred; later batches show changes made since.
         """
         return self._iterate_runs(free=True)
 
     def used_runs(self) -> Iterator[tuple[int, int]]:
-        """Iterate over the runs of pages in use, whether or not allocated together; likewise."""
+        """Iterate over the runs of pages in use, as `free_runs` does.
+
+        Adjacent runs are one, whether or not they were allocated together.
+        """
         return self._iterate_runs(free=False)
 
     # -- one run ------------------------------------------------------------------------------
 
     def alloc(self, n: int = 1, *, align: int = 1) -> int:
-        """Take the lowest run of `n` free pages; return its first.
+        """Allocate the lowest run of `n` free pages; return its first page.
 
-        That is a multiple of `align`, a power of two. (If more than 64 runs are long enough but
-        badly placed, it may not be the lowest of all.)
+        The first page is a multiple of `align`, a power of two. If more than 64 runs are long
+        enough but misaligned, the result may not be the lowest aligned run.
 
         Raises:
             OutOfMemoryError: no run is long enough; ``limit`` is ``"layout"``, ``nbytes`` 0.
         """
         n, align = _index(n), _index(align)
         try:
-            page = _alloc(self._pages, n, align, 0)
+            page = _alloc(self._handle, n, align, 0)
         except OverflowError:
             page = _OUTSIDE
         if page < 0:
@@ -136,28 +141,28 @@ class PageAllocator:
         return page  # type: ignore[no-any-return]
 
     def alloc_at(self, page: int, n: int = 1) -> None:
-        """Take exactly the `n` pages from `page` on.
+        """Allocate the pages [page, page + n).
 
         Raises:
             VMError: some of them are in use (errno EEXIST, as for ``reserve(at=...)``).
         """
         page, n = _index(page), _index(n)
         try:
-            err = _alloc_at(self._pages, page, n)
+            err = _alloc_at(self._handle, page, n)
         except OverflowError:
             err = _OUTSIDE
         if err:
             self._refuse("alloc_at", err, page, n)
 
     def free(self, page: int, n: int = 1) -> None:
-        """Free the `n` pages from `page` on, whether or not they were allocated together.
+        """Free the pages [page, page + n), whether or not they were allocated together.
 
         Raises:
             FreeError: some of them are free already.
         """
         page, n = _index(page), _index(n)
         try:
-            err = _free(self._pages, page, n)
+            err = _free(self._handle, page, n)
         except OverflowError:
             err = _OUTSIDE
         if err:
@@ -167,18 +172,19 @@ class PageAllocator:
         """Add `n` free pages at the end, within `capacity`; return the first of them.
 
         Raises:
-            OutOfMemoryError: no memory (some bytes) to note it.
+            OutOfMemoryError: the C heap has no memory for a list entry (a few bytes).
         """
         n = _index(n)
         while True:
             page = self.npages
             if not 0 < n <= self._capacity - page:
-                msg = f"can't grow by {n} pages: {page} of at most {self._capacity} are there"
+                spare = self._capacity - page
+                msg = f"n must be between 1 and {spare} (capacity {self._capacity}), got {n}"
                 raise RangeError(msg)
-            err = lib.pagealloc_add(self._pages, page, n)
+            err = lib.pagealloc_add(self._handle, page, n)
             if not err:
                 return page
-            if err != lib.PAGEALLOC_IN_USE:  # else another thread was quicker
+            if err != lib.PAGEALLOC_IN_USE:  # else another thread has grown it first
                 self._refuse("grow", err, page, n)
 
     # -- many runs ----------------------------------------------------------------------------
@@ -188,36 +194,37 @@ class PageAllocator:
     @overload
     def alloc_many(self, lengths: "Integers", out: None = None) -> "array[int]": ...
     def alloc_many(self, lengths: "Integers | int", out: Any = None) -> Any:
-        """Take a run for each of `lengths`, all or none; return the first page of each.
+        """Allocate a run for each of `lengths`, all or none; return the first page of each.
 
         Args:
-            lengths: integers in a buffer or an iterable, or one integer for every item of `out`.
-            out: a writable buffer (array, ndarray, memoryview) of as many integers, contiguous, of
-                8 to 64 bits; None makes an ``array("q")``. Written only if all goes well.
+            lengths: in pages: a buffer or an iterable of integers, or one integer for all items of
+                `out`.
+            out: a writable contiguous buffer (array, ndarray, memoryview) of one integer, of 8 to
+                64 bits, per length; None makes an ``array("q")``. Written only on success.
 
         Raises:
-            OutOfMemoryError: no run is long enough for one of them; the text says which.
-            RangeError: also if `out` has not as many items, or too narrow ones.
-            TypeError, ValueError: not such a buffer.
+            OutOfMemoryError: no free run is long enough; the message names the item of `lengths`.
+            RangeError: also if `out` has another number of items, or items too narrow for a page.
+            TypeError, ValueError: `lengths` or `out` is of another kind.
         """
-        wanted = integers(lengths, "lengths", or_one=True)
+        sizes = integers(lengths, "lengths", allow_scalar=True)
         if out is None:
-            if not wanted.struct.width:
-                msg = "one length for all needs an out that says how many"
+            if not sizes.struct.width:
+                msg = "out is required if lengths is a single integer"
                 raise TypeError(msg)
-            out = array("q", bytes(8 * len(wanted.values)))
-        # Exported until the end, so that nobody can resize it.
+            out = array("q", bytes(8 * len(sizes.values)))
+        # This export lasts to the end, so nobody can resize `out`.
         view = memoryview(out)
         width = item_width(view, "out")
         if view.readonly:
-            msg = "out is read-only"
+            msg = "out must be writable, got a read-only buffer"
             raise TypeError(msg)
-        first, failed = own(bytearray(view.nbytes), width), ffi.new("size_t *")
-        count = same_count(first, wanted, "out")
-        err = lib.pagealloc_alloc_many(self._pages, wanted.struct, first.struct, count, failed)
+        first, failed = wrap_bytes(bytearray(view.nbytes), width), ffi.new("size_t *")
+        count = same_count(first, sizes, "out")
+        err = lib.pagealloc_alloc_many(self._handle, sizes.struct, first.struct, count, failed)
         if err:
             at = failed[0]
-            self._refuse("alloc_many", err, 0, wanted.item(at), where=f" (lengths[{at}])")
+            self._refuse("alloc_many", err, 0, sizes.item(at), at=at)
         ffi.memmove(ffi.from_buffer(view), first.pin, view.nbytes)
         return out
 
@@ -225,23 +232,21 @@ class PageAllocator:
         """Free a run at each of `pages`, all or none.
 
         Args:
-            pages: integers in a buffer or an iterable.
-            lengths: likewise, as many, or one integer for all.
+            pages: the first page of each run: a buffer or an iterable of integers.
+            lengths: the length of each run, in pages; or one integer for all runs.
 
         Raises:
-            FreeError: pages of a run are free already, or in two runs; the text says in which.
-            TypeError, ValueError: no contiguous buffer of integers.
+            FreeError: pages of a run are free already, or are in two runs; the message names the
+                item of `pages`.
+            RangeError: also if there is another number of lengths than of pages.
+            TypeError, ValueError: `pages` or `lengths` is of another kind.
         """
-        first, freed = integers(pages, "pages"), integers(lengths, "lengths", or_one=True)
-        if not first.struct.width:
-            msg = "pages are integers in a buffer or an iterable"
-            raise TypeError(msg)
-        count, failed = same_count(first, freed, "pages"), ffi.new("size_t *")
-        err = lib.pagealloc_free_many(self._pages, freed.struct, first.struct, count, failed)
+        first, sizes = integers(pages, "pages"), integers(lengths, "lengths", allow_scalar=True)
+        count, failed = same_count(first, sizes, "pages"), ffi.new("size_t *")
+        err = lib.pagealloc_free_many(self._handle, sizes.struct, first.struct, count, failed)
         if err:
             at = failed[0]
-            where = f" (pages[{at}])"
-            self._refuse("free_many", err, first.item(at), freed.item(at), where=where)
+            self._refuse("free_many", err, first.item(at), sizes.item(at), at=at)
 
     # -- Python's protocols -------------------------------------------------------------------
 
@@ -261,65 +266,74 @@ class PageAllocator:
     # -- inside -------------------------------------------------------------------------------
 
     def _iterate_runs(self, *, free: bool) -> Iterator[tuple[int, int]]:
-        found = ffi.new("struct pagealloc_run[]", _RUNS_AT_ONCE)
-        at, n = 0, _RUNS_AT_ONCE
-        while n == _RUNS_AT_ONCE:
-            n = lib.pagealloc_runs(self._pages, free, at, self._capacity, found, n)
-            edges = ffi.unpack(ffi.cast("uint64_t *", found), 2 * n) if n else []
+        buffer = ffi.new("struct pagealloc_run[]", _RUNS_PER_CALL)
+        position, n = 0, _RUNS_PER_CALL
+        while n == _RUNS_PER_CALL:
+            n = lib.pagealloc_runs(self._handle, free, position, self._capacity, buffer, n)
+            edges = ffi.unpack(ffi.cast("uint64_t *", buffer), 2 * n) if n else []
             yield from zip(edges[::2], edges[1::2], strict=True)
-            at = edges[-1] if edges else at
+            position = edges[-1] if edges else position
 
     def _refuse(
-        self, verb: str, err: int, page: int, n: int, align: int = 1, where: str = ""
+        self, verb: str, err: int, page: int, n: int, align: int = 1, at: int | None = None
     ) -> NoReturn:
-        """Raise what `err`, an enum pagealloc_refusal, means."""
-        what = f"can't {verb} {n} page{'s' if n != 1 else ''}{where}"
-        at = what if verb.startswith("alloc") and verb != "alloc_at" else f"{what} at {page}"
+        """Raise the exception for `err`, an enum pagealloc_refusal; `at` is the run's index."""
         if align <= 0 or align & (align - 1) or align >> 64:
-            msg = f"{what}: an alignment is a power of two below 2**64, not {align}"
+            msg = f"align must be a power of two below 2**64, got {align}"
             raise RangeError(msg)
         if n <= 0:
-            msg = f"{what}: a run has a positive length"
+            msg = f"{'n' if at is None else f'lengths[{at}]'} must be positive, got {n}"
             raise RangeError(msg)
+        if verb in ("alloc", "alloc_many"):
+            pages = f"{n} page{'s' if n != 1 else ''}"
+        else:
+            pages = f"page {page}" if n == 1 else f"pages [{page}, {page + n})"
+        action = {"free_many": "free", "free": "free", "grow": "add"}.get(verb, "allocate")
+        if at is not None:
+            pages += f" ({'pages' if verb == 'free_many' else 'lengths'}[{at}])"
+        if align > 1:
+            pages += f" at a multiple of {align}"
+        prefix = f"cannot {action} {pages}"
         if err == lib.PAGEALLOC_FULL:
-            placed = f" where one can begin at a multiple of {align}" if align > 1 else ""
             raise OutOfMemoryError(
                 errno.ENOMEM,
-                f"{what}{placed}: {self.free_pages} are free, {self.longest_free} of them together",
+                f"{prefix}: {self.free_pages} are free, the longest run is {self.longest_free}",
                 verb=verb,
                 limit="layout",
             )
         if err == lib.PAGEALLOC_IN_USE:
-            raise VMError(errno.EEXIST, f"{at}: some are in use", verb=verb)
+            in_use = "already in use" if n == 1 else "some are in use"
+            raise VMError(errno.EEXIST, f"{prefix}: {in_use}", verb=verb)
         if err == lib.PAGEALLOC_NO_MEMORY:
-            raise OutOfMemoryError(errno.ENOMEM, f"{at}: no memory to note it", verb=verb)
+            raise OutOfMemoryError(errno.ENOMEM, f"{prefix}: the C heap is exhausted", verb=verb)
         if err == lib.PAGEALLOC_NOT_IN_USE:
-            msg = f"{at}: some are free, freed already or never allocated"
+            free = "it is free" if n == 1 else "some are free"
+            msg = f"{prefix}: {free} (freed already or never allocated)"
             raise FreeError(msg)
         if err == lib.PAGEALLOC_NARROW:
-            msg = f"{what}: the number of a page does not fit the items of out"
+            msg = f"{prefix}: the page number does not fit the items of out"
             raise RangeError(msg)
-        msg = f"{at}: there are {self.npages}"
+        msg = f"{prefix}: the allocator has pages [0, {self.npages})"
         raise RangeError(msg)
 
 
 def reserve_tables(nbytes: int) -> Region:
-    """Reserve and commit memory for tables: never charged, and taken where it is touched."""
+    """Reserve and commit `nbytes` for tables: never charged, backed with pages where touched."""
     try:
         region = reserve(nbytes, mode="noreserve", huge_pages="never")
-    except VMError as refused:
-        if refused.errno != errno.EINVAL:
+    except VMError as error:
+        if error.errno != errno.EINVAL:
             raise
-        # A kernel without huge pages does not know the advice, nor needs it.
+        # A kernel without transparent huge pages rejects MADV_NOHUGEPAGE and does not need it.
         region = reserve(nbytes, mode="noreserve")
     region.commit(0, region.size)
     return region
 
 
 def close_with(cdata: Any, tables: Region, heap_of: Region | None = None, *kept: object) -> None:
-    """Close the allocator in `tables` when `cdata` dies; keep the others until then.
+    """Close the allocator in `tables` when `cdata` dies; keep the other arguments alive until then.
 
-    A region `heap_of` has its pages in the hands of C as long.
+    Until then the region `heap_of`, if given, counts one more C heap that uses its handle.
     """
     if heap_of is not None:
         heap_of._in_heap += 1

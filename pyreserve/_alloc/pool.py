@@ -74,7 +74,7 @@ class Pool:
             raise RangeError(msg)
         step = as_step(step)
         self._pages = PageAllocator(most, capacity=most)
-        self._tables = self._pages._pages
+        self._tables = self._pages._handle
         # Steps end on multiples of themselves, as huge pages need it.
         base = max(align, step & -step)
         self._region = reserve(most * stride, align=base, mode=mode)
@@ -166,7 +166,7 @@ class Pool:
             FreeError: one of them is free already, or there twice.
             ViewError: live views hold some of their bytes.
         """
-        given, one = integers(slots, "slots"), integers(1, "lengths", or_one=True)
+        given, one = integers(slots, "slots"), integers(1, "lengths", allow_scalar=True)
         count, failed = len(given.values), ffi.new("size_t *")
         with self._lock, self._region._taking_away() as interrupting:
             self._refuse_views(given.values, interrupting)

@@ -39,7 +39,7 @@ def unchanged(pages: PageAllocator) -> Iterator[None]:
 
 
 def tables_address(pages: PageAllocator) -> int:
-    return int(ffi.cast("uintptr_t", pages._pages))
+    return int(ffi.cast("uintptr_t", pages._handle))
 
 
 class TestMaking:
@@ -260,7 +260,7 @@ class TestRefusals:
         """The tables end at the capacity."""
         pages = PageAllocator(10, capacity=20)
 
-        with unchanged(pages), pytest.raises(RangeError, match="at most 20"):
+        with unchanged(pages), pytest.raises(RangeError, match="capacity 20"):
             pages.grow(11)
 
         assert pages.grow(10) == 10
@@ -314,7 +314,7 @@ class TestManyRuns:
 
     def test_one_length_for_nobody_knows_how_many(self, pages: PageAllocator) -> None:
         """An integer alone does not say how many runs."""
-        with unchanged(pages), pytest.raises(TypeError, match="how many"):
+        with unchanged(pages), pytest.raises(TypeError, match="out is required"):
             pages.alloc_many(7)  # type: ignore[call-overload]
 
     def test_none(self, pages: PageAllocator) -> None:
@@ -337,16 +337,16 @@ class TestManyRuns:
         """There are as many pages as lengths."""
         pages.alloc(10)
 
-        with unchanged(pages), pytest.raises(RangeError, match="2 items for 3"):
+        with unchanged(pages), pytest.raises(RangeError, match=r"out must .* \(3\), got 2"):
             pages.alloc_many([1, 2, 3], array("q", [0, 0]))
-        with unchanged(pages), pytest.raises(RangeError, match="1 items for 2"):
+        with unchanged(pages), pytest.raises(RangeError, match=r"pages must .* \(2\), got 1"):
             pages.free_many([0], [1, 1])
 
     def test_negative_numbers(self, pages: PageAllocator) -> None:
         """A negative number in a list is out of range, and named."""
-        with unchanged(pages), pytest.raises(RangeError, match=r"-3 pages \(lengths\[1\]\)"):
+        with unchanged(pages), pytest.raises(RangeError, match=r"lengths\[1\] must .* got -3"):
             pages.alloc_many([1, -3])
-        with unchanged(pages), pytest.raises(RangeError, match=r"\(pages\[0\]\) at -3"):
+        with unchanged(pages), pytest.raises(RangeError, match=r"page -3 \(pages\[0\]\)"):
             pages.free_many([-3])
         with unchanged(pages), pytest.raises(RangeError, match=r"lengths\[1\]"):
             pages.alloc_many([1, 1 << 64])
