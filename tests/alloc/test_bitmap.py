@@ -628,7 +628,7 @@ class TestCombining:
             bits.set(5)
             other.set(6)
 
-            with pytest.raises(RangeError, match="100 and of 101"):
+            with pytest.raises(RangeError, match="100 and 101"):
                 combine(bits, other)
 
             assert list(bits.runs()) == [(5, 6)]
@@ -937,10 +937,10 @@ class TestBadInput:
                 bits.to_bytes,
                 bits.words,
             ):
-                with pytest.raises(RangeError, match="not a range"):
+                with pytest.raises(RangeError, match="range must satisfy"):
                     method(start, stop)
             for value in (True, False):
-                with pytest.raises(RangeError, match="not a range"):
+                with pytest.raises(RangeError, match="range must satisfy"):
                     list(bits.runs(start, stop, value=value))
             assert bits.committed == 0
 
@@ -956,9 +956,9 @@ class TestBadInput:
     def test_indices_outside(self, at: int) -> None:
         """A bit that is not there raises IndexError from the brackets."""
         with Bitmap(100) as bits:
-            with pytest.raises(IndexError, match="no bit"):
+            with pytest.raises(IndexError, match="index must be in"):
                 bits[at]
-            with pytest.raises(IndexError, match="no bit"):
+            with pytest.raises(IndexError, match="index must be in"):
                 bits[at] = True
 
     @pytest.mark.parametrize("run", [0, -1])
@@ -1015,7 +1015,7 @@ class TestBadInput:
         with Bitmap(100) as bits, Bitmap(5) as other:
             other.set(0, 5)
 
-            with pytest.raises(RangeError, match="do not replace"):
+            with pytest.raises(RangeError, match=r"Bitmap assigned|step 1"):
                 bits[key] = other
 
             assert not bits.any()
