@@ -1,4 +1,4 @@
-"""Slots of one size in a region that grows where it stands."""
+"""A pool: slots of equal size in one region that is committed in steps."""
 
 import errno
 from array import array
@@ -29,24 +29,26 @@ _free = lib.pagealloc_free
 class Pool:
     """Slots of `item_size` bytes, numbered from 0, at addresses that never change.
 
-    All addresses are reserved at first; memory is committed `step` bytes at a time. Which slots are
-    free is kept in a hierarchical bitmap, a `PageAllocator`: the lowest free slot is handed out
-    first, which keeps slots together, in a time that hardly depends on how many there are.
+    All addresses are reserved at once; memory is committed `step` bytes at a time. `alloc` takes
+    the lowest free slot, which keeps the slots in use together. Its cost hardly depends on the
+    number of slots, since a `PageAllocator` keeps track of them.
 
     Args:
         item_size: bytes of a slot.
-        capacity: the most slots there can be; None: as many as fit in 1 GiB of addresses.
-        align: slots lie at multiples of this power of two, in bytes, and so many apart; None: the
-            next power of two that holds a slot, at most 16.
+        capacity: the maximum number of slots; None: as many as fit in 1 GiB of addresses.
+        align: a power of two, in bytes. Slots begin at multiples of it; the distance between them
+            is `item_size` rounded up to it. None: the next power of two that holds a slot, at
+            most 16.
         mode: how commits are accounted, as for `pyreserve.reserve`.
-        step: bytes to commit at a time, whole OS pages; or ``"measured"``: what suits this machine,
-            as `pyreserve.costs.measured_step` finds it in up to two seconds, once in a process.
+        step: bytes to commit at a time, whole OS pages; or ``"measured"``: the best step on this
+            machine, which `pyreserve.costs.measured_step` finds in up to two seconds, once in a
+            process.
 
-    Any number of threads may use a pool. A forked child has a copy of its own.
+    Any number of threads may use a pool. A forked child has its own copy.
 
     Raises (all methods):
-        TypeError: something that is not an integer.
-        RangeError: a number that makes no sense, or of no slot here.
+        TypeError: an argument is not an integer.
+        RangeError: an argument is out of range, or not a slot of this pool.
         OutOfMemoryError: no free slot (``limit`` is ``"layout"``), or the kernel refused memory;
             nothing has changed.
         ReleasedError: the pool was released or closed.
@@ -64,28 +66,32 @@ class Pool:
         """Reserve the addresses."""
         size = _index(item_size)
         align = min(1 << max(size - 1, 0).bit_length(), 16) if align is None else _index(align)
-        if size <= 0 or align <= 0 or align & (align - 1):
-            msg = f"no pool of {size}-byte slots aligned to {align}"
+        if size <= 0:
+            msg = f"item_size must be positive, got {size}"
             raise RangeError(msg)
-        stride = -(-size // align) * align
-        most = max(GiB // stride, 1) if capacity is None else _index(capacity)
-        if most <= 0:
-            msg = f"no pool of {most} slots"
+        if align <= 0 or align & (align - 1):
+            msg = f"align must be a power of two, got {align}"
+            raise RangeError(msg)
+        stride = round_up(size, align)
+        nslots = max(GiB // stride, 1) if capacity is None else _index(capacity)
+        if nslots <= 0:
+            msg = f"capacity must be positive, got {nslots}"
             raise RangeError(msg)
         step = as_step(step)
-        self._pages = PageAllocator(most, capacity=most)
-        self._tables = self._pages._handle
-        # Steps end on multiples of themselves, as huge pages need it.
-        base = max(align, step & -step)
-        self._region = reserve(most * stride, align=base, mode=mode)
+        # Slots are the pages of this allocator.
+        self._slots = PageAllocator(nslots, capacity=nslots)
+        self._handle = self._slots._handle
+        # Steps must end on multiples of their own size to be backed with huge pages.
+        base_align = max(align, step & -step)
+        self._region = reserve(nslots * stride, align=base_align, mode=mode)
         self._lock = self._region._make_lock()
-        self._item_size, self._stride, self._capacity, self._step = size, stride, most, step
+        self._item_size, self._stride, self._capacity, self._step = size, stride, nslots, step
         self._committed = 0
-        self._at_work = False  # a call is about to touch memory
-        # Slots below were handed out, so they are committed and may be dirty; no other is dirty.
-        self._seen = 0
+        self._clearing = False  # a call is writing zeros to slots
+        # Slots below this number were allocated before: committed, and maybe not zero.
+        self._dirty_end = 0
 
-    # -- what it is ---------------------------------------------------------------------------
+    # -- state --------------------------------------------------------------------------------
 
     @property
     def item_size(self) -> int:
@@ -94,17 +100,17 @@ class Pool:
 
     @property
     def capacity(self) -> int:
-        """How many slots there can be in use."""
+        """The maximum number of slots in use."""
         return self._capacity
 
     @property
     def in_use(self) -> int:
-        """Bytes of the slots in use, up to the next one each."""
+        """Bytes of the slots in use, including the padding between slots."""
         return len(self) * self._stride
 
     @property
     def committed(self) -> int:
-        """How many bytes are committed."""
+        """Committed bytes. Exact."""
         return self._region.committed
 
     @property
@@ -115,21 +121,22 @@ class Pool:
     # -- slots --------------------------------------------------------------------------------
 
     def alloc(self, *, zero: bool = False) -> int:
-        """Take the lowest free slot; return its number.
+        """Allocate the lowest free slot; return its number.
 
-        Its bytes are as its last user left them, zero if there was none; `zero` clears them then.
+        Its bytes are zero if it was never allocated before, and with `zero`; else they are as its
+        last user left them.
         """
         with self._lock:
-            slot = _alloc(self._tables, 1, 1, 0)
-            if zero or not 0 <= slot < self._seen:
-                self._prepare((slot,), zero)
+            slot = _alloc(self._handle, 1, 1, 0)
+            if zero or not 0 <= slot < self._dirty_end:
+                self._commit_and_clear((slot,), zero)
         return slot  # type: ignore[no-any-return]
 
     def free(self, slot: int) -> None:
-        """Give a slot back. Its memory stays committed, until `trim`.
+        """Free a slot. Its memory stays committed until `trim`.
 
         Raises:
-            FreeError: it is free already.
+            FreeError: the slot is free already.
             ViewError: live views hold some of its bytes.
         """
         slot = _index(slot)
@@ -138,55 +145,58 @@ class Pool:
             interrupting, region._busy = region._busy, True
             try:
                 if region._views is not None or region._released:
-                    self._refuse_views((slot,), interrupting)
-                err = _free(self._tables, slot, 1)
+                    self._check_views((slot,), interrupting)
+                err = _free(self._handle, slot, 1)
             except OverflowError:
                 err = lib.PAGEALLOC_OUTSIDE
             finally:
                 region._busy = interrupting
         if err:
-            self._refuse(slot, err)
+            self._refuse_slot(slot, err)
 
     def alloc_many(self, n: int, *, zero: bool = False) -> "array[int]":
-        """Take the `n` lowest free slots, all or none; return their numbers in rising order."""
+        """Allocate the `n` lowest free slots, all or none; return their numbers in rising order."""
         n = _index(n)
         with self._lock:
             self._alive()
-            if not 0 <= n <= self._pages.free_pages:
-                raise self._full(n)
-            slots = self._pages.alloc_many(1, array("q", bytes(8 * n)))
+            if not 0 <= n <= self._slots.free_pages:
+                raise self._capacity_error(n)
+            slots = self._slots.alloc_many(1, array("q", bytes(8 * n)))
             if n:
-                self._prepare(slots, zero)
+                self._commit_and_clear(slots, zero)
         return slots
 
     def free_many(self, slots: "Integers") -> None:
-        """Give slots back, all or none: integers in a buffer or an iterable.
+        """Free slots, all or none: a buffer or an iterable of their numbers.
 
         Raises:
-            FreeError: one of them is free already, or there twice.
-            ViewError: live views hold some of their bytes.
+            FreeError: a slot is free already, or occurs twice.
+            ViewError: live views hold some of the slots' bytes.
         """
-        given, one = integers(slots, "slots"), integers(1, "lengths", allow_scalar=True)
-        count, failed = len(given.values), ffi.new("size_t *")
+        numbers, length = integers(slots, "slots"), integers(1, "lengths", allow_scalar=True)
+        count, failed = len(numbers.values), ffi.new("size_t *")
         with self._lock, self._region._taking_away() as interrupting:
-            self._refuse_views(given.values, interrupting)
-            err = lib.pagealloc_free_many(self._tables, one.struct, given.struct, count, failed)
+            self._check_views(numbers.values, interrupting)
+            err = lib.pagealloc_free_many(
+                self._handle, length.struct, numbers.struct, count, failed
+            )
         if err:
-            self._refuse(given.values[failed[0]], err)
+            self._refuse_slot(numbers.values[failed[0]], err)
 
     def view(self, slot: int, *, readonly: bool = False) -> memoryview:
-        """Return a memoryview of a slot in use: `item_size` unsigned bytes, safe as a region's.
+        """Return a memoryview of a slot in use: `item_size` unsigned bytes.
 
-        While it, or anything made from it, is alive, the slot can't be freed.
+        The slot can't be freed while the view, or anything made from it, is alive; see
+        `pyreserve.Region.view`.
 
         Raises:
             FreeError: the slot is free.
-            RuntimeError: see `pyreserve.Region.view`.
+            RuntimeError: called by a finaliser or signal handler inside another call.
         """
         slot = _index(slot)
         with self._lock:
-            view = self._region.view(self._offset(slot), self._item_size, readonly=readonly)
-            self._offset(slot)  # a signal handler may have freed it meanwhile
+            view = self._region.view(self._offset_in_use(slot), self._item_size, readonly=readonly)
+            self._offset_in_use(slot)  # raises if a signal handler has freed the slot since
         return view
 
     def address(self, slot: int) -> int:
@@ -196,7 +206,7 @@ class Pool:
             FreeError: the slot is free.
         """
         with self._lock:
-            return self._region.base + self._offset(slot)
+            return self._region.base + self._offset_in_use(slot)
 
     # -- memory -------------------------------------------------------------------------------
 
@@ -204,13 +214,14 @@ class Pool:
         """Decommit the whole OS pages above the highest slot in use; return their bytes.
 
         Raises:
-            VMError: refused (max_map_count); nothing has changed, unless it was the policies of the
-                fresh addresses that the kernel refused: see `Region.decommit`.
+            VMError: refused (max_map_count); nothing has changed, unless the kernel refused only
+                the policies of the fresh addresses: see `Region.decommit`.
         """
         with self._lock:
             self._alive()
-            first, low = self._take_tail()
-            cut = min(-(-low // PAGE_SIZE) * PAGE_SIZE, self._committed)
+            # While the tail is allocated, no interrupting call can allocate slots of it.
+            first, low = self._alloc_tail()
+            cut = min(round_up(low, PAGE_SIZE), self._committed)
             nbytes = self._committed - cut
             try:
                 if low < cut:
@@ -219,57 +230,57 @@ class Pool:
                     self._region.decommit(cut, nbytes)
             finally:
                 if not nbytes or not self._region.is_committed(cut, nbytes):
-                    self._committed, self._seen = cut, min(self._seen, first)
+                    self._committed, self._dirty_end = cut, min(self._dirty_end, first)
                 if first < self._capacity:
-                    _free(self._tables, first, self._capacity - first)
+                    _free(self._handle, first, self._capacity - first)
         return nbytes
 
     def release(self) -> None:
-        """Give all addresses back. The allocator's own tables go with this object.
+        """Release all addresses. The table of slots is freed with this object.
 
         Raises:
-            ViewError: live views hold some of the bytes.
-            ReleasedError: it was released or closed.
+            ViewError: live views hold some of the bytes; nothing has changed.
+            ReleasedError: the pool was released or closed.
             RuntimeError: called by a finaliser or signal handler inside another call.
         """
         with self._lock:
             self._alive()
-            if self._at_work:
+            if self._clearing:
                 msg = "release called from inside another call on the same pool"
                 raise RuntimeError(msg)
             self._region.release()
-            self._seen = 0  # so that each `alloc` looks whether the region is there
+            self._dirty_end = 0  # makes every `alloc` check whether the pool was released
 
     def close(self) -> None:
         """Refuse new use; release the addresses with the last view. See `Region.close`.
 
-        The allocator's own tables go with this object.
+        The table of slots is freed with this object.
         """
         with self._lock:
             self._region._retire()
-            self._seen = 0
-            if not self._at_work:  # else the call under way still needs the memory
+            self._dirty_end = 0
+            if not self._clearing:  # else the interrupted call still needs the memory
                 self._region._close()
 
     # -- Python's protocols -------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """How many slots are in use."""
+        """Number of slots in use."""
         with self._lock:
             self._alive()
-            return self._capacity - self._pages.free_pages
+            return self._capacity - self._slots.free_pages
 
     def __contains__(self, slot: int) -> bool:
-        """Tell whether a slot is in use; False for what is no slot here."""
+        """Tell whether a slot is in use; False for a number outside the pool."""
         with self._lock:
             self._alive()
-            return self._pages.is_used(slot)
+            return self._slots.is_used(slot)
 
     def __iter__(self) -> Iterator[int]:
-        """Iterate over the slots that are in use now, lowest first."""
+        """Iterate over the slots in use at this moment, lowest first."""
         with self._lock:
             self._alive()
-            runs = list(self._pages.used_runs())
+            runs = list(self._slots.used_runs())
         return chain.from_iterable(range(start, stop) for start, stop in runs)
 
     def __enter__(self) -> "Self":
@@ -289,7 +300,7 @@ class Pool:
             )
 
     def __reduce__(self) -> NoReturn:
-        msg = "a Pool is memory of this process: it can't be pickled or copied"
+        msg = "a Pool can't be pickled or copied: its memory belongs to this process"
         raise TypeError(msg)
 
     # -- inside -------------------------------------------------------------------------------
@@ -299,36 +310,40 @@ class Pool:
             msg = "the pool was released or closed"
             raise ReleasedError(msg)
 
-    def _full(self, n: int) -> RangeError | OutOfMemoryError:
-        msg = f"can't take {n} slots: {self._pages.free_pages} of {self._capacity} are free"
+    def _capacity_error(self, n: int) -> RangeError | OutOfMemoryError:
         if n < 0:
-            return RangeError(msg)
+            return RangeError(f"n must not be negative, got {n}")
+        slots = "a slot" if n == 1 else f"{n} slots"
+        msg = f"cannot allocate {slots}: {self._slots.free_pages} of {self._capacity} are free"
         nbytes = n * self._stride
         return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit="layout")
 
-    def _prepare(self, slots: Sequence[int], zero: bool) -> None:
-        """Commit slots just taken, in rising order, and clear what may be dirty; or free them."""
+    def _commit_and_clear(self, slots: Sequence[int], zero: bool) -> None:
+        """Commit newly allocated slots, in rising order; clear dirty ones if `zero`.
+
+        On an exception the slots are freed.
+        """
         self._alive()
         if slots[0] < 0:
-            raise self._full(1)
+            raise self._capacity_error(1)
         try:
             end = slots[-1] + 1
             if end * self._stride > self._committed:
                 self._commit(end * self._stride)
             if zero:
                 for slot in slots:
-                    if slot < self._seen:
+                    if slot < self._dirty_end:
                         self._clear(slot * self._stride, self._item_size)
-            self._seen = max(self._seen, end)
-            if self._region._released:  # by what interrupted this call
-                self._seen = 0
+            self._dirty_end = max(self._dirty_end, end)
+            if self._region._released:  # by a call that interrupted this one
+                self._dirty_end = 0
                 self._alive()
         except BaseException:
-            self._pages.free_many(slots)
+            self._slots.free_many(slots)
             raise
 
     def _commit(self, end: int) -> None:
-        """Commit to the end of a step, or if that is refused just up to `end`."""
+        """Commit up to the end of a step; if that is refused, only up to `end`."""
         begin, need = self._committed, round_up(end, PAGE_SIZE)
         ahead = min(round_up(end, self._step), self._region.size)
         try:
@@ -341,32 +356,34 @@ class Pool:
         self._committed = max(self._committed, ahead)
 
     def _clear(self, offset: int, nbytes: int) -> None:
-        inside, self._at_work = self._at_work, True
+        interrupting, self._clearing = self._clearing, True
         try:
             self._alive()
             ffi.memmove(self._region._anchor(offset), bytes(nbytes), nbytes)
         finally:
-            self._at_work = inside
-            if not inside and self._region._released:  # by what interrupted this call
+            self._clearing = interrupting
+            if not interrupting and self._region._released:  # closed by a call that interrupted
                 self._region._close()
 
-    def _take_tail(self) -> tuple[int, int]:
-        """Take all slots above the highest in use; return the first of them and its offset."""
+    def _alloc_tail(self) -> tuple[int, int]:
+        """Allocate all slots above the highest in use; return the first of them and its offset."""
         while True:
-            first = max((stop for _, stop in self._pages.used_runs()), default=0)
+            first = max((stop for _, stop in self._slots.used_runs()), default=0)
             n = self._capacity - first
-            # Refused if a finaliser took one meanwhile.
-            if not n or not lib.pagealloc_alloc_at(self._tables, first, n):
+            # Fails, and is tried again, if a finaliser has allocated one of them since.
+            if not n or not lib.pagealloc_alloc_at(self._handle, first, n):
                 return first, first * self._stride
 
-    def _offset(self, slot: int) -> int:
+    def _offset_in_use(self, slot: int) -> int:
+        """Return the offset of a slot, which must be in use."""
         slot = _index(slot)
         self._alive()
-        if not self._pages.is_used(slot):
-            self._refuse(slot, lib.PAGEALLOC_NOT_IN_USE)
+        if not self._slots.is_used(slot):
+            self._refuse_slot(slot, lib.PAGEALLOC_NOT_IN_USE)
         return slot * self._stride
 
-    def _refuse_views(self, slots: Sequence[int], interrupting: bool) -> None:
+    def _check_views(self, slots: Sequence[int], interrupting: bool) -> None:
+        """Refuse to free slots that live views hold."""
         self._alive()
         views = self._region._views
         if views is None:
@@ -377,13 +394,13 @@ class Pool:
         if held:
             slot = min(held)
             raise view_error(
-                f"can't free slot {slot}",
-                [each for each in live if each[1] // self._stride == slot],
+                f"cannot free slot {slot}",
+                [entry for entry in live if entry[1] // self._stride == slot],
             )
 
-    def _refuse(self, slot: int, err: int) -> NoReturn:
+    def _refuse_slot(self, slot: int, err: int) -> NoReturn:
         if err == lib.PAGEALLOC_NOT_IN_USE and 0 <= slot < self._capacity:
-            msg = f"slot {slot} is free: freed already, or never allocated"
+            msg = f"slot {slot} is free: freed already or never allocated"
             raise FreeError(msg)
-        msg = f"no slot {slot} in a pool of {self._capacity}"
+        msg = f"slot must be in [0, {self._capacity}), got {slot}"
         raise RangeError(msg)

@@ -205,7 +205,7 @@ class TestManySlots:
         """More slots than are free are refused together."""
         pool.alloc_many(10)
 
-        with pytest.raises(OutOfMemoryError, match="can't take 91 slots"):
+        with pytest.raises(OutOfMemoryError, match="cannot allocate 91 slots"):
             pool.alloc_many(91)
 
         assert len(pool) == 10
