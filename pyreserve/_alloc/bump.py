@@ -1,9 +1,9 @@
-"""A bump arena: blocks handed out by moving an offset, taken back all at once at a mark.
+"""A bump arena: blocks allocated by advancing an offset, freed all at once by a reset to a mark.
 
-The arena looks at its memory through one view, the window; a block is a slice of it, which costs a
-fraction of a view of its own and pins the bytes as well. Every mark and every commit end a window.
-So windows with blocks above a mark begin above it, all others below, and the region's table of live
-views knows whether a block above the mark is still in use.
+The arena views its memory through one memoryview, the window. A block is a slice of the window,
+which costs a fraction of a new view and pins the bytes as well. Every mark and every commit end the
+window. So a window that holds blocks above a mark begins above that mark, and the region's table of
+live views knows whether any block above the mark is alive.
 """
 
 import errno
@@ -24,45 +24,49 @@ from pyreserve.units import KiB, MiB, format_size, round_up
 _T = TypeVar("_T")
 
 _ZEROS = bytes(64 * KiB)
-_NOTHING = memoryview(b"")
+_EMPTY = memoryview(b"")
 
-# Under a global interpreter lock no other thread, signal handler or finaliser comes between
-# bytecodes that neither call, nor jump back, nor make containers. Such is the line in `alloc` that
-# takes a block; a lock would double its price. It runs for this very alignment, so without a GIL
-# never, and all blocks are taken under the lock.
+# With a GIL, no other thread, signal handler or finaliser runs between bytecodes that neither call
+# nor jump back nor make containers. The fast path of `alloc` has no others, so it needs no lock,
+# which would double its cost. It serves this alignment alone; without a GIL, none.
 _HAS_GIL = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
-_QUICK = 8 if _HAS_GIL else None
+_FAST_ALIGN = 8 if _HAS_GIL else None
 
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """A point that a `BumpArena` can be reset to, as made by its `mark`."""
+    """A point that a `BumpArena` can be reset to, returned by its `mark`.
+
+    Attributes:
+        offset: bytes from the arena's base.
+    """
 
     offset: int
     _depth: int
 
 
 class BumpArena(InSteps):
-    """An arena of `size` bytes that commits memory as its blocks need it, in place.
+    """An arena of `size` bytes that commits memory in place as its blocks need it.
 
-    The first 64 KiB are committed alone, in small pages; further commits end on addresses that are
-    multiples of `step`, so that the kernel can use huge pages, or with the arena.
+    The first commit is 64 KiB, in small pages. Each later one ends at an address that is a multiple
+    of `step`, so that the kernel can use huge pages, or at the end of the arena.
 
-    Any thread may take blocks; marks and resets are one stack, for one thread at a time to use. A
-    finaliser or signal handler that interrupts a call may find RuntimeError, never others' bytes.
-    A block's ``obj`` is the buffer that it shares with its neighbours: blocks are cut from a window
-    of memory, and a ViewError names the window.
+    Any thread may allocate blocks. Marks and resets form one stack, to be used by one thread at a
+    time. A finaliser or signal handler that interrupts a call may get RuntimeError, never bytes of
+    another block. A block's ``obj`` is the buffer of its window, which neighbouring blocks share; a
+    ViewError names the window.
 
     Args:
-        size: bytes to reserve, rounded up to whole OS pages; all that it can ever hold.
-        step: in bytes, whole OS pages; or ``"measured"``: what suits this machine, as
-            `pyreserve.costs.measured_step` finds it in up to two seconds, once in a process.
-        mode, huge_pages, name: as for `pyreserve.reserve`, which may raise what it says there.
+        size: bytes to reserve, rounded up to whole OS pages: the capacity of the arena.
+        step: bytes to commit at a time, whole OS pages; or ``"measured"``: the best step on this
+            machine, which `pyreserve.costs.measured_step` finds in up to two seconds, once in a
+            process.
+        mode, huge_pages, name: as for `pyreserve.reserve`, whose exceptions apply too.
 
     Raises:
-        RangeError: a size or step that makes no sense.
-        ValueError, OSError: another word, or ``"measured"`` can't be told: see
-            `pyreserve.costs.measured_step`.
+        RangeError: `size` is not positive, or `step` not a positive multiple of the OS page.
+        ValueError: an unknown word.
+        ValueError, OSError: ``"measured"`` failed, see `pyreserve.costs.measured_step`.
 
     After `release` or `close`, everything raises `ReleasedError`, a ValueError.
     """
@@ -82,80 +86,86 @@ class BumpArena(InSteps):
         region = reserve(size, mode=mode, huge_pages=huge_pages, name=name)
         super().__init__(region, step, small_first=small_first)
         self._marks: list[Mark] = []
-        self._window = _NOTHING
-        # Offsets: where the window begins, and up to where bytes may hold what was written before a
-        # reset.
-        self._floor = self._dirty = 0
-        # A scope's blocks still to be taken back: (start, end, keep).
-        self._due: tuple[int, int, bool] | None = None
-        # The window's length, and how much of it is handed out.
+        self._window = _EMPTY
+        # Offset of the window.
+        self._start = 0
+        # Bytes below this offset may hold data from before a reset.
+        self._dirty_end = 0
+        # A scope that could not be reset at its end: (start, end, keep).
+        self._pending: tuple[int, int, bool] | None = None
+        # Bytes of the window, and of its blocks so far.
         self._length = self._at = 0
-        # The length again; but 0 while a call does more than hand out.
-        self._room = 0
+        # Equals _length; but 0, which disables the fast path, during a call under the lock.
+        self._limit = 0
 
-    # -- what it is ---------------------------------------------------------------------------
+    # -- state --------------------------------------------------------------------------------
 
     @property
     def region(self) -> Region:
-        """The region behind it. What others decommit there can't be handed out any more."""
+        """The region under the arena. Bytes that you decommit there can't be allocated any more."""
         return self._region
 
     @property
     def size(self) -> int:
-        """Bytes reserved."""
+        """Reserved bytes."""
         return self._region.size
 
     @property
     def in_use(self) -> int:
-        """Bytes up to the end of the last block, gaps between blocks included."""
+        """Bytes up to the end of the last block, including gaps between blocks."""
         with self._lock:
             self._alive()
-            return self._floor + self._at
+            return self._start + self._at
 
     # -- blocks -------------------------------------------------------------------------------
 
     def alloc(self, nbytes: int, align: int = 8, *, zero: bool = False) -> memoryview:
-        """Hand out the next `nbytes` bytes, writable, at an address that is a multiple of `align`.
+        """Allocate the next `nbytes` bytes, writable, at an address that is a multiple of `align`.
 
-        They read zero where they were never handed out before, with `zero` everywhere.
+        Bytes that were never allocated before are zero, and with `zero` all are; else they are
+        as their last user left them.
 
         Raises:
             RangeError: `nbytes` is not positive, or `align` not a power of two.
-            OutOfMemoryError: no room (``limit="layout"``), or refused; nothing has changed.
+            OutOfMemoryError: the capacity is used up (``limit="layout"``), or the kernel refused
+                memory; nothing has changed.
             ReleasedError: the arena was released or closed.
             RuntimeError: called by a finaliser or signal handler inside another call.
         """
-        # The last line reads, checks and stores. It is one, as tracers come in between lines.
+        # Read, check and store on one line: a tracer may run code between two lines.
         # fmt: off
-        if (align is _QUICK and not zero and type(nbytes) is int
-            and (lo := self._at + 7 & -8) < (hi := lo + nbytes) <= self._room): self._at = hi; return self._window[lo:hi]  # noqa: E501, E701, E702
+        if (align is _FAST_ALIGN and not zero and type(nbytes) is int
+            and (lo := self._at + 7 & -8) < (hi := lo + nbytes) <= self._limit): self._at = hi; return self._window[lo:hi]  # noqa: E501, E701, E702
         # fmt: on
         nbytes, align = _index(nbytes), _index(align)
-        if nbytes <= 0 or align <= 0 or align & (align - 1):
-            msg = f"can't take {nbytes} bytes aligned to {align}: not positive, not a power of two"
+        if nbytes <= 0:
+            msg = f"nbytes must be positive, got {nbytes}"
+            raise RangeError(msg)
+        if align <= 0 or align & (align - 1):
+            msg = f"align must be a power of two, got {align}"
             raise RangeError(msg)
         return self._alone(self._take, nbytes, align, zero)
 
     def _take(self, nbytes: int, align: int, zero: bool) -> memoryview:
-        # The window stands in no variable here: the traceback of a refusal would keep it alive.
-        self._take_back_due()
-        used = self._floor + self._at
+        # No local variable holds the window: the traceback of an exception would keep it alive.
+        self._retry_scope()
+        used = self._start + self._at
         start = self._aligned(used, align)
-        if start + nbytes > self._floor + self._length:
-            # A window begins on an 8-byte line, for the quick way to count from. If that does not
-            # fit, what is left after the block holds no such line.
-            line = self._aligned(start, 8)
-            if line + nbytes <= self._region.size:
-                start = line
+        if start + nbytes > self._start + self._length:
+            # A window begins at a multiple of 8, which the fast path relies on. If the block does
+            # not fit there, no multiple of 8 is left after the block either.
+            multiple = self._aligned(start, 8)
+            if multiple + nbytes <= self._region.size:
+                start = multiple
             if start + nbytes > self._region.size:
-                raise self._no_room(nbytes, used)
+                raise self._capacity_error(nbytes, used)
             self._commit(start + nbytes)
             self._window = self._region.view(start, self._end - start)
-            self._floor, self._length, self._at = start, self._end - start, 0
-        at = start - self._floor
+            self._start, self._length, self._at = start, self._end - start, 0
+        at = start - self._start
         block = self._window[at : at + nbytes]
-        if zero and start < self._dirty:
-            stale = block[: self._dirty - start]
+        if zero and start < self._dirty_end:
+            stale = block[: self._dirty_end - start]
             for i in range(0, len(stale), len(_ZEROS)):
                 stale[i : i + len(_ZEROS)] = _ZEROS[: len(stale) - i]
         self._at = at + nbytes
@@ -164,117 +174,120 @@ class BumpArena(InSteps):
     def _aligned(self, offset: int, align: int) -> int:
         return (self._base + offset + align - 1 & -align) - self._base
 
-    def _no_room(self, nbytes: int, used: int) -> OutOfMemoryError:
-        msg = f"no room for {nbytes} bytes: {used} in use of {self._region.size} reserved"
+    def _capacity_error(self, nbytes: int, used: int) -> OutOfMemoryError:
+        msg = f"cannot allocate {nbytes} bytes: {used} in use of {self._region.size} reserved"
         return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit="layout")
 
     # -- marks --------------------------------------------------------------------------------
 
     def mark(self) -> Mark:
-        """Return this point, for `reset` to go back to, as often as wanted.
+        """Return a mark at the end of the last block, for any number of calls of `reset`.
 
-        The arena keeps marks until it is reset below them.
+        The arena keeps a mark until a reset to below it.
         """
         return self._alone(self._push, True)
 
     def reset(self, mark: Mark | None = None, *, keep: bool = True) -> None:
-        """Take back all blocks above a mark, by default all there are.
+        """Free all blocks above a mark, by default all blocks.
 
-        With `keep` the memory stays, contents and all, for blocks to come. Without, whole OS pages
-        above the mark are decommitted; those that share a window with a live block below it are
-        discarded, so that they stay committed and give back only their memory.
+        With `keep` the memory stays committed and keeps its contents. Otherwise whole OS pages
+        above the mark are decommitted, except those in a window with a live block below the mark:
+        these are discarded, which gives back their memory but not their commit charge.
 
         Raises:
-            RangeError: not a mark of this arena, or the arena was reset below it.
-            ViewError: live views show blocks above the mark; nothing has changed. Views in garbage
-                cycles, or in the frames of a traceback that somebody keeps, are alive.
-            VMError: refused; the blocks are still in use, their contents may be gone.
+            RangeError: `mark` is of another arena, or the arena was reset below it.
+            ViewError: live views show blocks above the mark; nothing has changed. Views in
+                reference cycles, or in the frames of a traceback, are alive.
+            VMError: refused; the blocks stay in use, their contents are undefined.
             ReleasedError, RuntimeError: as for `alloc`.
         """
         self._alone(self._reset, mark, keep)
 
     @contextmanager
     def scope(self, *, keep: bool = True) -> Iterator[None]:
-        """Take back, at the end of a ``with``, the blocks and the marks that were made inside.
+        """Return a context manager that frees the blocks and marks made inside its ``with``.
 
         If views of these blocks are alive at the end, the blocks stay in use. The next `alloc` or
-        `mark` takes them back if the views are gone by then, or else a `reset` to an earlier mark.
+        `mark` frees them if the views are gone by then; otherwise a `reset` to an earlier mark
+        does.
         """
         mark = self._alone(self._push, False)
         try:
             yield
         finally:
-            # A live view or a refused decommit must not replace the exception in flight.
+            # A live view or a refused decommit must not hide an exception of the block.
             with suppress(PyreserveError, RuntimeError):
                 self._alone(self._end_scope, mark, keep)
             with self._lock:
-                if self._knows(mark):
+                if self._is_valid(mark):
                     del self._marks[mark._depth :]
 
     def _end_scope(self, mark: Mark, keep: bool) -> None:
-        if self._knows(mark):  # else a reset below it has ended the scope
+        if self._is_valid(mark):  # else a reset to below it has ended the scope
             self._end_window()
-            self._due = (mark.offset, self._floor, keep)
+            self._pending = (mark.offset, self._start, keep)
             self._reset_to(mark.offset, keep)
 
-    def _take_back_due(self) -> None:
-        """Take back what a scope left in use, unless more was handed out since."""
-        if self._due is None:
+    def _retry_scope(self) -> None:
+        """Reset the scope that is pending, unless a block was allocated since its end."""
+        if self._pending is None:
             return
-        (offset, used, keep), self._due = self._due, None
-        if used == self._floor + self._at:
+        (offset, used, keep), self._pending = self._pending, None
+        if used == self._start + self._at:
             with suppress(ViewError, VMError):
                 self._reset_to(offset, keep)
 
     def _push(self, shared: bool) -> Mark:
-        self._take_back_due()
+        self._retry_scope()
         self._end_window()
-        if not (shared and self._marks and self._marks[-1].offset == self._floor):
-            self._marks.append(Mark(self._floor, len(self._marks)))
+        if not (shared and self._marks and self._marks[-1].offset == self._start):
+            self._marks.append(Mark(self._start, len(self._marks)))
         return self._marks[-1]
 
     def _reset(self, mark: Mark | None, keep: bool) -> None:
-        if mark is not None and not self._knows(mark):
-            msg = f"can't reset to {mark}: not this arena's, or the arena was reset below it"
+        if mark is not None and not self._is_valid(mark):
+            msg = f"mark must be of this arena and not ended by a reset to below it, got {mark}"
             raise RangeError(msg)
         self._reset_to(0 if mark is None else mark.offset, keep)
 
     def _reset_to(self, offset: int, keep: bool) -> None:
         self._end_window()
-        used = self._floor
-        found = self._live(offset)
-        held = [(ref, lo, min(hi, used)) for ref, lo, hi in found if lo >= offset]
+        used = self._start
+        views = self._live_views(offset)
+        held = [(ref, lo, min(hi, used)) for ref, lo, hi in views if lo >= offset]
         if held:
-            raise view_error(f"can't reset to {offset:#x}", held)
-        self._dirty = max(self._dirty, used)
+            raise view_error(f"cannot reset to {offset:#x}", held)
+        self._dirty_end = max(self._dirty_end, used)
         if not keep:
-            self._give_back(round_up(offset, PAGE_SIZE), max((hi for *_, hi in found), default=0))
-        self._floor, self._due = offset, None
+            pinned_end = max((hi for *_, hi in views), default=0)
+            self._return_memory(round_up(offset, PAGE_SIZE), pinned_end)
+        self._start, self._pending = offset, None
         while self._marks and self._marks[-1].offset > offset:
             self._marks.pop()
 
-    def _give_back(self, first: int, pinned: int) -> None:
-        """Decommit all but what windows below the mark reach up to, and discard that."""
-        # More than the arena counts on may be committed, after a refusal below.
+    def _return_memory(self, start: int, pinned_end: int) -> None:
+        """Decommit the pages from `start` up, but discard those below `pinned_end`."""
+        # After a refused decommit, more is committed than _end says.
         end = max(self._end, self._region.committed)
-        pinned = min(max(first, round_up(pinned, PAGE_SIZE)), end)
-        if pinned < end:
-            # Before it is so: whatever comes in between, to commit again does no harm.
-            self._end = min(self._end, pinned)
-            self._region.decommit(pinned, end - pinned)
-        if first < pinned:
-            self._region.discard(first, pinned - first)
-        self._dirty = min(self._dirty, first)
+        pinned_end = min(max(start, round_up(pinned_end, PAGE_SIZE)), end)
+        if pinned_end < end:
+            # Lower _end first: if this call is interrupted, committing again is harmless.
+            self._end = min(self._end, pinned_end)
+            self._region.decommit(pinned_end, end - pinned_end)
+        if start < pinned_end:
+            self._region.discard(start, pinned_end - start)
+        self._dirty_end = min(self._dirty_end, start)
 
-    def _knows(self, mark: Mark) -> bool:
+    def _is_valid(self, mark: Mark) -> bool:
         return isinstance(mark, Mark) and self._marks[mark._depth : mark._depth + 1] == [mark]
 
     def _end_window(self) -> None:
-        """End the window: the next block opens another one, which begins above this point."""
-        self._floor, self._at, self._length, self._window = self._floor + self._at, 0, 0, _NOTHING
+        """End the window at its last block; the next block opens a window above this point."""
+        # On one line: a tracer that raises between lines would leave the window half ended.
+        self._start, self._at, self._length, self._window = self._start + self._at, 0, 0, _EMPTY
 
-    def _live(self, offset: int) -> list[Entry]:
-        """Return the windows and other views of the region that reach above `offset`."""
+    def _live_views(self, offset: int) -> list[Entry]:
+        """Return the live views of the region, windows included, that reach above `offset`."""
         region = self._region
         with region._taking_away() as interrupting:
             if region._views is None or offset == region.size:
@@ -288,19 +301,19 @@ class BumpArena(InSteps):
         super()._release()
 
     def _let_go(self) -> None:
-        self._room = 0  # first: from here on nothing is handed out of the window
+        self._limit = 0  # first: no block may be taken from the window any more
         self._end_window()
         super()._let_go()
 
     def _alone(self, do: Callable[..., _T], *arguments: object) -> _T:
-        return super()._alone(self._without_room, do, *arguments)  # type: ignore[no-any-return]
+        return super()._alone(self._without_fast_path, do, *arguments)  # type: ignore[no-any-return]
 
-    def _without_room(self, do: Callable[..., _T], *arguments: object) -> _T:
-        self._room = 0
+    def _without_fast_path(self, do: Callable[..., _T], *arguments: object) -> _T:
+        self._limit = 0
         try:
             return do(*arguments)
         finally:
-            self._room = self._length
+            self._limit = self._length
 
     def __repr__(self) -> str:
         region = self._region

@@ -28,7 +28,7 @@ from pyreserve import (
     ViewError,
     VMError,
 )
-from pyreserve._alloc.bump import _QUICK, BumpArena, Mark
+from pyreserve._alloc.bump import _FAST_ALIGN, BumpArena, Mark
 from pyreserve._region.exports import Entry
 
 FIRST = max(64 * KiB, PAGE_SIZE)
@@ -158,7 +158,7 @@ class TestBlocks:
             arena.alloc(100)
         before = state(arena)
 
-        with pytest.raises(RangeError, match="not positive"):
+        with pytest.raises(RangeError, match="must be positive"):
             arena.alloc(nbytes)
 
         assert state(arena) == before
@@ -420,7 +420,7 @@ class TestMarks:
         arena.mark()
 
         for wrong in (other.mark(), Mark(0, 0), Mark(0, -1), copy.copy(arena.mark()), 0, "x"):
-            with pytest.raises(RangeError, match="not this arena's"):
+            with pytest.raises(RangeError, match="must be of this arena"):
                 arena.reset(wrong)  # type: ignore[arg-type]
 
     def test_a_mark_can_not_be_changed(self) -> None:
@@ -549,7 +549,7 @@ class TestViewsPin:
         before = state(arena)
 
         for at in (mark, None):
-            with pytest.raises(ViewError, match=r"can't reset to 0x.*live view"):
+            with pytest.raises(ViewError, match=r"cannot reset to 0x.*live view"):
                 arena.reset(at, keep=keep)
 
         assert state(arena) == before
@@ -571,7 +571,7 @@ class TestViewsPin:
             arena.reset(mark)
 
         assert str(refused.value).startswith(
-            "can't reset to 0x100: 1 live view holds bytes of it: [0x100, 0x180); "
+            "cannot reset to 0x100: 1 live view holds bytes of it: [0x100, 0x180); "
             "delete the holder first"
         )
         del held
@@ -926,7 +926,7 @@ class TestRefusals:
         error = refused.value
         assert (error.errno_name, error.limit, error.verb) == ("ENOMEM", "layout", "alloc")
         assert error.nbytes == MiB
-        assert str(error).endswith("no room for 1048576 bytes: 1000 in use of 1048576 reserved")
+        assert str(error).endswith("cannot allocate 1048576 bytes: 1000 in use of 1048576 reserved")
         assert isinstance(error, MemoryError)
 
     @pytest.mark.parametrize("nbytes", [1 << 40, (1 << 63) - 1, 1 << 64, 1 << 1000])
@@ -1105,7 +1105,7 @@ HARMLESS = (
 
 
 class TestThreads:
-    @pytest.mark.skipif(_QUICK is None, reason="all blocks are taken under the lock")
+    @pytest.mark.skipif(_FAST_ALIGN is None, reason="all blocks are taken under the lock")
     def test_nothing_can_come_between(self) -> None:
         """From the reading of the offset to its storing and the window's loading nothing is called.
 
@@ -1133,7 +1133,7 @@ class TestThreads:
     ) -> None:
         """Blocks that eight threads take at once keep what each thread wrote, lock or not."""
         if not quick:
-            monkeypatch.setattr("pyreserve._alloc.bump._QUICK", None)
+            monkeypatch.setattr("pyreserve._alloc.bump._FAST_ALIGN", None)
         arena, threads, rounds = BumpArena(64 * MiB, step=64 * KiB), 8, 3000
         taken: list[list[memoryview]] = [[] for _ in range(threads)]
         start = threading.Barrier(threads)
@@ -1300,13 +1300,13 @@ class TestThreads:
                         found.append(str(error))
 
         arena.alloc(8)
-        original = arena._live
+        original = arena._live_views
 
         def live(offset: int) -> list[Entry]:
             Last()
             return original(offset)
 
-        arena._live = live  # type: ignore[method-assign]
+        arena._live_views = live  # type: ignore[method-assign]
         arena.reset()
 
         assert found == ["called from inside another call on the same arena"] * 4
