@@ -1,1 +1,1 @@
-"""Containers and allocators over one region."""
+"""Containers and allocators, each over one region. Knows _region and _native, not _arena."""

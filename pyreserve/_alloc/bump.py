@@ -175,7 +175,7 @@ class BumpArena(InSteps):
         return (self._base + offset + align - 1 & -align) - self._base
 
     def _capacity_error(self, nbytes: int, used: int) -> OutOfMemoryError:
-        msg = f"cannot allocate {nbytes} bytes: {used} in use of {self._region.size} reserved"
+        msg = f"cannot allocate {nbytes} bytes: {used} of {self._region.size} are in use"
         return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit="layout")
 
     # -- marks --------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Buffers and arrays that grow where they stand: nothing moves, so growing ends no view of them.
+"""Buffers and arrays that grow in place: nothing moves, so growth invalidates no view.
 
-All addresses are reserved at first, and memory is committed in steps as the length needs it. What
-is committed ahead is in no view: whatever stands above the length may be written or given back.
+All addresses are reserved at once; memory is committed in steps as the length grows. No view shows
+bytes above the length, so these may be written or decommitted at any time.
 """
 
 import errno
@@ -25,20 +25,20 @@ _Step = int | Literal["measured"]
 _from_buffer = ffi.from_buffer
 _memmove = ffi.memmove
 
-# From so many bytes on, whole pages are dropped instead of overwritten, though to touch them again
-# costs more: they may never be used.
-_MUCH = 32 * MiB
+# From this many bytes up, discard pages instead of zeroing them. Touching a discarded page costs
+# more than zeroing it, but many may never be touched again.
+_DISCARD_FROM = 32 * MiB
 _ZEROS = bytes(64 * KiB)
 
-# Kinds of numpy's dtypes whose items are nothing but their bytes.
-_PLAIN = frozenset("biufcmMSUV")
+# Kinds of numpy dtypes whose items hold no references.
+_PLAIN_KINDS = frozenset("biufcmMSUV")
 
 
 class _Growable(InSteps):
-    """Bytes from the start of a region on: what the classes below have in common."""
+    """Items from the start of a region up: the base of GrowableBuffer and GrowableArray."""
 
-    _unit: ClassVar[str]  # in messages: what is counted, and how many bytes it has
-    _itemsize = 1
+    _unit: ClassVar[str]  # plural of the item, for messages
+    _itemsize = 1  # bytes
 
     def __init__(
         self,
@@ -51,48 +51,48 @@ class _Growable(InSteps):
     ) -> None:
         prefer = huge_pages == "prefer"
         step = as_step(step, huge_pages)
-        # On a line of steps, which `reserve` sees to where huge pages are preferred; but no further
-        # apart than what is small can ever need.
+        # Align the base to the step, or for a small capacity to a power of two that holds it. With
+        # huge_pages="prefer", `reserve` aligns.
         align = None if prefer else min(step & -step, 1 << max(size - 1, 0).bit_length())
         region = reserve(size, align=align, mode=mode, fork=fork, huge_pages=huge_pages, name=name)
         super().__init__(region, step, small_first=not prefer)
         self._size = size
-        # In bytes; and up to where bytes may be other than zero, which is never below.
-        self._length = self._dirty = 0
+        # In bytes. Bytes from _dirty_end up, which is never below _length, are zero.
+        self._length = self._dirty_end = 0
 
     @property
     def capacity(self) -> int:
-        """How long it can get."""
+        """The maximum length."""
         return self._size // self._itemsize
 
     def resize(self, length: int) -> None:
-        """Make it `length` long; what it gains reads zero. Memory stays committed.
+        """Set the length. New items are zero; memory above the length stays committed.
 
         Raises:
-            RangeError: a negative length.
-            ViewError: live views show bytes that would be cut off; nothing has changed.
-            OutOfMemoryError: beyond the capacity (``limit="layout"``), or refused; nothing has
-                changed.
-            VMError: the kernel can't clear what was used before (before Linux 5.18: memory locked
-                by mlock); the length is as it was.
+            RangeError: `length` is negative.
+            ViewError: live views show bytes above the new length; nothing has changed.
+            OutOfMemoryError: `length` exceeds the capacity (``limit="layout"``), or the kernel
+                refused memory; nothing has changed.
+            VMError: bytes used before can't be discarded (before Linux 5.18: memory locked by
+                mlock); the length has not changed.
             ReleasedError: it was released or closed.
             RuntimeError: called by a finaliser or signal handler inside another call.
         """
         self._alone(self._resize, _index(length) * self._itemsize)
 
     def clear(self) -> None:
-        """Make it empty: ``resize(0)``."""
+        """Set the length to 0, as ``resize(0)`` does."""
         self._alone(self._resize, 0)
 
     def shrink_to_fit(self) -> int:
-        """Decommit the whole OS pages above the length; return how many bytes that gave back.
+        """Decommit the whole OS pages above the length; return their bytes.
 
         Raises:
-            VMError: refused; what was to be given back is still committed, unless it was the
-                policies of the fresh addresses that the kernel refused: see `Region.decommit`.
+            VMError: refused; the pages are still committed, unless the kernel refused only the
+                policies of the fresh addresses: see `Region.decommit`.
             ReleasedError, RuntimeError: as for `resize`.
         """
-        return self._alone(self._shrink)
+        return self._alone(self._decommit_tail)
 
     def __len__(self) -> int:
         self._alive()
@@ -103,31 +103,32 @@ class _Growable(InSteps):
         if self.released:
             return f"<{type(self).__name__}{name} for {self.capacity:,} {self._unit}, released>"
         return (
-            f"<{type(self).__name__}{name} of {len(self):,} {self._unit}: room for "
+            f"<{type(self).__name__}{name} of {len(self):,} {self._unit}: capacity "
             f"{self.capacity:,}, {format_size(self.committed)} committed>"
         )
 
-    def _shrink(self) -> int:
+    def _decommit_tail(self) -> int:
         region, cut = self._region, round_up(self._length, PAGE_SIZE)
         before = region.committed
         if cut < before:
-            self._end = min(self._end, cut)  # before it is so: to commit again does no harm
+            # Lower _end first: if this call is interrupted, committing again is harmless.
+            self._end = min(self._end, cut)
             region.decommit(cut, region.size - cut)
-            self._dirty = min(self._dirty, cut)
+            self._dirty_end = min(self._dirty_end, cut)
         return before - region.committed
 
     def _resize(self, length: int) -> None:
         if length < self._length:
-            self._cut(length)
+            self._truncate(length)
             return
-        self._make_room(length)
-        self._clear(self._length, min(length, self._dirty))
-        self._dirty = max(self._dirty, length)
+        self._grow_to(length)
+        self._clear(self._length, min(length, self._dirty_end))
+        self._dirty_end = max(self._dirty_end, length)
         self._length = length
 
-    def _cut(self, length: int) -> None:
+    def _truncate(self, length: int) -> None:
         if length < 0:
-            msg = f"a length is not negative: {length // self._itemsize}"
+            msg = f"length must not be negative, got {length // self._itemsize}"
             raise RangeError(msg)
         region = self._region
         with region._taking_away() as interrupting:
@@ -135,27 +136,28 @@ class _Growable(InSteps):
                 region._refuse_views("cut off", length, self._length, interrupting)
             self._length = length
 
-    def _put(self, source: Any, nbytes: int) -> None:
-        """Append bytes; where they come from may be part of what is there already."""
+    def _append_bytes(self, source: Any, nbytes: int) -> None:
+        """Append `nbytes` bytes at `source`, which may lie in this object."""
         if not nbytes:
             return
         start, end = self._length, self._length + nbytes
-        self._make_room(end)
-        self._dirty = max(self._dirty, end)
+        self._grow_to(end)
+        self._dirty_end = max(self._dirty_end, end)
         _memmove(self._region._anchor(start), source, nbytes)
         self._length = end
 
-    def _make_room(self, end: int) -> None:
+    def _grow_to(self, end: int) -> None:
+        """Commit the bytes below `end`, which must be within the capacity."""
         if end > self._size:
             items, length = end // self._itemsize, self._length // self._itemsize
-            msg = f"no room for {items} {self._unit}: {length} in use of {self.capacity} reserved"
+            msg = f"cannot grow to {items} {self._unit}: {length} of {self.capacity} are in use"
             raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=end, limit="layout")
         self._commit(end)
 
     def _clear(self, start: int, end: int) -> None:
-        """Make committed bytes that are in no view read zero."""
+        """Zero the committed bytes [start, end), which are in no view."""
         first, last = round_up(start, PAGE_SIZE), end // PAGE_SIZE * PAGE_SIZE
-        if last - first < _MUCH:
+        if last - first < _DISCARD_FROM:
             first = last = end
         else:
             self._region.discard(first, last - first)
@@ -166,27 +168,27 @@ class _Growable(InSteps):
 
 
 class GrowableBuffer(_Growable):
-    """Up to `capacity` bytes that grow where they stand, from none.
+    """A buffer of up to `capacity` bytes that grows in place; initially empty.
 
-    Growing never moves a byte and never ends a view, and what it gains reads zero. Only what lies
-    above the length is given back, and bytes in a live view are never cut off. Committed are steps
-    that end on addresses that are multiples of `step`, so that the kernel can use huge pages; the
-    first 64 KiB come alone, in small pages, unless huge ones are preferred.
+    Growing never moves a byte or invalidates a view, and new bytes are zero. Bytes below the length
+    are never decommitted, and bytes in a live view never cut off. Each commit ends at an address
+    that is a multiple of `step`, so that the kernel can use huge pages. The first one is 64 KiB, in
+    small pages, unless huge pages are preferred.
 
-    Any thread may call it. A finaliser or signal handler that interrupts a call may find
-    RuntimeError, never a half-done change.
+    Any thread may call it. A finaliser or signal handler that interrupts a call may get
+    RuntimeError, but never sees a half-done change.
 
     Args:
-        capacity: bytes to reserve, all that it can ever hold.
-        step: in bytes, whole OS pages; or ``"measured"``: what suits this machine, as
-            `pyreserve.costs.measured_step` finds it in up to two seconds, once in a process.
-        mode, fork, huge_pages, name: as for `pyreserve.reserve`, which may raise what it says
-            there.
+        capacity: bytes to reserve: the maximum length.
+        step: bytes to commit at a time, whole OS pages; or ``"measured"``: the best step on this
+            machine, which `pyreserve.costs.measured_step` finds in up to two seconds, once in a
+            process.
+        mode, fork, huge_pages, name: as for `pyreserve.reserve`, whose exceptions apply too.
 
     Raises:
-        RangeError: a capacity or step that makes no sense.
-        ValueError, OSError: another word, or ``"measured"`` can't be told: see
-            `pyreserve.costs.measured_step`.
+        RangeError: `capacity` is not positive, or `step` not a positive multiple of the OS page.
+        ValueError: an unknown word.
+        ValueError, OSError: ``"measured"`` failed, see `pyreserve.costs.measured_step`.
 
     After `release` or `close`, everything raises `ReleasedError`, a ValueError.
     """
@@ -206,23 +208,24 @@ class GrowableBuffer(_Growable):
         super().__init__(_index(capacity), step, mode, fork, huge_pages, name)
 
     def extend(self, data: Any) -> None:
-        """Append the bytes of any C-contiguous buffer, such as a view of this one. One copy.
+        """Append the bytes of a C-contiguous buffer, which may be a view of this one. One copy.
 
         Raises:
-            TypeError: `data` is no buffer; BufferError or ValueError: not a contiguous one.
+            TypeError: `data` is not a buffer.
+            BufferError, ValueError: `data` is not contiguous.
             OutOfMemoryError, ReleasedError, RuntimeError: as for `resize`.
         """
         with _from_buffer(data) as source:
-            self._alone(self._put, source, len(source))
+            self._alone(self._append_bytes, source, len(source))
 
     def view(self, lo: int = 0, hi: int | None = None, *, readonly: bool = False) -> memoryview:
-        """Return a memoryview of [lo, hi), by default of all there is now; safe as a region's.
+        """Return a memoryview of [lo, hi), by default of the whole current length.
 
-        It stays as it is when the buffer grows. While it, or anything made from it, is alive, its
-        bytes can't be cut off.
+        It keeps its length when the buffer grows. While it, or anything made from it, is alive, its
+        bytes can't be cut off; see `pyreserve.Region.view`.
 
         Raises:
-            RangeError: not inside the buffer's length, which negative numbers are not.
+            RangeError: not ``0 <= lo <= hi <= len(buffer)``.
             ReleasedError, RuntimeError: as for `resize`.
         """
         lo, hi = _index(lo), None if hi is None else _index(hi)
@@ -231,7 +234,7 @@ class GrowableBuffer(_Growable):
     def _view(self, lo: int, hi: int | None, readonly: bool) -> memoryview:
         hi = self._length if hi is None else hi
         if not 0 <= lo <= hi <= self._length:
-            msg = f"no bytes [{lo}, {hi}) in a buffer of {self._length}"
+            msg = f"view must satisfy 0 <= lo <= hi <= {self._length}, got [{lo}, {hi})"
             raise RangeError(msg)
         if lo < hi:
             return self._region.view(lo, hi - lo, readonly=readonly)
@@ -239,14 +242,14 @@ class GrowableBuffer(_Growable):
 
 
 class GrowableArray(_Growable):
-    """Up to `capacity` items of one dtype, a numpy array that grows where it stands, from none.
+    """A numpy array of up to `capacity` items that grows in place; one dtype, initially empty.
 
-    Growing never moves an item: ndarrays got before stay valid and share memory with later ones.
+    Growing never moves an item: earlier ndarrays stay valid and share memory with later ones.
     Sizes, memory and threads are as for `GrowableBuffer`.
 
     Args:
-        dtype: of the items, which are nothing but their bytes: no objects.
-        capacity: items to reserve addresses for, all that it can ever hold.
+        dtype: numpy dtype of the items: no references, a fixed size, no shape of its own.
+        capacity: items to reserve addresses for: the maximum length.
         step, mode, fork, huge_pages, name: as for `GrowableBuffer`.
 
     Raises:
@@ -272,13 +275,13 @@ class GrowableArray(_Growable):
     ) -> None:
         self._numpy = import_numpy("GrowableArray")
         self._dtype = kind = self._numpy.dtype(dtype)
-        if kind.kind not in _PLAIN or kind.hasobject or not kind.itemsize or kind.subdtype:
-            msg = f"items are of a fixed size, one each, without references: not {kind!r}"
+        if kind.kind not in _PLAIN_KINDS or kind.hasobject or not kind.itemsize or kind.subdtype:
+            msg = f"dtype must have a fixed size, without references or shape, got {kind!r}"
             raise TypeError(msg)
         self._itemsize = int(kind.itemsize)
-        # The array as it was last asked for, kept for the next time: the bytes that it pins are
-        # let go before any are cut off.
-        self._kept: Any = None
+        # The view behind the last `array`, for the next one. It pins bytes, so it is dropped
+        # before any are cut off.
+        self._cached_view: Any = None
         super().__init__(_index(capacity) * self._itemsize, step, mode, fork, huge_pages, name)
 
     @property
@@ -288,75 +291,76 @@ class GrowableArray(_Growable):
 
     @property
     def array(self) -> "np.ndarray[Any, Any]":
-        """The items there are now, as an ndarray on the same memory.
+        """An ndarray over the current items, without a copy.
 
-        It keeps its length when there are more. While it, or anything made from it, is alive, its
+        It keeps its length when this array grows. While it, or anything made from it, is alive, its
         items can't be cut off.
 
         Raises:
             ReleasedError, RuntimeError: as for `resize`.
         """
-        return self._alone(self._whole)
+        return self._alone(self._as_array)
 
     def append(self, value: Any) -> None:
-        """Append one item, whatever numpy can make an item of.
+        """Append one item: any value that numpy converts to the dtype.
 
         Raises:
-            TypeError, ValueError, OverflowError: numpy's, or it is more than one item.
+            TypeError, ValueError, OverflowError: raised by numpy, or `value` is not a single item.
             OutOfMemoryError, ReleasedError, RuntimeError: as for `resize`.
         """
         item = self._numpy.array(value, dtype=self._dtype)
         if item.ndim:
-            msg = f"an item to append, not an array of shape {item.shape}"
+            msg = f"value must be a single item, got an array of shape {item.shape}"
             raise ValueError(msg)
-        self._alone(self._put, item.tobytes(), self._itemsize)
+        self._alone(self._append_bytes, item.tobytes(), self._itemsize)
 
     def extend(self, values: "npt.ArrayLike") -> None:
-        """Append the items of a one-dimensional array, or of what numpy can make one of.
+        """Append the items of a one-dimensional array, or of values that numpy converts to one.
 
         Raises:
-            TypeError, ValueError, OverflowError: numpy's, or it has not one dimension.
+            TypeError, ValueError, OverflowError: raised by numpy, or `values` is not
+                one-dimensional.
             OutOfMemoryError, ReleasedError, RuntimeError: as for `resize`.
         """
         items = self._numpy.asarray(values, dtype=self._dtype, order="C")
         if items.ndim != 1:
-            msg = f"items to append have one dimension, not the shape {items.shape}"
+            msg = f"values must have one dimension, got shape {items.shape}"
             raise ValueError(msg)
         with _from_buffer(items.view("uint8")) as source:
-            self._alone(self._put, source, len(source))
+            self._alone(self._append_bytes, source, len(source))
 
-    def _whole(self) -> Any:
+    def _as_array(self) -> Any:
         if not self._length:
             return self._numpy.empty(0, self._dtype)
-        if self._kept is None or self._kept.nbytes != self._length:
-            self._kept = self._region.view(0, self._length)
-        # An array of its own for each caller, who may give it another shape or dtype.
-        return self._numpy.frombuffer(self._kept, dtype=self._dtype)
+        if self._cached_view is None or self._cached_view.nbytes != self._length:
+            self._cached_view = self._region.view(0, self._length)
+        # A new array for each caller, who may change its shape or dtype.
+        return self._numpy.frombuffer(self._cached_view, dtype=self._dtype)
 
-    def _cut(self, length: int) -> None:
-        self._kept = None
-        super()._cut(length)
+    def _truncate(self, length: int) -> None:
+        self._cached_view = None
+        super()._truncate(length)
 
     def _release(self) -> None:
-        self._kept = None
+        self._cached_view = None
         super()._release()
 
     def _let_go(self) -> None:
-        self._kept = None
+        self._cached_view = None
         super()._let_go()
 
     def __getitem__(self, key: Any) -> Any:
-        """Return what numpy finds there: an item, or an array that shares memory for a slice."""
-        return self._alone(self._whole)[key]
+        """Index the current items as numpy does; a slice is an array without a copy."""
+        return self._alone(self._as_array)[key]
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over the items that there are now."""
+        """Iterate over the current items."""
         return iter(self.array)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> "np.ndarray[Any, Any]":
-        """Return `array`, or a copy if it must be one: numpy's protocol."""
+        """Return `array`, or a copy for another dtype or ``copy=True``: numpy's array protocol."""
         kind = self._dtype if dtype is None else self._numpy.dtype(dtype)
         if copy is False and kind != self._dtype:
-            msg = f"items of {self._dtype} can't be had as {kind} without a copy"
+            msg = f"items of {self._dtype} can't become {kind} without a copy (copy=False)"
             raise ValueError(msg)
         return self.array.astype(kind, copy=bool(copy))

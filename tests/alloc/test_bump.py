@@ -914,7 +914,7 @@ def state():
 
 class TestRefusals:
     def test_used_up(self) -> None:
-        """The error says what was asked for, what is in use and what is reserved."""
+        """The error gives the bytes requested, in use and reserved."""
         arena = BumpArena(MiB)
         arena.alloc(1000)
         before = state(arena)
@@ -926,7 +926,7 @@ class TestRefusals:
         error = refused.value
         assert (error.errno_name, error.limit, error.verb) == ("ENOMEM", "layout", "alloc")
         assert error.nbytes == MiB
-        assert str(error).endswith("cannot allocate 1048576 bytes: 1000 in use of 1048576 reserved")
+        assert str(error).endswith("cannot allocate 1048576 bytes: 1000 of 1048576 are in use")
         assert isinstance(error, MemoryError)
 
     @pytest.mark.parametrize("nbytes", [1 << 40, (1 << 63) - 1, 1 << 64, 1 << 1000])
