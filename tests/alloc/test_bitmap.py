@@ -1,4 +1,4 @@
-"""Bitmaps against models that are plain Python: bytearrays, bitarrays and sets."""
+"""Bitmaps against models in plain Python: bytearrays, bitarrays and sets."""
 
 import contextlib
 import gc
@@ -82,33 +82,33 @@ def in_child(script: str) -> Any:
 
 
 def packed(bits: bytes | bytearray) -> bytes:
-    """Eight bits a byte, the first bit lowest, from a byte for each bit."""
+    """Pack bits, given as one byte each, into bytes; the first bit is the lowest."""
     small = bitarray(endian="little")
     small.pack(bits)
     return small.tobytes()
 
 
 def unpacked(bits: Bitmap) -> bytearray:
-    """A byte for each bit."""
+    """Return one byte for each bit of packed bytes."""
     small = bitarray(endian="little")
     small.frombytes(bits.to_bytes())
     return bytearray(small.unpack())[: len(bits)]
 
 
 class Model:
-    """A bytearray with a byte for each bit, which Python itself knows how to search and count."""
+    """A bytearray with one byte per bit, searched and counted by Python itself."""
 
     def __init__(self, nbits: int) -> None:
         self.bits = bytearray(nbits)
 
     def change(self, start: int, stop: int, value: int) -> int:
-        """Set or clear a range; return how many bits changed."""
+        """Set or clear a range; return the number of bits that changed."""
         changed = self.bits.count(1 - value, start, stop)
         self.bits[start:stop] = bytes([value]) * (stop - start)
         return changed
 
     def find(self, value: int, run: int, start: int) -> int | None:
-        """Find the first run from `start` on."""
+        """Find the first run from `start` up."""
         found = self.bits.find(bytes([value]) * run, start)
         return None if found < 0 else found
 
@@ -124,13 +124,13 @@ class Model:
         return found
 
     def packed(self) -> bytes:
-        """Eight bits a byte, the first bit lowest."""
+        """Pack the bits into bytes; the first bit is the lowest."""
         return packed(self.bits)
 
 
 @contextlib.contextmanager
 def impatient_threads() -> Iterator[None]:
-    """Let the interpreter change threads as often as it can."""
+    """Make the interpreter switch threads as often as it can."""
     usual = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -140,7 +140,7 @@ def impatient_threads() -> Iterator[None]:
 
 
 def together(*jobs: Callable[[], object]) -> None:
-    """Run each job in a thread of its own, all begun at once."""
+    """Run each job in its own thread, all started at once."""
     barrier = threading.Barrier(len(jobs))
 
     def run(job: Callable[[], object]) -> None:
@@ -156,13 +156,13 @@ def together(*jobs: Callable[[], object]) -> None:
 
 
 def filled(pattern: str) -> tuple[Bitmap, bitarray]:
-    """A bitmap and a bitarray with the same bits, given as a text of 0 and 1."""
+    """Return a bitmap and a bitarray with the same bits, given as a string of 0 and 1."""
     oracle = bitarray(pattern, endian="little")
     return Bitmap.from_bytes(oracle.tobytes(), len(oracle)), oracle
 
 
 def text(bits: Bitmap) -> str:
-    """The bits as a text of 0 and 1."""
+    """Return the bits as a string of 0 and 1."""
     return "".join("1" if bits[i] else "0" for i in range(len(bits)))
 
 
@@ -174,7 +174,7 @@ slices = st.builds(slice, indices, indices, steps)
 
 class TestMaking:
     def test_all_bits_are_clear_at_first(self) -> None:
-        """A new bitmap has its length, no set bit and no memory."""
+        """A new bitmap has its length, no set bit and no committed memory."""
         with Bitmap(ODD) as bits:
             assert len(bits) == bits.nbits == ODD
             assert not bits.any()
@@ -190,20 +190,20 @@ class TestMaking:
 
     @pytest.mark.parametrize("nbits", [1.0, "8", None])
     def test_a_number_of_bits(self, nbits: Any) -> None:
-        """What is no integer is no number of bits."""
+        """nbits must be an integer."""
         with pytest.raises(TypeError):
             Bitmap(nbits)
 
     @pytest.mark.parametrize("nbits", [2**63, 2**64, 2**70])
     def test_more_bits_than_addresses(self, nbits: int) -> None:
-        """More words than there are addresses are refused as memory that ran out."""
+        """A reservation that exceeds the address space is an OutOfMemoryError."""
         with pytest.raises(OutOfMemoryError) as caught:
             Bitmap(nbits)
 
         assert caught.value.verb == "reserve"
 
     def test_a_context_ends_with_the_release(self) -> None:
-        """Leaving the with block releases the bitmap, also when it was released inside."""
+        """Leaving the with block closes the bitmap, also if it was released inside."""
         with Bitmap(8) as bits:
             pass
         with Bitmap(8) as other:
@@ -213,7 +213,7 @@ class TestMaking:
         assert "released" in repr(other)
 
     def test_it_says_what_it_is(self) -> None:
-        """The repr gives the number of bits and what they cost."""
+        """The repr gives the number of bits and the committed bytes."""
         with Bitmap(1_000_000) as bits:
             assert "1,000,000 bits" in repr(bits)
             assert "0 bytes" in repr(bits)
@@ -222,7 +222,7 @@ class TestMaking:
 class TestRanges:
     @pytest.mark.parametrize("start", EDGES)
     def test_set_and_clear_say_how_many_changed(self, start: int) -> None:
-        """Setting and clearing any range changes its bits alone and counts those that differed."""
+        """set and clear change only the bits of the range, and return how many differed."""
         for stop in (edge for edge in EDGES if edge >= start):
             model = Model(ODD)
             with Bitmap(ODD) as bits:
@@ -236,7 +236,7 @@ class TestRanges:
                 assert bits.to_bytes() == model.packed()
 
     def test_without_a_stop_it_is_one_bit(self) -> None:
-        """set(i) and clear(i) change the bit i alone."""
+        """Without `stop`, set(i) and clear(i) change bit i alone."""
         with Bitmap(130) as bits:
             assert (bits.set(64), bits.set(64)) == (1, 0)
             assert list(bits.runs()) == [(64, 65)]
@@ -244,7 +244,7 @@ class TestRanges:
             assert not bits.any()
 
     def test_test_reads_one_bit(self) -> None:
-        """test tells the set bits from the clear ones, in committed words and others."""
+        """test returns the value of a bit, in committed and in uncommitted words."""
         with Bitmap(ODD) as bits:
             bits.set(STEP + 1, STEP + 64)
 
@@ -255,7 +255,7 @@ class TestRanges:
             assert found == [STEP + 1, STEP + 63]
 
     def test_count_any_and_all_agree_on_every_range(self) -> None:
-        """count, any and all of a range are those of a model, the empty range included."""
+        """count, any and all of a range agree with a model, also for the empty range."""
         model = Model(ODD)
         with Bitmap(ODD) as bits:
             for low, high in ((60, 70), (STEP - 64, STEP + 64), (3 * STEP, ODD)):
@@ -270,7 +270,7 @@ class TestRanges:
                     assert bits.all(start, stop) == all(part)
 
     def test_clearing_commits_nothing(self) -> None:
-        """Clearing bits that were never set takes no memory."""
+        """Clearing bits that were never set commits nothing."""
         with Bitmap(ODD) as bits:
             assert bits.clear(0, ODD) == 0
             bits[::3] = False
@@ -281,7 +281,7 @@ class TestRanges:
         st.lists(st.tuples(st.integers(0, 700), st.integers(0, 700), st.booleans()), max_size=20)
     )
     def test_any_sequence_of_changes(self, changes: list[tuple[int, int, bool]]) -> None:
-        """Any sequence of changes leaves what a model has, and counts what the model counts."""
+        """Any sequence of changes leaves the bits that a model has, with the same counts."""
         model = Model(700)
         with Bitmap(700) as bits:
             for a, b, value in changes:
@@ -296,7 +296,7 @@ class TestRanges:
 class TestIndexing:
     @given(patterns)
     def test_every_index(self, pattern: str) -> None:
-        """Indices from -n to n - 1 give bools, as a list's would."""
+        """Indices from -n to n - 1 give bools, as for a list."""
         bits, oracle = filled(pattern)
         n = len(pattern)
 
@@ -308,7 +308,7 @@ class TestIndexing:
 
     @given(patterns)
     def test_iteration_gives_every_bit_once(self, pattern: str) -> None:
-        """Iterating and reversing give the bits in order."""
+        """Iterating and reversing yield the bits in order."""
         bits, _ = filled(pattern)
 
         sequence: Any = bits
@@ -318,7 +318,7 @@ class TestIndexing:
 
     @given(patterns, slices)
     def test_slices(self, pattern: str, key: slice) -> None:
-        """A slice is a bitmap with the bits that a bitarray's slice has, whatever the step."""
+        """A slice is a bitmap with the bits of the same slice of a bitarray, for any step."""
         bits, oracle = filled(pattern)
 
         if len(oracle[key]) == 0:
@@ -333,7 +333,7 @@ class TestIndexing:
 
     @given(patterns, slices, st.booleans())
     def test_a_bool_goes_to_all_of_a_slice(self, pattern: str, key: slice, value: bool) -> None:
-        """Assigning a bool sets or clears exactly the bits of the slice, whatever the step."""
+        """Assigning a bool changes exactly the bits of the slice, for any step."""
         bits, oracle = filled(pattern)
 
         bits[key] = value
@@ -346,7 +346,7 @@ class TestIndexing:
     def test_a_bitmap_replaces_a_slice(
         self, pattern: str, start: int | None, stop: int | None, data: st.DataObject
     ) -> None:
-        """Assigning a bitmap as long as the slice replaces its bits and no others."""
+        """Assigning a bitmap of the slice's length replaces these bits and no others."""
         bits, oracle = filled(pattern)
         n = len(oracle[start:stop])
         if n == 0:
@@ -361,7 +361,7 @@ class TestIndexing:
         other.release()
 
     def test_single_bits_are_assigned(self) -> None:
-        """bitmap[i] = value sets and clears one bit, also from the end."""
+        """bitmap[i] = value sets and clears one bit, also for negative indices."""
         with Bitmap(200) as bits:
             bits[3] = True
             bits[-1] = 1  # type: ignore[assignment]
@@ -372,7 +372,7 @@ class TestIndexing:
 
     @pytest.mark.parametrize("step", [1, 2, 63, 64, 65, STEP - 1, STEP, STEP + 1, ODD])
     def test_steps_across_uncommitted_words(self, step: int) -> None:
-        """Steps that jump over words, and over steps of committing, meet the right bits."""
+        """Strides over words and over commit steps reach the right bits."""
         with Bitmap(ODD) as bits:
             bits[5::step] = True
 
@@ -385,7 +385,7 @@ class TestIndexing:
 
     @pytest.mark.parametrize("step", [2, -1, -7, 1023, STEP + 1, -STEP])
     def test_long_slices_with_steps(self, step: int) -> None:
-        """A slice with a step across committed and uncommitted words has the right bits."""
+        """A slice with a step over committed and uncommitted words has the right bits."""
         with Bitmap(ODD) as bits:
             bits.set(50, 5000)
             bits.set(2 * STEP - 300, 2 * STEP + 300)
@@ -400,7 +400,7 @@ class TestIndexing:
     )
     @pytest.mark.parametrize("sign", [1, -1])
     def test_steps_beyond_every_bit(self, step: int, sign: int) -> None:
-        """A step larger than the bitmap meets the first bit alone, however large it is."""
+        """With a step larger than the bitmap, a slice has the first bit alone."""
         with Bitmap(100) as bits:
             bits[5 :: sign * step] = True
 
@@ -411,7 +411,7 @@ class TestIndexing:
             assert not bits.any()
 
     def test_a_slice_is_a_copy(self) -> None:
-        """Changing a slice or a copy leaves the original alone, and the other way round."""
+        """A slice and a copy are independent of the original."""
         with Bitmap(100) as bits:
             bits.set(10, 20)
             part, whole = bits[5:15], bits.copy()
@@ -425,7 +425,7 @@ class TestIndexing:
             assert part.all()
 
     def test_a_copy_commits_only_where_the_original_did(self) -> None:
-        """A copy of a sparse bitmap is as sparse."""
+        """A copy of a sparse bitmap commits as little."""
         with Bitmap(64 * STEP) as bits:
             bits.set(40 * STEP)
 
@@ -434,7 +434,7 @@ class TestIndexing:
                 assert copied.committed == bits.committed == STEP // 8
 
     def test_an_empty_slice_takes_a_bool(self) -> None:
-        """Assigning a bool to no bits changes none."""
+        """Assigning a bool to an empty slice changes nothing."""
         with Bitmap(100) as bits:
             bits[50:50] = True
             bits[60:50] = True
@@ -446,7 +446,7 @@ class TestIndexing:
 class TestSearching:
     @pytest.mark.parametrize("run", [1, 2, 63, 64, 65, 128, 129, 1000])
     def test_runs_that_cross_words(self, run: int) -> None:
-        """A run is found wherever it lies in its words, and one bit less is passed over."""
+        """A run is found at any position in its words; a run one bit shorter is not."""
         with Bitmap(4096) as bits:
             for at in (0, 1, 62, 63, 64, 65, 191, 1000):
                 bits.clear(0, 4096)
@@ -460,7 +460,7 @@ class TestSearching:
 
     @pytest.mark.parametrize("border", [STEP, 2 * STEP, 3 * STEP])
     def test_runs_that_cross_committed_borders(self, border: int) -> None:
-        """A run of clear bits is one run also where some of its words are committed."""
+        """A run of clear bits is one run, even if only some of its words are committed."""
         with Bitmap(4 * STEP) as bits:
             bits.set(border - 200, border - 100)
 
@@ -474,7 +474,7 @@ class TestSearching:
             )
 
     def test_set_runs_that_cross_steps(self) -> None:
-        """A run of set bits that was committed in two steps is one run."""
+        """A run of set bits over two commit steps is one run."""
         with Bitmap(4 * STEP) as bits:
             bits.set(2 * STEP, 2 * STEP + 10)
             bits.set(2 * STEP - 10, 2 * STEP)
@@ -484,7 +484,7 @@ class TestSearching:
             assert list(bits.runs()) == [(2 * STEP - 10, 2 * STEP + 10)]
 
     def test_the_end_ends_a_run(self) -> None:
-        """No run reaches beyond the last bit, though its word goes on."""
+        """No run extends beyond the last bit, even inside its word."""
         with Bitmap(100) as bits:
             assert bits.find_clear(100) == 0
             assert bits.find_clear(101) is None
@@ -503,7 +503,7 @@ class TestSearching:
     def test_finding_is_the_models(
         self, areas: list[tuple[int, int]], run: int, start: int
     ) -> None:
-        """find_set and find_clear find what a search through bytes finds."""
+        """find_set and find_clear return what a search through bytes returns."""
         model = Model(1000)
         with Bitmap(1000) as bits:
             for low, length in areas:
@@ -522,7 +522,7 @@ class TestSearching:
     def test_runs_are_the_models(
         self, areas: list[tuple[int, int]], a: int, b: int, value: bool
     ) -> None:
-        """The runs of a range, of set and of clear bits, are those of a model."""
+        """The runs of a range, of set and of clear bits, agree with a model."""
         start, stop = sorted((a, b))
         model = Model(1000)
         with Bitmap(1000) as bits:
@@ -536,7 +536,7 @@ class TestSearching:
 
     @pytest.mark.parametrize("value", [True, False])
     def test_thousands_of_runs(self, value: bool) -> None:
-        """Runs come complete and in order also where there are very many."""
+        """Thousands of runs are complete and in order."""
         with Bitmap(10_000) as bits:
             bits[::2] = True
 
@@ -547,7 +547,7 @@ class TestSearching:
 
     @pytest.mark.parametrize("n", [255, 256, 257, 512])
     def test_as_many_runs_as_are_fetched_at_once(self, n: int) -> None:
-        """No run is lost or doubled where one batch ends and the next begins."""
+        """No run is lost or repeated at the boundary of two batches."""
         with Bitmap(4 * n) as bits:
             bits[0 : 4 * n : 4] = True
 
@@ -556,7 +556,7 @@ class TestSearching:
             assert list(bits.runs(value=False)) == [(4 * i + 1, 4 * i + 4) for i in range(n)]
 
     def test_runs_across_uncommitted_words(self) -> None:
-        """Clear runs go through uncommitted words, and searching commits none of them."""
+        """Clear runs extend over uncommitted words, and searching commits none of them."""
         with Bitmap(ODD) as bits:
             bits.set(STEP + 100, STEP + 200)
             before = bits.committed
@@ -580,7 +580,7 @@ OPERATIONS: dict[str, tuple[Callable[[Bitmap, Bitmap], Any], Callable[[int, int]
 class TestCombining:
     @given(data=st.data(), pattern=patterns)
     def test_bits_of_both(self, name: str, pattern: str, data: st.DataObject) -> None:
-        """Each operation combines bit by bit, into the left one alone."""
+        """Each operation combines bit by bit and changes the left operand alone."""
         combine, expected = OPERATIONS[name]
         n = len(pattern)
         other_pattern = data.draw(st.text("01", min_size=n, max_size=n))
@@ -595,7 +595,7 @@ class TestCombining:
         other.release()
 
     def test_where_only_one_is_committed(self, name: str) -> None:
-        """Words that only one of the two has committed count as clear in the other."""
+        """Words that are uncommitted in one operand count as clear there."""
         combine, expected = OPERATIONS[name]
         with Bitmap(ODD) as bits, Bitmap(ODD) as other:
             bits.set(10, 20)
@@ -611,7 +611,7 @@ class TestCombining:
             assert int.from_bytes(other.to_bytes(), "little") == b
 
     def test_with_itself(self, name: str) -> None:
-        """A bitmap combines with itself as with an equal one."""
+        """A bitmap combines with itself as with an equal bitmap."""
         combine, expected = OPERATIONS[name]
         with Bitmap(ODD) as bits:
             bits.set(STEP - 7, STEP + 7)
@@ -622,7 +622,7 @@ class TestCombining:
             assert int.from_bytes(bits.to_bytes(), "little") == expected(a, a)
 
     def test_as_many_bits_are_needed(self, name: str) -> None:
-        """Bitmaps of different lengths do not combine, and neither changes."""
+        """Bitmaps of different lengths are a RangeError, and neither changes."""
         combine, _ = OPERATIONS[name]
         with Bitmap(100) as bits, Bitmap(101) as other:
             bits.set(5)
@@ -634,7 +634,7 @@ class TestCombining:
             assert list(bits.runs()) == [(5, 6)]
 
     def test_memory_is_taken_only_for_the_others_bits(self, name: str) -> None:
-        """An operation commits nothing but what the other had committed, and only to add bits."""
+        """An operation commits only words that the other has committed, and only to set bits."""
         combine, _ = OPERATIONS[name]
         with Bitmap(64 * STEP) as bits, Bitmap(64 * STEP) as other:
             bits.set(0)
@@ -648,7 +648,7 @@ class TestCombining:
 
 class TestOperators:
     def test_the_operators_are_the_methods(self) -> None:
-        """&=, |=, ^= and -= change the bitmap itself."""
+        """&=, |=, ^= and -= change the bitmap in place."""
         with Bitmap(8) as same, Bitmap(8) as other:
             bits = same
             other.set(2, 6)
@@ -668,7 +668,7 @@ class TestOperators:
 
     @pytest.mark.parametrize("other", [3, "101", b"1", None, {1}])
     def test_only_bitmaps_combine(self, other: Any) -> None:
-        """Combining with what is no Bitmap is a TypeError."""
+        """An operand that is not a Bitmap is a TypeError."""
         bits = Bitmap(8)
 
         with pytest.raises(TypeError):
@@ -683,7 +683,7 @@ class TestOperators:
 
 class TestEquality:
     def test_equal_bits_are_equal(self) -> None:
-        """Equality is that of the bits, whatever is committed."""
+        """Equality compares the bits, whichever words are committed."""
         with Bitmap(ODD) as bits, Bitmap(ODD) as other:
             assert bits == other
             assert bits == bits  # noqa: PLR0124
@@ -698,7 +698,7 @@ class TestEquality:
 
     @pytest.mark.parametrize("at", [0, 63, 64, STEP - 1, STEP, 3 * STEP, ODD - 1])
     def test_one_bit_makes_a_difference(self, at: int) -> None:
-        """A single bit that differs is seen, wherever it is."""
+        """A single different bit makes bitmaps unequal, at any position."""
         with Bitmap(ODD) as bits, Bitmap(ODD) as other:
             bits.set(0, ODD)
             other.set(0, ODD)
@@ -709,7 +709,7 @@ class TestEquality:
             assert other != bits
 
     def test_bits_beyond_the_end_do_not_count(self) -> None:
-        """Bits that a view wrote above the last one make no difference."""
+        """Bits above `nbits`, written through a view, do not affect equality."""
         with Bitmap(70) as bits, Bitmap(70) as other:
             bits.set(0, 70)
             other.set(0, 70)
@@ -725,19 +725,19 @@ class TestEquality:
             gc.collect()
 
     def test_lengths_and_kinds_differ(self) -> None:
-        """A bitmap of another length, and what is no bitmap, is not equal."""
+        """A bitmap of another length, or another type, is not equal."""
         with Bitmap(8) as bits, Bitmap(9) as other:
             assert bits != other
             assert bits != bytes(8)
             assert (bits == 0) is False
 
     def test_there_is_no_hash(self) -> None:
-        """What changes has no hash."""
+        """A bitmap is unhashable, since it is mutable."""
         with Bitmap(8) as bits, pytest.raises(TypeError, match="unhashable"):
             hash(bits)
 
     def test_it_is_not_pickled(self) -> None:
-        """Memory of this process can't be sent to another."""
+        """Pickling is a TypeError that names to_bytes."""
         with Bitmap(8) as bits, pytest.raises(TypeError, match="to_bytes"):
             pickle.dumps(bits)
 
@@ -745,7 +745,7 @@ class TestEquality:
 class TestBytes:
     @given(st.binary(min_size=1, max_size=300), st.integers(0, 7))
     def test_there_and_back(self, data: bytes, less: int) -> None:
-        """from_bytes takes the first bits, to_bytes gives them back with the rest clear."""
+        """from_bytes takes the first bits, and to_bytes returns them with the rest clear."""
         nbits = 8 * len(data) - less
         oracle = bitarray(endian="little")
         oracle.frombytes(data)
@@ -757,7 +757,7 @@ class TestBytes:
 
     @given(st.binary(min_size=1, max_size=100), st.data())
     def test_any_range(self, data: bytes, draw: st.DataObject) -> None:
-        """to_bytes of a range starts with its first bit in the lowest place."""
+        """to_bytes of a range puts the first bit of the range lowest."""
         n = 8 * len(data)
         start, stop = sorted((draw.draw(st.integers(0, n)), draw.draw(st.integers(0, n))))
         oracle = bitarray(endian="little")
@@ -767,7 +767,7 @@ class TestBytes:
             assert bits.to_bytes(start, stop) == oracle[start:stop].tobytes()
 
     def test_ranges_across_uncommitted_words(self) -> None:
-        """Uncommitted words read as clear, and reading leaves them uncommitted."""
+        """Uncommitted words read as clear, and reading does not commit them."""
         with Bitmap(ODD) as bits:
             bits.set(STEP - 3, STEP)
             before = bits.committed
@@ -788,17 +788,17 @@ class TestBytes:
         ],
     )
     def test_anything_like_bytes(self, data: Any) -> None:
-        """Bytes come from every buffer, whatever its items are."""
+        """from_bytes accepts any buffer, whatever its item type."""
         with Bitmap.from_bytes(data) as bits:
             assert list(bits.runs()) == [(0, 1), (15, 16)]
 
     def test_clear_bytes_commit_nothing(self) -> None:
-        """Bytes that are all zero take no memory."""
+        """from_bytes of zero bytes commits nothing."""
         with Bitmap.from_bytes(bytes(STEP)) as bits:
             assert (len(bits), bits.committed) == (8 * STEP, 0)
 
     def test_clear_bytes_between_others_commit_nothing(self) -> None:
-        """Long zeros between set bits take no memory either."""
+        """from_bytes commits nothing for long zeros between set bits."""
         data = bytearray(16 * STEP // 8)
         data[0] = data[-1] = 1
 
@@ -808,12 +808,12 @@ class TestBytes:
 
     @pytest.mark.parametrize(("data", "nbits"), [(b"", None), (b"", 0), (b"a", 9), (b"a", 0)])
     def test_bits_that_are_not_there(self, data: bytes, nbits: int | None) -> None:
-        """More bits than the bytes have, or none, are refused."""
+        """nbits above the length of the data, or not positive, is a RangeError."""
         with pytest.raises(RangeError):
             Bitmap.from_bytes(data, nbits)
 
     def test_only_bytes(self) -> None:
-        """What has no buffer is a TypeError."""
+        """An object without a buffer is a TypeError."""
         with pytest.raises(TypeError):
             Bitmap.from_bytes("0101")  # type: ignore[arg-type]
 
@@ -839,7 +839,7 @@ class TestWords:
             gc.collect()
 
     def test_sixty_four_bits_an_item(self) -> None:
-        """The view's items are words, and a part of them can be had."""
+        """An item of the view is a 64-bit word; a range selects words."""
         with Bitmap(4 * 64) as bits:
             bits.set(64, 68)
             bits.set(255)
@@ -853,7 +853,7 @@ class TestWords:
             gc.collect()
 
     def test_the_last_word_may_be_unfinished(self) -> None:
-        """The range may end with the bitmap, though that is no whole word."""
+        """The range may end at the end of the bitmap inside a word."""
         with Bitmap(70) as bits:
             bits.set(69)
 
@@ -864,7 +864,7 @@ class TestWords:
             gc.collect()
 
     def test_a_readonly_view_can_not_be_written(self) -> None:
-        """A view that was asked for as read-only refuses to be written to."""
+        """A read-only view can't be written to."""
         with Bitmap(64) as bits:
             bits.set(0)
             words = bits.words(readonly=True)
@@ -878,7 +878,7 @@ class TestWords:
 
     @pytest.mark.parametrize(("start", "stop"), [(1, 128), (0, 100), (64, 64), (0, 65)])
     def test_only_whole_words(self, start: int, stop: int) -> None:
-        """A range that is not of whole words, or is empty, is refused."""
+        """An empty range, or one that is not whole words, is a RangeError."""
         with Bitmap(1000) as bits:
             bits.set(0, 1000)
 
@@ -886,7 +886,7 @@ class TestWords:
                 bits.words(start, stop)
 
     def test_only_committed_words(self) -> None:
-        """Words that are not committed can't be viewed; those beside them can."""
+        """Uncommitted words can't be viewed; their committed neighbours can."""
         with Bitmap(3 * STEP) as bits:
             bits.set(STEP)
 
@@ -902,7 +902,7 @@ class TestWords:
 
     @pytest.mark.parametrize("hold", ["view", "slice", "bitarray"])
     def test_no_release_under_a_live_view(self, hold: str) -> None:
-        """Whatever was made from the words keeps the bitmap from being released."""
+        """An object made from the words keeps the bitmap from being released."""
         bits = Bitmap(ODD)
         bits.set(0, ODD)
         views: list[object] = [bits.words()]
@@ -926,7 +926,7 @@ class TestBadInput:
         [(-1, 5), (0, 101), (6, 5), (101, 101), (2**64, 2**64 + 1), (-(2**70), 1)],
     )
     def test_ranges_outside(self, start: int, stop: int) -> None:
-        """A range that is not inside raises RangeError from every method that takes one."""
+        """A range outside the bitmap raises RangeError from every method that takes one."""
         with Bitmap(100) as bits:
             for method in (
                 bits.set,
@@ -946,7 +946,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("at", [-1, 100, 2**64, 2**70])
     def test_single_bits_outside(self, at: int) -> None:
-        """A bit that is not there raises RangeError from the methods."""
+        """A bit outside the bitmap raises RangeError from the methods."""
         with Bitmap(100) as bits:
             for method in (bits.set, bits.clear, bits.test):
                 with pytest.raises(RangeError):
@@ -954,7 +954,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("at", [-101, 100, 2**64, -(2**70)])
     def test_indices_outside(self, at: int) -> None:
-        """A bit that is not there raises IndexError from the brackets."""
+        """An index outside the bitmap raises IndexError from the brackets."""
         with Bitmap(100) as bits:
             with pytest.raises(IndexError, match="index must be in"):
                 bits[at]
@@ -963,7 +963,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("run", [0, -1])
     def test_runs_without_length(self, run: int) -> None:
-        """A run to find has a positive length."""
+        """A run to find must have a positive length."""
         with Bitmap(100) as bits:
             for find in (bits.find_set, bits.find_clear):
                 with pytest.raises(RangeError, match="positive"):
@@ -971,7 +971,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("start", [-1, 101])
     def test_searches_outside(self, start: int) -> None:
-        """A search starts inside the bitmap or at its end."""
+        """A search must start inside the bitmap or at its end."""
         with Bitmap(100) as bits:
             for find in (bits.find_set, bits.find_clear):
                 with pytest.raises(RangeError):
@@ -979,14 +979,14 @@ class TestBadInput:
 
     @pytest.mark.parametrize("run", [101, 2**64, 2**70])
     def test_runs_longer_than_the_bitmap(self, run: int) -> None:
-        """A run longer than the bitmap is not found, however long it is."""
+        """A run longer than the bitmap, by any amount, is not found."""
         with Bitmap(100) as bits:
             assert bits.find_clear(run) is None
             assert bits.find_set(run) is None
 
     @pytest.mark.parametrize("wrong", [1.0, "1", None, b"1", [1]])
     def test_what_is_no_integer(self, wrong: Any) -> None:
-        """Numbers that are no integers raise TypeError everywhere."""
+        """An argument that is not an integer is a TypeError everywhere."""
         with Bitmap(100) as bits:
             for call in (bits.set, bits.clear, bits.test, bits.count, bits.find_set):
                 with pytest.raises(TypeError):
@@ -1000,7 +1000,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("value", [2, -1, "1", None, [True]])
     def test_what_is_no_bit(self, value: Any) -> None:
-        """A bit is set to True or False; other values are a TypeError, and nothing changes."""
+        """A value other than True or False is a TypeError, and nothing changes."""
         with Bitmap(100) as bits:
             with pytest.raises(TypeError, match="True, False"):
                 bits[5] = value
@@ -1011,7 +1011,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("key", [slice(0, 4), slice(0, 6), slice(0, 10, 2), slice(5, 0, -1)])
     def test_slices_are_replaced_by_as_many_neighbours(self, key: slice) -> None:
-        """A bitmap replaces a slice of as many bits with step 1 and no other."""
+        """A bitmap can be assigned only to a slice of its length with step 1."""
         with Bitmap(100) as bits, Bitmap(5) as other:
             other.set(0, 5)
 
@@ -1021,7 +1021,7 @@ class TestBadInput:
             assert not bits.any()
 
     def test_a_step_of_zero(self) -> None:
-        """A slice has a step."""
+        """A slice with step 0 is a ValueError."""
         with Bitmap(100) as bits:
             with pytest.raises(ValueError, match="zero"):
                 bits[::0]
@@ -1077,7 +1077,7 @@ AFTERWARDS: dict[str, Callable[[Bitmap], object]] = {
 class TestAfterRelease:
     @pytest.mark.parametrize("name", AFTERWARDS)
     def test_everything_is_refused(self, name: str) -> None:
-        """Whatever is done with a released bitmap raises ReleasedError."""
+        """Every use of a released bitmap raises ReleasedError."""
         bits = Bitmap(100)
         bits.set(0, 100)
         bits.release()
@@ -1089,7 +1089,7 @@ class TestAfterRelease:
             assert not other.any()
 
     def test_running_iterators_end(self) -> None:
-        """An iterator over runs that outlives the bitmap raises instead of reading on."""
+        """An iterator that outlives the bitmap raises ReleasedError."""
         bits = Bitmap(10_000)
         bits[::2] = True
         runs = bits.runs()
@@ -1103,7 +1103,7 @@ class TestAfterRelease:
 @needs_64_bits
 class TestHugeBitmaps:
     def test_a_trillion_bits_cost_nothing(self) -> None:
-        """2**40 bits with one set at each end take less than 100 KiB, all told."""
+        """2**40 bits with one set at each end take less than 100 KiB in total."""
         found = in_child(
             """
             def use(n):
@@ -1127,7 +1127,7 @@ class TestHugeBitmaps:
         assert found["grown"] < 100 * KiB
 
     def test_reading_searching_and_clearing_commit_nothing(self) -> None:
-        """Nothing but setting bits takes memory, in the words of 2**40 bits either."""
+        """Only setting bits commits memory, also among 2**40 bits."""
         n = 2**40
         with Bitmap(n) as bits, Bitmap(n) as other:
             assert not bits.test(n // 2)
@@ -1149,7 +1149,7 @@ class TestHugeBitmaps:
             assert bits.committed == other.committed == 0
 
     def test_far_ends(self) -> None:
-        """Bits far apart are counted, found, compared and copied over the gap between them."""
+        """Bits far apart are counted, found, compared and copied across the gap."""
         n = 2**40
         with Bitmap(n) as bits:
             bits.set(0, 10)
@@ -1171,10 +1171,10 @@ class TestHugeBitmaps:
 
 
 class TestRefusedCommits:
-    """Each in an interpreter of its own, whose RLIMIT_DATA is lowered for the moment."""
+    """Each test runs in its own interpreter, which lowers RLIMIT_DATA."""
 
     def test_a_range(self) -> None:
-        """A set that is refused changes no bit, commits nothing and says which limit refused."""
+        """A refused set changes no bit, commits nothing and names the limit."""
         found = in_child(
             """
             with Bitmap(8 * 256 * MiB) as bits:
@@ -1208,7 +1208,7 @@ class TestRefusedCommits:
         ],
     )
     def test_several_pieces(self, change: str) -> None:
-        """A change of many pieces that is refused half way takes back those that it got."""
+        """A change of many pieces that is refused half way decommits what it committed."""
         found = in_child(
             f"""
             n = 400 * STEP * 2
@@ -1239,7 +1239,7 @@ class TestRefusedCommits:
         "make", ["Bitmap.from_bytes(data)", "big.copy()", "big[::-1]", "big[5:]"]
     )
     def test_new_bitmaps(self, make: str) -> None:
-        """A bitmap that can't be filled is not made, and leaves nothing mapped."""
+        """A bitmap that can't be filled is not created and leaves no mapping."""
         found = in_child(
             f"""
             if {"data" in make}:
@@ -1280,7 +1280,7 @@ class TestThreads:
             assert bits.all()
 
     def test_overlapping_ranges(self) -> None:
-        """Each bit that several threads set is counted as changed by exactly one of them."""
+        """A bit that several threads set is counted as changed by exactly one of them."""
         n = 4 * STEP
         with Bitmap(n) as bits:
             changed: list[int] = []
@@ -1296,7 +1296,7 @@ class TestThreads:
             assert sum(changed) == n
 
     def test_setting_and_clearing(self) -> None:
-        """What one thread sets and another clears adds up to what is left."""
+        """Setting in one thread and clearing in another add up to the bits that are left."""
         n = 2048
         with Bitmap(n) as bits:
             tally: list[int] = []
@@ -1314,7 +1314,7 @@ class TestThreads:
             assert sum(tally) == bits.count()
 
     def test_combining_both_ways(self) -> None:
-        """Two threads that combine the same two bitmaps in opposite order both get done."""
+        """Two threads that combine the same two bitmaps in opposite order do not deadlock."""
         with Bitmap(ODD) as one, Bitmap(ODD) as other:
             one.set(0, 100)
             other.set(STEP, STEP + 100)

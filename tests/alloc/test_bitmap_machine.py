@@ -1,4 +1,4 @@
-"""A bitmap through any history: each step is done to a model as well, and both must agree."""
+"""A bitmap driven at random: each step is applied to a model as well, and both must agree."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -29,7 +29,7 @@ run_lengths = st.one_of(st.integers(1, 300), st.sampled_from([STEP, STEP + 1, 2 
 
 
 class BitmapMachine(RuleBasedStateMachine):
-    """Two bitmaps, and two bytearrays with a byte for each bit."""
+    """Two bitmaps, and two bytearrays with one byte per bit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,19 +37,19 @@ class BitmapMachine(RuleBasedStateMachine):
         self.models = [bytearray(NBITS), bytearray(NBITS)]
 
     def teardown(self) -> None:
-        """Give the addresses back."""
+        """Release the addresses."""
         for bitmap in self.bitmaps:
             bitmap.release()
 
     @initialize(areas=st.lists(ranges, max_size=3))
     def begin_with_some_bits(self, areas: list[tuple[int, int]]) -> None:
-        """Start from a bitmap that is already committed here and there."""
+        """Start from a bitmap with some words committed."""
         for area in areas:
             self.change_a_range(1, area, value=True)
 
     @rule(which=st.integers(0, 1), area=ranges, value=st.booleans())
     def change_a_range(self, which: int, area: tuple[int, int], value: bool) -> None:
-        """Set or clear neighbours."""
+        """Set or clear adjacent bits."""
         start, stop = area
         bitmap, model = self.bitmaps[which], self.models[which]
 
@@ -75,7 +75,7 @@ class BitmapMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1), at=st.integers(-NBITS, NBITS - 1), value=st.booleans())
     def assign_a_bit(self, which: int, at: int, value: bool) -> None:
-        """Set or clear a single bit, counted from either end."""
+        """Set or clear a single bit, by a positive or negative index."""
         self.bitmaps[which][at] = value
 
         self.models[which][at] = value
@@ -83,7 +83,7 @@ class BitmapMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1), operation=st.sampled_from(["and", "or", "xor", "andnot"]))
     def combine(self, which: int, operation: str) -> None:
-        """Combine one with the other."""
+        """Combine one bitmap with the other."""
         bitmap, other = self.bitmaps[which], self.bitmaps[1 - which]
         a, b = (int.from_bytes(self.models[i], "little") for i in (which, 1 - which))
 
@@ -101,7 +101,7 @@ class BitmapMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1), area=ranges, to=positions)
     def move_a_slice(self, which: int, area: tuple[int, int], to: int) -> None:
-        """Put a slice of one into the other, at any distance."""
+        """Assign a slice of one bitmap to the other, at any offset."""
         start, stop = area
         n = min(stop - start, NBITS - to)
         if n == 0:
@@ -114,21 +114,21 @@ class BitmapMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1))
     def exchange_for_a_copy(self, which: int) -> None:
-        """Go on with a copy."""
+        """Continue with a copy."""
         copied = self.bitmaps[which].copy()
         self.bitmaps[which].release()
         self.bitmaps[which] = copied
 
     @rule(which=st.integers(0, 1))
     def exchange_for_its_bytes(self, which: int) -> None:
-        """Go on with what the bytes say."""
+        """Continue with a bitmap made from its bytes."""
         data = self.bitmaps[which].to_bytes()
         self.bitmaps[which].release()
         self.bitmaps[which] = Bitmap.from_bytes(data, NBITS)
 
     @rule(which=st.integers(0, 1), run=run_lengths, start=positions, value=st.booleans())
     def find(self, which: int, run: int, start: int, value: bool) -> None:
-        """Look for a run."""
+        """Search for a run."""
         bitmap = self.bitmaps[which]
 
         found = bitmap.find_set(run, start) if value else bitmap.find_clear(run, start)
@@ -138,7 +138,7 @@ class BitmapMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1), area=ranges)
     def ask_about_a_range(self, which: int, area: tuple[int, int]) -> None:
-        """Count, any and all."""
+        """Compare count, any and all."""
         start, stop = area
         bitmap, model = self.bitmaps[which], self.models[which]
 
@@ -150,7 +150,7 @@ class BitmapMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1), area=ranges, value=st.booleans())
     def list_runs(self, which: int, area: tuple[int, int], value: bool) -> None:
-        """The first runs of a range, and that they alternate."""
+        """The first runs of a range agree, and they alternate."""
         start, stop = area
         model = self.models[which]
 
@@ -165,7 +165,7 @@ class BitmapMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_same_bits_are_set(self) -> None:
-        """Both have the same bits and the same number of them."""
+        """Both have the same set bits and the same count."""
         for bitmap, model in zip(self.bitmaps, self.models, strict=True):
             assert bitmap.count() == model.count(1)
             first = model.find(1)
@@ -173,12 +173,12 @@ class BitmapMachine(RuleBasedStateMachine):
 
     @invariant()
     def equality_is_that_of_the_models(self) -> None:
-        """The two are equal when their models are."""
+        """The two bitmaps are equal exactly if their models are."""
         assert (self.bitmaps[0] == self.bitmaps[1]) == (self.models[0] == self.models[1])
 
     @invariant()
     def set_bits_are_committed(self) -> None:
-        """No bit is set outside what is committed, and the books on that add up."""
+        """Set bits lie in committed words, and committed_runs adds up to committed."""
         for bitmap, model in zip(self.bitmaps, self.models, strict=True):
             runs = bitmap.committed_runs()
             assert sum(model.count(1, low, high) for low, high in runs) == model.count(1)

@@ -1,4 +1,4 @@
-"""Runs of pages: what is handed out, what is refused, many at once, threads and forks."""
+"""Runs of pages: allocation, refusals, calls on many runs, threads and forks."""
 
 import contextlib
 import copy
@@ -26,13 +26,13 @@ WIDTHS = "bBhHiIlLqQ"
 
 @pytest.fixture
 def pages() -> PageAllocator:
-    """A thousand pages, all free."""
+    """An allocator of a thousand free pages."""
     return PageAllocator(1000)
 
 
 @contextlib.contextmanager
 def unchanged(pages: PageAllocator) -> Iterator[None]:
-    """What is free before is free afterwards."""
+    """Assert that the block changes no page."""
     before = list(pages.free_runs()), list(pages.used_runs()), pages.free_pages
     yield
     assert (list(pages.free_runs()), list(pages.used_runs()), pages.free_pages) == before
@@ -50,7 +50,7 @@ class TestMaking:
         assert list(pages.used_runs()) == []
 
     def test_no_pages(self) -> None:
-        """An allocator can begin without pages and grow."""
+        """An allocator can start without pages and grow."""
         pages = PageAllocator(0, capacity=10)
 
         assert (len(pages), pages.longest_free, list(pages.free_runs())) == (0, 0, [])
@@ -61,7 +61,7 @@ class TestMaking:
 
     @pytest.mark.parametrize("npages", [0, 1, 511, 512, 8192, 8193, 1 << 20])
     def test_it_can_double_by_default(self, npages: int) -> None:
-        """Without a capacity there is room for as many pages again, and for at least one."""
+        """The default capacity is twice the number of pages, at least one."""
         pages = PageAllocator(npages)
 
         assert pages.capacity >= max(2 * npages, 1)
@@ -71,13 +71,13 @@ class TestMaking:
         [(-1, None), (10, 9), (0, 0), (0, -1), (1 << 45, None), (1, 1 << 45), (1 << 70, None)],
     )
     def test_numbers_that_make_no_sense(self, npages: int, capacity: int | None) -> None:
-        """Negative numbers, a capacity that is too small and more than can be are refused."""
+        """npages and capacity must be in range, and npages within the capacity."""
         with pytest.raises(RangeError):
             PageAllocator(npages, capacity=capacity)
 
     @pytest.mark.parametrize("wrong", [1.0, "1", None, np.float32(1)])
     def test_what_is_no_integer(self, pages: PageAllocator, wrong: Any) -> None:
-        """Every method takes integers, and nothing that would have to be converted."""
+        """Every method takes integers, and converts nothing to one."""
         calls: tuple[Callable[[Any], object], ...] = (
             PageAllocator,
             pages.alloc,
@@ -94,7 +94,7 @@ class TestMaking:
                 call(wrong)
 
     def test_numpy_integers(self, pages: PageAllocator) -> None:
-        """Whatever has __index__ is an integer."""
+        """Any object with __index__ is an integer."""
         assert pages.alloc(np.uint8(5), align=np.int64(4)) == 0  # type: ignore[arg-type]
 
         pages.free(np.int32(0), np.uint64(5))  # type: ignore[arg-type]
@@ -109,7 +109,7 @@ class TestMaking:
             copy.copy(pages)
 
     def test_repr(self, pages: PageAllocator) -> None:
-        """The repr says how many pages there are, how many free, and how many together."""
+        """The repr gives the number of pages, free pages and the longest free run."""
         pages.alloc_at(500)
 
         assert repr(pages) == "<PageAllocator of 1,000 pages: 999 free, 500 of them together>"
@@ -117,7 +117,7 @@ class TestMaking:
 
 class TestOneRun:
     def test_the_lowest_run_that_fits(self, pages: PageAllocator) -> None:
-        """Runs are taken from the lowest place that is long enough."""
+        """alloc takes the lowest run that is long enough."""
         assert [pages.alloc(n) for n in (10, 20, 30)] == [0, 10, 30]
 
         pages.free(10, 20)
@@ -134,13 +134,13 @@ class TestOneRun:
         assert pages.alloc(1, align=1 << 63) == 0
 
     def test_exactly_there(self, pages: PageAllocator) -> None:
-        """Pages can be taken by number."""
+        """alloc_at takes exactly the pages asked for."""
         pages.alloc_at(700, 100)
 
         assert list(pages.used_runs()) == [(700, 800)]
 
     def test_freeing_parts_and_neighbours(self, pages: PageAllocator) -> None:
-        """What is freed need not be what was allocated."""
+        """A free may cover parts of several allocations."""
         first, second = pages.alloc(10), pages.alloc(10)
 
         pages.free(first + 5, second)
@@ -148,14 +148,14 @@ class TestOneRun:
         assert list(pages.used_runs()) == [(0, 5), (15, 20)]
 
     def test_is_used(self, pages: PageAllocator) -> None:
-        """A page is in use or not; what is no page is not."""
+        """is_used tells used pages from free ones; a page outside is not used."""
         pages.alloc_at(5)
 
         assert pages.is_used(5)
         assert not any(pages.is_used(page) for page in (4, 6, -1, 1000, 1 << 40, 1 << 70))
 
     def test_growth(self) -> None:
-        """Pages are added at the end, and join a free run there."""
+        """grow adds pages at the end, which join a free run there."""
         pages = PageAllocator(600, capacity=2000)
         pages.alloc(500)
 
@@ -165,7 +165,7 @@ class TestOneRun:
         assert list(pages.used_runs()) == [(0, 1500)]
 
     def test_runs_by_the_thousand(self) -> None:
-        """Iteration goes on beyond what it reads at a time."""
+        """Iteration continues beyond one batch of runs."""
         pages = PageAllocator(10_000)
         pages.alloc(10_000)
         pages.free_many(range(0, 10_000, 2))
@@ -176,7 +176,7 @@ class TestOneRun:
 
 class TestRefusals:
     def test_no_run_is_long_enough(self, pages: PageAllocator) -> None:
-        """The error says what was asked for, what is free and what of it together."""
+        """The error gives the pages requested, the free pages and the longest free run."""
         pages.alloc_at(400)
 
         with (
@@ -190,12 +190,12 @@ class TestRefusals:
 
     @pytest.mark.parametrize("n", [1001, 1 << 40, (1 << 63) - 1])
     def test_more_than_there_is(self, pages: PageAllocator, n: int) -> None:
-        """A number of pages that there never were is out of memory."""
+        """More pages than the allocator has are an OutOfMemoryError."""
         with unchanged(pages), pytest.raises(OutOfMemoryError):
             pages.alloc(n)
 
     def test_no_aligned_place(self, pages: PageAllocator) -> None:
-        """A run that is long enough in a wrong place does not help."""
+        """A run that is long enough but misaligned is not used."""
         pages.alloc_at(512)
         pages.alloc_at(0)
 
@@ -204,7 +204,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("n", [0, -1, -(1 << 70), 1 << 63, (1 << 64) - 1, 1 << 64, 1 << 70])
     def test_lengths_that_make_no_sense(self, pages: PageAllocator, n: int) -> None:
-        """No, negative and astronomical numbers of pages are out of range, not an overflow."""
+        """A length that is zero, negative or huge is a RangeError, not an OverflowError."""
         pages.alloc_at(0, 10)
         for call in (
             lambda: pages.alloc(n),
@@ -220,7 +220,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("page", [-1, 1000, 995, 1 << 40, 1 << 64, -(1 << 70)])
     def test_pages_that_are_not_there(self, pages: PageAllocator, page: int) -> None:
-        """Pages outside are out of range, those included that a growth could add."""
+        """Pages outside are a RangeError, including those that grow could add."""
         pages.alloc_at(990, 10)
         calls: tuple[Callable[[], None], ...] = (
             lambda: pages.alloc_at(page, 10),
@@ -233,12 +233,12 @@ class TestRefusals:
 
     @pytest.mark.parametrize("align", [0, 3, -2, 1 << 64, 1 << 70])
     def test_alignments_that_are_none(self, pages: PageAllocator, align: int) -> None:
-        """An alignment is a power of two that fits in 64 bits."""
+        """An alignment must be a power of two that fits in 64 bits."""
         with unchanged(pages), pytest.raises(RangeError, match="power of two"):
             pages.alloc(1, align=align)
 
     def test_a_place_in_use(self, pages: PageAllocator) -> None:
-        """Pages in use are not taken again; that is EEXIST as for a reservation."""
+        """alloc_at on used pages raises VMError with EEXIST, as a reservation does."""
         pages.alloc_at(10, 10)
 
         with unchanged(pages), pytest.raises(VMError, match="in use") as caught:
@@ -248,7 +248,7 @@ class TestRefusals:
         assert not isinstance(caught.value, MemoryError)
 
     def test_freed_twice(self, pages: PageAllocator) -> None:
-        """Pages that are free, some or all, are not freed again."""
+        """Freeing pages of which some are free is a FreeError."""
         page = pages.alloc(10)
         pages.free(page + 3)
 
@@ -257,7 +257,7 @@ class TestRefusals:
                 pages.free(first, n)
 
     def test_growth_beyond_the_capacity(self) -> None:
-        """The tables end at the capacity."""
+        """grow beyond the capacity is a RangeError."""
         pages = PageAllocator(10, capacity=20)
 
         with unchanged(pages), pytest.raises(RangeError, match="capacity 20"):
@@ -268,7 +268,7 @@ class TestRefusals:
 
 class TestManyRuns:
     def test_a_run_for_each_length(self, pages: PageAllocator) -> None:
-        """Many runs are placed as one after the other would be."""
+        """alloc_many places runs where single calls would."""
         one_by_one = PageAllocator(1000)
         lengths = [Random(5).randint(1, 30) for _ in range(40)]
 
@@ -281,7 +281,7 @@ class TestManyRuns:
         assert pages.free_pages == 1000
 
     def test_all_or_none(self, pages: PageAllocator) -> None:
-        """One that does not fit leaves everything as it was, `out` included; it is named."""
+        """If a run does not fit, nothing changes, also in `out`; the error names the length."""
         out = array("q", [7, 7, 7])
 
         with unchanged(pages), pytest.raises(OutOfMemoryError, match=r"lengths\[2\]"):
@@ -290,7 +290,7 @@ class TestManyRuns:
         assert list(out) == [7, 7, 7]
 
     def test_duplicates_are_freed_none(self, pages: PageAllocator) -> None:
-        """A page that stands there twice leaves all of them in use; the second is named."""
+        """A page that occurs twice is a FreeError that names the second; none is freed."""
         first = pages.alloc_many([3] * 100)
         first[77] = first[10]
 
@@ -298,14 +298,14 @@ class TestManyRuns:
             pages.free_many(first, 3)
 
     def test_overlaps_are_freed_none(self, pages: PageAllocator) -> None:
-        """Neither are runs that have pages in common."""
+        """Overlapping runs are a FreeError; none is freed."""
         pages.alloc(100)
 
         with unchanged(pages), pytest.raises(FreeError, match=r"pages\[2\]"):
             pages.free_many([0, 50, 45], [10, 10, 6])
 
     def test_one_length_for_all(self, pages: PageAllocator) -> None:
-        """An integer stands for as many as there are pages, or items of `out`."""
+        """A single integer is the length of every page to free, or of every item of `out`."""
         out = pages.alloc_many(7, array("H", [0] * 50))
 
         assert list(out) == list(range(0, 350, 7))
@@ -313,12 +313,12 @@ class TestManyRuns:
         assert pages.free_pages == 1000
 
     def test_one_length_for_nobody_knows_how_many(self, pages: PageAllocator) -> None:
-        """An integer alone does not say how many runs."""
+        """A single length without `out` is a TypeError."""
         with unchanged(pages), pytest.raises(TypeError, match="out is required"):
             pages.alloc_many(7)  # type: ignore[call-overload]
 
     def test_none(self, pages: PageAllocator) -> None:
-        """No runs are no work."""
+        """Empty arguments change nothing."""
         with unchanged(pages):
             assert list(pages.alloc_many([])) == []
             pages.free_many([])
@@ -334,7 +334,7 @@ class TestManyRuns:
         assert list(pages.alloc_many(lengths)) == [0, 4, 9]
 
     def test_other_counts(self, pages: PageAllocator) -> None:
-        """There are as many pages as lengths."""
+        """A number of lengths that differs from the number of pages is a RangeError."""
         pages.alloc(10)
 
         with unchanged(pages), pytest.raises(RangeError, match=r"out must .* \(3\), got 2"):
@@ -343,7 +343,7 @@ class TestManyRuns:
             pages.free_many([0], [1, 1])
 
     def test_negative_numbers(self, pages: PageAllocator) -> None:
-        """A negative number in a list is out of range, and named."""
+        """A negative number in a list is a RangeError that names its index."""
         with unchanged(pages), pytest.raises(RangeError, match=r"lengths\[1\] must .* got -3"):
             pages.alloc_many([1, -3])
         with unchanged(pages), pytest.raises(RangeError, match=r"page -3 \(pages\[0\]\)"):
@@ -366,7 +366,7 @@ class TestBuffers:
 
     @pytest.mark.parametrize("kind", [*WIDTHS, "=i4", "int64", "uint8", "intp"])
     def test_ndarrays(self, pages: PageAllocator, kind: str) -> None:
-        """So do ndarrays, of any number of dimensions."""
+        """ndarrays of every width and any number of dimensions hold lengths and pages."""
         lengths = np.array([[4, 5], [6, 7]], kind)
         out = np.zeros((2, 2), kind)
 
@@ -377,7 +377,7 @@ class TestBuffers:
         assert pages.free_pages == 1000
 
     def test_a_memoryview_of_a_part(self, pages: PageAllocator) -> None:
-        """Only the items that are in the view are written."""
+        """Only the items in the view are written."""
         whole = array("i", [-1] * 5)
 
         pages.alloc_many([1, 1], memoryview(whole)[1:3])
@@ -386,7 +386,7 @@ class TestBuffers:
 
     @pytest.mark.parametrize(("kind", "most"), [("b", 127), ("B", 255), ("h", 32767), ("H", 65535)])
     def test_items_that_are_too_narrow(self, kind: str, most: int) -> None:
-        """A page that does not fit an item of `out` is refused, the last that fits is not."""
+        """A page that does not fit an item of `out` is refused; the largest that fits is not."""
         pages = PageAllocator(70_000)
         pages.alloc(most)
 
@@ -396,7 +396,7 @@ class TestBuffers:
             pages.alloc_many([1, 1], array(kind, [0, 0]))
 
     def test_pages_beyond_31_bits(self) -> None:
-        """Large numbers of pages come and go as they are."""
+        """Page numbers beyond 31 bits are exact."""
         pages = PageAllocator(MANY)
         pages.alloc((1 << 32) - 1)
 
@@ -424,20 +424,20 @@ class TestBuffers:
         ids=str,
     )
     def test_what_nothing_is_written_to(self, pages: PageAllocator, out: Any) -> None:
-        """Other formats, read-only buffers and what is no buffer are type errors."""
+        """Other formats, read-only buffers and objects without a buffer are TypeErrors."""
         with unchanged(pages), pytest.raises(TypeError):
             pages.alloc_many([1, 1], out)
 
     @pytest.mark.parametrize("wrong", [np.zeros(2), ["1"], [1.0], "12", None, [None]], ids=str)
     def test_what_no_lengths_are_read_from(self, pages: PageAllocator, wrong: Any) -> None:
-        """Lengths and pages are integers."""
+        """Lengths and pages that are not integers are TypeErrors."""
         pages.alloc(10)
         for call in (pages.alloc_many, pages.free_many, lambda n: pages.free_many([0, 1], n)):
             with unchanged(pages), pytest.raises(TypeError):
                 call(wrong)
 
     def test_items_apart_from_each_other(self, pages: PageAllocator) -> None:
-        """Buffers are contiguous."""
+        """A buffer that is not contiguous is a ValueError."""
         strided = np.ones(4, int)[::2]
         pages.alloc(10)
 
@@ -451,7 +451,7 @@ class TestBuffers:
                 call()
 
     def test_lengths_and_out_in_one(self, pages: PageAllocator) -> None:
-        """The pages may take the place of their lengths; a failure leaves the lengths."""
+        """`out` may be the buffer of the lengths; a failure leaves the lengths."""
         both = array("q", [400, 300, 400])
         with unchanged(pages), pytest.raises(OutOfMemoryError):
             pages.alloc_many(both, both)
@@ -465,7 +465,7 @@ class TestBuffers:
 class TestMemory:
     @witness.only_64_bit
     def test_tables_take_memory_where_they_are_used(self) -> None:
-        """2**33 pages of which some thousands were used take less than 1 MiB, no huge pages."""
+        """2**33 pages of which some thousands were used take under 1 MiB, in small pages."""
         gc.collect()
         pages = PageAllocator(MANY)
         random = Random(1)
@@ -480,7 +480,7 @@ class TestMemory:
         assert all("nh" in piece.flags for piece in witness.pieces(base, 1 << 30))
 
     def test_the_tables_go_with_the_allocator(self) -> None:
-        """When the last reference is gone the tables are unmapped."""
+        """The tables are unmapped with the last reference to the allocator."""
         pages = PageAllocator(1 << 28)
         pages.alloc()
         address = tables_address(pages)
@@ -491,7 +491,7 @@ class TestMemory:
         assert not witness.is_mapped(address)
 
     def test_a_finaliser_in_the_same_garbage(self) -> None:
-        """Finalisers of a cycle of garbage can use an allocator that is part of it."""
+        """A finaliser can use an allocator that is in the same garbage cycle."""
 
         def child() -> list[int]:
             got: list[int] = []
@@ -516,7 +516,7 @@ class TestMemory:
         assert sorted(got) == sorted([0, 0, 10, 11] * 20)
 
     def test_a_second_init(self) -> None:
-        """To initialise an allocator again makes it a new one, across forks too."""
+        """A second __init__ makes a new allocator, and fork handlers know it."""
         pages = PageAllocator(100)
         pages.alloc(100)
 
@@ -551,7 +551,7 @@ class TestThreads:
         assert errors == []
 
     def test_no_page_has_two_owners(self) -> None:
-        """Eight threads that allocate and free never get the same page at a time."""
+        """Eight threads that allocate and free never get the same page at once."""
         pages = PageAllocator(5000)
         owner = bytearray(5000)
 
@@ -580,7 +580,7 @@ class TestThreads:
         assert list(pages.free_runs()) == [(0, 5000)]
 
     def test_many_runs_are_all_or_none_for_others(self) -> None:
-        """Threads that together want more than there is either get all their runs or none."""
+        """Threads that compete for too few pages each get all of their runs or none."""
         pages = PageAllocator(1000)
 
         def work(number: int) -> None:
@@ -598,7 +598,7 @@ class TestThreads:
         assert list(pages.free_runs()) == [(0, 1000)]
 
     def test_growth_by_many(self) -> None:
-        """Threads that grow an allocator at once each get pages of their own."""
+        """Threads that grow an allocator at once get different pages."""
         pages = PageAllocator(0, capacity=8 * 500 * 3)
         got: list[int] = []
 
@@ -608,7 +608,7 @@ class TestThreads:
         assert pages.longest_free == len(pages) == 8 * 500 * 3
 
     def test_the_last_reference_goes_in_a_thread(self) -> None:
-        """A call that is under way keeps the tables."""
+        """A call in progress keeps the tables alive."""
 
         def child() -> bool:
             for _ in range(200):
@@ -632,7 +632,7 @@ class TestThreads:
 
 class TestFork:
     def test_the_child_has_a_copy(self, pages: PageAllocator) -> None:
-        """A child goes on from the same state, without the parent."""
+        """A child continues from the same state, independently of the parent."""
         pages.alloc(10)
 
         def child() -> tuple[int, int]:
@@ -645,7 +645,7 @@ class TestFork:
         assert pages.alloc() == 10
 
     def test_a_fork_while_threads_allocate(self) -> None:
-        """A child is never left with a lock that one of the parent's threads had."""
+        """A child never inherits a lock that a thread of the parent held."""
         pages = PageAllocator(100_000)
         stop = threading.Event()
         lengths = array("i", [3]) * 300
@@ -680,7 +680,7 @@ class TestFork:
         assert pages.free_pages == 100_000
 
     def test_two_threads_fork_at_once(self) -> None:
-        """Forks of several threads wait for each other and for nothing else."""
+        """Concurrent forks of several threads all finish."""
         pages = [PageAllocator(100) for _ in range(50)]
         statuses: list[int] = []
 
@@ -697,7 +697,7 @@ class TestFork:
         assert statuses == [0] * 40
 
     def test_a_collection_inside_the_fork(self) -> None:
-        """Finalisers that use an allocator don't meet its lock while the fork has it."""
+        """A finaliser that uses an allocator inside fork does not deadlock on its lock."""
 
         def child() -> bool:
             pages = PageAllocator(1000)

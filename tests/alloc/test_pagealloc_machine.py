@@ -1,4 +1,4 @@
-"""A page allocator through any history: each step is done to a model too, and both must agree."""
+"""A page allocator driven at random: each step is applied to a model, and both must agree."""
 
 from typing import Any
 
@@ -37,13 +37,13 @@ aligns = st.one_of(st.just(1), st.integers(0, 17).map(lambda bits: 1 << bits))
 
 
 def runs_of(model: bytearray, what: int) -> list[tuple[int, int]]:
-    """The runs of free or of used pages of a model."""
+    """Return the runs of free or of used pages of a model."""
     edges = np.flatnonzero(np.diff(np.frombuffer(model, np.uint8) == what, prepend=0, append=0))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 class PageAllocatorMachine(RuleBasedStateMachine):
-    """An allocator, and a bytearray with a byte for each page."""
+    """An allocator, and a bytearray with one byte per page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class PageAllocatorMachine(RuleBasedStateMachine):
 
     @initialize(npages=positions, used=st.booleans(), holes=st.lists(st.tuples(positions, lengths)))
     def begin(self, npages: int, used: bool, holes: list[tuple[int, int]]) -> None:
-        """Start with pages all free, or all in use but for some holes."""
+        """Start with all pages free, or all in use except some."""
         self.pages = PageAllocator(npages, capacity=CAPACITY)
         self.model = bytearray([FREE]) * npages
         if used and npages:
@@ -61,7 +61,7 @@ class PageAllocatorMachine(RuleBasedStateMachine):
                 self.free(page, n)
 
     def fits(self, n: int, align: int) -> list[int]:
-        """The lowest well-placed page in each free run that has one."""
+        """Return the lowest aligned page in each free run that is long enough."""
         return [
             page
             for start, stop in runs_of(self.model, FREE)
@@ -69,14 +69,14 @@ class PageAllocatorMachine(RuleBasedStateMachine):
         ]
 
     def take(self, page: int, n: int) -> None:
-        """Mark pages as used that have to be free."""
+        """Mark pages as used; they must be free."""
         assert page + n <= len(self.model)
         assert self.model.count(USED, page, page + n) == 0
         self.model[page : page + n] = bytes([USED]) * n
 
     @rule(n=lengths, align=aligns)
     def allocate(self, n: int, align: int) -> None:
-        """Take a run anywhere."""
+        """Allocate a run anywhere."""
         fits = self.fits(n, align)
 
         if not fits:
@@ -92,7 +92,7 @@ class PageAllocatorMachine(RuleBasedStateMachine):
 
     @rule(page=positions, n=lengths)
     def allocate_there(self, page: int, n: int) -> None:
-        """Take pages by number."""
+        """Allocate given pages."""
         if page + n > len(self.model):
             with pytest.raises(RangeError):
                 self.pages.alloc_at(page, n)
@@ -105,7 +105,7 @@ class PageAllocatorMachine(RuleBasedStateMachine):
 
     @rule(page=positions, n=lengths)
     def free(self, page: int, n: int) -> None:
-        """Free pages by number, which may not be in use."""
+        """Free given pages, which may not be in use."""
         if page + n > len(self.model):
             with pytest.raises(RangeError):
                 self.pages.free(page, n)
@@ -118,7 +118,7 @@ class PageAllocatorMachine(RuleBasedStateMachine):
 
     @rule(where=st.floats(0, 1, exclude_max=True), cut=st.tuples(positions, positions))
     def free_a_used_piece(self, where: float, cut: tuple[int, int]) -> None:
-        """Free a piece of a run that is in use."""
+        """Free a part of a used run."""
         used = runs_of(self.model, USED)
         if used:
             start, stop = used[int(where * len(used))]
@@ -127,7 +127,7 @@ class PageAllocatorMachine(RuleBasedStateMachine):
 
     @rule(wanted=st.lists(lengths, max_size=80), dtype=st.sampled_from(["i4", "u4", "i8", "u8"]))
     def allocate_many(self, wanted: list[int], dtype: str) -> None:
-        """Take many runs, or none."""
+        """Allocate many runs, or none."""
         before = self.model[:]
         for n in wanted:
             fits = self.fits(n, 1)
@@ -146,7 +146,7 @@ class PageAllocatorMachine(RuleBasedStateMachine):
 
     @rule(step=st.integers(1, 9), first=positions, count=st.integers(1, 500), again=st.booleans())
     def free_many(self, step: int, first: int, count: int, again: bool) -> None:
-        """Free every so many pages of those in use, or none as one of them stands there twice."""
+        """Free every n-th used page, or none because one occurs twice."""
         used = np.flatnonzero(np.frombuffer(self.model, np.uint8) == USED)
         some = used[first % len(used) :: step][:count].tolist() if len(used) else []
         if some and again:
@@ -171,12 +171,12 @@ class PageAllocatorMachine(RuleBasedStateMachine):
 
     @rule(page=positions)
     def ask(self, page: int) -> None:
-        """Ask about a page."""
+        """Compare is_used for a page."""
         assert self.pages.is_used(page) == (page < len(self.model) and self.model[page] == USED)
 
     @invariant()
     def the_same_pages_are_free(self) -> None:
-        """Both have the same runs, and the counters are what the runs add up to."""
+        """Both have the same runs, and the counters add up to the runs."""
         free = runs_of(self.model, FREE)
         assert list(self.pages.free_runs()) == free
         assert list(self.pages.used_runs()) == runs_of(self.model, USED)

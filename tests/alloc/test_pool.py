@@ -1,4 +1,4 @@
-"""Slots of one size: handed out, viewed, given back, cleared and trimmed."""
+"""Slots of equal size: allocated, viewed, freed, cleared and trimmed."""
 
 import copy
 import gc
@@ -22,19 +22,19 @@ from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedEr
 
 @pytest.fixture
 def pool() -> Pool:
-    """A hundred slots of 100 bytes."""
+    """A pool of a hundred slots of 100 bytes."""
     return Pool(100, capacity=100)
 
 
 class TestMaking:
     def test_a_new_pool_is_empty(self, pool: Pool) -> None:
-        """At first no slot is in use and no memory is committed."""
+        """A new pool has no slot in use and no committed memory."""
         assert (len(pool), list(pool), pool.in_use, pool.committed) == (0, [], 0, 0)
         assert (pool.item_size, pool.capacity) == (100, 100)
 
     @pytest.mark.parametrize(("size", "capacity"), [(16, 1 << 26), (100, 1 << 30), (3 << 30, 1)])
     def test_addresses_by_default(self, size: int, capacity: int) -> None:
-        """Without a capacity there are as many slots as 1 GiB has, and at least one."""
+        """The default capacity is the number of slots in 1 GiB, at least one."""
         with Pool(size) as pool:
             assert pool.capacity == max(1, min(capacity, (1 << 30) // (-(-size // 16) * 16)))
 
@@ -43,7 +43,7 @@ class TestMaking:
         [(1, None, 1), (3, None, 4), (16, None, 16), (17, None, 32), (17, 1, 17), (5, 4096, 4096)],
     )
     def test_alignment(self, size: int, align: int | None, apart: int) -> None:
-        """Slots are as far apart as the alignment asks, and lie at its multiples."""
+        """Slots lie at multiples of the alignment, with the smallest distance that allows."""
         with Pool(size, capacity=9, align=align) as pool:
             addresses = [pool.address(slot) for slot in pool.alloc_many(9)]
 
@@ -67,12 +67,12 @@ class TestMaking:
         ids=str,
     )
     def test_numbers_that_make_no_sense(self, wrong: dict[str, int]) -> None:
-        """Sizes are positive, alignments powers of two, steps whole OS pages."""
+        """Sizes must be positive, alignments powers of two, steps whole OS pages."""
         with pytest.raises(RangeError):
             Pool(**{"item_size": 8, **wrong})  # type: ignore[arg-type]
 
     def test_what_is_no_integer(self, pool: Pool) -> None:
-        """Numbers are integers."""
+        """Arguments that are not integers are TypeErrors."""
         pool.alloc()
         calls: tuple[Any, ...] = (
             Pool,
@@ -96,7 +96,7 @@ class TestMaking:
             copy.copy(pool)
 
     def test_repr(self, pool: Pool) -> None:
-        """The repr says how much is in use."""
+        """The repr gives the slots in use and the committed memory."""
         pool.alloc_many(3)
 
         assert repr(pool).startswith("<Pool of 100-byte slots: 3 of 100 in use, ")
@@ -104,7 +104,7 @@ class TestMaking:
 
 class TestSlots:
     def test_the_lowest_free_slot(self, pool: Pool) -> None:
-        """Slots are handed out from the lowest that is free."""
+        """alloc takes the lowest free slot."""
         assert [pool.alloc() for _ in range(5)] == [0, 1, 2, 3, 4]
 
         pool.free(3)
@@ -113,7 +113,7 @@ class TestSlots:
         assert [pool.alloc() for _ in range(3)] == [1, 3, 5]
 
     def test_which_are_in_use(self, pool: Pool) -> None:
-        """Iteration, `in`, len and in_use tell."""
+        """Iteration, `in`, len and in_use agree on the slots in use."""
         pool.alloc_many(5)
         pool.free(2)
 
@@ -130,7 +130,7 @@ class TestSlots:
         assert (len(pool), pool.in_use) == (4, 4 * 112)
 
     def test_iteration_is_of_one_moment(self, pool: Pool) -> None:
-        """What is allocated or freed during an iteration does not disturb it."""
+        """Iteration is over a snapshot: changes during it do not matter."""
         pool.alloc_many(3)
 
         seen = []
@@ -142,7 +142,7 @@ class TestSlots:
         assert seen == [0, 1, 2]
 
     def test_a_slot_is_its_users(self, pool: Pool) -> None:
-        """What is written to a slot stays there and touches no other."""
+        """Bytes written to a slot stay there and change no other slot."""
         slots = [pool.alloc() for _ in range(100)]
         for slot in slots:
             pool.view(slot)[:] = bytes([slot]) * 100
@@ -150,11 +150,11 @@ class TestSlots:
         assert all(bytes(pool.view(slot)) == bytes([slot]) * 100 for slot in slots)
 
     def test_a_view_for_reading(self, pool: Pool) -> None:
-        """A view can be had that does not write."""
+        """A read-only view refuses writes."""
         assert pool.view(pool.alloc(), readonly=True).readonly
 
     def test_addresses_do_not_change(self) -> None:
-        """The address of a slot is where its view is, however the pool grows."""
+        """The address of a slot is the address of its view, and growth does not change it."""
         pool = Pool(3000, capacity=5000, step=16 * PAGE_SIZE)
         first = pool.alloc()
         pool.view(first)[:4] = b"mine"
@@ -168,7 +168,7 @@ class TestSlots:
         pool.release()
 
     def test_no_slot_is_free(self, pool: Pool) -> None:
-        """A pool that is full says so, and how many slots it has; a slot given back helps."""
+        """A full pool is an OutOfMemoryError that names the capacity, until a slot is freed."""
         pool.alloc_many(100)
 
         with pytest.raises(OutOfMemoryError, match=r"0 of 100 are free") as caught:
@@ -179,7 +179,7 @@ class TestSlots:
         assert pool.alloc() == 50
 
     def test_freed_twice(self, pool: Pool) -> None:
-        """A slot that is free is not freed again, nor viewed."""
+        """A free slot can be neither freed nor viewed."""
         slot = pool.alloc()
         pool.free(slot)
 
@@ -190,7 +190,7 @@ class TestSlots:
 
     @pytest.mark.parametrize("slot", [-1, 100, 1 << 40, 1 << 64, -(1 << 70)])
     def test_no_such_slot(self, pool: Pool, slot: int) -> None:
-        """A number of no slot here is out of range."""
+        """A slot outside the pool is a RangeError."""
         pool.alloc_many(100)
         held = pool.view(0)
         for use in (pool.free, pool.view, pool.address, lambda slot: pool.free_many([1, slot])):
@@ -202,7 +202,7 @@ class TestSlots:
 
 class TestManySlots:
     def test_all_or_none(self, pool: Pool) -> None:
-        """More slots than are free are refused together."""
+        """If fewer than n slots are free, alloc_many takes none."""
         pool.alloc_many(10)
 
         with pytest.raises(OutOfMemoryError, match="cannot allocate 91 slots"):
@@ -213,24 +213,24 @@ class TestManySlots:
 
     @pytest.mark.parametrize("n", [-1, -(1 << 70)])
     def test_fewer_than_none(self, pool: Pool, n: int) -> None:
-        """A negative number of slots makes no sense."""
+        """A negative number of slots is a RangeError."""
         with pytest.raises(RangeError):
             pool.alloc_many(n)
 
     def test_none(self, pool: Pool) -> None:
-        """No slots are no work."""
+        """Zero slots change nothing."""
         assert list(pool.alloc_many(0)) == []
         pool.free_many([])
         assert pool.committed == 0
 
     @pytest.mark.parametrize("n", [101, 1 << 62, 1 << 70])
     def test_more_than_there_are(self, pool: Pool, n: int) -> None:
-        """Any number beyond the capacity is out of memory."""
+        """Any number beyond the capacity is an OutOfMemoryError."""
         with pytest.raises(OutOfMemoryError):
             pool.alloc_many(n)
 
     def test_wherever_integers_are(self, pool: Pool) -> None:
-        """Slots are given back from any buffer or iterable of integers."""
+        """free_many takes any buffer or iterable of integers."""
         slots = pool.alloc_many(10)
 
         pool.free_many(slots[:2])
@@ -240,7 +240,7 @@ class TestManySlots:
         assert len(pool) == 0
 
     def test_duplicates_are_freed_none(self, pool: Pool) -> None:
-        """A slot that stands there twice leaves all of them in use."""
+        """A slot that occurs twice is a FreeError; none is freed."""
         slots = pool.alloc_many(10)
 
         with pytest.raises(FreeError, match="slot 4 "):
@@ -251,7 +251,7 @@ class TestManySlots:
 
 class TestViews:
     def test_a_viewed_slot_stays(self, pool: Pool) -> None:
-        """A slot with a live view is not freed, alone or with others; its neighbours are."""
+        """A slot with a live view can't be freed, alone or with others; its neighbours can."""
         slots = pool.alloc_many(10)
         view = pool.view(5)
 
@@ -268,7 +268,7 @@ class TestViews:
         assert list(pool) == [0, 1, 2, 3, 8, 9]
 
     def test_whatever_was_made_of_a_view(self, pool: Pool) -> None:
-        """Also a consumer that keeps only a reference holds the slot."""
+        """A consumer that keeps only a reference to the view's object pins the slot too."""
         slot = pool.alloc()
         kept: Any = np.ndarray((4,), np.uint8, buffer=pool.view(slot))
 
@@ -281,7 +281,7 @@ class TestViews:
         pool.free(slot)
 
     def test_release_under_a_view(self, pool: Pool) -> None:
-        """A release that is refused leaves a pool that works."""
+        """A pool still works after a refused release."""
         view = pool.view(pool.alloc())
 
         with pytest.raises(ViewError):
@@ -294,7 +294,7 @@ class TestViews:
 
 class TestZero:
     def test_contents_stay_unless_cleared(self, pool: Pool) -> None:
-        """A slot is as its last user left it; `zero` clears it, and it alone."""
+        """A slot keeps the bytes of its last user; `zero` clears this slot alone."""
         for slot in pool.alloc_many(3):
             pool.view(slot)[:] = b"\xaa" * 100
         pool.free_many([0, 1])
@@ -304,7 +304,7 @@ class TestZero:
         assert bytes(pool.view(0)) == bytes(pool.view(2)) == b"\xaa" * 100
 
     def test_many(self, pool: Pool) -> None:
-        """Many slots are cleared where they were used."""
+        """alloc_many with `zero` clears the slots that were used before."""
         for slot in pool.alloc_many(10):
             pool.view(slot)[:] = b"\xaa" * 100
         pool.free_many(range(10))
@@ -314,7 +314,7 @@ class TestZero:
         assert all(bytes(pool.view(slot)) == bytes(100) for slot in slots)
 
     def test_what_was_never_used_is_not_touched(self) -> None:
-        """To clear slots that nobody had takes no memory."""
+        """Clearing slots that were never used touches no memory."""
         pool = Pool(64 * KiB, capacity=1024, step=64 * MiB)
 
         pool.alloc_many(1024, zero=True)
@@ -325,7 +325,7 @@ class TestZero:
 
 class TestMemory:
     def test_memory_comes_in_steps(self) -> None:
-        """Committed is what the slots in use need, up to the next step, but no more than all."""
+        """Committed memory is that of the slots in use, rounded up to a step, within the region."""
         step = 4 * PAGE_SIZE
         pool = Pool(PAGE_SIZE, capacity=10, align=1, step=step)
 
@@ -344,7 +344,7 @@ class TestMemory:
             assert pool.address(pool.alloc()) % (2 * MiB) == 0
 
     def test_a_commit_that_is_refused(self) -> None:
-        """If the kernel refuses memory no slot is taken, and what there is goes on working."""
+        """If the kernel refuses a commit, no slot is taken, and slots in use still work."""
 
         def child() -> None:
             pool = Pool(64 * KiB, capacity=4096, step=MiB)
@@ -363,7 +363,7 @@ class TestMemory:
         witness.in_child(child)
 
     def test_a_step_that_is_refused(self) -> None:
-        """If a whole step is refused, just what the slots need is committed."""
+        """If a whole step is refused, only the memory of the slots is committed."""
 
         def child() -> None:
             pool = Pool(64 * KiB, capacity=4096, step=64 * MiB)
@@ -381,7 +381,7 @@ class TestMemory:
         witness.in_child(child)
 
     def test_trim(self) -> None:
-        """Whole OS pages above the highest slot in use are given back, and zero when used again."""
+        """trim decommits whole OS pages above the highest used slot; reused slots are zero."""
         pool = Pool(100, capacity=10_000, align=4, step=64 * PAGE_SIZE)
         for slot in pool.alloc_many(5000):
             pool.view(slot)[:] = b"\xaa" * 100
@@ -398,7 +398,7 @@ class TestMemory:
         assert all(bytes(pool.view(slot)) == b"\xaa" * 100 for slot in range(10))
 
     def test_trim_a_full_pool(self, pool: Pool) -> None:
-        """Where the highest slot is in use there is nothing to give back but the rest."""
+        """If the highest slot is in use, trim decommits only the rest of the last step."""
         pool.alloc_many(100)
 
         pool.trim()
@@ -407,7 +407,7 @@ class TestMemory:
         assert pool.committed == -(-100 * 112 // PAGE_SIZE) * PAGE_SIZE
 
     def test_trim_an_empty_pool(self, pool: Pool) -> None:
-        """Without a slot in use all memory goes back."""
+        """Without a slot in use, trim decommits everything."""
         assert pool.trim() == 0
         pool.free(pool.alloc())
 
@@ -417,7 +417,7 @@ class TestMemory:
         assert pool.alloc() == 0
 
     def test_trim_under_views(self, pool: Pool) -> None:
-        """A view holds a slot in use, so trim never meets one."""
+        """A view keeps its slot in use, so trim never decommits bytes under a view."""
         pool.alloc_many(50)
         view = pool.view(20)
         view[:] = b"\xaa" * 100
@@ -430,7 +430,7 @@ class TestMemory:
 
 class TestRelease:
     def test_everything_is_refused_afterwards(self, pool: Pool) -> None:
-        """After a release every use says so."""
+        """Every use of a released pool raises ReleasedError."""
         pool.alloc_many(10)
         pool.release()
 
@@ -461,7 +461,7 @@ class TestRelease:
         assert (pool.item_size, pool.capacity) == (100, 100)
 
     def test_a_block(self) -> None:
-        """A pool is released at the end of its block, once."""
+        """Leaving the with block releases the pool, also if it was released inside."""
         with Pool(8) as pool:
             pool.alloc()
         assert pool.released
@@ -469,7 +469,7 @@ class TestRelease:
             pool.release()
 
     def test_a_view_outlives_the_pool(self) -> None:
-        """A pool that is dropped keeps the bytes that are in view."""
+        """A pool that is dropped keeps the bytes that views show."""
         pool: Pool | None = Pool(100)
         assert pool is not None
         view = pool.view(pool.alloc())
@@ -483,7 +483,7 @@ class TestRelease:
 
 class TestThreads:
     def test_no_slot_has_two_owners(self) -> None:
-        """Eight threads that write to their slots find there what they wrote, also under trims."""
+        """Eight threads find in their slots what they wrote, also during trims."""
         pool = Pool(100, capacity=2000, step=PAGE_SIZE)
         errors: list[BaseException] = []
 
@@ -528,7 +528,7 @@ class TestThreads:
         assert len(pool) == 0
 
     def test_a_release_among_users(self) -> None:
-        """Threads that use a pool while another releases it find it released, and no worse."""
+        """Threads that use a pool while another releases it get ReleasedError and nothing worse."""
 
         def child() -> list[str]:
             wrong: list[str] = []
@@ -559,7 +559,7 @@ class TestThreads:
 
 class TestFork:
     def test_the_child_has_a_copy(self, pool: Pool) -> None:
-        """A child goes on with the same slots and contents, without the parent."""
+        """A child continues with the same slots and contents, independently of the parent."""
         slot = pool.alloc()
         pool.view(slot)[:4] = b"both"
 
@@ -578,7 +578,7 @@ class TestFork:
 
     @pytest.mark.parametrize("forks", [5, pytest.param(20, marks=pytest.mark.heavy)])
     def test_a_fork_while_threads_allocate(self, forks: int) -> None:
-        """A child is never left with a lock that one of the parent's threads had."""
+        """A child never inherits a lock that a thread of the parent held."""
         pool = Pool(100, capacity=10_000, step=PAGE_SIZE)
         stop = threading.Event()
 
@@ -610,7 +610,7 @@ class TestFork:
         assert len(pool) == 0
 
     def test_finalisers_give_slots_back(self) -> None:
-        """Objects that free their slot when they die may die anywhere, in a fork's hooks too."""
+        """Finalisers can free slots at any point, also inside fork handlers."""
 
         def child() -> int:
             pool = Pool(32)
@@ -636,7 +636,7 @@ class TestFork:
 
 
 def test_the_slots_are_an_array(pool: Pool) -> None:
-    """Slots come as an array of 64-bit integers."""
+    """alloc_many returns an array of 64-bit integers."""
     slots = pool.alloc_many(3)
 
     assert isinstance(slots, array)

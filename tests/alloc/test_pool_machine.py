@@ -1,4 +1,4 @@
-"""A pool through any history: each step is done to a model too, and both must agree."""
+"""A pool driven at random: each step is applied to a model as well, and both must agree."""
 
 import gc
 
@@ -13,14 +13,14 @@ from pyreserve._alloc.pool import Pool
 from pyreserve.errors import FreeError, OutOfMemoryError, ViewError
 
 CAPACITY = 40
-# Apart so far that slots begin and end inside OS pages, and some lie in two.
-SIZE, APART = PAGE_SIZE * 3 // 4 - 5, PAGE_SIZE * 3 // 4
+# A stride with which slots begin and end inside OS pages, and some span two pages.
+SIZE, STRIDE = PAGE_SIZE * 3 // 4 - 5, PAGE_SIZE * 3 // 4
 
 slots = st.integers(0, CAPACITY - 1)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """A pool, which slots are in use, and a byte that fills each slot."""
+    """A pool, the set of slots in use, and the byte that fills each slot."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,18 +31,18 @@ class PoolMachine(RuleBasedStateMachine):
 
     @initialize(pages=st.integers(1, 8))
     def begin(self, pages: int) -> None:
-        """Commit more or fewer pages at a time."""
+        """Start with a step of some OS pages."""
         self.pool.release()
         self.pool = Pool(SIZE, capacity=CAPACITY, align=16, step=pages * PAGE_SIZE)
 
     def teardown(self) -> None:
-        """Give the addresses back."""
+        """Release the addresses."""
         self.views.clear()
         gc.collect()
         self.pool.release()
 
     def lowest_free(self, n: int) -> list[int]:
-        """The slots that are to be handed out next."""
+        """Return the lowest n free slots."""
         return [slot for slot in range(CAPACITY) if slot not in self.used][:n]
 
     def write(self, slot: int, byte: int) -> None:
@@ -52,7 +52,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(zero=st.booleans(), byte=st.none() | st.integers(0, 255))
     def allocate(self, zero: bool, byte: int | None) -> None:
-        """Take a slot, and fill it or leave it as it is."""
+        """Allocate a slot, and fill it or leave its bytes."""
         if len(self.used) == CAPACITY:
             with pytest.raises(OutOfMemoryError):
                 self.pool.alloc(zero=zero)
@@ -69,7 +69,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(n=st.integers(0, CAPACITY), zero=st.booleans(), byte=st.integers(0, 255))
     def allocate_many(self, n: int, zero: bool, byte: int) -> None:
-        """Take some slots, or none."""
+        """Allocate several slots, or none."""
         if n > CAPACITY - len(self.used):
             with pytest.raises(OutOfMemoryError):
                 self.pool.alloc_many(n, zero=zero)
@@ -86,7 +86,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(slot=slots)
     def free(self, slot: int) -> None:
-        """Give a slot back that may be in use, in view, or free."""
+        """Free a slot that may be in use, in view, or free."""
         if slot not in self.used:
             with pytest.raises(FreeError):
                 self.pool.free(slot)
@@ -99,7 +99,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(some=st.lists(slots))
     def free_many(self, some: list[int]) -> None:
-        """Give some back, or none if one is in view, free, or there twice."""
+        """Free several, or none if one is in view, free, or occurs twice."""
         if self.views.keys() & set(some):
             with pytest.raises(ViewError):
                 self.pool.free_many(some)
@@ -113,7 +113,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.used)
     @rule(at=st.integers(0), part=st.booleans())
     def keep_a_view(self, at: int, part: bool) -> None:
-        """Keep a view of a slot, or of a piece of it."""
+        """Keep a view of a slot or of a part of it."""
         slot = sorted(self.used)[at % len(self.used)]
         view = self.pool.view(slot)
         self.views[slot] = view[3:9] if part else view
@@ -121,18 +121,18 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.views)
     @rule(at=st.integers(0))
     def drop_a_view(self, at: int) -> None:
-        """Drop one that was kept."""
+        """Drop a view."""
         del self.views[sorted(self.views)[at % len(self.views)]]
 
     @rule()
     def trim(self) -> None:
-        """Give memory back."""
+        """Decommit the tail."""
         before = self.pool.committed
 
         given = self.pool.trim()
 
         first = max(self.used, default=-1) + 1
-        assert self.pool.committed == before - given == -(-first * APART // PAGE_SIZE) * PAGE_SIZE
+        assert self.pool.committed == before - given == -(-first * STRIDE // PAGE_SIZE) * PAGE_SIZE
         self.fill[first:] = bytes(CAPACITY - first)
 
     @invariant()
@@ -140,12 +140,12 @@ class PoolMachine(RuleBasedStateMachine):
         """Both have the same slots in use."""
         assert list(self.pool) == sorted(self.used)
         assert len(self.pool) == len(self.used)
-        assert self.pool.in_use == len(self.used) * APART
+        assert self.pool.in_use == len(self.used) * STRIDE
         assert all((slot in self.pool) == (slot in self.used) for slot in range(CAPACITY))
 
     @invariant()
     def contents_are_as_they_were_left(self) -> None:
-        """Each slot in use has what its users left there."""
+        """Each slot in use has the bytes that were left there."""
         for slot in self.used:
             assert self.pool.view(slot) == bytes([self.fill[slot]]) * SIZE
 

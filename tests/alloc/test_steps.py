@@ -1,4 +1,4 @@
-"""Steps: what counts as one, and who measures it."""
+"""Steps: valid values, and steps that are measured."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ def refuse_to_measure(**_: object) -> int:
 
 class TestNumbers:
     def test_whole_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A number is taken as it is, and nothing is measured."""
+        """A number is used as it is, and nothing is measured."""
         monkeypatch.setattr(pyreserve.costs, "measured_step", refuse_to_measure)
 
         assert as_step(3 * PAGE_SIZE) == 3 * PAGE_SIZE
@@ -37,22 +37,20 @@ class TestNumbers:
 
     @pytest.mark.parametrize("step", [0, -PAGE_SIZE, 1, PAGE_SIZE + 1, PAGE_SIZE // 2])
     def test_what_makes_no_sense(self, step: int) -> None:
-        """Steps are whole OS pages, at least one."""
-        with pytest.raises(
-            RangeError, match=rf"multiple of the OS page \({PAGE_SIZE}\), got {step}"
-        ):
+        """A step must be a positive multiple of the OS page."""
+        with pytest.raises(RangeError, match=f"whole OS pages of {PAGE_SIZE} bytes, not {step}"):
             as_step(step)
 
     @pytest.mark.parametrize("wrong", [4096.0, None, b"measured", [4096]])
     def test_what_is_no_number(self, wrong: Any) -> None:
-        """What is neither an integer nor a string is a TypeError."""
+        """A step that is neither an integer nor a string is a TypeError."""
         with pytest.raises(TypeError):
             as_step(wrong)
 
     @pytest.mark.parametrize("word", ["", "4096", "Measured", "auto"])
     def test_other_words(self, word: Any) -> None:
-        """The only word is "measured"."""
-        with pytest.raises(ValueError, match="number of bytes or 'measured', got"):
+        """Strings other than "measured" are a ValueError."""
+        with pytest.raises(ValueError, match="in bytes or 'measured', not"):
             as_step(word)
 
 
@@ -74,7 +72,7 @@ class TestMeasured:
         huge: bool,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """The laboratory is asked, and told which pages the memory will get."""
+        """measured_step is called for the kind of page that the memory will get."""
         steps = {False: 5 * PAGE_SIZE, True: 7 * PAGE_SIZE}
         monkeypatch.setattr(
             pyreserve.costs, "measured_step", lambda *, huge_pages: steps[huge_pages]
@@ -84,7 +82,7 @@ class TestMeasured:
         assert as_step("measured", policy) == steps[huge]
 
     def test_in_every_room(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """All that commit ahead take the word, and grow by what it says."""
+        """Each class that commits ahead accepts "measured" and uses the result."""
         step = 32 * PAGE_SIZE
         monkeypatch.setattr(pyreserve.costs, "measured_step", lambda *, huge_pages: step)
         bump, pool = BumpArena(64 * MiB, step="measured"), Pool(PAGE_SIZE, step="measured")
@@ -103,7 +101,7 @@ class TestMeasured:
         assert arena.memstats().heap_sys == step
 
     def test_huge_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where huge pages are preferred the step is one for them."""
+        """With huge pages preferred, the step is measured for huge pages."""
         asked = []
 
         def measured_step(*, huge_pages: bool) -> int:
@@ -120,7 +118,7 @@ class TestMeasured:
         assert asked == [True, True, False, False]
 
     def test_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """PYRESERVE_COSTS names a file of figures, from which the step follows."""
+        """PYRESERVE_COSTS names a table from which the step follows."""
         path = tmp_path / "costs.json"
         path.write_text(costs_tables.table(costs_tables.USUAL, jitter=1e-4).to_json())
         monkeypatch.setenv("PYRESERVE_COSTS", str(path))
@@ -134,14 +132,14 @@ class TestMeasured:
     def test_a_file_that_is_not_there(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A missing file is an error, and then nothing was reserved."""
+        """A missing table is an error, and then nothing is reserved."""
         monkeypatch.setenv("PYRESERVE_COSTS", str(tmp_path / "none"))
 
         with pytest.raises(FileNotFoundError):
             GrowableBuffer(64 * MiB, step="measured")
 
     def test_imported_only_when_wanted(self) -> None:
-        """Without the word, the laboratory is not imported."""
+        """pyreserve.costs is imported only for "measured"."""
         found = witness.fresh_python(
             """
             import json, sys
@@ -156,7 +154,7 @@ class TestMeasured:
 
 class TestArenas:
     def test_the_layouts_own(self) -> None:
-        """Without a step an arena grows as its layout says."""
+        """Without a step, an arena grows as its layout says."""
         with Arena("native", size=64 * MiB) as arena:
             arena.alloc(1)
 
@@ -164,7 +162,7 @@ class TestArenas:
 
     @pytest.mark.parametrize("step", [64 * KiB, 192 * KiB, 8 * MiB])
     def test_another(self, step: int) -> None:
-        """It grows by a step at least, and by what a block needs if that is more."""
+        """An arena grows by at least a step, and by more if a block needs more."""
         with Arena("native", size=64 * MiB, step=step) as arena:
             arena.alloc(1)
             assert arena.memstats().heap_sys == step
@@ -173,21 +171,21 @@ class TestArenas:
             assert arena.memstats().heap_sys == step + 9 * MiB
 
     def test_in_a_layout_of_gos(self) -> None:
-        """The old layouts take one too."""
+        """The Go layouts accept a step too."""
         with Arena(step=256 * KiB) as arena:
             arena.alloc(1)
 
             assert arena.memstats().heap_sys == 256 * KiB
 
     def test_one_that_is_too_large(self) -> None:
-        """Where no whole step is left, what the block needs is tried."""
+        """If no whole step is left, the arena grows by what the block needs."""
         with Arena("native", size=64 * MiB, step=GiB) as arena:
             block = arena.alloc(MiB)
 
             assert block.nbytes == arena.memstats().heap_sys == MiB
 
     def test_pages_of_the_layout(self) -> None:
-        """A step is whole pages of the layout; if not, no addresses are kept."""
+        """A step that is not whole pages of the layout is refused, and nothing stays reserved."""
         before = witness.status("VmSize")
 
         for step in (12 * KiB, 8 * KiB + 1, 0, -8 * KiB):
@@ -197,7 +195,7 @@ class TestArenas:
         assert witness.status("VmSize") < before + GiB
 
     def test_a_measured_one_is_rounded_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What was measured is OS pages: it becomes whole pages of the layout."""
+        """A measured step, in OS pages, is rounded up to pages of the layout."""
         monkeypatch.setattr(pyreserve.costs, "measured_step", lambda *, huge_pages: PAGE_SIZE)
 
         with Arena(step="measured") as arena:
