@@ -109,19 +109,19 @@ class Model:
 
     def find(self, value: int, run: int, start: int) -> int | None:
         """Find the first run from `start` up."""
-        found = self.bits.find(bytes([value]) * run, start)
-        return None if found < 0 else found
+        result = self.bits.find(bytes([value]) * run, start)
+        return None if result < 0 else result
 
     def runs(self, start: int, stop: int, value: int) -> list[tuple[int, int]]:
         """List the runs in a range."""
-        found = []
+        result = []
         at = self.bits.find(value, start, stop)
         while at >= 0:
             end = self.bits.find(1 - value, at, stop)
             end = stop if end < 0 else end
-            found.append((at, end))
+            result.append((at, end))
             at = self.bits.find(value, end, stop)
-        return found
+        return result
 
     def packed(self) -> bytes:
         """Pack the bits into bytes; the first bit is the lowest."""
@@ -248,11 +248,11 @@ class TestRanges:
         with Bitmap(ODD) as bits:
             bits.set(STEP + 1, STEP + 64)
 
-            found = [
+            result = [
                 at for at in (0, STEP, STEP + 1, STEP + 63, STEP + 64, ODD - 1) if bits.test(at)
             ]
 
-            assert found == [STEP + 1, STEP + 63]
+            assert result == [STEP + 1, STEP + 63]
 
     def test_count_any_and_all_agree_on_every_range(self) -> None:
         """count, any and all of a range agree with a model, also for the empty range."""
@@ -300,10 +300,10 @@ class TestIndexing:
         bits, oracle = filled(pattern)
         n = len(pattern)
 
-        found = [bits[i] for i in range(-n, n)]
+        result = [bits[i] for i in range(-n, n)]
 
-        assert found == [bool(oracle[i]) for i in range(-n, n)]
-        assert all(isinstance(bit, bool) for bit in found)
+        assert result == [bool(oracle[i]) for i in range(-n, n)]
+        assert all(isinstance(bit, bool) for bit in result)
         bits.release()
 
     @given(patterns)
@@ -530,9 +530,9 @@ class TestSearching:
                 bits.set(low, min(1000, low + length))
                 model.change(low, min(1000, low + length), 1)
 
-            found = list(bits.runs(start, stop, value=value))
+            result = list(bits.runs(start, stop, value=value))
 
-        assert found == model.runs(start, stop, value)
+        assert result == model.runs(start, stop, value)
 
     @pytest.mark.parametrize("value", [True, False])
     def test_thousands_of_runs(self, value: bool) -> None:
@@ -540,10 +540,10 @@ class TestSearching:
         with Bitmap(10_000) as bits:
             bits[::2] = True
 
-            found = list(bits.runs(value=value))
+            result = list(bits.runs(value=value))
 
             first = 0 if value else 1
-            assert found == [(i, i + 1) for i in range(first, 10_000, 2)]
+            assert result == [(i, i + 1) for i in range(first, 10_000, 2)]
 
     @pytest.mark.parametrize("n", [255, 256, 257, 512])
     def test_as_many_runs_as_are_fetched_at_once(self, n: int) -> None:
@@ -1104,7 +1104,7 @@ class TestAfterRelease:
 class TestHugeBitmaps:
     def test_a_trillion_bits_cost_nothing(self) -> None:
         """2**40 bits with one set at each end take less than 100 KiB in total."""
-        found = in_child(
+        result = in_child(
             """
             def use(n):
                 with Bitmap(n) as bits:
@@ -1122,9 +1122,9 @@ class TestHugeBitmaps:
             """
         )
 
-        n, step = 2**40, found["step"]
-        assert found["answers"] == [2, n - 1, 1, None, step // 4, [[0, step], [n - step, n]]]
-        assert found["grown"] < 100 * KiB
+        n, step = 2**40, result["step"]
+        assert result["answers"] == [2, n - 1, 1, None, step // 4, [[0, step], [n - step, n]]]
+        assert result["grown"] < 100 * KiB
 
     def test_reading_searching_and_clearing_commit_nothing(self) -> None:
         """Only setting bits commits memory, also among 2**40 bits."""
@@ -1175,7 +1175,7 @@ class TestRefusedCommits:
 
     def test_a_range(self) -> None:
         """A refused set changes no bit, commits nothing and names the limit."""
-        found = in_child(
+        result = in_child(
             """
             with Bitmap(8 * 256 * MiB) as bits:
                 bits.set(1000, 2000)
@@ -1192,7 +1192,7 @@ class TestRefusedCommits:
             """
         )
 
-        refused, before, after, changed = found
+        refused, before, after, changed = result
         assert refused == ["commit", "RLIMIT_DATA", True]
         assert after == before
         assert changed == 8 * 64 * MiB - 1000
@@ -1209,7 +1209,7 @@ class TestRefusedCommits:
     )
     def test_several_pieces(self, change: str) -> None:
         """A change of many pieces that is refused half way decommits what it committed."""
-        found = in_child(
+        result = in_child(
             f"""
             n = 400 * STEP * 2
             with Bitmap(n) as bits, Bitmap(n) as other:
@@ -1230,7 +1230,7 @@ class TestRefusedCommits:
             """
         )
 
-        refused, before, after, count = found
+        refused, before, after, count = result
         assert refused == "RLIMIT_DATA"
         assert after == before
         assert count >= 267
@@ -1240,7 +1240,7 @@ class TestRefusedCommits:
     )
     def test_new_bitmaps(self, make: str) -> None:
         """A bitmap that can't be filled is not created and leaves no mapping."""
-        found = in_child(
+        result = in_child(
             f"""
             if {"data" in make}:
                 data = b"\\xff" * (64 * MiB)
@@ -1262,8 +1262,8 @@ class TestRefusedCommits:
             """
         )
 
-        assert {limit for limit, _ in found} == {"RLIMIT_DATA"}
-        assert found[-1][1] == found[-2][1]
+        assert {limit for limit, _ in result} == {"RLIMIT_DATA"}
+        assert result[-1][1] == result[-2][1]
 
 
 class TestThreads:
@@ -1315,17 +1315,17 @@ class TestThreads:
 
     def test_combining_both_ways(self) -> None:
         """Two threads that combine the same two bitmaps in opposite order do not deadlock."""
-        with Bitmap(ODD) as one, Bitmap(ODD) as other:
-            one.set(0, 100)
-            other.set(STEP, STEP + 100)
+        with Bitmap(ODD) as left, Bitmap(ODD) as right:
+            left.set(0, 100)
+            right.set(STEP, STEP + 100)
 
             together(
-                lambda: [one.__ior__(other) for _ in range(200)],
-                lambda: [other.__ior__(one) for _ in range(200)],
+                lambda: [left.__ior__(right) for _ in range(200)],
+                lambda: [right.__ior__(left) for _ in range(200)],
             )
 
-            assert one == other
-            assert one.count() == 200
+            assert left == right
+            assert left.count() == 200
 
 
 class TestNames:

@@ -131,10 +131,10 @@ class BitmapMachine(RuleBasedStateMachine):
         """Search for a run."""
         bitmap = self.bitmaps[which]
 
-        found = bitmap.find_set(run, start) if value else bitmap.find_clear(run, start)
+        result = bitmap.find_set(run, start) if value else bitmap.find_clear(run, start)
 
         expected = self.models[which].find(bytes([value]) * run, start)
-        assert found == (None if expected < 0 else expected)
+        assert result == (None if expected < 0 else expected)
 
     @rule(which=st.integers(0, 1), area=ranges)
     def ask_about_a_range(self, which: int, area: tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""Bump arenas: blocks, marks, scopes, and what stands under them in /proc."""
+"""Bump arenas: blocks, marks, scopes, and the memory under them as /proc shows it."""
 
 import copy
 import dis
@@ -40,7 +40,7 @@ def address(view: Any) -> int:
 
 
 def state(arena: BumpArena) -> tuple[object, ...]:
-    """All that can be seen of an arena, from inside and from outside."""
+    """Return the observable state of an arena, from its attributes and from /proc."""
     runs = arena.region.committed_runs()
     assert runs == witness.runs(arena.base, arena.size)
     assert arena.committed == sum(length for _, length in runs)
@@ -55,7 +55,7 @@ def resident(arena: BumpArena) -> int:
 class TestBlocks:
     @pytest.mark.parametrize("mode", ["charge", "noreserve"])
     def test_they_are_writable_bytes(self, mode: Literal["charge", "noreserve"]) -> None:
-        """A block is a writable memoryview of as many unsigned bytes as wanted, zero at first."""
+        """A block is a writable memoryview of the requested unsigned bytes, initially zero."""
         arena = BumpArena(4 * MiB, mode=mode)
 
         block = arena.alloc(100)
@@ -67,7 +67,7 @@ class TestBlocks:
         assert arena.region.mode == mode
 
     def test_they_do_not_overlap(self) -> None:
-        """Blocks of many sizes and alignments keep what was written into each of them."""
+        """Blocks of many sizes and alignments keep what was written to each."""
         arena = BumpArena(64 * MiB)
         sizes = [1, 7, 8, 64, 4095, PAGE_SIZE, 100_000, 3 * MiB] * 4
         blocks = [arena.alloc(n, 1 << i % 14) for i, n in enumerate(sizes)]
@@ -81,7 +81,7 @@ class TestBlocks:
 
     @pytest.mark.parametrize("align", [1 << i for i in range(25)])
     def test_alignment(self, align: int) -> None:
-        """A block's address is a multiple of the alignment, wherever the offset stood before."""
+        """A block's address is a multiple of the alignment, at any offset."""
         arena = BumpArena(256 * MiB)
 
         for nbytes in (1, 3, 64, 5, 70_000):
@@ -91,7 +91,7 @@ class TestBlocks:
             assert address(arena.alloc(nbytes, align)) % align == 0
 
     def test_the_default_alignment_is_8(self) -> None:
-        """Without an alignment blocks stand on 8-byte lines, after odd ones and marks too."""
+        """The default alignment is 8 bytes, also after odd sizes and marks."""
         arena = BumpArena(4 * MiB)
 
         for nbytes in (1, 3, 9, 64) * 20:
@@ -114,7 +114,7 @@ class TestBlocks:
         assert arena.in_use == 9
 
     def test_to_the_last_byte(self) -> None:
-        """An arena can be handed out to its very last byte, in odd pieces and after marks too."""
+        """The last byte of an arena can be allocated, also by odd sizes and after marks."""
         for left in (1, 3, 5, 8, 13, PAGE_SIZE - 1):
             arena = BumpArena(PAGE_SIZE)
             arena.alloc(PAGE_SIZE - left, 1)
@@ -129,7 +129,7 @@ class TestBlocks:
                     arena.alloc(1, align)
 
     def test_odd_ends_are_aligned(self) -> None:
-        """A block that fits only without a gap does not misalign those after it."""
+        """A block that fits only without a gap does not misalign later blocks."""
         arena = BumpArena(PAGE_SIZE)
         arena.alloc(3, 1)
         arena.mark()
@@ -152,7 +152,7 @@ class TestBlocks:
     @pytest.mark.parametrize("nbytes", [0, -1, -64, -(1 << 70)])
     @pytest.mark.parametrize("used", [False, True])
     def test_sizes_that_make_no_sense(self, nbytes: int, used: bool) -> None:
-        """A block without bytes is a RangeError and takes none."""
+        """A size that is not positive is a RangeError and allocates nothing."""
         arena = BumpArena(4 * MiB)
         if used:
             arena.alloc(100)
@@ -165,7 +165,7 @@ class TestBlocks:
 
     @pytest.mark.parametrize("align", [0, -1, -8, 3, 6, 12, 24, (1 << 70) + 1])
     def test_alignments_that_make_no_sense(self, align: int) -> None:
-        """What is not a power of two is a RangeError."""
+        """An alignment that is not a power of two is a RangeError."""
         arena = BumpArena(4 * MiB)
         arena.alloc(100)
 
@@ -177,7 +177,7 @@ class TestBlocks:
     @pytest.mark.parametrize("wrong", [1.0, 8.0, "8", None, b"8", 1j])
     @pytest.mark.parametrize("used", [False, True])
     def test_what_is_no_integer(self, wrong: Any, used: bool) -> None:
-        """Numbers that are not integers are a TypeError and take nothing."""
+        """Arguments that are not integers are TypeErrors and allocate nothing."""
         arena = BumpArena(4 * MiB)
         if used:
             arena.alloc(100)
@@ -191,7 +191,7 @@ class TestBlocks:
         assert state(arena) == before
 
     def test_integers_of_other_types(self) -> None:
-        """What has an __index__ is a number: numpy's small ones don't overflow in the sums."""
+        """Objects with __index__ are integers; small numpy integers don't overflow in sums."""
         arena = BumpArena(4 * MiB)
 
         for _ in range(10):
@@ -213,14 +213,14 @@ class TestBlocks:
 
 class TestCommits:
     def test_nothing_at_first(self) -> None:
-        """An arena that was not used is addresses only."""
+        """A new arena has addresses and no memory."""
         arena = BumpArena(GiB)
 
         assert arena.size == GiB
         assert arena.in_use == arena.committed == witness.nbytes(arena.base, arena.size) == 0
 
     def test_the_steps(self) -> None:
-        """The first step is 64 KiB; all later ones end on 2 MiB lines, as /proc shows."""
+        """The first step is 64 KiB; later ones end at multiples of 2 MiB, as /proc shows."""
         arena = BumpArena(64 * MiB)
         ends: list[int] = []
 
@@ -235,7 +235,7 @@ class TestCommits:
         assert all(b - a == STEP for a, b in pairwise(ends[1:]))
 
     def test_a_large_first_block(self) -> None:
-        """If the first block does not fit into 64 KiB, the first step ends on a line too."""
+        """If the first block exceeds 64 KiB, the first commit ends at a multiple of the step."""
         arena = BumpArena(64 * MiB)
 
         arena.alloc(FIRST + 1)
@@ -245,7 +245,7 @@ class TestCommits:
 
     @pytest.mark.parametrize("pages", [1, 3, 1000])
     def test_steps_of_another_size(self, pages: int) -> None:
-        """Steps of any number of OS pages end on multiples of themselves."""
+        """Steps of any number of OS pages end at multiples of themselves."""
         step = pages * PAGE_SIZE
         arena = BumpArena(64 * MiB, step=step)
 
@@ -260,7 +260,7 @@ class TestCommits:
             BumpArena(64 * MiB, step=step)
 
     def test_never_beyond_the_end(self) -> None:
-        """The last step ends with the arena, wherever the next line would be."""
+        """The last step ends at the end of the arena."""
         arena = BumpArena(3 * PAGE_SIZE)
 
         arena.alloc(1)
@@ -268,7 +268,7 @@ class TestCommits:
         assert arena.committed == 3 * PAGE_SIZE == arena.size
 
     def test_a_size_is_rounded_up(self) -> None:
-        """A size that is not whole OS pages is rounded up, and all of it can be had."""
+        """A size is rounded up to whole OS pages, all of which can be allocated."""
         arena = BumpArena(PAGE_SIZE + 1)
 
         assert arena.size == 2 * PAGE_SIZE
@@ -276,12 +276,12 @@ class TestCommits:
 
     @pytest.mark.parametrize("size", [0, -1])
     def test_sizes_that_make_no_sense(self, size: int) -> None:
-        """An arena has a positive size."""
+        """A size that is not positive is a RangeError."""
         with pytest.raises(RangeError):
             BumpArena(size)
 
     def test_preferring_huge_pages(self) -> None:
-        """With huge pages preferred, the first step is a whole one too."""
+        """With huge pages preferred, the first step is a whole step."""
         arena = BumpArena(64 * MiB, huge_pages="prefer")
 
         arena.alloc(1)
@@ -292,7 +292,7 @@ class TestCommits:
 
 class TestZero:
     def test_what_was_used_before(self) -> None:
-        """After a reset a block may show old contents; with zero it reads zero."""
+        """After a reset a block may show old contents; with zero=True it is zero."""
         arena = BumpArena(4 * MiB)
         arena.alloc(300_000)[:] = b"\xaa" * 300_000
         arena.reset()
@@ -303,7 +303,7 @@ class TestZero:
         assert bytes(arena.alloc(300_000, zero=True)) == bytes(300_000)
 
     def test_only_what_needs_it_is_written(self) -> None:
-        """Bytes that were never handed out are zero already: asking for zero touches none."""
+        """Bytes that were never allocated are zero already: zero=True touches none of them."""
         arena = BumpArena(64 * MiB)
         arena.alloc(100)[:] = b"\xaa" * 100
         arena.reset()
@@ -315,7 +315,7 @@ class TestZero:
         assert bytes(block[:200]) == bytes(200)
 
     def test_after_memory_was_given_back(self) -> None:
-        """Decommitted pages are zero again; the page in which the mark stands is remembered."""
+        """Decommitted pages are zero again; the page that holds the mark is cleared on request."""
         arena = BumpArena(4 * MiB)
         arena.alloc(100)
         mark = arena.mark()
@@ -327,7 +327,7 @@ class TestZero:
         assert bytes(arena.alloc(MiB, zero=True)) == bytes(MiB)
 
     def test_odd_lengths(self) -> None:
-        """Exactly the block is cleared, to the byte, in pieces or in one."""
+        """Exactly the bytes of the block are cleared, for any length."""
         arena = BumpArena(4 * MiB)
         for n in (1, 63, 64 * KiB - 1, 64 * KiB, 64 * KiB + 1, 200_001):
             whole = arena.alloc(n + 20, 1)
@@ -348,7 +348,7 @@ class TestZero:
 
 class TestMarks:
     def test_going_back(self) -> None:
-        """After a reset the same bytes are handed out again; memory stays committed."""
+        """After a reset the same bytes are allocated again; memory stays committed."""
         arena = BumpArena(4 * MiB)
         arena.alloc(100)
         mark, first = arena.mark(), address(arena.alloc(64))
@@ -361,7 +361,7 @@ class TestMarks:
         assert address(arena.alloc(64)) == first
 
     def test_as_often_as_wanted(self) -> None:
-        """A mark stays good after a reset to it, or to one above."""
+        """A mark stays valid after a reset to it, or to a higher one."""
         arena = BumpArena(4 * MiB)
         low = arena.mark()
         arena.alloc(10)
@@ -372,7 +372,7 @@ class TestMarks:
             assert arena.in_use == in_use
 
     def test_the_start(self) -> None:
-        """Without a mark everything goes."""
+        """A reset without a mark frees all blocks."""
         arena = BumpArena(64 * MiB)
         for _ in range(100):
             arena.alloc(123_456)
@@ -384,7 +384,7 @@ class TestMarks:
         assert arena.committed > 11 * MiB
 
     def test_stale_marks(self) -> None:
-        """A mark below which the arena was reset is a RangeError, even if it grew there again."""
+        """A mark that a reset to below it ended is a RangeError, even after growth."""
         arena = BumpArena(4 * MiB)
         low = arena.mark()
         arena.alloc(64)
@@ -402,7 +402,7 @@ class TestMarks:
         arena.reset(again)
 
     def test_marks_at_one_place(self) -> None:
-        """Marks at the place that the arena was reset to are still good, and cost nothing more."""
+        """Marks at the offset of a reset stay valid, and take no more memory."""
         arena = BumpArena(4 * MiB)
         arena.alloc(5)
         marks = [arena.mark() for _ in range(1000)]
@@ -415,7 +415,7 @@ class TestMarks:
         assert arena.in_use == 5
 
     def test_the_marks_of_others(self) -> None:
-        """A mark of another arena, or what is none, is a RangeError."""
+        """A mark of another arena, or an object that is no mark, is a RangeError."""
         arena, other = BumpArena(4 * MiB), BumpArena(4 * MiB)
         arena.mark()
 
@@ -431,7 +431,7 @@ class TestMarks:
             mark.offset = 3  # type: ignore[misc]
 
     def test_marks_without_blocks_make_no_windows(self) -> None:
-        """Thousands of marks and resets leave no trace in the region's table of views."""
+        """Thousands of marks and resets leave no entry in the region's table of views."""
         arena = BumpArena(4 * MiB)
         for _ in range(3000):
             mark = arena.mark()
@@ -447,7 +447,7 @@ class TestMarks:
 
 class TestGivingBack:
     def test_all_of_it(self) -> None:
-        """Without keep nothing stays committed, and RSS falls back."""
+        """After a reset with keep=False nothing is committed, and RSS falls back."""
         arena = BumpArena(64 * MiB)
         arena.alloc(32 * MiB)[:] = b"\xaa" * (32 * MiB)
         assert resident(arena) >= 32 * MiB
@@ -460,7 +460,7 @@ class TestGivingBack:
 
     @pytest.mark.parametrize("below", [1, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 3 * MiB])
     def test_whole_pages_above_the_mark(self, below: int) -> None:
-        """What is below the mark, and the page that it is in, stays as it was."""
+        """Bytes below the mark, and the page that holds it, are unchanged."""
         arena = BumpArena(64 * MiB)
         arena.alloc(below, 1)[:] = b"\xaa" * below
         mark = arena.mark()
@@ -474,7 +474,7 @@ class TestGivingBack:
 
     @pytest.mark.parametrize("mode", ["charge", "noreserve"])
     def test_under_a_view_below_the_mark(self, mode: Literal["charge", "noreserve"]) -> None:
-        """What shares a window with a live block stays committed, but its memory goes."""
+        """Pages in a window with a live block stay committed, but their memory is given back."""
         arena = BumpArena(64 * MiB, mode=mode)
         block = arena.alloc(MiB)
         block[:] = b"\xaa" * MiB
@@ -492,7 +492,7 @@ class TestGivingBack:
         assert bytes(arena.alloc(16 * MiB, zero=True)) == bytes(16 * MiB)
 
     def test_again_after_a_refusal(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What could not be given back, since the kernel refused, is given back the next time."""
+        """Memory that the kernel refused to decommit is decommitted by the next reset."""
         arena = BumpArena(64 * MiB)
         arena.alloc(8 * MiB)
 
@@ -510,7 +510,7 @@ class TestGivingBack:
         assert arena.committed == resident(arena) == 0
 
     def test_nothing_above_the_mark(self) -> None:
-        """Giving back right after a mark takes what was committed ahead."""
+        """A reset to a mark at the end decommits what was committed ahead."""
         arena = BumpArena(64 * MiB)
         arena.alloc(PAGE_SIZE)
 
@@ -521,8 +521,8 @@ class TestGivingBack:
 
 
 class TestViewsPin:
-    def hold(self, block: memoryview, how: str) -> Any:
-        made: dict[str, Callable[[], Any]] = {
+    def hold(self, block: memoryview, consumer: str) -> Any:
+        makers: dict[str, Callable[[], Any]] = {
             "view": lambda: block,
             "slice": lambda: block[5:7],
             "cast": lambda: block.cast("d"),
@@ -531,21 +531,21 @@ class TestViewsPin:
             "ndarray": lambda: np.ndarray((4,), np.uint8, buffer=block),
             "obj": lambda: block.obj,
         }
-        return made[how]()
+        return makers[consumer]()
 
     @pytest.mark.parametrize("keep", [True, False])
     @pytest.mark.parametrize(
-        "how", ["view", "slice", "cast", "readonly", "frombuffer", "ndarray", "obj"]
+        "consumer", ["view", "slice", "cast", "readonly", "frombuffer", "ndarray", "obj"]
     )
-    def test_a_reset_is_refused(self, how: str, keep: bool) -> None:
-        """While anything made of a block above the mark lives, a reset says so and changes nothing.
+    def test_a_reset_is_refused(self, consumer: str, keep: bool) -> None:
+        """A reset is refused, and changes nothing, while an object made from a block above lives.
 
-        Afterwards it is done.
+        Afterwards it succeeds.
         """
         arena = BumpArena(4 * MiB)
         arena.alloc(100)
         mark = arena.mark()
-        held = [self.hold(arena.alloc(64), how)]
+        held = [self.hold(arena.alloc(64), consumer)]
         before = state(arena)
 
         for at in (mark, None):
@@ -560,7 +560,7 @@ class TestViewsPin:
         assert arena.in_use == 100
 
     def test_the_message(self) -> None:
-        """The message names the mark and the bytes among which the views are."""
+        """The message names the mark and the range of bytes that contains the views."""
         arena = BumpArena(4 * MiB)
         arena.alloc(0x100)
         mark = arena.mark()
@@ -577,7 +577,7 @@ class TestViewsPin:
         del held
 
     def test_views_below_are_left_alone(self) -> None:
-        """A block below the mark keeps its contents and does not get in the way."""
+        """A block below the mark keeps its contents and does not prevent a reset."""
         arena = BumpArena(16 * MiB)
         below = arena.alloc(1000)
         below[:] = b"\xaa" * 1000
@@ -592,7 +592,7 @@ class TestViewsPin:
         assert arena.in_use == 1000
 
     def test_between_two_marks(self) -> None:
-        """A block between two marks lets the upper one be reset to and not the lower one."""
+        """A block between two marks allows a reset to the upper one and not to the lower one."""
         arena = BumpArena(16 * MiB)
         low = arena.mark()
         held = [arena.alloc(64)]
@@ -612,7 +612,7 @@ class TestViewsPin:
         assert arena.in_use == 0
 
     def test_each_of_many_is_found(self) -> None:
-        """Whichever of the blocks of many steps lives, a reset below it is refused."""
+        """Any live block among many steps refuses a reset to below it."""
         arena = BumpArena(64 * MiB)
         for which in range(20):
             mark = arena.mark()
@@ -626,7 +626,7 @@ class TestViewsPin:
             arena.reset(mark)
 
     def test_garbage_cycles(self) -> None:
-        """A block in a garbage cycle is in use until the cycle is collected."""
+        """A block in a reference cycle is in use until the cycle is collected."""
         arena = BumpArena(4 * MiB)
         gc.collect()
         gc.disable()
@@ -642,9 +642,9 @@ class TestViewsPin:
             gc.enable()
 
     def test_a_finaliser_of_garbage_may_use_its_block(self) -> None:
-        """In a finaliser of a garbage cycle the cycle's block still counts."""
+        """In a finaliser of a garbage cycle, the cycle's block is still in use."""
         arena = BumpArena(4 * MiB)
-        found: list[object] = []
+        result: list[object] = []
 
         class Holder:
             def __init__(self) -> None:
@@ -654,19 +654,19 @@ class TestViewsPin:
                 try:
                     arena.reset()
                 except ViewError:
-                    found.append(self.block)
+                    result.append(self.block)
 
         Holder()
         gc.collect()
 
-        assert len(found) == 1
+        assert len(result) == 1
         with pytest.raises(ViewError):
             arena.reset()
-        found.clear()
+        result.clear()
         arena.reset()
 
     def test_kept_errors_hold_nothing(self) -> None:
-        """The arena's own errors can be kept with their tracebacks: they are no views."""
+        """The arena's exceptions hold no view, even if kept with their tracebacks."""
         arena = BumpArena(4 * MiB)
         kept: list[Exception] = []
         for wrong in (
@@ -692,7 +692,7 @@ class TestViewsPin:
         assert len(kept) == 5
 
     def test_release(self) -> None:
-        """A release is refused while a block is in use, and done afterwards."""
+        """A release is refused while a block is in use, and succeeds afterwards."""
         arena = BumpArena(4 * MiB)
         held = [arena.alloc(8)]
         before = state(arena)
@@ -707,7 +707,7 @@ class TestViewsPin:
         assert arena.region.released
 
     def test_a_dropped_arena(self) -> None:
-        """A block outlives its arena, and the addresses go with the last of them."""
+        """A block outlives its arena; the addresses are released with the last block."""
         arena: BumpArena | None = BumpArena(4 * MiB)
         assert arena is not None
         base, block = arena.base, arena.alloc(8)
@@ -723,7 +723,7 @@ class TestViewsPin:
 
 class TestScopes:
     def test_bytes_are_taken_back(self) -> None:
-        """What was handed out inside is handed out again, in every round at the same address."""
+        """Each round of a scope allocates at the same address."""
         arena = BumpArena(4 * MiB)
         arena.alloc(100)
         seen = set()
@@ -736,7 +736,7 @@ class TestScopes:
         assert len(seen) == 1
 
     def test_nested(self) -> None:
-        """Each scope takes back its own; marks made inside end with it, marks outside do not."""
+        """A nested scope frees its own blocks; marks made inside end with it, others do not."""
         arena = BumpArena(4 * MiB)
         arena.alloc(8)
         outside = arena.mark()
@@ -757,7 +757,7 @@ class TestScopes:
         arena.reset()
 
     def test_many_scopes_keep_nothing(self) -> None:
-        """An arena that goes on growing between scopes keeps no mark of any."""
+        """An arena that grows between scopes keeps no mark of them."""
         arena = BumpArena(4 * MiB)
 
         for _ in range(100):
@@ -769,7 +769,7 @@ class TestScopes:
         assert arena._marks == []
 
     def test_giving_back(self) -> None:
-        """A scope that does not keep gives the memory back."""
+        """A scope with keep=False decommits the memory."""
         arena = BumpArena(64 * MiB)
         with arena.scope(keep=False):
             arena.alloc(16 * MiB)[:] = b"\xaa" * (16 * MiB)
@@ -777,7 +777,7 @@ class TestScopes:
         assert arena.committed == resident(arena) == 0
 
     def test_live_views(self) -> None:
-        """A block that is in use at the end stays so until its view is gone and another is made."""
+        """A block in use at the end stays so until its view is gone and another block is made."""
         arena = BumpArena(4 * MiB)
         with arena.scope():
             held = [arena.alloc(8)]
@@ -792,7 +792,7 @@ class TestScopes:
         assert arena.in_use == 16
 
     def test_live_views_under_later_blocks(self) -> None:
-        """Blocks allocated after the scope, and those below them, are not taken back."""
+        """Blocks allocated after the scope, and those below them, are not freed."""
         arena = BumpArena(4 * MiB)
         with arena.scope(keep=False):
             held = [arena.alloc(8)]
@@ -810,7 +810,7 @@ class TestScopes:
         assert arena.in_use == 0
 
     def test_nested_under_live_views(self) -> None:
-        """A scope around one that had to leave blocks in use takes them back with its own."""
+        """A scope also frees the blocks that a nested scope left in use."""
         arena = BumpArena(4 * MiB)
         with arena.scope():
             arena.alloc(8)
@@ -821,7 +821,7 @@ class TestScopes:
         assert arena.in_use == 0
 
     def test_an_exception(self) -> None:
-        """An exception passes, and what nobody holds is taken back."""
+        """An exception propagates, and blocks without views are freed."""
         arena = BumpArena(4 * MiB)
 
         def work() -> None:
@@ -835,7 +835,7 @@ class TestScopes:
         assert arena.in_use == 0
 
     def test_an_exception_whose_traceback_holds_a_block(self) -> None:
-        """It passes unmasked; the bytes stay in use until a scope around it ends."""
+        """The exception propagates; its block stays in use to the end of an outer scope."""
         arena = BumpArena(4 * MiB)
 
         def work() -> None:
@@ -852,7 +852,7 @@ class TestScopes:
         assert arena._marks == []
 
     def test_running_out_inside(self) -> None:
-        """A scope that ended because the arena was used up is taken back like any other."""
+        """A scope that ends by an OutOfMemoryError of the arena frees its blocks."""
         arena = BumpArena(MiB)
 
         def work() -> None:
@@ -866,7 +866,7 @@ class TestScopes:
         assert arena.in_use == 0
 
     def test_a_reset_below_inside(self) -> None:
-        """If the arena is reset below the scope inside it, the end takes nothing back."""
+        """After a reset to below a scope inside it, its end frees nothing."""
         arena = BumpArena(4 * MiB)
         arena.alloc(8)
 
@@ -877,7 +877,7 @@ class TestScopes:
         assert arena.in_use == 16
 
     def test_a_reset_to_its_start_inside(self) -> None:
-        """A reset to the very place where the scope began is none of its business."""
+        """After a reset to the start of a scope inside it, the scope still ends normally."""
         arena = BumpArena(4 * MiB)
         mark = arena.mark()
 
@@ -889,7 +889,7 @@ class TestScopes:
         assert arena.in_use == 0
 
     def test_a_release_inside(self) -> None:
-        """A scope may end after its arena."""
+        """A scope may end after its arena was released."""
         arena = BumpArena(4 * MiB)
 
         with arena.scope():
@@ -931,7 +931,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("nbytes", [1 << 40, (1 << 63) - 1, 1 << 64, 1 << 1000])
     def test_far_too_much(self, nbytes: int) -> None:
-        """Sizes and alignments beyond all addresses are refused like others."""
+        """Sizes and alignments beyond the address space are refused like others."""
         arena = BumpArena(MiB)
         arena.alloc(1)
 
@@ -943,8 +943,8 @@ class TestRefusals:
         assert arena.in_use == 1
 
     def test_a_refused_commit(self) -> None:
-        """Under RLIMIT_DATA the region's error passes and nothing has changed; later it works."""
-        found = witness.fresh_python(
+        """A commit refused by RLIMIT_DATA raises the region's error and changes nothing."""
+        result = witness.fresh_python(
             LIMITED
             + """
 arena = BumpArena(64 * MiB)
@@ -959,11 +959,11 @@ print(json.dumps([refused, same, len(arena.alloc(32 * MiB))]))
 """
         )
 
-        assert found == [["RLIMIT_DATA", "commit", "ENOMEM"], True, 32 * MiB]
+        assert result == [["RLIMIT_DATA", "commit", "ENOMEM"], True, 32 * MiB]
 
     def test_a_refused_step(self) -> None:
-        """If a whole step is refused, what the block needs is tried: that succeeds in small."""
-        found = witness.fresh_python(
+        """If a whole step is refused, only the memory of the block is committed."""
+        result = witness.fresh_python(
             LIMITED
             + """
 arenas = [BumpArena(1 * GiB, step=256 * MiB)]
@@ -983,12 +983,12 @@ print(json.dumps([committed, PAGE_SIZE, (arena.base + arena.committed) % (256 * 
 """
         )
 
-        committed, page, past_line = found
+        committed, page, past_line = result
         assert committed == -(-(104 + 2 * MiB) // page) * page
         assert past_line == 0
 
     def test_a_refused_reservation(self) -> None:
-        """If the addresses are refused there is no arena, and the error says by what."""
+        """If the reservation is refused, the error names the limit."""
         with pytest.raises(OutOfMemoryError) as refused:
             BumpArena(1 << 62 if sys.maxsize > 1 << 32 else 1 << 32)
 
@@ -997,7 +997,7 @@ print(json.dumps([committed, PAGE_SIZE, (arena.base + arena.committed) % (256 * 
 
 class TestTheEnd:
     def test_after_release(self) -> None:
-        """Whatever comes after release raises ReleasedError."""
+        """Every use after release raises ReleasedError."""
         arena = BumpArena(4 * MiB)
         arena.alloc(8)
         mark = arena.mark()
@@ -1023,7 +1023,7 @@ class TestTheEnd:
         assert arena.size == 4 * MiB
 
     def test_the_regions_own_release(self) -> None:
-        """A release of the region is refused under a window, and otherwise ends the arena too."""
+        """Releasing the region is refused under a window, and otherwise releases the arena."""
         arena = BumpArena(4 * MiB)
         arena.alloc(8)
 
@@ -1036,7 +1036,7 @@ class TestTheEnd:
             arena.alloc(8)
 
     def test_as_a_context(self) -> None:
-        """A ``with`` releases at its end, unless that was done."""
+        """Leaving the with block releases the arena, also if it was released inside."""
         with BumpArena(4 * MiB) as arena:
             arena.alloc(8)
         assert arena.region.released
@@ -1044,7 +1044,7 @@ class TestTheEnd:
             arena.release()
 
     def test_repr(self) -> None:
-        """The repr says where, how much is in use and committed; and that it was released."""
+        """The repr gives the address, bytes in use and committed, or says that it was released."""
         arena = BumpArena(4 * MiB, name="scratch")
         arena.alloc(100)
         end = arena.base + arena.size
@@ -1065,7 +1065,7 @@ class TestTheEnd:
                 copier(arena)
 
     def test_decommitting_behind_its_back(self) -> None:
-        """Bytes that were decommitted through the region are an error to hand out, not a crash."""
+        """Allocating bytes that were decommitted through the region is an error, not a crash."""
         arena = BumpArena(4 * MiB)
         arena.alloc(8)
         with pytest.raises(ViewError):
@@ -1107,10 +1107,9 @@ HARMLESS = (
 class TestThreads:
     @pytest.mark.skipif(_FAST_ALIGN is None, reason="all blocks are taken under the lock")
     def test_nothing_can_come_between(self) -> None:
-        """From the reading of the offset to its storing and the window's loading nothing is called.
+        """Between reading the offset and loading the window, the fast path calls nothing.
 
-        So the interpreter lets neither a thread nor a signal handler in; nor a tracer, as it is
-        one line.
+        So no thread or signal handler can run there; nor a tracer, as it is one line.
         """
         code = list(dis.get_instructions(BumpArena.alloc))
         first = next(i for i, ins in enumerate(code) if ins.argval == "_at")
@@ -1131,7 +1130,7 @@ class TestThreads:
     def test_eight_threads_share_no_byte(
         self, quick: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Blocks that eight threads take at once keep what each thread wrote, lock or not."""
+        """Blocks of eight threads keep what each wrote, with and without the fast path."""
         if not quick:
             monkeypatch.setattr("pyreserve._alloc.bump._FAST_ALIGN", None)
         arena, threads, rounds = BumpArena(64 * MiB, step=64 * KiB), 8, 3000
@@ -1166,7 +1165,7 @@ class TestThreads:
         assert all(a[1] <= b[0] for a, b in pairwise(spans))
 
     def test_resets_beside_allocations(self) -> None:
-        """A reset while others take blocks is refused or whole: no live block is reused."""
+        """A reset beside allocating threads never reuses the bytes of a live block."""
         arena, stop, errors = BumpArena(256 * MiB, step=64 * KiB), threading.Event(), []
         bottom = arena.mark()
 
@@ -1206,7 +1205,7 @@ class TestThreads:
         arena.reset(bottom)
 
     def test_a_tracer_between_lines(self) -> None:
-        """A tracer that takes blocks itself at every line of alloc never gets the same bytes."""
+        """A tracer that allocates at every line of alloc never gets the same bytes."""
         arena = BumpArena(4 * MiB)
         arena.alloc(8)
         blocks: list[memoryview] = []
@@ -1229,7 +1228,7 @@ class TestThreads:
         assert all(a[1] <= b[0] for a, b in pairwise(spans))
 
     def test_signal_handlers(self) -> None:
-        """A handler that takes blocks in the midst of others' never gets theirs."""
+        """A signal handler that allocates never gets the bytes of an interrupted alloc."""
         arena, blocks, refused = BumpArena(256 * MiB, step=64 * KiB), [], 0
 
         def handler(*_: object) -> None:
@@ -1257,7 +1256,7 @@ class TestThreads:
         assert arena._busy is False
 
     def test_an_exception_out_of_a_signal_handler(self) -> None:
-        """Wherever it strikes, the arena works on afterwards."""
+        """After an exception from a signal handler at any point, the arena still works."""
         arena, struck = BumpArena(64 * MiB, step=64 * KiB), 0
 
         class Struck(Exception):  # noqa: N818
@@ -1288,34 +1287,34 @@ class TestThreads:
         state(arena)
 
     def test_a_finaliser_inside_a_reset(self) -> None:
-        """A finaliser that interrupts a longer call gets RuntimeError, and the call goes on."""
-        arena, found = BumpArena(4 * MiB), []
+        """A finaliser that interrupts a reset gets RuntimeError, and the reset completes."""
+        arena, result = BumpArena(4 * MiB), []
 
-        class Last:
+        class Finalised:
             def __del__(self) -> None:
                 for use in (lambda: arena.alloc(8), arena.mark, arena.reset, arena.release):
                     try:
                         use()
                     except RuntimeError as error:
-                        found.append(str(error))
+                        result.append(str(error))
 
         arena.alloc(8)
         original = arena._live_views
 
         def live(offset: int) -> list[Entry]:
-            Last()
+            Finalised()
             return original(offset)
 
         arena._live_views = live  # type: ignore[method-assign]
         arena.reset()
 
-        assert found == ["called from inside another call on the same arena"] * 4
+        assert result == ["called from inside another call on the same arena"] * 4
         assert arena.in_use == 0
 
 
 class TestFork:
     def test_the_child_goes_on(self) -> None:
-        """A child has a copy of the blocks and takes more; the parent's are its own."""
+        """A child has its own copy of the blocks and can allocate more."""
         arena = BumpArena(64 * MiB)
         block = arena.alloc(8)
         block[:] = b"parents!"
@@ -1337,7 +1336,7 @@ class TestFork:
         assert arena.in_use == 8
 
     def test_under_threads(self) -> None:
-        """A fork while other threads take blocks leaves the child no lock to wait for."""
+        """A child never inherits a lock that an allocating thread of the parent held."""
         arena, stop = BumpArena(GiB, mode="noreserve", step=64 * KiB), threading.Event()
 
         def work() -> None:

@@ -1,4 +1,4 @@
-"""A bump arena driven at random against a model, with the kernel as the witness."""
+"""A bump arena driven at random against a model; the kernel's maps are checked too."""
 
 from typing import Literal, NamedTuple
 
@@ -21,7 +21,7 @@ aligns = st.one_of(st.just(8), st.integers(0, 16).map(lambda bits: 1 << bits))
 
 
 class Block(NamedTuple):
-    """A live block: its view, where it is, and the byte that it is full of."""
+    """A live block: its view, its offset, and the byte that fills it."""
 
     view: memoryview
     lo: int
@@ -30,9 +30,9 @@ class Block(NamedTuple):
 
 
 class BumpMachine(RuleBasedStateMachine):
-    """The model: the live blocks, the stack of marks, and where the offset may stand.
+    """The model: the live blocks, the stack of marks, and the range of possible offsets.
 
-    A block may be preceded by a gap of less than 8 bytes more than its alignment asks for.
+    A gap before a block is less than 8 bytes longer than its alignment requires.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class BumpMachine(RuleBasedStateMachine):
         self.blocks: list[Block] = []
         self.marks: list[Mark] = []
         self.stale: list[Mark] = []
-        # From where to where a scope had to leave blocks in use, until the next block or mark.
+        # (start, end) of blocks that a scope left in use, until the next block or mark.
         self.due: tuple[int, int] | None = None
 
     @initialize(

@@ -1,4 +1,4 @@
-"""Buffers and arrays that grow in place: their bytes, their views, and what /proc says of them."""
+"""Buffers and arrays that grow in place: their bytes, views, and memory as /proc shows it."""
 
 import array as stdlib_array
 import copy
@@ -41,13 +41,13 @@ def address(view: Any) -> int:
 
 
 def extent(thing: Growable) -> int:
-    """The bytes that it has addresses for."""
+    """Return the reserved bytes."""
     item = thing.dtype.itemsize if isinstance(thing, GrowableArray) else 1
     return -(-thing.capacity * item // PAGE_SIZE) * PAGE_SIZE
 
 
 def state(thing: Growable) -> tuple[object, ...]:
-    """All that can be seen of it, from inside and from outside."""
+    """Return the observable state, from the attributes and from /proc."""
     runs = witness.runs(thing.base, extent(thing))
     assert runs == ([(0, thing.committed)] if thing.committed else [])
     item = thing.dtype.itemsize if isinstance(thing, GrowableArray) else 1
@@ -61,7 +61,7 @@ def resident(thing: Growable) -> int:
 class TestBytes:
     @pytest.mark.parametrize("mode", ["charge", "noreserve"])
     def test_appended(self, mode: Literal["charge", "noreserve"]) -> None:
-        """What was appended is there, one after the other."""
+        """Appended bytes follow each other."""
         buffer = GrowableBuffer(GiB, mode=mode)
 
         buffer.extend(b"hello")
@@ -73,7 +73,7 @@ class TestBytes:
         assert witness.peek(buffer.base, 12) == b"hello, world"
 
     def test_nothing_at_first(self) -> None:
-        """One that was not used is addresses only, and false."""
+        """A new buffer or array has addresses, no memory, and is false."""
         buffer = GrowableBuffer(GiB)
 
         assert not buffer
@@ -96,7 +96,7 @@ class TestBytes:
         ids=lambda data: type(data).__name__,
     )
     def test_from_any_buffer(self, data: Any) -> None:
-        """Any contiguous buffer will do, whatever its items are."""
+        """extend takes any contiguous buffer, whatever its item type."""
         buffer = GrowableBuffer(MiB)
         buffer.extend(b"<")
 
@@ -110,7 +110,7 @@ class TestBytes:
         ids=lambda wrong: type(wrong).__name__,
     )
     def test_from_no_buffer(self, wrong: Any) -> None:
-        """What is no contiguous buffer is an error that changes nothing."""
+        """An object without a contiguous buffer is an error that changes nothing."""
         buffer = GrowableBuffer(MiB)
         buffer.extend(b"abc")
         before = state(buffer)
@@ -121,7 +121,7 @@ class TestBytes:
         assert state(buffer) == before
 
     def test_from_itself(self) -> None:
-        """A view of the buffer can be appended to it, as often as there is room."""
+        """A view of the buffer can be appended to it, up to the capacity."""
         buffer = GrowableBuffer(MiB)
         buffer.extend(b"ab")
 
@@ -131,7 +131,7 @@ class TestBytes:
         assert bytes(buffer.view()) == b"ab" * (1 << 18)
 
     def test_sources_are_let_go(self) -> None:
-        """After extend a bytearray can change its size again, also after a refusal."""
+        """After extend a bytearray can be resized again, also if extend was refused."""
         buffer, data = GrowableBuffer(MiB), bytearray(700 * KiB)
 
         buffer.extend(data)
@@ -141,7 +141,7 @@ class TestBytes:
         data.append(1)
 
     def test_resized(self) -> None:
-        """A resize keeps what stays, and what is gained reads zero."""
+        """resize keeps the bytes below the new length; new bytes are zero."""
         buffer = GrowableBuffer(64 * MiB)
         buffer.extend(b"abcdef")
 
@@ -152,7 +152,7 @@ class TestBytes:
         assert bytes(buffer.view()) == b"abc" + bytes(3 * MiB - 3)
 
     def test_cleared(self) -> None:
-        """After clear there is nothing, but the memory is still committed."""
+        """After clear the length is 0, and the memory is still committed."""
         buffer = GrowableBuffer(64 * MiB)
         buffer.extend(b"x" * (3 * MiB))
 
@@ -163,7 +163,7 @@ class TestBytes:
 
     @pytest.mark.parametrize("capacity", [1, 7, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1])
     def test_to_the_last_byte(self, capacity: int) -> None:
-        """The capacity is exactly what was asked for, and all of it can be had."""
+        """The capacity is exactly the number asked for."""
         buffer = GrowableBuffer(capacity)
 
         buffer.extend(b"x" * capacity)
@@ -177,7 +177,7 @@ class TestBytes:
 
     @pytest.mark.parametrize("wrong", [1.0, "1", None, 1j])
     def test_what_is_no_integer(self, wrong: Any) -> None:
-        """Numbers are integers."""
+        """Arguments that are not integers are TypeErrors."""
         buffer = GrowableBuffer(MiB)
         buffer.extend(b"abc")
         before = state(buffer)
@@ -196,14 +196,14 @@ class TestBytes:
 
     @pytest.mark.parametrize("capacity", [0, -1, -(1 << 70)])
     def test_capacities_that_make_no_sense(self, capacity: int) -> None:
-        """A capacity is positive."""
+        """A capacity that is not positive is a RangeError."""
         for make in (GrowableBuffer, lambda n: GrowableArray("f8", n)):
             with pytest.raises(RangeError):
                 make(capacity)
 
     @pytest.mark.parametrize("length", [-1, -(1 << 70)])
     def test_lengths_that_make_no_sense(self, length: int) -> None:
-        """A length is not negative."""
+        """A negative length is a RangeError."""
         buffer = GrowableBuffer(MiB)
         buffer.extend(b"abc")
 
@@ -215,7 +215,7 @@ class TestBytes:
 
 class TestViews:
     def test_ranges(self) -> None:
-        """A view is of the range that was asked for, to the end by default."""
+        """A view covers the range asked for, by default up to the end."""
         buffer = GrowableBuffer(MiB)
         buffer.extend(b"abcdef")
 
@@ -225,7 +225,7 @@ class TestViews:
         assert (buffer.view().format, buffer.view().itemsize) == ("B", 1)
 
     def test_writable_or_not(self) -> None:
-        """What is written through a view is in the buffer; a readonly one refuses."""
+        """Writes through a view change the buffer; a read-only view refuses them."""
         buffer = GrowableBuffer(MiB)
         buffer.resize(4)
 
@@ -237,7 +237,7 @@ class TestViews:
             readonly[0] = 1
 
     def test_empty_ones(self) -> None:
-        """A range without bytes is an empty view, which holds nothing."""
+        """An empty range is an empty view, which pins nothing."""
         buffer = GrowableBuffer(MiB)
         held = [buffer.view(), buffer.view(0, 0)]
         buffer.extend(b"abc")
@@ -250,7 +250,7 @@ class TestViews:
 
     @pytest.mark.parametrize(("lo", "hi"), [(-1, None), (4, None), (0, 4), (2, 1), (0, -1)])
     def test_ranges_that_make_no_sense(self, lo: int, hi: int | None) -> None:
-        """No view reaches outside the length, though memory is committed there."""
+        """No view extends above the length, although memory is committed there."""
         buffer = GrowableBuffer(MiB)
         buffer.extend(b"abc")
 
@@ -258,9 +258,9 @@ class TestViews:
             buffer.view(lo, hi)
 
     def test_growing_ends_none(self) -> None:
-        """Whatever views are alive, the buffer grows, and they show the same bytes as before.
+        """A buffer grows under live views, which show the same bytes as before.
 
-        A bytearray refuses that, and an mmap that is resized (cpython#115635) takes them away.
+        A bytearray refuses that; resizing an mmap invalidates them (cpython#115635).
         """
         buffer = GrowableBuffer(256 * MiB)
         buffer.extend(b"head")
@@ -273,18 +273,18 @@ class TestViews:
         view[:] = b"HEAD"
 
         assert bytes(buffer.view(0, 5)) == b"HEAD\0"
-        assert [bytes(one)[-3:] for one in held] == [b"EAD"] * 5
-        assert {address(one) for one in held[1:]} == {address(buffer.view())} == {buffer.base}
+        assert [bytes(view)[-3:] for view in held] == [b"EAD"] * 5
+        assert {address(view) for view in held[1:]} == {address(buffer.view())} == {buffer.base}
 
-    @pytest.mark.parametrize("how", ["view", "slice", "cast", "ndarray", "obj", "pages"])
-    def test_a_shorter_length_is_refused(self, how: str) -> None:
-        """While anything made of a view is alive, its bytes can't be cut off; afterwards they can.
+    @pytest.mark.parametrize("consumer", ["view", "slice", "cast", "ndarray", "obj", "pages"])
+    def test_a_shorter_length_is_refused(self, consumer: str) -> None:
+        """Bytes that an object made from a view shows can't be cut off; afterwards they can.
 
         The refusal changes nothing and names the bytes.
         """
         buffer = GrowableBuffer(MiB)
         buffer.extend(b"0123456789" * 1000)
-        made: dict[str, Callable[[memoryview], Any]] = {
+        makers: dict[str, Callable[[memoryview], Any]] = {
             "view": lambda view: view,
             "slice": lambda view: view[:0],
             "cast": lambda view: view.cast("d"),
@@ -292,7 +292,7 @@ class TestViews:
             "obj": lambda view: view.obj,
             "pages": lambda view: view.toreadonly()[4:5],
         }
-        held = [made[how](buffer.view(8, 32))]
+        held = [makers[consumer](buffer.view(8, 32))]
         before = state(buffer)
 
         refused: Calls = (
@@ -311,7 +311,7 @@ class TestViews:
         buffer.clear()
 
     def test_the_message(self) -> None:
-        """It is a BufferError that says what could not be cut off."""
+        """The refusal is a BufferError that names the bytes to be cut off."""
         buffer = GrowableBuffer(MiB)
         buffer.resize(0x100)
         held = buffer.view()
@@ -325,7 +325,7 @@ class TestViews:
         del held
 
     def test_of_a_dropped_buffer(self) -> None:
-        """A view outlives its buffer, and the addresses go with the last of them."""
+        """A view outlives its buffer; the addresses are released with the last view."""
         buffer: GrowableBuffer | None = GrowableBuffer(4 * MiB)
         assert buffer is not None
         buffer.extend(b"abc")
@@ -338,7 +338,7 @@ class TestViews:
         assert not witness.is_mapped(base)
 
     def test_kept_errors_hold_nothing(self) -> None:
-        """Errors can be kept with their tracebacks: they are no views."""
+        """Exceptions hold no view, even if kept with their tracebacks."""
         buffer = GrowableBuffer(MiB)
         buffer.extend(b"abc")
         kept = []
@@ -360,7 +360,7 @@ class TestZero:
     @pytest.mark.parametrize("low", [0, 1, 63, PAGE_SIZE, 70_000])
     @pytest.mark.parametrize("high", [70_001, 100_000, 300_000, MiB])
     def test_after_getting_shorter(self, low: int, high: int) -> None:
-        """Bytes that were in use before read zero again, to the byte, and no others are touched."""
+        """Exactly the bytes that were used before are cleared when the buffer grows again."""
         buffer = GrowableBuffer(4 * MiB)
         buffer.extend(b"\xaa" * 200_000)
 
@@ -373,7 +373,7 @@ class TestZero:
         )
 
     def test_in_part(self) -> None:
-        """What was left over by one growth is cleared by the next."""
+        """Bytes that one growth did not reach are cleared by the next."""
         buffer = GrowableBuffer(4 * MiB)
         buffer.extend(b"\xaa" * 100)
 
@@ -388,7 +388,7 @@ class TestZero:
 
     @pytest.mark.parametrize("mode", ["charge", "noreserve"])
     def test_what_is_large_takes_no_memory(self, mode: Literal["charge", "noreserve"]) -> None:
-        """Where much is to be cleared, its memory goes: it may never be used again."""
+        """A large range is discarded instead of zeroed, so it takes no memory."""
         buffer = GrowableBuffer(64 * MiB, mode=mode)
         buffer.resize(40 * MiB)
         view = np.frombuffer(buffer.view(), np.uint8)
@@ -400,11 +400,11 @@ class TestZero:
         buffer.resize(40 * MiB - 1000)
 
         assert resident(buffer) <= 64 * KiB
-        found = np.frombuffer(buffer.view(), np.uint8)
-        assert np.flatnonzero(found).tolist() == [0]
+        result = np.frombuffer(buffer.view(), np.uint8)
+        assert np.flatnonzero(result).tolist() == [0]
 
     def test_after_memory_was_given_back(self) -> None:
-        """Fresh pages are zero; what was left in the last page is cleared."""
+        """After shrink_to_fit fresh pages are zero, and the rest of the last page is cleared."""
         buffer = GrowableBuffer(4 * MiB)
         buffer.extend(b"\xaa" * MiB)
         buffer.resize(100)
@@ -417,7 +417,7 @@ class TestZero:
 
 class TestCommits:
     def test_the_steps(self) -> None:
-        """The first 64 KiB come alone; all later steps end on lines, as the base stands on one."""
+        """The first commit is 64 KiB; later ones end at multiples of the step, as the base does."""
         buffer = GrowableBuffer(64 * MiB)
         ends: list[int] = []
 
@@ -432,7 +432,7 @@ class TestCommits:
 
     @pytest.mark.parametrize("pages", [1, 3, 1000])
     def test_steps_of_another_size(self, pages: int) -> None:
-        """Steps of any number of OS pages end on multiples of themselves."""
+        """Steps of any number of OS pages end at multiples of themselves."""
         step = pages * PAGE_SIZE
         buffer = GrowableBuffer(64 * MiB, step=step)
 
@@ -441,7 +441,7 @@ class TestCommits:
             assert (buffer.base + buffer.committed) % step == 0 or buffer.committed == FIRST < step
 
     def test_two_mappings(self) -> None:
-        """However often it grows, it is two mappings: what is committed and what is not."""
+        """A buffer stays two mappings, committed and reserved, however often it grows."""
         buffer = GrowableBuffer(64 * MiB, step=4 * PAGE_SIZE)
 
         for _ in range(100):
@@ -451,7 +451,7 @@ class TestCommits:
         assert [span.perms for span in spans] == [witness.COMMITTED, witness.RESERVED]
 
     def test_steps_larger_than_all(self) -> None:
-        """A step beyond the capacity ends with it, and costs no addresses."""
+        """A step larger than the capacity commits up to the end, and reserves no more addresses."""
         before = witness.status("VmSize")
         buffer = GrowableBuffer(3 * PAGE_SIZE, step=1 << 30)
 
@@ -468,7 +468,7 @@ class TestCommits:
                 make(MiB, step=step)
 
     def test_preferring_huge_pages(self) -> None:
-        """With huge pages preferred, the first step is a whole one too, on a line of theirs."""
+        """With huge pages preferred, the first step is a whole huge page, aligned."""
         buffer = GrowableBuffer(64 * MiB, huge_pages="prefer", step=STEP)
 
         buffer.resize(1)
@@ -483,7 +483,7 @@ class TestShrinkToFit:
     def test_whole_pages_above_the_length(
         self, length: int, mode: Literal["charge", "noreserve"]
     ) -> None:
-        """What is committed above the length goes, memory and all; it says how much that was."""
+        """shrink_to_fit decommits the pages above the length and returns their bytes."""
         buffer = GrowableBuffer(64 * MiB, mode=mode)
         buffer.extend(b"\xaa" * (9 * MiB))
         buffer.resize(length)
@@ -496,7 +496,7 @@ class TestShrinkToFit:
         assert buffer.shrink_to_fit() == 0
 
     def test_under_views(self) -> None:
-        """Views up to the very end do not stand in the way."""
+        """Views up to the very end do not prevent shrink_to_fit."""
         buffer = GrowableBuffer(64 * MiB)
         buffer.extend(b"\xaa" * (3 * MiB + 5))
         view = buffer.view()
@@ -505,7 +505,7 @@ class TestShrinkToFit:
         assert bytes(view) == b"\xaa" * (3 * MiB + 5)
 
     def test_growing_again(self) -> None:
-        """Afterwards it grows by steps again."""
+        """After shrink_to_fit the buffer grows by steps again."""
         buffer = GrowableBuffer(64 * MiB)
         buffer.extend(bytes(3 * MiB))
         buffer.clear()
@@ -517,7 +517,7 @@ class TestShrinkToFit:
         assert buffer.committed == STEP
 
     def test_when_full(self) -> None:
-        """Nothing stands above a length that is all there is."""
+        """At full capacity shrink_to_fit decommits nothing."""
         buffer = GrowableBuffer(2 * PAGE_SIZE - 1)
         buffer.resize(2 * PAGE_SIZE - 1)
 
@@ -543,7 +543,7 @@ def refused(grow):
 
 class TestRefusals:
     def test_used_up(self) -> None:
-        """The error says how much was wanted, and how much there is and can be."""
+        """The error gives the length requested, the length and the capacity."""
         buffer = GrowableBuffer(MiB)
         buffer.extend(b"abc")
         before = state(buffer)
@@ -558,7 +558,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("length", [1 << 40, (1 << 63) - 1, 1 << 64, 1 << 1000])
     def test_far_too_much(self, length: int) -> None:
-        """Lengths beyond all addresses are refused like others, and capacities too."""
+        """Lengths and capacities beyond the address space are refused like others."""
         buffer = GrowableBuffer(MiB)
 
         with pytest.raises(OutOfMemoryError):
@@ -570,8 +570,8 @@ class TestRefusals:
         assert len(buffer) == 0
 
     def test_a_refused_commit(self) -> None:
-        """Under RLIMIT_DATA nothing has changed, whatever wanted to grow; later it works."""
-        found = witness.fresh_python(
+        """A commit refused by RLIMIT_DATA changes nothing, for any method that grows."""
+        result = witness.fresh_python(
             LIMITED
             + """
 buffer, array, data = GrowableBuffer(64 * MiB), GrowableArray("u8", 8 * MiB), bytes(32 * MiB)
@@ -589,13 +589,13 @@ print(json.dumps([limits, same, kept, len(buffer), len(array)]))
 """
         )
 
-        assert found[0] == [["RLIMIT_DATA", "commit", "ENOMEM"]] * 4
-        assert found[1:3] == [True, ["abc", [1, 2, 3]]]
-        assert found[3:] == [32 * MiB, 4 * MiB + 3]
+        assert result[0] == [["RLIMIT_DATA", "commit", "ENOMEM"]] * 4
+        assert result[1:3] == [True, ["abc", [1, 2, 3]]]
+        assert result[3:] == [32 * MiB, 4 * MiB + 3]
 
     def test_a_refused_step(self) -> None:
-        """If a whole step is refused, just what is needed is committed."""
-        found = witness.fresh_python(
+        """If a whole step is refused, only the memory of the length is committed."""
+        result = witness.fresh_python(
             LIMITED
             + """
 buffer = GrowableBuffer(1 * GiB, step=256 * MiB)
@@ -611,23 +611,23 @@ print(json.dumps([first, limits[0], buffer.committed]))
 """
         )
 
-        assert found == [2 * MiB + PAGE_SIZE, "RLIMIT_DATA", 256 * MiB]
+        assert result == [2 * MiB + PAGE_SIZE, "RLIMIT_DATA", 256 * MiB]
 
 
 class TestArrays:
     def test_each_array_is_its_own(self) -> None:
-        """No two share an array behind them, whose shape or dtype somebody could change."""
+        """No two ndarrays share a base array whose shape or dtype could be changed."""
         growable = GrowableArray("i4", 100)
         growable.extend([1, 2, 3, 4])
 
-        one, other = growable.array, growable.array
+        first, other = growable.array, growable.array
 
-        assert one is not other
-        assert not isinstance(one.base, np.ndarray)
-        assert np.shares_memory(one, other)
+        assert first is not other
+        assert not isinstance(first.base, np.ndarray)
+        assert np.shares_memory(first, other)
 
     def test_items(self) -> None:
-        """Items are appended one by one and many at once, and are found again."""
+        """Items are appended singly and in bulk, in order."""
         array = GrowableArray("f8", 1000)
 
         array.append(1.5)
@@ -641,7 +641,7 @@ class TestArrays:
         assert (len(array), array.capacity) == (6, 1000)
 
     def test_ndarrays_share_memory_after_growth(self) -> None:
-        """An ndarray from before a growth is valid, and shares memory with all later ones."""
+        """An ndarray from before a growth is valid and shares memory with later ones."""
         array = GrowableArray("i4", 64 * MiB)
         array.extend([1, 2, 3])
         early, part = array.array, array[1:]
@@ -658,7 +658,7 @@ class TestArrays:
         assert early.__array_interface__["data"] == late.__array_interface__["data"]
 
     def test_views_refuse_what_would_cut_them(self) -> None:
-        """An ndarray, or a slice of one, keeps its items; what the array keeps itself does not."""
+        """An ndarray, or a slice of one, pins its items; the array's own cached view does not."""
         array = GrowableArray("i4", 1000)
         array.extend(range(100))
         held = [array[:50]]
@@ -675,7 +675,7 @@ class TestArrays:
         array.release()
 
     def test_what_is_gained_is_zero(self) -> None:
-        """A resize gains zeros, and what was there before is not seen again."""
+        """Items that resize adds are zero, also where there were items before."""
         array = GrowableArray("i8", 1000)
         array.extend(range(1, 100))
 
@@ -685,7 +685,7 @@ class TestArrays:
         assert array.array.tolist() == [1, 2, 3, 0, 0, 0]
 
     def test_reading(self) -> None:
-        """Keys are numpy's: items, slices that share memory, lists, masks; iteration and in."""
+        """Indexing is numpy's: items, slices that share memory, lists, masks; and `in`."""
         array = GrowableArray("i4", 1000)
         array.extend(range(10))
 
@@ -699,7 +699,7 @@ class TestArrays:
             array[10]
 
     def test_an_empty_one(self) -> None:
-        """Without items the ndarray is empty, and of the dtype."""
+        """An empty array gives an empty ndarray of its dtype."""
         array = GrowableArray("c16", 10)
 
         assert array.array.shape == (0,)
@@ -708,7 +708,7 @@ class TestArrays:
             array[0]
 
     def test_each_ndarray_is_its_own(self) -> None:
-        """What somebody forbids one ndarray is allowed to the next one."""
+        """Making one ndarray read-only does not affect the next."""
         array = GrowableArray("i4", 10)
         array.extend(range(6))
 
@@ -717,7 +717,7 @@ class TestArrays:
         assert array.array.flags.writeable
 
     def test_as_an_array_like(self) -> None:
-        """Numpy takes it for the array that it is: without a copy where it can."""
+        """numpy accepts it as an array, without a copy where possible."""
         array = GrowableArray("i4", 10)
         array.extend(range(3))
 
@@ -731,7 +731,7 @@ class TestArrays:
             array.__array__("f8", copy=False)
 
     def test_from_itself(self) -> None:
-        """An array can be appended to itself, also back to front."""
+        """An array can be appended to itself, also reversed."""
         array = GrowableArray("i4", 100)
         array.extend([1, 2])
 
@@ -759,7 +759,7 @@ class TestArrays:
         ids=str,
     )
     def test_dtypes(self, dtype: Any, value: Any) -> None:
-        """Whatever is nothing but bytes can be an item."""
+        """Every dtype without references can be used."""
         array = GrowableArray(dtype, 100)
         expected = np.array([value] * 3, dtype)
 
@@ -782,13 +782,13 @@ class TestArrays:
 
     @pytest.mark.skipif(not hasattr(getattr(np, "dtypes", None), "StringDType"), reason="numpy 2")
     def test_strings_that_are_elsewhere(self) -> None:
-        """Numpy's variable strings are pointers, though no objects."""
+        """numpy's variable-width strings are refused: their items are pointers."""
         with pytest.raises(TypeError, match="without references"):
             GrowableArray(np.dtypes.StringDType(), 100)
 
     @pytest.mark.parametrize("wrong", ["x", [1], None, 1 << 70, {}, np.zeros((1, 1))], ids=str)
     def test_items_that_do_not_fit(self, wrong: Any) -> None:
-        """What numpy can't make one item of is numpy's error, and changes nothing."""
+        """A value that numpy can't convert raises numpy's error and changes nothing."""
         array = GrowableArray("i8", 100)
         array.append(7)
         before = state(array)
@@ -802,7 +802,7 @@ class TestArrays:
 
     @pytest.mark.parametrize("wrong", [5, [[1, 2]], np.zeros((2, 2))], ids=str)
     def test_shapes_that_do_not_fit(self, wrong: Any) -> None:
-        """To extend takes one dimension."""
+        """extend takes one dimension."""
         array = GrowableArray("i8", 100)
 
         with pytest.raises(ValueError, match="one dimension"):
@@ -811,7 +811,7 @@ class TestArrays:
         assert len(array) == 0
 
     def test_used_up(self) -> None:
-        """The capacity is exactly what was asked for; the error counts items."""
+        """The capacity is exactly the number asked for; the error counts items."""
         array = GrowableArray("i8", 10)
         array.extend(range(10))
 
@@ -826,7 +826,7 @@ class TestArrays:
         assert array.array.tolist() == list(range(10))
 
     def test_shrink_to_fit(self) -> None:
-        """The memory above the items is given back; ndarrays of them do not mind."""
+        """shrink_to_fit decommits memory above the items, also under live ndarrays."""
         array = GrowableArray("i8", MiB)
         array.resize(MiB)
         array.resize(PAGE_SIZE)
@@ -838,7 +838,7 @@ class TestArrays:
         assert array[-1] == 5
 
     def test_without_numpy(self) -> None:
-        """Where numpy is missing one line says what to install; buffers need none."""
+        """Without numpy the error names the extra to install; buffers do not need it."""
         done = subprocess.run(
             [
                 sys.executable,
@@ -860,7 +860,7 @@ class TestArrays:
 
 class TestThreads:
     def test_each_append_is_whole(self) -> None:
-        """What eight threads append at once is all there, in whole pieces."""
+        """Pieces that eight threads append are all there and not interleaved."""
         buffer, array, threads, rounds = GrowableBuffer(GiB), GrowableArray("i8", MiB), 8, 400
         start = threading.Barrier(threads)
 
@@ -887,7 +887,7 @@ class TestThreads:
         assert sorted(array.array.tolist()) == list(range(threads * rounds))
 
     def test_readers_beside_growth_and_shrinking(self) -> None:
-        """Views that others hold keep their bytes, whatever else grows, shrinks and gives back."""
+        """Views keep their bytes while other threads grow, shrink and trim the buffer."""
         buffer, stop = GrowableBuffer(64 * MiB, step=64 * KiB), threading.Event()
         buffer.extend(b"abcdefgh" * 100)
         errors: list[BaseException] = []
@@ -928,7 +928,7 @@ class TestThreads:
         state(buffer)
 
     def test_an_exception_out_of_a_signal_handler(self) -> None:
-        """Wherever it strikes, each piece is there as a whole or not at all."""
+        """After an exception from a signal handler, each piece is there whole or not at all."""
         buffer = GrowableBuffer(64 * MiB, step=64 * KiB)
         array = GrowableArray("u4", 16 * MiB, step=64 * KiB)
         pieces, struck = [bytes([n + 1]) * 5000 for n in range(64)], 0
@@ -956,8 +956,8 @@ class TestThreads:
                     struck += 1
                 gc.collect(0)
                 assert len(buffer) % 5000 == 0
-                found = np.frombuffer(bytes(buffer.view()), np.uint8).reshape(-1, 5000)
-                assert (found == found[:, :1]).all()
+                result = np.frombuffer(bytes(buffer.view()), np.uint8).reshape(-1, 5000)
+                assert (result == result[:, :1]).all()
                 assert array.array.tolist() == list(range(len(array)))
                 state(buffer)
         finally:
@@ -970,7 +970,7 @@ class TestThreads:
         assert bytes(buffer.view()) == b"abc"
 
     def test_interrupted_from_inside(self) -> None:
-        """What interrupts a call is refused, and the call goes on."""
+        """A call that interrupts another is refused, and the interrupted call completes."""
         buffer, array, refused = GrowableBuffer(MiB), GrowableArray("i4", 100), 0
         uses: Calls = (
             lambda: buffer.extend(b"x"),
@@ -997,7 +997,7 @@ class TestThreads:
         assert bytes(buffer.view()) == b"abc"
 
     def test_values_that_use_the_array(self) -> None:
-        """An item whose conversion appends to the same array comes after what it appended."""
+        """An item whose conversion appends to the same array follows the items appended then."""
         array = GrowableArray("f8", 100)
 
         class Value:
@@ -1014,7 +1014,7 @@ class TestThreads:
 
 class TestFork:
     def test_the_child_goes_on(self) -> None:
-        """A child has a copy that it can change; the parent's is its own."""
+        """A child has its own copy, which it can change."""
         buffer = GrowableBuffer(64 * MiB)
         buffer.extend(b"parent")
         view = buffer.view()
@@ -1033,14 +1033,14 @@ class TestFork:
         assert len(buffer) == 6
 
     def test_wiped(self) -> None:
-        """With fork="wipe" a child finds zeros in the same length."""
+        """With fork="wipe" a child has the same length, and zeros."""
         buffer = GrowableBuffer(MiB, fork="wipe")
         buffer.extend(b"abc")
 
         assert witness.in_child(lambda: bytes(buffer.view())) == bytes(3)
 
     def test_under_threads(self) -> None:
-        """A fork while other threads append leaves the child no lock to wait for."""
+        """A child never inherits a lock that an appending thread of the parent held."""
         buffer, stop = GrowableBuffer(64 * MiB, mode="noreserve"), threading.Event()
 
         def work() -> None:
@@ -1069,7 +1069,7 @@ class TestFork:
 
 class TestTheEnd:
     def test_after_release(self) -> None:
-        """Whatever comes after release raises ReleasedError."""
+        """Every use after release raises ReleasedError."""
         buffer, array = GrowableBuffer(4 * MiB), GrowableArray("i4", 100)
         buffer.extend(b"abc")
         array.extend([1, 2, 3])
@@ -1109,7 +1109,7 @@ class TestTheEnd:
         assert not any(witness.is_mapped(base) for base in bases)
 
     def test_as_a_context(self) -> None:
-        """A ``with`` releases at its end, unless that was done."""
+        """Leaving the with block releases it, also if it was released inside."""
         with GrowableBuffer(MiB) as buffer, GrowableArray("i4", 5) as array:
             buffer.extend(b"abc")
             array.append(1)
@@ -1119,7 +1119,7 @@ class TestTheEnd:
             buffer.release()
 
     def test_repr(self) -> None:
-        """The repr says how much is there, how much can be, and what is committed."""
+        """The repr gives the length, the capacity and the committed memory."""
         buffer, array = GrowableBuffer(4 * MiB, name="log"), GrowableArray("f4", 5000)
         buffer.extend(b"x" * 1000)
         array.append(1)
@@ -1131,15 +1131,15 @@ class TestTheEnd:
         assert repr(buffer) == "<GrowableBuffer 'log' for 4,194,304 bytes, released>"
 
     def test_no_copies(self) -> None:
-        """They can't be pickled or copied."""
+        """Pickling and copying are TypeErrors."""
         for thing in (GrowableBuffer(MiB), GrowableArray("i4", 5)):
             for copier in (pickle.dumps, copy.copy, copy.deepcopy):
                 with pytest.raises(TypeError, match="addresses of this process"):
                     copier(thing)
 
     def test_in_a_garbage_cycle(self) -> None:
-        """A finaliser of a cycle that the buffer is part of gets an error, not a crash."""
-        found: list[object] = []
+        """A finaliser of a cycle that contains the buffer gets an error, not a crash."""
+        result: list[object] = []
 
         class Holder:
             def __init__(self) -> None:
@@ -1156,12 +1156,12 @@ class TestTheEnd:
                     lambda: list(self.array),
                 ):
                     try:
-                        found.append(use())
+                        result.append(use())
                     except ReleasedError as error:
-                        found.append(type(error))
+                        result.append(type(error))
 
         Holder()
         gc.collect()
 
-        assert found[0] == b"abc"
-        assert len(found) == 4
+        assert result[0] == b"abc"
+        assert len(result) == 4

@@ -1,4 +1,4 @@
-"""A buffer and an array driven at random against a bytearray, with the kernel as the witness."""
+"""A buffer and an array driven at random against a bytearray; /proc is checked too."""
 
 from typing import Literal
 
@@ -19,7 +19,7 @@ from pyreserve import (
     ViewError,
 )
 
-ITEM = 3  # bytes: pages and items end together only now and then
+ITEM = 3  # bytes; not a power of two, so items rarely end at a page boundary
 ITEMS = 16 * PAGE_SIZE
 SIZE = ITEM * ITEMS
 
@@ -27,7 +27,7 @@ lengths = st.one_of(st.integers(0, 50), st.integers(0, 2 * PAGE_SIZE), st.intege
 
 
 def refusal(thing: GrowableBuffer | GrowableArray, length: int) -> type[Exception] | None:
-    """Resize; return what refused it, if anything did."""
+    """Resize; return the exception that refused it, or None."""
     try:
         thing.resize(length)
     except (OutOfMemoryError, ViewError) as refused:
@@ -36,9 +36,9 @@ def refusal(thing: GrowableBuffer | GrowableArray, length: int) -> type[Exceptio
 
 
 class GrowableMachine(RuleBasedStateMachine):
-    """The model: a bytearray, and where the live views of each of the two stand.
+    """The model: a bytearray, and the ranges of the live views of each object.
 
-    Buffer and array get the same bytes. No byte is zero but those that a resize gained.
+    Buffer and array get the same bytes. Only bytes that resize added are zero.
     """
 
     def __init__(self) -> None:
@@ -111,16 +111,16 @@ class GrowableMachine(RuleBasedStateMachine):
     def resize(self, items: int) -> None:
         buffer, array = self.both
         length = items * ITEM
-        found = refusal(buffer, length), refusal(array, items)
+        result = refusal(buffer, length), refusal(array, items)
         if length > SIZE:
-            assert found == (OutOfMemoryError, OutOfMemoryError)
+            assert result == (OutOfMemoryError, OutOfMemoryError)
             return
         over = [held for held in self.views if held[2] > length]
         arrays_over = [held for held in self.arrays if len(held) > items]
-        assert found == (ViewError if over else None, ViewError if arrays_over else None)
+        assert result == (ViewError if over else None, ViewError if arrays_over else None)
         if over and arrays_over:
             return
-        # One may have refused it: without these views it does not.
+        # If one of the two refused, it does not refuse without these views.
         over.clear()
         arrays_over.clear()
         self.views = [held for held in self.views if held[2] <= length]
@@ -170,7 +170,7 @@ class GrowableMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.views and self.arrays)
     @rule(which=st.integers(0, 1000))
     def write(self, which: int) -> None:
-        """What is written through an old view is seen by all others."""
+        """A write through an older view is visible in all others."""
         view, lo, _ = self.views[which % len(self.views)]
         held = self.arrays[which % len(self.arrays)]
         if lo < held.nbytes:
@@ -207,8 +207,8 @@ class GrowableMachine(RuleBasedStateMachine):
         if self.buffer is not None:
             for thing in self.both:
                 committed = thing.committed
-                found = witness.runs(thing.base, SIZE)
-                assert found == ([(0, committed)] if committed else [])
+                result = witness.runs(thing.base, SIZE)
+                assert result == ([(0, committed)] if committed else [])
                 assert len(self.model) <= committed
 
     def teardown(self) -> None:

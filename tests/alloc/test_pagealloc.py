@@ -494,26 +494,26 @@ class TestMemory:
         """A finaliser can use an allocator that is in the same garbage cycle."""
 
         def child() -> list[int]:
-            got: list[int] = []
+            results: list[int] = []
 
-            class Last:
+            class Finalised:
                 def __init__(self) -> None:
                     self.me = self
                     self.pages = PageAllocator(100)
-                    self.pages_too = weakref.finalize(self, got.append, 0)
+                    self.pages_too = weakref.finalize(self, results.append, 0)
 
                 def __del__(self) -> None:
-                    got.append(self.pages.alloc(10))
-                    got.extend(self.pages.alloc_many([1, 2]))
+                    results.append(self.pages.alloc(10))
+                    results.extend(self.pages.alloc_many([1, 2]))
 
             for _ in range(20):
-                Last()
+                Finalised()
             gc.collect()
-            return got
+            return results
 
-        got = witness.in_child(child)
+        results = witness.in_child(child)
 
-        assert sorted(got) == sorted([0, 0, 10, 11] * 20)
+        assert sorted(results) == sorted([0, 0, 10, 11] * 20)
 
     def test_a_second_init(self) -> None:
         """A second __init__ makes a new allocator, and fork handlers know it."""
@@ -600,11 +600,11 @@ class TestThreads:
     def test_growth_by_many(self) -> None:
         """Threads that grow an allocator at once get different pages."""
         pages = PageAllocator(0, capacity=8 * 500 * 3)
-        got: list[int] = []
+        results: list[int] = []
 
-        self.run(lambda _: got.extend([pages.grow(3) for _ in range(500)]))
+        self.run(lambda _: results.extend([pages.grow(3) for _ in range(500)]))
 
-        assert sorted(got) == list(range(0, 8 * 500 * 3, 3))
+        assert sorted(results) == list(range(0, 8 * 500 * 3, 3))
         assert pages.longest_free == len(pages) == 8 * 500 * 3
 
     def test_the_last_reference_goes_in_a_thread(self) -> None:

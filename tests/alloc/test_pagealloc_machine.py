@@ -36,9 +36,9 @@ lengths = st.one_of(
 aligns = st.one_of(st.just(1), st.integers(0, 17).map(lambda bits: 1 << bits))
 
 
-def runs_of(model: bytearray, what: int) -> list[tuple[int, int]]:
+def runs_of(model: bytearray, value: int) -> list[tuple[int, int]]:
     """Return the runs of free or of used pages of a model."""
-    edges = np.flatnonzero(np.diff(np.frombuffer(model, np.uint8) == what, prepend=0, append=0))
+    edges = np.flatnonzero(np.diff(np.frombuffer(model, np.uint8) == value, prepend=0, append=0))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 

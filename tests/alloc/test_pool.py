@@ -564,13 +564,13 @@ class TestFork:
         pool.view(slot)[:4] = b"both"
 
         def child() -> bytes:
-            found = bytes(pool.view(slot)[:4])
+            result = bytes(pool.view(slot)[:4])
             pool.view(slot)[:4] = b"mine"
             assert pool.alloc() == 1
             pool.free_many([0, 1])
             pool.trim()
             pool.release()
-            return found
+            return result
 
         assert witness.in_child(child) == b"both"
         assert list(pool) == [slot]

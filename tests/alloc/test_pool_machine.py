@@ -75,13 +75,13 @@ class PoolMachine(RuleBasedStateMachine):
                 self.pool.alloc_many(n, zero=zero)
             return
 
-        got = self.pool.alloc_many(n, zero=zero)
+        slots_taken = self.pool.alloc_many(n, zero=zero)
 
-        assert list(got) == self.lowest_free(n)
-        self.used.update(got)
-        for slot in got:
+        assert list(slots_taken) == self.lowest_free(n)
+        self.used.update(slots_taken)
+        for slot in slots_taken:
             self.fill[slot] = 0 if zero else self.fill[slot]
-        for slot in got[::2]:
+        for slot in slots_taken[::2]:
             self.write(slot, byte)
 
     @rule(slot=slots)

@@ -140,7 +140,7 @@ class TestMeasured:
 
     def test_imported_only_when_wanted(self) -> None:
         """pyreserve.costs is imported only for "measured"."""
-        found = witness.fresh_python(
+        result = witness.fresh_python(
             """
             import json, sys
             from pyreserve import *
@@ -149,7 +149,7 @@ class TestMeasured:
             """
         )
 
-        assert found is False
+        assert result is False
 
 
 class TestArenas:
