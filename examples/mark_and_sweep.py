@@ -1,7 +1,7 @@
-"""A toy mark-and-sweep collector that keeps its notes in the arena's heap bitmap.
+"""A toy mark-and-sweep collector that keeps its mark and pointer bits in the arena's heap bitmap.
 
-As in Go 1.4, a word's entry says whether the word is a pointer, which may lead anywhere into an
-object; the entry of an object's first word says whether it was reached.
+As in Go 1.4, each word has an entry. One bit says that the word is a pointer, which may point into
+the middle of an object. Another bit, in the entry of an object's first word, marks the object.
 
     python examples/mark_and_sweep.py
 """
@@ -14,22 +14,22 @@ MARKED, POINTER = 1 << 1, 2 << 2
 
 
 def new(arena: Arena, *pointers: int) -> int:
-    """Make an object that holds `pointers` and ends with a zero; return its address."""
+    """Allocate an object that holds `pointers` and a final zero; return its address."""
     bits, block = arena.heap_bitmap, arena.alloc((len(pointers) + 1) * arena.layout.word, zero=True)
     words, first = block.view.cast("P"), bits.index(block.address)
     for i, pointer in enumerate(pointers):
         words[i] = pointer
         bits[first + i] |= POINTER
-    bits[first + len(pointers)] &= ~POINTER  # an entry may be left from an earlier object
+    bits[first + len(pointers)] &= ~POINTER  # an earlier object may have left it set
     return block.address
 
 
 def mark(arena: Arena, roots: list[int]) -> int:
-    """Mark all objects that can be reached; return how many."""
+    """Mark all objects reachable from `roots`; return their number."""
     bits, grey, reached = arena.heap_bitmap, list(roots), 0
     while grey:
         block = arena.block_at(grey.pop())
-        assert block is not None, "a pointer out of the heap"
+        assert block is not None, "a pointer to outside the heap"
         first, words = bits.index(block.address), block.view.cast("P")
         if not bits[first] & MARKED:
             bits[first] |= MARKED
@@ -39,7 +39,7 @@ def mark(arena: Arena, roots: list[int]) -> int:
 
 
 def sweep(arena: Arena) -> int:
-    """Free all objects without a mark, and take the others' marks away; return how many died."""
+    """Free all unmarked objects and clear the other marks; return the number of objects freed."""
     bits, dead = arena.heap_bitmap, []
     for block in arena.blocks():
         if not bits.at(block.address) & MARKED:
@@ -50,7 +50,7 @@ def sweep(arena: Arena) -> int:
 
 
 def main() -> None:
-    """Make 3000 objects that point at each other, and forget most of them, then the rest."""
+    """Make 3000 objects that point to each other; drop most of the roots, then all."""
     with Arena() as arena:
         chance, objects = random.Random(2014), [new(arena)]
         for _ in range(2999):
@@ -62,8 +62,8 @@ def main() -> None:
             print(
                 f"{len(roots)} roots: {reached} objects reached, {dead} freed; {given} given back"
             )
-            for it in before, after:
-                sizes = map(format_size, (it.heap_inuse, it.heap_idle, it.resident))
+            for stats in before, after:
+                sizes = map(format_size, (stats.heap_inuse, stats.heap_idle, stats.resident))
                 print("  {:>9} in use, {:>9} idle, {:>9} resident".format(*sizes))
 
 

@@ -1,7 +1,7 @@
-"""An arena that eight threads share, while a scavenger gives idle memory back behind them.
+"""An arena that eight threads share while a scavenger gives idle memory back.
 
-Each thread fills its blocks with patterns of its own, and looks whether they still hold them before
-it frees them.
+Each thread fills its blocks with its own patterns and checks the patterns before it frees the
+blocks.
 
     python examples/shared_arena.py
 """
@@ -12,26 +12,26 @@ from itertools import repeat
 
 from pyreserve import Arena, Block, KiB, MiB, format_size
 
-THREADS, STEPS, MOST = 8, 600, 24
+THREADS, STEPS, MAX_BLOCKS = 8, 600, 24
 
 
 def times(pattern: bytes, nbytes: int) -> bytes:
-    """Repeat a pattern up to so many bytes."""
+    """Repeat a pattern up to a length of `nbytes`."""
     return (pattern * (nbytes // len(pattern) + 1))[:nbytes]
 
 
-def work(arena: Arena, me: int) -> int:
-    """Allocate and free at random; return how many blocks held to the end what they should."""
-    chance, good = random.Random(me), 0
+def work(arena: Arena, number: int) -> int:
+    """Allocate and free at random; return the number of blocks that kept their patterns."""
+    chance, good = random.Random(number), 0
     mine: list[tuple[Block, bytes]] = []
     for step in range(STEPS):
         block = arena.alloc(chance.randint(1, 128 * KiB), zero=True)
-        assert not any(block.view[:: 4 * KiB]), "asked for zeros"
-        mine.append((block, b"thread %d, step %d; " % (me, step)))
+        assert not any(block.view[:: 4 * KiB]), "zero=True must clear the block"
+        mine.append((block, b"thread %d, step %d; " % (number, step)))
         block.view[:] = times(mine[-1][1], len(block))
-        if len(mine) == MOST or step == STEPS - 1:
+        if len(mine) == MAX_BLOCKS or step == STEPS - 1:
             chance.shuffle(mine)
-            done, mine = mine[MOST // 4 :], mine[: MOST // 4]
+            done, mine = mine[MAX_BLOCKS // 4 :], mine[: MAX_BLOCKS // 4]
             good += sum(block.view == times(pattern, len(block)) for block, pattern in done)
             arena.free_many(block for block, _ in done)
     good += sum(block.view == times(pattern, len(block)) for block, pattern in mine)
@@ -47,13 +47,13 @@ def show(when: str, arena: Arena) -> None:
 
 
 def main() -> None:
-    """Let the threads work, and show what is left."""
+    """Run the threads, and print the memory that is left."""
     with Arena("native", size=256 * MiB) as arena, ThreadPoolExecutor(THREADS) as threads:
         scavenger = arena.start_scavenger(older_than=0.02)
         good = sum(threads.map(work, repeat(arena), range(THREADS)))
         arena.stop_scavenger()
         print(f"{good} of {arena.memstats().mallocs} blocks held their patterns to the end")
-        print(f"the scavenger gave back {format_size(scavenger.given_back)} meanwhile")
+        print(f"the scavenger gave back {format_size(scavenger.given_back)}")
         show("when the threads ended", arena)
         arena.scavenge()
         show("after a last scavenge", arena)
