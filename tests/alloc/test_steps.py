@@ -38,7 +38,9 @@ class TestNumbers:
     @pytest.mark.parametrize("step", [0, -PAGE_SIZE, 1, PAGE_SIZE + 1, PAGE_SIZE // 2])
     def test_what_makes_no_sense(self, step: int) -> None:
         """A step must be a positive multiple of the OS page."""
-        with pytest.raises(RangeError, match=f"whole OS pages of {PAGE_SIZE} bytes, not {step}"):
+        with pytest.raises(
+            RangeError, match=rf"multiple of the OS page \({PAGE_SIZE}\), got {step}"
+        ):
             as_step(step)
 
     @pytest.mark.parametrize("wrong", [4096.0, None, b"measured", [4096]])
@@ -50,7 +52,7 @@ class TestNumbers:
     @pytest.mark.parametrize("word", ["", "4096", "Measured", "auto"])
     def test_other_words(self, word: Any) -> None:
         """Strings other than "measured" are a ValueError."""
-        with pytest.raises(ValueError, match="in bytes or 'measured', not"):
+        with pytest.raises(ValueError, match="number of bytes or 'measured', got"):
             as_step(word)
 
 
