@@ -1,9 +1,9 @@
-"""What this machine and this process allow pyreserve to do, in words, and what would change it.
+"""Checks of this machine and process: what limits pyreserve, and which command changes it.
 
     diagnosis = diagnose()
     print(diagnosis.about("max_map_count").change)  # sysctl -w vm.max_map_count=262144
 
-Nothing is changed, and nothing is printed.
+The checks change nothing and print nothing.
 """
 
 import os
@@ -15,19 +15,19 @@ from pyreserve.doctor.findings import SCHEMA, STATES, Diagnosis, Finding, State,
 
 __all__ = ["SCHEMA", "STATES", "Diagnosis", "Finding", "State", "diagnose"]
 
-_ROOMS = (addresses, memory, pages, features, surroundings)
+_MODULES = (addresses, memory, pages, features, surroundings)
 
 
 def diagnose() -> Diagnosis:
-    """Look at this process and the machine it is on, and say what limits it first.
+    """Check this process and its machine. Findings that limit come first.
 
-    What can't be read, as /sys in some containers, is a finding that says so; nothing is raised for
-    it. Takes some milliseconds.
+    A file that can't be read, such as /sys in some containers, yields a finding instead of an
+    exception. Takes some milliseconds.
     """
     findings = [
         finding
-        for room in _ROOMS
-        for topic, check in room.CHECKS
+        for module in _MODULES
+        for topic, check in module.CHECKS
         for finding in examine(topic, check)
     ]
     findings.sort(key=lambda finding: STATES.index(finding.state))

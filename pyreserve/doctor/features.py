@@ -1,4 +1,4 @@
-"""What the kernel's newer calls bring, and what pyreserve does without them; each was tried."""
+"""Checks of newer kernel features: each is tried, and a missing one names its substitute."""
 
 import platform
 import re
@@ -12,11 +12,11 @@ from pyreserve.doctor.findings import Finding
 
 @dataclass(frozen=True, slots=True)
 class _Feature:
-    """A field of `pyreserve.Capabilities`, and what it means."""
+    """A field of `pyreserve.Capabilities` and its texts."""
 
     field: str
     topic: str
-    since: tuple[int, int]  # of Linux; the man pages madvise(2) and mseal(2) and the kernel's log
+    since: tuple[int, int]  # Linux version, from madvise(2), mseal(2) and the kernel's git log
     allows: str
     without: str
     effect: str
@@ -28,72 +28,72 @@ _FEATURES = (
         "madv_populate_write",
         "MADV_POPULATE_WRITE",
         (5, 14),
-        "populate() backs a piece with memory in one call.",
-        "populate() touches page by page instead.",
-        "populate() is one system call, not a fault a page.",
+        "populate() backs a range with pages in one system call.",
+        "populate() touches each page instead.",
+        "populate() takes one system call instead of one fault per page.",
     ),
     _Feature(
         "madv_free",
         "MADV_FREE",
         (4, 5),
-        "discard(lazy=True) leaves the memory until the kernel needs it.",
-        "discard(lazy=True) drops the contents at once.",
-        "What is used again soon is not faulted in again.",
+        "discard(lazy=True) keeps pages until the kernel needs the memory.",
+        "discard(lazy=True) drops the contents at once, as discard() does.",
+        "Memory that is soon reused takes no new page faults.",
     ),
     _Feature(
         "madv_wipeonfork",
         "MADV_WIPEONFORK",
         (4, 14),
-        'reserve(fork="wipe") gives children zeros.',
+        'reserve(fork="wipe") is supported: forked children read zeros.',
         'reserve(fork="wipe") is refused.',
-        'reserve(fork="wipe") works.',
+        'reserve(fork="wipe") is supported.',
     ),
     _Feature(
         "madv_guard_install",
         "guard pages",
         (6, 13),
-        "MADV_GUARD_INSTALL guards pages without a map entry (pyreserve costs measures it).",
-        "A guard page costs map entries: reserve(guard=True) keeps to PROT_NONE.",
-        "Guards cost no map entries.",
+        "MADV_GUARD_INSTALL guards pages without map entries; pyreserve costs measures it.",
+        "Guard pages cost map entries: reserve(guard=True) uses PROT_NONE mappings.",
+        "Guard pages cost no map entries.",
     ),
     _Feature(
         "mseal",
         "mseal",
         (6, 10),
-        "reserve(seal=True) forbids unmapping and changes of access.",
+        "reserve(seal=True) is supported: the range can't be unmapped or reprotected.",
         "reserve(seal=True) is refused.",
-        "reserve(seal=True) works, in 64-bit processes.",
+        "reserve(seal=True) is supported in 64-bit processes.",
     ),
     _Feature(
         "pagemap_scan",
         "PAGEMAP_SCAN",
         (6, 7),
-        "Which pages are in memory or were written can be asked for in one call.",
-        "Which pages are in memory must be read page by page (mincore, /proc/PID/pagemap).",
-        "Large regions are looked at in one call.",
+        "One call reports which pages of a range are resident or were written.",
+        "Resident pages are read page by page (mincore, /proc/PID/pagemap).",
+        "One call reports the resident pages of a large region.",
     ),
     _Feature(
         "procmap_query",
         "PROCMAP_QUERY",
         (6, 11),
-        "One mapping can be asked for by its address.",
-        "All of /proc/PID/maps must be read to find one mapping.",
-        "One mapping is found without reading thousands.",
+        "One call reports the mapping at an address.",
+        "Finding one mapping takes reading all of /proc/PID/maps.",
+        "One mapping is found without reading all others.",
     ),
     _Feature(
         "anon_vma_names",
         "names in maps",
         (5, 17),
-        "reserve(name=...) shows in /proc/PID/maps as [anon:NAME].",
-        "Regions have no name in /proc/PID/maps; everything else works.",
-        "reserve(name=...) shows in /proc/PID/maps and smaps.",
+        "A region made by reserve(name=...) appears in /proc/PID/maps as [anon:NAME].",
+        "Regions have no names in /proc/PID/maps; nothing else is lost.",
+        "A region made by reserve(name=...) has its name in /proc/PID/maps and smaps.",
         "CONFIG_ANON_VMA_NAME",
     ),
 )
 
 
 def features() -> Iterator[Finding]:
-    """Tell of each feature whether it works here, and if not why."""
+    """Check for each feature whether it works here, and if not, why."""
     offered = capabilities()
     for feature in _FEATURES:
         works = bool(getattr(offered, feature.field))
@@ -102,7 +102,11 @@ def features() -> Iterator[Finding]:
 
 def _works(feature: _Feature) -> Finding:
     return Finding(
-        feature.topic, "good", "Tried, and it works.", feature.allows, values={"works": True}
+        feature.topic,
+        "good",
+        "It works: a trial succeeded.",
+        feature.allows,
+        values={"works": True},
     )
 
 
@@ -113,16 +117,16 @@ def _missing(feature: _Feature) -> Finding:
         fact = f"Linux {release} does not have it."
         change = f"boot Linux {version} or later"
         if feature.config is not None:
-            change += f" that was built with {feature.config}=y"
+            change += f" built with {feature.config}=y"
     elif feature.config is not None:
         fact = f"Linux {release} was built without {feature.config}."
         change = f"build the kernel with {feature.config}=y"
     elif filtered:
-        fact = f"It is refused, though Linux {release} has it: a seccomp filter is in force."
+        fact = f"Linux {release} has it, but a seccomp filter is active and the trial failed."
         change = "allow it in the container's seccomp profile"
     else:
-        fact = f"It is refused, though Linux has it since {version}, and this is {release}."
-        change = "ask for a kernel that is configured with it"
+        fact = f"Linux has it since {version}, but the trial failed on Linux {release}."
+        change = "use a kernel that is configured with it"
     return Finding(
         feature.topic,
         "missing",
@@ -136,8 +140,8 @@ def _missing(feature: _Feature) -> Finding:
 
 
 def _version(release: str) -> tuple[int, int]:
-    found = re.match(r"(\d+)\.(\d+)", release)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    match = re.match(r"(\d+)\.(\d+)", release)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 CHECKS = (("kernel features", features),)

@@ -1,4 +1,4 @@
-"""What a diagnosis is made of: findings, pure data."""
+"""The data of a diagnosis: findings, and how a check that fails becomes one."""
 
 import json
 import resource
@@ -12,27 +12,27 @@ from pyreserve.units import format_size
 
 State = Literal["good", "limited", "missing"]
 STATES: tuple[State, ...] = ("limited", "missing", "good")
-"""What a finding can be, what limits first."""
+"""The states of a finding, in the order in which findings are sorted."""
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that decides what pyreserve can do here. Words are whole sentences.
+    """The result of one check: a limit, a kernel feature or a setting. Texts are whole sentences.
 
     Attributes:
-        topic: what it is about. A limit has the name that `VMError.limit` gives it.
-        state: ``"good"``; ``"limited"``: it bounds what can be done; ``"missing"``.
-        fact: what was found.
-        allows: what that means for pyreserve.
-        change: the command that changes it, or what to do where that is no command; None if there
-            is nothing to change.
-        effect: what the change brings.
-        risk: what the change costs, or whom it may hurt.
-        values: the figures behind `fact`, in bytes where the name does not say otherwise; None for
-            a limit means unlimited.
-        command: whether `change` is a command line, for a shell.
+        topic: the subject. A limit has the name that `VMError.limit` gives it.
+        state: ``"good"``, ``"limited"`` (works within bounds) or ``"missing"``.
+        fact: the observation.
+        allows: its consequence for pyreserve.
+        change: the command that changes it, or advice where no command can; None if there is
+            nothing to change.
+        effect: the benefit of the change.
+        risk: the cost of the change; None if it has none.
+        values: the figures behind `fact`, in bytes unless the name says otherwise; a limit of None
+            means unlimited.
+        command: whether `change` is a shell command line.
     """
 
     topic: str
@@ -48,13 +48,16 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """All findings about one process on one machine, what limits first.
+    """All findings about one process and its machine.
 
     Attributes:
         pyreserve: its version; None if it is not installed.
-        kernel: its release; `machine` is the architecture, `python` the interpreter's version.
-        pid: the process that was looked at.
-        findings: limited, missing, good; in each the order in which they were looked for.
+        kernel: the kernel release.
+        machine: the architecture.
+        python: the version of the interpreter.
+        pid: the process that was checked.
+        findings: first limited, then missing, then good ones; each group in the order of the
+            checks.
     """
 
     pyreserve: str | None
@@ -65,10 +68,10 @@ class Diagnosis:
     findings: tuple[Finding, ...]
 
     def about(self, topic: str) -> Finding:
-        """Return the finding with this topic, such as the ``limit`` of a `VMError`.
+        """Return the finding with this topic, for instance the ``limit`` of a `VMError`.
 
         Raises:
-            KeyError: there is none.
+            KeyError: no finding has this topic.
         """
         for finding in self.findings:
             if finding.topic == topic:
@@ -81,11 +84,11 @@ class Diagnosis:
         return {state: states.count(state) for state in ("good", "limited", "missing")}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything, ready for JSON; ``"schema"`` is the version of its form."""
+        """Return all findings as JSON-compatible data; ``"schema"`` is the format version."""
         return {"schema": SCHEMA, **asdict(self), "counts": self.counts()}
 
     def to_json(self) -> str:
-        """As ``pyreserve doctor --json`` prints it."""
+        """Return the JSON text that ``pyreserve doctor --json`` prints."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
 
@@ -93,22 +96,22 @@ Check = Callable[[], Iterable[Finding]]
 
 
 def examine(topic: str, check: Check) -> Iterator[Finding]:
-    """Yield what a check finds; what can't be read is a finding, too."""
+    """Yield the findings of a check; an unreadable file becomes a finding of state "limited"."""
     try:
         yield from check()
     except (OSError, KeyError, ValueError) as error:
         yield Finding(
             topic,
             "limited",
-            f"It can't be read here: {_what(error)}.",
-            "What it allows is not known.",
-            "make /proc and /sys readable: as root, or with the container's /sys mounted",
-            "This finding says what there is.",
+            f"The setting can't be read here: {_reason(error)}.",
+            "Its effect is unknown.",
+            "make /proc and /sys readable: run as root, or mount /sys in the container",
+            "The setting is checked.",
             command=False,
         )
 
 
-def _what(error: OSError | KeyError | ValueError) -> str:
+def _reason(error: OSError | KeyError | ValueError) -> str:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}"
@@ -118,17 +121,18 @@ def _what(error: OSError | KeyError | ValueError) -> str:
 
 
 def soft_limit(which: int, ulimit: str) -> tuple[int | None, dict[str, Any]]:
-    """Read a resource limit in bytes, and how to raise it, as arguments of a `Finding`.
+    """Return a soft resource limit in bytes (None: unlimited) and the advice on raising it.
 
-    A hard limit stops all but CAP_SYS_RESOURCE (setrlimit(2)).
+    The advice is a dict of keyword arguments for `Finding`. Raising a hard limit takes
+    CAP_SYS_RESOURCE (setrlimit(2)).
     """
     soft, hard = rlimit(which), resource.getrlimit(which)[1]
     if soft is None:
         return None, {}
-    how: dict[str, Any] = {"change": f"ulimit {ulimit} unlimited"}
+    advice: dict[str, Any] = {"change": f"ulimit {ulimit} unlimited"}
     if hard != resource.RLIM_INFINITY and not proc.capable(proc.CAP_SYS_RESOURCE):
-        how["risk"] = (
-            f"The hard limit is {format_size(hard)}: only root raises it, in a shell of root's "
-            "that starts the process, in /etc/security/limits.conf or in the service's unit."
+        advice["risk"] = (
+            f"The hard limit is {format_size(hard)}. Only root can raise it: in the shell that "
+            "starts the process, in /etc/security/limits.conf or in the service's unit file."
         )
-    return soft, how
+    return soft, advice

@@ -1,4 +1,4 @@
-"""How much memory can be committed, used and locked, and who refuses more."""
+"""Checks of the limits on committed, resident and locked memory, and of swap."""
 
 import os
 import resource
@@ -14,14 +14,14 @@ _CAP_IPC_LOCK = 14  # linux/capability.h
 
 
 def rlimit_data() -> Iterator[Finding]:
-    """See what RLIMIT_DATA leaves: private writable mappings count (getrlimit(2), Linux 4.7)."""
-    limit, how = soft_limit(resource.RLIMIT_DATA, "-d")
+    """Check RLIMIT_DATA, which counts private writable mappings (getrlimit(2), Linux 4.7)."""
+    limit, advice = soft_limit(resource.RLIMIT_DATA, "-d")
     used = proc.status_kib()["VmData"] * KiB
     if limit is None:
         yield Finding(
             "RLIMIT_DATA",
             "good",
-            "RLIMIT_DATA (ulimit -d) is unlimited.",
+            "No limit is set (ulimit -d).",
             "It refuses no commit.",
             values={"limit": limit, "used": used},
         )
@@ -29,48 +29,46 @@ def rlimit_data() -> Iterator[Finding]:
     yield Finding(
         "RLIMIT_DATA",
         "limited",
-        f"RLIMIT_DATA (ulimit -d) is {format_size(limit)}, of which {format_size(used)} are in "
-        "use.",
-        f"Commits of up to {format_size(max(0, limit - used))} more, in either mode; what is only "
-        "reserved does not count.",
-        effect="Commits are bounded by memory and overcommit alone.",
+        f"The limit (ulimit -d) is {format_size(limit)}, of which {format_size(used)} is in use.",
+        f"{format_size(max(0, limit - used))} more can be committed, in either mode; reserved "
+        "memory does not count.",
+        effect="Only memory and overcommit bound commits.",
         values={"limit": limit, "used": used},
-        **how,
+        **advice,
     )
 
 
 def rlimit_memlock() -> Iterator[Finding]:
-    """See how much may be locked (mlock(2)); CAP_IPC_LOCK lifts the limit."""
-    limit, how = soft_limit(resource.RLIMIT_MEMLOCK, "-l")
+    """Check RLIMIT_MEMLOCK, which bounds locked memory (mlock(2)) without CAP_IPC_LOCK."""
+    limit, advice = soft_limit(resource.RLIMIT_MEMLOCK, "-l")
     used = proc.status_kib()["VmLck"] * KiB
     exempt = proc.capable(_CAP_IPC_LOCK)
     values = {"limit": limit, "used": used, "cap_ipc_lock": exempt}
     if limit is None or exempt:
-        says = "unlimited" if limit is None else format_size(limit)
         yield Finding(
             "RLIMIT_MEMLOCK",
             "good",
-            f"RLIMIT_MEMLOCK (ulimit -l) is {says}"
-            + ("." if limit is None else ", and CAP_IPC_LOCK overrides it."),
-            "mlock and mlockall may lock any region.",
+            "No limit is set (ulimit -l)."
+            if limit is None
+            else f"The limit (ulimit -l) is {format_size(limit)}, but CAP_IPC_LOCK overrides it.",
+            "mlock and mlockall can lock any region.",
             values=values,
         )
         return
     yield Finding(
         "RLIMIT_MEMLOCK",
         "limited",
-        f"RLIMIT_MEMLOCK (ulimit -l) is {format_size(limit)}, of which {format_size(used)} are "
-        "locked.",
-        f"Locking {format_size(max(0, limit - used))} more; after mlockall(MCL_FUTURE) reserving "
-        "and committing stop there, too.",
-        effect="Any region can be kept from being swapped out.",
+        f"The limit (ulimit -l) is {format_size(limit)}, of which {format_size(used)} is locked.",
+        f"{format_size(max(0, limit - used))} more can be locked; after mlockall(MCL_FUTURE) the "
+        "limit also bounds reserving and committing.",
+        effect="Any region can be locked into RAM.",
         values=values,
-        **how,
+        **advice,
     )
 
 
 def overcommit() -> Iterator[Finding]:
-    """See how commits are accounted (Documentation/mm/overcommit-accounting.rst)."""
+    """Check how commits are accounted (Documentation/mm/overcommit-accounting.rst)."""
     mode, memory = proc.vm_setting("overcommit_memory"), proc.meminfo_kib()
     most = (memory["MemTotal"] + memory["SwapTotal"]) * KiB
     ratio, fixed = proc.vm_setting("overcommit_ratio"), proc.vm_setting("overcommit_kbytes")
@@ -85,18 +83,18 @@ def overcommit() -> Iterator[Finding]:
     if mode == 2:
         strict = strict_commit()
         values |= {"admin_reserve": strict.admin_reserve, "user_reserve": strict.user_reserve}
-        by = f"vm.overcommit_kbytes={fixed}" if fixed else f"vm.overcommit_ratio={ratio}"
+        setting = f"vm.overcommit_kbytes={fixed}" if fixed else f"vm.overcommit_ratio={ratio}"
         yield Finding(
             "overcommit",
             "limited",
-            f"vm.overcommit_memory is 2 (strict, {by}): {strict}.",
-            f"Commits of at most {format_size(strict.left)} more, of all processes; "
-            'mode="noreserve" is charged like "charge". Reserving is not charged, but '
-            "1/32 of a process's addresses is withheld from its commits.",
+            f"vm.overcommit_memory is 2 (strict, {setting}): {strict}.",
+            f"All processes together can commit at most {format_size(strict.left)} more; "
+            'mode="noreserve" is charged like "charge". Reserving is not charged, but lowers the '
+            "process's limit by up to 1/32 of its address space.",
             "sysctl -w vm.overcommit_memory=0",
-            f"One commit may have {format_size(most)}, and noreserve is not charged. Or stay "
-            "strict with a higher limit: sysctl -w vm.overcommit_ratio=100",
-            "What was committed may then be more than there is, and the OOM killer decide.",
+            f'One commit can have up to {format_size(most)}, and mode="noreserve" is not charged. '
+            "Alternative that keeps strict accounting: sysctl -w vm.overcommit_ratio=100",
+            "Committed memory can then exceed memory and swap, and the OOM killer ends processes.",
             values,
         )
         return
@@ -105,21 +103,23 @@ def overcommit() -> Iterator[Finding]:
         "good",
         "vm.overcommit_memory is 1 (always)."
         if mode
-        else f"vm.overcommit_memory is 0 (heuristic): memory and swap have {format_size(most)}.",
-        'mode="charge" and "noreserve" are never refused; what does not fit ends in the OOM killer.'
+        else f"vm.overcommit_memory is 0 (heuristic). Memory and swap total {format_size(most)}.",
+        'Commits are never refused in mode "charge" or "noreserve"; the OOM killer ends processes '
+        "when memory runs out."
         if mode
-        else f'mode="charge" is refused beyond {format_size(most)} at once; "noreserve" never.',
+        else f'One commit in mode="charge" is refused above {format_size(most)}; '
+        'mode="noreserve" is never refused.',
         values=values,
     )
 
 
 def cgroup_limit() -> Iterator[Finding]:
-    """See which cgroup bounds the memory of this process, and which slows it down."""
+    """Check which cgroup bounds the memory of this process, and which one throttles it."""
     groups, total = 0, proc.meminfo_kib()["MemTotal"] * KiB
     hard: list[tuple[int, int, int, Path]] = []
     soft: list[tuple[int, int, int, Path]] = []
     for group in proc.memory_cgroups():
-        for name, found in ((group.limit_file, hard), ("memory.high", soft)):
+        for name, limits in ((group.limit_file, hard), ("memory.high", soft)):
             try:
                 limit = group.limit(name)
                 used = group.used() if limit is not None else 0
@@ -127,18 +127,18 @@ def cgroup_limit() -> Iterator[Finding]:
                 continue
             groups += 1
             if limit is not None and limit < total:
-                found.append((limit - used, limit, used, group.folder / name))
+                limits.append((limit - used, limit, used, group.place / name))
     if hard:
         left, limit, used, file = min(hard)
         yield Finding(
             "cgroup limit",
             "limited",
-            f"{file} is {format_size(limit)}, of which {format_size(used)} are in use.",
-            f"Touching {format_size(max(0, left))} more. Reserving and committing are not refused; "
-            "touching more makes the OOM killer end a process of the group.",
+            f"{file} is {format_size(limit)}, of which {format_size(used)} is in use.",
+            f"{format_size(max(0, left))} more can be touched; beyond that the OOM killer ends a "
+            "process of the group. Reserving and committing are not refused.",
             f"echo {'max' if file.name == 'memory.max' else -1} > {file}",
-            "The machine's memory is the limit, if no group above has another.",
-            f"{_writable(file)}Other groups lose what this one then takes.",
+            "The machine's memory is the limit, unless a parent group has one.",
+            f"{_writable(file)}Other groups have less memory left.",
             {"file": str(file), "limit": limit, "used": used},
         )
     if soft:
@@ -146,36 +146,40 @@ def cgroup_limit() -> Iterator[Finding]:
         yield Finding(
             "cgroup high",
             "limited",
-            f"{file} is {format_size(limit)}, of which {format_size(used)} are in use.",
-            f"Touching {format_size(max(0, left))} more at full speed; beyond it the kernel "
-            "reclaims and slows the group down.",
+            f"{file} is {format_size(limit)}, of which {format_size(used)} is in use.",
+            f"{format_size(max(0, left))} more can be touched at full speed; beyond that the "
+            "kernel reclaims memory of the group and throttles it.",
             f"echo max > {file}",
-            "Touching is not slowed down before the hard limit.",
-            f"{_writable(file)}The group may then push others into reclaim.",
+            "The group is not throttled below its hard limit.",
+            f"{_writable(file)}The kernel may reclaim memory of other groups instead.",
             {"file": str(file), "limit": limit, "used": used},
         )
     if not hard and not soft:
-        # With nothing mounted there, a limit could not be seen.
+        # Without a cgroup mount a limit can exist and stay invisible.
         seen = groups > 0 or bool(os.listdir("/sys/fs/cgroup"))
         yield Finding(
             "cgroup limit",
             "good" if seen else "limited",
-            "No memory cgroup that is visible here has a limit below the machine's memory."
+            "No visible memory cgroup has a limit below the machine's memory."
             if seen
             else "No cgroup is visible: nothing is mounted at /sys/fs/cgroup.",
-            "All of the machine's memory." if seen else "A limit may be there all the same.",
+            "All of the machine's memory can be touched." if seen else "A limit may exist.",
             None if seen else "mount -t cgroup2 none /sys/fs/cgroup",
-            None if seen else "A limit shows here.",
+            None if seen else "The limit is checked.",
             values={"file": None, "limit": None},
         )
 
 
 def _writable(file: Path) -> str:
-    return "" if os.access(file, os.W_OK) else "Only root, or the container's host, can write it. "
+    return (
+        ""
+        if os.access(file, os.W_OK)
+        else "Only root, or the host of the container, can write the file. "
+    )
 
 
 def swap() -> Iterator[Finding]:
-    """See whether idle memory can leave RAM by itself."""
+    """Check whether the kernel can swap idle memory out."""
     memory = proc.meminfo_kib()
     total, free = memory["SwapTotal"] * KiB, memory["SwapFree"] * KiB
     values = {"total": total, "free": free}
@@ -183,8 +187,8 @@ def swap() -> Iterator[Finding]:
         yield Finding(
             "swap",
             "good",
-            f"There are {format_size(total)} of swap, {format_size(free)} of them free.",
-            "Idle memory can leave RAM before it is discarded.",
+            f"Swap has {format_size(total)}, of which {format_size(free)} is free.",
+            "The kernel can swap idle memory out.",
             values=values,
         )
         return
@@ -192,11 +196,11 @@ def swap() -> Iterator[Finding]:
         "swap",
         "missing",
         "There is no swap.",
-        "What was touched stays in RAM until it is discarded, decommitted or released; "
-        "discard(lazy=True) lets the kernel take it all the same.",
+        "Touched memory stays in RAM until it is discarded, decommitted or released. "
+        "discard(lazy=True) lets the kernel reclaim it without swap.",
         "fallocate -l 4G /swapfile && chmod 600 /swapfile && mkswap /swapfile && swapon /swapfile",
-        "Idle memory can leave RAM, and the commit limit rises by as much.",
-        "What was swapped out costs a disk's time to touch again.",
+        "The kernel can swap idle memory out, and the commit limit rises by 4 GiB.",
+        "Touching memory that was swapped out waits for the disk.",
         values,
     )
 

@@ -1,4 +1,4 @@
-"""Which sizes of pages there are, and who may take them back."""
+"""Checks of the page sizes, and of a hypervisor that may reclaim memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,29 +14,31 @@ _HUGETLB = _MM / "hugepages"
 
 
 def transparent_huge_pages() -> Iterator[Finding]:
-    """See the switches of each size (Documentation/admin-guide/mm/transhuge.rst)."""
+    """Check the setting of each size (Documentation/admin-guide/mm/transhuge.rst)."""
     general = chosen(_THP / "enabled")
     settings, largest = thp_settings(), thp_size()
     if general is None or largest is None:
-        _MM.stat()  # a /sys that is not there is another matter than a kernel without them
+        _MM.stat()  # raises if /sys is missing, which says nothing about the kernel
         yield Finding(
             "transparent huge pages",
             "missing",
-            f"There is no {_THP}: this kernel was built without them.",
+            f"The kernel was built without transparent huge pages: there is no {_THP}.",
             'huge_pages="prefer" is refused.',
             "build the kernel with CONFIG_TRANSPARENT_HUGEPAGE=y",
-            f"First touch of {format_size(2 * MiB)} is one fault, not {2 * MiB // (4 * KiB)}.",
+            f"First touch of {format_size(2 * MiB)} takes one page fault instead of "
+            f"{2 * MiB // (4 * KiB)}.",
             values={"settings": {}},
             command=False,
         )
         return
     yield _largest_thp(general, settings[largest], largest)
-    yield _small_thp({size: how for size, how in settings.items() if size < largest}, largest)
+    smaller = {size: setting for size, setting in settings.items() if size < largest}
+    yield _small_thp(smaller, largest)
 
 
 def _largest_thp(general: str, setting: str, size: int) -> Finding:
     topic, own = "transparent huge pages", _switch(size)
-    # Without a switch of its own a size follows the general one.
+    # A size without a switch of its own follows the general one.
     switch = own if chosen(own) not in {None, "inherit"} else _THP / "enabled"
     values = {
         "general": general,
@@ -48,10 +50,10 @@ def _largest_thp(general: str, setting: str, size: int) -> Finding:
         return Finding(
             topic,
             "missing",
-            "They are switched off for this process (prctl PR_SET_THP_DISABLE, or a parent's).",
+            "This process or an ancestor disabled them (prctl PR_SET_THP_DISABLE).",
             'huge_pages="prefer" gets small pages.',
-            "start the process from one that did not switch them off",
-            f"What is set holds: {setting}.",
+            "start the process from a parent that has not disabled them",
+            f"The system's setting applies: {setting}.",
             values=values,
             command=False,
         )
@@ -62,54 +64,54 @@ def _largest_thp(general: str, setting: str, size: int) -> Finding:
             f"Pages of {format_size(size)} are set to never.",
             'huge_pages="prefer" gets small pages.',
             f"echo madvise > {switch}",
-            f'Regions with huge_pages="prefer" take {format_size(size)} with one fault, which '
-            "costs a fraction of so many small ones: see pyreserve costs.",
-            "A huge page is in memory as a whole, used or not.",
+            f'In regions with huge_pages="prefer" one page fault brings {format_size(size)}; '
+            "pyreserve costs measures the gain.",
+            "A huge page takes memory as a whole, used or not.",
             values,
         )
     return Finding(
         topic,
         "good",
         f"Pages of {format_size(size)} are set to {setting}.",
-        'Regions with huge_pages="prefer" get them where a whole aligned one is committed.'
+        'Regions with huge_pages="prefer" get them where a whole aligned page is committed.'
         if setting == "madvise"
-        else 'All regions get them, but for those with huge_pages="never".',
+        else 'All regions get them, except those with huge_pages="never".',
         values=values,
     )
 
 
 def _small_thp(settings: dict[int, str], largest: int) -> Finding:
     topic = "small THP"
-    values = {"settings": {str(size): how for size, how in settings.items()}}
-    allowed = [size for size, how in settings.items() if how != "never"]
+    values = {"settings": {str(size): setting for size, setting in settings.items()}}
+    allowed = [size for size, setting in settings.items() if setting != "never"]
     if allowed:
         return Finding(
             topic,
             "good",
-            f"Also set: {', '.join(f'{format_size(n)} {settings[n]}' for n in allowed)}.",
+            f"Enabled: {', '.join(f'{format_size(n)} ({settings[n]})' for n in allowed)}.",
             'huge_pages="prefer" gets them where no larger page fits.',
             values=values,
         )
     if settings:
-        wish = 64 * KiB if 64 * KiB in settings else min(settings)
+        suggested = 64 * KiB if 64 * KiB in settings else min(settings)
         return Finding(
             topic,
             "missing",
-            f"The sizes from {format_size(min(settings))} to {format_size(max(settings))} are set "
-            "to never.",
-            f"Less than {format_size(largest)} is touched page by page.",
-            f"echo madvise > {_switch(wish)}",
-            f'With huge_pages="prefer" first touch of {format_size(wish)} is one fault.',
-            "Such a page is in memory as a whole, used or not.",
+            f"Pages of {format_size(min(settings))} to {format_size(max(settings))} are set to "
+            "never.",
+            f"Ranges below {format_size(largest)} take one fault per OS page.",
+            f"echo madvise > {_switch(suggested)}",
+            f'With huge_pages="prefer" one page fault brings {format_size(suggested)}.',
+            "Such a page takes memory as a whole, used or not.",
             values,
         )
     return Finding(
         topic,
         "missing",
-        f"Transparent huge pages have the one size of {format_size(largest)} here.",
-        f"Less than {format_size(largest)} is touched page by page.",
+        f"This kernel has transparent huge pages of {format_size(largest)} only.",
+        f"Ranges below {format_size(largest)} take one fault per OS page.",
         "boot Linux 6.8 or later",
-        "Each size has a switch of its own.",
+        "Smaller sizes exist, each with its own setting.",
         values=values,
         command=False,
     )
@@ -120,7 +122,7 @@ def _switch(size: int) -> Path:
 
 
 def hugetlb() -> Iterator[Finding]:
-    """See the pools of huge pages (Documentation/admin-guide/mm/hugetlbpage.rst)."""
+    """Check the pools of huge pages (Documentation/admin-guide/mm/hugetlbpage.rst)."""
     _MM.stat()
     free = hugetlb_free()
     values = {"free_pages": {str(size): pages for size, pages in free.items()}}
@@ -138,19 +140,19 @@ def hugetlb() -> Iterator[Finding]:
         yield Finding(
             "hugetlb pools",
             "missing",
-            f"No page of the pools is free ({', '.join(format_size(n) for n in free)}).",
-            "pyreserve costs leaves hugetlb pages out; regions do not need them.",
+            f"The pools ({', '.join(format_size(n) for n in free)}) have no free page.",
+            "pyreserve costs leaves hugetlb pages out; regions do not use them.",
             f"echo 64 > {_HUGETLB}/hugepages-{size // KiB}kB/nr_hugepages",
             "pyreserve costs --full measures them.",
-            f"{format_size(64 * size)} are then of no use for anything else.",
+            f"Nothing else can use these {format_size(64 * size)}.",
             values,
         )
     else:
         yield Finding(
             "hugetlb pools",
             "missing",
-            f"There is no {_HUGETLB}: this kernel was built without them.",
-            "pyreserve costs leaves hugetlb pages out; regions do not need them.",
+            f"The kernel was built without hugetlb pages: there is no {_HUGETLB}.",
+            "pyreserve costs leaves hugetlb pages out; regions do not use them.",
             "build the kernel with CONFIG_HUGETLBFS=y",
             "pyreserve costs --full measures them.",
             values=values,
@@ -159,8 +161,8 @@ def hugetlb() -> Iterator[Finding]:
 
 
 def host() -> Iterator[Finding]:
-    """See whether a hypervisor gives the memory, and may take idle memory back."""
-    Path("/sys/bus").stat()  # where a balloon would show
+    """Check for a hypervisor, and for a balloon by which it reclaims idle memory."""
+    Path("/sys/bus").stat()  # raises if /sys is missing: a balloon would be listed there
     facts = machine.facts()
     virtualised, balloon = facts["virtualised"], facts["balloon"]
     values = {"virtualised": virtualised, "balloon": balloon}
@@ -170,10 +172,10 @@ def host() -> Iterator[Finding]:
             "host",
             "limited",
             f"This is a virtual machine{known} with a balloon.",
-            "The host may take back what was discarded; first touch then costs many times as "
-            "much, and pyreserve costs shows it apart (host cold).",
-            "on the host: a balloon without free page reporting, or none",
-            "Memory that was used once stays quick to touch.",
+            "The host may reclaim discarded memory. First touch then costs many times as much; "
+            "pyreserve costs lists such samples separately (cold host).",
+            "on the host: remove the balloon or its free page reporting",
+            "Memory that was used once stays fast to touch.",
             "The host can't give the memory to other machines.",
             values,
             command=False,
@@ -182,10 +184,10 @@ def host() -> Iterator[Finding]:
     yield Finding(
         "host",
         "good",
-        "No hypervisor shows itself."
+        "No hypervisor was detected."
         if virtualised == "no"
         else f"This is a virtual machine{known} without a balloon.",
-        "What was discarded stays with this machine.",
+        "Discarded memory stays with this machine.",
         values=values,
     )
 

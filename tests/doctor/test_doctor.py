@@ -1,4 +1,4 @@
-"""The diagnosis: on this kernel with /proc as witness, and where settings are made up."""
+"""Diagnoses: of this machine, checked against /proc, and with simulated settings."""
 
 import dataclasses
 import json
@@ -20,8 +20,16 @@ import pyreserve
 from pyreserve import PAGE_SIZE, KiB, MiB
 from pyreserve._system import proc
 from pyreserve.cli import doctor_screen
-from pyreserve.doctor import STATES, Diagnosis, Finding, diagnose, features, memory, pages
-from pyreserve.doctor import surroundings as around
+from pyreserve.doctor import (
+    STATES,
+    Diagnosis,
+    Finding,
+    diagnose,
+    features,
+    memory,
+    pages,
+    surroundings,
+)
 from pyreserve.doctor.findings import examine
 
 COMMAND = [sys.executable, "-m", "pyreserve", "doctor"]
@@ -29,13 +37,13 @@ LIMITS = {"-v": 4_000_000, "-d": 3_000_000, "-l": 64, "-s": 4096, "-c": 0}  # as
 
 
 def environment() -> dict[str, str]:
-    """The environment without what changes how terminals are written to."""
-    meddling = ("COLOR", "COLUMNS", "LINES", "TTY", "TERM", "GITHUB_ACTIONS")
-    return {k: v for k, v in os.environ.items() if not any(word in k for word in meddling)}
+    """The environment without variables that change terminal output."""
+    excluded = ("COLOR", "COLUMNS", "LINES", "TTY", "TERM", "GITHUB_ACTIONS")
+    return {k: v for k, v in os.environ.items() if not any(word in k for word in excluded)}
 
 
 def run(shell: str, *before: str, arguments: str = "--json") -> subprocess.CompletedProcess[str]:
-    """Run the command after a line of shell, under another command if one is given."""
+    """Run the command after a line of shell, under the command `before` if given."""
     return subprocess.run(
         [*before, "sh", "-c", f'{shell} && exec "$@"', "sh", *COMMAND, *arguments.split()],
         capture_output=True,
@@ -45,7 +53,7 @@ def run(shell: str, *before: str, arguments: str = "--json") -> subprocess.Compl
     )
 
 
-def told(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+def findings_of(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
     """The findings that a run printed as JSON, by topic."""
     assert (done.returncode, done.stderr) == (0, "")
     return {finding["topic"]: finding for finding in json.loads(done.stdout)["findings"]}
@@ -53,14 +61,16 @@ def told(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def here() -> Diagnosis:
-    """What is found in this process."""
+    """The diagnosis of this process."""
     return diagnose()
 
 
 @pytest.fixture(scope="module")
 def limited() -> dict[str, dict[str, Any]]:
-    """What is found in a process behind ulimit, hard limits too."""
-    return told(run(" && ".join(f"ulimit {option} {value}" for option, value in LIMITS.items())))
+    """The findings of a process under ulimit, which sets soft and hard limits."""
+    return findings_of(
+        run(" && ".join(f"ulimit {option} {value}" for option, value in LIMITS.items()))
+    )
 
 
 def only(findings: Iterator[Finding]) -> Finding:
@@ -80,7 +90,7 @@ class TestDiagnosis:
         assert sum(here.counts().values()) == len(topics)
 
     def test_the_limits_of_errors_have_findings(self, here: Diagnosis) -> None:
-        """What a VMError names as its limit can be looked up; what there is not, can't."""
+        """Each limit that a VMError can name is a topic; an unknown topic raises KeyError."""
         for limit in (
             "RLIMIT_AS",
             "RLIMIT_DATA",
@@ -94,7 +104,7 @@ class TestDiagnosis:
             here.about("no such topic")
 
     def test_what_limits_says_what_to_change(self, here: Diagnosis) -> None:
-        """Whatever is limited or missing names a change and its effect, in sentences."""
+        """Limited and missing findings name a change and its effect; texts are sentences."""
         for finding in here.findings:
             assert re.fullmatch(r".*\.", finding.fact)
             assert re.fullmatch(r".*\.", finding.allows)
@@ -102,32 +112,32 @@ class TestDiagnosis:
             assert finding.state == "good" or finding.change
 
     def test_commands_are_a_shells(self, here: Diagnosis) -> None:
-        """A change that is a command is one that sh can read."""
+        """sh parses each change that is marked as a command."""
         for finding in here.findings:
             if finding.change is not None and finding.command:
                 subprocess.run(["sh", "-n", "-c", finding.change], check=True)
 
     def test_the_json_has_all_of_it(self, here: Diagnosis) -> None:
-        """JSON says its version, and gives back the findings as they are."""
-        found = json.loads(here.to_json())
+        """The JSON has its schema version, and the findings can be rebuilt from it."""
+        data = json.loads(here.to_json())
 
-        assert found["schema"] == 1
-        assert found["pid"] == os.getpid()
-        assert found["counts"] == here.counts()
-        assert tuple(Finding(**finding) for finding in found["findings"]) == here.findings
+        assert data["schema"] == 1
+        assert data["pid"] == os.getpid()
+        assert data["counts"] == here.counts()
+        assert tuple(Finding(**finding) for finding in data["findings"]) == here.findings
 
     def test_a_finding_does_not_change(self, here: Diagnosis) -> None:
-        """Findings are frozen, and can be put into a set."""
+        """Findings are frozen and hashable."""
         with pytest.raises(dataclasses.FrozenInstanceError):
             here.findings[0].topic = "other"  # type: ignore[misc]
         assert len(set(here.findings)) == len(here.findings)
 
 
 class TestFacts:
-    """What is said of this process is what it finds itself."""
+    """Findings about this process agree with what the kernel does."""
 
     def test_the_largest_reservation(self) -> None:
-        """So much can be reserved in one piece, but for what comes and goes, and no more."""
+        """The largest reservation succeeds, within 1/64, and a larger one fails."""
         most = diagnose().about("address space").values["largest_reservation"]
 
         pyreserve.reserve(most - most // 64).release()
@@ -135,7 +145,7 @@ class TestFacts:
             pyreserve.reserve(most + most // 64)
 
     def test_map_entries(self) -> None:
-        """Entries are counted as /proc/self/maps has them, and a piece apart takes two."""
+        """Map entries are counted as in /proc/self/maps; a separate range takes two."""
         with pyreserve.reserve(64 * PAGE_SIZE, guard=True) as region:
             diagnose()
             before = diagnose().about("max_map_count").values
@@ -148,7 +158,7 @@ class TestFacts:
         assert 19 <= before["pieces"] - after["pieces"] <= 22
 
     def test_accounting(self, here: Diagnosis) -> None:
-        """Mode and limits of overcommit are the kernel's."""
+        """The mode and limits of overcommit agree with /proc."""
         values = here.about("overcommit").values
 
         assert values["mode"] == int(Path("/proc/sys/vm/overcommit_memory").read_text())
@@ -158,37 +168,37 @@ class TestFacts:
         assert swap.values["total"] == proc.meminfo_kib()["SwapTotal"] * KiB
 
     def test_features_are_the_capabilities(self, here: Diagnosis) -> None:
-        """A feature is good exactly where it was found to work."""
+        """A feature is good exactly if its capability is true."""
         offered = pyreserve.capabilities()
 
         for feature in features._FEATURES:
             assert (here.about(feature.topic).state == "good") == getattr(offered, feature.field)
 
     def test_names_in_maps(self, here: Diagnosis) -> None:
-        """Where names are called good, a region's name shows."""
+        """A region's name appears in /proc/self/maps exactly if names are good."""
         with pyreserve.reserve(PAGE_SIZE, name="doctor"):
             shows = any(mapping.name == "[anon:doctor]" for mapping in proc.read_maps())
 
         assert shows == (here.about("names in maps").state == "good")
 
     def test_where_core_dumps_go(self, here: Diagnosis) -> None:
-        """The pattern is the kernel's."""
+        """The core pattern agrees with /proc."""
         pattern = Path("/proc/sys/kernel/core_pattern").read_text().strip()
 
         assert here.about("core dumps").values["core_pattern"] == pattern
 
     def test_extras(self, here: Diagnosis) -> None:
-        """An extra is good if all that it asks for is installed; developers' own are left out."""
+        """Extras list the installed versions; developer extras are left out."""
         topics = [f.topic for f in here.findings if f.topic.startswith("extra ")]
 
         assert {"extra cli", "extra numpy", "extra plot", "extra pyperf"} <= set(topics)
         assert not {"extra dev", "extra test", "extra bench"} & set(topics)
-        for name, has in here.about("extra cli").values.items():
-            assert has == metadata.version(name)
+        for name, version in here.about("extra cli").values.items():
+            assert version == metadata.version(name)
 
 
 class TestLimits:
-    """Behind ulimit, as in a shell."""
+    """Findings under limits that ulimit sets in a shell."""
 
     @pytest.mark.parametrize(
         ("topic", "option"), [("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d"), ("RLIMIT_CORE", "-c")]
@@ -196,18 +206,19 @@ class TestLimits:
     def test_it_names_limit_and_change(
         self, topic: str, option: str, limited: dict[str, dict[str, Any]]
     ) -> None:
-        """A limit is found as it was set, with the command that lifts it."""
+        """A finding has the limit that was set and the command that lifts it."""
         finding = limited["core dumps" if option == "-c" else topic]
 
         if option == "-c" and finding["values"]["core_pattern"].startswith("|"):
             pytest.skip("core dumps go to a program, whatever their limit")
         assert finding["state"] == "limited"
-        assert f"{topic} (ulimit {option})" in finding["fact"]
+        assert topic in f"{finding['topic']}: {finding['fact']}"
+        assert f"(ulimit {option}) is " in finding["fact"]
         assert finding["values"]["limit"] == LIMITS[option] * KiB
         assert finding["change"] == f"ulimit {option} unlimited"
 
     def test_locked_memory(self, limited: dict[str, dict[str, Any]]) -> None:
-        """RLIMIT_MEMLOCK limits all but who may lock whatever they like."""
+        """RLIMIT_MEMLOCK limits processes without CAP_IPC_LOCK."""
         finding = limited["RLIMIT_MEMLOCK"]
 
         assert finding["values"]["limit"] == LIMITS["-l"] * KiB
@@ -217,15 +228,15 @@ class TestLimits:
             assert (finding["state"], finding["change"]) == ("limited", "ulimit -l unlimited")
 
     def test_a_hard_limit_takes_root(self, limited: dict[str, dict[str, Any]]) -> None:
-        """Who can't raise a hard limit is told so."""
-        told_so = "hard limit" in (limited["RLIMIT_AS"]["risk"] or "")
+        """The risk names the hard limit for a process without CAP_SYS_RESOURCE."""
+        warns = "hard limit" in (limited["RLIMIT_AS"]["risk"] or "")
 
-        assert told_so != proc.capable(24)
+        assert warns != proc.capable(24)
 
     def test_the_reservation_is_what_the_limit_leaves(
         self, limited: dict[str, dict[str, Any]]
     ) -> None:
-        """Under RLIMIT_AS the largest reservation is the rest of it."""
+        """Under RLIMIT_AS the largest reservation is the unused part of the limit."""
         values = limited["RLIMIT_AS"]["values"]
 
         most = limited["address space"]["values"]["largest_reservation"]
@@ -233,34 +244,34 @@ class TestLimits:
         assert limited["RLIMIT_STACK"]["values"] == {"limit": LIMITS["-s"] * KiB}
 
     def test_the_change_has_the_effect(self) -> None:
-        """After the command that it names the limit is gone."""
-        before = told(run("ulimit -S -v 4000000"))["RLIMIT_AS"]
-        after = told(run(f"ulimit -S -v 4000000 && {before['change']}"))["RLIMIT_AS"]
+        """The command that a finding names lifts the limit."""
+        before = findings_of(run("ulimit -S -v 4000000"))["RLIMIT_AS"]
+        after = findings_of(run(f"ulimit -S -v 4000000 && {before['change']}"))["RLIMIT_AS"]
 
         assert (before["state"], after["state"]) == ("limited", "good")
 
     def test_where_sys_is_empty(self) -> None:
-        """In a namespace with an empty /sys it says what can't be read, and names the namespace."""
+        """With an empty /sys the findings name the unreadable files and the namespace."""
         if shutil.which("unshare") is None:
             pytest.skip("no unshare here")
         done = run("mount -t tmpfs none /sys", "unshare", "--map-root-user", "--mount")
         if "unshare" in done.stderr or "mount:" in done.stderr:
-            pytest.skip("no namespace to be had here")
+            pytest.skip("namespaces are unavailable here")
 
-        found = told(done)
+        findings = findings_of(done)
 
         for topic in ("cgroup limit", "transparent huge pages", "hugetlb pools", "host"):
-            assert found[topic]["state"] == "limited"
-            assert "can't be read here: /sys" in found[topic]["fact"]
-        assert "user" in found["container"]["values"]["namespaces"]
-        assert found["other processes"]["values"]["cap_sys_ptrace"] is False
+            assert findings[topic]["state"] == "limited"
+            assert "can't be read here: /sys" in findings[topic]["fact"]
+        assert "user" in findings["container"]["values"]["namespaces"]
+        assert findings["other processes"]["values"]["cap_sys_ptrace"] is False
 
 
 class TestOtherMachines:
-    """Settings that this machine does not have, by what reads them."""
+    """Settings of other machines, simulated in the readers of /proc and /sys."""
 
     def test_strict_overcommit(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In mode 2 the rest of the commit limit is what there is, in both modes of accounting."""
+        """In overcommit mode 2 the unused commit limit bounds commits in both modes."""
         settings = {
             "overcommit_memory": 2,
             "overcommit_ratio": 50,
@@ -280,9 +291,9 @@ class TestOtherMachines:
         assert "vm.overcommit_ratio=50" in finding.fact
         assert finding.change == "sysctl -w vm.overcommit_memory=0"
 
-    @pytest.mark.parametrize(("mode", "words"), [(0, "beyond 8 GiB at once"), (1, "OOM killer")])
+    @pytest.mark.parametrize(("mode", "words"), [(0, "refused above 8 GiB"), (1, "OOM killer")])
     def test_loose_overcommit(self, mode: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In modes 0 and 1 there is nothing to change."""
+        """In overcommit modes 0 and 1 the finding is good and names no change."""
         sizes = dict.fromkeys(("Committed_AS", "CommitLimit", "SwapTotal"), 0)
         monkeypatch.setattr(proc, "vm_setting", lambda name: mode)
         monkeypatch.setattr(proc, "meminfo_kib", lambda: {**sizes, "MemTotal": 8 * MiB})
@@ -293,7 +304,7 @@ class TestOtherMachines:
         assert words in finding.allows
 
     def test_map_entries_almost_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where few entries are left it says how many pieces, and by what to raise them."""
+        """With few map entries left, the finding names the ranges left and the command."""
         monkeypatch.setattr(proc, "vm_setting", lambda name: 65530)
         monkeypatch.setattr(proc, "map_count", lambda: 65500)
 
@@ -302,17 +313,17 @@ class TestOtherMachines:
         assert finding.state == "limited"
         assert "About 15 more" in finding.allows
         assert finding.change == "sysctl -w vm.max_map_count=262144"
-        assert finding.effect == "About 98,322 pieces."
+        assert finding.effect == "About 98,322 more separate ranges can be committed."
 
     @pytest.mark.parametrize("version", [1, 2])
     def test_a_cgroup_limit(
         self, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The tightest group of either version is named by its file, with what lifts its limit."""
+        """The cgroup, v1 or v2, that leaves the least memory is named, with its command."""
         _, limit, use, cache = proc._CGROUPS[2 - version]
-        for name, most in (("inner", 300 * MiB), ("outer", 200 * MiB)):
+        for name, size in (("inner", 300 * MiB), ("outer", 200 * MiB)):
             (tmp_path / name).mkdir()
-            (tmp_path / name / limit).write_text(f"{most}\n")
+            (tmp_path / name / limit).write_text(f"{size}\n")
             (tmp_path / name / use).write_text(f"{100 * MiB}\n")
             (tmp_path / name / "memory.stat").write_text(f"{cache}{50 * MiB}\n")
         if version == 2:
@@ -323,28 +334,30 @@ class TestOtherMachines:
         ]
         monkeypatch.setattr(proc, "memory_cgroups", lambda: iter(groups))
 
-        found = {finding.topic: finding for finding in memory.cgroup_limit()}
+        findings = {finding.topic: finding for finding in memory.cgroup_limit()}
 
-        hard, file = found["cgroup limit"], tmp_path / "outer" / limit
+        hard, file = findings["cgroup limit"], tmp_path / "outer" / limit
         assert hard.change == f"echo {'max' if version == 2 else -1} > {file}"
-        assert "Touching 150 MiB more" in hard.allows
+        assert "150 MiB more can be touched" in hard.allows
         assert hard.values == {"file": str(file), "limit": 200 * MiB, "used": 50 * MiB}
-        assert ("cgroup high" in found) == (version == 2)
+        assert ("cgroup high" in findings) == (version == 2)
         if version == 2:
-            assert found["cgroup high"].change == f"echo max > {tmp_path}/inner/memory.high"
+            assert findings["cgroup high"].change == f"echo max > {tmp_path}/inner/memory.high"
 
     def test_no_cgroup_limit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A limit that is none, in either version's words, is good."""
+        """An unlimited cgroup, v1 or v2, is good."""
         groups = []
-        for (_, limit, use, cache), none in zip(proc._CGROUPS, ("max", 2**63 - 4096), strict=True):
-            (tmp_path / limit).write_text(f"{none}\n")
+        for (_, limit, use, cache), unlimited in zip(
+            proc._CGROUPS, ("max", 2**63 - 4096), strict=True
+        ):
+            (tmp_path / limit).write_text(f"{unlimited}\n")
             groups.append(proc.MemoryCgroup(tmp_path, limit, use, cache))
         monkeypatch.setattr(proc, "memory_cgroups", lambda: iter(groups))
 
         assert only(memory.cgroup_limit()).state == "good"
 
     def test_locked_memory_without_the_capability(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Without CAP_IPC_LOCK RLIMIT_MEMLOCK counts."""
+        """RLIMIT_MEMLOCK applies without CAP_IPC_LOCK."""
         monkeypatch.setattr(proc, "capable", lambda capability: False)
         monkeypatch.setattr(resource, "getrlimit", lambda which: (8 * MiB, 8 * MiB))
 
@@ -370,13 +383,13 @@ class TestOtherMachines:
         change: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """What is missing is put down to an old kernel, a filter, or its configuration."""
+        """A missing feature is attributed to an old kernel, a filter or the configuration."""
         offered = dataclasses.replace(pyreserve.capabilities(), mseal=False)
         monkeypatch.setattr(features, "capabilities", lambda: offered)
         monkeypatch.setattr(platform, "release", lambda: release)
         monkeypatch.setattr(proc, "status", lambda: {"Seccomp": seccomp})
 
-        (finding,) = [found for found in features.features() if found.topic == "mseal"]
+        (finding,) = [item for item in features.features() if item.topic == "mseal"]
 
         assert finding.state == "missing"
         assert fact in finding.fact
@@ -387,7 +400,7 @@ class TestOtherMachines:
     def test_huge_pages_that_are_never_had(
         self, own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The switch that is named is the one that decides: the size's own, or the general one."""
+        """The command writes the switch that applies: that of the size, or the general one."""
         (tmp_path / "hugepages-2048kB").mkdir()
         (tmp_path / "hugepages-2048kB/enabled").write_text(
             " ".join(f"[{w}]" if w == own else w for w in ("always", "inherit", "madvise", "never"))
@@ -403,7 +416,7 @@ class TestOtherMachines:
 
     @pytest.mark.parametrize("scope", [None, 0, 1, 2, 3])
     def test_yama(self, scope: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Yama keeps nobody from reading mappings, whatever its scope."""
+        """No scope of Yama restricts reading mappings."""
 
         def setting(name: str) -> str:
             if scope is None:
@@ -412,21 +425,21 @@ class TestOtherMachines:
 
         monkeypatch.setattr(proc, "kernel_setting", setting)
 
-        finding = only(around.ptrace_scope())
+        finding = only(surroundings.ptrace_scope())
 
         assert (finding.state, finding.values["ptrace_scope"]) == ("good", scope)
 
     def test_an_extra_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """An extra names what of it is missing, and what brings it."""
+        """A missing extra names its missing packages and the pip command."""
         lines = ['no-such-thing>=1; extra == "plot"', 'rich>=13; extra == "cli"', "cffi>=1.17"]
-        monkeypatch.setattr(around, "requires", lambda name: lines)
+        monkeypatch.setattr(surroundings, "requires", lambda name: lines)
 
-        found = {finding.topic: finding for finding in around.extras()}
+        findings = {finding.topic: finding for finding in surroundings.extras()}
 
-        assert found["extra plot"].state == "missing"
-        assert found["extra plot"].change == "pip install 'pyreserve[plot]'"
-        assert "no-such-thing" in found["extra plot"].fact
-        assert found["extra cli"].state == "good"
+        assert findings["extra plot"].state == "missing"
+        assert findings["extra plot"].change == "pip install 'pyreserve[plot]'"
+        assert "no-such-thing" in findings["extra plot"].fact
+        assert findings["extra cli"].state == "good"
 
     @pytest.mark.parametrize(
         ("error", "words"),
@@ -437,18 +450,18 @@ class TestOtherMachines:
         ],
     )
     def test_what_cannot_be_read(self, error: Exception, words: str) -> None:
-        """What a check can't read is a finding, behind what it has found before."""
+        """A check that fails yields its earlier findings, then one that names the error."""
         first = Finding("a", "good", "It is so.", "All.")
 
         def check() -> Iterator[Finding]:
             yield first
             raise error
 
-        found = list(examine("b", check))
+        findings = list(examine("b", check))
 
-        assert found[0] == first
-        assert (found[1].topic, found[1].state) == ("b", "limited")
-        assert words in found[1].fact
+        assert findings[0] == first
+        assert (findings[1].topic, findings[1].state) == ("b", "limited")
+        assert words in findings[1].fact
 
 
 def squeezed(text: str) -> str:
@@ -459,12 +472,12 @@ def squeezed(text: str) -> str:
 class TestScreen:
     @pytest.fixture
     def shown(self, here: Diagnosis, capsys: pytest.CaptureFixture[str]) -> str:
-        """What the screen shows of it, in a pipe."""
+        """The screen of the diagnosis, written to a pipe."""
         doctor_screen.show(here)
         return capsys.readouterr().out
 
     def test_nothing_is_cut_at_80_columns(self, here: Diagnosis, shown: str) -> None:
-        """All words of all findings are there, in lines of 80 columns."""
+        """The screen has all texts of all findings, in lines of at most 80 columns."""
         assert max(map(len, shown.splitlines())) <= 80
         text = squeezed(shown)
         for finding in here.findings:
@@ -472,7 +485,7 @@ class TestScreen:
                 assert words is None or squeezed(words) in text
 
     def test_the_last_line_counts(self, here: Diagnosis, shown: str) -> None:
-        """The last line says how many are good, limited and missing."""
+        """The last line counts the good, limited and missing findings."""
         counts = here.counts()
 
         assert shown.splitlines()[-1] == (
@@ -480,7 +493,7 @@ class TestScreen:
         )
 
     def test_a_broken_command_is_the_same_command(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """A long command is broken so that a shell reads it as it was."""
+        """A shell reads a command that is broken over lines as the original one."""
         words = [f"word-{n}" for n in range(40)]
         finding = Finding("a", "limited", "It is.", "No.", f"echo {' '.join(words)}", "More.")
         doctor_screen.show(Diagnosis(None, "6.1", "x86_64", "3.12", 1, (finding,)))
@@ -489,13 +502,13 @@ class TestScreen:
         command = re.search(r"^change(.*)^effect", out, re.MULTILINE | re.DOTALL)
 
         assert command is not None
-        said = subprocess.run(
+        output = subprocess.run(
             ["sh", "-c", command[1]], capture_output=True, text=True, check=True
         ).stdout
-        assert said.split() == words
+        assert output.split() == words
 
     def test_the_command(self) -> None:
-        """The command ends with status 0 and the counts, without colours in a pipe."""
+        """The command exits with 0, prints the counts, and no colours to a pipe."""
         done = run("true", arguments="")
 
         assert (done.returncode, done.stderr) == (0, "")
