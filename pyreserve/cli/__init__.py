@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command; what it needs is imported here and not with the library."""
+    """Run the command. Its dependencies are imported here, not with the library."""
     try:
         from pyreserve.cli.app import app  # noqa: PLC0415
 
@@ -13,7 +13,7 @@ def main() -> None:
         if missing.name not in {"typer", "rich"}:
             raise
         sys.exit("pyreserve: the command needs typer and rich: pip install 'pyreserve[cli]'")
-    except KeyboardInterrupt:  # before the command was there to hear it
+    except KeyboardInterrupt:  # before the command handles it itself
         sys.exit(130)
     except MemoryError:
-        sys.exit("pyreserve: not even enough memory to start: see ulimit -v")
+        sys.exit("pyreserve: not enough memory to start; see ulimit -v")

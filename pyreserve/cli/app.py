@@ -1,4 +1,4 @@
-"""Options and exit statuses. What a command finds out and how it looks are in its own modules."""
+"""Options and exit statuses of all commands; their work and screens are in their own modules."""
 
 import math
 import os
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from pyreserve.costs import CostTable
 
 _FULL_BUDGET = 600.0  # seconds
-_PICTURE = ("matplotlib", "plot")  # what --plot needs, and the extra that brings it
+_INTERRUPTED = 130  # the status that a shell reports after Ctrl-C
+_PICTURE = ("matplotlib", "plot")  # the package that --plot needs, and its extra
 
 app = typer.Typer(
-    help="Reserve virtual memory, and see what that does to a process.",
+    help="Reserve virtual memory, measure its costs and explain address spaces.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
 _BARE = {"--hold": "inf", "--watch": "1"}
-"""Options that may stand without their number, and what they mean then."""
+"""Options whose number may be omitted, and its default."""
 
 
 class _BareOptions(TyperCommand):
-    """A command with options of `_BARE`."""
+    """A command whose options in `_BARE` may be given without a number."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         complete: list[str] = []
@@ -75,7 +75,7 @@ def _version(wanted: bool) -> None:
         try:
             typer.echo(f"pyreserve {version('pyreserve')}")
         except PackageNotFoundError:
-            typer.echo("pyreserve, not installed")
+            typer.echo("pyreserve (not installed)")
         raise typer.Exit
 
 
@@ -91,37 +91,41 @@ def _pyreserve(
 def vsz(
     *,
     layout: Annotated[
-        str | None, typer.Option(help="Which layout to reserve.", metavar="NAME")
+        str | None, typer.Option(help="The layout to reserve.", metavar="NAME")
     ] = None,
-    list_layouts: Annotated[bool, typer.Option("--list", help="List the layouts.")] = False,
+    list_layouts: Annotated[bool, typer.Option("--list", help="List all layouts.")] = False,
     size: Annotated[
         int | None,
-        typer.Option(parser=_size, metavar="SIZE", help="Bytes of arena, for --layout native."),
+        typer.Option(parser=_size, metavar="SIZE", help="Size of the arena, with --layout native."),
     ] = None,
     touch: Annotated[
         int | None,
         typer.Option(
             parser=_touch_size,
             metavar="SIZE",
-            help="Commit and touch so much arena beyond the runtime's first MiB; a plain number "
-            "counts MiB.",
+            help="Commit and touch SIZE more of the arena than the runtime's first MiB. A plain "
+            "number counts MiB.",
         ),
     ] = None,
     hold: Annotated[
         float | None,
         typer.Option(
             metavar="[SECONDS]",
-            help="Stay alive, to be looked at with ps, top, smem and /proc; Ctrl-C ends it.",
+            help="Keep the process alive for SECONDS, or until Ctrl-C, so that ps, top, smem and "
+            "/proc can show it.",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a screen.")] = False,
 ) -> None:
-    """Make the article's 136 GiB, show what it is made of, and say why it is no leak."""
+    """Reserve a Go program's 136 GiB and explain its VSZ.
+
+    Prints this command's sizes before and after, and the mappings that make the difference.
+    """
     from pyreserve.cli import screen  # noqa: PLC0415
     from pyreserve.cli.report import VszRun  # noqa: PLC0415
 
     if hold is not None and not hold >= 0:
-        msg = f"--hold takes a number of seconds, not {hold}"
+        msg = f"--hold must be at least 0 seconds, got {hold}"
         raise typer.BadParameter(msg)
     if list_layouts:
         screen.list_layouts(as_json=json)
@@ -149,68 +153,76 @@ def costs(
     *,
     budget: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="How long to measure at most; 50 seconds by default."),
+        typer.Option(metavar="SECONDS", help="Time limit; 50 seconds by default."),
     ] = None,
     full: Annotated[
         bool,
         typer.Option(
             "--full",
-            help="Measure all page kinds, modes, thread counts and powers of two; takes 600 "
-            "seconds unless --budget says otherwise.",
+            help="Measure all page kinds, modes, thread counts and powers of two; the time limit "
+            "is 600 seconds by default.",
         ),
     ] = False,
     only: Annotated[
         str | None,
         typer.Option(
             metavar="VERB,...",
-            help="Measure these verbs alone, of reserve, commit, grow, guard, unguard, touch, "
+            help="Measure only these verbs: reserve, commit, grow, guard, unguard, touch, "
             "populate, collapse, discard, decommit, release, retouch, recommit, fork.",
         ),
     ] = None,
     longest: Annotated[
         int | None,
         typer.Option(
-            parser=_size, metavar="SIZE", help="Longest piece of memory, up to 1GiB, the default."
+            parser=_size,
+            metavar="SIZE",
+            help="Longest piece of memory; at most and by default 1GiB.",
         ),
     ] = None,
     json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")
+        Path | None, typer.Option(metavar="FILE", help="Write the results as JSON.")
     ] = None,
     csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the figures as CSV, a line a cell.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the results as CSV, one line per cell."),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png|.svg", help="Draw cost against length.")
     ] = None,
     pyperf: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write all samples for pyperf show and compare_to."),
+        typer.Option(
+            metavar="FILE", help="Write all samples for pyperf show and pyperf compare_to."
+        ),
     ] = None,
     compare: Annotated[
         Path | None,
-        typer.Option(metavar="OLD.json", help="Say what changed since a file of --json."),
+        typer.Option(metavar="OLD.json", help="Compare with a file written by --json."),
     ] = None,
 ) -> None:
-    """Measure what commit, touch, decommit and the rest cost on this machine, and what follows."""
+    """Measure the costs of memory operations and give advice.
+
+    Prints what commit, touch, discard, decommit and other verbs cost on this machine.
+    """
     from pyreserve import costs as laboratory  # noqa: PLC0415
     from pyreserve.cli import costs as command  # noqa: PLC0415
 
     if budget is not None and not 0 < budget < math.inf:
-        msg = f"--budget takes a positive number of seconds, not {budget}"
+        msg = f"--budget must be a positive number of seconds, got {budget}"
         raise typer.BadParameter(msg)
     verbs = None if only is None else [verb.strip() for verb in only.split(",") if verb.strip()]
     try:
         plan = laboratory.plan(full=full, only=verbs, longest=GiB if longest is None else longest)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    asked = (
+    requested = (
         (command.write_json, json, None),
         (command.write_csv, csv, None),
         (command.write_plot, plot, _PICTURE),
         (command.write_pyperf, pyperf, ("pyperf", "pyperf")),
     )
     outputs = []
-    for write, path, extra in asked:
+    for write, path, extra in requested:
         if path is not None:
             _check_output(path, extra)
             outputs.append((write, path))
@@ -227,57 +239,69 @@ def costs(
         if sys.stdout is not None:
             sys.stdout.flush()
     if not complete:
-        raise typer.Exit(130)  # as a shell says of what Ctrl-C ended
+        raise typer.Exit(_INTERRUPTED)
 
 
 @app.command(cls=_BareOptions)
 def explain(
     pid: Annotated[
-        int | None, typer.Argument(metavar="PID", help="The process; by default this command.")
+        int | None,
+        typer.Argument(
+            metavar="PID", help="The process to explain; by default this command itself."
+        ),
     ] = None,
     *,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a screen.")] = False,
-    top: Annotated[
-        int, typer.Option(metavar="N", min=0, help="How many of the largest mappings to list.")
-    ] = 10,
+    top: Annotated[int, typer.Option(metavar="N", min=0, help="List the N largest mappings.")] = 10,
     maps: Annotated[bool, typer.Option("--maps", help="List all mappings.")] = False,
     watch: Annotated[
         float | None,
         typer.Option(
             metavar="[SECONDS]",
-            help="Show VSZ, reserved, committed, RSS and PSS over time, every second unless said "
-            "otherwise; q or Ctrl-C ends it.",
+            help="Show VSZ, reserved, committed, RSS and PSS over time, every second by default. q "
+            "or Ctrl-C ends it.",
         ),
     ] = None,
     csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --watch: record the samples.")
+        Path | None, typer.Option(metavar="FILE", help="With --watch: write the samples to FILE.")
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png|.svg", help="Draw the address space, block by block."),
+        typer.Option(metavar="FILE.png|.svg", help="Draw the blocks of the address space."),
     ] = None,
     folder: Annotated[
         Path | None,
         typer.Option(
-            "--from", metavar="DIR", help="Explain saved files of /proc/PID: maps, smaps, ..."
+            "--from", metavar="DIR", help="Explain saved files of /proc/PID (maps, smaps, ...)."
         ),
     ] = None,
     keep: Annotated[
         Path | None,
-        typer.Option("--save", metavar="DIR", help="Save the process's files, for --from."),
+        typer.Option(
+            "--save", metavar="DIR", help="Save the files of /proc/PID in DIR, for --from."
+        ),
     ] = None,
     diff: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(metavar="A.json B.json", help="Tell what grew between two files of --json."),
+        typer.Option(metavar="A.json B.json", help="Compare two files written by --json."),
     ] = None,
 ) -> None:
-    """Say what a process's address space holds, whose it is, and whether to worry."""
+    """Explain a process's address space.
+
+    Each byte of VSZ is counted in one class, by its cost, and for one owner, which reserved it.
+    Warnings name the limits that the process comes near.
+    """
     from pyreserve.cli import explain as command  # noqa: PLC0415
     from pyreserve.cli import explain_screen  # noqa: PLC0415
 
-    shows = {"--json": json, "--maps": maps, "--plot": plot is not None, "--save": keep is not None}
+    outputs = {
+        "--json": json,
+        "--maps": maps,
+        "--plot": plot is not None,
+        "--save": keep is not None,
+    }
     _check_explain(
-        pid, watch, csv, folder, diff, [name for name, wanted in shows.items() if wanted]
+        pid, watch, csv, folder, diff, [name for name, given in outputs.items() if given]
     )
     if plot is not None:
         _check_picture(plot)
@@ -308,27 +332,28 @@ def _check_explain(
     csv: Path | None,
     folder: Path | None,
     diff: tuple[Path, Path] | None,
-    shows: list[str],
+    outputs: list[str],
 ) -> None:
-    """Refuse what contradicts itself; `shows` are the options that say what else to make."""
+    """Refuse options that exclude each other; `outputs` are the given options that add output."""
     subjects = {"PID": pid, "--from": folder, "--diff": diff}
     given = [name for name, value in subjects.items() if value is not None]
     if len(given) > 1:
-        msg = f"{' and '.join(given)} can't be had together"
-    elif "--save" in shows and (folder is not None or diff is not None):
-        msg = "--save takes a running process"
-    elif watch is not None and shows:
-        msg = f"--watch shows a screen or lines, and no {' and no '.join(shows)}"
-    elif diff is not None and {*shows} - {"--json"}:
-        msg = f"--diff compares two files, and has no {' and no '.join({*shows} - {'--json'})}"
+        msg = f"{' and '.join(given)} are mutually exclusive"
+    elif "--save" in outputs and (folder is not None or diff is not None):
+        msg = "--save needs a running process"
+    elif watch is not None and outputs:
+        msg = f"--watch can't be combined with {' and '.join(outputs)}"
+    elif diff is not None and {*outputs} - {"--json"}:
+        others = [option for option in outputs if option != "--json"]
+        msg = f"--diff can't be combined with {' and '.join(others)}"
     elif pid is not None and pid <= 0:
-        msg = f"a PID is a positive number, not {pid}"
+        msg = f"PID must be positive, got {pid}"
     elif watch is not None and pid is None:
         msg = "--watch needs a process: pyreserve explain PID --watch [SECONDS]"
     elif watch is not None and not 0 < watch < math.inf:
-        msg = f"--watch takes a positive number of seconds, not {watch}"
+        msg = f"--watch must be a positive number of seconds, got {watch}"
     elif csv is not None and watch is None:
-        msg = "--csv records what --watch shows"
+        msg = "--csv needs --watch"
     else:
         return
     raise typer.BadParameter(msg)
@@ -340,7 +365,7 @@ def _watch(pid: int, seconds: float, csv: Path | None) -> None:
     try:
         watch(pid, seconds, csv=csv)
     except KeyboardInterrupt:
-        raise typer.Exit(130) from None  # as a shell says of what Ctrl-C ended
+        raise typer.Exit(_INTERRUPTED) from None
 
 
 @app.command()
@@ -348,7 +373,11 @@ def doctor(
     *,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a screen.")] = False,
 ) -> None:
-    """Say what this machine and process allow, and what to change for which effect."""
+    """List what limits pyreserve on this machine, and how to change it.
+
+    Checks limits, kernel features and settings. Each finding has its consequence and, if it can be
+    changed, the command that does so with its effect and risk.
+    """
     from pyreserve.cli import doctor_screen  # noqa: PLC0415
     from pyreserve.doctor import diagnose  # noqa: PLC0415
 
@@ -378,12 +407,12 @@ def _check_picture(path: Path) -> None:
     try:
         check_suffix(path)
     except ValueError:
-        msg = f"--plot takes a file that ends in .png or .svg, not {path}"
+        msg = f"--plot needs a file name that ends in .png or .svg, got {path}"
         raise typer.BadParameter(msg) from None
 
 
 def _check_output(path: Path, extra: tuple[str, str] | None) -> None:
-    """Refuse what could not be written before there is anything to write."""
+    """Refuse an unwritable file or a missing package before the work starts."""
     if extra is not None and find_spec(extra[0]) is None:
         typer.echo(
             f"pyreserve: --{extra[1]} needs {extra[0]}: pip install 'pyreserve[{extra[1]}]'",
@@ -400,30 +429,30 @@ def _check_output(path: Path, extra: tuple[str, str] | None) -> None:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Say in one line what was refused."""
+    """Print an error as one line on standard error and exit with status 1."""
     try:
         yield
     except BrokenPipeError:
         raise
     except (PyreserveError, MemoryError, OSError) as error:
         message = getattr(error, "strerror", None) or str(error) or "out of memory"
-        where = getattr(error, "filename", None)
-        told = f"{f'{where}: ' if where else ''}{message}"
-        # A path may hold what a terminal would obey.
-        told = "".join(one if one.isprintable() else "?" for one in told)
-        typer.echo(f"pyreserve: {told}", err=True)
+        path = getattr(error, "filename", None)
+        line = f"{f'{path}: ' if path else ''}{message}"
+        # A path may contain control characters.
+        line = "".join(char if char.isprintable() else "?" for char in line)
+        typer.echo(f"pyreserve: {line}", err=True)
         raise typer.Exit(1) from None
 
 
 def _hold(seconds: float) -> None:
     pid = os.getpid()
-    how_long = "until Ctrl-C" if math.isinf(seconds) else f"for {seconds:g} s"
+    duration = "until Ctrl-C" if math.isinf(seconds) else f"for {seconds:g} s"
     deadline = time.monotonic() + seconds
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
         typer.echo(
-            f"pid {pid} stays {how_long}: ps -o vsz,rss,cmd -p {pid}; pyreserve explain {pid}",
+            f"pid {pid} stays {duration}: ps -o vsz,rss,cmd -p {pid}; pyreserve explain {pid}",
             err=True,
         )
         while (left := deadline - time.monotonic()) > 0:

@@ -1,4 +1,4 @@
-"""What ``pyreserve costs`` does, from its options to its files."""
+"""The work of ``pyreserve costs`` behind its options."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ Writer = Callable[[CostTable, Path], None]
 
 @dataclass(frozen=True, slots=True)
 class CostsRun:
-    """What the options of the command ask for.
+    """A run of the command, as its options describe it.
 
     Attributes:
-        plan: what to measure.
-        budget: seconds.
-        outputs: what to write where.
-        old: what to compare with, and the name of its file.
+        plan: the cells to measure.
+        budget: the time limit in seconds.
+        outputs: the files to write, each with its writer.
+        old: a table to compare with, and the name of its file.
     """
 
     plan: Plan
@@ -28,7 +28,7 @@ class CostsRun:
     old: tuple[CostTable, str] | None = None
 
     def run(self) -> bool:
-        """Measure, write and show; False if Ctrl-C came before the end."""
+        """Measure, write the files and show the screen; return False after Ctrl-C."""
         self.plan.check_memory()
         complete = True
         with costs_screen.progress(self.plan, self.budget) as show:
@@ -38,7 +38,7 @@ class CostsRun:
                 table, complete = interrupted.table, False
         for write, path in self.outputs:
             if write is write_pyperf and not any(table.measured()):
-                costs_screen.say(f"nothing was measured, so there is no {path}")
+                costs_screen.say(f"nothing was measured, so {path} is not written")
             else:
                 write(table, path)
         costs_screen.show(table, recommend(table))
@@ -48,14 +48,14 @@ class CostsRun:
 
 
 def write_plot(table: CostTable, path: Path) -> None:
-    """Draw the picture."""
+    """Draw cost against length."""
     from pyreserve.costs.plot import draw  # noqa: PLC0415
 
     draw(table, path)
 
 
 def write_pyperf(table: CostTable, path: Path) -> None:
-    """Write a file for pyperf."""
+    """Write all samples for pyperf."""
     from pyreserve.costs import pyperf_export  # noqa: PLC0415
 
     pyperf_export.write_pyperf(table, path)
@@ -67,5 +67,5 @@ def write_json(table: CostTable, path: Path) -> None:
 
 
 def write_csv(table: CostTable, path: Path) -> None:
-    """Write a line a cell."""
+    """Write CSV with a line per cell."""
     write_text(path, table.to_csv())

@@ -1,4 +1,4 @@
-"""How ``pyreserve costs`` looks in a terminal."""
+"""The screen of ``pyreserve costs``, and its progress on standard error."""
 
 import json
 import sys
@@ -32,20 +32,20 @@ from pyreserve.costs import (
 from pyreserve.costs.cells import SMALL
 from pyreserve.units import format_size, format_time
 
-_REFRESH = 0.2  # seconds between two drawings of the bar
-_LINE = 10.0  # and between two lines where there is no terminal
+_BAR_REFRESH = 0.2  # seconds between two drawings of the bar, on a terminal
+_LINE_INTERVAL = 10.0  # seconds between two progress lines, elsewhere
 
 
 @contextmanager
 def progress(plan: Plan, budget: float) -> Iterator[Callable[[Progress], None]]:
-    """Say on standard error how far the run is: a bar on a terminal, a line now and then elsewhere.
+    """Report progress on standard error: a bar on a terminal, elsewhere a line every 10 s.
 
-    Drawn by the caller's thread, between two answers of the measuring process.
+    The caller's thread draws, between two answers of the measuring process.
     """
     console = Console(stderr=True, highlight=False)
     say(
         f"measuring {len(plan.cells)} cells for at most {budget:g} s, in up to "
-        f"{format_size(plan.memory)} of memory; Ctrl-C keeps what there is"
+        f"{format_size(plan.memory)} of memory; Ctrl-C ends the run and keeps its results"
     )
     bar = Bar(
         TextColumn("{task.fields[doing]}"),
@@ -61,7 +61,7 @@ def progress(plan: Plan, budget: float) -> Iterator[Callable[[Progress], None]]:
 
     def show(now: Progress) -> None:
         nonlocal drawn
-        if time.monotonic() - drawn < (_REFRESH if console.is_terminal else _LINE):
+        if time.monotonic() - drawn < (_BAR_REFRESH if console.is_terminal else _LINE_INTERVAL):
             return
         drawn = time.monotonic()
         fields: dict[str, Any] = {"passes": now.passes + 1, "settled": now.settled}
@@ -85,12 +85,12 @@ def progress(plan: Plan, budget: float) -> Iterator[Callable[[Progress], None]]:
 
 
 def say(message: str) -> None:
-    """Say something on standard error."""
+    """Print a message of this command on standard error."""
     Console(stderr=True, highlight=False).print(f"pyreserve costs: {message}", soft_wrap=True)
 
 
 def show(table: CostTable, recommendations: Recommendations) -> None:
-    """Print the machine, the costs, what could not be measured and what follows."""
+    """Print the machine, the costs, the cells that could not be measured and recommendations."""
     if sys.stdout is None:
         return
     console = console_for(120)
@@ -101,7 +101,7 @@ def show(table: CostTable, recommendations: Recommendations) -> None:
     _show_cold(console, table)
     _show_unmeasured(console, table)
     console.print()
-    console.print(Text("What follows", "bold"))
+    console.print(Text("Recommendations", "bold"))
     for answer in recommendations.answers().values():
         if answer.value is not None:
             console.print(Padding(Text(answer.text), (0, 0, 0, 2)))
@@ -110,8 +110,8 @@ def show(table: CostTable, recommendations: Recommendations) -> None:
 
 def _show_machine(console: Console, table: CostTable) -> None:
     facts = table.machine
-    huge = {int(size): how for size, how in facts["transparent_huge_pages"].items()}
-    on = [f"{format_size(size)} {how}" for size, how in huge.items() if how != "never"]
+    settings = {int(size): mode for size, mode in facts["transparent_huge_pages"].items()}
+    enabled = [f"{format_size(size)} {mode}" for size, mode in settings.items() if mode != "never"]
     virtual = {"no": "not virtualised", "yes": "virtualised"}.get(
         facts["virtualised"], f"virtualised ({facts['virtualised']})"
     )
@@ -126,36 +126,37 @@ def _show_machine(console: Console, table: CostTable) -> None:
     call = facts["system_call_ns"]
     console.print(
         f"OS page {format_size(facts['page_size'])}; transparent huge pages: "
-        f"{', '.join(on) or 'never'} (defrag {facts['transparent_huge_pages_defrag']}); "
+        f"{', '.join(enabled) or 'never'} (defrag {facts['transparent_huge_pages_defrag']}); "
         f"vm.overcommit_memory {facts['overcommit_memory']}"
         + (f"; a system call {format_time(call)}" if call else "")
     )
-    passes = max((one.times.passes for one in table.cells if one.times), default=0)
+    passes = max((row.times.passes for row in table.cells if row.times), default=0)
     interrupted = "" if table.complete else "Interrupted after "
     console.print(f"{interrupted}{table.seconds:.1f} s, up to {_count(passes, 'pass', 'passes')}")
     if table.disturbed is not None:
-        why = f"Noisy: {table.disturbed}; small differences mean nothing here."
-        console.print(Text(why, "yellow"))
+        warning = f"Noisy: {table.disturbed}; small differences are not significant."
+        console.print(Text(warning, "yellow"))
 
 
-def _count(n: int, one: str, more: str = "") -> str:
-    return f"{n} {one if n == 1 else more or one + 's'}"
+def _count(n: int, noun: str, plural: str = "") -> str:
+    return f"{n} {noun if n == 1 else plural or noun + 's'}"
 
 
-# What a narrow terminal does without comes last.
+# A narrow terminal drops the last columns first.
 _COLUMNS = ("", "pages", "fixed", "per page", "GiB/s", "at", "off", "outliers")
-_LEFT = {"", "pages", "at", "outliers"}
+_LEFT_ALIGNED = {"", "pages", "at", "outliers"}
 _LEGEND = (
-    "Medians, ± half of the 95 % interval. fixed: for each call; per page: and for each OS page; "
-    "up to: not told from nothing. GiB/s: of one thread, at the length beside it, where pages are "
-    "what costs; a touch is a byte of each page. off: how far a median is from fixed and per page "
-    "at most; much where the cost bends, as at a cache's size. outliers: how many samples, and "
-    "the worst in medians. pyreserve.costs.cells says what each verb and method does."
+    "Medians, ± half of the 95 % interval. fixed: cost per call. per page: additional cost per OS "
+    "page. up to: not distinguishable from zero. GiB/s: of one thread, at the length in the next "
+    "column, where the cost per page dominates; a touch writes one byte per page. off: largest "
+    "deviation of a median from fixed + per page; large where the cost bends, for instance at a "
+    "cache's size. outliers: their share of the samples, and the worst as a multiple of the "
+    "median. pyreserve.costs.cells describes each verb and method."
 )
 
 
 def _costs(table: CostTable, console: Console) -> Table:
-    """Return the table with as many columns as the console has room for."""
+    """Return the table with as many columns as fit the console."""
     unbounded = console.options.update(max_width=1000)
     for last in range(len(_COLUMNS), 4, -1):
         shown = _costs_in(table, last)
@@ -167,7 +168,7 @@ def _costs(table: CostTable, console: Console) -> Table:
 def _costs_in(table: CostTable, columns: int) -> Table:
     shown = PlainTable(1)
     for name in _COLUMNS[:columns]:
-        shown.add_column(name, no_wrap=True, justify="left" if name in _LEFT else "right")
+        shown.add_column(name, no_wrap=True, justify="left" if name in _LEFT_ALIGNED else "right")
     model, cells = table.model(), table.curves()
     for group, verbs in GROUPS.items():
         fits = [fit for verb in verbs for fit in _sorted(model, verb)]
@@ -194,7 +195,7 @@ def _sorted(model: CostModel, verb: str) -> list[Fit]:
 
 def _row(fit: Fit, cells: list[Measured]) -> list[str]:
     longest = cells[-1].cell
-    # A rate makes sense where it is the pages that cost.
+    # A rate is meaningful only where the cost per page dominates.
     paged = fit.ns_per_page > 1 and fit.ns_per_page * longest.pages > fit.fixed_ns
     rate = fit.gib_per_second
     return [
@@ -224,7 +225,7 @@ def _figure(ns: float, interval: tuple[float, float]) -> str:
 
 
 def _outliers(cells: list[Measured]) -> str:
-    times = [one.times for one in cells if one.times is not None]
+    times = [row.times for row in cells if row.times is not None]
     outliers, samples = sum(t.outliers for t in times), sum(t.samples for t in times)
     if not outliers:
         return ""
@@ -233,82 +234,82 @@ def _outliers(cells: list[Measured]) -> str:
 
 
 def _show_cold(console: Console, table: CostTable) -> None:
-    cold = [one for one in table.measured() if one.host == "cold"]
+    cold = [row for row in table.measured() if row.host == "cold"]
     if not cold:
         return
-    warm = {one.cell: one.times for one in table.cells if one.host == "warm"}
+    warm = {row.cell: row.times for row in table.cells if row.host == "warm"}
     shown = PlainTable(2, indent=2)
     for column in ("cell", "cold", "warm", "samples"):
         shown.add_column(column, justify="left" if column == "cell" else "right", no_wrap=True)
-    for one in cold:
-        usual = warm.get(one.cell)
-        if one.times is not None:
+    for row in cold:
+        usual = warm.get(row.cell)
+        if row.times is not None:
             shown.add_row(
-                str(one.cell),
-                format_time(one.times.median),
+                str(row.cell),
+                format_time(row.times.median),
                 format_time(usual.median) if usual else "",
-                f"{one.times.samples}",
+                f"{row.times.samples}",
             )
     console.print()
     console.print(Text("Cold host", "bold"))
     console.print(
-        "  Samples far beyond the others of memory that was idle: the host of this virtual machine "
-        "had probably taken it away. They are in no figure above.",
+        "  Samples of idle memory that took far longer than others: the hypervisor had probably "
+        "reclaimed it. No figure above includes them.",
     )
     console.print(shown)
 
 
 def _show_unmeasured(console: Console, table: CostTable) -> None:
     reasons: dict[tuple[str, str], list[Cell]] = {}
-    for one in table.cells:
-        if one.times is None:
-            setting = _setting(Curve.of(one.cell))
-            reasons.setdefault((one.why or "", setting), []).append(one.cell)
+    for row in table.cells:
+        if row.times is None:
+            setting = _setting(Curve.of(row.cell))
+            reasons.setdefault((row.why or "", setting), []).append(row.cell)
     if reasons:
         console.print()
-    for (why, setting), cells in reasons.items():
+    for (reason, setting), cells in reasons.items():
         verbs = dict.fromkeys(cell.verb for cell in cells)
         lengths = sorted({cell.nbytes for cell in cells})
-        of = format_size(lengths[0])
-        of += f" to {format_size(lengths[-1])}" if len(lengths) > 1 else ""
-        what = f"{_count(len(cells), 'cell')} of {setting} pages, {of} ({', '.join(verbs)})"
-        console.print(Text(f"Not measured: {what}: {why}", "dim"))
+        span = format_size(lengths[0])
+        span += f" to {format_size(lengths[-1])}" if len(lengths) > 1 else ""
+        group = f"{_count(len(cells), 'cell')} of {setting} pages, {span} ({', '.join(verbs)})"
+        console.print(Text(f"Not measured: {group}: {reason}", "dim"))
 
 
 def show_comparison(comparison: Comparison, old: str) -> None:
-    """Print what changed."""
+    """Print the comparison with the run that the file `old` holds."""
     if sys.stdout is None:
         return
     console = console_for(120)
     console.print()
     console.print(Text(f"Compared with {old}", "bold"))
     for name, before, after in comparison.differences:
-        console.print(Text(f"  not the same: {name} was {_plain(before)}, is {_plain(after)}"))
-    changed = [one for one in comparison.cells if one.verdict not in {"same", "unsure"}]
+        console.print(Text(f"  machine differs: {name} was {_plain(before)}, is {_plain(after)}"))
+    changed = [row for row in comparison.cells if row.verdict not in {"same", "unsure"}]
     if changed:
         shown = PlainTable(2, indent=2)
         for column in ("cell", "before", "now", "ratio", "verdict"):
             right = column in {"before", "now", "ratio"}
             shown.add_column(column, justify="right" if right else "left", no_wrap=True)
-        for one in sorted(changed, key=lambda one: -abs(one.ratio - 1)):
-            cold = ", cold host" if one.host == "cold" else ""
+        for row in sorted(changed, key=lambda row: -abs(row.ratio - 1)):
+            cold = ", cold host" if row.host == "cold" else ""
             shown.add_row(
-                f"{one.cell}{cold}",
-                format_time(one.old.median),
-                format_time(one.new.median),
-                f"{one.ratio:.2f}",
-                one.verdict,
+                f"{row.cell}{cold}",
+                format_time(row.old.median),
+                format_time(row.new.median),
+                f"{row.ratio:.2f}",
+                row.verdict,
             )
         console.print(shown)
     counts = {v: comparison.count(v) for v in ("same", "slower", "faster", "noisy", "unsure")}
-    said = ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n or verdict == "same")
-    console.print(f"{len(comparison.cells)} cells in both: {said}")
+    summary = ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n or verdict == "same")
+    console.print(f"{len(comparison.cells)} cells in both runs: {summary}")
     if comparison.only_old or comparison.only_new:
         console.print(
-            f"{comparison.only_old} more in the old run only, {comparison.only_new} in this only"
+            f"{comparison.only_old} cells in the old run only, {comparison.only_new} in this only"
         )
     if comparison.noisy is not None:
-        console.print(Text(f"Noisy, so nothing is called a change: {comparison.noisy}", "yellow"))
+        console.print(Text(f"Noisy, so no change is reported: {comparison.noisy}", "yellow"))
 
 
 def _plain(value: object) -> str:

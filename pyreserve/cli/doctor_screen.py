@@ -1,4 +1,4 @@
-"""How ``pyreserve doctor`` looks in a terminal."""
+"""The screen of ``pyreserve doctor``."""
 
 import sys
 
@@ -9,11 +9,11 @@ from pyreserve.cli.screen import console_for
 from pyreserve.doctor import Diagnosis, Finding
 
 _STYLES = {"limited": "bold yellow", "missing": "bold red", "good": "green"}
-_LABEL = 9  # columns, the gap included
+_LABEL = 9  # columns, with the gap
 
 
 def show(diagnosis: Diagnosis) -> None:
-    """Print the whole screen, if there is a standard output at all."""
+    """Print all findings; without a standard output print nothing."""
     if sys.stdout is None:
         return
     console = console_for(width=80)
@@ -24,16 +24,16 @@ def show(diagnosis: Diagnosis) -> None:
             f"pid {diagnosis.pid}",
         )
     )
-    before = None
+    previous = None
     for finding in diagnosis.findings:
-        # What is good takes few lines, and stands together.
-        if finding.state != "good" or before != "good":
+        # Good findings are short and form one paragraph.
+        if finding.state != "good" or previous != "good":
             console.print()
-        before = finding.state
+        previous = finding.state
         _show(console, finding)
     console.print()
-    console.print(Text("sysctl -w and echo take root and last until the next boot;", "dim"))
-    console.print(Text("ulimit is for the shell that starts the process.", "dim"))
+    console.print(Text("sysctl -w and echo need root and last until the next boot.", "dim"))
+    console.print(Text("ulimit applies to the shell that then starts the process.", "dim"))
     counts = diagnosis.counts()
     console.print(Text(", ".join(f"{counts[state]} {state}" for state in counts), "bold"))
 
@@ -44,7 +44,7 @@ def _show(console: Console, finding: Finding) -> None:
     if finding.change is not None:
         change = finding.change
         if finding.command:
-            change = _broken(change, console.width - _LABEL)
+            change = _continued(change, console.width - _LABEL)
         _row(console, "change", "dim", Text(change, "cyan"))
     for label, text in (("effect", finding.effect), ("risk", finding.risk)):
         if text is not None:
@@ -52,16 +52,16 @@ def _show(console: Console, finding: Finding) -> None:
 
 
 def _row(console: Console, label: str, style: str, words: Text) -> None:
-    # Not a table of rich's: that fills lines up with spaces, and a shell reads no line on after
-    # a backslash and a space.
+    # Not a rich table: it pads lines with spaces, and a shell does not continue a line after a
+    # backslash and a space.
     for line in words.wrap(console, max(_LABEL, console.width - _LABEL), overflow="fold"):
         line.rstrip()
         console.print(Text.assemble((label.ljust(_LABEL), style), line))
         label = ""
 
 
-def _broken(command: str, width: int) -> str:
-    """Break a long command between its words as a shell reads it."""
+def _continued(command: str, width: int) -> str:
+    """Break a long command between words with a backslash, as a shell continues lines."""
     lines = [""]
     for word in command.split(" "):
         if lines[-1] and len(lines[-1]) + len(word) + 3 > width:

@@ -1,4 +1,4 @@
-"""What ``pyreserve explain`` does, from its options to its files."""
+"""The work of ``pyreserve explain`` behind its options."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ from pyreserve.procmem import AddressSpace, compare, explain, load, save
 
 
 def explained(pid: int | None, folder: Path | None, keep: Path | None) -> AddressSpace:
-    """Explain a process, this one by default, or a folder with the files of one.
+    """Explain a process (by default this one) or a folder of saved files.
 
-    If its files are kept in `keep`, it is explained from these, so that both say the same.
+    With `keep` the files are saved there first and then explained, so that both agree.
     """
     if keep is None:
         return explain(pid, path=folder)
@@ -18,14 +18,14 @@ def explained(pid: int | None, folder: Path | None, keep: Path | None) -> Addres
 
 
 def draw(space: AddressSpace, path: Path) -> None:
-    """Draw the picture."""
+    """Draw the address space into a file."""
     from pyreserve.procmem.show.picture import draw as plot  # noqa: PLC0415
 
     plot(space, path)
 
 
 def diff(old: Path, new: Path, *, as_json: bool) -> None:
-    """Tell what grew between two files of ``--json``."""
+    """Print the changes between two files of ``--json``."""
     import json  # noqa: PLC0415
 
     difference = compare(load(old), load(new))

@@ -1,4 +1,4 @@
-"""How ``pyreserve explain`` looks in a terminal."""
+"""The screens of ``pyreserve explain`` and ``--diff``."""
 
 import sys
 from collections.abc import Iterable
@@ -18,21 +18,24 @@ from pyreserve.units import KiB, format_size
 _STYLES = ("dim yellow", "cyan", "bold red", "magenta", "blue", "red", "dim")
 _CLASSES = {name: (words, style) for name, words, style in zip(NAMES, WORDS, _STYLES, strict=True)}
 _CLASSES[ACCESSIBLE] = ACCESSIBLE_WORDS, "cyan"
-_NOT_KNOWN = "?"
-_BAR, _LEAST_BAR = 20, 5  # columns
-_NAME = 12
+_UNKNOWN_SIZE = "?"
+_BAR, _MIN_BAR = 20, 5  # columns
+_MIN_NAME = 12
 _GAP = 2
-_MOST_OWNERS = 12
+_MAX_OWNERS = 12
 
 
 def show(space: AddressSpace, top: int, *, all_maps: bool) -> None:
-    """Print the whole screen, if there is a standard output at all."""
+    """Print the explanation, with the `top` largest mappings or all of them.
+
+    Without a standard output nothing is printed.
+    """
     if sys.stdout is None:
         return
     console = console_for()
-    who = f"pid {space.pid} " if space.pid is not None else ""
+    pid = f"pid {space.pid} " if space.pid is not None else ""
     name = printable(space.name, console) or "?"
-    _line(console, Text.assemble(("pyreserve explain", "bold"), f"  {who}({name})"))
+    _line(console, Text.assemble(("pyreserve explain", "bold"), f"  {pid}({name})"))
     console.print()
     console.print(Text(printable(space.verdict, console)))
     for warning in space.warnings:
@@ -57,20 +60,21 @@ def show(space: AddressSpace, top: int, *, all_maps: bool) -> None:
     mappings = space.maps() if all_maps else space.top(top)
     if mappings:
         console.print()
-        what = "all mappings" if all_maps else f"largest of {space.mappings:,} mappings"
-        _line(console, Text(f"{what}: addresses, access, size, in memory, the rest, owner", "bold"))
+        title = "all mappings" if all_maps else f"largest of {space.mappings:,} mappings"
+        title += ": addresses, access, size, in memory, class of the rest, owner"
+        _line(console, Text(title, "bold"))
         for row in _mappings(space, mappings, console):
             _line(console, row)
 
 
 def show_difference(difference: Difference) -> None:
-    """Print what grew, if there is a standard output at all."""
+    """Print the changes between two explanations; without a standard output print nothing."""
     if sys.stdout is None:
         return
     console = console_for()
     console.print(Text(printable(difference.verdict, console)))
     if not difference.same_process:
-        console.print(Text("The two are of different processes.", "yellow"))
+        console.print(Text("The two files describe different processes.", "yellow"))
     for title, changes in (
         ("totals", [change for change in difference.totals if change.by]),
         ("by class", difference.classes),
@@ -83,12 +87,12 @@ def show_difference(difference: Difference) -> None:
 
 
 def _line(console: Console, text: Text) -> None:
-    """Print one line as it is: what was piped may be searched, so nothing of it is cut."""
+    """Print a line without wrapping or cutting it, so that piped output can be searched."""
     console.print(text, soft_wrap=True)
 
 
 def _kib(kib: int | None) -> str:
-    return _NOT_KNOWN if kib is None else format_size(kib * KiB)
+    return _UNKNOWN_SIZE if kib is None else format_size(kib * KiB)
 
 
 def _share(part: int, whole: int) -> str:
@@ -99,7 +103,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _bar(part: int, whole: int, width: int, style: str, console: Console) -> Text:
-    """Draw a share, in eighths of a character where there are such; what is there is seen."""
+    """Draw a bar in eighth blocks (in ASCII: #); any non-zero share shows at least one."""
     blocks = "" if console.options.ascii_only else "▏▎▍▌▋▊▉█"
     steps = len(blocks) or 1
     full, rest = divmod(max(1, round(steps * width * part / whole)) if part and whole else 0, steps)
@@ -118,7 +122,7 @@ def _column(
     right: bool = False,
     width: int | None = None,
 ) -> None:
-    """Add a column of single lines; what does not fit is cut, in ASCII without rich's ellipsis."""
+    """Add a column of single lines, cut at its width; in ASCII without rich's ellipsis."""
     table.add_column(
         title,
         justify="right" if right else "left",
@@ -129,40 +133,39 @@ def _column(
 
 
 class _Row(NamedTuple):
-    """A row of `_shares`: a name, its size, and what stands beside them."""
+    """A row of `_shares`: a name, its size and the text of the last column."""
 
     name: str
     kib: int
-    more: str
+    note: str
     style: str = ""
     bar: str | None = None
-    """The style of its bar, None for none."""
+    """The style of the bar; None draws no bar."""
 
 
 def _shares(titles: tuple[str, str], rows: list[_Row], whole: int, console: Console) -> Table:
-    """Lay out sizes and shares. Where there is little room bars get shorter, and then names."""
-    what, more = titles
-    cells = [(_kib(row.kib), _share(row.kib, whole), row.more) for row in rows]
-    figures = [
-        max(map(len, column)) for column in zip(("size", "share", more), *cells, strict=True)
-    ]
+    """Lay out sizes and shares. On a narrow console first the bars get shorter, then the names."""
+    name_title, note_title = titles
+    headings = ("size", "share", note_title)
+    cells = [(_kib(row.kib), _share(row.kib, whole), row.note) for row in rows]
+    figures = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     left = console.width - sum(figures) - _GAP * len(figures)
-    longest = max(len(what), *(len(row.name) for row in rows))
+    longest = max(len(name_title), *(len(row.name) for row in rows))
     bar = min(_BAR, left - longest - _GAP)
     table = _table()
-    _column(table, console, what, width=max(_NAME, min(longest, left)))
-    for title, width in zip(("size", "share", more), figures, strict=True):
+    _column(table, console, name_title, width=max(_MIN_NAME, min(longest, left)))
+    for title, width in zip(headings, figures, strict=True):
         _column(table, console, title, right=True, width=width)
-    if bar >= _LEAST_BAR:
+    if bar >= _MIN_BAR:
         _column(table, console, width=bar)
-    for row, (size, share, beside) in zip(rows, cells, strict=True):
+    for row, (size, share, note) in zip(rows, cells, strict=True):
         drawn = [] if row.bar is None else [_bar(row.kib, whole, bar, row.bar, console)]
         table.add_row(
             Text(row.name, row.bar or ""),
             size,
             share,
-            beside,
-            *(drawn if bar >= _LEAST_BAR else []),
+            note,
+            *(drawn if bar >= _MIN_BAR else []),
             style=row.style,
         )
     return table
@@ -170,16 +173,16 @@ def _shares(titles: tuple[str, str], rows: list[_Row], whole: int, console: Cons
 
 def _classes(space: AddressSpace, console: Console) -> Table:
     rows = [
-        _Row(_CLASSES[one.name][0], one.kib, f"{one.mappings:,}", bar=_CLASSES[one.name][1])
-        for one in space.classes
-        if one.kib
+        _Row(_CLASSES[item.name][0], item.kib, f"{item.mappings:,}", bar=_CLASSES[item.name][1])
+        for item in space.classes
+        if item.kib
     ]
     total = _Row("VSZ", space.vsz_kib, f"{space.mappings:,}", style="bold")
     return _shares(("by class", "mappings"), [*rows, total], space.vsz_kib, console)
 
 
 def _in_memory(space: AddressSpace, kib: int) -> str:
-    return _NOT_KNOWN if space.uss_kib is None else _kib(kib)
+    return _UNKNOWN_SIZE if space.uss_kib is None else _kib(kib)
 
 
 def _owners(space: AddressSpace, console: Console) -> Table:
@@ -190,7 +193,7 @@ def _owners(space: AddressSpace, console: Console) -> Table:
             _in_memory(space, owner.rss_kib),
             bar="dim" if owner.name == UNKNOWN else "green",
         )
-        for owner in space.owners[:_MOST_OWNERS]
+        for owner in space.owners[:_MAX_OWNERS]
     ]
     rest = space.owners[len(rows) :]
     if rest:
@@ -201,7 +204,7 @@ def _owners(space: AddressSpace, console: Console) -> Table:
 
 
 def _evidence(space: AddressSpace, console: Console) -> None:
-    """Say how the owners of more than 1 % of the addresses, or of the memory, were told."""
+    """Print how the owners of at least 1 % of the addresses or of the memory were recognised."""
     resident = sum(owner.rss_kib for owner in space.owners)
     for owner in space.owners:
         if owner.evidence and (
@@ -211,20 +214,20 @@ def _evidence(space: AddressSpace, console: Console) -> None:
 
 
 def _details(console: Console, details: dict[str, int]) -> None:
-    """Say what of the memory is dirty, huge and so on, as far as it is any."""
+    """Print how much memory is dirty, in huge pages and so on, omitting zeros."""
     huge = sum(details.get(name, 0) for name in ("anon_huge", "shmem_huge", "file_huge"))
     figures = (
         (details.get("dirty", 0), "dirty"),
         (huge, "in transparent huge pages"),
-        (details.get("hugetlb", 0), "of huge page pools"),
-        (details.get("lazy_free", 0), "given back lazily"),
+        (details.get("hugetlb", 0), "in hugetlb pages"),
+        (details.get("lazy_free", 0), "lazily discarded"),
         (details.get("locked", 0), "locked"),
         (details.get("no_access_resident", 0), "without access"),
-        (details.get("stacks_resident", 0), "of stacks"),
+        (details.get("stacks_resident", 0), "in stacks"),
     )
-    words = [f"{_kib(kib)} {what}" for kib, what in figures if kib]
-    if words:
-        console.print(Text(f"Of the memory {', '.join(words)}"))
+    parts = [f"{_kib(kib)} {label}" for kib, label in figures if kib]
+    if parts:
+        console.print(Text(f"Of the memory: {', '.join(parts)}"))
 
 
 def _ranges(space: AddressSpace, console: Console) -> Table:
@@ -245,18 +248,18 @@ def _ranges(space: AddressSpace, console: Console) -> Table:
 
 
 def _mappings(space: AddressSpace, mappings: list[Mapping], console: Console) -> Iterable[Text]:
-    places = [f"{one.start:08x}-{one.end:08x}" for one in mappings]
-    width = max(map(len, places))
-    for place, one in zip(places, mappings, strict=True):
-        name = printable(one.name, console)
-        words, style = _CLASSES[one.class_name or "special_pfn"]
-        if one.rss_kib == one.kib:
+    addresses = [f"{mapping.start:08x}-{mapping.end:08x}" for mapping in mappings]
+    width = max(map(len, addresses))
+    for address, mapping in zip(addresses, mappings, strict=True):
+        name = printable(mapping.name, console)
+        words, style = _CLASSES[mapping.class_name or "special_pfn"]
+        if mapping.rss_kib == mapping.kib:
             words, style = "in memory", _CLASSES["resident_private"][1]
         yield Text.assemble(
-            f"{place:{width}} {one.perms} {_kib(one.kib):>10} "
-            f"{_in_memory(space, one.rss_kib):>10}  ",
+            f"{address:{width}} {mapping.perms} {_kib(mapping.kib):>10} "
+            f"{_in_memory(space, mapping.rss_kib):>10}  ",
             (f"{words:<23}  ", style),
-            printable(one.owner, console),
+            printable(mapping.owner, console),
             f"  {name}" if name else "",
         )
 
@@ -267,13 +270,13 @@ def _changes(title: str, changes: Iterable[Change], console: Console) -> Table:
     for column in ("before", "after", "change"):
         _column(table, console, column, right=True)
     for change in changes:
-        write = "{:,}".format if change.name == "mappings" else _kib
+        form = "{:,}".format if change.name == "mappings" else _kib
         name = _CLASSES[change.name][0] if change.name in _CLASSES else change.name
         table.add_row(
             printable(name.removesuffix("_kib").replace("_", " "), console),
-            write(change.old),
-            write(change.new),
-            f"{'+' if change.by > 0 else '-'}{write(abs(change.by))}",
+            form(change.old),
+            form(change.new),
+            f"{'+' if change.by > 0 else '-'}{form(abs(change.by))}",
             style="yellow" if change.by > 0 else "green",
         )
     return table

@@ -1,4 +1,4 @@
-"""What ``pyreserve vsz`` finds out: one object, for the screen and for JSON alike."""
+"""The measurement of ``pyreserve vsz``, and its report, which the screen and the JSON share."""
 
 import errno
 import gc
@@ -26,9 +26,9 @@ Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """How large this process is at one moment, in KiB (Committed_AS: the whole system).
+    """The sizes of this process at one moment, in KiB; Committed_AS is that of the whole system.
 
-    PSS is None where neither smaps_rollup nor smaps can be read.
+    PSS is None if neither smaps_rollup nor smaps can be read.
     """
 
     vm_size_kib: int
@@ -48,7 +48,7 @@ class Snapshot:
         )
 
     def to_dict(self) -> dict[str, int | None]:
-        """As in /proc, with the unit in the name."""
+        """Return the sizes under their names in /proc, with the unit added."""
         return {
             "VmSize_kib": self.vm_size_kib,
             "VmRSS_kib": self.vm_rss_kib,
@@ -60,7 +60,7 @@ class Snapshot:
 def _pss_kib() -> int | None:
     try:
         return proc.rollup_kib().get("Pss", 0)
-    except OSError:  # Linux before 4.14, a sandbox; the import would grow what is measured
+    except OSError:  # Linux before 4.14, a sandbox; importing these earlier would change RSS
         from pyreserve.procmem.read.sampling import resident  # noqa: PLC0415
         from pyreserve.procmem.read.sources import LiveSource  # noqa: PLC0415
 
@@ -69,7 +69,25 @@ def _pss_kib() -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class VszReport:
-    """What was reserved, and what that did. Addresses are ints."""
+    """A reserved layout and its effect on the process.
+
+    Attributes:
+        pid: this process.
+        layout: the name of the layout that was reserved.
+        requested_layout: the name that was asked for; differs after a fallback.
+        strategy: how the layout takes its addresses: reserve, arenas, probe.
+        fell_back: the limit that caused a fallback, if one happened.
+        start: the first address of the layout.
+        end: the address behind its last byte.
+        arena_start: where its arena begins.
+        arena_used: the address up to which the arena is used.
+        touched: bytes touched on request.
+        before: sizes before the reservation.
+        after: sizes after it.
+        ps_before: VSZ and RSS in KiB as ps prints them; None without ps.
+        ps_after: the same after it.
+        maps: the mappings of the layout.
+    """
 
     pid: int
     layout: str
@@ -88,9 +106,9 @@ class VszReport:
     maps: list[Piece]
 
     def to_json(self) -> str:
-        """As ``pyreserve vsz --json`` prints it."""
+        """Return the JSON text that ``pyreserve vsz --json`` prints."""
         fell_back = self.fell_back
-        found: dict[str, Any] = {
+        data: dict[str, Any] = {
             "layout": self.layout,
             "requested_layout": self.requested_layout,
             "strategy": self.strategy,
@@ -105,14 +123,14 @@ class VszReport:
                 for piece in self.maps
             ],
         }
-        return json.dumps(found, indent=2)
+        return json.dumps(data, indent=2)
 
 
 class VszRun:
-    """A layout, made for as long as the ``with`` block lasts."""
+    """A layout that is reserved until the ``with`` block ends."""
 
     def __init__(self, layout: str, size: int | None) -> None:
-        """Choose what to reserve; see `pyreserve.Arena`."""
+        """Take the layout's name and its size in bytes, as `pyreserve.Arena` does."""
         self._layout, self._size = layout, size
         self._arena: Arena | None = None
 
@@ -124,7 +142,11 @@ class VszRun:
             self._arena.release()
 
     def measure(self, touch: int, progress: Progress) -> VszReport:
-        """Reserve, grow by the first MiB and touch `touch` bytes more, between two snapshots."""
+        """Reserve, grow by 1 MiB and touch `touch` more bytes, between two snapshots.
+
+        Raises:
+            OutOfMemoryError: `touch` exceeds the available memory, or a limit refuses the layout.
+        """
         _refuse_too_much(touch)
         self._rehearse()
         ps_before = ps(os.getpid())
@@ -153,7 +175,7 @@ class VszRun:
         )
 
     def _rehearse(self) -> None:
-        """Do it all once, so that the interpreter's own memory does not grow in between."""
+        """Run all steps once before, so that only the layout grows between the snapshots."""
         for _ in range(2):
             Snapshot.take()
             with Arena(self._layout, size=self._size) as arena:
@@ -166,8 +188,8 @@ def _refuse_too_much(touch: int) -> None:
     available = proc.available_bytes()
     if touch > available:
         msg = (
-            f"touching {format_size(touch)} takes that much memory, and {format_size(available)} "
-            "are available"
+            f"touching {format_size(touch)} takes that much memory, but only "
+            f"{format_size(available)} is available"
         )
         raise OutOfMemoryError(errno.ENOMEM, msg, verb="populate", nbytes=touch)
 
@@ -181,7 +203,7 @@ def _touch(arena: Arena, nbytes: int, progress: Progress) -> None:
 
 
 def _steps(nbytes: int) -> Iterator[int]:
-    """Cut into the 1 MiB by which Go's heap grew, and the rest in whole pages."""
+    """Yield steps of 1 MiB, by which Go's heap grew, and the rest rounded up to whole pages."""
     yield from (MiB for _ in range(nbytes // MiB))
     rest = nbytes % MiB
     if rest:
@@ -189,18 +211,18 @@ def _steps(nbytes: int) -> Iterator[int]:
 
 
 def ps(pid: int) -> tuple[int, int] | None:
-    """Ask ``ps`` for VSZ and RSS of a process, in KiB; None where ps can't be run."""
+    """Return VSZ and RSS of a process in KiB as ``ps`` prints them; None if ps can't be run."""
     command = shutil.which("ps")
     if command is None:
         return None
     try:
-        answer = subprocess.run(
+        done = subprocess.run(
             [command, "-o", "vsz=,rss=", "-p", str(pid)],
             capture_output=True,
             text=True,
             check=False,
         )
-    except OSError:  # no process may be started: ps is a witness, not a need
+    except OSError:  # no process can be started; the report works without ps
         return None
-    fields = answer.stdout.split()
+    fields = done.stdout.split()
     return (int(fields[0]), int(fields[1])) if len(fields) == 2 else None

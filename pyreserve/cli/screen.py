@@ -1,4 +1,4 @@
-"""How ``pyreserve vsz`` looks in a terminal."""
+"""The screen of ``pyreserve vsz``, and the helpers that all screens share."""
 
 import json
 import sys
@@ -18,17 +18,18 @@ from pyreserve.cli.report import VszReport
 from pyreserve.layouts import Piece
 from pyreserve.units import GiB, KiB, format_size
 
-_LONG = 0.5  # seconds after which a progress bar is worth its lines
+_BAR_DELAY = 0.5  # seconds of work before a progress bar is drawn
+_BAR_REFRESH = 0.1  # seconds between two drawings
 
 
 class PlainTable(Table):
-    """Columns some spaces apart, without lines, and without padding at the edges.
+    """A table without lines, with `gap` spaces between columns and no padding at the edges.
 
-    rich before 14.1 counts padding at the edges that is not drawn, and truncates cells.
+    rich before 14.1 counts edge padding that it does not draw, and truncates cells.
     """
 
-    def __init__(self, gap: int, *, indent: int = 0, **how: Any) -> None:
-        super().__init__(box=None, pad_edge=False, padding=(0, gap, 0, indent), **how)
+    def __init__(self, gap: int, *, indent: int = 0, **options: Any) -> None:
+        super().__init__(box=None, pad_edge=False, padding=(0, gap, 0, indent), **options)
 
     def _get_padding_width(self, column_index: int) -> int:
         _, right, _, left = self.padding
@@ -37,20 +38,19 @@ class PlainTable(Table):
 
 
 def console_for(width: int = 100) -> Console:
-    """Return a console on standard output, as wide as the terminal."""
-    # A pipe or a file has no width of its own.
+    """Return a console on standard output, as wide as the terminal; elsewhere `width` columns."""
     terminal = sys.stdout is not None and sys.stdout.isatty()
     return Console(width=None if terminal else width, highlight=False)
 
 
 def printable(text: str, console: Console) -> str:
-    """Return what anybody may have chosen without what a terminal would obey or can't show."""
-    harmless = "".join(one if one.isprintable() else "?" for one in text)
+    """Replace control characters, and characters that the console can't show, by ``?``."""
+    harmless = "".join(char if char.isprintable() else "?" for char in text)
     return harmless.encode(console.encoding, "replace").decode(console.encoding)
 
 
 def show(report: VszReport) -> None:
-    """Print the whole screen, if there is a standard output at all."""
+    """Print the report; without a standard output print nothing."""
     if sys.stdout is None:
         return
     console = console_for()
@@ -58,7 +58,7 @@ def show(report: VszReport) -> None:
     if report.fell_back is not None:
         console.print(
             Text(
-                f"{report.requested_layout} fell back to the 32-bit mechanism, as the runtime did: "
+                f"{report.requested_layout} fell back to the 32-bit layout, as Go's runtime does: "
                 f"{report.fell_back.because}",
                 "yellow",
             )
@@ -75,9 +75,9 @@ def show(report: VszReport) -> None:
 def _heading(report: VszReport) -> str:
     span = f"{report.start:x}-{report.end:x}, {format_size(report.end - report.start)}"
     if report.strategy == "arenas":
-        return f"Mapped as whole arenas, their metadata elsewhere ({span}):"
+        return f"Mapped as whole arenas, with metadata elsewhere ({span}):"
     if report.strategy == "probe":
-        return f"Mapped in the place that was probed, not reserved ({span}):"
+        return f"Mapped at a probed address, without a reservation ({span}):"
     return f"Inside the reservation ({span}):"
 
 
@@ -95,21 +95,23 @@ def _sizes(report: VszReport) -> Table:
     ]
     if report.ps_before is not None and report.ps_after is not None:
         rows += [
-            (f"ps says {what}", a, b)
-            for what, a, b in zip(("VSZ", "RSS"), report.ps_before, report.ps_after, strict=True)
+            (f"ps says {name}", old, new)
+            for name, old, new in zip(
+                ("VSZ", "RSS"), report.ps_before, report.ps_after, strict=True
+            )
         ]
-    for what, a, b in rows:
-        if a is None or b is None:
-            table.add_row(what, "?", "?", "smaps can't be read")
+    for name, old, new in rows:
+        if old is None or new is None:
+            table.add_row(name, "?", "?", "smaps can't be read")
             continue
-        change = f"{b - a:+,}" if a != b else "0"
-        style = "bold" if (b - a) * KiB > GiB else ""
-        table.add_row(what, f"{a:,}", f"{b:,}", change, style=style)
+        change = f"{new - old:+,}" if old != new else "0"
+        style = "bold" if (new - old) * KiB > GiB else ""
+        table.add_row(name, f"{old:,}", f"{new:,}", change, style=style)
     return table
 
 
 def _maps(report: VszReport) -> Table:
-    big = [id(piece) for piece in _inaccessible(report)[:2]]
+    marked = [id(piece) for piece in _inaccessible(report)[:2]]
     table = PlainTable(3, show_header=False)
     for _ in range(6):
         table.add_column(no_wrap=True)
@@ -122,51 +124,50 @@ def _maps(report: VszReport) -> Table:
             format_size(piece.end - piece.start),
             piece.what,
             "reserved" if reserved else "committed",
-            "<- inaccessible" if id(piece) in big else "",
-            style="bold yellow" if id(piece) in big else "dim" if reserved else "green",
+            "<- inaccessible" if id(piece) in marked else "",
+            style="bold yellow" if id(piece) in marked else "dim" if reserved else "green",
         )
     return table
 
 
 def _inaccessible(report: VszReport) -> list[Piece]:
+    """Return the reserved pieces, largest first."""
     pieces = [piece for piece in report.maps if piece.perms.startswith("---")]
     return sorted(pieces, key=lambda piece: piece.start - piece.end)
 
 
 def verdict(report: VszReport) -> str:
-    """Say in two sentences why this is no leak."""
-    hidden = _inaccessible(report)
-    reserved = sum(piece.end - piece.start for piece in hidden)
-    memory = f"{report.after.vm_rss_kib - report.before.vm_rss_kib:,} KiB"
-    touched = (
-        f", {format_size(report.touched)} of them touched on request" if report.touched else ""
+    """Explain in a few sentences why the VSZ is not a leak."""
+    inaccessible = _inaccessible(report)
+    reserved = sum(piece.end - piece.start for piece in inaccessible)
+    touched = f", of which --touch took {format_size(report.touched)}" if report.touched else ""
+    memory = (
+        "RSS, the memory in use, grew by "
+        f"{report.after.vm_rss_kib - report.before.vm_rss_kib:,} KiB{touched}."
     )
     if report.strategy == "arenas":
         return (
-            f"This is no leak: {report.layout} maps whole arenas and their metadata, which take "
-            "memory only where they are touched. "
-            f"RSS, the memory in use, grew by {memory}{touched}."
+            f"This is not a leak: {report.layout} maps whole arenas and their metadata, which take "
+            f"memory only where they are touched. {memory}"
         )
-    if not hidden:
+    if not inaccessible:
         return (
-            f"This is no leak, and VSZ does not even look like one: {report.layout} maps each "
-            "piece when it is used and keeps no addresses besides. "
-            f"RSS, the memory in use, grew by {memory}{touched}."
+            f"This is not a leak, and VSZ stays small: {report.layout} maps each piece when it is "
+            f"used and reserves no other addresses. {memory}"
         )
-    what = "the mapping marked above" if len(hidden) == 1 else "the two mappings marked above"
+    mappings = "the mapping" if len(inaccessible) == 1 else "the two mappings"
     return (
-        f"This is no leak: {format_size(reserved)} of VSZ are addresses that were only set aside "
-        f"(PROT_NONE), in {what}, and they take no memory, no swap and no commit charge. "
-        f"Memory is what RSS counts, and that grew by {memory}{touched}; the heap makes memory of "
-        "its addresses piece by piece, when it uses them."
+        f"This is not a leak: {format_size(reserved)} of VSZ is reserved address space (PROT_NONE, "
+        f"{mappings} marked above). It takes no memory, no swap and no commit charge. {memory} The "
+        "heap commits its addresses piece by piece as it uses them."
     )
 
 
 def list_layouts(*, as_json: bool) -> None:
-    """Print the layouts that there are."""
+    """Print all layouts with their descriptions."""
     rows = [layouts.get(name, word=WORD) for name in layouts.names()]
     if as_json:
-        found = [
+        entries = [
             {
                 "name": layout.name,
                 "strategy": layout.strategy,
@@ -176,11 +177,11 @@ def list_layouts(*, as_json: bool) -> None:
             }
             for layout in rows
         ]
-        print(json.dumps(found, indent=2))
+        print(json.dumps(entries, indent=2))
         return
     table = PlainTable(3)
     table.add_column("layout", no_wrap=True)
-    table.add_column("what it is")
+    table.add_column("description")
     for layout in rows:
         table.add_row(layout.name, layouts.describe(layout))
     console_for(width=140).print(table)
@@ -188,9 +189,10 @@ def list_layouts(*, as_json: bool) -> None:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Draw a bar on standard error once the work has taken a while, if that is a terminal.
+    """Draw a progress bar on standard error, if it is a terminal, after `_BAR_DELAY` seconds.
 
-    Drawn by the caller's thread: a thread of its own would add its stack and heap to VSZ.
+    Yields a function that takes the bytes done since its last call. The caller's thread draws:
+    a separate thread would add its stack and heap to VSZ.
     """
     bar = Progress(
         TextColumn("touching"),
@@ -209,10 +211,10 @@ def progress(total: int) -> Iterator[Callable[[int], None]]:
         nonlocal started, drawn
         now = time.monotonic()
         bar.advance(task, nbytes)
-        if not started and now - begun > _LONG and bar.console.is_terminal:
+        if not started and now - begun > _BAR_DELAY and bar.console.is_terminal:
             bar.start()
             started = True
-        if started and now - drawn > 0.1:
+        if started and now - drawn > _BAR_REFRESH:
             bar.refresh()
             drawn = now
 

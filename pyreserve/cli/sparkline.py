@@ -1,19 +1,19 @@
-"""A series of numbers, drawn in a line of characters."""
+"""A series of numbers as a line of characters."""
 
 from collections.abc import Collection
 from itertools import islice
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-ASCII = "_.:-=+*#"  # for terminals that can't show the blocks
+ASCII = "_.:-=+*#"  # for terminals without block characters
 
 
 def sparkline(
     values: Collection[int], width: int, low: int, high: int, levels: str = BLOCKS
 ) -> str:
-    """Draw the newest `width` of `values`, a character each, the newest last.
+    """Draw the newest `width` of `values`, one character each, the newest last.
 
-    The scale is linear, from `low`, the first of `levels`, to `high`, their last. What lies outside
-    is drawn as the nearer end, and everything as the first where there is nothing between the two.
+    The scale is linear: `low` is the first character of `levels`, `high` the last. Values outside
+    are clamped. If `low` is not below `high`, every value is drawn as the first character.
     """
     top, span = len(levels) - 1, high - low
     drawn = []

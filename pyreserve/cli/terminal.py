@@ -1,4 +1,4 @@
-"""Keys and signals as things to wait for, and a terminal that is left as it was found."""
+"""Key presses and signals as file descriptors; terminal settings are restored on exit."""
 
 import os
 import signal
@@ -12,45 +12,45 @@ _STDIN = 0
 
 @contextmanager
 def signals(*numbers: int) -> Iterator[int]:
-    """Give a descriptor to read the numbers of these signals from, a byte each.
+    """Yield a file descriptor that delivers the numbers of these signals, one byte each.
 
-    Until the end they do nothing else, so none comes between two halves of what is drawn or put
-    back. Those that are ignored stay so. For the main thread alone.
+    Until the block ends the signals have no other effect, so none interrupts drawing or restoring
+    the terminal. Ignored signals stay ignored. For the main thread only.
     """
-    out, into = os.pipe()
-    os.set_blocking(into, False)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
-    def note(number: int, _: object) -> None:
-        with suppress(BlockingIOError):  # thousands wait already
-            os.write(into, bytes([number]))
+    def enqueue(number: int, _: object) -> None:
+        with suppress(BlockingIOError):  # the pipe already holds thousands of signals
+            os.write(writer, bytes([number]))
 
-    before = {}
+    handlers = {}
     try:
         for number in numbers:
             if signal.getsignal(number) not in {signal.SIG_IGN, None}:
-                before[number] = signal.signal(number, note)
-        yield out
+                handlers[number] = signal.signal(number, enqueue)
+        yield reader
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        os.close(out)
-        os.close(into)
+        os.close(reader)
+        os.close(writer)
 
 
 @contextmanager
 def keys() -> Iterator[int | None]:
-    """Give a descriptor to read keys from as they are hit, unechoed; None if there is no keyboard.
+    """Yield a file descriptor that delivers keys at once and unechoed; None without a terminal.
 
-    Ctrl-C and the like stay signals.
+    Ctrl-C and other control keys still send signals.
     """
     if not os.isatty(_STDIN):
         yield None
         return
-    before = termios.tcgetattr(_STDIN)
+    settings = termios.tcgetattr(_STDIN)
     try:
-        # What was typed ahead is kept, here for us and at the end for the shell.
+        # TCSADRAIN keeps input that was typed ahead, unlike TCSAFLUSH.
         tty.setcbreak(_STDIN, termios.TCSADRAIN)
         yield _STDIN
     finally:
-        with suppress(termios.error):  # the terminal is gone
-            termios.tcsetattr(_STDIN, termios.TCSADRAIN, before)
+        with suppress(termios.error):  # the terminal was closed
+            termios.tcsetattr(_STDIN, termios.TCSADRAIN, settings)

@@ -1,4 +1,4 @@
-"""What ``pyreserve explain --watch`` does: a screen on a terminal, a line a sample elsewhere."""
+"""``pyreserve explain --watch``: a live screen on a terminal, a line per sample elsewhere."""
 
 import errno
 import math
@@ -19,8 +19,8 @@ from pyreserve.cli.watch_screen import frame
 from pyreserve.cli.watched import COLUMNS, Watched
 from pyreserve.procmem import Sample, sample
 
-_TICK = 1.0  # seconds after which the time on the screen is old
-_REFRESH = 0.05  # and between two drawings at least
+_CLOCK_TICK = 1.0  # seconds between two updates of the elapsed time
+_MIN_REFRESH = 0.05  # seconds between two drawings at least
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -31,20 +31,21 @@ def watch(
     csv: Path | None = None,
     take: Callable[[int], Sample] = sample,
 ) -> None:
-    """Show a process's memory every `interval` seconds, until q is hit or the process ends.
+    """Show a process's memory every `interval` seconds, until q is pressed or the process ends.
 
-    On a terminal this is a screen of its own, whose last state then stays on the normal one; else a
-    line a sample, as long as somebody reads them. What is shown is in the file `csv` before.
+    On a terminal this uses the alternate screen; the last state then stays on the normal screen.
+    Elsewhere it prints a line per sample, until the reader closes the pipe. Each sample is written
+    to the file `csv` before it is shown.
 
     Raises:
         ValueError: `interval` is not a positive, finite number of seconds.
-        KeyboardInterrupt: Ctrl-C, once the terminal is as it was and the last state shown.
-        ProcessLookupError: there is no such process; that it ends later is no error.
-        PermissionError: it may not be read, or `csv` can't be written.
-        OSError: `csv` can't be written any more.
+        KeyboardInterrupt: Ctrl-C, after the terminal is restored and the last state shown.
+        ProcessLookupError: there is no such process at the start; its later end is no error.
+        PermissionError: the process can't be read, or `csv` can't be written.
+        OSError: writing `csv` failed.
     """
     if not 0 < interval < math.inf:
-        msg = f"the interval is a positive number of seconds, not {interval}"
+        msg = f"interval must be a positive number of seconds, got {interval}"
         raise ValueError(msg)
     if csv is not None:
         check_writable(csv)
@@ -63,17 +64,17 @@ def watch(
         except OSError as error:
             if error.filename is not None or error.errno not in {errno.EPIPE, errno.EIO}:
                 raise
-            _discard_output()  # nobody reads it, or the terminal is gone
+            _discard_output()  # the pipe or the terminal was closed
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     if number is not None:
-        signal.raise_signal(number)  # the end that whoever sent it expects
+        signal.raise_signal(number)  # end as the sender expects: killed by this signal
 
 
 def _in_lines(watched: Watched) -> None:
     def show(row: Iterable[str]) -> None:
-        time_, *values = row
-        print(f"{time_:24}", *(f"{value:>13}" for value in values), flush=True)
+        timestamp, *values = row
+        print(f"{timestamp:24}", *(f"{value:>13}" for value in values), flush=True)
 
     show(COLUMNS)
     show(watched.row)
@@ -84,18 +85,18 @@ def _in_lines(watched: Watched) -> None:
 
 
 def _discard_output() -> None:
-    """Let what is still buffered go nowhere, instead of failing again at the end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    """Redirect standard output to /dev/null, so that flushing it at exit does not fail again."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def _on_a_screen(watched: Watched, console: Console) -> int | None:
-    """Show a screen until the end, and return the signal that brought it, if one did."""
+    """Show the screen until the end; return the signal that ended it, if any."""
     while True:
         with (
-            signals(*_ENDING, signal.SIGTSTP, signal.SIGWINCH) as signalled,
-            keys() as typed,
+            signals(*_ENDING, signal.SIGTSTP, signal.SIGWINCH) as signal_fd,
+            keys() as key_fd,
             Live(
                 console=console,
                 screen=True,
@@ -104,29 +105,30 @@ def _on_a_screen(watched: Watched, console: Console) -> int | None:
                 redirect_stderr=False,
             ) as live,
         ):
-            number = _follow(watched, live, signalled, typed)
+            number = _follow(watched, live, signal_fd, key_fd)
         if number != signal.SIGTSTP:
             return number
-        os.kill(os.getpid(), signal.SIGSTOP)  # by Ctrl-Z, on the user's own screen
+        os.kill(os.getpid(), signal.SIGSTOP)  # Ctrl-Z, with the terminal restored
 
 
-def _follow(watched: Watched, live: Live, signalled: int, typed: int | None) -> int | None:
-    """Draw until q, the end of the process, or a signal, which is returned."""
-    quits = "Ctrl-C" if typed is None else "q or Ctrl-C"
+def _follow(watched: Watched, live: Live, signal_fd: int, key_fd: int | None) -> int | None:
+    """Draw until q is pressed, the process ends or a signal arrives, which is returned."""
+    quits = "Ctrl-C" if key_fd is None else "q or Ctrl-C"
     stale, drawn = True, -math.inf
     while not watched.ended:
-        if stale and time.monotonic() >= drawn + _REFRESH:
+        if stale and time.monotonic() >= drawn + _MIN_REFRESH:
             live.update(frame(watched, live.console, quits), refresh=True)
             stale, drawn = False, time.monotonic()
-        next_drawing = drawn + (_REFRESH if stale else _TICK)
-        ready = watched.wait(signalled, typed, until=min(watched.due, next_drawing))
-        if signalled in ready:
-            number = os.read(signalled, 1)[0]
+        next_drawing = drawn + (_MIN_REFRESH if stale else _CLOCK_TICK)
+        ready = watched.wait(signal_fd, key_fd, until=min(watched.due, next_drawing))
+        if signal_fd in ready:
+            number = os.read(signal_fd, 1)[0]
             if number != signal.SIGWINCH:
                 return number
-        if typed is not None and typed in ready:
-            hit = os.read(typed, 1024).lower()
-            if not hit or (b"q" in hit and not hit.startswith(b"\x1b")):  # nothing: it hung up
+        if key_fd is not None and key_fd in ready:
+            pressed = os.read(key_fd, 1024).lower()
+            # An empty read means that the terminal hung up.
+            if not pressed or (b"q" in pressed and not pressed.startswith(b"\x1b")):
                 return None
         watched.sample_when_due()
         stale = True

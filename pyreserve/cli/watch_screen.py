@@ -1,4 +1,4 @@
-"""How ``pyreserve explain --watch`` looks in a terminal."""
+"""The screen of ``pyreserve explain --watch``."""
 
 import time
 from datetime import timedelta
@@ -13,16 +13,16 @@ from pyreserve.cli.sparkline import ASCII, BLOCKS, sparkline
 from pyreserve.cli.watched import Series, Watched
 from pyreserve.units import KiB, format_size
 
-_WIDE = 100  # columns, from which on there is room for a change per second
+_WIDE = 100  # columns; wider consoles also show the change per second
 
 
 def frame(watched: Watched, console: Console, quits: str = "") -> Group:
-    """Draw the state, and while it is live the scale and what `quits`."""
+    """Draw the state; with `quits`, the keys that end a live screen, also the legend."""
     elapsed = timedelta(seconds=int(time.monotonic() - watched.began))
-    who = f"pid {watched.pid} ({printable(watched.name, console)})"
+    process = f"pid {watched.pid} ({printable(watched.name, console)})"
     heading = Text.assemble(
         ("pyreserve explain", "bold"),
-        f"  {who}  {elapsed}, {watched.count:,} sample{'s' if watched.count > 1 else ''}, one "
+        f"  {process}  {elapsed}, {watched.count:,} sample{'s' if watched.count > 1 else ''}, one "
         f"every {watched.interval:g} s",
     )
     lines: list[Text | Table] = [heading, Text(), _table(watched, wide=console.width >= _WIDE)]
@@ -31,31 +31,31 @@ def frame(watched: Watched, console: Console, quits: str = "") -> Group:
         lines += [
             Text(),
             Text(
-                f"a character a sample, the newest last, from {levels[0]}, the row's min, to "
-                f"{levels[-1]}, its max",
+                f"one character per sample, newest last; {levels[0]} is the row's min, "
+                f"{levels[-1]} its max",
                 "dim",
             ),
         ]
     if watched.csv is not None:
-        lines.append(Text(f"recorded in {printable(str(watched.csv), console)}"))
+        lines.append(Text(f"written to {printable(str(watched.csv), console)}"))
     if quits:
         lines.append(Text(f"{quits} quits"))
     if watched.ended:
-        lines.append(Text(f"{who} ended after {elapsed}"))
+        lines.append(Text(f"{process} ended after {elapsed}"))
     return Group(*lines)
 
 
 def _table(watched: Watched, *, wide: bool) -> Table:
     table = PlainTable(2, expand=True)
     table.add_column("", no_wrap=True, overflow="crop")
-    titles = ("now", "change", *(("a second",) if wide else ()), "min", "max")
+    titles = ("now", "change", *(("per second",) if wide else ()), "min", "max")
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True, overflow="crop")
     table.add_column("", ratio=1, no_wrap=True, overflow="crop")
     for name, series in watched.series.items():
         *_, last = series.newest
-        before = series.newest[-2] if len(series.newest) > 1 else last
-        rate = round((last - before) / watched.since_last) if last != before else 0
+        previous = series.newest[-2] if len(series.newest) > 1 else last
+        rate = round((last - previous) / watched.since_last) if last != previous else 0
         table.add_row(
             name,
             _amount(name, last),
@@ -81,7 +81,7 @@ def _levels(options: ConsoleOptions) -> str:
 
 
 class _Spark:
-    """The history of a figure, in as many characters as there are."""
+    """A sparkline of a figure that fills the width of its column."""
 
     def __init__(self, series: Series) -> None:
         self._series = series

@@ -1,4 +1,4 @@
-"""A process that is watched: its samples so far, and their record."""
+"""The samples of a watched process, and their CSV file."""
 
 import io
 import os
@@ -22,26 +22,26 @@ FIGURES = {
     "mappings": "mappings",
 }
 COLUMNS = ("time", *FIGURES.values())
-_KEPT = 1000  # samples, more than any terminal has columns
+_MAX_SAMPLES = 1000  # more than a terminal has columns
 
 
 @dataclass(slots=True)
 class Series:
-    """One figure since the start."""
+    """The history of one figure: its newest values, and the first, lowest and highest of all."""
 
     first: int
     low: int
     high: int
-    newest: deque[int] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    newest: deque[int] = field(default_factory=lambda: deque(maxlen=_MAX_SAMPLES))
 
     def add(self, value: int) -> None:
-        """Note the next value."""
+        """Append the next value."""
         self.newest.append(value)
         self.low, self.high = min(self.low, value), max(self.high, value)
 
 
 class Watched:
-    """A process, its samples so far, and when the next one is due."""
+    """A process, its samples so far, and the time of the next sample."""
 
     def __init__(
         self, pid: int, interval: float, take: Callable[[int], Sample], csv: Path | None
@@ -58,8 +58,8 @@ class Watched:
         self.pidfd: int | None = None
 
     def __enter__(self) -> "Watched":
-        # Tells of the end at once, and is not fooled by a new process of the same number.
-        with suppress(OSError, AttributeError):  # Linux before 5.3, a Python that was built there
+        # A pidfd reports the end at once, and can't refer to a new process with the same PID.
+        with suppress(OSError, AttributeError):  # Linux before 5.3, or a Python built there
             self.pidfd = os.pidfd_open(self.pid)
         return self
 
@@ -70,11 +70,17 @@ class Watched:
             self._record.close()
 
     def sample(self) -> None:
-        """Take a sample and record it."""
+        """Take a sample and write it to the file.
+
+        Raises:
+            ProcessLookupError: the process has ended.
+            PermissionError: it can't be read.
+            OSError: the file can't be written.
+        """
         now = time.monotonic()
         stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         sample = self._take(self.pid)
-        with suppress(OSError):  # a process changes its name when it runs another program
+        with suppress(OSError):  # read again each time: exec changes the name
             self.name = Path(f"/proc/{self.pid}/comm").read_text(errors="replace").rstrip("\n")
         values: dict[str, int | None] = {
             name: getattr(sample, key) for name, key in FIGURES.items()
@@ -82,18 +88,18 @@ class Watched:
         for name, value in values.items():
             if value is not None:
                 self.series.setdefault(name, Series(value, value, value)).add(value)
-        # What is not known is an empty field.
+        # An unknown value is an empty field.
         row = ("" if value is None else str(value) for value in values.values())
         self.row = (stamp.replace("+00:00", "Z"), *row)
         self.count += 1
         self.since_last, self.sampled = now - self.sampled, now
-        # From deadline to deadline, so that delays don't add up; at once where one was missed.
+        # Count from the previous deadline, so that delays don't add up; a missed one is due now.
         self.due = max(self.due + self.interval, time.monotonic())
         if self.csv is not None:
             self._write(self.csv)
 
     def _write(self, csv: Path) -> None:
-        """Record a sample, unbuffered: a kill takes nothing of what was recorded."""
+        """Write a sample unbuffered, so that a kill loses none."""
         try:
             if self._record is None:
                 self._record = csv.open("wb", buffering=0)
@@ -104,15 +110,15 @@ class Watched:
             raise
 
     def wait(self, *others: int | None, until: float) -> list[int]:
-        """Wait for the end of the process or for another descriptor, and return which are ready."""
-        sources = [one for one in (self.pidfd, *others) if one is not None]
+        """Wait for the end of the process, another descriptor or a time; return the ready ones."""
+        sources = [fd for fd in (self.pidfd, *others) if fd is not None]
         left = until - time.monotonic()
         ready = select.select(sources, (), (), min(max(0.0, left), 3600.0))[0]
         self.ended = self.pidfd in ready
         return ready
 
     def sample_when_due(self) -> bool:
-        """Take the next sample if it is time, and say whether it was; note if there is none."""
+        """Take the next sample if it is due; return whether one was taken. May set `ended`."""
         if self.ended or time.monotonic() < self.due:
             return False
         try:
@@ -123,5 +129,5 @@ class Watched:
 
 
 def _csv_line(row: Iterable[str]) -> bytes:
-    """Write a line as RFC 4180 has it; nothing here needs quotes."""
+    """Return a line in the form of RFC 4180; no field needs quotes."""
     return (",".join(row) + "\r\n").encode()

@@ -1,4 +1,4 @@
-"""The command, run as a user runs it: in a process of its own."""
+"""The command ``pyreserve vsz``, run in a process of its own."""
 
 import errno
 import json
@@ -30,36 +30,36 @@ LAYOUT_32 = "go-tip-2014-12/386"
 
 
 def needs_memory(nbytes: int) -> None:
-    """Skip where the test's own wish would be refused."""
+    """Skip the test if the machine has too little memory for it."""
     if proc.available_bytes() < nbytes + 512 * MiB:
         pytest.skip("too little memory here")
 
 
 @cache
-def shown() -> subprocess.CompletedProcess[str]:
-    """The screen without options, of one run for all who read it."""
+def default_screen() -> subprocess.CompletedProcess[str]:
+    """A run without options, shared by the tests that read its screen."""
     return run("vsz")
 
 
 @cache
-def reported() -> str:
-    """The JSON without options, of one run for all who read it."""
+def default_json() -> str:
+    """The JSON of a run without other options, shared by the tests that read it."""
     return run("vsz", "--json").stdout
 
 
 def run_forked(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a forked child, for what reserves nothing."""
+    """Run the command in a forked child, for runs that reserve nothing."""
     return command.run(*arguments, env=environment())
 
 
-def told(*arguments: str, ulimit: str = "") -> dict[str, Any]:
+def json_of(*arguments: str, ulimit: str = "") -> dict[str, Any]:
     """Run ``vsz --json`` with more arguments and return what it prints."""
     done = run("vsz", "--json", *arguments, ulimit=ulimit)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    found = json.loads(done.stdout)
-    assert isinstance(found, dict)
-    return found
+    report = json.loads(done.stdout)
+    assert isinstance(report, dict)
+    return report
 
 
 def ranges(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -67,35 +67,35 @@ def ranges(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [(addresses, perms) for addresses, perms, _ in report["maps"]]
 
 
-def grown(report: dict[str, Any], what: str) -> int:
-    """How many bytes a size grew by."""
-    return int(report["after"][f"{what}_kib"] - report["before"][f"{what}_kib"]) * KiB
+def growth(report: dict[str, Any], name: str) -> int:
+    """The growth of a size in bytes."""
+    return int(report["after"][f"{name}_kib"] - report["before"][f"{name}_kib"]) * KiB
 
 
 class TestScreen:
     def test_the_two_inaccessible_mappings(self) -> None:
-        """Without options the screen points at the two large reserved pieces, and at no leak."""
-        done = shown()
+        """Without options the screen marks the two large reserved mappings and denies a leak."""
+        done = default_screen()
 
         assert (done.returncode, done.stderr) == (0, "")
         marked = [line for line in done.stdout.splitlines() if "<- inaccessible" in line]
         assert len(marked) == 2
         assert all("---p" in line and "reserved" in line for line in marked)
-        assert "no leak" in done.stdout
+        assert "not a leak" in done.stdout
         assert DEFAULT in done.stdout
 
     @needs_64_bits
     def test_the_articles_numbers(self) -> None:
-        """The two pieces are the article's: about 8 GB and about 128 GB."""
-        lines = shown().stdout.splitlines()
+        """The two marked mappings have the article's sizes: about 8 GB and about 128 GB."""
+        lines = default_screen().stdout.splitlines()
 
         marked = [line for line in lines if "<- inaccessible" in line]
         assert "8.125 GiB" in marked[0]
         assert "128 GiB" in marked[1]
 
     def test_sizes_before_and_after(self) -> None:
-        """The screen has VSZ and RSS before and after, and their change."""
-        done = shown()
+        """The screen has VSZ, RSS and PSS before and after, and their change."""
+        done = default_screen()
 
         rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
         for name in ("VSZ", "RSS", "PSS"):
@@ -108,32 +108,32 @@ class TestScreen:
     @needs_64_bits
     @pytest.mark.parametrize("name", ["go1.4/amd64", "go1.11/amd64"])
     def test_a_layout_that_reserves_nothing(self, name: str) -> None:
-        """Layouts without a reservation are shown as such: nothing is inaccessible."""
+        """For layouts without a reservation no mapping is marked as inaccessible."""
         done = run("vsz", "--layout", name)
 
         assert done.returncode == 0
         assert "<- inaccessible" not in done.stdout
-        assert "no leak" in done.stdout
+        assert "not a leak" in done.stdout
 
     def test_no_colours_in_a_pipe(self) -> None:
-        """What goes to a pipe has no escape codes."""
-        done = shown()
+        """Output to a pipe has no escape codes."""
+        done = default_screen()
 
         assert "\x1b" not in done.stdout + done.stderr
 
     def test_the_version(self) -> None:
-        """--version names the version that is installed."""
+        """--version prints the installed version."""
         try:
             installed = metadata.version("pyreserve")
         except metadata.PackageNotFoundError:
-            pytest.skip("the package is not installed, only its directory is at hand")
+            pytest.skip("the package is not installed")
 
         done = run("--version")
 
         assert (done.returncode, done.stdout) == (0, f"pyreserve {installed}\n")
 
     def test_the_help(self) -> None:
-        """--help names every option."""
+        """--help lists every option."""
         help_ = run_forked("vsz", "--help")
 
         assert help_.returncode == 0
@@ -143,8 +143,8 @@ class TestScreen:
 
 class TestJSON:
     def test_the_schema(self) -> None:
-        """The report has exactly these keys, with these kinds of values."""
-        report = json.loads(reported())
+        """The report has exactly these keys and types of values."""
+        report = json.loads(default_json())
 
         assert list(report) == [
             "layout",
@@ -173,8 +173,8 @@ class TestJSON:
     @needs_64_bits
     @needs_golden_page
     def test_hello_world(self) -> None:
-        """Without options the mappings are those that the real hello world had."""
-        report = json.loads(reported())
+        """Without options the mappings are those of the real hello world."""
+        report = json.loads(default_json())
 
         assert ranges(report) == golden.find(DEFAULT, 0).heap_maps
         assert report["maps"][0] == ["c000000000-c000001000", "rw-p", "spans"]
@@ -190,13 +190,13 @@ class TestJSON:
         ],
     )
     def test_vsz_grows_by_the_reservation(self, name: str) -> None:
-        """VmSize grows by exactly the reservation, and RSS hardly at all."""
-        report = told("--layout", name)
+        """VmSize grows by exactly the reservation, RSS by less than 1 MiB."""
+        report = json_of("--layout", name)
 
-        where = report["reservation"]
-        assert grown(report, "VmSize") == where["end"] - where["start"]
-        assert where["end"] - where["start"] == layouts.get(name, word=WORD).total()
-        assert abs(grown(report, "VmRSS")) < MiB
+        reservation = report["reservation"]
+        assert growth(report, "VmSize") == reservation["end"] - reservation["start"]
+        assert reservation["end"] - reservation["start"] == layouts.get(name, word=WORD).total()
+        assert abs(growth(report, "VmRSS")) < MiB
 
     @pytest.mark.parametrize(
         "name", ["go1.4/amd64", "go1.5/amd64", "go1.10/amd64", "go1.9/amd64", "go1.11/amd64"]
@@ -204,8 +204,8 @@ class TestJSON:
     @needs_64_bits
     @needs_golden_page
     def test_every_layout_reports_its_own(self, name: str) -> None:
-        """Each layout shows the mappings of its release under the name that was asked for."""
-        report = told("--layout", name)
+        """Each layout reports the mappings of its release under the requested name."""
+        report = json_of("--layout", name)
 
         layout = layouts.get(name)
         row = {"go1.9/amd64": "go1.10/amd64"}.get(name, name)
@@ -220,22 +220,22 @@ class TestTouch:
     @needs_64_bits
     @needs_golden_page
     def test_the_mappings_are_the_real_programs(self, mib: int) -> None:
-        """--touch N maps what the Go program mapped that touched N MiB, and takes N MiB."""
-        report = told("--touch", str(mib))
+        """--touch N makes the mappings of a Go program that touched N MiB, and takes N MiB."""
+        report = json_of("--touch", str(mib))
 
         assert ranges(report) == golden.find(DEFAULT, mib).heap_maps
-        assert abs(grown(report, "VmRSS") - mib * MiB) < 2 * MiB
-        where = report["reservation"]
-        assert grown(report, "VmSize") == where["end"] - where["start"]
+        assert abs(growth(report, "VmRSS") - mib * MiB) < 2 * MiB
+        reservation = report["reservation"]
+        assert growth(report, "VmSize") == reservation["end"] - reservation["start"]
 
     @pytest.mark.parametrize("mib", [100, 600])
     @needs_golden_page
     def test_386(self, mib: int) -> None:
-        """The 386 layout shows the real program's mappings, from wherever it lies."""
+        """The 386 layout has the real program's mappings, relative to its base."""
         needs_memory(mib * MiB)
         trace = golden.find(LAYOUT_32, mib)
 
-        report = told("--layout", LAYOUT_32, "--touch", str(mib))
+        report = json_of("--layout", LAYOUT_32, "--touch", str(mib))
 
         base = report["reservation"]["start"]
         shown = []
@@ -243,7 +243,7 @@ class TestTouch:
             start, end = (int(address, 16) for address in addresses.split("-"))
             shown.append((start - base, end - base, perms))
         assert shown == trace.ranges(layouts.get(LAYOUT_32).hints[0])
-        assert abs(grown(report, "VmRSS") - mib * MiB) < 2 * MiB
+        assert abs(growth(report, "VmRSS") - mib * MiB) < 2 * MiB
 
     @pytest.mark.parametrize(
         ("size", "nbytes"),
@@ -256,26 +256,26 @@ class TestTouch:
         ],
     )
     def test_sizes_as_people_write_them(self, size: str, nbytes: int) -> None:
-        """--touch takes sizes with units; a plain number counts MiB."""
-        report = told("--touch", size)
+        """--touch accepts sizes with units; a plain number counts MiB."""
+        report = json_of("--touch", size)
 
         assert report["arena_used"] - report["arena_start"] == MiB + nbytes
 
     def test_a_gibibyte(self) -> None:
-        """--touch 1GiB takes a GiB of memory and, at most, the metadata for it besides."""
+        """--touch 1GiB takes 1 GiB of memory, plus less than 4 MiB of metadata."""
         needs_memory(GiB)
         name = DEFAULT if WORD == 8 else "fallback"
         if WORD != 8:
-            pytest.skip("too many of the addresses of 32 bits")
+            pytest.skip("1 GiB is too much of a 32-bit address space")
 
-        report = told("--layout", name, "--touch", "1GiB")
+        report = json_of("--layout", name, "--touch", "1GiB")
 
         assert report["arena_used"] - report["arena_start"] == GiB + MiB
-        assert abs(grown(report, "VmRSS") - GiB) < 4 * MiB
+        assert abs(growth(report, "VmRSS") - GiB) < 4 * MiB
 
     @needs_64_bits
     def test_386_runs_out_as_the_real_binary_did(self) -> None:
-        """386 --touch 2000 dies after 1792 MiB with the runtime's message, in one line."""
+        """386 --touch 2000 fails after 1792 MiB with the runtime's message, in one line."""
         needs_memory(2000 * MiB)
 
         line = refused_in_one_line(run("vsz", "--layout", LAYOUT_32, "--touch", "2000"))
@@ -286,7 +286,7 @@ class TestTouch:
 
     @pytest.mark.parametrize("size", ["100TiB", "8EiB", "1000000000000"])
     def test_too_much_is_refused_before_it_hurts(self, size: str) -> None:
-        """More than there is memory is refused politely, and not tried."""
+        """--touch beyond the available memory is refused before anything is touched."""
         line = refused_in_one_line(run("vsz", "--touch", size))
 
         assert "available" in line
@@ -294,7 +294,7 @@ class TestTouch:
     @pytest.mark.parametrize(("size", "limit"), [("200", "-d"), ("64MiB", "-d")])
     @needs_64_bits
     def test_a_limit_on_the_way(self, size: str, limit: str) -> None:
-        """Growth that a limit refuses ends in one line that names the limit."""
+        """A refused growth ends in one line that names the limit."""
         done = run("vsz", "--touch", size, ulimit=f"{limit} 60000")
 
         line = refused_in_one_line(done)
@@ -302,7 +302,7 @@ class TestTouch:
 
     @pytest.mark.parametrize("size", ["-5", "x", "1.5.2", "", "1YiB", "0.3"])
     def test_what_is_no_size(self, size: str) -> None:
-        """A size that can't be read is a usage error."""
+        """A malformed size is a usage error."""
         done = run_forked("vsz", "--touch", size)
 
         assert done.returncode == 2
@@ -312,31 +312,31 @@ class TestTouch:
 
 class TestChoosing:
     def test_the_list(self) -> None:
-        """--list names every layout, with what it is."""
+        """--list prints every layout."""
         done = run_forked("vsz", "--list")
 
         assert (done.returncode, done.stderr) == (0, "")
         assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == layouts.names()
 
     def test_the_list_as_json(self) -> None:
-        """--list --json gives the same as data."""
+        """--list --json prints every layout with its total."""
         done = run_forked("vsz", "--list", "--json")
 
-        found = json.loads(done.stdout)
-        assert [row["name"] for row in found] == layouts.names()
-        assert {row["name"]: row["total"] for row in found} == {
+        entries = json.loads(done.stdout)
+        assert [entry["name"] for entry in entries] == layouts.names()
+        assert {entry["name"]: entry["total"] for entry in entries} == {
             name: layouts.get(name, word=WORD).total() for name in layouts.names()
         }
 
     @pytest.mark.parametrize(("size", "nbytes"), [("64MiB", 64 * MiB), ("10000000", 10_002_432)])
     def test_a_native_arena_of_any_size(self, size: str, nbytes: int) -> None:
-        """--size says how much the native layout reserves, rounded up to pages of the heap."""
-        report = told("--layout", "native", "--size", size)
+        """--size is the reservation of the native layout, rounded up to heap pages."""
+        report = json_of("--layout", "native", "--size", size)
 
         assert report["layout"] == "native"
-        where = report["reservation"]
-        assert where["end"] - where["start"] == nbytes
-        assert grown(report, "VmSize") == round_up(nbytes, PAGE_SIZE)
+        reservation = report["reservation"]
+        assert reservation["end"] - reservation["start"] == nbytes
+        assert growth(report, "VmSize") == round_up(nbytes, PAGE_SIZE)
 
     @pytest.mark.parametrize(
         "arguments",
@@ -353,7 +353,7 @@ class TestChoosing:
         ],
     )
     def test_usage_errors(self, arguments: tuple[str, ...]) -> None:
-        """What makes no sense ends with status 2 and an explanation, and reserves nothing."""
+        """Wrong usage ends with status 2 and an error message, without output."""
         done = run_forked("vsz", *arguments)
 
         assert done.returncode == 2
@@ -362,7 +362,7 @@ class TestChoosing:
         assert "Traceback" not in done.stderr
 
     def test_an_unknown_layout_is_told_the_known(self) -> None:
-        """A layout that there is not is answered with those that there are."""
+        """The message for an unknown layout lists the known ones."""
         done = run_forked("vsz", "--layout", "go2/amd64")
 
         words = " ".join(done.stderr.split())
@@ -370,32 +370,32 @@ class TestChoosing:
         assert all(name in words for name in layouts.names())
 
     def test_more_than_all_addresses(self) -> None:
-        """A native arena that no address space has is refused in one line."""
+        """A native arena larger than the address space is refused in one line."""
         line = refused_in_one_line(run_forked("vsz", "--layout", "native", "--size", "100EiB"))
 
         assert "address" in line
 
 
 class TestLimits:
-    """Behind ulimit, as in a shell."""
+    """Runs under limits that ulimit sets in a shell."""
 
     @needs_64_bits
     def test_fallback(self) -> None:
-        """ulimit -v 4000000 makes the runtime fall back, and the report names the limit."""
-        report = told(ulimit="-v 4000000")
+        """Under ulimit -v 4000000 the layout falls back, and the report names the limit."""
+        report = json_of(ulimit="-v 4000000")
 
         assert (report["requested_layout"], report["layout"]) == (DEFAULT, "fallback")
         assert report["fell_back"]["limit"] == "RLIMIT_AS"
         assert "ulimit -v" in report["fell_back"]["because"]
-        where = report["reservation"]
-        assert where["end"] - where["start"] == layouts.get("fallback").total()
-        assert grown(report, "VmSize") == where["end"] - where["start"]
+        reservation = report["reservation"]
+        assert reservation["end"] - reservation["start"] == layouts.get("fallback").total()
+        assert growth(report, "VmSize") == reservation["end"] - reservation["start"]
 
     @needs_64_bits
     @needs_golden_page
     def test_fallback_touched(self) -> None:
-        """The fallback maps what the real binary mapped under the same limit."""
-        report = told("--touch", "100", ulimit="-v 4000000")
+        """The fallback makes the mappings of the real binary under the same limit."""
+        report = json_of("--touch", "100", ulimit="-v 4000000")
 
         base = report["reservation"]["start"]
         trace = golden.find(DEFAULT, 100, limited=True)
@@ -408,7 +408,7 @@ class TestLimits:
 
     @needs_64_bits
     def test_the_screen_says_so(self) -> None:
-        """The screen says that it fell back, and which limit made it."""
+        """The screen names the fallback and the limit."""
         done = run("vsz", ulimit="-v 4000000")
 
         words = " ".join(done.stdout.split())
@@ -417,7 +417,7 @@ class TestLimits:
         assert "RLIMIT_AS (ulimit -v)" in words
 
     def test_too_little_for_either(self) -> None:
-        """ulimit -v 600000 leaves no room for the fallback: status 1 and one line."""
+        """Under ulimit -v 600000 even the fallback is refused: status 1 and one line."""
         line = refused_in_one_line(run("vsz", ulimit="-v 600000"))
 
         assert "cannot reserve arena virtual address space" in line
@@ -426,7 +426,7 @@ class TestLimits:
     @needs_64_bits
     @pytest.mark.parametrize("name", ["go1.4/amd64", "go1.11/amd64"])
     def test_growth_that_the_limit_refuses(self, name: str) -> None:
-        """A layout that reserves nothing meets ulimit -v when it grows, and names it."""
+        """A layout without a reservation is refused by ulimit -v when it grows, in one line."""
         line = refused_in_one_line(
             run("vsz", "--layout", name, "--touch", "300", ulimit="-v 250000")
         )
@@ -435,7 +435,7 @@ class TestLimits:
 
 
 class Held:
-    """A command that stays alive, once it has said so."""
+    """A command that was started with --hold and has printed that it stays."""
 
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
@@ -449,24 +449,24 @@ class Held:
         self.line = self.process.stderr.readline()
 
     def end(self) -> tuple[int, str, str]:
-        """Wait for the end; return the status and what was printed."""
+        """Wait for the end; return the status, standard output and standard error."""
         out, err = self.process.communicate()
         return self.process.returncode, out, err
 
 
 @pytest.fixture
 def held() -> Iterator[Held]:
-    """A command that stays until it is interrupted."""
-    made = Held("--hold")
-    yield made
-    if made.process.poll() is None:
-        made.process.kill()
-    made.process.communicate()
+    """A command that stays until Ctrl-C."""
+    running = Held("--hold")
+    yield running
+    if running.process.poll() is None:
+        running.process.kill()
+    running.process.communicate()
 
 
 class TestHold:
     def test_it_can_be_looked_at(self, held: Held) -> None:
-        """While it stays, other programs see the VSZ that it reports."""
+        """During --hold other processes can read the large VSZ."""
         pid = held.process.pid
 
         size = proc.status_kib(pid)["VmSize"] * KiB
@@ -479,7 +479,7 @@ class TestHold:
         "attempt", [0, 1, *(pytest.param(n, marks=pytest.mark.heavy) for n in range(2, 8))]
     )
     def test_ctrl_c_ends_it_cleanly(self, attempt: int, held: Held) -> None:
-        """Ctrl-C ends it with status 0 from the moment at which it says that it stays."""
+        """Ctrl-C ends it with status 0 as soon as it has printed that it stays."""
         held.process.send_signal(signal.SIGINT)
         status, out, err = held.end()
 
@@ -488,7 +488,7 @@ class TestHold:
 
     @pytest.mark.parametrize("arguments", [("--hold", "0.05"), ("--hold=0.05",), ("--hold", "0")])
     def test_seconds_end_it(self, arguments: tuple[str, ...]) -> None:
-        """With a number of seconds it ends by itself, with status 0."""
+        """With a number of seconds it ends by itself with status 0."""
         done = run("vsz", "--json", *arguments)
 
         assert done.returncode == 0
@@ -496,7 +496,7 @@ class TestHold:
         assert json.loads(done.stdout)["layout"] == DEFAULT
 
     def test_the_number_is_optional_anywhere(self) -> None:
-        """--hold without its number may stand before another option."""
+        """--hold without a number can precede another option."""
         held = Held("--hold", "--layout", "native", "--size", "1MiB")
 
         held.process.send_signal(signal.SIGINT)
@@ -507,7 +507,7 @@ class TestHold:
 
     @pytest.mark.parametrize("seconds", ["nan", "-1", "-inf"])
     def test_what_is_no_time(self, seconds: str) -> None:
-        """A number of seconds that makes no sense is a usage error."""
+        """A negative or undefined number of seconds is a usage error."""
         done = run_forked("vsz", "--hold", seconds)
 
         assert done.returncode == 2
@@ -517,28 +517,28 @@ class TestHold:
 def on_a_terminal(*arguments: str) -> tuple[int, str, str]:
     """Run the command with standard error on a terminal; return status, output and errors."""
     try:
-        ours, theirs = pty.openpty()
+        leader, follower = pty.openpty()
     except OSError:
-        pytest.skip("no terminals to be had here")
+        pytest.skip("no pseudo-terminal available")
     with subprocess.Popen(
         [*COMMAND, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=theirs,
+        stderr=follower,
         env={**environment(), "TERM": "xterm-256color"},
     ) as process:
-        os.close(theirs)
+        os.close(follower)
         chunks = []
         while True:
             try:
-                chunk = os.read(ours, 65536)
+                chunk = os.read(leader, 65536)
             except OSError as end:
                 assert end.errno == errno.EIO  # noqa: PT017  # how Linux says end of file here
                 break
             if not chunk:
                 break
             chunks.append(chunk)
-        os.close(ours)
+        os.close(leader)
         assert process.stdout is not None
         out = process.stdout.read().decode()
     return process.returncode, out, b"".join(chunks).decode()
@@ -546,7 +546,7 @@ def on_a_terminal(*arguments: str) -> tuple[int, str, str]:
 
 class TestProgress:
     def test_on_a_terminal_there_is_nothing_but_the_bar(self) -> None:
-        """A long touch draws a bar on a terminal's standard error, and takes it away again."""
+        """On a terminal a long touch prints nothing but a progress bar on standard error."""
         nbytes = GiB if WORD == 8 else 256 * MiB
         needs_memory(nbytes)
 
@@ -555,25 +555,25 @@ class TestProgress:
         assert status == 0
         report = json.loads(out)
         assert report["arena_used"] - report["arena_start"] == nbytes + MiB
-        said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err)
-        for line in re.split(r"[\r\n]+", said):
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err)
+        for line in re.split(r"[\r\n]+", text):
             assert re.fullmatch(r"(touching [━╸╺ ]*[\d./ KMGiB]* *[-:\d]*)?", line.strip()), line
 
     def test_the_bar_has_no_thread(self) -> None:
-        """On a terminal VSZ grows by the reservation and not by a thread's stack besides."""
+        """On a terminal VSZ grows by the reservation, without the stack of another thread."""
         status, out, _ = on_a_terminal("vsz", "--json", "--touch", "200")
 
         report = json.loads(out)
-        where = report["reservation"]
+        reservation = report["reservation"]
         assert status == 0
-        assert 0 <= grown(report, "VmSize") - (where["end"] - where["start"]) < 8 * MiB
+        assert 0 <= growth(report, "VmSize") - (reservation["end"] - reservation["start"]) < 8 * MiB
 
     @pytest.mark.parametrize(
         "nbytes",
         [128 * MiB, pytest.param(GiB if WORD == 8 else 256 * MiB, marks=pytest.mark.heavy)],
     )
     def test_a_pipe_gets_none(self, nbytes: int) -> None:
-        """Standard error that is no terminal stays empty, however long it takes."""
+        """Standard error stays empty if it is not a terminal."""
         needs_memory(nbytes)
 
         done = run("vsz", "--touch", str(nbytes // MiB))
@@ -597,7 +597,7 @@ class TestWhatIsMissing:
         import sys
 
         class Missing:
-            "Finds nothing of what was not installed."
+            "Finds none of the named packages."
             names = set(sys.argv[1].split(","))
 
             def find_spec(self, name, path=None, target=None):
@@ -616,14 +616,14 @@ class TestWhatIsMissing:
         "arguments", [["vsz"], pytest.param(["vsz", "--list"], marks=pytest.mark.heavy)]
     )
     def test_the_extra_is_named(self, missing: str, arguments: list[str]) -> None:
-        """Without typer or rich the command says in one line which extra has them."""
+        """Without typer or rich the command names the extra in one line."""
         done = python(self.WITHOUT, missing, *arguments)
 
         line = refused_in_one_line(done)
         assert "pip install 'pyreserve[cli]'" in line
 
     def test_a_module_that_python_was_told_to_block(self) -> None:
-        """A typer that was set to None in sys.modules counts as missing."""
+        """A typer that is None in sys.modules counts as missing."""
         done = python(
             """
             import sys
@@ -637,7 +637,7 @@ class TestWhatIsMissing:
         assert "pyreserve[cli]" in refused_in_one_line(done)
 
     def test_memory_that_runs_out_while_it_starts(self) -> None:
-        """Where not even the imports fit into memory, one line says so."""
+        """Running out of memory during the imports is reported in one line."""
         done = python(
             """
             import sys
@@ -657,7 +657,7 @@ class TestWhatIsMissing:
         assert "memory to start" in refused_in_one_line(done)
 
     def test_other_missing_modules_are_not_explained_away(self) -> None:
-        """A module of our own that is missing is an error as it stands."""
+        """Any other missing module raises ModuleNotFoundError with a traceback."""
         done = python(self.WITHOUT, "resource", "vsz")
 
         assert done.returncode == 1
@@ -669,7 +669,7 @@ class TestImporting:
 
     @pytest.mark.parametrize("module", ["pyreserve", "pyreserve.cli"])
     def test_importing_is_cheap(self, module: str) -> None:
-        """Importing the library, or its command's package, imports nothing heavy."""
+        """Importing the library or the cli package imports no heavy package."""
         done = python(
             f"""
             import sys
@@ -681,7 +681,7 @@ class TestImporting:
         assert (done.returncode, done.stdout.strip()) == (0, "")
 
     def test_numpy_comes_with_its_first_use(self) -> None:
-        """Only ndarray imports numpy."""
+        """numpy is imported by the first call of ndarray, not before."""
         done = python(
             """
             import sys
@@ -704,7 +704,7 @@ class TestImporting:
 
 class TestTheTestsThemselves:
     def test_the_limits_of_this_process_are_wide(self) -> None:
-        """These tests lower limits themselves and need to start without any on addresses."""
+        """The tests start without RLIMIT_AS, which some of them lower themselves."""
         soft, _ = resource.getrlimit(resource.RLIMIT_AS)
 
         assert soft == resource.RLIM_INFINITY

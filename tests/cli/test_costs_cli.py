@@ -229,7 +229,7 @@ class TestCompare:
         ended = run_measured(folder / "a.json", "--compare", folder / "a.json")
 
         assert ended.returncode == 0, ended.stderr
-        assert re.search(r"^\d+ cells in both: \d+ same", ended.stdout, re.MULTILINE)
+        assert re.search(r"^\d+ cells in both runs: \d+ same", ended.stdout, re.MULTILINE)
 
     def compared(self, folder: Path, noise: Noise) -> str:
         """What is shown where touching costs a thousand times what it did in an old run."""
@@ -243,7 +243,7 @@ class TestCompare:
         """What costs a thousand times as much as in the file is slower."""
         out = self.compared(tmp_path, costs_tables.QUIET)
 
-        assert "not the same: cpu was Imaginary 9000" in out
+        assert "machine differs: cpu was Imaginary 9000" in out
         assert re.search(r"touch write.* slower", out)
 
     def test_a_disturbed_run_invents_nothing(self, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ class TestCompare:
         out = self.compared(tmp_path, LOUD)
 
         assert "slower" not in out
-        assert "Noisy, so nothing is called a change: the old run" in out
+        assert "Noisy, so no change is reported: the old run" in out
 
 
 class TestRefusals:
