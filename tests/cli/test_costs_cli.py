@@ -1,4 +1,4 @@
-"""The command ``pyreserve costs``, run as a user runs it."""
+"""The command ``pyreserve costs``: its screen, its files and its refusals."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ COMMAND = [sys.executable, "-m", "pyreserve", "costs"]
 TOUCH = Curve("touch", "write")
 QUICK = ("--only", "reserve,commit,touch", "--longest", "64KiB", "--budget", "1000")
 
-# The command, which a few passes end however little time they get, instead of its budget.
+# The command, ended after a few passes instead of by its budget.
 BRIEF = """
 import sys
 from pyreserve.costs import measuring
@@ -40,9 +40,9 @@ main()
 
 
 def environment() -> dict[str, str]:
-    """The environment without what changes how terminals are written to."""
-    meddling = ("COLOR", "COLUMNS", "LINES", "TTY", "TERM", "GITHUB_ACTIONS")
-    return {k: v for k, v in os.environ.items() if not any(word in k for word in meddling)}
+    """The environment without variables that change terminal output."""
+    excluded = ("COLOR", "COLUMNS", "LINES", "TTY", "TERM", "GITHUB_ACTIONS")
+    return {k: v for k, v in os.environ.items() if not any(word in k for word in excluded)}
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -62,7 +62,7 @@ def run_briefly(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def run_measured(path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the command as if it had measured what a file holds."""
+    """Run the command with the results of a file in place of a measurement."""
 
     def replace() -> None:
         vars(costs_command)["measure"] = lambda *_, **__: CostTable.load(path)
@@ -71,7 +71,7 @@ def run_measured(path: Path, *arguments: str | Path) -> subprocess.CompletedProc
 
 
 def imaginary(table: CostTable, **facts: object) -> CostTable:
-    """A made-up table with all the facts that a screen shows."""
+    """A table with all machine facts that the screen shows."""
     machine = {
         **table.machine,
         "virtualised": "no",
@@ -86,14 +86,14 @@ def imaginary(table: CostTable, **facts: object) -> CostTable:
 
 
 def spent_by_children(pid: int) -> int:
-    """The CPU ticks that a process's children have taken, those that have ended."""
+    """The CPU ticks used by a process's children that have ended."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[13]) + int(fields[14])
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
-    """The output and the errors of one quick run, and the folder that it wrote its files to."""
+    """Standard output and error of a quick run, and the folder of its files."""
     folder = tmp_path_factory.mktemp("quick")
     ended = run_briefly("--json", folder / "a.json", "--csv", folder / "a.csv")
     assert ended.returncode == 0, ended.stderr
@@ -102,7 +102,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
 
 class TestScreen:
     def test_the_groups_as_a_person_thinks(self, quick: tuple[str, str, Path]) -> None:
-        """The table has a group for getting memory and one for its first use, with units."""
+        """The table has groups for getting memory and for first use, and figures with units."""
         out, _, _ = quick
 
         assert re.search(r"^ +pages +fixed +per page +GiB/s", out, re.MULTILINE)
@@ -113,7 +113,7 @@ class TestScreen:
         assert not re.search(r"^give back *$", out, re.MULTILINE)
 
     def test_the_machine(self, quick: tuple[str, str, Path]) -> None:
-        """The screen begins with the machine's facts."""
+        """The screen starts with the facts of the machine."""
         out, _, _ = quick
 
         first, second, *_ = out.splitlines()
@@ -124,13 +124,13 @@ class TestScreen:
         assert "vm.overcommit_memory " in out
 
     def test_it_says_what_it_does_meanwhile(self, quick: tuple[str, str, Path]) -> None:
-        """While it measures it says on standard error how long that takes at most."""
+        """At the start it prints the time limit on standard error."""
         _, err, _ = quick
 
         assert re.match(r"pyreserve costs: measuring \d+ cells for at most 1000 s, in up to ", err)
 
     def test_recommendations_in_words(self, tmp_path: Path) -> None:
-        """What follows is said in words, with the figures that it rests on."""
+        """The recommendations are sentences with their figures."""
         table = costs_tables.table(USUAL)
         path = tmp_path / "a.json"
         path.write_text(imaginary(table).to_json(), encoding="utf-8")
@@ -143,7 +143,7 @@ class TestScreen:
         assert "MADV_FREE" in out
 
     def test_a_bar_on_a_terminal(self) -> None:
-        """A terminal gets a bar that is gone at the end."""
+        """On a terminal a progress bar is drawn."""
         leader, follower = pty.openpty()
         process = subprocess.Popen(
             [sys.executable, "-c", BRIEF, "costs", *QUICK],
@@ -170,7 +170,7 @@ class TestScreen:
 
 class TestFiles:
     def test_json_and_csv(self, quick: tuple[str, str, Path]) -> None:
-        """Both files hold the same cells, and the JSON its model."""
+        """Both files have the same cells, and the JSON has the model."""
         _, _, folder = quick
 
         found = json.loads((folder / "a.json").read_text())
@@ -185,7 +185,7 @@ class TestFiles:
         assert table.model().estimate("touch", pages=4) > 0
 
     def test_nothing_else_is_left(self, quick: tuple[str, str, Path]) -> None:
-        """No temporary file stays beside them, and their permissions are the usual."""
+        """No temporary file is left, and the permissions follow the umask."""
         _, _, folder = quick
 
         assert sorted(path.name for path in folder.iterdir()) == ["a.csv", "a.json"]
@@ -194,7 +194,7 @@ class TestFiles:
         assert (folder / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
 
     def test_standard_output_is_a_file_too(self, quick: tuple[str, str, Path]) -> None:
-        """``--json /dev/stdout`` works, as for any command."""
+        """``--json /dev/stdout`` writes to standard output."""
         _, _, folder = quick
 
         ended = run_measured(folder / "a.json", "--json", "/dev/stdout")
@@ -204,7 +204,7 @@ class TestFiles:
         assert found["schema"] == 1
 
     def test_all_four(self, tmp_path: Path) -> None:
-        """A picture and a file for pyperf come out of the same run."""
+        """One run writes a picture and a file that pyperf reads."""
         picture, samples = tmp_path / "a.svg", tmp_path / "a.pyperf.json"
 
         ended = run_briefly("--plot", picture, "--pyperf", samples)
@@ -223,7 +223,7 @@ class TestFiles:
 
 class TestCompare:
     def test_with_itself(self, quick: tuple[str, str, Path]) -> None:
-        """A run against an old one says of how many cells, and what of each verdict."""
+        """A comparison counts the cells in both runs and those of each verdict."""
         _, _, folder = quick
 
         ended = run_measured(folder / "a.json", "--compare", folder / "a.json")
@@ -232,7 +232,7 @@ class TestCompare:
         assert re.search(r"^\d+ cells in both runs: \d+ same", ended.stdout, re.MULTILINE)
 
     def compared(self, folder: Path, noise: Noise) -> str:
-        """What is shown where touching costs a thousand times what it did in an old run."""
+        """The screen of a run in which touch costs 1000 times as much as in the old one."""
         old = costs_tables.table({TOUCH: line(0, 0.5)}, noise=noise)
         (folder / "old.json").write_text(old.to_json())
         new = imaginary(costs_tables.table({TOUCH: line(0, 500)}), cpu="Imaginary 9001")
@@ -240,14 +240,14 @@ class TestCompare:
         return run_measured(folder / "new.json", "--compare", folder / "old.json").stdout
 
     def test_a_change(self, tmp_path: Path) -> None:
-        """What costs a thousand times as much as in the file is slower."""
+        """A cell that costs 1000 times as much as in the file is reported as slower."""
         out = self.compared(tmp_path, costs_tables.QUIET)
 
         assert "machine differs: cpu was Imaginary 9000" in out
         assert re.search(r"touch write.* slower", out)
 
     def test_a_disturbed_run_invents_nothing(self, tmp_path: Path) -> None:
-        """Against a run under load nothing is called a change."""
+        """Against a run under load no change is reported."""
         out = self.compared(tmp_path, LOUD)
 
         assert "slower" not in out
@@ -270,7 +270,7 @@ class TestRefusals:
         ],
     )
     def test_options_that_make_no_sense(self, arguments: tuple[str, str], message: str) -> None:
-        """A wrong option is refused before anything is measured."""
+        """A wrong option value is refused before the measurement."""
         ended = run(*arguments)
 
         assert ended.returncode == 2
@@ -278,14 +278,14 @@ class TestRefusals:
         assert ended.stdout == ""
 
     def test_a_file_that_is_not_there(self) -> None:
-        """An old file that can't be read is one line, before anything is measured."""
+        """A missing old file is reported in one line, before the measurement."""
         ended = run("--compare", "/nowhere/old.json")
 
         assert ended.returncode == 1
         assert ended.stderr == "pyreserve: /nowhere/old.json: No such file or directory\n"
 
     def test_a_file_of_another_kind(self, tmp_path: Path) -> None:
-        """An old file that is something else is refused with its name."""
+        """The refusal of an old file with other contents names it."""
         (tmp_path / "old.json").write_text("{}")
 
         ended = run("--compare", tmp_path / "old.json")
@@ -295,7 +295,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(("option", "name"), [("plot", "matplotlib"), ("pyperf", "pyperf")])
     def test_a_missing_extra(self, option: str, name: str, tmp_path: Path) -> None:
-        """What a picture or a pyperf file needs is said before a minute is spent."""
+        """A missing package for --plot or --pyperf is reported before the measurement."""
 
         def remove() -> None:
             vars(app)["find_spec"] = lambda other: None if other == name else find_spec(other)
@@ -309,7 +309,7 @@ class TestRefusals:
         )
 
     def test_too_little_memory(self) -> None:
-        """A machine without the memory for it is told so in one line."""
+        """Too little available memory is reported in one line."""
 
         def use_up() -> None:
             proc.available_bytes = lambda: 200 << 20
@@ -324,7 +324,7 @@ class TestRefusals:
 
 class TestInterrupted:
     def test_ctrl_c(self, tmp_path: Path) -> None:
-        """Ctrl-C leaves a valid partial JSON, no process and status 130."""
+        """Ctrl-C leaves valid partial JSON, no child process and status 130."""
         path = tmp_path / "a.json"
         arguments = ("--only", "commit,touch", "--longest", "1MiB", "--budget", "1000")
         process = subprocess.Popen(

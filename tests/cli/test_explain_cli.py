@@ -1,4 +1,4 @@
-"""The command ``pyreserve explain``: its screen, its JSON, its files and what it refuses."""
+"""The command ``pyreserve explain``: its screen, its JSON, its files and its refusals."""
 
 import json
 import os
@@ -62,13 +62,13 @@ def run_fresh(*arguments: str | Path, **environment: str) -> str:
 
 
 def words(text: str) -> str:
-    """What a refusal says, without the box that it is drawn in."""
+    """The words of an error message, without the box around it."""
     return re.sub(r"[\s│]+", " ", text)
 
 
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    """A process of our own that does nothing."""
+    """An idle child process."""
     child = subprocess.Popen(["sleep", "1000"])
     try:
         yield child
@@ -79,7 +79,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 class TestScreen:
     def test_the_article(self) -> None:
-        """The go program of 2014: what is reserved, whose it is, and that it costs nothing."""
+        """For the Go program of 2014 the screen has the reserved size, its owner and its cost."""
         screen = run_fresh("--from", GO)
 
         assert re.search(
@@ -93,7 +93,7 @@ class TestScreen:
 
     @pytest.mark.parametrize("name", NAMES)
     def test_every_capture_fits(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-        """All but the lists of mappings, which are never cut, fits a hundred columns."""
+        """Except for the lists of mappings, no line is longer than 100 columns."""
         explain_screen.show(explain(path=FOLDER / name), 0, all_maps=False)
 
         screen = capsys.readouterr().out
@@ -104,7 +104,7 @@ class TestScreen:
     def test_no_figure_is_cut(
         self, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """In eighty columns, and in fewer, bars and names make room for sizes and shares."""
+        """In 80 and 50 columns bars and names are shortened, sizes and shares are not."""
         space = explain(path=FOLDER / name)
         figures = re.compile(r"(\d|\.\d+) ([KMGT]i)?B +[<>]? ?\d+\.\d % +\d[^…]*$")
         for width in (80, 50):
@@ -120,7 +120,7 @@ class TestScreen:
             assert [row for row in rows if not figures.search(row)] == []
 
     def test_top_and_maps(self) -> None:
-        """--top lists the largest mappings, --maps all of them in address order."""
+        """--top lists the largest mappings, --maps lists all in address order."""
         top = run("--from", GO, "--top", "2").stdout
         maps = run("--from", GO, "--maps").stdout
 
@@ -130,18 +130,18 @@ class TestScreen:
         assert found == sorted(found, key=lambda address: int(address, 16))
 
     def test_this_command(self) -> None:
-        """Without a pid it explains itself."""
+        """Without a PID the command explains itself."""
         assert "pyreserve explain  pid " in run_fresh()
 
     def test_odd_names_do_nothing_to_a_terminal(self) -> None:
-        """Whatever a file is called, and whatever the terminal can show."""
+        """File names reach the terminal without control characters, in ASCII and UTF-8."""
         for environment in ({"LC_ALL": "C", "PYTHONUTF8": "0"}, {"LC_ALL": "C.UTF-8"}):
             screen = run_fresh("--from", FOLDER / "c_odd", "--maps", **environment)
             assert "new\\012line and  two spaces" in screen
             assert "\x1b" not in screen
 
     def test_a_warning(self, tmp_path: Path) -> None:
-        """What comes near a limit is said, with the limit."""
+        """A process near a limit gets a warning with the figures."""
         for path in (FOLDER / "redis").iterdir():
             (tmp_path / path.name).write_bytes(path.read_bytes())
         limits = (tmp_path / "limits").read_text()
@@ -172,7 +172,7 @@ class TestScreen:
         assert "6 things are worth a look" in screen
 
     def test_a_tiny_process(self, tmp_path: Path) -> None:
-        """A process of three pages needs six for its page tables: no reason to worry."""
+        """Page tables larger than the memory of a tiny process cause no warning."""
         (tmp_path / "smaps").write_text(
             "7f0000000000-7f0000003000 rw-p 00000000 00:00 0 \nRss: 12 kB\nPrivate_Dirty: 12 kB\n"
         )
@@ -181,7 +181,7 @@ class TestScreen:
         assert explain(path=tmp_path).warnings == ()
 
     def test_maps_alone(self, tmp_path: Path) -> None:
-        """Totals that are not known are question marks, here and in what is compared with it."""
+        """Unknown totals are question marks, and comparisons report them as unknown."""
         folder = tmp_path / "saved"
         folder.mkdir()
         (folder / "maps.gz").write_bytes((FOLDER / "redis" / "maps.gz").read_bytes())
@@ -197,7 +197,7 @@ class TestScreen:
         assert "(RSS) can't be compared" in words(run("--diff", plain, plain).stdout)
 
     def test_limits_that_were_not_saved(self, tmp_path: Path) -> None:
-        """Without the file limits nothing is said of them."""
+        """Without a saved limits file the verdict says that limits are missing."""
         for name in ("smaps.gz", "status"):
             (tmp_path / name).write_bytes((FOLDER / "redis" / name).read_bytes())
 
@@ -207,7 +207,7 @@ class TestScreen:
         assert verdict.endswith("no limits were saved with it.")
 
     def test_a_core_dump_would_walk(self, tmp_path: Path) -> None:
-        """A large mapping that was used a little, where core dumps are made."""
+        """A large, hardly used mapping gets a warning where core dumps are enabled."""
         (tmp_path / "smaps").write_text(
             "7f0000000000-7f0080000000 rw-p 00000000 00:00 0 \nRss: 4 kB\nPrivate_Dirty: 4 kB\n"
             "Anonymous: 4 kB\nVmFlags: rd wr mr mw me ac \n"
@@ -222,19 +222,19 @@ class TestScreen:
 class TestJson:
     @pytest.mark.parametrize("name", NAMES)
     def test_the_documented_keys(self, name: str) -> None:
-        """Classes sum to VSZ, and so do owners."""
+        """The JSON has exactly the documented keys; classes and owners each sum to VSZ."""
         found = json.loads(explain(path=FOLDER / name).to_json())
 
         assert set(found) == JSON_KEYS
         assert found["schema"] == 1
         assert found["vsz_kib"] == truth(name)["vsz_kib"]
-        assert sum(one["kib"] for one in found["classes"]) == found["vsz_kib"]
-        assert sum(one["kib"] for one in found["owners"]) == found["vsz_kib"]
-        assert all(set(one) == {"name", "kib", "mappings"} for one in found["classes"])
-        assert all({"name", "kib", "rss_kib", "evidence"} <= set(one) for one in found["owners"])
+        assert sum(item["kib"] for item in found["classes"]) == found["vsz_kib"]
+        assert sum(item["kib"] for item in found["owners"]) == found["vsz_kib"]
+        assert all(set(item) == {"name", "kib", "mappings"} for item in found["classes"])
+        assert all({"name", "kib", "rss_kib", "evidence"} <= set(item) for item in found["owners"])
 
     def test_a_live_process(self, sleeper: subprocess.Popen[bytes]) -> None:
-        """Its pid and name, and figures that agree."""
+        """The JSON of a live process has its PID, its name and consistent figures."""
         found = json.loads(run(sleeper.pid, "--json").stdout)
 
         assert (found["pid"], found["name"], found["settled"]) == (sleeper.pid, "sleep", True)
@@ -243,7 +243,7 @@ class TestJson:
 
 class TestFiles:
     def test_save_and_explain(self, tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
-        """What was saved says what was shown."""
+        """Saved files give the same explanation as the live process."""
         shown = run(sleeper.pid, "--save", tmp_path / "kept", "--json").stdout
         again = run("--from", tmp_path / "kept", "--json").stdout
 
@@ -255,7 +255,7 @@ class TestFiles:
     def test_save_overwrites_nothing(
         self, tmp_path: Path, sleeper: subprocess.Popen[bytes]
     ) -> None:
-        """A folder that holds a process is left as it is."""
+        """--save refuses a folder with saved files and leaves them unchanged."""
         run(sleeper.pid, "--save", tmp_path)
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -263,7 +263,7 @@ class TestFiles:
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
     def test_diff(self, tmp_path: Path) -> None:
-        """What grew between two explanations, in words and as JSON."""
+        """--diff reports the changes between two explanations, as text and as JSON."""
         old, new = tmp_path / "old.json", tmp_path / "new.json"
         old.write_text(run("--from", FOLDER / "go14", "--json").stdout)
         new.write_text(run("--from", GO, "--json").stdout)
@@ -274,7 +274,7 @@ class TestFiles:
         assert "VSZ grew by 136 GiB, memory (RSS) grew by 168 KiB" in screen
         assert "Most addresses went to Go arena: 127.9 GiB" in screen
         assert "different processes" in screen
-        by = {one["name"]: one["change"] for one in found["totals"]}
+        by = {item["name"]: item["change"] for item in found["totals"]}
         assert by["vsz_kib"] == 142_740_892 - 113_332
         assert by["mappings"] == 2
 
@@ -283,7 +283,7 @@ class TestFiles:
         ["", "[]", "{}", '{"schema": 2}', "[" * 100_000, '{"schema": 1, "vsz_kib": "1"}', "\0"],
     )
     def test_what_is_no_explanation(self, tmp_path: Path, text: str) -> None:
-        """A file of something else is refused in words."""
+        """A file that is not an explanation raises ValueError."""
         path = tmp_path / "new.json"
         path.write_text(text)
 
@@ -291,7 +291,7 @@ class TestFiles:
             load(path)
 
     def test_diff_of_something_else(self, tmp_path: Path) -> None:
-        """The command says so too."""
+        """--diff reports such a file as a usage error."""
         path = tmp_path / "new.json"
         path.write_text("{}")
 
@@ -299,7 +299,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("kind", ["png", "svg"])
     def test_plot(self, tmp_path: Path, kind: str) -> None:
-        """The picture is written, and the screen shown as well."""
+        """--plot writes the picture and still prints the screen."""
         path = tmp_path / f"picture.{kind}"
 
         assert "VSZ is 136.1 GiB" in run("--from", GO, "--plot", path).stdout
@@ -328,7 +328,7 @@ class TestRefusals:
         ],
     )
     def test_what_contradicts_itself(self, arguments: list[str], told: str) -> None:
-        """Options that make no sense together or alone end with status 2."""
+        """Options that exclude or need each other, and wrong values, end with status 2."""
         refused = run(*arguments, status=2).stderr
 
         assert told in words(refused)
@@ -338,24 +338,24 @@ class TestRefusals:
         [("4194304", "there is no process 4194304"), ("9" * 20, "there is no such process: no")],
     )
     def test_no_such_process(self, pid: str, told: str) -> None:
-        """One line, status 1."""
+        """A PID without a process is reported in one line with status 1."""
         refused = run(pid, status=1).stderr
 
         assert refused.startswith(f"pyreserve: {told}")
         assert refused.count("\n") == 1
 
     def test_no_such_folder(self, tmp_path: Path) -> None:
-        """One line that names it."""
+        """A missing folder is named in one line."""
         refused = run("--from", tmp_path / "x", status=1).stderr
 
         assert refused == f"pyreserve: {tmp_path}/x: no such folder\n"
 
     def test_a_path_does_nothing_to_a_terminal(self, tmp_path: Path) -> None:
-        """What a path holds is printed without what a terminal would obey."""
+        """Control characters of a path are not printed."""
         assert run("--from", f"{tmp_path}/\x1b]0;x\x07", status=1).stderr.count("\x1b") == 0
 
     def test_a_file_that_is_none(self, tmp_path: Path) -> None:
-        """One line that names the file and its line."""
+        """A malformed file is reported in one line with its path and line number."""
         (tmp_path / "smaps").write_text("hello\n")
 
         refused = run("--from", tmp_path, status=1).stderr
@@ -363,10 +363,10 @@ class TestRefusals:
         assert refused.startswith(f"pyreserve: {tmp_path}/smaps: line 1 is not of")
         assert refused.count("\n") == 1
 
-    @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+    @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
     def test_without_permission(self, sleeper: subprocess.Popen[bytes]) -> None:
-        """Another user's process: one clear line, status 1."""
-        # Imported before, since nobody may be allowed to read the interpreter's files.
+        """Another user's process is reported in one line with status 1."""
+        # Import first: the user nobody may have no access to the interpreter's files.
         code = (
             "import os, sys; from pyreserve.cli import app, explain, explain_screen\n"
             "try: app.app(['explain', '4194304'])\n"
@@ -388,7 +388,7 @@ class TestRefusals:
 
 class TestWatch:
     def test_lines(self, sleeper: subprocess.Popen[bytes], tmp_path: Path) -> None:
-        """In a pipe it prints lines, and the same to the file."""
+        """In a pipe --watch prints lines, and writes the same to the file."""
         csv = tmp_path / "record.csv"
         with subprocess.Popen(
             [sys.executable, "-m", "pyreserve", "explain", str(sleeper.pid), "--watch", "0.05",
@@ -407,7 +407,7 @@ class TestWatch:
         assert csv.read_text().splitlines()[1].split(",") == lines[1].split()
 
     def test_a_terminal(self, sleeper: subprocess.Popen[bytes]) -> None:
-        """On a terminal q ends the screen."""
+        """On a terminal q ends --watch."""
         master, slave = pty.openpty()
         try:
             with subprocess.Popen(
@@ -431,8 +431,8 @@ class TestWatch:
 
 
 def test_the_errors_are_ours() -> None:
-    """What explain raises of its own can be caught as one."""
+    """The exceptions of explain are PyreserveErrors."""
     from pyreserve import AccessError, MapsError, NoAddressSpaceError
 
-    assert all(issubclass(one, PyreserveError) for one in (AccessError, MapsError))
+    assert all(issubclass(error, PyreserveError) for error in (AccessError, MapsError))
     assert issubclass(NoAddressSpaceError, ProcessLookupError)

@@ -1,4 +1,4 @@
-"""The live view of a process's memory, in a terminal of its own, in a pipe and in a file."""
+"""``pyreserve explain --watch``: on a pseudo-terminal, in a pipe and with a file."""
 
 import fcntl
 import io
@@ -33,8 +33,8 @@ from pyreserve.procmem import Sample
 LEAVE, ENTER = b"\x1b[?1049l", b"\x1b[?1049h"
 SHOW_CURSOR, HIDE_CURSOR = b"\x1b[?25h", b"\x1b[?25l"
 
-# Watches a process, as the command would. Its options: the pid, the interval, a CSV file if any.
-# In a terminal it is the session's leader, so that Ctrl-C finds it.
+# Watches a process as the command does. Arguments: the PID, the interval, optionally a CSV file.
+# On a terminal it becomes the session leader, so that Ctrl-C reaches it.
 WATCH = """
 import fcntl, os, signal, sys, termios
 from pathlib import Path
@@ -42,7 +42,7 @@ from types import SimpleNamespace
 from pyreserve._system import proc
 from pyreserve.cli.watch import watch
 
-# Whoever runs the tests may ignore them (nohup, a background shell), and so would this process.
+# This process would inherit ignored signals (nohup, a background shell).
 for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
     signal.signal(number, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -79,7 +79,7 @@ except OSError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
 
-# Takes and keeps so many MiB for each line that it reads, and says when it has.
+# Allocates and keeps the number of MiB in each line that it reads, then answers.
 CHILD = """
 import sys
 kept = []
@@ -91,7 +91,7 @@ for line in sys.stdin:
 
 
 class Child:
-    """A process to be watched."""
+    """A process that is watched."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -111,7 +111,7 @@ class Child:
         self._hear("taken")
 
     def end(self) -> None:
-        """End, without a zombie left: what watches sees the process gone."""
+        """End and reap the process, so that the watcher sees it gone."""
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
             stream.close()
@@ -121,24 +121,24 @@ class Child:
 
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
-    """A process that many tests watch, none of which ends it."""
-    made = Child()
-    yield made
-    made.end()
+    """A watched process that all tests share and none ends."""
+    process = Child()
+    yield process
+    process.end()
 
 
 @pytest.fixture
 def mortal() -> Iterator[Child]:
-    """A process for a test that ends it."""
-    made = Child()
-    yield made
-    made.end()
+    """A watched process that the test may end."""
+    process = Child()
+    yield process
+    process.end()
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment without what changes how terminals and pipes are written to."""
-    meddling = ("COLOR", "COLUMNS", "LINES", "TTY", "TERM", "GITHUB_ACTIONS", "PYTHONUNBUFFERED")
-    usual = {k: v for k, v in os.environ.items() if not any(word in k for word in meddling)}
+    """The environment without variables that change output to terminals and pipes."""
+    excluded = ("COLOR", "COLUMNS", "LINES", "TTY", "TERM", "GITHUB_ACTIONS", "PYTHONUNBUFFERED")
+    usual = {k: v for k, v in os.environ.items() if not any(word in k for word in excluded)}
     return {**usual, "TERM": "xterm-256color", **more}
 
 
@@ -147,7 +147,7 @@ def command(child: Child, interval: float, *csv: Path) -> list[str | Path]:
 
 
 class Terminal:
-    """A terminal with the watching process in it, seen from the other side."""
+    """A pseudo-terminal on which the watching process runs."""
 
     def __init__(
         self,
@@ -157,30 +157,30 @@ class Terminal:
         size: tuple[int, int],
         **more: str,
     ) -> None:
-        self.ours, self.theirs = pty.openpty()
+        self.leader, self.follower = pty.openpty()
         self.resize(*size)
-        self.before = termios.tcgetattr(self.theirs)
+        self.before = termios.tcgetattr(self.follower)
         self.seen = b""
         self.process = subprocess.Popen(
             arguments,
-            stdin=self.theirs if keyboard else subprocess.DEVNULL,
-            stdout=self.theirs,
-            stderr=self.theirs,
+            stdin=self.follower if keyboard else subprocess.DEVNULL,
+            stdout=self.follower,
+            stderr=self.follower,
             start_new_session=True,
             env=environment(**more),
         )
 
     def resize(self, columns: int, lines: int) -> None:
-        fcntl.ioctl(self.ours, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        fcntl.ioctl(self.leader, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
     def read(self, timeout: float) -> bool:
-        ready = bool(select.select([self.ours], [], [], timeout)[0])
+        ready = bool(select.select([self.leader], [], [], timeout)[0])
         if ready:
-            self.seen += os.read(self.ours, 1 << 16)
+            self.seen += os.read(self.leader, 1 << 16)
         return ready
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Read until something holds."""
+        """Read until the condition holds."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < deadline, self.seen[-3000:]
@@ -194,31 +194,31 @@ class Terminal:
         return self.process.wait()
 
     def hit(self, key: bytes) -> None:
-        os.write(self.ours, key)
+        os.write(self.leader, key)
 
     def frames(self) -> list[str]:
-        """The screens that were drawn whole, without their colours."""
-        found = self.seen.rpartition(LEAVE)[0] or self.seen.rpartition(b"\x1b[H")[0]
-        return [plain(one) for one in found.split(b"\x1b[H")[1:]]
+        """The completely drawn screens, without colours."""
+        drawn = self.seen.rpartition(LEAVE)[0] or self.seen.rpartition(b"\x1b[H")[0]
+        return [plain(frame) for frame in drawn.split(b"\x1b[H")[1:]]
 
     def latest(self) -> str:
-        """The last screen, as far as it was drawn."""
+        """The last screen, complete or not."""
         return plain(self.seen.rpartition(b"\x1b[H")[2])
 
     def figures(self) -> dict[str, list[str]]:
-        """The rows of the last screen."""
+        """The rows of the last complete screen."""
         frames = self.frames()
         return rows(frames[-1]) if frames else {}
 
     def left(self) -> str:
-        """What stays on the normal screen."""
+        """The text that stays on the normal screen."""
         _, _, after = self.seen.rpartition(LEAVE)
         return plain(after)
 
     def is_as_it_was(self) -> bool:
-        """Whether there are the attributes, the screen and the cursor from before."""
+        """Whether attributes, normal screen and cursor are restored."""
         return (
-            termios.tcgetattr(self.theirs) == self.before
+            termios.tcgetattr(self.follower) == self.before
             and self.seen.count(LEAVE) == self.seen.count(ENTER) > 0
             and self.seen.rindex(LEAVE) > self.seen.rindex(ENTER)
             and self.seen.rindex(SHOW_CURSOR) > self.seen.rindex(HIDE_CURSOR)
@@ -227,7 +227,7 @@ class Terminal:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        for end in (self.ours, self.theirs):
+        for end in (self.leader, self.follower):
             with suppress(OSError):
                 os.close(end)
 
@@ -240,11 +240,11 @@ def terminal(
     size: tuple[int, int] = (110, 24),
     **more: str,
 ) -> Iterator[Terminal]:
-    made = Terminal(arguments, keyboard=keyboard, size=size, **more)
+    opened = Terminal(arguments, keyboard=keyboard, size=size, **more)
     try:
-        yield made
+        yield opened
     finally:
-        made.close()
+        opened.close()
 
 
 def plain(text: bytes) -> str:
@@ -252,7 +252,7 @@ def plain(text: bytes) -> str:
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """The rows of a table of figures by name, cut at two spaces."""
+    """The rows of a table of figures by name; columns are two or more spaces apart."""
     cut = (re.split(r" {2,}", line.strip()) for line in text.splitlines())
     names = ("VSZ", "reserved", "committed", "RSS", "PSS", "mappings")
     return {first: rest for first, *rest in cut if first in names and rest}
@@ -265,7 +265,7 @@ def mib(size: str) -> float:
 
 class TestSparkline:
     def test_from_the_least_to_the_most(self) -> None:
-        """Eight values in equal steps take the eight characters in turn."""
+        """Eight values in equal steps give the eight characters in order."""
         assert sparkline(range(8), 8, 0, 7) == BLOCKS
         assert sparkline(range(8), 8, 0, 7, ASCII) == ASCII
 
@@ -278,21 +278,21 @@ class TestSparkline:
         ("width", "drawn"), [(10, "▁▅█"), (3, "▁▅█"), (2, "▅█"), (1, "█"), (0, ""), (-1, "")]
     )
     def test_the_newest_that_fit(self, width: int, drawn: str) -> None:
-        """A narrow line has the newest values, and a wide one is as long as there are values."""
+        """A narrow line has the newest values; a wide one has all values and no padding."""
         assert sparkline([0, 50, 100], width, 0, 100) == drawn
 
     def test_nothing(self) -> None:
-        """No values are no characters."""
+        """No values give an empty line."""
         assert sparkline([], 8, 0, 0) == ""
 
     def test_large_numbers_are_exact(self) -> None:
-        """The ends are exact, beyond what floats can tell apart."""
+        """The ends of the scale are exact beyond the precision of floats."""
         low = 1 << 62
 
         assert sparkline([low, low + 1], 8, low, low + 1) == "▁█"
 
     def test_beyond_the_scale(self) -> None:
-        """What lies outside the scale is drawn as its end."""
+        """Values outside the scale are drawn as its ends."""
         assert sparkline([-9, 99], 8, 0, 7) == "▁█"
 
 
@@ -302,14 +302,14 @@ def console(encoding: str) -> Console:
 
 class TestNames:
     def test_a_name_can_do_nothing(self) -> None:
-        """A process's name is shown without what would steer the terminal, or can't be shown."""
+        """Control characters and unencodable characters in a name are replaced."""
         assert printable("a\x1b[2J\nb", console("utf-8")) == "a?[2J?b"
         assert printable("é\udcff", console("utf-8")) == "é?"
         assert printable("é", console("ascii")) == "?"
 
 
 class TestSampling:
-    """With a clock of the test's own, on which a sample takes as long as it says."""
+    """Sampling with a simulated clock, on which each sample takes a given time."""
 
     def watched(
         self, monkeypatch: pytest.MonkeyPatch, interval: float, lasts: Iterator[float]
@@ -327,7 +327,7 @@ class TestSampling:
         return Watched(os.getpid(), interval, take, None)
 
     def test_no_drift(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """However late a sample begins and however long it takes, the next is due in time."""
+        """Late or long samples do not delay the following ones."""
         seen = self.watched(monkeypatch, 1.0, iter([0.3, 0.9, 0.5, 0.1, 0.1]))
         seen.sample()
         while len(self.taken) < 5:
@@ -337,7 +337,7 @@ class TestSampling:
         assert self.taken == pytest.approx([0, 1.05, 2.05, 3.05, 4.05])
 
     def test_missed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """After a sample that took longer than there was time, the next comes at once."""
+        """After a sample that took longer than the interval, the next is due at once."""
         seen = self.watched(monkeypatch, 1.0, iter([0.0, 5.5, 0.0, 0.0]))
         seen.sample()
         while len(self.taken) < 4:
@@ -347,7 +347,7 @@ class TestSampling:
         assert self.taken == pytest.approx([0, 1, 6.5, 7.5])
 
     def test_not_yet(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Before it is due none is taken."""
+        """No sample is taken before it is due."""
         seen = self.watched(monkeypatch, 1.0, iter([0.0]))
         seen.sample()
 
@@ -355,7 +355,7 @@ class TestSampling:
         assert not seen.ended
 
     def test_what_is_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The history is bounded; the first, the least and the most are those since the start."""
+        """The history is bounded; first, low and high are those since the start."""
         seen = self.watched(monkeypatch, 1.0, repeat(0.0))
         for _ in range(3000):
             seen.sample()
@@ -367,11 +367,11 @@ class TestSampling:
 
 class TestScreen:
     def test_it_draws_and_quits_on_q(self, child: Child) -> None:
-        """The screen has a row a figure, and after q it is gone but for its last state."""
+        """The screen has a row per figure; after q only its last state stays."""
         with terminal(command(child, 0.05)) as seen:
             seen.until(lambda: len(seen.frames()) > 2)
             frame, figures = seen.frames()[-1], seen.figures()
-            during = termios.tcgetattr(seen.theirs)
+            during = termios.tcgetattr(seen.follower)
             seen.hit(b"q")
 
             assert seen.ended() == 0
@@ -387,7 +387,7 @@ class TestScreen:
         assert "quits" not in left
 
     def test_it_moves_with_the_process(self, child: Child) -> None:
-        """What the process takes shows in now, change, max and the history."""
+        """Memory that the process takes shows in now, change, max and the sparkline."""
         with terminal(command(child, 0.05)) as seen:
             seen.until(lambda: "RSS" in seen.figures())
             before = mib(seen.figures()["RSS"][0])
@@ -403,7 +403,7 @@ class TestScreen:
         assert history[-1] == "█"
 
     def test_ctrl_c(self, child: Child) -> None:
-        """Ctrl-C leaves the terminal as it was, shows the last state and interrupts the caller."""
+        """Ctrl-C restores the terminal, shows the last state and raises KeyboardInterrupt."""
         with terminal(command(child, 0.05)) as seen:
             seen.until(lambda: bool(seen.figures()))
             seen.hit(b"\x03")
@@ -415,7 +415,7 @@ class TestScreen:
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
     def test_other_ends(self, child: Child, number: signal.Signals) -> None:
-        """A signal that ends the process does so, once the terminal is as it was."""
+        """A fatal signal ends the process after the terminal is restored."""
         with terminal(["sh", "-c", 'ulimit -c 0; exec "$@"', "sh", *command(child, 5)]) as seen:
             seen.until(lambda: HIDE_CURSOR in seen.seen)
             seen.process.send_signal(number)
@@ -424,7 +424,7 @@ class TestScreen:
             assert seen.is_as_it_was()
 
     def test_an_exception(self, child: Child, tmp_path: Path) -> None:
-        """What goes wrong on the way leaves the terminal as it was."""
+        """An exception during watching leaves the terminal restored."""
         fails = tmp_path / "fails"
         with terminal(command(child, 0.05), FAILS=str(fails)) as seen:
             seen.until(lambda: bool(seen.figures()))
@@ -437,7 +437,7 @@ class TestScreen:
 
     @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="a Python built on an old Linux")
     def test_the_process_ends(self, mortal: Child) -> None:
-        """The end of the process ends the screen at once, and is said where it stays."""
+        """The end of the process ends the screen at once and is reported in the last state."""
         with terminal(command(mortal, 1000)) as seen:
             seen.until(lambda: HIDE_CURSOR in seen.seen)
             mortal.end()
@@ -449,7 +449,7 @@ class TestScreen:
             )
 
     def test_the_window_changes(self, child: Child) -> None:
-        """A window of another size is drawn anew, without waiting for a sample."""
+        """After a resize the screen is redrawn without waiting for a sample."""
         with terminal(command(child, 1000), size=(110, 24)) as seen:
             seen.until(lambda: HIDE_CURSOR in seen.seen)
             seen.resize(70, 8)
@@ -459,7 +459,7 @@ class TestScreen:
             assert seen.ended() == 0
 
     def test_no_keyboard(self, child: Child) -> None:
-        """Without a keyboard the screen is the same, and says nothing of keys."""
+        """Without a keyboard the screen is the same and names Ctrl-C only."""
         with terminal(command(child, 0.05), keyboard=False) as seen:
             seen.until(lambda: bool(seen.figures()))
             frame = seen.frames()[-1]
@@ -471,11 +471,11 @@ class TestScreen:
         assert "q or" not in frame
 
     def test_a_pause(self, child: Child) -> None:
-        """Ctrl-Z gives the terminal back as it was, and fg brings the screen back."""
+        """Ctrl-Z restores the terminal, and fg brings the screen back."""
         with terminal(command(child, 0.05)) as seen:
             seen.until(lambda: bool(seen.figures()))
             stat = Path(f"/proc/{seen.process.pid}/stat")
-            # A session's leader is not stopped by its terminal, so the signal comes from here.
+            # A terminal does not stop the session leader, so the test sends the signal.
             seen.process.send_signal(signal.SIGTSTP)
             seen.until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
             while seen.read(0):
@@ -490,16 +490,16 @@ class TestScreen:
             assert seen.is_as_it_was()
 
     def test_the_terminal_is_gone(self, child: Child) -> None:
-        """A terminal that hangs up ends the watching."""
+        """A terminal that hangs up ends the watcher."""
         with terminal(command(child, 0.05)) as seen:
             seen.until(lambda: bool(seen.figures()))
-            os.close(seen.theirs)
-            os.close(seen.ours)
+            os.close(seen.follower)
+            os.close(seen.leader)
 
             assert seen.process.wait(PATIENCE) is not None
 
     def test_a_small_window_without_blocks(self, child: Child) -> None:
-        """What does not fit is cut off, and where there are no blocks other characters draw."""
+        """A small window cuts the screen; an ASCII terminal gets an ASCII sparkline."""
         with terminal(command(child, 0.05), size=(45, 5), PYTHONIOENCODING="ascii") as seen:
             seen.until(lambda: len(seen.frames()) > 2)
             seen.resize(75, 20)
@@ -511,11 +511,11 @@ class TestScreen:
             assert set(seen.figures()["RSS"][-1]) <= set(ASCII)
 
     def test_impatience(self, child: Child) -> None:
-        """Interrupts, again and again, do not get in the way of leaving the screen."""
+        """Repeated SIGINTs do not prevent the terminal from being restored."""
         with terminal(command(child, 0.05)) as seen:
             seen.until(lambda: bool(seen.figures()))
             while seen.process.poll() is None:
-                # Not keys, with which terminals drop what they have not shown yet.
+                # Not the key: on Ctrl-C the terminal drops pending output.
                 seen.process.send_signal(signal.SIGINT)
                 seen.read(0.001)
 
@@ -523,7 +523,7 @@ class TestScreen:
             assert seen.is_as_it_was()
 
     def test_a_dumb_terminal_gets_lines(self, child: Child) -> None:
-        """A terminal that can't move its cursor gets lines."""
+        """A dumb terminal gets a line per sample."""
         with terminal(command(child, 0.05), TERM="dumb") as seen:
             seen.until(lambda: seen.seen.count(b"\n") > 3)
             seen.hit(b"\x03")
@@ -544,7 +544,7 @@ class TestLines:
         )
 
     def test_a_pipe_gets_a_line_a_sample(self, mortal: Child) -> None:
-        """In a pipe there is a header and a line a sample, each at once, until the process ends."""
+        """A pipe gets a header and a line per sample, unbuffered, until the process ends."""
         process = self.start(mortal, 0.05)
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(3)]
@@ -561,7 +561,7 @@ class TestLines:
         assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ", line) for line in lines[1:])
 
     def test_csv_is_what_was_shown(self, child: Child, tmp_path: Path) -> None:
-        """The file has the same rows, those so far even where the watching was killed."""
+        """The file has the printed rows, even if the watcher is killed."""
         path = tmp_path / "a.csv"
         process = self.start(child, 0.02, path)
         assert process.stdout is not None
@@ -573,10 +573,10 @@ class TestLines:
         assert recorded.pop() == ""
         rows = [line.split(",") for line in recorded]
         assert rows[: len(shown)] == shown
-        assert len(rows) - len(shown) in {0, 1}  # the kill came between the file and the line
+        assert len(rows) - len(shown) in {0, 1}  # the kill may come between the file and the line
 
     def test_ctrl_c(self, child: Child) -> None:
-        """Ctrl-C interrupts the caller."""
+        """Ctrl-C raises KeyboardInterrupt."""
         process = self.start(child, 1000)
         assert process.stdout is not None
         for _ in range(2):
@@ -587,7 +587,7 @@ class TestLines:
         assert process.returncode == 130
 
     def test_nobody_reads(self, child: Child) -> None:
-        """When its reader is gone it ends quietly."""
+        """A closed pipe ends the watcher silently."""
         process = self.start(child, 0.02)
         assert process.stdout is not None
         process.stdout.readline()
@@ -611,12 +611,12 @@ class TestRefusals:
 
     @pytest.mark.parametrize("interval", [0, -1, math.nan, math.inf])
     def test_no_interval(self, interval: float) -> None:
-        """An interval that is none is refused."""
+        """An interval that is not positive and finite raises ValueError."""
         with pytest.raises(ValueError, match="a positive number of seconds"):
             watch(os.getpid(), interval, take=lambda _: pytest.fail("taken"))
 
     def test_no_process(self, mortal: Child, tmp_path: Path) -> None:
-        """A process that is not there is refused before a file is made."""
+        """A missing process is refused before the file is created."""
         mortal.end()
 
         ended = self.run(str(mortal.pid), "1", tmp_path / "a.csv")
@@ -625,7 +625,7 @@ class TestRefusals:
         assert list(tmp_path.iterdir()) == []
 
     def test_no_file(self, child: Child) -> None:
-        """A file that can't be written is refused before a sample is taken."""
+        """An unwritable file is refused before the first sample."""
         ended = self.run(str(child.pid), "1", "/nowhere/a.csv")
 
         assert (ended.stdout, ended.stderr) == (
@@ -634,7 +634,7 @@ class TestRefusals:
         )
 
     def test_a_full_disk(self, child: Child) -> None:
-        """A file that can't be written any more is named."""
+        """A failed write names the file."""
         ended = self.run(str(child.pid), "1", "/dev/full")
 
         assert ended.stderr == "OSError: [Errno 28] No space left on device: '/dev/full'\n"
