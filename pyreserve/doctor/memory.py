@@ -127,7 +127,7 @@ def cgroup_limit() -> Iterator[Finding]:
                 continue
             groups += 1
             if limit is not None and limit < total:
-                limits.append((limit - used, limit, used, group.place / name))
+                limits.append((limit - used, limit, used, group.folder / name))
     if hard:
         left, limit, used, file = min(hard)
         yield Finding(
