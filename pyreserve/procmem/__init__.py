@@ -1,9 +1,9 @@
-"""What a process's address space holds: any process, or files that were saved of one.
+"""Explain the address space of any process, live or from saved files.
 
-`explain` reads it and takes it apart twice: every byte of VSZ is in one class, by what it costs
-(`classes`), and has one owner, by the shape of the maps (`owners`). `save` keeps the files of a
-process, `compare` tells what changed between two explanations, `track` what a block of code changed
-in this process, and `sample` is a quick look for those who look often.
+`explain` divides VSZ twice: every byte is in one class, by what it costs (`judge.classes`), and has
+one owner, recognised by the shape of the maps (`judge.owners`). `save` keeps a process's files,
+`compare` lists the changes between two explanations, `track` measures what a block of code changes
+in this process, and `sample` reads a process's sizes quickly.
 """
 
 from pyreserve.procmem.comparison import Change, Difference, compare, load

@@ -8,10 +8,10 @@ from pyreserve.layouts import Piece
 from pyreserve.procmem.judge import classes, details
 from pyreserve.procmem.judge import warnings as concerns
 from pyreserve.procmem.judge.classes import MemoryClass
-from pyreserve.procmem.judge.owners import UNKNOWN, Owner, Sight, recognise
-from pyreserve.procmem.read.maps import EXECUTE, READ, SHARED, WRITE, written
+from pyreserve.procmem.judge.owners import UNKNOWN, Owner, ProcessMappings, recognise
+from pyreserve.procmem.read.maps import EXECUTE, READ, SHARED, WRITE, escape_invalid_utf8
 from pyreserve.procmem.read.snapshot import Capture, capture
-from pyreserve.procmem.read.sources import LiveSource, SavedSource, naming_the_limit
+from pyreserve.procmem.read.sources import LiveSource, SavedSource, name_exhausted_limit
 from pyreserve.units import KiB, format_size
 
 SCHEMA = 1
@@ -85,7 +85,7 @@ class AddressSpace:
     warnings: tuple[str, ...]
     settled: bool
     missing: tuple[str, ...]
-    _sight: Sight = field(repr=False, compare=False)
+    _process: ProcessMappings = field(repr=False, compare=False)
     _kinds: list[int | None] = field(repr=False, compare=False)
 
     def class_kib(self, name: str) -> int:
@@ -110,15 +110,15 @@ class AddressSpace:
 
     def top(self, n: int) -> list[Mapping]:
         """List the `n` largest mappings, largest first."""
-        size = self._sight.table.size
+        size = self._process.table.size
         real = (i for i, kind in enumerate(self._kinds) if kind is not None)
         return [self._mapping(i) for i in sorted(real, key=lambda i: (-size[i], i))[: max(0, n)]]
 
     def _mapping(self, i: int) -> Mapping:
-        sight, table = self._sight, self._sight.table
+        process, table = self._process, self._process.table
         kind = self._kinds[i]
         class_name = "" if kind is None else classes.NAMES[kind]
-        if not sight.capture.knows_memory and kind in {classes.UNTOUCHED, classes.FILE}:
+        if not process.capture.knows_memory and kind in {classes.UNTOUCHED, classes.FILE}:
             class_name = classes.ACCESSIBLE
         return Mapping(
             start=table.start[i],
@@ -128,7 +128,7 @@ class AddressSpace:
             kib=(table.end[i] - table.start[i]) // KiB,
             rss_kib=table.private[i] + table.shared[i],
             class_name=class_name,
-            owner="kernel" if kind is None else sight.owner_of(i),
+            owner="kernel" if kind is None else process.owner_of(i),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -205,29 +205,29 @@ def explain(pid: int | None = None, *, path: str | Path | None = None) -> Addres
     source: LiveSource | SavedSource
     if path is not None:
         if pid is not None:
-            msg = "either a pid or a path"
+            msg = "pid and path are mutually exclusive"
             raise ValueError(msg)
         source = SavedSource(Path(path))
     else:
         source = LiveSource(pid)
-    with naming_the_limit():
+    with name_exhausted_limit():
         return explained(capture(source))
 
 
 def explained(read: Capture) -> AddressSpace:
     """Explain what was read."""
     known = read.knows_memory
-    kinds = classes.kinds(read.table)
+    kinds = classes.rest_classes(read.table)
     totals = classes.totals(read.table, kinds, knows_memory=known)
-    sight = recognise(read)
-    owners = tuple(sight.summary())
+    process = recognise(read)
+    owners = tuple(process.summary())
     vsz = sum(one.kib for one in totals)
     uss = sum(read.table.private)
     resident = uss + sum(read.table.shared) if known else read.rss
-    mappings = read.table.of_process
+    mappings = read.table.user_mappings
     return AddressSpace(
         pid=read.pid,
-        name=written(read.facts.get("Name", "")),
+        name=escape_invalid_utf8(read.facts.get("Name", "")),
         vsz_kib=vsz,
         rss_kib=read.rss,
         pss_kib=read.pss,
@@ -238,15 +238,15 @@ def explained(read: Capture) -> AddressSpace:
         classes=totals,
         owners=owners,
         details={
-            **(details.of_pages(read.table) if read.table.knows_flags else {}),
-            **(details.of_addresses(read.table, kinds) if known else {}),
-            **details.of_stacks(owners, knows_memory=known),
+            **(details.page_figures(read.table) if read.table.knows_flags else {}),
+            **(details.address_figures(read.table, kinds) if known else {}),
+            **details.stack_figures(owners, knows_memory=known),
         },
-        ranges=tuple(sight.pieces),
+        ranges=tuple(process.ranges),
         warnings=tuple(concerns.warnings(read, vsz, resident, mappings)),
         settled=read.settled,
         missing=read.missing,
-        _sight=sight,
+        _process=process,
         _kinds=kinds,
     )
 
@@ -300,7 +300,7 @@ def verdict(space: AddressSpace) -> str:
     text += f"{', of which ' if parts else ''}{'; '.join(parts)}{unread}."
     if largest is not None and largest.name != UNKNOWN and 2 * largest.kib >= space.vsz_kib:
         text += f" {100 * largest.kib / space.vsz_kib:.0f} % is {largest.name}."
-    if not space.warnings and not space._sight.capture.limits:
+    if not space.warnings and not space._process.capture.limits:
         return f"{text} Whether it comes near a limit is not known: no limits were saved with it."
     if not space.warnings:
         return f"{text} No reason to worry: nothing comes near a limit."

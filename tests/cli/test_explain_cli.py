@@ -259,7 +259,7 @@ class TestFiles:
         run(sleeper.pid, "--save", tmp_path)
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-        assert "is there already" in run(sleeper.pid, "--save", tmp_path, status=1).stderr
+        assert "exists already" in run(sleeper.pid, "--save", tmp_path, status=1).stderr
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
     def test_diff(self, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("pid", "told"),
-        [("4194304", "there is no process 4194304"), ("9" * 20, "there is no such process: no")],
+        [("4194304", "there is no process 4194304"), ("9" * 20, "there is no such process: pid")],
     )
     def test_no_such_process(self, pid: str, told: str) -> None:
         """A PID without a process is reported in one line with status 1."""
@@ -360,7 +360,7 @@ class TestRefusals:
 
         refused = run("--from", tmp_path, status=1).stderr
 
-        assert refused.startswith(f"pyreserve: {tmp_path}/smaps: line 1 is not of")
+        assert refused.startswith(f"pyreserve: {tmp_path}/smaps: line 1 is not in the format of")
         assert refused.count("\n") == 1
 
     @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")

@@ -543,7 +543,7 @@ class TestEnds:
 
     def test_a_pid_and_a_path(self, tmp_path: Path) -> None:
         """It is one or the other."""
-        with pytest.raises(ValueError, match="either"):
+        with pytest.raises(ValueError, match="mutually exclusive"):
             explain(os.getpid(), path=tmp_path)
 
 
@@ -1170,7 +1170,7 @@ class TestSave:
             run("explain", "--from", str(folder), "--json").stdout
         )
         again = run("explain", pid, "--save", str(folder))
-        assert "is there already" in refused_in_one_line(again)
+        assert "exists already" in refused_in_one_line(again)
 
 
 _GROWING = """

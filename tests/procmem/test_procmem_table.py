@@ -171,12 +171,12 @@ class TestRefusing:
     )
     def test_what_is_neither_file(self, text: bytes) -> None:
         """The error says which line."""
-        with pytest.raises(MapsError, match=r"line \d+ is not of"):
+        with pytest.raises(MapsError, match=r"line \d+ is not in the format of"):
             read(text)
 
     def test_a_line_without_an_end(self) -> None:
         """A device of zeros, or what unpacks to them, does not fill the memory."""
-        with pytest.raises(MapsError, match="line 2 never ends"):
+        with pytest.raises(MapsError, match="line 2 is longer than"):
             MapTable.read(Endless(LINE))
 
     @pytest.mark.parametrize("size", [-1, 1 << 40])

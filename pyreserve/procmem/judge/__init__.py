@@ -1,1 +1,1 @@
-"""What mappings are: their class, their owner, and what to warn of."""
+"""Classify mappings, recognise their owners, and derive warnings."""

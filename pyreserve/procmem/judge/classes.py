@@ -3,23 +3,23 @@
 ============================  ======================================================================
 class                         bytes
 ============================  ======================================================================
-``no_access_reserved``        that nobody may read, write or execute and that are not in memory:
+``no_access_reserved``        neither readable nor writable nor executable, and not in memory:
                               address space that costs nothing
-``accessible_untouched``      that the process may use and has not, or gave back: memory at first
-                              use. The zero page, which reading brings, counts as untouched
+``accessible_untouched``      accessible and not in memory: never used, or given back. Reading maps
+                              the shared zero page, which counts as untouched
 ``resident_private``          in memory, of this process alone (USS)
-``resident_shared``           in memory, of others too
-``file_not_resident``         of files, to be read when used
+``resident_shared``           in memory, shared with other processes
+``file_not_resident``         mapped from a file, not in memory
 ``swapped``                   in swap
-``special_pfn``               of the kernel, ``[vvar]``: in no count of memory
+``special_pfn``               the kernel's ``[vvar]`` pages, which no count of memory includes
 ============================  ======================================================================
 
-Where smaps can't be read there are three classes: ``no_access_reserved``, ``special_pfn`` and
-``accessible``, which may be used and may be in memory or not.
+Without smaps there are three classes: ``no_access_reserved``, ``special_pfn`` and ``accessible``
+(accessible, in memory or not).
 
-A mapping's bytes in memory and in swap are those of its smaps (proc(5), fs/proc/task_mmu.c); the
-rest is in one class by what the mapping is. Pages of huge page pools count as resident here, as in
-USS, though the kernel's RSS leaves them out. ``[vsyscall]`` is in no class: it is not in VmSize.
+A mapping's resident and swapped bytes are those of smaps (proc(5), fs/proc/task_mmu.c); its other
+bytes are in the one class that fits its access and its file. hugetlb pages count as resident, as in
+USS; the kernel's RSS omits them. ``[vsyscall]`` is in no class: it is not in VmSize.
 """
 
 from typing import NamedTuple
@@ -45,18 +45,18 @@ WORDS = (
     "in swap",
     "the kernel's own",
 )
-"""The classes of `NAMES` as shown on screen."""
+"""Labels of the classes in `NAMES`, for screen and picture."""
 ACCESSIBLE, ACCESSIBLE_WORDS = "accessible", "accessible, in memory or not"
-"""The class of bytes that may be in memory where that is not known, and its label on screen."""
+"""The class of accessible bytes where residency is not known, and its label."""
 NO_ACCESS, UNTOUCHED, PRIVATE, SHARED, FILE, SWAPPED, SPECIAL = range(len(NAMES))
 
 _ACCESS = READ | WRITE | EXECUTE
-# What has an inode without being a file: memory that is shared under a name of the kernel's.
+# Shared memory has an inode too, and a name that the kernel gives.
 _SHARED_MEMORY = ("/dev/zero", "/memfd:", "/SYSV", "/dev/shm/", "/anon_hugepage")
 
 
 class MemoryClass(NamedTuple):
-    """One class: how many KiB, in how many mappings."""
+    """The size of one class in KiB, and the number of mappings that have bytes in it."""
 
     name: str
     kib: int
@@ -64,32 +64,34 @@ class MemoryClass(NamedTuple):
 
 
 def is_shared_memory(name: str) -> bool:
-    """Tell whether a mapping with an inode is of memory and not of a file."""
+    """Return whether a mapping with an inode is shared memory and not a file."""
     return name.startswith(_SHARED_MEMORY)
 
 
-def kinds(table: MapTable) -> list[int | None]:
-    """Return which class, by its index in `NAMES`, the rest of each mapping is in.
+def rest_classes(table: MapTable) -> list[int | None]:
+    """Return for each mapping the class of its bytes outside memory and swap.
 
-    The rest is what is neither in memory nor in swap. None is for ``[vsyscall]``.
+    A class is an index into `NAMES`; None for ``[vsyscall]``.
     """
-    found: list[int | None] = [UNTOUCHED if perms & _ACCESS else NO_ACCESS for perms in table.perms]
+    result: list[int | None] = [
+        UNTOUCHED if perms & _ACCESS else NO_ACCESS for perms in table.perms
+    ]
     is_file: dict[str, bool] = {}
     for i, name in table.named:
         if table.inode[i]:
             if name not in is_file:
                 is_file[name] = not is_shared_memory(name)
-            if is_file[name] and found[i] == UNTOUCHED:
-                found[i] = FILE
-        elif name.startswith("[vvar") and _is_of_kernel(table, i):
-            found[i] = SPECIAL
-    for i in range(table.of_process, len(found)):
-        found[i] = None
-    return found
+            if is_file[name] and result[i] == UNTOUCHED:
+                result[i] = FILE
+        elif name.startswith("[vvar") and _has_kernel_frames(table, i):
+            result[i] = SPECIAL
+    for i in range(table.user_mappings, len(result)):
+        result[i] = None
+    return result
 
 
-def _is_of_kernel(table: MapTable, i: int) -> bool:
-    """Tell whether a mapping is read-only and, where flags are known, of page frames."""
+def _has_kernel_frames(table: MapTable, i: int) -> bool:
+    """Return whether a mapping is read-only and, if flags are known, maps raw page frames."""
     frames = FLAGS["pf"] | FLAGS["io"]
     return not table.perms[i] & (WRITE | SHARED_BIT) and (
         not table.knows_flags or bool(table.flags[i] & frames)
@@ -97,31 +99,41 @@ def _is_of_kernel(table: MapTable, i: int) -> bool:
 
 
 def totals(
-    table: MapTable, kind: list[int | None], *, knows_memory: bool = True
+    table: MapTable, rest: list[int | None], *, knows_memory: bool = True
 ) -> tuple[MemoryClass, ...]:
-    """Add the classes up: they sum to VmSize. `kind` is what `kinds` returns."""
+    """Return the size of each class; the sum is VmSize. `rest` is the result of `rest_classes`."""
     if not knows_memory:
-        return _totals_without_memory(table, kind)
+        return _totals_without_memory(table, rest)
     kib = [0] * len(NAMES)
     mappings = [0] * len(NAMES)
-    for part, which in ((table.private, PRIVATE), (table.shared, SHARED), (table.swap, SWAPPED)):
-        kib[which] = sum(part)
-        mappings[which] = len(part) - part.count(0)
-    for which in (NO_ACCESS, UNTOUCHED, FILE, SPECIAL):
-        rest = [part for part, one in zip(table.rest, kind, strict=True) if one == which and part]
-        kib[which] += sum(rest)
-        mappings[which] += len(rest)
+    for column, index in (
+        (table.private, PRIVATE),
+        (table.shared, SHARED),
+        (table.swap, SWAPPED),
+    ):
+        kib[index] = sum(column)
+        mappings[index] = len(column) - column.count(0)
+    for index in (NO_ACCESS, UNTOUCHED, FILE, SPECIAL):
+        sizes = [
+            size
+            for size, rest_class in zip(table.rest, rest, strict=True)
+            if rest_class == index and size
+        ]
+        kib[index] += sum(sizes)
+        mappings[index] += len(sizes)
     return tuple(map(MemoryClass, NAMES, kib, mappings))
 
 
-def _totals_without_memory(table: MapTable, kind: list[int | None]) -> tuple[MemoryClass, ...]:
-    kinds = (
+def _totals_without_memory(table: MapTable, rest: list[int | None]) -> tuple[MemoryClass, ...]:
+    groups = (
         (NAMES[NO_ACCESS], {NO_ACCESS}),
         (ACCESSIBLE, {UNTOUCHED, FILE}),
         (NAMES[SPECIAL], {SPECIAL}),
     )
-    found = []
-    for name, which in kinds:
-        sizes = [size for size, one in zip(table.size, kind, strict=True) if one in which]
-        found.append(MemoryClass(name, sum(sizes), len(sizes)))
-    return tuple(found)
+    totals = []
+    for name, members in groups:
+        sizes = [
+            size for size, rest_class in zip(table.size, rest, strict=True) if rest_class in members
+        ]
+        totals.append(MemoryClass(name, sum(sizes), len(sizes)))
+    return tuple(totals)

@@ -1,4 +1,4 @@
-"""Finer than the classes: what of the memory is dirty, huge, lazily freed, and the like."""
+"""Finer figures than the classes: dirty, huge, lazily freed memory and others."""
 
 from pyreserve.procmem.judge.classes import NO_ACCESS, SPECIAL, UNTOUCHED, is_shared_memory
 from pyreserve.procmem.judge.owners import Owner
@@ -8,12 +8,12 @@ _ACCESS = READ | WRITE | EXECUTE
 _NR, _DEVICE = FLAGS["nr"], FLAGS["pf"] | FLAGS["io"]
 
 
-def of_pages(table: MapTable) -> dict[str, int]:
-    """Return the figures of smaps that are no class of their own, in KiB (proc(5)).
+def page_figures(table: MapTable) -> dict[str, int]:
+    """Return the figures of smaps that are not classes, in KiB (proc(5)).
 
-    ``dirty`` and ``clean`` divide what is in memory; ``lazy_free`` was given back with MADV_FREE
-    and is in memory until the kernel wants it; ``*_huge`` lies in transparent huge pages,
-    ``hugetlb`` in those of a pool, which are in USS but not in RSS; ``locked`` can't be swapped.
+    ``dirty`` and ``clean`` sum to RSS; ``lazy_free`` was given back with MADV_FREE and stays
+    resident until the kernel needs memory; ``*_huge`` is in transparent huge pages, ``hugetlb`` in
+    pages of a huge page pool, which are in USS but not in RSS; ``locked`` can't be swapped.
     """
     hugetlb = sum(table.private_hugetlb) + sum(table.shared_hugetlb)
     dirty = sum(table.private_dirty) + sum(table.shared_dirty)
@@ -30,14 +30,18 @@ def of_pages(table: MapTable) -> dict[str, int]:
     }
 
 
-def of_addresses(table: MapTable, kind: list[int | None]) -> dict[str, int]:
-    """Return what the addresses without memory are, in KiB; `kind` is what `classes.kinds` found.
+def address_figures(table: MapTable, rest_class: list[int | None]) -> dict[str, int]:
+    """Return figures of addresses by access and flags, in KiB.
 
-    ``no_access_resident`` is memory that nobody can reach now (it was used, then forbidden);
-    ``no_access_file`` lies between a library's segments; ``untouched_noreserve`` is never charged
-    as commit, so it is a reservation too; ``untouched_shared`` is shared memory not touched by this
-    process, though perhaps by another; ``device`` is memory of a device or of the kernel, which
-    counts in no figure of memory.
+    ``no_access_resident`` is resident memory without access (used, then protected);
+    ``no_access_file`` is between a library's segments; ``untouched_noreserve`` is never charged as
+    commit, so that it is a reservation too; ``untouched_shared`` is shared memory that this process
+    has not touched, though another may have; ``device`` is memory of a device or of the kernel,
+    which no figure of memory includes.
+
+    Args:
+        table: the mappings.
+        rest_class: the result of `classes.rest_classes`.
     """
     rest, perms, inode = table.rest, table.perms, table.inode
     named = [i for i, _ in table.named if inode[i]]
@@ -50,21 +54,21 @@ def of_addresses(table: MapTable, kind: list[int | None]) -> dict[str, int]:
         "untouched_noreserve": sum(
             rest[i]
             for i, flags in enumerate(table.flags if table.knows_flags else ())
-            if flags & _NR and kind[i] == UNTOUCHED
+            if flags & _NR and rest_class[i] == UNTOUCHED
         ),
         "device": sum(
             rest[i]
             for i, flags in enumerate(table.flags if table.knows_flags else ())
-            if flags & _DEVICE and kind[i] not in {SPECIAL, NO_ACCESS, None}
+            if flags & _DEVICE and rest_class[i] not in {SPECIAL, NO_ACCESS, None}
         ),
-        "untouched_shared": sum(rest[i] for i in named if kind[i] == UNTOUCHED),
+        "untouched_shared": sum(rest[i] for i in named if rest_class[i] == UNTOUCHED),
     }
 
 
-def of_stacks(owners: tuple[Owner, ...], *, knows_memory: bool) -> dict[str, int]:
-    """Return the addresses and the memory of stacks, in KiB."""
+def stack_figures(owners: tuple[Owner, ...], *, knows_memory: bool) -> dict[str, int]:
+    """Return the size and the resident memory of all stacks, in KiB."""
     stacks = [owner for owner in owners if owner.name in {"main stack", "thread stacks"}]
-    found = {"stacks": sum(owner.kib for owner in stacks)}
+    figures = {"stacks": sum(owner.kib for owner in stacks)}
     if knows_memory:
-        found["stacks_resident"] = sum(owner.rss_kib for owner in stacks)
-    return found
+        figures["stacks_resident"] = sum(owner.rss_kib for owner in stacks)
+    return figures

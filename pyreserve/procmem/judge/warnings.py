@@ -1,4 +1,4 @@
-"""What is worth a warning about a process's memory."""
+"""Warnings: limits that a process is near, and memory that costs more than it should."""
 
 from collections.abc import Iterator
 
@@ -6,13 +6,14 @@ from pyreserve.procmem.read.maps import FLAGS, SHARED
 from pyreserve.procmem.read.snapshot import Capture
 from pyreserve.units import GiB, KiB, format_size
 
-_NEAR = 0.9
-_TABLES, _TABLES_LEAST = 0.1, 128  # KiB: a process of a few pages has as many tables
-_WALK = GiB
+# Any process has some page tables: a few KiB are no reason for a warning.
+_NEAR_LIMIT = 0.9
+_PAGE_TABLE_SHARE, _MIN_PAGE_TABLES_KIB = 0.1, 128
+_MIN_DUMP_WALK = GiB
 
 
 def warnings(capture: Capture, vsz: int, resident: int | None, mappings: int) -> list[str]:
-    """Say what comes near a limit or costs more than it should; sizes in KiB, None if not known."""
+    """Return the warnings about a process; `vsz` and `resident` in KiB, None if not known."""
     return [
         *_limits(capture, vsz),
         *_cgroups(capture),
@@ -21,7 +22,7 @@ def warnings(capture: Capture, vsz: int, resident: int | None, mappings: int) ->
         *_page_tables(capture, resident),
         *_commit_limit(capture),
         *_core_dumps(capture),
-        *_unsettled(capture),
+        *_inconsistent_files(capture),
     ]
 
 
@@ -30,23 +31,23 @@ def _share(part: float, whole: float) -> str:
 
 
 def _limits(capture: Capture, vsz: int) -> Iterator[str]:
-    used_of = (
+    uses = (
         ("address space", "RLIMIT_AS (ulimit -v)", "VSZ", vsz),
         ("data size", "RLIMIT_DATA (ulimit -d)", "VmData", capture.status.get("VmData", 0)),
         ("locked memory", "RLIMIT_MEMLOCK (ulimit -l)", "VmLck", capture.status.get("VmLck", 0)),
     )
-    for name, limit_name, what, kib in used_of:
+    for name, limit_name, figure, kib in uses:
         limit = capture.limits.get(name)
-        if limit is not None and kib and kib * KiB >= _NEAR * limit:
+        if limit is not None and kib and kib * KiB >= _NEAR_LIMIT * limit:
             yield (
-                f"{what} is {_share(kib * KiB, limit) if limit else 'all'} of {limit_name}, "
+                f"{figure} is {_share(kib * KiB, limit) if limit else 'all'} of {limit_name}, "
                 f"{format_size(limit)}: soon the kernel refuses more"
             )
 
 
 def _cgroups(capture: Capture) -> Iterator[str]:
     for limit, used in capture.cgroups:
-        if used >= _NEAR * limit:
+        if used >= _NEAR_LIMIT * limit:
             yield (
                 f"its memory cgroup uses {format_size(used)} of {format_size(limit)}, page cache "
                 "left out: soon the kernel kills a process in it"
@@ -54,17 +55,17 @@ def _cgroups(capture: Capture) -> Iterator[str]:
 
 
 def _machine(capture: Capture) -> Iterator[str]:
-    left, memory = (capture.machine.get(name) for name in ("MemAvailable", "MemTotal"))
-    if left is not None and memory is not None and left <= (1 - _NEAR) * memory:
+    available, total = (capture.machine.get(name) for name in ("MemAvailable", "MemTotal"))
+    if available is not None and total is not None and available <= (1 - _NEAR_LIMIT) * total:
         yield (
-            f"the machine has {format_size(left * KiB)} of its {format_size(memory * KiB)} of "
+            f"the machine has {format_size(available * KiB)} of its {format_size(total * KiB)} of "
             "memory left (MemAvailable): soon it swaps, or the kernel kills a process"
         )
 
 
 def _map_count(capture: Capture, mappings: int) -> Iterator[str]:
     limit = capture.machine.get("max_map_count")
-    if limit is not None and mappings >= _NEAR * limit:
+    if limit is not None and mappings >= _NEAR_LIMIT * limit:
         yield (
             f"it has {mappings:,} mappings and vm.max_map_count is {limit:,}: soon mmap, mprotect "
             "and munmap are refused (sysctl -w vm.max_map_count raises it)"
@@ -73,16 +74,16 @@ def _map_count(capture: Capture, mappings: int) -> Iterator[str]:
 
 def _page_tables(capture: Capture, resident: int | None) -> Iterator[str]:
     tables = capture.status.get("VmPTE", 0)
-    if resident and tables >= _TABLES_LEAST and tables > _TABLES * resident:
+    if resident and tables >= _MIN_PAGE_TABLES_KIB and tables > _PAGE_TABLE_SHARE * resident:
         yield (
-            f"page tables take {format_size(tables * KiB)}, {_share(tables, resident)} of what is "
-            "in memory: pages are used far apart, or were and have been given back"
+            f"page tables take {format_size(tables * KiB)}, {_share(tables, resident)} of resident "
+            "memory: pages are used far apart, or were used and given back"
         )
 
 
 def _commit_limit(capture: Capture) -> Iterator[str]:
     used, limit = (capture.machine.get(name, 0) for name in ("Committed_AS", "CommitLimit"))
-    if capture.machine.get("overcommit_memory") == 2 and limit and used >= _NEAR * limit:
+    if capture.machine.get("overcommit_memory") == 2 and limit and used >= _NEAR_LIMIT * limit:
         yield (
             f"vm.overcommit_memory is 2 and the system has promised {format_size(used * KiB)} of "
             f"{format_size(limit * KiB)} (Committed_AS, CommitLimit): soon a commit is refused"
@@ -90,7 +91,7 @@ def _commit_limit(capture: Capture) -> Iterator[str]:
 
 
 def _core_dumps(capture: Capture) -> Iterator[str]:
-    """Core dumps walk a private mapping that was ever written to (vma_dump_size, fs/coredump.c)."""
+    """Core dumps walk private mappings that were ever written to (vma_dump_size, fs/coredump.c)."""
     if capture.limits.get("core file size", 0) == 0 and not capture.machine.get("core_piped"):
         return
     table, left_out = capture.table, FLAGS["dd"] | FLAGS["io"]
@@ -101,20 +102,20 @@ def _core_dumps(capture: Capture) -> Iterator[str]:
         )
         if (anonymous or swap) and flags and not flags & left_out and not perms & SHARED
     )
-    if walked * KiB >= _WALK:
+    if walked * KiB >= _MIN_DUMP_WALK:
         yield (
             f"a core dump would walk {format_size(walked * KiB)} of addresses without memory, in "
-            "mappings that are used here and there: madvise(MADV_DONTDUMP) leaves them out"
+            "sparsely used mappings: madvise(MADV_DONTDUMP) excludes them"
         )
 
 
-def _unsettled(capture: Capture) -> Iterator[str]:
+def _inconsistent_files(capture: Capture) -> Iterator[str]:
     if capture.settled:
         return
     if capture.live:
         yield (
-            "the process changed while it was read: the figures are of its mappings, which the "
-            "kernel's totals of a moment before or after do not match"
+            "the process changed while it was read: the figures are sums over its mappings and "
+            "do not match the kernel's totals"
         )
     else:
-        yield "the files are not of one moment: smaps and the kernel's totals do not match"
+        yield "the files were not read at one moment: smaps and the kernel's totals do not match"

@@ -1,1 +1,1 @@
-"""What a process has mapped, read from /proc or from saved files."""
+"""Read a process's mappings from /proc or from saved files."""

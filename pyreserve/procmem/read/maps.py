@@ -1,4 +1,4 @@
-"""The mappings of a process as columns: the safe face of ``csrc/procmaps``."""
+"""The mappings of a process as columns: the Python interface of ``csrc/procmaps``."""
 
 import errno
 from bisect import bisect_left
@@ -11,11 +11,11 @@ from pyreserve.errors import MapsError
 
 _COLUMNS: int = lib.PROCMAPS_COLUMNS
 _CHUNK, _SMALL_CHUNK = 1 << 16, 1 << 13
-_KEPT = 16  # rows that a mapping which was printed later may take the place of
-_LINE_MOST = 1 << 24  # bytes of a line: no path is that long
+_KEPT_ROWS = 16  # last rows, which a mapping printed later may replace (csrc/procmaps.h)
+_MAX_LINE = 1 << 24  # bytes; no path is that long
 
 ROW_BYTES = 8 * _COLUMNS
-"""How much memory a mapping takes in a table."""
+"""Bytes that a table needs for each mapping."""
 
 READ: int = lib.PROCMAPS_READ
 WRITE: int = lib.PROCMAPS_WRITE
@@ -26,20 +26,20 @@ FLAGS: dict[str, int] = {_codes[2 * i : 2 * i + 2]: 1 << i for i in range(len(_c
 """The bit of each code of VmFlags (proc(5)) in the column ``flags``."""
 
 
-def written(text: str) -> str:
-    r"""Write bytes that are no UTF-8 (PEP 383) as ``\xNN``, which every reader of JSON takes."""
+def escape_invalid_utf8(text: str) -> str:
+    r"""Write surrogate-escaped bytes (PEP 383) as ``\xNN``: JSON has no lone surrogates."""
     return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 class Readable(Protocol):
-    """A file to read from, such as what ``open(path, "rb", buffering=0)`` or gzip makes."""
+    """A binary file, such as ``open(path, "rb", buffering=0)`` or a gzip file."""
 
     def readinto(self, buffer: memoryview, /) -> int | None:
-        """Fill the buffer as far as is at hand; 0 at the end."""
+        """Read available bytes into the buffer; return their number, 0 at the end."""
 
 
 class Sums(NamedTuple):
-    """What a process's mappings are in sum, in bytes, and how many there are."""
+    """Sums over a process's mappings in bytes, and the number of mappings."""
 
     size: int
     reserved: int
@@ -48,26 +48,26 @@ class Sums(NamedTuple):
 
 
 class _Column:
-    """A column as a list, made when it is first asked for and then an attribute of its own."""
+    """A column as a list, built at first access and then cached in the table's ``__dict__``."""
 
-    def __init__(self, which: int) -> None:
-        self._which = which
+    def __init__(self, index: int) -> None:
+        self._index = index
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __get__(self, table: "MapTable", owner: type) -> list[int]:
-        values = table.__dict__[self._name] = table._column(self._which)
+        values = table.__dict__[self._name] = table._column(self._index)
         return values
 
 
 class MapTable:
-    """What /proc/PID/maps or /proc/PID/smaps says, in address order. Sizes in KiB.
+    """The contents of /proc/PID/maps or /proc/PID/smaps, in address order. Sizes in KiB.
 
-    Each attribute but ``names`` is a list with an integer for every mapping: ``start``, ``end`` and
+    Each attribute except ``names`` is a list with one integer per mapping: ``start``, ``end`` and
     ``offset`` in bytes, ``perms`` the or-ed `READ`, `WRITE`, `EXECUTE`, `SHARED`, ``device`` (major
-    << 32 | minor), ``flags`` (see `FLAGS`), and the figures of smaps. They are made when first
-    asked for; ``size``, ``private``, ``shared`` and ``rest`` after `divide`.
+    << 32 | minor), ``flags`` (see `FLAGS`), and the figures of smaps. Lists are built at first
+    access; ``size``, ``private``, ``shared`` and ``rest`` are valid after `divide`.
     """
 
     def __init__(self) -> None:
@@ -78,8 +78,9 @@ class MapTable:
         """Read a file to its end.
 
         Raises:
-            MapsError: it is neither maps nor smaps; or memory ran out, a MemoryError then.
-            OSError: it can't be read.
+            MapsError: the file is neither maps nor smaps.
+            MemoryError: the table does not fit in memory.
+            OSError: the file can't be read.
         """
         table = cls()
         table._read(file, _CHUNK)
@@ -87,13 +88,13 @@ class MapTable:
 
     @classmethod
     def sums(cls, file: Readable) -> Sums:
-        """Add up a file without keeping it: a few KiB are enough, however many mappings there are.
+        """Add up a file in a few KiB of memory, however many mappings it has.
 
         Raises:
-            MapsError, OSError: see `read`.
+            MapsError, MemoryError, OSError: see `read`.
         """
         table, sums = cls(), ffi.new("struct procmaps_sums *")
-        table._read(file, _SMALL_CHUNK, lambda: lib.procmaps_sum(table._table, _KEPT, sums))
+        table._read(file, _SMALL_CHUNK, lambda: lib.procmaps_sum(table._table, _KEPT_ROWS, sums))
         lib.procmaps_sum(table._table, 0, sums)
         return Sums(sums.size, sums.reserved, sums.committed, sums.count)
 
@@ -103,19 +104,19 @@ class MapTable:
         buffer = bytearray(chunk)
         filled = 0
         while True:
-            if filled == len(buffer):  # one line has no end yet
-                if filled >= _LINE_MOST:
-                    msg = f"line {self._table.lines + 1} never ends"
+            if filled == len(buffer):  # a line longer than the buffer
+                if filled >= _MAX_LINE:
+                    msg = f"line {self._table.lines + 1} is longer than {_MAX_LINE:,} bytes"
                     raise MapsError(msg)
                 buffer.extend(bytes(len(buffer)))
-            with memoryview(buffer) as room:
-                got = file.readinto(room[filled:])
-            if not got:
+            with memoryview(buffer) as view:
+                nbytes = file.readinto(view[filled:])
+            if not nbytes:
                 break
-            if not 0 < got <= len(buffer) - filled:
-                msg = f"readinto says {got} bytes"
+            if not 0 < nbytes <= len(buffer) - filled:
+                msg = f"readinto returned {nbytes} bytes"
                 raise OSError(errno.EIO, msg)
-            filled += got
+            filled += nbytes
             used = self._feed(buffer, filled)
             buffer[: filled - used] = buffer[used:filled]
             filled -= used
@@ -130,16 +131,20 @@ class MapTable:
         if err == errno.ENOMEM:
             raise MemoryError
         if err:
-            msg = f"line {self._table.lines} is not of /proc/PID/maps or /proc/PID/smaps"
+            msg = f"line {self._table.lines} is not in the format of /proc/PID/maps or smaps"
             raise MapsError(msg)
         return int(used[0])
 
     def count_pages(self, pagemap: int, *, forked: bool) -> None:
-        """Count what is in memory by the /proc/PID/pagemap open at a descriptor; `csrc/procmaps.h`.
+        """Count resident and swapped pages by PAGEMAP_SCAN, then `divide`; see `csrc/procmaps.h`.
+
+        Args:
+            pagemap: descriptor of the open /proc/PID/pagemap.
+            forked: anonymous pages may be shared with a forked process: ask for each of them.
 
         Raises:
             OSError: the kernel refused.
-            MapsError: see `divide`, which is done too.
+            MapsError: see `divide`.
         """
         err = lib.procmaps_count_pages(self._table, pagemap, forked)
         if err:
@@ -152,10 +157,10 @@ class MapTable:
             del self.__dict__[name]
 
     def divide(self) -> None:
-        """Fill ``size``, ``private``, ``shared`` and ``rest``.
+        """Compute ``size``, ``private``, ``shared`` and ``rest``.
 
         Raises:
-            MapsError: a mapping has more in memory and swap than it has addresses.
+            MapsError: a mapping has more bytes in memory and swap than addresses.
         """
         wrong = ffi.new("size_t *")
         if lib.procmaps_divide(self._table, wrong):
@@ -165,52 +170,52 @@ class MapTable:
     def __len__(self) -> int:
         return int(self._table.count)
 
-    def _column(self, which: int) -> list[int]:
+    def _column(self, index: int) -> list[int]:
         count = int(self._table.count)
         if not count:
             return []
         words = memoryview(ffi.buffer(self._table.rows, count * _COLUMNS * 8)).cast("B").cast("Q")
-        column: list[int] = words[which::_COLUMNS].tolist()
+        column: list[int] = words[index::_COLUMNS].tolist()
         return column
 
     @lazily
     def named(self) -> list[tuple[int, str]]:
-        """The mappings that have a name, and what it is as the kernel prints it.
+        """Index and name, as the kernel prints it, of each mapping that has a name.
 
-        Bytes that are not UTF-8 are there as PEP 383 has them.
+        Bytes that are not UTF-8 are surrogate-escaped (PEP 383).
         """
-        at, length = self._column(lib.PROCMAPS_NAME), self._column(lib.PROCMAPS_NAME_LENGTH)
+        start, length = self._column(lib.PROCMAPS_NAME), self._column(lib.PROCMAPS_NAME_LENGTH)
         text = bytes(ffi.buffer(self._table.names, self._table.names_length))
-        kept: dict[tuple[int, int], str] = {}
-        found = []
+        decoded: dict[tuple[int, int], str] = {}
+        named = []
         for i in [i for i, size in enumerate(length) if size]:
-            place = (at[i], length[i])
-            name = kept.get(place)
+            place = (start[i], length[i])
+            name = decoded.get(place)
             if name is None:
-                name = text[at[i] : at[i] + length[i]].decode(errors="surrogateescape")
-                kept[place] = name
-            found.append((i, name))
-        return found
+                name = text[start[i] : start[i] + length[i]].decode(errors="surrogateescape")
+                decoded[place] = name
+            named.append((i, name))
+        return named
 
     @lazily
     def names(self) -> list[str]:
-        """The name of each mapping, "" for none; see `named`."""
-        found = [""] * len(self)
+        """The name of each mapping, "" if it has none; see `named`."""
+        names = [""] * len(self)
         for i, name in self.named:
-            found[i] = name
-        return found
+            names[i] = name
+        return names
 
     @lazily
-    def of_process(self) -> int:
-        """How many mappings are the process's: all but ``[vsyscall]`` at the end.
+    def user_mappings(self) -> int:
+        """Number of mappings in user space: all except ``[vsyscall]``, the last one.
 
-        That is the kernel's own, in the upper half of the addresses, and not in VmSize.
+        ``[vsyscall]`` is in the kernel's half of the addresses and not counted in VmSize.
         """
         return bisect_left(self.start, 1 << 63)
 
     @lazily
     def knows_flags(self) -> bool:
-        """Whether VmFlags are known: a kernel prints some for every mapping."""
+        """Whether VmFlags were read: the kernel prints at least one for every mapping."""
         return any(self.flags)
 
     start = _Column(lib.PROCMAPS_START)

@@ -1,4 +1,4 @@
-"""A quick look at how large a process is, and what a block of code changed of that."""
+"""Sample the sizes of a process, and measure what a block of code changes."""
 
 import errno
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pyreserve._system import proc
 from pyreserve.errors import AccessError
-from pyreserve.procmem.read.sources import LiveSource, naming_the_limit
+from pyreserve.procmem.read.sources import LiveSource, name_exhausted_limit
 from pyreserve.units import KiB, format_size
 
 if TYPE_CHECKING:
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """How large a process is at one moment. Sizes in KiB.
+    """The sizes of a process at one moment, in KiB.
 
     Attributes:
-        vsz_kib: all its addresses (VmSize).
-        reserved_kib: of them, neither readable nor writable nor executable.
-        committed_kib: of them, private and writable: what may become memory of its own.
-        rss_kib: in memory (Rss; VmRSS where neither smaps_rollup nor smaps can be read).
-        pss_kib: in memory, what is shared divided by those who share it (Pss); None where neither
-            can be read.
-        mappings: how many there are, as vm.max_map_count counts them.
+        vsz_kib: virtual size (VmSize).
+        reserved_kib: the part of VSZ that is neither readable nor writable nor executable.
+        committed_kib: the part of VSZ that is private and writable.
+        rss_kib: resident memory (Rss; VmRSS if neither smaps_rollup nor smaps can be read).
+        pss_kib: resident memory, shared pages divided by the number of their users (Pss); None if
+            neither smaps_rollup nor smaps can be read.
+        mappings: number of mappings, as vm.max_map_count counts them.
     """
 
     vsz_kib: int
@@ -36,19 +36,19 @@ class Sample:
 
 
 def sample(pid: int | None = None) -> Sample:
-    """Look at a process (this one by default): its maps, and smaps_rollup for what is in memory.
+    """Read the sizes of a process (this one by default) from its maps and smaps_rollup.
 
-    Where there is no smaps_rollup (Linux before 4.14, some sandboxes) smaps is added up.
+    Without smaps_rollup (Linux before 4.14, some sandboxes) smaps is added up.
 
     Raises:
-        TypeError, ValueError: `pid` is no process number.
+        TypeError, ValueError: `pid` is not a positive integer.
         NoAddressSpaceError: there is no such process, or it is a zombie or a kernel thread.
-        AccessError: it may not be looked into, or /proc is not mounted.
-        OutOfMemoryError: no memory for it; the error names the limit.
+        AccessError: the process may not be read, or /proc is not mounted.
+        OutOfMemoryError: memory ran out; the error names the limit.
     """
     source = LiveSource(pid)
-    with naming_the_limit():
-        sums, (rss, pss) = source.again(lambda: (source.sums(), resident(source)))
+    with name_exhausted_limit():
+        sums, (rss, pss) = source.retry_after_exec(lambda: (source.sums(), resident(source)))
     return Sample(
         vsz_kib=sums.size // KiB,
         reserved_kib=sums.reserved // KiB,
@@ -60,7 +60,7 @@ def sample(pid: int | None = None) -> Sample:
 
 
 def resident(source: LiveSource) -> tuple[int, int | None]:
-    """Return a process's Rss and Pss in KiB, the second None where it can't be read."""
+    """Return a process's Rss and Pss in KiB; Pss is None if it can't be read."""
     text = source.text("smaps_rollup")
     if text is not None:
         rollup = dict(proc.parse_kib(text))
@@ -70,13 +70,13 @@ def resident(source: LiveSource) -> tuple[int, int | None]:
         return sum(smaps.rss), sum(smaps.pss)
     status = dict(proc.parse_kib(source.text("status") or ""))
     if "VmRSS" not in status:
-        msg = "none of smaps_rollup, smaps and status can be read: what is in memory is not known"
+        msg = "resident memory is not known: none of smaps_rollup, smaps and status can be read"
         raise AccessError(errno.EACCES, msg)
     return status["VmRSS"], None
 
 
-class track:  # noqa: N801 - it is used as a function
-    """What a ``with`` block changed in this process.
+class track:  # noqa: N801 - used like a function
+    """Measure what a ``with`` block changes in this process.
 
     ::
 
@@ -85,16 +85,19 @@ class track:  # noqa: N801 - it is used as a function
         assert t.reserved == 136 * GiB and t.rss < MiB
         print(t)  # VSZ +136 GiB, reserved +136 GiB, committed 0 B, RSS 0 B, mappings +1
 
-    ``vsz``, ``reserved``, ``committed``, ``rss`` and ``pss`` are changes in bytes, ``mappings`` one
-    in their number; inside the block, up to now. What Python itself allocates meanwhile counts too:
-    a few KiB of RSS, now and then an arena of 1 MiB. ``before`` and ``after`` are the samples.
+    ``vsz``, ``reserved``, ``committed``, ``rss`` and ``pss`` are changes in bytes, ``mappings`` is
+    the change in the number of mappings; inside the block, they are changes so far. Python's own
+    allocations are included: a few KiB of RSS, sometimes an arena of 1 MiB. ``before`` and
+    ``after`` are the samples.
+
+    Entering, leaving and reading raise what `sample` raises.
     """
 
     _before: Sample
     _after: Sample | None = None
 
     def __init__(self) -> None:
-        # The first samples let Python's own memory grow to what later ones need.
+        # Let Python's own memory grow now to what later samples need.
         for _ in range(2):
             sample()
 
@@ -113,11 +116,11 @@ class track:  # noqa: N801 - it is used as a function
 
     @property
     def after(self) -> Sample | None:
-        """The sample taken at the end of the block; None before that."""
+        """The sample taken at the end of the block; None inside it."""
         return self._after
 
     def _change(self) -> Sample:
-        """Return what changed of each figure, up to now or to the end of the block."""
+        """Return the change of each figure, up to now or to the end of the block."""
         after = sample() if self.after is None else self.after
         before = self.before
         known = after.pss_kib is not None and before.pss_kib is not None
@@ -137,22 +140,22 @@ class track:  # noqa: N801 - it is used as a function
 
     @property
     def reserved(self) -> int:
-        """Change of what nobody may access, in bytes."""
+        """Change of the reserved size (no access), in bytes."""
         return self._change().reserved_kib * KiB
 
     @property
     def committed(self) -> int:
-        """Change of what is private and writable, in bytes."""
+        """Change of the private writable size, in bytes."""
         return self._change().committed_kib * KiB
 
     @property
     def rss(self) -> int:
-        """Change of what is in memory, in bytes."""
+        """Change of RSS in bytes."""
         return self._change().rss_kib * KiB
 
     @property
     def pss(self) -> int | None:
-        """Change of this process's share of what is in memory, in bytes; None if not known."""
+        """Change of PSS in bytes; None if not known."""
         kib = self._change().pss_kib
         return None if kib is None else kib * KiB
 
@@ -163,13 +166,15 @@ class track:  # noqa: N801 - it is used as a function
 
     def __str__(self) -> str:
         change = self._change()
-        sizes = (
+        sizes_kib = (
             ("VSZ", change.vsz_kib),
             ("reserved", change.reserved_kib),
             ("committed", change.committed_kib),
             ("RSS", change.rss_kib),
         )
-        words = [f"{name} {'+' if kib > 0 else ''}{format_size(kib * KiB)}" for name, kib in sizes]
+        words = [
+            f"{name} {'+' if kib > 0 else ''}{format_size(kib * KiB)}" for name, kib in sizes_kib
+        ]
         mappings = change.mappings
         words.append(f"mappings {mappings:+}" if mappings else "mappings 0")
         if change.pss_kib is None:

@@ -1,4 +1,4 @@
-"""All that is known of a process's memory at one moment, read as consistently as it lets us."""
+"""A consistent snapshot of a process's /proc files."""
 
 import os
 import sys
@@ -11,36 +11,37 @@ from pyreserve.procmem.read.maps import FLAGS, READ, WRITE, MapTable
 from pyreserve.procmem.read.sources import LiveSource, SavedSource, Source
 from pyreserve.units import KiB
 
-# From so many mappings on, the kernel's printing of smaps takes longer than counting pages.
-_MANY = 10_000
+# From this number of mappings on, counting pages is faster than reading smaps.
+_MANY_MAPPINGS = 10_000
 _ATTEMPTS = 4
-STACK_LEAST = 16 * KiB  # PTHREAD_STACK_MIN
-_OF_MEMINFO = {"CommitLimit", "Committed_AS", "MemAvailable", "MemTotal"}
+MIN_STACK = 16 * KiB  # PTHREAD_STACK_MIN
+_MEMINFO_KEYS = {"CommitLimit", "Committed_AS", "MemAvailable", "MemTotal"}
 
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """What was read of a process.
+    """The parsed files of a process. Sizes in KiB unless stated.
 
     Attributes:
-        table: its mappings.
-        rss: KiB in memory, the sum of the mappings'; None, as the next two, if no file has it.
-        pss: KiB by the kernel's own sum, which rounds once; the mappings' lose up to 1 KiB each.
-        swap: KiB in swap, the sum of the mappings'.
-        settled: the kernel's totals are those of the mappings: all is of one moment.
-        status: the sizes of /proc/PID/status in KiB, such as ``VmPTE``; may be empty.
-        facts: other lines of it, such as ``Name``.
+        table: the mappings.
+        rss: resident memory, summed over the mappings; `rss`, `pss` and `swap` are None if no file
+            has them.
+        pss: the kernel's own sum, rounded once; a sum over mappings loses up to 1 KiB for each.
+        swap: swapped memory, summed over the mappings.
+        settled: the kernel's totals match the mappings: the files show one moment.
+        status: the sizes in /proc/PID/status, such as ``VmPTE``; may be empty.
+        facts: other lines of /proc/PID/status, such as ``Name``.
         limits: soft limits by their name in /proc/PID/limits; None is unlimited.
-        machine: ``max_map_count``, ``overcommit_memory``, and of /proc/meminfo ``CommitLimit``,
-            ``Committed_AS``, ``MemAvailable`` and ``MemTotal`` (KiB), as far as known;
-            ``core_piped`` 1 if core dumps go to a program.
+        machine: ``max_map_count``, ``overcommit_memory``, ``core_piped`` (1 if core dumps are piped
+            to a program), and ``CommitLimit``, ``Committed_AS``, ``MemAvailable`` and ``MemTotal``
+            of /proc/meminfo; unknown ones are missing.
         cgroups: limit and use in bytes of each limited memory cgroup.
         live: the process runs on this machine.
-        pid: its number, None if not known.
+        pid: the process number, None if not known.
         missing: the unreadable files among smaps, smaps_rollup, status and limits.
-        knows_memory: resident bytes are known for each mapping; else at most the totals are.
-        guarded: starts of mappings whose lowest page is a guard inside (MADV_GUARD_INSTALL), of
-            those that may be stacks; not known of saved files.
+        knows_memory: resident bytes are known for each mapping; otherwise at most the totals are.
+        guarded: starts of possible stacks whose lowest page is a guard page inside the mapping
+            (MADV_GUARD_INSTALL); empty for saved files.
     """
 
     table: MapTable
@@ -61,27 +62,27 @@ class Capture:
 
 
 def capture(source: LiveSource | SavedSource) -> Capture:
-    """Read it all.
+    """Read and parse all files of a process.
 
     Raises:
-        MapsError: a file makes no sense.
-        OSError: see the source.
+        MapsError: a file is malformed.
+        OSError: see `LiveSource` and `SavedSource`.
     """
-    read, settled = _of_one_moment(source)
-    table, rollup = read.table, read.rollup or {}
-    status = dict(proc.parse_kib(read.status or ""))
-    lines = (read.status or "").split("\n")
+    files, settled = _read_consistent(source)
+    table, rollup = files.table, files.rollup or {}
+    status = dict(proc.parse_kib(files.status or ""))
+    lines = (files.status or "").split("\n")
     facts = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
     limits = source.text("limits")
-    there = {
-        "smaps": read.has_smaps,
-        "smaps_rollup": read.rollup is not None,
-        "status": read.status is not None,
+    readable = {
+        "smaps": files.has_smaps,
+        "smaps_rollup": files.rollup is not None,
+        "status": files.status is not None,
         "limits": limits is not None,
     }
     rss, pss, swap = (
         (sum(table.rss), rollup.get("Pss", sum(table.pss)), sum(table.swap))
-        if read.knows_memory
+        if files.knows_memory
         else (
             rollup.get("Rss", status.get("VmRSS")),
             rollup.get("Pss"),
@@ -96,20 +97,20 @@ def capture(source: LiveSource | SavedSource) -> Capture:
         settled=settled,
         status=status,
         facts=facts,
-        limits=_limits(limits or ""),
-        machine=_machine(source),
-        cgroups=_cgroups(source.text("cgroup_memory") or ""),
+        limits=_parse_limits(limits or ""),
+        machine=_read_machine(source),
+        cgroups=_parse_cgroups(source.text("cgroup_memory") or ""),
         live=isinstance(source, LiveSource),
         pid=_pid(source, facts),
-        missing=tuple(name for name, found in there.items() if not found),
-        knows_memory=read.knows_memory,
-        guarded=_guarded(source, table),
+        missing=tuple(name for name, known in readable.items() if not known),
+        knows_memory=files.knows_memory,
+        guarded=_guarded_starts(source, table),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
-    """What was read at once; None where there is no such file."""
+class _Files:
+    """Files read in one go; None for a file that can't be read."""
 
     table: MapTable
     status: str | None
@@ -117,8 +118,8 @@ class _Read:
     has_smaps: bool
     knows_memory: bool
 
-    def agree(self) -> bool:
-        """Tell whether the kernel's totals, as far as they are known, are the mappings' sums."""
+    def match_totals(self) -> bool:
+        """Return whether the known totals of the kernel equal the sums over the mappings."""
         table, rollup = self.table, self.rollup
         size = sum(table.size)
         sizes = dict(proc.parse_kib(self.status or ""))
@@ -132,58 +133,61 @@ class _Read:
         )
 
 
-def _of_one_moment(source: LiveSource | SavedSource) -> tuple[_Read, bool]:
-    """Read mappings and totals until they agree: a process that never rests is read as it comes."""
+def _read_consistent(source: LiveSource | SavedSource) -> tuple[_Files, bool]:
+    """Read mappings and totals until they match; after `_ATTEMPTS` accept a mismatch."""
     if not isinstance(source, LiveSource):
-        read = _all(source)
-        return read, read.agree()
+        files = _read_files(source)
+        return files, files.match_totals()
     for _ in range(_ATTEMPTS):
-        read = source.again(lambda: _all(source))
-        if read.agree():
-            return read, True
-    if read.status is not None and "\nVmSize:" not in read.status:  # it ended before all was read
-        raise source.without_memory()
-    return read, False
+        files = source.retry_after_exec(lambda: _read_files(source))
+        if files.match_totals():
+            return files, True
+    # Without VmSize the process ended before all files were read.
+    if files.status is not None and "\nVmSize:" not in files.status:
+        raise source.no_address_space_error()
+    return files, False
 
 
-def _all(source: LiveSource | SavedSource) -> _Read:
+def _read_files(source: LiveSource | SavedSource) -> _Files:
     text = source.text("smaps_rollup")
     rollup = None if text is None else dict(proc.parse_kib(text))
-    table, has_smaps, knows_memory = _table(source, rollup or {})
-    return _Read(table, source.text("status"), rollup, has_smaps, knows_memory)
+    table, has_smaps, knows_memory = _read_table(source, rollup or {})
+    return _Files(table, source.text("status"), rollup, has_smaps, knows_memory)
 
 
-def _table(source: LiveSource | SavedSource, rollup: dict[str, int]) -> tuple[MapTable, bool, bool]:
-    """Return the mappings, whether smaps can be read, and whether resident bytes are known."""
+def _read_table(
+    source: LiveSource | SavedSource, rollup: dict[str, int]
+) -> tuple[MapTable, bool, bool]:
+    """Return the mappings, whether smaps is readable, and whether resident bytes are known."""
     maps = source.table("maps") if isinstance(source, LiveSource) else None
-    if maps is not None and len(maps) >= _MANY and _counted(source, maps, rollup):
+    if maps is not None and len(maps) >= _MANY_MAPPINGS and _count_pages(source, maps, rollup):
         return maps, True, True
     smaps = source.smaps()
     if smaps is not None:
         smaps.divide()
         return smaps, True, True
     maps = source.table("maps")
-    if _counted(source, maps, rollup):
+    if _count_pages(source, maps, rollup):
         return maps, False, True
-    maps = source.table("maps")  # the counts of the other are wrong
+    maps = source.table("maps")  # the table with wrong counts is discarded
     maps.divide()
     return maps, False, False
 
 
-def _counted(source: LiveSource | SavedSource, table: MapTable, rollup: dict[str, int]) -> bool:
-    """Count pages instead of reading smaps; False unless the sums are the kernel's own."""
+def _count_pages(source: LiveSource | SavedSource, table: MapTable, rollup: dict[str, int]) -> bool:
+    """Count pages instead of reading smaps; False unless the sums match the kernel's totals."""
     if not isinstance(source, LiveSource) or not rollup:
         return False
     if rollup.get("Shared_Hugetlb", 0) + rollup.get("Private_Hugetlb", 0):
         return False
     try:
         with source.open("pagemap") as pagemap:
-            # Memory of no file is shared after a fork only: most often it need not be asked for.
+            # Anonymous memory is shared only after a fork: try the cheaper count first.
             for forked in (False, True):
                 table.count_pages(pagemap.fileno(), forked=forked)
                 if sum(table.private) == _private_kib(rollup):
                     break
-    # An older kernel, a 32-bit Python looking at a 64-bit process, a seccomp filter.
+    # Older kernel, 64-bit process read by a 32-bit Python, or seccomp filter.
     except (MapsError, OSError):
         return False
     return (
@@ -198,8 +202,11 @@ def _private_kib(rollup: dict[str, int]) -> int:
     return sum(rollup.get(part, 0) for part in parts)
 
 
-def _guarded(source: LiveSource | SavedSource, table: MapTable) -> frozenset[int]:
-    """Look at the lowest page of what may be stacks (pagemap.rst, bit 58, Linux 6.15)."""
+def _guarded_starts(source: LiveSource | SavedSource, table: MapTable) -> frozenset[int]:
+    """Return the starts of possible stacks whose lowest page is a guard.
+
+    Bit 58 of the page's entry in /proc/PID/pagemap (pagemap.rst, Linux 6.15).
+    """
     marked = FLAGS["nh"] if table.knows_flags else 0
     names = {i for i, _ in table.named}
     starts = [
@@ -207,7 +214,7 @@ def _guarded(source: LiveSource | SavedSource, table: MapTable) -> frozenset[int
         for i, perms in enumerate(table.perms)
         if perms == READ | WRITE
         and table.flags[i] & marked == marked
-        and table.end[i] - table.start[i] > STACK_LEAST
+        and table.end[i] - table.start[i] > MIN_STACK
         and i not in names
     ]
     if not starts or not isinstance(source, LiveSource):
@@ -215,44 +222,44 @@ def _guarded(source: LiveSource | SavedSource, table: MapTable) -> frozenset[int
     try:
         with source.open("pagemap") as pagemap:
             entries = [os.pread(pagemap.fileno(), 8, start // PAGE_SIZE * 8) for start in starts]
-    except OSError:  # a sandbox, or it has just ended
+    except OSError:  # sandbox, or the process has ended
         return frozenset()
     pairs = zip(starts, entries, strict=True)
     return frozenset(at for at, entry in pairs if int.from_bytes(entry, sys.byteorder) >> 58 & 1)
 
 
-def _limits(text: str) -> dict[str, int | None]:
+def _parse_limits(text: str) -> dict[str, int | None]:
     """Read the soft limits: columns of 25 and 20 characters (proc_pid_limits, fs/proc/base.c)."""
-    found: dict[str, int | None] = {}
+    limits: dict[str, int | None] = {}
     for line in text.splitlines()[1:]:
         name, soft = line[:25].removeprefix("Max ").strip(), line[25:46].split()
         if not soft or not (soft[0] == "unlimited" or proc.is_natural(soft[0])):
-            msg = f"limits: no limit in {line[:60]!r}"
+            msg = f"limits: no soft limit in {line[:60]!r}"
             raise MapsError(msg)
-        found[name] = None if soft[0] == "unlimited" else int(soft[0])
-    return found
+        limits[name] = None if soft[0] == "unlimited" else int(soft[0])
+    return limits
 
 
-def _machine(source: Source) -> dict[str, int]:
-    found = {}
+def _read_machine(source: Source) -> dict[str, int]:
+    facts = {}
     for name in ("max_map_count", "overcommit_memory"):
         text = source.text(name)
         if text is not None:
             if not proc.is_natural(text.strip()):
                 msg = f"{name}: not a number"
                 raise MapsError(msg)
-            found[name] = int(text)
+            facts[name] = int(text)
     for name, kib in proc.parse_kib(source.text("meminfo") or ""):
-        if name in _OF_MEMINFO:
-            found[name] = kib
-    found["core_piped"] = (source.text("core_pattern") or "").startswith("|")
-    return found
+        if name in _MEMINFO_KEYS:
+            facts[name] = kib
+    facts["core_piped"] = (source.text("core_pattern") or "").startswith("|")
+    return facts
 
 
-def _cgroups(text: str) -> tuple[tuple[int, int], ...]:
+def _parse_cgroups(text: str) -> tuple[tuple[int, int], ...]:
     pairs = [line.split() for line in text.splitlines()]
     if any(len(pair) != 2 or not all(map(proc.is_natural, pair)) for pair in pairs):
-        msg = "cgroup_memory: lines of a limit and a use in bytes were expected"
+        msg = "cgroup_memory: each line must be a limit and a use in bytes"
         raise MapsError(msg)
     return tuple((int(limit), int(used)) for limit, used in pairs)
 

@@ -1,4 +1,4 @@
-"""Where the files of a process are read from: /proc, or a folder that they were saved in."""
+"""Read the files of a process: from /proc, or from a folder where `save` wrote them."""
 
 import errno
 import io
@@ -15,7 +15,7 @@ from pyreserve._system.limits import refusal
 from pyreserve.errors import AccessError, MapsError, NoAddressSpaceError, OutOfMemoryError
 from pyreserve.procmem.read.maps import ROW_BYTES, MapTable, Readable, Sums
 
-Read = TypeVar("Read")
+Result = TypeVar("Result")
 
 SAVED = (
     "maps",
@@ -29,13 +29,19 @@ SAVED = (
     "core_pattern",
     "cgroup_memory",
 )
-"""The files of a saved process: those of /proc/PID, then facts of its machine and its cgroup."""
+"""The files of a saved process: those of /proc/PID, then those of its machine and its cgroup."""
 
-_MISSING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-_PROGRAMS = 4  # that may take each other's place while a file is read
-_TEXT_MOST = 1 << 22  # bytes of a file that is no table
-_LARGEST = (1 << 31) - 1  # a pid_t
-_LARGEST_TEXT = 1 << 24  # bytes of a saved file
+_UNREADABLE = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+}
+_EXEC_RETRIES = 4
+_MAX_TEXT = 1 << 22  # bytes; for files other than maps and smaps
+_MAX_PID = (1 << 31) - 1  # pid_t
 _MACHINE = {
     "meminfo": Path("/proc/meminfo"),
     "max_map_count": Path("/proc/sys/vm/max_map_count"),
@@ -45,10 +51,10 @@ _MACHINE = {
 
 
 @contextmanager
-def naming_the_limit() -> Iterator[None]:
-    """Raise an error that names the limit instead of an empty MemoryError.
+def name_exhausted_limit() -> Iterator[None]:
+    """Replace a MemoryError by an OutOfMemoryError that names the limit.
 
-    Where vm.max_map_count is reached, malloc can't map more memory.
+    At vm.max_map_count malloc can't map memory, so that even small allocations fail.
     """
     ran_out = False
     try:
@@ -57,7 +63,7 @@ def naming_the_limit() -> Iterator[None]:
         raise
     except MemoryError as error:
         ran_out = True
-        traceback.clear_frames(error.__traceback__)  # what was read so far is in the way
+        traceback.clear_frames(error.__traceback__)  # frees what was read so far
     if ran_out:
         try:
             nbytes = proc.map_count() * ROW_BYTES
@@ -67,86 +73,86 @@ def naming_the_limit() -> Iterator[None]:
 
 
 class Source(Protocol):
-    """What can be read of a process."""
+    """The readable files of a process."""
 
     def table(self, name: str) -> MapTable:
         """Read ``"maps"`` or ``"smaps"``."""
 
     def smaps(self) -> MapTable | None:
-        """Read ``"smaps"``; None if there is none, though ``"maps"`` can be read."""
+        """Read ``"smaps"``; None if only ``"maps"`` can be read."""
 
     def text(self, name: str) -> str | None:
-        """Read one of `SAVED`; None if there is no such file."""
+        """Read one of `SAVED`; None if it can't be read."""
 
 
 class LiveSource:
     """A running process.
 
-    Its methods raise `NoAddressSpaceError` if it has ended or has no memory, `AccessError` if its
-    files may not be read. Of a process whose maps can be read others may be missing: an older
-    kernel has none, a sandbox hides them.
+    Its methods raise `NoAddressSpaceError` if the process has ended or has no memory, `AccessError`
+    if its files may not be read. Even if maps is readable, other files may be missing: older
+    kernels lack them, and a sandbox may hide them.
 
     Raises:
-        TypeError, ValueError: `pid` is no process number.
-        NoAddressSpaceError: no process number is that large.
+        TypeError, ValueError: `pid` is not a positive integer.
+        NoAddressSpaceError: `pid` is larger than any process number.
     """
 
     def __init__(self, pid: int | None) -> None:
         if isinstance(pid, bool):
-            msg = f"a process number is an integer, not {pid}"
+            msg = f"pid must be an integer, got {pid}"
             raise TypeError(msg)
         self.pid = os.getpid() if pid is None else index(pid)
         if self.pid <= 0:
-            msg = f"a process number is positive, not {self.pid}"
+            msg = f"pid must be positive, got {self.pid}"
             raise ValueError(msg)
-        if self.pid > _LARGEST:
-            msg = f"there is no such process: no number of one is larger than {_LARGEST}"
+        if self.pid > _MAX_PID:
+            msg = f"there is no such process: pid must be at most {_MAX_PID}"
             raise NoAddressSpaceError(errno.ESRCH, msg)
         self._folder = Path("/proc", str(self.pid))
 
     @contextmanager
     def open(self, name: str) -> Iterator[io.FileIO]:
-        """Open a file of /proc/PID without a buffer in between."""
-        with self._explained(name), open(self._folder / name, "rb", buffering=0) as file:
+        """Open a file of /proc/PID unbuffered."""
+        with self._translate_errors(name), open(self._folder / name, "rb", buffering=0) as file:
             yield file
 
     def table(self, name: str) -> MapTable:
-        """See `Source`. It is never empty."""
+        """See `Source`. The table is never empty."""
         with self.open(name) as file:
             table = MapTable.read(file)
         if not len(table):
-            raise self.without_memory()
+            raise self.no_address_space_error()
         return table
 
     def sums(self) -> Sums:
-        """Add up its maps, in little memory."""
+        """Add up maps; see `MapTable.sums`."""
         with self.open("maps") as file:
             sums = MapTable.sums(file)
         if not sums.mappings:
-            raise self.without_memory()
+            raise self.no_address_space_error()
         return sums
 
     def smaps(self) -> MapTable | None:
         """See `Source`."""
-        return self._if_there(lambda: self.table("smaps"))
+        return self._read_if_present(lambda: self.table("smaps"))
 
-    def _if_there(self, read: Callable[[], Read]) -> Read | None:
-        """Return what `read` reads, or None where that can't be, but the maps can."""
+    def _read_if_present(self, read: Callable[[], Result]) -> Result | None:
+        """Return the result of `read`, or None if it can't read its file but maps is readable."""
         try:
             return read()
         except (AccessError, OSError) as error:
-            if isinstance(error, NoAddressSpaceError) or error.errno not in _MISSING:
+            if isinstance(error, NoAddressSpaceError) or error.errno not in _UNREADABLE:
                 raise
         with self.open("maps") as file:
             file.read(1)
         return None
 
-    def again(self, read: Callable[[], Read]) -> Read:
-        """Return what `read` reads; again if meanwhile a program took another's place (execve).
+    def retry_after_exec(self, read: Callable[[], Result]) -> Result:
+        """Return the result of `read`; call it again if the process ran execve during the call.
 
-        Open files of /proc/PID are of the old one, which is gone, and not of the process.
+        Open files of /proc/PID belong to the old program's address space, which is then gone.
         """
-        for _ in range(_PROGRAMS):
+        for _ in range(_EXEC_RETRIES):
             try:
                 return read()
             except NoAddressSpaceError:
@@ -165,28 +171,28 @@ class LiveSource:
         if name in _MACHINE:
             try:
                 return _MACHINE[name].read_text(encoding="utf-8", errors="replace")
-            except (FileNotFoundError, PermissionError):  # a container may hide it
+            except (FileNotFoundError, PermissionError):  # hidden by a container
                 return None
         if name == "maps":
             return self._text(name)
-        return self._if_there(lambda: self._text(name))
+        return self._read_if_present(lambda: self._text(name))
 
     def _text(self, name: str) -> str:
         if name == "cgroup_memory":
-            with self._explained("cgroup"):
+            with self._translate_errors("cgroup"):
                 limits = proc.cgroup_memory(self.pid)
                 return "".join(f"{limit} {used}\n" for limit, used in limits)
         with self.open(name) as file:
             return file.readall().decode(errors="surrogateescape")
 
     @contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
+    def _translate_errors(self, name: str) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError:
-            raise self._not_there(name) from None
+            raise self._missing_file(name) from None
         except ProcessLookupError:
-            raise self.without_memory() from None
+            raise self.no_address_space_error() from None
         except PermissionError:
             owner = self._folder.stat().st_uid if self._folder.exists() else "another user"
             msg = (
@@ -195,24 +201,24 @@ class LiveSource:
             )
             raise AccessError(errno.EACCES, msg) from None
 
-    def _not_there(self, name: str) -> AccessError | NoAddressSpaceError:
-        if not any(Path("/proc", one).exists() for one in ("self", "stat", "version")):
+    def _missing_file(self, name: str) -> AccessError | NoAddressSpaceError:
+        if not any(Path("/proc", entry).exists() for entry in ("self", "stat", "version")):
             msg = "/proc is not mounted; it is the only source for a process's mappings"
             return AccessError(errno.ENOENT, msg)
         if self._has_memory() or self.pid == os.getpid():
-            msg = f"{self._folder / name} is not there: this kernel or a sandbox does not show it"
+            msg = f"{self._folder / name} is missing: this kernel lacks it, or a sandbox hides it"
             return AccessError(errno.ENOENT, msg)
-        return self.without_memory()
+        return self.no_address_space_error()
 
-    def without_memory(self) -> NoAddressSpaceError:
-        """Make the error that says why there is nothing to read."""
+    def no_address_space_error(self) -> NoAddressSpaceError:
+        """Return the error that says why the process has nothing to read."""
         try:
             status = (self._folder / "status").read_bytes().decode(errors="replace")
         except OSError:
             msg = f"there is no process {self.pid}"
         else:
             if "\nState:\tZ" in status or "\nState:\tX" in status:
-                msg = f"process {self.pid} has ended (a zombie): it has no memory any more"
+                msg = f"process {self.pid} has ended (a zombie): its memory is gone"
             elif "\nPPid:\t2\n" in status or self.pid == 2:
                 msg = f"process {self.pid} is a kernel thread: it has no address space of its own"
             else:
@@ -221,7 +227,7 @@ class LiveSource:
 
 
 class SavedSource:
-    """A folder with files of `SAVED`, perhaps compressed (``.gz``). smaps or maps is required."""
+    """A folder with files of `SAVED`, plain or compressed (``.gz``). smaps or maps is required."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -230,14 +236,14 @@ class SavedSource:
         for path in (self._folder / name, self._folder / f"{name}.gz"):
             if path.is_file():
                 return path
-            if path.exists():  # a pipe would keep who reads it waiting, a device has no end
+            if path.exists():  # reading a pipe blocks, a device may be endless
                 msg = f"{path} is not a regular file"
                 raise MapsError(msg)
         return None
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[Readable]:
-        import gzip  # noqa: PLC0415 - the library is imported more often than a file is unpacked
+        import gzip  # noqa: PLC0415 - slow to import, rarely needed
         import zlib  # noqa: PLC0415
 
         try:
@@ -258,15 +264,13 @@ class SavedSource:
         """See `Source`.
 
         Raises:
-            FileNotFoundError: it is not there.
-            MapsError: it is no such file, or of a process without memory.
+            FileNotFoundError: there is no such file.
+            MapsError: the file is malformed or has no mappings.
         """
         path = self._find(name)
         if path is None:
-            what = (
-                "no such folder" if not self._folder.is_dir() else f"no smaps, and no {name} either"
-            )
-            raise FileNotFoundError(errno.ENOENT, what, str(self._folder))
+            msg = "neither smaps nor maps" if self._folder.is_dir() else "no such folder"
+            raise FileNotFoundError(errno.ENOENT, msg, str(self._folder))
         with self._open(path) as file:
             table = MapTable.read(file)
             if not len(table):
@@ -284,65 +288,68 @@ class SavedSource:
         if path is None:
             return None
         with self._open(path) as file:
-            found = bytearray()
+            text = bytearray()
             buffer = bytearray(1 << 16)
-            while got := file.readinto(memoryview(buffer)):
-                found += buffer[:got]
-                if len(found) > _TEXT_MOST:
-                    msg = f"larger than {name} ever is"
+            while nbytes := file.readinto(memoryview(buffer)):
+                text += buffer[:nbytes]
+                if len(text) > _MAX_TEXT:
+                    msg = f"{name} must be at most {_MAX_TEXT:,} bytes"
                     raise MapsError(msg)
-            return found.decode(errors="surrogateescape")
+            return text.decode(errors="surrogateescape")
 
 
 def save(pid: int | None, folder: Path) -> None:
-    """Write the files of a process into a folder, made if need be, to be explained elsewhere.
+    """Write the files of a process into a folder, for ``explain(path=folder)`` on any machine.
+
+    The folder is created if necessary. A failed call leaves no files.
 
     Raises:
-        NoAddressSpaceError, AccessError: see `LiveSource`.
-        FileExistsError: one of them is there already; nothing was written.
-        OSError: they can't be written.
+        TypeError, ValueError, NoAddressSpaceError, AccessError: see `LiveSource`.
+        FileExistsError: one of the files exists already.
+        OSError: a file can't be written.
+        OutOfMemoryError: memory ran out; the error names the limit.
     """
     for name in SAVED:
         if (folder / name).exists() or (folder / f"{name}.gz").exists():
-            raise FileExistsError(errno.EEXIST, f"{name} is there already", str(folder))
-    with naming_the_limit():
-        texts = _texts_of_one_moment(LiveSource(pid))
-    was_there = folder.exists()
+            raise FileExistsError(errno.EEXIST, f"{name} exists already", str(folder))
+    with name_exhausted_limit():
+        texts = _read_consistent_texts(LiveSource(pid))
+    existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     try:
         for name, text in texts.items():
-            with open(folder / name, "xb") as file:  # not through a link either
+            with open(folder / name, "xb") as file:  # x: do not follow a link
                 written.append(folder / name)
                 file.write(text.encode(errors="surrogateescape"))
     except BaseException:
         for path in written:
             path.unlink(missing_ok=True)
-        if not was_there:
-            with suppress(OSError):  # somebody else may have put something there
+        if not existed:
+            with suppress(OSError):  # another process may have put files there
                 folder.rmdir()
         raise
 
 
-def _texts_of_one_moment(source: LiveSource) -> dict[str, str]:
-    """Read all files, and again if the mappings changed meanwhile; some never rest."""
+def _read_consistent_texts(source: LiveSource) -> dict[str, str]:
+    """Read all files, up to five times until the mappings did not change during the reading."""
     for _ in range(5):
-        texts, maps_after = source.again(lambda: _texts(source))
+        texts, maps_after = source.retry_after_exec(lambda: _read_texts(source))
         if texts["maps"] == maps_after:
             break
     return texts
 
 
-def _texts(source: LiveSource) -> tuple[dict[str, str], str]:
-    """Read all files, and the maps once more."""
+def _read_texts(source: LiveSource) -> tuple[dict[str, str], str]:
+    """Read all files, then maps once more."""
     texts = {name: text for name in SAVED if (text := source.text(name)) is not None}
     maps_after = source.text("maps") or ""
-    # What ends meanwhile leaves empty files, or a status without sizes.
+    # A process that ends during this leaves empty files, or a status without sizes.
     if not (
         texts["maps"]
         and texts.get("smaps", "missing")
         and maps_after
         and "\nVmSize:" in texts.get("status", "\nVmSize:")
     ):
-        raise source.without_memory()
+        raise source.no_address_space_error()
     return texts, maps_after

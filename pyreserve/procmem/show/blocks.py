@@ -99,8 +99,8 @@ def blocks(space: "AddressSpace", most: int = MOST) -> list[Block]:
 
 def _pieces(space: "AddressSpace") -> Iterator[Block]:
     """Yield each mapping, or each owner's part of one."""
-    sight, table = space._sight, space._sight.table
-    whole, divided = sight.claims.whole, sight.claims.parts
+    process, table = space._process, space._process.table
+    whole, divided = process.claims.whole, process.claims.parts
     private, shared, swap, rest = table.private, table.shared, table.swap, table.rest
     for i, kind in enumerate(space._kinds):
         if kind is None:  # [vsyscall] is not in VSZ

@@ -6,10 +6,10 @@ guess: what looks like two things is named by neither.
 """
 
 from pyreserve.procmem.judge.owners import allocators, ghc, go, jvm, ours, plain, v8
-from pyreserve.procmem.judge.owners.sight import UNKNOWN, Owner, Sight
+from pyreserve.procmem.judge.owners.process import UNKNOWN, Owner, ProcessMappings
 from pyreserve.procmem.read.snapshot import Capture
 
-__all__ = ["UNKNOWN", "Owner", "Sight", "recognise"]
+__all__ = ["UNKNOWN", "Owner", "ProcessMappings", "recognise"]
 
 _RECOGNISERS = (
     plain.kernel_pages,
@@ -34,9 +34,9 @@ _RECOGNISERS = (
 )
 
 
-def recognise(capture: Capture) -> Sight:
+def recognise(capture: Capture) -> ProcessMappings:
     """Find the owners of a process's mappings."""
-    sight = Sight(capture)
+    process = ProcessMappings(capture)
     for recogniser in _RECOGNISERS:
-        recogniser(sight)
-    return sight
+        recogniser(process)
+    return process

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pyreserve.procmem.judge.owners.sight import NONE, RW, Sight, count
+from pyreserve.procmem.judge.owners.process import NONE, RW, ProcessMappings, plural
 from pyreserve.procmem.read.maps import FLAGS
 from pyreserve.units import GiB, KiB, MiB, TiB, format_size
 
@@ -12,54 +12,54 @@ _LEAST = 32 * KiB
 _GO_STEP = 4 * MiB  # runtime/malloc.go: by how much Go's heap grows
 
 
-def glibc_arenas(sight: Sight) -> None:
+def glibc_arenas(process: ProcessMappings) -> None:
     """Claim heaps of malloc's arenas for threads.
 
     glibc malloc/arena.c new_heap: HEAP_MAX_SIZE bytes aligned to as many, reserved PROT_NONE and
     MAP_NORESERVE, readable and writable from the start on as far as it was needed: 64 MiB, on 32
     bits 1 MiB. Since 2.41 without MAP_NORESERVE: then glibc must be mapped and the shape be whole.
     """
-    if sight.runs_code_of(r"libmimalloc|ld-musl|libc\.musl"):
+    if process.runs_code_of(r"libmimalloc|ld-musl|libc\.musl"):
         return
-    if sight.libc is None and not sight.knows_flags:
+    if process.libc is None and not process.knows_flags:
         return
-    size = MiB if sight.narrow else 64 * MiB
-    tails = {low: _heap_tail(sight, low, low + size) for low in _aligned(sight, size)}
+    size = MiB if process.is_32_bit else 64 * MiB
+    tails = {low: _heap_tail(process, low, low + size) for low in _aligned(process, size)}
     below_a_tail = _below_a_tail(tails, size)
     heaps = [
         low
         for low, tail in tails.items()
-        if tail or (tail == 0 and _is_full_heap(sight, low, size, below_a_tail))
+        if tail or (tail == 0 and _is_full_heap(process, low, size, below_a_tail))
     ]
-    charged = not heaps and sight.knows_flags and sight.libc is not None
+    charged = not heaps and process.knows_flags and process.libc is not None
     if charged:
-        heaps = _charged_heaps(sight, size)
+        heaps = _charged_heaps(process, size)
     if not heaps:
         return
     evidence = (
-        f"{count(len(heaps), 'range')} of {format_size(size)}, aligned to it: readable and "
+        f"{plural(len(heaps), 'range')} of {format_size(size)}, aligned to it: readable and "
         "writable from the start, no access to exactly the end"
-        + (", never charged (nr)" if sight.knows_flags and not charged else "")
-        + (f"; {sight.libc} is mapped" if sight.libc else "")
+        + (", never charged (nr)" if process.knows_flags and not charged else "")
+        + (f"; {process.libc} is mapped" if process.libc else "")
     )
     for low in heaps:
-        sight.claim_range(low, low + size, "glibc malloc arenas", evidence)
+        process.claim_range(low, low + size, "glibc malloc arenas", evidence)
 
 
-def _aligned(sight: Sight, size: int, *, charged: bool = False) -> Iterator[int]:
+def _aligned(process: ProcessMappings, size: int, *, charged: bool = False) -> Iterator[int]:
     """Yield the multiples of `size` at which something writable begins or goes on."""
-    perms, flags = sight.perms, sight.flags
-    never_charged = FLAGS["nr"] if sight.knows_flags and not charged else 0
+    perms, flags = process.perms, process.flags
+    never_charged = FLAGS["nr"] if process.knows_flags and not charged else 0
     other = FLAGS["dc"] | FLAGS["dd"] | FLAGS["nh"] | (FLAGS["nr"] if charged else 0)
     last = -1
-    size_kib, least_kib = sight.table.size, _LEAST // KiB
-    for i in [i for i in sight.anonymous if size_kib[i] >= least_kib and perms[i] == RW]:
-        if not sight.free(i):
+    size_kib, least_kib = process.table.size, _LEAST // KiB
+    for i in [i for i in process.anonymous if size_kib[i] >= least_kib and perms[i] == RW]:
+        if not process.is_unclaimed(i):
             continue
         if flags[i] & (never_charged | other) != never_charged or size_kib[i] > _MOST_KIB:
             continue
-        at = -(-sight.start[i] // size) * size
-        while at < sight.end[i]:
+        at = -(-process.start[i] // size) * size
+        while at < process.end[i]:
             if at != last:
                 yield at
             last = at
@@ -75,17 +75,19 @@ def _below_a_tail(tails: dict[int, int | None], size: int) -> set[int]:
     return found
 
 
-def _is_full_heap(sight: Sight, low: int, size: int, below_a_tail: set[int]) -> bool:
+def _is_full_heap(process: ProcessMappings, low: int, size: int, below_a_tail: set[int]) -> bool:
     """Tell whether a heap without a tail, which tells little alone, is one of an arena's.
 
     What is writable begins at a heap, and the next above it that is not full has a tail; on 32 bits
     heaps are small and lie apart.
     """
-    i = sight.at(low)
-    return i is not None and not sight.start[i] % size and (sight.narrow or low in below_a_tail)
+    i = process.mapping_at(low)
+    return (
+        i is not None and not process.start[i] % size and (process.is_32_bit or low in below_a_tail)
+    )
 
 
-def _charged_heaps(sight: Sight, size: int) -> list[int]:
+def _charged_heaps(process: ProcessMappings, size: int) -> list[int]:
     """Find heaps as glibc maps them since 2.41: their flags are those of any memory.
 
     So the tail must end with the range and never have been writable (no ``ac``), and the kernel
@@ -93,39 +95,46 @@ def _charged_heaps(sight: Sight, size: int) -> list[int]:
     steps of Go's may be an arena of Go's.
     """
     heaps: set[int] = set()
-    for low in sorted(_aligned(sight, size, charged=True), reverse=True):
-        last = sight.at(low + size - 1)
-        if last is None or sight.end[last] != low + size or 3 * low < sight.top:
+    for low in sorted(_aligned(process, size, charged=True), reverse=True):
+        last = process.mapping_at(low + size - 1)
+        if last is None or process.end[last] != low + size or 3 * low < process.highest_end:
             continue
-        tail = _heap_tail(sight, low, low + size, charged=True)
+        tail = _heap_tail(process, low, low + size, charged=True)
         if tail:
-            is_heap = (size - tail) % _GO_STEP != 0 and sight.lacks(last, "ac")
+            is_heap = (size - tail) % _GO_STEP != 0 and process.lacks_flags(last, "ac")
         else:
             # A full heap. What a program maps below another heap becomes one mapping with that.
-            is_heap = tail == 0 and sight.start[last] == low and low + size in heaps
+            is_heap = tail == 0 and process.start[last] == low and low + size in heaps
         if is_heap:
             heaps.add(low)
     return sorted(heaps)
 
 
-def _heap_tail(sight: Sight, low: int, high: int, *, charged: bool = False) -> int | None:
+def _heap_tail(
+    process: ProcessMappings, low: int, high: int, *, charged: bool = False
+) -> int | None:
     """Return the inaccessible bytes at the end of what looks like a heap; None if it does not."""
     at = low
     tail = used = 0
-    for i in sight.between(low, high):
-        if sight.start[i] > at or sight.names[i] or sight.inode[i] or not sight.free(i):
+    for i in process.mappings_in(low, high):
+        if (
+            process.start[i] > at
+            or process.names[i]
+            or process.inode[i]
+            or not process.is_unclaimed(i)
+        ):
             return None
-        if sight.knows_flags and not sight.is_plain(i, never_charged=not charged):
+        if process.knows_flags and not process.is_plain(i, never_charged=not charged):
             return None
-        if sight.perms[i] == RW and not tail:
-            used += sight.table.rss[i] + sight.table.swap[i]
-        elif sight.perms[i] == NONE and at >= low + _LEAST:
-            if sight.end[i] > high and not sight.knows_flags:
+        if process.perms[i] == RW and not tail:
+            used += process.table.rss[i] + process.table.swap[i]
+        elif process.perms[i] == NONE and at >= low + _LEAST:
+            if process.end[i] > high and not process.knows_flags:
                 return None  # perhaps of something else: with flags, it has merged with a neighbour
-            tail += min(high, sight.end[i]) - sight.start[i]
+            tail += min(high, process.end[i]) - process.start[i]
         else:
             return None
-        at = sight.end[i]
+        at = process.end[i]
     if at < high:
         return None
     # It was grown because it was used: by its header at least, and in part if it is large or full.
@@ -134,37 +143,37 @@ def _heap_tail(sight: Sight, low: int, high: int, *, charged: bool = False) -> i
     return tail if used * share >= writable else None
 
 
-def mimalloc(sight: Sight) -> None:
+def mimalloc(process: ProcessMappings) -> None:
     """Claim what mimalloc has: all that is never charged, or in its range of hints.
 
     mimalloc src/os.c asks for addresses from 2 TiB up to 30 TiB.
     """
-    library = sight.runs_code_of(r"libmimalloc")
+    library = process.runs_code_of(r"libmimalloc")
     if library is None:
         return
-    sight.claim(
+    process.claim(
         (
             i
-            for i in sight.unclaimed()
+            for i in process.unclaimed()
             if (
-                sight.is_never_charged(i)
-                if sight.knows_flags
-                else 2 * TiB <= sight.start[i] < 30 * TiB
+                process.is_never_charged(i)
+                if process.knows_flags
+                else 2 * TiB <= process.start[i] < 30 * TiB
             )
         ),
         "mimalloc",
         f"{library} is mapped, and these are "
-        + ("never charged (nr)" if sight.knows_flags else "where it asks for addresses"),
+        + ("never charged (nr)" if process.knows_flags else "where it asks for addresses"),
     )
 
 
-def jemalloc(sight: Sight) -> None:
+def jemalloc(process: ProcessMappings) -> None:
     """Claim what jemalloc has: it maps its extents readable and writable and MAP_NORESERVE."""
-    library = sight.runs_code_of(r"libjemalloc")
-    if library is None or not sight.knows_flags:
+    library = process.runs_code_of(r"libjemalloc")
+    if library is None or not process.knows_flags:
         return
-    sight.claim(
-        (i for i in sight.unclaimed() if sight.perms[i] == RW and sight.is_never_charged(i)),
+    process.claim(
+        (i for i in process.unclaimed() if process.perms[i] == RW and process.is_never_charged(i)),
         "jemalloc",
         f"{library} is mapped, and these are readable, writable and never charged (nr)",
     )
@@ -177,24 +186,24 @@ _ALLOCATORS = (0x600000000000, 0x500000000000)
 _ALLOCATOR = 4 * TiB  # kAllocatorSize on x86-64
 
 
-def address_sanitizer(sight: Sight) -> None:
+def address_sanitizer(process: ProcessMappings) -> None:
     """Claim AddressSanitizer's shadow and allocator, at addresses that its code fixes."""
     for low, high in _SHADOWS:
-        inside = sight.between(low, high)
-        if not inside or (sight.start[inside[0]], sight.end[inside[-1]]) != (low, high):
+        inside = process.mappings_in(low, high)
+        if not inside or (process.start[inside[0]], process.end[inside[-1]]) != (low, high):
             continue
-        if any(sight.names[i] or sight.inode[i] for i in inside) or any(
-            sight.end[i] != sight.start[i + 1] for i in inside[:-1]
+        if any(process.names[i] or process.inode[i] for i in inside) or any(
+            process.end[i] != process.start[i + 1] for i in inside[:-1]
         ):
             continue
         where = f"all of {low:x}-{high:x} is mapped, where its shadow is"
-        shadow = [i for i in inside if sight.perms[i] != NONE]
-        sight.claim(shadow, "AddressSanitizer shadow", f"{where}, a byte for each eight")
-        sight.claim(inside, "AddressSanitizer shadow gap", f"{where}: the part without access")
-        run = _sanitizers_allocator(sight)
+        shadow = [i for i in inside if process.perms[i] != NONE]
+        process.claim(shadow, "AddressSanitizer shadow", f"{where}, a byte for each eight")
+        process.claim(inside, "AddressSanitizer shadow gap", f"{where}: the part without access")
+        run = _sanitizers_allocator(process)
         if run is not None:
-            base, end = sight.start[run[0]], sight.end[run[1] - 1]
-            sight.claim(
+            base, end = process.start[run[0]], process.end[run[1] - 1]
+            process.claim(
                 range(*run),
                 "AddressSanitizer allocator",
                 f"{format_size(end - base)} at {base:x}, beside its shadow",
@@ -202,12 +211,12 @@ def address_sanitizer(sight: Sight) -> None:
         return
 
 
-def _sanitizers_allocator(sight: Sight) -> tuple[int, int] | None:
+def _sanitizers_allocator(process: ProcessMappings) -> tuple[int, int] | None:
     """Find the allocator's addresses: where its code fixes them, else where the kernel put them.
 
     GCC 16's leaves the place to the kernel, which may put other mappings right beside it.
     """
-    sizes = {(i, j): sight.end[j - 1] - sight.start[i] for i, j in sight.runs}
-    fixed = (run for run in sizes if sight.start[run[0]] in _ALLOCATORS)
+    sizes = {(i, j): process.end[j - 1] - process.start[i] for i, j in process.runs}
+    fixed = (run for run in sizes if process.start[run[0]] in _ALLOCATORS)
     chosen = (run for run, nbytes in sizes.items() if nbytes < _ALLOCATOR + GiB)
     return next((run for run in (*fixed, *chosen) if sizes[run] >= _ALLOCATOR), None)

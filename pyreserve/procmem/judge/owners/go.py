@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from pyreserve import layouts
 from pyreserve.layouts import Layout, Piece, Placement
-from pyreserve.procmem.judge.owners.sight import NONE, RW, Sight
+from pyreserve.procmem.judge.owners.process import NONE, RW, ProcessMappings
 from pyreserve.units import MiB, format_size
 
 _HINT = 0xC0 << 32
@@ -32,22 +32,26 @@ _RELEASES = {
 }
 
 
-def go(sight: Sight) -> None:
+def go(process: ProcessMappings) -> None:
     """Claim Go's heap, of whichever generation, and in a static program the runtime's tables."""
-    hinted = _at_a_hint(sight)
-    found = _old_heap(sight, hinted) or _new_heap(sight, hinted)
-    if found and sight.is_static:
-        sight.claim(
-            sight.unclaimed(),
+    hinted = _at_a_hint(process)
+    found = _old_heap(process, hinted) or _new_heap(process, hinted)
+    if found and process.is_static:
+        process.claim(
+            process.unclaimed(),
             "Go runtime tables",
             "the rest of a program that maps no C library, so that only Go's runtime maps memory",
         )
 
 
-def _whose(sight: Sight, low: int) -> str:
+def _whose(process: ProcessMappings, low: int) -> str:
     """Return ``Go``, or ``pyreserve`` where it plays Go: it asks for no core dumps (dd)."""
-    i = sight.at(low)
-    if sight.pyreserve and i is not None and (not sight.knows_flags or sight.has(i, "dd")):
+    i = process.mapping_at(low)
+    if (
+        process.pyreserve
+        and i is not None
+        and (not process.knows_flags or process.has_flags(i, "dd"))
+    ):
         return "pyreserve Go"
     return "Go"
 
@@ -55,13 +59,13 @@ def _whose(sight: Sight, low: int) -> str:
 # -- up to 1.10: spans, bitmap and arena in one range -----------------------------------------
 
 
-def _old_heap(sight: Sight, hinted: list[int]) -> bool:
-    for placement in _candidates(sight, hinted):
+def _old_heap(process: ProcessMappings, hinted: list[int]) -> bool:
+    for placement in _candidates(process, hinted):
         expected = placement.maps()
-        if not expected or _shown(sight, placement.start, placement.end) != _merged(expected):
+        if not expected or _shown(process, placement.start, placement.end) != _merged(expected):
             continue
         layout = placement.layout
-        who = _whose(sight, placement.start)
+        who = _whose(process, placement.start)
         used = placement.used
         evidence = (
             f"its pieces lie as {layout.name} puts them ({_RELEASES[layout.name]}) with "
@@ -75,61 +79,67 @@ def _old_heap(sight: Sight, hinted: list[int]) -> bool:
         ):
             low = placement.start if part == "spans" else low  # noqa: PLW2901
             where = f"{low:x}-{high:x}"
-            sight.claim_range(
+            process.claim_range(
                 low,
                 high,
                 f"{who} {part}",
                 f"{where}: {evidence}" if part == "arena" else f"{where} of the arena's layout",
             )
-        sight.pieces += expected
+        process.ranges += expected
         return True
     return False
 
 
-def _candidates(sight: Sight, hinted: list[int]) -> list[Placement]:
+def _candidates(process: ProcessMappings, hinted: list[int]) -> list[Placement]:
     """Return placements that some mapping's start and the end of what is writable suggest."""
     found = []
     for i in hinted:
-        found += [_used_up_to(sight, layout, sight.start[i]) for layout in _CONTIGUOUS]
-    for first, last in sight.runs:
-        if sight.start[first] >= 1 << 32:
+        found += [_used_up_to(process, layout, process.start[i]) for layout in _CONTIGUOUS]
+    for first, last in process.runs:
+        if process.start[first] >= 1 << 32:
             break
         for i in range(first, last):
-            if sight.start[i] % MiB == 0 and sight.perms[i] == RW:
+            if process.start[i] % MiB == 0 and process.perms[i] == RW:
                 found += [
-                    _used_up_to(sight, layout, sight.start[i], sight.end[last - 1])
+                    _used_up_to(process, layout, process.start[i], process.end[last - 1])
                     for layout in _WINDOWED
                 ]
     return [placement for placement in found if placement is not None]
 
 
-def _at_a_hint(sight: Sight) -> list[int]:
-    return [first for first, _ in sight.runs if sight.start[first] & _HINT_MASK == _HINT]
+def _at_a_hint(process: ProcessMappings) -> list[int]:
+    return [first for first, _ in process.runs if process.start[first] & _HINT_MASK == _HINT]
 
 
-def _used_up_to(sight: Sight, layout: Layout, low: int, end: int | None = None) -> Placement | None:
+def _used_up_to(
+    process: ProcessMappings, layout: Layout, low: int, end: int | None = None
+) -> Placement | None:
     """Place a layout at an address, its arena used as far as what is writable there goes on."""
     placement = layout.place(low)
-    i = sight.at(placement.arena_start)
-    if i is None or sight.perms[i] != RW or sight.start[i] >= placement.arena_start:
+    i = process.mapping_at(placement.arena_start)
+    if i is None or process.perms[i] != RW or process.start[i] >= placement.arena_start:
         return None
-    while (j := sight.next_to(i)) is not None and sight.perms[j] == RW and not sight.names[j]:
+    while (
+        (j := process.mapping_after(i)) is not None
+        and process.perms[j] == RW
+        and not process.names[j]
+    ):
         i = j
     if end is not None:
         if end < placement.end or (end - placement.end) % (256 * MiB):
             return None
         placement = replace(placement, arena_end=end, owned=((low, end),))
-    used = sight.end[i] - placement.arena_start
+    used = process.end[i] - placement.arena_start
     return placement.advanced(used) if placement.fits(used) else None
 
 
-def _shown(sight: Sight, low: int, high: int) -> list[tuple[int, int, bool]]:
+def _shown(process: ProcessMappings, low: int, high: int) -> list[tuple[int, int, bool]]:
     """Return what is mapped of a range and whether it is writable, neighbours joined."""
     pieces = []
-    for i in sight.between(low, high):
-        if sight.inode[i] or sight.perms[i] not in {RW, NONE}:
+    for i in process.mappings_in(low, high):
+        if process.inode[i] or process.perms[i] not in {RW, NONE}:
             return []
-        pieces.append((sight.start[i], sight.end[i], sight.perms[i] == RW))
+        pieces.append((process.start[i], process.end[i], process.perms[i] == RW))
     return _joined(pieces)
 
 
@@ -150,21 +160,21 @@ def _joined(pieces: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
 # -- since 1.11: arenas of 64 MiB, tables elsewhere -------------------------------------------
 
 
-def _new_heap(sight: Sight, hinted: list[int]) -> bool:
-    tables = [] if sight.narrow else _summaries(sight)
-    static = sight.is_static and not sight.called("[heap]")
+def _new_heap(process: ProcessMappings, hinted: list[int]) -> bool:
+    tables = [] if process.is_32_bit else _summaries(process)
+    static = process.is_static and not process.named_by_kernel("[heap]")
     if not tables and not static:
         return False
     taken = set(tables)
-    runs = [run for run in _plain_runs(sight) if not taken.intersection(run)]
-    if sight.narrow:
-        heaps = [run for run in runs if static and _is_heap_of_32_bits(sight, run)]
+    runs = [run for run in _plain_runs(process) if not taken.intersection(run)]
+    if process.is_32_bit:
+        heaps = [run for run in runs if static and _is_heap_of_32_bits(process, run)]
         release, why = (
             "1.11 or later, 32 bits",
             "the first reservation of 32-bit Go, 512 MiB and more",
         )
     else:
-        heaps = [run for run in runs if _is_aligned(sight, run)]
+        heaps = [run for run in runs if _is_aligned(process, run)]
         firsts = {run[0] for run in heaps}
         if not tables:
             heaps = [run for run in heaps if firsts.intersection(hinted)]
@@ -175,14 +185,14 @@ def _new_heap(sight: Sight, hinted: list[int]) -> bool:
             release, why = "1.26 or later", "at a random address, with page summaries beside it"
     if not heaps:
         return False
-    size = sum(sight.end[heap[-1]] - sight.start[heap[0]] for heap in heaps)
+    size = sum(process.end[heap[-1]] - process.start[heap[0]] for heap in heaps)
     for heap in heaps:
-        sight.claim(
+        process.claim(
             heap,
             f"Go heap arenas (Go {release})",
-            f"{format_size(size)} from {sight.start[heaps[0][0]]:x}, in whole arenas, {why}",
+            f"{format_size(size)} from {process.start[heaps[0][0]]:x}, in whole arenas, {why}",
         )
-    sight.claim(
+    process.claim(
         tables,
         "Go runtime tables",
         "page summaries, 585 MiB reserved for 48-bit addresses (since Go 1.26 512 MiB more), and "
@@ -191,48 +201,50 @@ def _new_heap(sight: Sight, hinted: list[int]) -> bool:
     return True
 
 
-def _plain_runs(sight: Sight, least: int = 0) -> list[range]:
+def _plain_runs(process: ProcessMappings, least: int = 0) -> list[range]:
     """Return runs of what is mapped as Go maps: charged, for children and for core dumps."""
     return [
         run
-        for first, last in sight.runs
-        if sight.end[last - 1] - sight.start[first] >= least
-        for run in sight.neighbours(
+        for first, last in process.runs
+        if process.end[last - 1] - process.start[first] >= least
+        for run in process.group_adjacent(
             i
             for i in range(first, last)
-            if sight.free(i) and sight.lacks(i, "nr dd dc") and sight.perms[i] in {RW, NONE}
+            if process.is_unclaimed(i)
+            and process.lacks_flags(i, "nr dd dc")
+            and process.perms[i] in {RW, NONE}
         )
     ]
 
 
-def _is_aligned(sight: Sight, run: range) -> bool:
+def _is_aligned(process: ProcessMappings, run: range) -> bool:
     """Tell whether a run is of whole arenas of 64 MiB."""
-    return sight.start[run[0]] % _ARENA == 0 == sight.end[run[-1]] % _ARENA
+    return process.start[run[0]] % _ARENA == 0 == process.end[run[-1]] % _ARENA
 
 
-def _is_heap_of_32_bits(sight: Sight, run: range) -> bool:
+def _is_heap_of_32_bits(process: ProcessMappings, run: range) -> bool:
     """Tell what sysReserve took at first: 512 MiB, 256 or 128 and a bit for the alignment."""
-    size = sight.end[run[-1]] - sight.start[run[0]]
+    size = process.end[run[-1]] - process.start[run[0]]
     return (
-        sight.start[run[0]] % _ARENA_32 == 0
-        and sight.perms[run[0]] == RW
+        process.start[run[0]] % _ARENA_32 == 0
+        and process.perms[run[0]] == RW
         and any(0 <= size - most <= 8 * MiB for most in (512 * MiB, 256 * MiB, 128 * MiB))
     )
 
 
-def _summaries(sight: Sight) -> list[int]:
+def _summaries(process: ProcessMappings) -> list[int]:
     """Return the mappings of the page summaries: a run with the right amount without access.
 
     It is of five levels, each used somewhere, and the uppermost two may be used as one.
     """
     found: list[int] = []
-    for run in _plain_runs(sight, least=512 * MiB):
-        reserved = [sight.size(i) for i in run if sight.perms[i] == NONE]
+    for run in _plain_runs(process, least=512 * MiB):
+        reserved = [process.size(i) for i in run if process.perms[i] == NONE]
         none = sum(reserved)
         if len(reserved) < 4 or len(run) - len(reserved) < 4:
             continue  # reserved, and used from its start on
         if any(size <= none <= size + 128 * MiB for size in _SUMMARIES) and (
-            not _is_aligned(sight, run)
+            not _is_aligned(process, run)
         ):
             found += run
     return found

@@ -3,9 +3,9 @@
 import re
 
 from pyreserve.procmem.judge.classes import is_shared_memory
-from pyreserve.procmem.judge.owners.sight import NONE, RW, UNKNOWN, Sight, count
-from pyreserve.procmem.read.maps import FLAGS, WRITE, written
-from pyreserve.procmem.read.snapshot import STACK_LEAST
+from pyreserve.procmem.judge.owners.process import NONE, RW, UNKNOWN, ProcessMappings, plural
+from pyreserve.procmem.read.maps import FLAGS, WRITE, escape_invalid_utf8
+from pyreserve.procmem.read.snapshot import MIN_STACK
 from pyreserve.units import GiB, KiB, MiB, format_size
 
 _BSS_MOST, _BSS_SMALL = 8 * MiB, 256 * KiB
@@ -13,35 +13,35 @@ _GUARD_MOST = 64 * KiB
 _GETRANDOM_MOST = MiB  # 144 bytes a thread
 
 
-def kernel_pages(sight: Sight) -> None:
+def kernel_pages(process: ProcessMappings) -> None:
     """Claim what the kernel maps into every process, and the first stack."""
-    pages = sight.called("[vdso", "[vvar", "[uprobes", "[sigpage", "[vectors")
-    sight.claim(
-        (i for i in pages if not sight.perms[i] & WRITE),
+    pages = process.named_by_kernel("[vdso", "[vvar", "[uprobes", "[sigpage", "[vectors")
+    process.claim(
+        (i for i in pages if not process.perms[i] & WRITE),
         "kernel pages (vdso, vvar)",
         "read-only, with a name that the kernel gives",
     )
-    stack = (i for i in sight.called("[stack]") if sight.perms[i] & RW == RW)
-    sight.claim(stack, "main stack", "the kernel names it [stack]")
+    stack = (i for i in process.named_by_kernel("[stack]") if process.perms[i] & RW == RW)
+    process.claim(stack, "main stack", "the kernel names it [stack]")
 
 
-def getrandom_state(sight: Sight) -> None:
+def getrandom_state(process: ProcessMappings) -> None:
     """Claim the pages that glibc keeps the state of the vDSO's getrandom in (2.41, Linux 6.11).
 
     MAP_DROPPABLE memory (``dp``), which is always ``wf dd nr`` too, and little of it.
     """
-    if sight.libc is None or not sight.called("[vdso]"):
+    if process.libc is None or not process.named_by_kernel("[vdso]"):
         return
-    sight.claim(
+    process.claim(
         (
             i
-            for i in sight.unclaimed()
-            if sight.perms[i] == RW
-            and sight.has(i, "wf dd nr dp")
-            and sight.size(i) <= _GETRANDOM_MOST
+            for i in process.unclaimed()
+            if process.perms[i] == RW
+            and process.has_flags(i, "wf dd nr dp")
+            and process.size(i) <= _GETRANDOM_MOST
         ),
         "vDSO getrandom state",
-        f"droppable pages (dp), wiped on fork (wf); [vdso] and {sight.libc} are mapped",
+        f"droppable pages (dp), wiped on fork (wf); [vdso] and {process.libc} are mapped",
     )
 
 
@@ -64,65 +64,67 @@ _LABELS = tuple(
 )
 
 
-def named(sight: Sight) -> None:
+def named(process: ProcessMappings) -> None:
     """Claim what its program has named (prctl(PR_SET_VMA), Linux 5.17, CONFIG_ANON_VMA_NAME)."""
     owners: dict[str, str] = {}
-    for i, name in sight.named:
+    for i, name in process.named:
         match = _NAMED.fullmatch(name)
-        if match is None or (sight.inode[i] and not name.startswith("[anon_shmem:")):
+        if match is None or (process.inode[i] and not name.startswith("[anon_shmem:")):
             continue
-        label = written(match[1].strip())
+        label = escape_invalid_utf8(match[1].strip())
         if label not in owners:
             known = (owner for pattern, owner in _LABELS if pattern.match(label))
             owners[label] = next(known, f"named {label}")
-        sight.claim([i], owners[label], f"the program named it [anon:{label}]")
+        process.claim([i], owners[label], f"the program named it [anon:{label}]")
 
 
-def stacks(sight: Sight) -> None:
+def stacks(process: ProcessMappings) -> None:
     """Claim stacks of threads, their guards included."""
-    _stacks_above_guards(sight)
-    _stacks_with_hidden_guards(sight)
+    _stacks_above_guards(process)
+    _stacks_with_hidden_guards(process)
 
 
-def _stacks_with_hidden_guards(sight: Sight) -> None:
+def _stacks_with_hidden_guards(process: ProcessMappings) -> None:
     """Claim stacks whose guards are in their own mapping (MADV_GUARD_INSTALL, Linux 6.13).
 
     glibc does so since 2.42, and neighbouring stacks become one mapping. It has VmFlags ``gu``
     since Linux 6.18; before, the lowest page is seen in pagemap (6.15), or the size tells.
     """
-    limit = sight.capture.limits.get("stack size", 8 * MiB) or 2 * MiB  # unlimited: 2 MiB
+    limit = process.capture.limits.get("stack size", 8 * MiB) or 2 * MiB  # unlimited: 2 MiB
     whole = [limit + guard for guard in (4 * KiB, 16 * KiB, 64 * KiB)]  # a guard is an OS page
-    guarded = sight.capture.guarded
+    guarded = process.capture.guarded
     found: list[int] = []
     seen = True
-    for i in sight.unclaimed():
-        if sight.perms[i] != RW or sight.size(i) <= STACK_LEAST:
+    for i in process.unclaimed():
+        if process.perms[i] != RW or process.size(i) <= MIN_STACK:
             continue
-        if sight.knows_flags and (sight.lacks(i, "nh") or not sight.lacks(i, "nr dd dc")):
+        if process.knows_flags and (
+            process.lacks_flags(i, "nh") or not process.lacks_flags(i, "nr dd dc")
+        ):
             continue
-        fits = sight.libc is not None and any(sight.size(i) % size == 0 for size in whole)
-        has_guard = sight.has(i, "gu") or sight.start[i] in guarded
-        if (has_guard or fits) if sight.knows_flags else (has_guard and fits):
+        fits = process.libc is not None and any(process.size(i) % size == 0 for size in whole)
+        has_guard = process.has_flags(i, "gu") or process.start[i] in guarded
+        if (has_guard or fits) if process.knows_flags else (has_guard and fits):
             found.append(i)
             seen = seen and has_guard
-    sight.claim(
+    process.claim(
         found,
         "thread stacks",
-        f"{count(len(found), 'mapping')} for stacks"
-        + (" (nh)" if sight.knows_flags else "")
+        f"{plural(len(found), 'mapping')} for stacks"
+        + (" (nh)" if process.knows_flags else "")
         + (", guards inside (MADV_GUARD_INSTALL)" if seen else f", each {format_size(limit)}"),
     )
 
 
-def _stacks_above_guards(sight: Sight) -> None:
+def _stacks_above_guards(process: ProcessMappings) -> None:
     """Claim one guard page without access and, right above it, the stack.
 
     glibc maps both at once with MAP_STACK, which keeps huge pages away (VmFlags ``nh``) since Linux
     6.7; older kernels show a stack of the limit's size. HotSpot's guard zone is of several pages.
     """
-    limit = sight.capture.limits.get("stack size", 8 * MiB) or 2 * MiB  # unlimited: 2 MiB
-    java = sight.runs_code_of(r"libjvm\.so") is not None
-    start, end, perms, flags = sight.start, sight.end, sight.perms, sight.flags
+    limit = process.capture.limits.get("stack size", 8 * MiB) or 2 * MiB  # unlimited: 2 MiB
+    java = process.runs_code_of(r"libjvm\.so") is not None
+    start, end, perms, flags = process.start, process.end, process.perms, process.flags
     stack_flag, other_flags = FLAGS["nh"], FLAGS["nr"] | FLAGS["dd"] | FLAGS["dc"]
     found: list[int] = []
     sizes: dict[int, int] = {}
@@ -130,7 +132,7 @@ def _stacks_above_guards(sight: Sight) -> None:
     # The last mapping has nothing above it.
     guards = [
         i
-        for i in sight.anonymous[:-1]
+        for i in process.anonymous[:-1]
         if (java or flags[i + 1] & stack_flag or end[i + 1] - end[i] == limit)
         and perms[i] == NONE
         and perms[i + 1] == RW
@@ -147,40 +149,44 @@ def _stacks_above_guards(sight: Sight) -> None:
             )
         if not fits or (flags[i] | flags[j]) & other_flags:
             continue
-        if sight.inode[j] or sight.names[j] or not (sight.free(i) and sight.free(j)):
+        if (
+            process.inode[j]
+            or process.names[j]
+            or not (process.is_unclaimed(i) and process.is_unclaimed(j))
+        ):
             continue
         found += [i, j]
         all_marked = all_marked and bool(flags[j] & stack_flag)
         sizes[stack] = sizes.get(stack, 0) + 1
     each = ", ".join(f"{n} of {format_size(size)}" for size, n in sorted(sizes.items())[-3:])
-    sight.claim(
+    process.claim(
         found,
         "thread stacks",
-        f"{count(len(found) // 2, 'pair')} of a guard without access and what is readable and "
+        f"{plural(len(found) // 2, 'pair')} of a guard without access and what is readable and "
         f"writable right above it ({each})"
         + (", both mapped for a stack (nh)" if all_marked else ""),
     )
 
 
-def heap(sight: Sight) -> None:
+def heap(process: ProcessMappings) -> None:
     """Claim what brk made, ``[heap]``: whose it is depends on the allocator."""
-    mine = [i for i in sight.called("[heap]") if sight.perms[i] == RW]
-    tcmalloc = sight.runs_code_of(r"libtcmalloc")
-    others = tcmalloc or sight.runs_code_of(r"libjemalloc|libmimalloc|libpypy|ld-musl|libhoard")
+    mine = [i for i in process.named_by_kernel("[heap]") if process.perms[i] == RW]
+    tcmalloc = process.runs_code_of(r"libtcmalloc")
+    others = tcmalloc or process.runs_code_of(r"libjemalloc|libmimalloc|libpypy|ld-musl|libhoard")
     if tcmalloc:
-        sight.claim(
+        process.claim(
             mine, "tcmalloc (brk heap)", f"the kernel names it [heap], {tcmalloc} is mapped"
         )
-    elif sight.libc and not others:
-        evidence = f"the kernel names it [heap], {sight.libc} is mapped"
-        sight.claim(mine, "glibc malloc main heap", evidence)
+    elif process.libc and not others:
+        evidence = f"the kernel names it [heap], {process.libc} is mapped"
+        process.claim(mine, "glibc malloc main heap", evidence)
     else:
-        sight.claim(mine, "main heap (brk)", "the kernel names it [heap]")
+        process.claim(mine, "main heap (brk)", "the kernel names it [heap]")
 
 
-def shared_memory(sight: Sight) -> None:
+def shared_memory(process: ProcessMappings) -> None:
     """Claim memory that has an inode but no file."""
-    postgres = sight.runs_code_of(r"postgres$|postmaster$")
+    postgres = process.runs_code_of(r"postgres$|postmaster$")
     kinds = (
         ("/SYSV", "System V shared memory"),
         ("/dev/shm/", "POSIX shared memory"),
@@ -189,86 +195,91 @@ def shared_memory(sight: Sight) -> None:
         ("anon_inode:", "anonymous inodes"),
         ("/dev/zero", "shared anonymous memory"),
     )
-    for i, name in sight.named:
-        if not sight.inode[i] or not name.startswith(tuple(start for start, _ in kinds)):
+    for i, name in process.named:
+        if not process.inode[i] or not name.startswith(tuple(start for start, _ in kinds)):
             continue
         for start, owner in kinds:
             if name.startswith(start):
                 if postgres and start in {"/dev/zero", "/dev/shm/", "/SYSV"}:
-                    sight.claim(
+                    process.claim(
                         [i],
                         "PostgreSQL shared memory",
                         f"{postgres} is mapped and shares {name.removesuffix(' (deleted)')}",
                     )
                 else:
-                    sight.claim([i], owner, f"the kernel names it {start}")
+                    process.claim([i], owner, f"the kernel names it {start}")
                 break
 
 
-def files(sight: Sight) -> None:
+def files(process: ProcessMappings) -> None:
     """Claim mapped files."""
-    mine = _of_files(sight)
-    sight.claim(
+    mine = _of_files(process)
+    process.claim(
         mine,
         "mapped files",
-        f"their names; {count(len({sight.names[i] for i in mine}), 'file')}, of which "
-        f"{len(sight.programs)} with code",
+        f"their names; {plural(len({process.names[i] for i in mine}), 'file')}, of which "
+        f"{len(process.code_files)} with code",
     )
 
 
-def _of_files(sight: Sight) -> list[int]:
+def _of_files(process: ProcessMappings) -> list[int]:
     return [
         i
-        for i, name in sight.named
-        if sight.inode[i] and name.startswith("/") and not is_shared_memory(name)
+        for i, name in process.named
+        if process.inode[i] and name.startswith("/") and not is_shared_memory(name)
     ]
 
 
-def zeroed_data(sight: Sight) -> None:
+def zeroed_data(process: ProcessMappings) -> None:
     """Claim the zeroed data (.bss) that is mapped behind the writable data of a program's file.
 
     Other memory may happen to lie there: what is large and full is nobody's, and where Python maps
     arenas what is large.
     """
-    most = _BSS_SMALL if sight.runs_code_of(r"(lib)?python\d") else _BSS_MOST
-    if sight.is_static:
+    most = _BSS_SMALL if process.runs_code_of(r"(lib)?python\d") else _BSS_MOST
+    if process.is_static:
         most = GiB  # a static program of Go's
-    mine = _of_files(sight)
-    programs = set(sight.programs)
-    program = next((sight.names[i] for i in mine if sight.names[i] in programs), None)
+    mine = _of_files(process)
+    programs = set(process.code_files)
+    program = next((process.names[i] for i in mine if process.names[i] in programs), None)
     for i in mine:
-        j = sight.next_to(i)
-        if j is None or sight.names[i] not in programs or sight.perms[i] != RW:
+        j = process.mapping_after(i)
+        if j is None or process.names[i] not in programs or process.perms[i] != RW:
             continue
-        if sight.names[j] or sight.inode[j] or sight.perms[j] != RW or not sight.free(j):
+        if (
+            process.names[j]
+            or process.inode[j]
+            or process.perms[j] != RW
+            or not process.is_unclaimed(j)
+        ):
             continue
-        size, full = sight.size(j), 4 * sight.table.rss[j] > sight.table.size[j]
+        size, full = process.size(j), 4 * process.table.rss[j] > process.table.size[j]
         # What is of whole huge pages was put there for their sake, and is no program's data.
         doubtful = size > _BSS_SMALL and (full or size % (2 * MiB) == 0)
-        if size > most or doubtful or not sight.lacks(j, "nr dd dc nh"):
+        if size > most or doubtful or not process.lacks_flags(j, "nr dd dc nh"):
             continue
-        sight.claim(
+        process.claim(
             [j],
             "program data (.bss)"
-            if sight.names[i] == program
+            if process.names[i] == program
             else "library data (.bss, dynamic loader)",
             "readable and writable memory right behind a file's writable data",
         )
 
 
-def rest(sight: Sight) -> None:
+def rest(process: ProcessMappings) -> None:
     """Say of what nobody has claimed why it is hard to tell."""
-    owners, parts, size = sight.claims.whole, sight.claims.parts, sight.table.size
-    left = [i for i in sight.anonymous if owners[i] is None and i not in parts]
+    owners, parts, size = process.claims.whole, process.claims.parts, process.table.size
+    left = [i for i in process.anonymous if owners[i] is None and i not in parts]
     if not left:
         return
     sizes = [size[i] for i in left]
     largest = max(sizes)
-    where = sight.start[left[sizes.index(largest)]]
-    perms = sight.perms
+    where = process.start[left[sizes.index(largest)]]
+    perms = process.perms
     plain = sum([size[i] for i in left if perms[i] == RW])
-    sight.claims.evidence[UNKNOWN] = (
-        f"{count(len(left), 'anonymous mapping')} of no shape that is known, the largest "
+    process.claims.evidence[UNKNOWN] = (
+        f"{plural(len(left), 'anonymous mapping')} of no shape that is known, the largest "
         f"{format_size(largest * KiB)} at {where:x}; {format_size(plain * KiB)} readable and "
         "writable, as malloc's large blocks, Python's arenas and a program's own mmap all look"
     )

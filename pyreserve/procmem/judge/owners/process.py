@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from pyreserve._system.cached import lazily
 from pyreserve.layouts import Piece, without
-from pyreserve.procmem.read.maps import EXECUTE, FLAGS, READ, SHARED, WRITE, written
+from pyreserve.procmem.read.maps import EXECUTE, FLAGS, READ, SHARED, WRITE, escape_invalid_utf8
 from pyreserve.procmem.read.snapshot import Capture
 from pyreserve.units import KiB
 
@@ -58,7 +58,7 @@ class Claims:
     evidence: dict[str, str] = field(default_factory=dict)
 
 
-class Sight:
+class ProcessMappings:
     """The mappings of a process as a recogniser sees them, those that are taken left out.
 
     Mappings are named by their index in the table, ``start``, ``end``, ``perms``, ``flags`` and
@@ -71,25 +71,25 @@ class Sight:
         self.start, self.end, self.perms = table.start, table.end, table.perms
         self.flags, self.names, self.inode = table.flags, table.names, table.inode
         self.claims = Claims([None] * len(table))
-        self.pieces: list[Piece] = []
+        self.ranges: list[Piece] = []
         """Address ranges that a recogniser can name more finely than by owner."""
         self.named, self.knows_flags = table.named, table.knows_flags
-        self.top = self.end[table.of_process - 1] if table.of_process else 0
+        self.highest_end = self.end[table.user_mappings - 1] if table.user_mappings else 0
         """Where the highest mapping ends, most often the stack."""
-        self.narrow = 0 < self.top <= 1 << 32
+        self.is_32_bit = 0 < self.highest_end <= 1 << 32
         """A 32-bit process."""
 
     # -- looking ------------------------------------------------------------------------------
 
     @lazily
-    def programs(self) -> list[str]:
+    def code_files(self) -> list[str]:
         """The paths of what has code mapped: a file that is merely data tells nothing."""
         found = {name for i, name in self.named if self.perms[i] & EXECUTE and name.startswith("/")}
         return sorted(name.removesuffix(" (deleted)") for name in found)
 
     def runs_code_of(self, pattern: str) -> str | None:
         """Return the first program or library whose file name matches, or None."""
-        for path in self.programs:
+        for path in self.code_files:
             if re.match(pattern, path.rpartition("/")[2]):
                 return path
         return None
@@ -107,7 +107,7 @@ class Sight:
     @lazily
     def pyreserve(self) -> str | None:
         """The path of pyreserve's own library, if its code is mapped."""
-        return next((path for path in self.programs if "/pyreserve/_native." in path), None)
+        return next((path for path in self.code_files if "/pyreserve/_native." in path), None)
 
     @lazily
     def anonymous(self) -> list[int]:
@@ -131,7 +131,7 @@ class Sight:
         borders = sorted({0, len(self.start), *holes, *named, *(i + 1 for i in named)})
         return [run for run in pairwise(borders) if run[0] not in named]
 
-    def called(self, *names: str) -> list[int]:
+    def named_by_kernel(self, *names: str) -> list[int]:
         """Return what the kernel itself calls by names that begin so: of no file, and not shared.
 
         A name alone tells nothing: a file may have any.
@@ -142,19 +142,19 @@ class Sight:
             if name.startswith(names) and not self.inode[i] and not self.perms[i] & SHARED
         ]
 
-    def free(self, i: int) -> bool:
+    def is_unclaimed(self, i: int) -> bool:
         """Tell whether nobody has claimed any of a mapping."""
         return self.claims.whole[i] is None and i not in self.claims.parts
 
     def unclaimed(self) -> Iterator[int]:
         """Yield the anonymous mappings that nobody has."""
-        return (i for i in self.anonymous if self.free(i))
+        return (i for i in self.anonymous if self.is_unclaimed(i))
 
-    def has(self, i: int, codes: str) -> bool:
+    def has_flags(self, i: int, codes: str) -> bool:
         """Tell whether a mapping's VmFlags hold all of these, as in ``"nr dd"``."""
         return all(self.flags[i] & FLAGS[code] for code in codes.split())
 
-    def lacks(self, i: int, codes: str) -> bool:
+    def lacks_flags(self, i: int, codes: str) -> bool:
         """Tell whether none of these is among a mapping's VmFlags."""
         return not any(self.flags[i] & FLAGS[code] for code in codes.split())
 
@@ -164,18 +164,18 @@ class Sight:
 
     def is_plain(self, i: int, *, never_charged: bool) -> bool:
         """Tell whether a mapping has no other advice, and is MAP_NORESERVE or is not."""
-        return self.lacks(i, "dc dd nh") and self.has(i, "nr") == never_charged
+        return self.lacks_flags(i, "dc dd nh") and self.has_flags(i, "nr") == never_charged
 
     def size(self, i: int) -> int:
         """Return a mapping's bytes."""
         return self.end[i] - self.start[i]
 
-    def at(self, address: int) -> int | None:
+    def mapping_at(self, address: int) -> int | None:
         """Return the mapping that an address is in."""
         i = bisect_right(self.start, address) - 1
         return i if i >= 0 and address < self.end[i] else None
 
-    def between(self, low: int, high: int) -> range:
+    def mappings_in(self, low: int, high: int) -> range:
         """Return the mappings that [low, high) touches."""
         first = bisect_right(self.end, low)
         last = first
@@ -183,12 +183,12 @@ class Sight:
             last += 1
         return range(first, last)
 
-    def next_to(self, i: int) -> int | None:
+    def mapping_after(self, i: int) -> int | None:
         """Return the mapping that begins where this one ends."""
         j = i + 1
         return j if j < len(self.start) and self.start[j] == self.end[i] else None
 
-    def neighbours(self, mappings: Iterable[int]) -> list[range]:
+    def group_adjacent(self, mappings: Iterable[int]) -> list[range]:
         """Join mappings, which come in address order, where no gap and no other is between."""
         found: list[range] = []
         for i in mappings:
@@ -203,19 +203,19 @@ class Sight:
     def claim(self, mappings: Iterable[int], name: str, evidence: str) -> None:
         """Give whole mappings to an owner, but for those that have one."""
         for i in mappings:
-            if i < self.table.of_process and self.free(i):
+            if i < self.table.user_mappings and self.is_unclaimed(i):
                 self.claims.whole[i] = name
                 self.claims.evidence.setdefault(name, evidence)
 
     def claim_range(self, low: int, high: int, name: str, evidence: str) -> None:
         """Give the anonymous bytes of an address range that nobody has to an owner."""
-        for i in self.between(low, high):
+        for i in self.mappings_in(low, high):
             if self.claims.whole[i] is not None or self.inode[i] or self.perms[i] & SHARED:
                 continue
-            if i >= self.table.of_process:
+            if i >= self.table.user_mappings:
                 continue
             start, end = max(low, self.start[i]), min(high, self.end[i])
-            if (start, end) == (self.start[i], self.end[i]) and self.free(i):
+            if (start, end) == (self.start[i], self.end[i]) and self.is_unclaimed(i):
                 self.claims.whole[i] = name
             else:
                 parts = self.claims.parts.setdefault(i, [])
@@ -251,7 +251,7 @@ class Sight:
                 if rest and not perms & RWX
             ]
         ) - sum(table.rest[i] for i, _ in taken if not self.perms[i] & RWX)
-        unknown.mappings += table.of_process - len(taken)
+        unknown.mappings += table.user_mappings - len(taken)
         for i, parts in self.claims.parts.items():
             self._divide(i, parts, owners)
         evidence = self.claims.evidence
@@ -262,7 +262,7 @@ class Sight:
                 has.rss_kib,
                 has.no_access_kib,
                 has.mappings,
-                written(evidence.get(name, "")),
+                escape_invalid_utf8(evidence.get(name, "")),
             )
             for name, has in owners.items()
             if has.kib
@@ -303,6 +303,6 @@ class Sight:
         owners[max(sizes, key=lambda name: sizes[name])].rss_kib += rss
 
 
-def count(n: int, one: str, many: str | None = None) -> str:
+def plural(n: int, one: str, many: str | None = None) -> str:
     """Write ``1 heap`` or ``3 heaps``."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"
