@@ -299,10 +299,10 @@ def test_thousands_of_full_heaps(tmp_path: Path) -> None:
     )
     assert list(tails.values())[:-1] == [0] * heaps
 
-    assert allocators._below_a_tail(tails, size) == set()  # nothing ends them
+    assert allocators._full_heaps_below_a_tail(tails, size) == set()  # nothing ends them
     assert looked <= 2 * heaps
     tails[(1 << 44) + heaps * size] = 4096  # and now something does
-    assert len(allocators._below_a_tail(tails, size)) == heaps
+    assert len(allocators._full_heaps_below_a_tail(tails, size)) == heaps
 
 
 @pytest.mark.parametrize(("used", "owner"), [(0x8000, "glibc malloc arenas"), (0x7000, "unknown")])

@@ -1,8 +1,8 @@
-"""Who has mapped what: told by the shape of the maps, with the evidence, or "unknown".
+"""Recognise the owner of each mapping by the shape of the maps, with the evidence, or "unknown".
 
-Each recogniser claims what it is sure of; what an earlier one has, a later one leaves alone. The
-shapes were learned from processes whose every mmap and brk was traced, so that a name is never a
-guess: what looks like two things is named by neither.
+Recognisers run in order; each claims mappings that it is sure of and that no earlier one has
+claimed. The shapes come from processes whose every mmap and brk was traced; a shape that two owners
+share stays unknown.
 """
 
 from pyreserve.procmem.judge.owners import allocators, ghc, go, jvm, ours, plain, v8
@@ -14,9 +14,9 @@ __all__ = ["UNKNOWN", "Owner", "ProcessMappings", "recognise"]
 _RECOGNISERS = (
     plain.kernel_pages,
     ours.own_regions,
-    plain.named,
+    plain.named_by_program,
     plain.getrandom_state,
-    plain.zeroed_data,
+    plain.bss,
     plain.stacks,
     go.go,
     ghc.ghc,
@@ -30,12 +30,12 @@ _RECOGNISERS = (
     plain.shared_memory,
     plain.heap,
     plain.files,
-    plain.rest,
+    plain.describe_unknown,
 )
 
 
 def recognise(capture: Capture) -> ProcessMappings:
-    """Find the owners of a process's mappings."""
+    """Run all recognisers over a process's mappings."""
     process = ProcessMappings(capture)
     for recogniser in _RECOGNISERS:
         recogniser(process)

@@ -1,4 +1,4 @@
-"""Allocators told by their maps: glibc's arenas, jemalloc, mimalloc, AddressSanitizer."""
+"""Allocators: glibc's arenas, jemalloc, mimalloc, AddressSanitizer."""
 
 from collections.abc import Iterator
 
@@ -6,30 +6,30 @@ from pyreserve.procmem.judge.owners.process import NONE, RW, ProcessMappings, pl
 from pyreserve.procmem.read.maps import FLAGS
 from pyreserve.units import GiB, KiB, MiB, TiB, format_size
 
-_MOST_KIB = 64 * MiB  # 1,024 full heaps side by side: more would be a sanitizer's shadow
-# HEAP_MIN_SIZE, glibc malloc/arena.c; with M_TOP_PAD as it is by default, 132 KiB.
-_LEAST = 32 * KiB
-_GO_STEP = 4 * MiB  # runtime/malloc.go: by how much Go's heap grows
+_MAX_HEAPS_KIB = 64 * MiB  # 1,024 adjacent full heaps; larger is a sanitizer's shadow
+# HEAP_MIN_SIZE, glibc malloc/arena.c; 132 KiB with the default M_TOP_PAD.
+_MIN_HEAP = 32 * KiB
+_GO_STEP = 4 * MiB  # runtime/malloc.go: growth step of Go's heap
 
 
 def glibc_arenas(process: ProcessMappings) -> None:
-    """Claim heaps of malloc's arenas for threads.
+    """Claim the heaps of malloc's thread arenas.
 
-    glibc malloc/arena.c new_heap: HEAP_MAX_SIZE bytes aligned to as many, reserved PROT_NONE and
-    MAP_NORESERVE, readable and writable from the start on as far as it was needed: 64 MiB, on 32
-    bits 1 MiB. Since 2.41 without MAP_NORESERVE: then glibc must be mapped and the shape be whole.
+    glibc malloc/arena.c new_heap: HEAP_MAX_SIZE bytes (64 MiB, 32-bit 1 MiB) aligned to their size,
+    reserved PROT_NONE and MAP_NORESERVE, read-write from the start as far as needed. Since 2.41
+    without MAP_NORESERVE: then glibc must be mapped and the shape complete.
     """
     if process.runs_code_of(r"libmimalloc|ld-musl|libc\.musl"):
         return
     if process.libc is None and not process.knows_flags:
         return
     size = MiB if process.is_32_bit else 64 * MiB
-    tails = {low: _heap_tail(process, low, low + size) for low in _aligned(process, size)}
-    below_a_tail = _below_a_tail(tails, size)
+    tails = {low: _heap_tail(process, low, low + size) for low in _heap_candidates(process, size)}
+    full_heaps = _full_heaps_below_a_tail(tails, size)
     heaps = [
         low
         for low, tail in tails.items()
-        if tail or (tail == 0 and _is_full_heap(process, low, size, below_a_tail))
+        if tail or (tail == 0 and _is_full_heap(process, low, size, full_heaps))
     ]
     charged = not heaps and process.knows_flags and process.libc is not None
     if charged:
@@ -46,56 +46,58 @@ def glibc_arenas(process: ProcessMappings) -> None:
         process.claim_range(low, low + size, "glibc malloc arenas", evidence)
 
 
-def _aligned(process: ProcessMappings, size: int, *, charged: bool = False) -> Iterator[int]:
-    """Yield the multiples of `size` at which something writable begins or goes on."""
+def _heap_candidates(
+    process: ProcessMappings, size: int, *, charged: bool = False
+) -> Iterator[int]:
+    """Yield the multiples of `size` inside unclaimed writable mappings."""
     perms, flags = process.perms, process.flags
     never_charged = FLAGS["nr"] if process.knows_flags and not charged else 0
-    other = FLAGS["dc"] | FLAGS["dd"] | FLAGS["nh"] | (FLAGS["nr"] if charged else 0)
+    forbidden = FLAGS["dc"] | FLAGS["dd"] | FLAGS["nh"] | (FLAGS["nr"] if charged else 0)
     last = -1
-    size_kib, least_kib = process.table.size, _LEAST // KiB
+    size_kib, least_kib = process.table.size, _MIN_HEAP // KiB
     for i in [i for i in process.anonymous if size_kib[i] >= least_kib and perms[i] == RW]:
         if not process.is_unclaimed(i):
             continue
-        if flags[i] & (never_charged | other) != never_charged or size_kib[i] > _MOST_KIB:
+        if flags[i] & (never_charged | forbidden) != never_charged or size_kib[i] > _MAX_HEAPS_KIB:
             continue
-        at = -(-process.start[i] // size) * size
-        while at < process.end[i]:
-            if at != last:
-                yield at
-            last = at
-            at += size
+        low = -(-process.start[i] // size) * size
+        while low < process.end[i]:
+            if low != last:
+                yield low
+            last = low
+            low += size
 
 
-def _below_a_tail(tails: dict[int, int | None], size: int) -> set[int]:
-    """Return the heaps without a tail whose next one above that is not full has one."""
-    found: set[int] = set()
+def _full_heaps_below_a_tail(tails: dict[int, int | None], size: int) -> set[int]:
+    """Return the full heaps below a partially used one, or below such a full heap."""
+    full: set[int] = set()
     for low in sorted(tails, reverse=True):
-        if tails[low] == 0 and (tails.get(low + size) or low + size in found):
-            found.add(low)
-    return found
+        if tails[low] == 0 and (tails.get(low + size) or low + size in full):
+            full.add(low)
+    return full
 
 
-def _is_full_heap(process: ProcessMappings, low: int, size: int, below_a_tail: set[int]) -> bool:
-    """Tell whether a heap without a tail, which tells little alone, is one of an arena's.
+def _is_full_heap(process: ProcessMappings, low: int, size: int, full_heaps: set[int]) -> bool:
+    """Return whether a candidate without a tail is a full heap.
 
-    What is writable begins at a heap, and the next above it that is not full has a tail; on 32 bits
-    heaps are small and lie apart.
+    A writable mapping must begin at it, and it must be below a partially used heap; 32-bit heaps
+    are small and not adjacent.
     """
     i = process.mapping_at(low)
     return (
-        i is not None and not process.start[i] % size and (process.is_32_bit or low in below_a_tail)
+        i is not None and not process.start[i] % size and (process.is_32_bit or low in full_heaps)
     )
 
 
 def _charged_heaps(process: ProcessMappings, size: int) -> list[int]:
-    """Find heaps as glibc maps them since 2.41: their flags are those of any memory.
+    """Return heaps as glibc maps them since 2.41, with the flags of ordinary memory.
 
-    So the tail must end with the range and never have been writable (no ``ac``), and the kernel
-    must have chosen the place: above a third of the addresses (TASK_UNMAPPED_BASE). A head of whole
-    steps of Go's may be an arena of Go's.
+    The tail must end with the range and never have been writable (no ``ac``), and the address must
+    be the kernel's choice: above a third of the address space (TASK_UNMAPPED_BASE). A head that is
+    a multiple of Go's growth step may be a Go arena.
     """
     heaps: set[int] = set()
-    for low in sorted(_aligned(process, size, charged=True), reverse=True):
+    for low in sorted(_heap_candidates(process, size, charged=True), reverse=True):
         last = process.mapping_at(low + size - 1)
         if last is None or process.end[last] != low + size or 3 * low < process.highest_end:
             continue
@@ -103,7 +105,7 @@ def _charged_heaps(process: ProcessMappings, size: int) -> list[int]:
         if tail:
             is_heap = (size - tail) % _GO_STEP != 0 and process.lacks_flags(last, "ac")
         else:
-            # A full heap. What a program maps below another heap becomes one mapping with that.
+            # A full heap: a program's own mapping would have merged with the heap above.
             is_heap = tail == 0 and process.start[last] == low and low + size in heaps
         if is_heap:
             heaps.add(low)
@@ -113,12 +115,12 @@ def _charged_heaps(process: ProcessMappings, size: int) -> list[int]:
 def _heap_tail(
     process: ProcessMappings, low: int, high: int, *, charged: bool = False
 ) -> int | None:
-    """Return the inaccessible bytes at the end of what looks like a heap; None if it does not."""
-    at = low
+    """Return the bytes of a heap's inaccessible tail; None if [low, high) is not like a heap."""
+    covered = low
     tail = used = 0
     for i in process.mappings_in(low, high):
         if (
-            process.start[i] > at
+            process.start[i] > covered
             or process.names[i]
             or process.inode[i]
             or not process.is_unclaimed(i)
@@ -128,25 +130,25 @@ def _heap_tail(
             return None
         if process.perms[i] == RW and not tail:
             used += process.table.rss[i] + process.table.swap[i]
-        elif process.perms[i] == NONE and at >= low + _LEAST:
+        elif process.perms[i] == NONE and covered >= low + _MIN_HEAP:
             if process.end[i] > high and not process.knows_flags:
-                return None  # perhaps of something else: with flags, it has merged with a neighbour
+                return None  # maybe another owner's; with flags known, it merged with a neighbour
             tail += min(high, process.end[i]) - process.start[i]
         else:
             return None
-        at = process.end[i]
-    if at < high:
+        covered = process.end[i]
+    if covered < high:
         return None
-    # It was grown because it was used: by its header at least, and in part if it is large or full.
+    # Heaps grow on use: the header is touched, and a part of a large or full heap.
     writable = (high - low - tail) // KiB
     share = 4 if not tail else 32 if writable > MiB // KiB else writable
     return tail if used * share >= writable else None
 
 
 def mimalloc(process: ProcessMappings) -> None:
-    """Claim what mimalloc has: all that is never charged, or in its range of hints.
+    """Claim mimalloc's memory: never charged, or in its range of hints if flags are not known.
 
-    mimalloc src/os.c asks for addresses from 2 TiB up to 30 TiB.
+    mimalloc src/os.c asks for addresses from 2 TiB to 30 TiB.
     """
     library = process.runs_code_of(r"libmimalloc")
     if library is None:
@@ -168,7 +170,7 @@ def mimalloc(process: ProcessMappings) -> None:
 
 
 def jemalloc(process: ProcessMappings) -> None:
-    """Claim what jemalloc has: it maps its extents readable and writable and MAP_NORESERVE."""
+    """Claim jemalloc's extents: readable, writable and MAP_NORESERVE."""
     library = process.runs_code_of(r"libjemalloc")
     if library is None or not process.knows_flags:
         return
@@ -179,15 +181,15 @@ def jemalloc(process: ProcessMappings) -> None:
     )
 
 
-# Where shadow begins and ends, and where the allocator may (compiler-rt/lib/asan/asan_mapping.h,
-# asan_allocator.h; x86-64, then i386).
+# Ranges of the shadow and addresses of the allocator (compiler-rt/lib/asan/asan_mapping.h,
+# asan_allocator.h), x86-64, then i386.
 _SHADOWS = ((0x7FFF7000, 0x10007FFF8000), (0x1FFFF000, 0x40000000))
 _ALLOCATORS = (0x600000000000, 0x500000000000)
 _ALLOCATOR = 4 * TiB  # kAllocatorSize on x86-64
 
 
 def address_sanitizer(process: ProcessMappings) -> None:
-    """Claim AddressSanitizer's shadow and allocator, at addresses that its code fixes."""
+    """Claim AddressSanitizer's shadow and allocator, which have fixed addresses."""
     for low, high in _SHADOWS:
         inside = process.mappings_in(low, high)
         if not inside or (process.start[inside[0]], process.end[inside[-1]]) != (low, high):
@@ -196,11 +198,11 @@ def address_sanitizer(process: ProcessMappings) -> None:
             process.end[i] != process.start[i + 1] for i in inside[:-1]
         ):
             continue
-        where = f"all of {low:x}-{high:x} is mapped, where its shadow is"
+        evidence = f"all of {low:x}-{high:x} is mapped, where its shadow is"
         shadow = [i for i in inside if process.perms[i] != NONE]
-        process.claim(shadow, "AddressSanitizer shadow", f"{where}, a byte for each eight")
-        process.claim(inside, "AddressSanitizer shadow gap", f"{where}: the part without access")
-        run = _sanitizers_allocator(process)
+        process.claim(shadow, "AddressSanitizer shadow", f"{evidence}, a byte for each eight")
+        process.claim(inside, "AddressSanitizer shadow gap", f"{evidence}: the part without access")
+        run = _asan_allocator(process)
         if run is not None:
             base, end = process.start[run[0]], process.end[run[1] - 1]
             process.claim(
@@ -211,10 +213,10 @@ def address_sanitizer(process: ProcessMappings) -> None:
         return
 
 
-def _sanitizers_allocator(process: ProcessMappings) -> tuple[int, int] | None:
-    """Find the allocator's addresses: where its code fixes them, else where the kernel put them.
+def _asan_allocator(process: ProcessMappings) -> tuple[int, int] | None:
+    """Return the run [i, j) of the allocator, at its fixed address or where the kernel put it.
 
-    GCC 16's leaves the place to the kernel, which may put other mappings right beside it.
+    GCC 16 lets the kernel choose the address, so that other mappings may be adjacent.
     """
     sizes = {(i, j): process.end[j - 1] - process.start[i] for i, j in process.runs}
     fixed = (run for run in sizes if process.start[run[0]] in _ALLOCATORS)

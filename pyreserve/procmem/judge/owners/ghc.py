@@ -1,13 +1,13 @@
-"""The heap of programs compiled by GHC, which reserve a terabyte."""
+"""The heap of programs compiled by GHC."""
 
 from pyreserve.procmem.judge.owners.process import NONE, RW, ProcessMappings
 from pyreserve.units import MiB, TiB
 
-_LOW = 0x4200000000  # rts/posix/OSMem.c, osReserveHeapMemory: the first address that it asks for
+_LOW = 0x4200000000  # rts/posix/OSMem.c, osReserveHeapMemory: first hint
 
 
 def ghc(process: ProcessMappings) -> None:
-    """Claim the two-step allocator's reservation: 1 TiB, never charged, out of core dumps."""
+    """Claim the two-step allocator's reservation: 1 TiB, never charged, not in core dumps."""
     for first, last in process.runs:
         run = range(first, last)
         size = process.end[last - 1] - process.start[first]

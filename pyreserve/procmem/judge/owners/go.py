@@ -1,4 +1,4 @@
-"""Go's heap, told by the arithmetic of its layouts, and pyreserve's where it runs one of them."""
+"""Go's heap, recognised by the arithmetic of its layouts; also pyreserve arenas that use them."""
 
 from dataclasses import replace
 
@@ -13,9 +13,9 @@ _ARENA, _ARENA_32 = 64 * MiB, 4 * MiB
 # Page summaries that Go 1.14 and later reserve for 48-bit addresses: 8 bytes for each of 2^14,
 # 2^17, 2^20, 2^23 and 2^26 chunks (src/runtime/mpagealloc_64bit.go), and since 1.19 an index of
 # 8 MiB or less for the scavenger. Go 1.26 and later reserve another 512 MiB.
-_SUMMARIES = (512 * MiB, 1024 * MiB)  # the least of them that has no access
+_SUMMARY_SIZES = (512 * MiB, 1024 * MiB)  # minimum without access, before and since Go 1.26
 
-# Layouts that differ in nothing that maps show are one row.
+# One layout of each group that looks the same in maps.
 _CONTIGUOUS = tuple(
     layouts.get(name)
     for name in ("go-tip-2014-12/amd64", "go1.4/amd64", "go1.5/amd64", "go1.10/amd64")
@@ -33,10 +33,10 @@ _RELEASES = {
 
 
 def go(process: ProcessMappings) -> None:
-    """Claim Go's heap, of whichever generation, and in a static program the runtime's tables."""
-    hinted = _at_a_hint(process)
-    found = _old_heap(process, hinted) or _new_heap(process, hinted)
-    if found and process.is_static:
+    """Claim Go's heap of any release, and in a static program the runtime's tables."""
+    hinted = _runs_at_hints(process)
+    has_heap = _contiguous_heap(process, hinted) or _arena_heap(process, hinted)
+    if has_heap and process.is_static:
         process.claim(
             process.unclaimed(),
             "Go runtime tables",
@@ -44,8 +44,8 @@ def go(process: ProcessMappings) -> None:
         )
 
 
-def _whose(process: ProcessMappings, low: int) -> str:
-    """Return ``Go``, or ``pyreserve`` where it plays Go: it asks for no core dumps (dd)."""
+def _runtime_name(process: ProcessMappings, low: int) -> str:
+    """Return ``Go``, or ``pyreserve Go`` for a heap excluded from core dumps (dd) by pyreserve."""
     i = process.mapping_at(low)
     if (
         process.pyreserve
@@ -56,16 +56,18 @@ def _whose(process: ProcessMappings, low: int) -> str:
     return "Go"
 
 
-# -- up to 1.10: spans, bitmap and arena in one range -----------------------------------------
+# -- up to Go 1.10: spans, bitmap and arena in one range --------------------------------------
 
 
-def _old_heap(process: ProcessMappings, hinted: list[int]) -> bool:
-    for placement in _candidates(process, hinted):
+def _contiguous_heap(process: ProcessMappings, hinted: list[int]) -> bool:
+    for placement in _candidate_placements(process, hinted):
         expected = placement.maps()
-        if not expected or _shown(process, placement.start, placement.end) != _merged(expected):
+        if not expected or _mapped_ranges(
+            process, placement.start, placement.end
+        ) != _expected_ranges(expected):
             continue
         layout = placement.layout
-        who = _whose(process, placement.start)
+        runtime = _runtime_name(process, placement.start)
         used = placement.used
         evidence = (
             f"its pieces lie as {layout.name} puts them ({_RELEASES[layout.name]}) with "
@@ -78,43 +80,43 @@ def _old_heap(process: ProcessMappings, hinted: list[int]) -> bool:
             ("arena", placement.arena),
         ):
             low = placement.start if part == "spans" else low  # noqa: PLW2901
-            where = f"{low:x}-{high:x}"
+            span = f"{low:x}-{high:x}"
             process.claim_range(
                 low,
                 high,
-                f"{who} {part}",
-                f"{where}: {evidence}" if part == "arena" else f"{where} of the arena's layout",
+                f"{runtime} {part}",
+                f"{span}: {evidence}" if part == "arena" else f"{span} of the arena's layout",
             )
         process.ranges += expected
         return True
     return False
 
 
-def _candidates(process: ProcessMappings, hinted: list[int]) -> list[Placement]:
-    """Return placements that some mapping's start and the end of what is writable suggest."""
-    found = []
+def _candidate_placements(process: ProcessMappings, hinted: list[int]) -> list[Placement]:
+    """Return the placements of old layouts that start at some mapping."""
+    placements = []
     for i in hinted:
-        found += [_used_up_to(process, layout, process.start[i]) for layout in _CONTIGUOUS]
+        placements += [_placement_at(process, layout, process.start[i]) for layout in _CONTIGUOUS]
     for first, last in process.runs:
         if process.start[first] >= 1 << 32:
             break
         for i in range(first, last):
             if process.start[i] % MiB == 0 and process.perms[i] == RW:
-                found += [
-                    _used_up_to(process, layout, process.start[i], process.end[last - 1])
+                placements += [
+                    _placement_at(process, layout, process.start[i], process.end[last - 1])
                     for layout in _WINDOWED
                 ]
-    return [placement for placement in found if placement is not None]
+    return [placement for placement in placements if placement is not None]
 
 
-def _at_a_hint(process: ProcessMappings) -> list[int]:
+def _runs_at_hints(process: ProcessMappings) -> list[int]:
     return [first for first, _ in process.runs if process.start[first] & _HINT_MASK == _HINT]
 
 
-def _used_up_to(
+def _placement_at(
     process: ProcessMappings, layout: Layout, low: int, end: int | None = None
 ) -> Placement | None:
-    """Place a layout at an address, its arena used as far as what is writable there goes on."""
+    """Place a layout at `low`, with an arena used to the end of the writable mappings there."""
     placement = layout.place(low)
     i = process.mapping_at(placement.arena_start)
     if i is None or process.perms[i] != RW or process.start[i] >= placement.arena_start:
@@ -133,21 +135,24 @@ def _used_up_to(
     return placement.advanced(used) if placement.fits(used) else None
 
 
-def _shown(process: ProcessMappings, low: int, high: int) -> list[tuple[int, int, bool]]:
-    """Return what is mapped of a range and whether it is writable, neighbours joined."""
+def _mapped_ranges(process: ProcessMappings, low: int, high: int) -> list[tuple[int, int, bool]]:
+    """Return the mappings in [low, high) as merged ranges (start, end, writable).
+
+    The list is empty if a mapping is of a file or has access other than read-write or none.
+    """
     pieces = []
     for i in process.mappings_in(low, high):
         if process.inode[i] or process.perms[i] not in {RW, NONE}:
             return []
         pieces.append((process.start[i], process.end[i], process.perms[i] == RW))
-    return _joined(pieces)
+    return _merge_adjacent(pieces)
 
 
-def _merged(pieces: list[Piece]) -> list[tuple[int, int, bool]]:
-    return _joined([(piece.start, piece.end, piece.perms == "rw-p") for piece in pieces])
+def _expected_ranges(pieces: list[Piece]) -> list[tuple[int, int, bool]]:
+    return _merge_adjacent([(piece.start, piece.end, piece.perms == "rw-p") for piece in pieces])
 
 
-def _joined(pieces: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
+def _merge_adjacent(pieces: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
     joined: list[tuple[int, int, bool]] = []
     for start, end, writable in pieces:
         if joined and joined[-1][1:] == (start, writable):
@@ -157,19 +162,19 @@ def _joined(pieces: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
     return joined
 
 
-# -- since 1.11: arenas of 64 MiB, tables elsewhere -------------------------------------------
+# -- since Go 1.11: arenas of 64 MiB, tables elsewhere ----------------------------------------
 
 
-def _new_heap(process: ProcessMappings, hinted: list[int]) -> bool:
-    tables = [] if process.is_32_bit else _summaries(process)
+def _arena_heap(process: ProcessMappings, hinted: list[int]) -> bool:
+    tables = [] if process.is_32_bit else _page_summaries(process)
     static = process.is_static and not process.named_by_kernel("[heap]")
     if not tables and not static:
         return False
-    taken = set(tables)
-    runs = [run for run in _plain_runs(process) if not taken.intersection(run)]
+    table_mappings = set(tables)
+    runs = [run for run in _plain_runs(process) if not table_mappings.intersection(run)]
     if process.is_32_bit:
-        heaps = [run for run in runs if static and _is_heap_of_32_bits(process, run)]
-        release, why = (
+        heaps = [run for run in runs if static and _is_32_bit_heap(process, run)]
+        release, reason = (
             "1.11 or later, 32 bits",
             "the first reservation of 32-bit Go, 512 MiB and more",
         )
@@ -178,11 +183,14 @@ def _new_heap(process: ProcessMappings, hinted: list[int]) -> bool:
         firsts = {run[0] for run in heaps}
         if not tables:
             heaps = [run for run in heaps if firsts.intersection(hinted)]
-            release, why = "1.11 to 1.13", "from Go's first hint, without page summaries beside it"
+            release, reason = (
+                "1.11 to 1.13",
+                "from Go's first hint, without page summaries beside it",
+            )
         elif firsts.intersection(hinted):
-            release, why = "1.14 or later", "from Go's first hint, with page summaries beside it"
+            release, reason = "1.14 or later", "from Go's first hint, with page summaries beside it"
         else:
-            release, why = "1.26 or later", "at a random address, with page summaries beside it"
+            release, reason = "1.26 or later", "at a random address, with page summaries beside it"
     if not heaps:
         return False
     size = sum(process.end[heap[-1]] - process.start[heap[0]] for heap in heaps)
@@ -190,7 +198,7 @@ def _new_heap(process: ProcessMappings, hinted: list[int]) -> bool:
         process.claim(
             heap,
             f"Go heap arenas (Go {release})",
-            f"{format_size(size)} from {process.start[heaps[0][0]]:x}, in whole arenas, {why}",
+            f"{format_size(size)} from {process.start[heaps[0][0]]:x}, in whole arenas, {reason}",
         )
     process.claim(
         tables,
@@ -202,7 +210,7 @@ def _new_heap(process: ProcessMappings, hinted: list[int]) -> bool:
 
 
 def _plain_runs(process: ProcessMappings, least: int = 0) -> list[range]:
-    """Return runs of what is mapped as Go maps: charged, for children and for core dumps."""
+    """Return unclaimed runs with the flags of Go's memory: neither nr nor dd nor dc."""
     return [
         run
         for first, last in process.runs
@@ -218,12 +226,12 @@ def _plain_runs(process: ProcessMappings, least: int = 0) -> list[range]:
 
 
 def _is_aligned(process: ProcessMappings, run: range) -> bool:
-    """Tell whether a run is of whole arenas of 64 MiB."""
+    """Return whether a run consists of whole 64 MiB arenas."""
     return process.start[run[0]] % _ARENA == 0 == process.end[run[-1]] % _ARENA
 
 
-def _is_heap_of_32_bits(process: ProcessMappings, run: range) -> bool:
-    """Tell what sysReserve took at first: 512 MiB, 256 or 128 and a bit for the alignment."""
+def _is_32_bit_heap(process: ProcessMappings, run: range) -> bool:
+    """Return whether a run has the size of sysReserve's first reservation plus alignment."""
     size = process.end[run[-1]] - process.start[run[0]]
     return (
         process.start[run[0]] % _ARENA_32 == 0
@@ -232,19 +240,19 @@ def _is_heap_of_32_bits(process: ProcessMappings, run: range) -> bool:
     )
 
 
-def _summaries(process: ProcessMappings) -> list[int]:
-    """Return the mappings of the page summaries: a run with the right amount without access.
+def _page_summaries(process: ProcessMappings) -> list[int]:
+    """Return the mappings of the page summaries: runs with the right size without access.
 
-    It is of five levels, each used somewhere, and the uppermost two may be used as one.
+    They have five levels, each committed in part; the upper two may be one mapping.
     """
-    found: list[int] = []
+    summaries: list[int] = []
     for run in _plain_runs(process, least=512 * MiB):
         reserved = [process.size(i) for i in run if process.perms[i] == NONE]
-        none = sum(reserved)
+        no_access = sum(reserved)
         if len(reserved) < 4 or len(run) - len(reserved) < 4:
-            continue  # reserved, and used from its start on
-        if any(size <= none <= size + 128 * MiB for size in _SUMMARIES) and (
+            continue  # an ordinary reservation, committed from its start
+        if any(size <= no_access <= size + 128 * MiB for size in _SUMMARY_SIZES) and (
             not _is_aligned(process, run)
         ):
-            found += run
-    return found
+            summaries += run
+    return summaries

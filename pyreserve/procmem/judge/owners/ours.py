@@ -1,4 +1,4 @@
-"""pyreserve's own reservations: exactly in this process, by their shape in another."""
+"""pyreserve's regions: by address in this process, by shape in another one."""
 
 import os
 
@@ -6,12 +6,12 @@ from pyreserve._region.region import live_ranges
 from pyreserve.procmem.judge.owners.process import NONE, RW, ProcessMappings
 
 NAME = "pyreserve regions"
-# Runtimes that reserve addresses and keep them out of core dumps too: .NET, sanitizers, MariaDB.
-_ALIKE = r"libcoreclr|lib[atl]san|libmariadbd"
+# .NET, sanitizers and MariaDB also reserve addresses and exclude them from core dumps.
+_SAME_SHAPE = r"libcoreclr|lib[atl]san|libmariadbd"
 
 
 def own_regions(process: ProcessMappings) -> None:
-    """Claim the regions of this very process, whose addresses it knows."""
+    """Claim the regions of this process, whose addresses are known."""
     if not process.capture.live or process.capture.pid != os.getpid():
         return
     for low, high in live_ranges():
@@ -19,23 +19,23 @@ def own_regions(process: ProcessMappings) -> None:
 
 
 def regions(process: ProcessMappings) -> None:
-    """Claim another process's regions: reserved, and kept out of core dumps (``dd``).
+    """Claim another process's regions: partly reserved, and excluded from core dumps (``dd``).
 
-    Being kept out of dumps is not enough: libraries hide secrets that way, and droppable memory has
-    it too. A part must also be reserved, so a fully committed region can't be distinguished.
+    ``dd`` alone is not enough: libraries hide secrets with it, and droppable memory has it. One
+    part must be reserved, so a fully committed region is not recognised.
     """
-    if process.pyreserve is None or not process.knows_flags or process.runs_code_of(_ALIKE):
+    if process.pyreserve is None or not process.knows_flags or process.runs_code_of(_SAME_SHAPE):
         return
-    alike = (
+    candidates = (
         i
         for i in process.unclaimed()
         if process.perms[i] in {RW, NONE}
         and process.has_flags(i, "dd")
         and process.lacks_flags(i, "nh io dp")
     )
-    runs = process.group_adjacent(alike)
+    groups = process.group_adjacent(candidates)
     process.claim(
-        (i for run in runs if any(process.perms[j] == NONE for j in run) for i in run),
+        (i for group in groups if any(process.perms[j] == NONE for j in group) for i in group),
         NAME,
         "reserved without access and kept out of core dumps (dd), as pyreserve does by default; "
         f"{process.pyreserve} is mapped",

@@ -1,4 +1,4 @@
-"""Owners that any process has: files, shared memory, stacks, the heap, the kernel."""
+"""Owners in any process: files, shared memory, stacks, the brk heap, the kernel."""
 
 import re
 
@@ -8,13 +8,13 @@ from pyreserve.procmem.read.maps import FLAGS, WRITE, escape_invalid_utf8
 from pyreserve.procmem.read.snapshot import MIN_STACK
 from pyreserve.units import GiB, KiB, MiB, format_size
 
-_BSS_MOST, _BSS_SMALL = 8 * MiB, 256 * KiB
-_GUARD_MOST = 64 * KiB
-_GETRANDOM_MOST = MiB  # 144 bytes a thread
+_MAX_BSS, _SMALL_BSS = 8 * MiB, 256 * KiB
+_MAX_GUARD = 64 * KiB
+_MAX_GETRANDOM_STATE = MiB  # 144 bytes for each thread
 
 
 def kernel_pages(process: ProcessMappings) -> None:
-    """Claim what the kernel maps into every process, and the first stack."""
+    """Claim the pages that the kernel maps into every process, and the main stack."""
     pages = process.named_by_kernel("[vdso", "[vvar", "[uprobes", "[sigpage", "[vectors")
     process.claim(
         (i for i in pages if not process.perms[i] & WRITE),
@@ -26,9 +26,9 @@ def kernel_pages(process: ProcessMappings) -> None:
 
 
 def getrandom_state(process: ProcessMappings) -> None:
-    """Claim the pages that glibc keeps the state of the vDSO's getrandom in (2.41, Linux 6.11).
+    """Claim glibc's state pages for the vDSO's getrandom (glibc 2.41, Linux 6.11).
 
-    MAP_DROPPABLE memory (``dp``), which is always ``wf dd nr`` too, and little of it.
+    Small MAP_DROPPABLE mappings (``dp``), which always have ``wf dd nr`` too.
     """
     if process.libc is None or not process.named_by_kernel("[vdso]"):
         return
@@ -38,14 +38,14 @@ def getrandom_state(process: ProcessMappings) -> None:
             for i in process.unclaimed()
             if process.perms[i] == RW
             and process.has_flags(i, "wf dd nr dp")
-            and process.size(i) <= _GETRANDOM_MOST
+            and process.size(i) <= _MAX_GETRANDOM_STATE
         ),
         "vDSO getrandom state",
         f"droppable pages (dp), wiped on fork (wf); [vdso] and {process.libc} are mapped",
     )
 
 
-_NAMED = re.compile(r"\[anon(?:_shmem)?:(.*)\]", re.DOTALL)
+_ANON_NAME = re.compile(r"\[anon(?:_shmem)?:(.*)\]", re.DOTALL)
 _LABELS = tuple(
     (re.compile(pattern), owner)
     for pattern, owner in (
@@ -64,11 +64,11 @@ _LABELS = tuple(
 )
 
 
-def named(process: ProcessMappings) -> None:
-    """Claim what its program has named (prctl(PR_SET_VMA), Linux 5.17, CONFIG_ANON_VMA_NAME)."""
+def named_by_program(process: ProcessMappings) -> None:
+    """Claim named mappings (prctl(PR_SET_VMA), Linux 5.17, CONFIG_ANON_VMA_NAME)."""
     owners: dict[str, str] = {}
     for i, name in process.named:
-        match = _NAMED.fullmatch(name)
+        match = _ANON_NAME.fullmatch(name)
         if match is None or (process.inode[i] and not name.startswith("[anon_shmem:")):
             continue
         label = escape_invalid_utf8(match[1].strip())
@@ -79,22 +79,22 @@ def named(process: ProcessMappings) -> None:
 
 
 def stacks(process: ProcessMappings) -> None:
-    """Claim stacks of threads, their guards included."""
+    """Claim thread stacks with their guards."""
     _stacks_above_guards(process)
-    _stacks_with_hidden_guards(process)
+    _stacks_with_inner_guards(process)
 
 
-def _stacks_with_hidden_guards(process: ProcessMappings) -> None:
-    """Claim stacks whose guards are in their own mapping (MADV_GUARD_INSTALL, Linux 6.13).
+def _stacks_with_inner_guards(process: ProcessMappings) -> None:
+    """Claim stacks whose guard is inside the mapping (MADV_GUARD_INSTALL, Linux 6.13).
 
-    glibc does so since 2.42, and neighbouring stacks become one mapping. It has VmFlags ``gu``
-    since Linux 6.18; before, the lowest page is seen in pagemap (6.15), or the size tells.
+    glibc uses such guards since 2.42; adjacent stacks merge into one mapping. Evidence is VmFlags
+    ``gu`` (Linux 6.18), the lowest page in pagemap (6.15), or the size.
     """
     limit = process.capture.limits.get("stack size", 8 * MiB) or 2 * MiB  # unlimited: 2 MiB
-    whole = [limit + guard for guard in (4 * KiB, 16 * KiB, 64 * KiB)]  # a guard is an OS page
+    sizes = [limit + guard for guard in (4 * KiB, 16 * KiB, 64 * KiB)]  # a guard is an OS page
     guarded = process.capture.guarded
-    found: list[int] = []
-    seen = True
+    stacks: list[int] = []
+    all_guarded = True
     for i in process.unclaimed():
         if process.perms[i] != RW or process.size(i) <= MIN_STACK:
             continue
@@ -102,31 +102,35 @@ def _stacks_with_hidden_guards(process: ProcessMappings) -> None:
             process.lacks_flags(i, "nh") or not process.lacks_flags(i, "nr dd dc")
         ):
             continue
-        fits = process.libc is not None and any(process.size(i) % size == 0 for size in whole)
+        fits = process.libc is not None and any(process.size(i) % size == 0 for size in sizes)
         has_guard = process.has_flags(i, "gu") or process.start[i] in guarded
         if (has_guard or fits) if process.knows_flags else (has_guard and fits):
-            found.append(i)
-            seen = seen and has_guard
+            stacks.append(i)
+            all_guarded = all_guarded and has_guard
     process.claim(
-        found,
+        stacks,
         "thread stacks",
-        f"{plural(len(found), 'mapping')} for stacks"
+        f"{plural(len(stacks), 'mapping')} for stacks"
         + (" (nh)" if process.knows_flags else "")
-        + (", guards inside (MADV_GUARD_INSTALL)" if seen else f", each {format_size(limit)}"),
+        + (
+            ", guards inside (MADV_GUARD_INSTALL)"
+            if all_guarded
+            else f", each {format_size(limit)}"
+        ),
     )
 
 
 def _stacks_above_guards(process: ProcessMappings) -> None:
-    """Claim one guard page without access and, right above it, the stack.
+    """Claim pairs of a guard without access and the stack right above it.
 
-    glibc maps both at once with MAP_STACK, which keeps huge pages away (VmFlags ``nh``) since Linux
-    6.7; older kernels show a stack of the limit's size. HotSpot's guard zone is of several pages.
+    glibc maps both at once with MAP_STACK, which disables huge pages (VmFlags ``nh``) since Linux
+    6.7; on older kernels the stack's size must equal the limit. HotSpot's guard has several pages.
     """
     limit = process.capture.limits.get("stack size", 8 * MiB) or 2 * MiB  # unlimited: 2 MiB
     java = process.runs_code_of(r"libjvm\.so") is not None
     start, end, perms, flags = process.start, process.end, process.perms, process.flags
     stack_flag, other_flags = FLAGS["nh"], FLAGS["nr"] | FLAGS["dd"] | FLAGS["dc"]
-    found: list[int] = []
+    pairs: list[int] = []
     sizes: dict[int, int] = {}
     all_marked = True
     # The last mapping has nothing above it.
@@ -142,10 +146,10 @@ def _stacks_above_guards(process: ProcessMappings) -> None:
         j = i + 1
         guard, stack = end[i] - start[i], end[j] - start[j]
         if flags[j] & stack_flag:
-            fits = guard <= _GUARD_MOST and (flags[i] & stack_flag or java)
+            fits = guard <= _MAX_GUARD and (flags[i] & stack_flag or java)
         else:
             fits = (guard == 4 * KiB and stack == limit) or (
-                java and guard <= _GUARD_MOST and guard + stack in {limit, MiB}
+                java and guard <= _MAX_GUARD and guard + stack in {limit, MiB}
             )
         if not fits or (flags[i] | flags[j]) & other_flags:
             continue
@@ -155,37 +159,37 @@ def _stacks_above_guards(process: ProcessMappings) -> None:
             or not (process.is_unclaimed(i) and process.is_unclaimed(j))
         ):
             continue
-        found += [i, j]
+        pairs += [i, j]
         all_marked = all_marked and bool(flags[j] & stack_flag)
         sizes[stack] = sizes.get(stack, 0) + 1
-    each = ", ".join(f"{n} of {format_size(size)}" for size, n in sorted(sizes.items())[-3:])
+    largest = ", ".join(f"{n} of {format_size(size)}" for size, n in sorted(sizes.items())[-3:])
     process.claim(
-        found,
+        pairs,
         "thread stacks",
-        f"{plural(len(found) // 2, 'pair')} of a guard without access and what is readable and "
-        f"writable right above it ({each})"
+        f"{plural(len(pairs) // 2, 'pair')} of a guard without access and what is readable and "
+        f"writable right above it ({largest})"
         + (", both mapped for a stack (nh)" if all_marked else ""),
     )
 
 
 def heap(process: ProcessMappings) -> None:
-    """Claim what brk made, ``[heap]``: whose it is depends on the allocator."""
-    mine = [i for i in process.named_by_kernel("[heap]") if process.perms[i] == RW]
+    """Claim the brk heap, ``[heap]``, for the allocator in use."""
+    brk = [i for i in process.named_by_kernel("[heap]") if process.perms[i] == RW]
     tcmalloc = process.runs_code_of(r"libtcmalloc")
     others = tcmalloc or process.runs_code_of(r"libjemalloc|libmimalloc|libpypy|ld-musl|libhoard")
     if tcmalloc:
         process.claim(
-            mine, "tcmalloc (brk heap)", f"the kernel names it [heap], {tcmalloc} is mapped"
+            brk, "tcmalloc (brk heap)", f"the kernel names it [heap], {tcmalloc} is mapped"
         )
     elif process.libc and not others:
         evidence = f"the kernel names it [heap], {process.libc} is mapped"
-        process.claim(mine, "glibc malloc main heap", evidence)
+        process.claim(brk, "glibc malloc main heap", evidence)
     else:
-        process.claim(mine, "main heap (brk)", "the kernel names it [heap]")
+        process.claim(brk, "main heap (brk)", "the kernel names it [heap]")
 
 
 def shared_memory(process: ProcessMappings) -> None:
-    """Claim memory that has an inode but no file."""
+    """Claim shared memory: mappings with an inode but no file."""
     postgres = process.runs_code_of(r"postgres$|postmaster$")
     kinds = (
         ("/SYSV", "System V shared memory"),
@@ -213,16 +217,16 @@ def shared_memory(process: ProcessMappings) -> None:
 
 def files(process: ProcessMappings) -> None:
     """Claim mapped files."""
-    mine = _of_files(process)
+    mappings = _file_mappings(process)
     process.claim(
-        mine,
+        mappings,
         "mapped files",
-        f"their names; {plural(len({process.names[i] for i in mine}), 'file')}, of which "
+        f"their names; {plural(len({process.names[i] for i in mappings}), 'file')}, of which "
         f"{len(process.code_files)} with code",
     )
 
 
-def _of_files(process: ProcessMappings) -> list[int]:
+def _file_mappings(process: ProcessMappings) -> list[int]:
     return [
         i
         for i, name in process.named
@@ -230,21 +234,21 @@ def _of_files(process: ProcessMappings) -> list[int]:
     ]
 
 
-def zeroed_data(process: ProcessMappings) -> None:
-    """Claim the zeroed data (.bss) that is mapped behind the writable data of a program's file.
+def bss(process: ProcessMappings) -> None:
+    """Claim zeroed data (.bss), mapped right behind the writable data of a program's file.
 
-    Other memory may happen to lie there: what is large and full is nobody's, and where Python maps
-    arenas what is large.
+    Unrelated memory may happen to be there: a large and full mapping stays unknown, and any large
+    mapping in a process that runs Python, which maps arenas.
     """
-    most = _BSS_SMALL if process.runs_code_of(r"(lib)?python\d") else _BSS_MOST
+    most = _SMALL_BSS if process.runs_code_of(r"(lib)?python\d") else _MAX_BSS
     if process.is_static:
-        most = GiB  # a static program of Go's
-    mine = _of_files(process)
-    programs = set(process.code_files)
-    program = next((process.names[i] for i in mine if process.names[i] in programs), None)
-    for i in mine:
+        most = GiB  # a static Go program
+    mappings = _file_mappings(process)
+    code_files = set(process.code_files)
+    program = next((process.names[i] for i in mappings if process.names[i] in code_files), None)
+    for i in mappings:
         j = process.mapping_after(i)
-        if j is None or process.names[i] not in programs or process.perms[i] != RW:
+        if j is None or process.names[i] not in code_files or process.perms[i] != RW:
             continue
         if (
             process.names[j]
@@ -254,8 +258,8 @@ def zeroed_data(process: ProcessMappings) -> None:
         ):
             continue
         size, full = process.size(j), 4 * process.table.rss[j] > process.table.size[j]
-        # What is of whole huge pages was put there for their sake, and is no program's data.
-        doubtful = size > _BSS_SMALL and (full or size % (2 * MiB) == 0)
+        # A size of whole huge pages suggests an allocator that aligned it.
+        doubtful = size > _SMALL_BSS and (full or size % (2 * MiB) == 0)
         if size > most or doubtful or not process.lacks_flags(j, "nr dd dc nh"):
             continue
         process.claim(
@@ -267,19 +271,19 @@ def zeroed_data(process: ProcessMappings) -> None:
         )
 
 
-def rest(process: ProcessMappings) -> None:
-    """Say of what nobody has claimed why it is hard to tell."""
+def describe_unknown(process: ProcessMappings) -> None:
+    """Describe the mappings that no recogniser claimed."""
     owners, parts, size = process.claims.whole, process.claims.parts, process.table.size
-    left = [i for i in process.anonymous if owners[i] is None and i not in parts]
-    if not left:
+    unclaimed = [i for i in process.anonymous if owners[i] is None and i not in parts]
+    if not unclaimed:
         return
-    sizes = [size[i] for i in left]
+    sizes = [size[i] for i in unclaimed]
     largest = max(sizes)
-    where = process.start[left[sizes.index(largest)]]
+    address = process.start[unclaimed[sizes.index(largest)]]
     perms = process.perms
-    plain = sum([size[i] for i in left if perms[i] == RW])
+    plain = sum([size[i] for i in unclaimed if perms[i] == RW])
     process.claims.evidence[UNKNOWN] = (
-        f"{plural(len(left), 'anonymous mapping')} of no shape that is known, the largest "
-        f"{format_size(largest * KiB)} at {where:x}; {format_size(plain * KiB)} readable and "
+        f"{plural(len(unclaimed), 'anonymous mapping')} of no shape that is known, the largest "
+        f"{format_size(largest * KiB)} at {address:x}; {format_size(plain * KiB)} readable and "
         "writable, as malloc's large blocks, Python's arenas and a program's own mmap all look"
     )

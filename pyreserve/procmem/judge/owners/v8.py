@@ -1,4 +1,4 @@
-"""V8 in Node.js and Chromium: its pages, code and WebAssembly memories; PartitionAlloc's pools."""
+"""V8 in Node.js and Chromium: its heap, code and WebAssembly memories; PartitionAlloc's pools."""
 
 from pyreserve.procmem.judge.owners.process import NONE, RWX, ProcessMappings
 from pyreserve.units import GiB, KiB, MiB, TiB, format_size
@@ -8,22 +8,22 @@ _CODE_RANGE = 512 * MiB  # kMaximalCodeRangeSize, V8 src/common/globals.h, x86-6
 
 
 def v8(process: ProcessMappings) -> None:
-    """Claim what V8 maps: not for children (``dc``)."""
+    """Claim V8's memory, which is not inherited by children (``dc``)."""
     program = process.runs_code_of(_PROGRAMS)
     if program is None or not process.knows_flags:
         return
-    # Its pages are charged since Node.js 24; in Chromium the kernel may name its code [heap].
-    mine = [
+    # V8's pages are charged since Node.js 24; in Chromium the kernel may name V8's code [heap].
+    v8_mappings = [
         i
         for i in process.unclaimed()
         if process.has_flags(i, "dc") and process.lacks_flags(i, "dd nh")
     ]
     code = [i for i in process.named_by_kernel("[heap]") if process.perms[i] == RWX]
     process.claim(code, "V8 code range", f"writable and executable; {program} is mapped")
-    _code_range(process, set(mine), program)
-    for group in process.group_adjacent([i for i in mine if process.is_unclaimed(i)]):
-        none = sum(process.size(i) for i in group if process.perms[i] == NONE)
-        if none >= 4 * GiB:
+    _code_range(process, set(v8_mappings), program)
+    for group in process.group_adjacent([i for i in v8_mappings if process.is_unclaimed(i)]):
+        no_access = sum(process.size(i) for i in group if process.perms[i] == NONE)
+        if no_access >= 4 * GiB:
             process.claim(
                 group,
                 "V8 WebAssembly memories and guards",
@@ -39,13 +39,13 @@ def v8(process: ProcessMappings) -> None:
     _sandbox(process, program)
 
 
-def _code_range(process: ProcessMappings, mine: set[int], program: str) -> None:
-    for i in sorted(mine):
+def _code_range(process: ProcessMappings, v8_mappings: set[int], program: str) -> None:
+    for i in sorted(v8_mappings):
         if process.perms[i] != RWX or not process.is_unclaimed(i):
             continue
         first = i
         while (
-            first - 1 in mine
+            first - 1 in v8_mappings
             and process.end[first - 1] == process.start[first]
             and (process.start[i] - process.start[first - 1] <= 64 * KiB)
         ):
@@ -55,7 +55,7 @@ def _code_range(process: ProcessMappings, mine: set[int], program: str) -> None:
             (
                 j
                 for j in process.mappings_in(low, low + _CODE_RANGE)
-                if j in mine and process.end[j] <= low + _CODE_RANGE
+                if j in v8_mappings and process.end[j] <= low + _CODE_RANGE
             ),
             "V8 code range",
             f"up to {format_size(_CODE_RANGE)} from {low:x} with writable and executable pages; "
@@ -64,14 +64,14 @@ def _code_range(process: ProcessMappings, mine: set[int], program: str) -> None:
 
 
 def _sandbox(process: ProcessMappings, program: str) -> None:
-    """Claim Chromium's largest reservations."""
+    """Claim V8's sandbox and PartitionAlloc's pools in Chromium and Electron."""
     if not process.runs_code_of(r"chrom|electron"):
         return
     for first, last in process.runs:
         run = range(first, last)
-        cage = [i for i in run if process.has_flags(i, "nr dd") and process.perms[i] == NONE]
-        if sum(process.size(i) for i in cage) >= TiB:
-            low, high = process.start[cage[0]], process.end[cage[-1]]
+        reserved = [i for i in run if process.has_flags(i, "nr dd") and process.perms[i] == NONE]
+        if sum(process.size(i) for i in reserved) >= TiB:
+            low, high = process.start[reserved[0]], process.end[reserved[-1]]
             process.claim_range(
                 low,
                 high,
