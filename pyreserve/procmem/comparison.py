@@ -1,4 +1,4 @@
-"""What grew between two explanations, as ``pyreserve explain --json`` writes them."""
+"""Compare two explanations, as ``pyreserve explain --json`` writes them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Any
 from pyreserve.procmem.space import SCHEMA
 from pyreserve.units import KiB, format_size
 
-_MAY_MISS = {"rss_kib", "pss_kib", "uss_kib", "swap_kib", "page_tables_kib"}
+_OPTIONAL = {"rss_kib", "pss_kib", "uss_kib", "swap_kib", "page_tables_kib"}
 _TOTALS = ("vsz_kib", "rss_kib", "pss_kib", "uss_kib", "swap_kib", "page_tables_kib", "mappings")
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One figure before and after. KiB, but for the total ``mappings``."""
+    """One figure before and after, in KiB; the total ``mappings`` is a number."""
 
     name: str
     old: int
@@ -21,13 +21,13 @@ class Change:
 
     @property
     def by(self) -> int:
-        """How much it grew; negative if it shrank."""
+        """The growth; negative if the figure shrank."""
         return self.new - self.old
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """See `compare`. Owners and classes that did not change are left out; largest change first."""
+    """The result of `compare`. Unchanged owners and classes are omitted; largest change first."""
 
     same_process: bool
     totals: tuple[Change, ...]
@@ -37,24 +37,24 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Say in words what grew."""
+        """A summary of the largest changes, in one or two sentences."""
         by = {change.name: change.by for change in self.totals}
-        text = f"VSZ {_words(by['vsz_kib'])}, memory (RSS) {_words(by.get('rss_kib'))}."
-        for what, changes in (("addresses", self.owners), ("memory", self.owners_resident)):
+        text = f"VSZ {_change_text(by['vsz_kib'])}, memory (RSS) {_change_text(by.get('rss_kib'))}."
+        for resource, changes in (("addresses", self.owners), ("memory", self.owners_resident)):
             grew = next((change for change in changes if change.by > 0), None)
             if grew is not None:
-                text += f" Most {what} went to {grew.name}: {format_size(grew.by * KiB)}."
+                text += f" Most {resource} went to {grew.name}: {format_size(grew.by * KiB)}."
         return text
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``pyreserve explain --diff A B --json`` writes."""
+        """Return plain data, as ``pyreserve explain --diff A B --json`` writes it."""
         return {
             "schema": SCHEMA,
             "same_process": self.same_process,
-            "totals": _plain(self.totals),
-            "classes": _plain(self.classes),
-            "owners": _plain(self.owners),
-            "owners_resident": _plain(self.owners_resident),
+            "totals": _to_dicts(self.totals),
+            "classes": _to_dicts(self.classes),
+            "owners": _to_dicts(self.owners),
+            "owners_resident": _to_dicts(self.owners_resident),
             "verdict": self.verdict,
         }
 
@@ -63,31 +63,31 @@ def load(path: Path) -> dict[str, Any]:
     """Read a file that ``pyreserve explain --json`` wrote.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it is no such file.
+        OSError: the file can't be read.
+        ValueError: the file is not JSON, or ``pyreserve explain --json`` did not write it.
     """
     import json  # noqa: PLC0415
 
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         msg = f"{path} is not JSON: {error}"
         raise ValueError(msg) from None
     try:
-        _check(found)
+        _check(data)
     except (KeyError, TypeError, AttributeError):
         msg = f"{path} was not written by pyreserve explain --json"
         raise ValueError(msg) from None
-    loaded: dict[str, Any] = found
+    loaded: dict[str, Any] = data
     return loaded
 
 
-def _check(found: Any) -> None:
-    """Raise one of several errors unless all that `compare` needs is there and of its type."""
-    if found["schema"] != SCHEMA:
+def _check(data: Any) -> None:
+    """Raise KeyError, TypeError or AttributeError unless the fields of `compare` are valid."""
+    if data["schema"] != SCHEMA:
         raise KeyError
-    numbers = [found[name] for name in _TOTALS if name not in _MAY_MISS or found[name] is not None]
-    for entry in (*found["classes"], *found["owners"]):
+    numbers = [data[name] for name in _TOTALS if name not in _OPTIONAL or data[name] is not None]
+    for entry in (*data["classes"], *data["owners"]):
         numbers += [entry["kib"], entry.get("rss_kib") or 0]
         entry["name"].strip()
     if not all(type(number) is int for number in numbers):
@@ -97,7 +97,7 @@ def _check(found: Any) -> None:
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Difference:
     """Compare two explanations, as `AddressSpace.to_dict` or `load` returns them.
 
-    Figures that one of them does not know are left out.
+    Totals that one of them does not know are omitted.
     """
     return Difference(
         same_process=(old.get("pid"), old.get("name")) == (new.get("pid"), new.get("name")),
@@ -123,11 +123,14 @@ def _changes(old: list[dict[str, Any]], new: list[dict[str, Any]], key: str) -> 
         Change(name, before.get(name, 0), after.get(name, 0)) for name in {**before, **after}
     ]
     return tuple(
-        sorted((change for change in changes if change.by), key=lambda c: (-abs(c.by), c.name))
+        sorted(
+            (change for change in changes if change.by),
+            key=lambda change: (-abs(change.by), change.name),
+        )
     )
 
 
-def _words(kib: int | None) -> str:
+def _change_text(kib: int | None) -> str:
     if kib is None:
         return "can't be compared"
     if not kib:
@@ -135,7 +138,7 @@ def _words(kib: int | None) -> str:
     return f"{'grew' if kib > 0 else 'shrank'} by {format_size(abs(kib) * KiB)}"
 
 
-def _plain(changes: tuple[Change, ...]) -> list[dict[str, Any]]:
+def _to_dicts(changes: tuple[Change, ...]) -> list[dict[str, Any]]:
     return [
         {"name": change.name, "old": change.old, "new": change.new, "change": change.by}
         for change in changes

@@ -1,4 +1,4 @@
-"""A process's address space, explained: one object for the screen, for JSON and for programs."""
+"""The explanation of an address space: one object for screen, picture, JSON and programs."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +23,11 @@ class Mapping(NamedTuple):
     Attributes:
         start, end: addresses [start, end).
         perms: as in /proc/PID/maps, such as ``"rw-p"``.
-        name: of a file, or what the kernel or the program calls it; may be empty.
-        kib: all of it.
-        rss_kib: of it, in memory, pages of huge page pools included; 0 if not known.
-        class_name: the class of what is not in memory; see `pyreserve.procmem.judge.classes`.
-        owner: whose it is, or of the largest part.
+        name: path of a file, or the name given by kernel or program; may be empty.
+        kib: size.
+        rss_kib: resident size, pages of huge page pools included; 0 if not known.
+        class_name: class of the bytes outside memory; see `pyreserve.procmem.judge.classes`.
+        owner: owner of the mapping, or of its largest part.
     """
 
     start: int
@@ -42,31 +42,32 @@ class Mapping(NamedTuple):
 
 @dataclass(frozen=True)
 class AddressSpace:
-    r"""See `explain`. Sizes in KiB.
+    r"""The explanation of a process's address space; see `explain`. Sizes in KiB.
 
     Attributes:
-        pid: the process, None if its files do not say.
-        name: its command's name (``comm``); bytes that are no UTF-8 as ``\xNN``.
-        vsz_kib: virtual size, VmSize: the sum of ``classes``.
-        rss_kib: in memory (Rss; VmRSS if that is all there is); None if not known: none of smaps,
-            smaps_rollup and status could be read.
-        pss_kib: in memory, what is shared divided by those who share it (Pss); None if not known.
-        uss_kib: in memory of this process alone, pages of huge page pools included (Private); None
-            if not known.
-        swap_kib: in swap (Swap; VmSwap if that is all there is); None if not known, as ``rss_kib``.
-        page_tables_kib: what translating the addresses takes, in no other figure (VmPTE); None if
-            not known: status could not be read.
-        mappings: how many, as vm.max_map_count counts them.
-        classes: what every byte of ``vsz_kib`` is; see `pyreserve.procmem.judge.classes`.
-        owners: whose it is, most first; what was not recognised is ``"unknown"``.
-        details: finer figures; see `pyreserve.procmem.judge.details`. Those of pages are missing
-            where there were too many mappings to ask for them.
-        ranges: address ranges that are known by name, such as a Go heap's spans, bitmap and arena.
-        warnings: what is worth worrying about, in words.
-        settled: all was read of one moment.
+        pid: process number; None if saved files do not have it.
+        name: command name (``comm``); bytes that are not UTF-8 as ``\xNN``.
+        vsz_kib: virtual size (VmSize): the sum of ``classes``.
+        rss_kib: resident size (Rss, or else VmRSS); None if none of smaps, smaps_rollup and status
+            is readable.
+        pss_kib: resident size, shared pages divided by their number of users (Pss); None if not
+            known.
+        uss_kib: resident size of this process alone, pages of huge page pools included (Private);
+            None if not known.
+        swap_kib: size in swap (Swap, or else VmSwap); None in the same case as ``rss_kib``.
+        page_tables_kib: size of the page tables, in no other figure (VmPTE); None if status is not
+            readable.
+        mappings: number of mappings, as vm.max_map_count counts them.
+        classes: the classes of all bytes of ``vsz_kib``; see `pyreserve.procmem.judge.classes`.
+        owners: the owners of all bytes, largest first; unrecognised bytes have ``"unknown"``.
+        details: finer figures; see `pyreserve.procmem.judge.details`. Figures of pages are missing
+            if pages were counted instead of smaps.
+        ranges: address ranges known by name, such as a Go heap's spans, bitmap and arena.
+        warnings: limits that are near, and memory that costs more than it should.
+        settled: the files show one moment.
         missing: the unreadable files among smaps, smaps_rollup, status and limits. Without
-            smaps_rollup PSS is the sum of the mappings', each rounded down; without smaps, unless
-            pages could be counted, it is not known which mappings are in memory.
+            smaps_rollup PSS is the sum over mappings, each rounded down; without smaps, unless
+            pages could be counted, it is not known which mappings are resident.
     """
 
     pid: int | None
@@ -86,37 +87,37 @@ class AddressSpace:
     settled: bool
     missing: tuple[str, ...]
     _process: ProcessMappings = field(repr=False, compare=False)
-    _kinds: list[int | None] = field(repr=False, compare=False)
+    _rest_classes: list[int | None] = field(repr=False, compare=False)
 
     def class_kib(self, name: str) -> int:
-        """Return the KiB of one class.
+        """Return the size of a class in KiB.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: there is no class of that name.
         """
-        for one in self.classes:
-            if one.name == name:
-                return one.kib
+        for memory_class in self.classes:
+            if memory_class.name == name:
+                return memory_class.kib
         raise KeyError(name)
 
     @property
     def verdict(self) -> str:
-        """What the address space is, and whether to worry, in a few sentences."""
+        """A summary of sizes, the largest owner and warnings, in a few sentences."""
         return verdict(self)
 
     def maps(self) -> list[Mapping]:
         """List all mappings in address order."""
-        return [self._mapping(i) for i in range(len(self._kinds))]
+        return [self._mapping(i) for i in range(len(self._rest_classes))]
 
     def top(self, n: int) -> list[Mapping]:
         """List the `n` largest mappings, largest first."""
         size = self._process.table.size
-        real = (i for i, kind in enumerate(self._kinds) if kind is not None)
-        return [self._mapping(i) for i in sorted(real, key=lambda i: (-size[i], i))[: max(0, n)]]
+        user = (i for i, kind in enumerate(self._rest_classes) if kind is not None)
+        return [self._mapping(i) for i in sorted(user, key=lambda i: (-size[i], i))[: max(0, n)]]
 
     def _mapping(self, i: int) -> Mapping:
         process, table = self._process, self._process.table
-        kind = self._kinds[i]
+        kind = self._rest_classes[i]
         class_name = "" if kind is None else classes.NAMES[kind]
         if not process.capture.knows_memory and kind in {classes.UNTOUCHED, classes.FILE}:
             class_name = classes.ACCESSIBLE
@@ -132,7 +133,7 @@ class AddressSpace:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `to_json` writes."""
+        """Return the explanation as plain data, as `to_json` writes it."""
         return {
             "schema": SCHEMA,
             "pid": self.pid,
@@ -146,7 +147,7 @@ class AddressSpace:
             "swap_kib": self.swap_kib,
             "page_tables_kib": self.page_tables_kib,
             "mappings": self.mappings,
-            "classes": [one._asdict() for one in self.classes],
+            "classes": [memory_class._asdict() for memory_class in self.classes],
             "owners": [
                 {
                     "name": owner.name,
@@ -175,32 +176,32 @@ class AddressSpace:
         }
 
     def to_json(self) -> str:
-        """Write what ``pyreserve explain --json`` prints; README.md documents it."""
+        """Return the JSON that ``pyreserve explain --json`` prints; README.md documents it."""
         import json  # noqa: PLC0415
 
         return json.dumps(self.to_dict(), indent=2)
 
 
 def explain(pid: int | None = None, *, path: str | Path | None = None) -> AddressSpace:
-    """Explain what a process's address space holds, and of whom.
+    """Explain a process's address space: classes, owners, warnings.
 
-    Reads /proc/PID/maps, smaps, smaps_rollup, status, limits and cgroup. Where there are ten
-    thousand mappings and more, pages are counted through /proc/PID/pagemap (PAGEMAP_SCAN, Linux
-    6.7) instead of smaps, if the sums are the kernel's own: some evidence (VmFlags) is then
-    missing. To read smaps keeps the process from mapping memory for a moment.
+    Reads /proc/PID/maps, smaps, smaps_rollup, status, limits and cgroup. From 10,000 mappings on,
+    pages are counted through /proc/PID/pagemap (PAGEMAP_SCAN, Linux 6.7) instead of smaps, if the
+    sums match the kernel's totals; VmFlags, which some owners need as evidence, are then missing.
+    Reading smaps briefly blocks the process from mapping memory.
 
     Args:
-        pid: the process; this one by default.
-        path: instead of a process, a folder with such files of one, each perhaps ``.gz``, as `save`
-            writes them. smaps or maps is required.
+        pid: process number; this process by default.
+        path: a folder with saved files of a process, plain or ``.gz``, as `save` writes them. smaps
+            or maps is required.
 
     Raises:
-        TypeError, ValueError: `pid` is no process number, or both were given.
+        TypeError, ValueError: `pid` is not a positive integer, or `pid` and `path` are both given.
         NoAddressSpaceError: there is no such process, or it is a zombie or a kernel thread.
-        AccessError: it may not be looked into, or /proc is not mounted.
-        MapsError: a file makes no sense.
+        AccessError: the process may not be read, or /proc is not mounted.
+        MapsError: a file is malformed.
         FileNotFoundError: the folder has neither smaps nor maps.
-        OutOfMemoryError: no memory for it; the error names the limit, such as vm.max_map_count.
+        OutOfMemoryError: memory ran out; the error names the limit, such as vm.max_map_count.
     """
     source: LiveSource | SavedSource
     if path is not None:
@@ -214,50 +215,50 @@ def explain(pid: int | None = None, *, path: str | Path | None = None) -> Addres
         return explained(capture(source))
 
 
-def explained(read: Capture) -> AddressSpace:
-    """Explain what was read."""
-    known = read.knows_memory
-    kinds = classes.rest_classes(read.table)
-    totals = classes.totals(read.table, kinds, knows_memory=known)
-    process = recognise(read)
+def explained(snapshot: Capture) -> AddressSpace:
+    """Explain a snapshot."""
+    known = snapshot.knows_memory
+    rest_classes = classes.rest_classes(snapshot.table)
+    totals = classes.totals(snapshot.table, rest_classes, knows_memory=known)
+    process = recognise(snapshot)
     owners = tuple(process.summary())
-    vsz = sum(one.kib for one in totals)
-    uss = sum(read.table.private)
-    resident = uss + sum(read.table.shared) if known else read.rss
-    mappings = read.table.user_mappings
+    vsz = sum(memory_class.kib for memory_class in totals)
+    uss = sum(snapshot.table.private)
+    resident = uss + sum(snapshot.table.shared) if known else snapshot.rss
+    mappings = snapshot.table.user_mappings
     return AddressSpace(
-        pid=read.pid,
-        name=escape_invalid_utf8(read.facts.get("Name", "")),
+        pid=snapshot.pid,
+        name=escape_invalid_utf8(snapshot.facts.get("Name", "")),
         vsz_kib=vsz,
-        rss_kib=read.rss,
-        pss_kib=read.pss,
+        rss_kib=snapshot.rss,
+        pss_kib=snapshot.pss,
         uss_kib=uss if known else None,
-        swap_kib=read.swap,
-        page_tables_kib=read.status.get("VmPTE"),
+        swap_kib=snapshot.swap,
+        page_tables_kib=snapshot.status.get("VmPTE"),
         mappings=mappings,
         classes=totals,
         owners=owners,
         details={
-            **(details.page_figures(read.table) if read.table.knows_flags else {}),
-            **(details.address_figures(read.table, kinds) if known else {}),
+            **(details.page_figures(snapshot.table) if snapshot.table.knows_flags else {}),
+            **(details.address_figures(snapshot.table, rest_classes) if known else {}),
             **details.stack_figures(owners, knows_memory=known),
         },
         ranges=tuple(process.ranges),
-        warnings=tuple(concerns.warnings(read, vsz, resident, mappings)),
-        settled=read.settled,
-        missing=read.missing,
+        warnings=tuple(concerns.warnings(snapshot, vsz, resident, mappings)),
+        settled=snapshot.settled,
+        missing=snapshot.missing,
         _process=process,
-        _kinds=kinds,
+        _rest_classes=rest_classes,
     )
 
 
 def state(piece: Piece) -> str:
-    """Return ``"committed"`` or ``"reserved"``."""
+    """Return the state of a named range: ``"committed"`` or ``"reserved"``."""
     return "reserved" if piece.perms.startswith("---") else "committed"
 
 
 def perms_text(perms: int) -> str:
-    """Write permissions as the kernel does."""
+    """Return permissions as /proc/PID/maps has them, such as ``"rw-p"``."""
     return "".join(
         letter if perms & bit else "-"
         for letter, bit in (("r", READ), ("w", WRITE), ("x", EXECUTE))
@@ -265,21 +266,21 @@ def perms_text(perms: int) -> str:
 
 
 def verdict(space: AddressSpace) -> str:
-    """See `AddressSpace.verdict`."""
-    kib = {one.name: one.kib for one in space.classes}
+    """Return the text of `AddressSpace.verdict`."""
+    kib = {memory_class.name: memory_class.kib for memory_class in space.classes}
     parts = [
-        f"{format_size(kib[name] * KiB)} {what}"
-        for name, what, least in (
+        f"{format_size(kib[name] * KiB)} {text}"
+        for name, text, min_percent in (
             ("no_access_reserved", "is reserved address space that costs nothing", 1),
             ("accessible_untouched", "may be used and is not, and becomes memory at first use", 10),
             ("file_not_resident", "is of files, read when used", 10),
             ("swapped", "is in swap", 0),
         )
-        if kib.get(name) and 100 * kib[name] >= least * space.vsz_kib
+        if kib.get(name) and 100 * kib[name] >= min_percent * space.vsz_kib
     ]
-    unread = ""
+    rss_note = ""
     if space.rss_kib is None:
-        unread = (
+        rss_note = (
             "; how much of it is memory is not known (none of smaps, smaps_rollup and status can "
             "be read)"
         )
@@ -297,7 +298,7 @@ def verdict(space: AddressSpace) -> str:
         parts.append(memory)
     largest = max(space.owners, key=lambda owner: owner.kib, default=None)
     text = f"VSZ is {format_size(space.vsz_kib * KiB)}"
-    text += f"{', of which ' if parts else ''}{'; '.join(parts)}{unread}."
+    text += f"{', of which ' if parts else ''}{'; '.join(parts)}{rss_note}."
     if largest is not None and largest.name != UNKNOWN and 2 * largest.kib >= space.vsz_kib:
         text += f" {100 * largest.kib / space.vsz_kib:.0f} % is {largest.name}."
     if not space.warnings and not space._process.capture.limits:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pyreserve import GiB, KiB, MiB, TiB, reserve
 from pyreserve.procmem import AddressSpace, explain
-from pyreserve.procmem.show.blocks import MOST, Block, _parts, blocks, holes, label, shorten
+from pyreserve.procmem.show.blocks import MAX_BLOCKS, Block, _parts, blocks, holes, label, shorten
 from pyreserve.procmem.show.picture import draw, figure
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -122,7 +122,7 @@ def agree(space: AddressSpace) -> None:
         one.kib for one in space.classes
     )
     assert all(gap >= 0 for gap in holes(found))
-    assert len(found) <= MOST
+    assert len(found) <= MAX_BLOCKS
     for block in found:
         inside = [m for m in mapped if m.start < block.end and m.end > block.start]
         size = sum(min(m.end, block.end) - max(m.start, block.start) for m in inside)
@@ -191,7 +191,7 @@ class TestBlocks:
     @given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(1, 20))
     def test_no_more_than_asked_for(self, gaps: list[int], most: int) -> None:
         """However scattered, there are no more blocks than asked for, and nothing is lost."""
-        from pyreserve.procmem.show.blocks import _joined
+        from pyreserve.procmem.show.blocks import _merge
 
         at, made = 0, []
         for i, gap in enumerate(gaps):
@@ -199,7 +199,7 @@ class TestBlocks:
             made.append(Block(at, at + 8192, [8, 0, 0, 0, 0, 0, 0], {f"owner {i % 3}": 8}))
             at += 8192
 
-        found = _joined(made, 64 * MiB, most)
+        found = _merge(made, 64 * MiB, most)
 
         assert 1 <= len(found) <= max(most, 1)
         assert sum(block.size_kib for block in found) == 8 * len(gaps)
@@ -210,7 +210,7 @@ class TestBlocks:
         scattered = [mapping(i * TiB, 64 * KiB, "rwxp", private=4) for i in range(1, 30)]
         found = blocks(saved(tmp_path, [*scattered, mapping(STACK, GiB, private=GiB // KiB)]))
 
-        assert len(found) < MOST
+        assert len(found) < MAX_BLOCKS
         assert sum(block.places for block in found) == 30
 
     def test_nothing(self, tmp_path: Path) -> None:
@@ -274,13 +274,13 @@ class TestThePicture:
         names = ("/dev/shm/a", "/SYSV0", "", "/bin/x", "/memfd:b")
         scattered = [
             mapping(TiB * (i + 1), GiB, "rw-s" if names[i % 5] else "rw-p", names[i % 5], shared=9)
-            for i in range(MOST)
+            for i in range(MAX_BLOCKS)
         ]
         space = saved(tmp_path, scattered)
 
         picture = figure(space)
 
-        assert len(labels(picture)) == MOST
+        assert len(labels(picture)) == MAX_BLOCKS
         texts_apart(picture)
 
     def test_of_this_process(self) -> None:
@@ -396,7 +396,7 @@ class TestTheFile:
         agree_most = blocks(space)
         draw(space, tmp_path / "one.png")
 
-        assert len(agree_most) <= MOST
+        assert len(agree_most) <= MAX_BLOCKS
         assert sum(block.size_kib for block in agree_most) == space.vsz_kib
         with Image.open(tmp_path / "one.png") as picture:
             assert picture.height < 2400

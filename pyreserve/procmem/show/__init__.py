@@ -1,1 +1,1 @@
-"""Pictures of an address space."""
+"""Draw an address space as a picture."""

@@ -1,4 +1,4 @@
-"""What a picture of an address space shows: blocks of neighbours, each byte in one, and words."""
+"""Group an address space into blocks for a picture, each byte in one block, and label them."""
 
 import heapq
 import itertools
@@ -13,29 +13,29 @@ from pyreserve.units import KiB, MiB
 if TYPE_CHECKING:
     from pyreserve.procmem.space import AddressSpace
 
-MOST = 18
-"""No picture has more blocks."""
+MAX_BLOCKS = 18
+"""Maximum number of blocks in a picture."""
 
-# So many blocks need no joining of what is small: less than this of VSZ and, counting a part only
-# since whoever draws this wonders about VSZ, of the memory.
+# Merges that cost at most _SMALL are made down to _FEW blocks. Costs are weights: a share of VSZ
+# plus _MEMORY times a share of resident memory.
 _FEW, _SMALL, _MEMORY = 9, 0.02, 0.3
-# A hole of so many bytes and this part of all addresses divides even one owner's mappings.
-_FAR_LEAST, _FAR = 64 * MiB, 1 / 4096
-_APART, _LIKE, _UNLIKE = 1.0, 0.1, 0.4
-# A program or library is its file and what lies right behind.
+# A hole of at least this size and this share of the address range divides even one owner.
+_LARGE_HOLE, _LARGE_HOLE_SHARE = 64 * MiB, 1 / 4096
+_HOLE_COST, _FILES_COST, _OTHER_COST = 1.0, 0.1, 0.4
+# Owners of the mappings of a program or library.
 _FILES = ("mapped files", "library data", "program data")
 
 
 @dataclass(slots=True)
 class Block:
-    """Neighbours that are drawn as one.
+    """Adjacent mappings that are drawn as one block.
 
     Attributes:
-        start, end: addresses [start, end); holes between its mappings are in no other figure.
-        kib: its KiB by class, as `pyreserve.procmem.judge.classes.NAMES` orders them.
+        start, end: addresses [start, end); the other figures exclude holes between mappings.
+        kib: KiB by class, in the order of `pyreserve.procmem.judge.classes.NAMES`.
         owners: KiB by owner.
-        files: KiB by the name of a file.
-        places: how many there are of it, with large holes between.
+        files: KiB by file name.
+        places: number of groups of mappings, with large holes between them.
     """
 
     start: int
@@ -47,72 +47,78 @@ class Block:
 
     @property
     def size_kib(self) -> int:
-        """All that is mapped."""
+        """Mapped size."""
         return sum(self.kib)
 
     @property
     def memory_kib(self) -> int:
-        """What is in memory."""
+        """Resident size."""
         return self.kib[PRIVATE] + self.kib[SHARED]
 
-    def join(self, other: "Block", least: int) -> None:
-        """Take in the next one; holes of more than `least` bytes make places."""
-        apart = other.start - self.end > least
-        self.places += other.places - (not apart)
+    def merge(self, other: "Block", large_hole: int) -> None:
+        """Append the next block, as a new place after a hole of more than `large_hole` bytes."""
+        is_apart = other.start - self.end > large_hole
+        self.places += other.places - (not is_apart)
         self.end = other.end
         self.kib = [a + b for a, b in zip(self.kib, other.kib, strict=True)]
         self.owners = _sum(self.owners, other.owners)
         self.files = _sum(self.files, other.files)
 
 
-def _sum(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
-    """Add up, in the larger one: thousands of joins must not copy thousands of names each."""
-    if len(one) < len(other):
-        one, other = other, one
+def _sum(sizes: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    """Add the smaller dict to the larger one, in place: copies would make merging quadratic."""
+    if len(sizes) < len(other):
+        sizes, other = other, sizes
     for name, kib in other.items():
-        one[name] = one.get(name, 0) + kib
-    return one
+        sizes[name] = sizes.get(name, 0) + kib
+    return sizes
 
 
-def far(space: list[Block]) -> int:
-    """Return the bytes from which on a hole divides the address space for whoever looks at it."""
-    return max(_FAR_LEAST, int((space[-1].end - space[0].start) * _FAR)) if space else 0
+def min_large_hole(in_order: list[Block]) -> int:
+    """Return the size in bytes above which a hole divides the address space in the picture."""
+    if not in_order:
+        return 0
+    return max(_LARGE_HOLE, int((in_order[-1].end - in_order[0].start) * _LARGE_HOLE_SHARE))
 
 
-def blocks(space: "AddressSpace", most: int = MOST) -> list[Block]:
-    """Divide an address space into blocks in address order, `most` at most.
+def blocks(space: "AddressSpace", most: int = MAX_BLOCKS) -> list[Block]:
+    """Divide an address space into at most `most` blocks in address order.
 
-    A block begins where the owner changes or a large hole ends. What is small in size and in memory
-    is joined with its neighbours, and more is until no more than `most` are left.
+    A block begins where the owner changes or a large hole ends. Blocks that are small in size and
+    resident memory are merged with adjacent ones, and more until at most `most` are left.
     """
     pieces = list(_pieces(space))
-    least = far(pieces)
-    found: list[Block] = []
+    large_hole = min_large_hole(pieces)
+    runs: list[Block] = []
     for piece in pieces:
-        last = found[-1] if found else None
-        if last and last.owners.keys() == piece.owners.keys() and piece.start - last.end <= least:
-            last.join(piece, least)
+        last = runs[-1] if runs else None
+        if (
+            last
+            and last.owners.keys() == piece.owners.keys()
+            and piece.start - last.end <= large_hole
+        ):
+            last.merge(piece, large_hole)
         else:
-            found.append(piece)
-    return _joined(found, least, most)
+            runs.append(piece)
+    return _merge(runs, large_hole, most)
 
 
 def _pieces(space: "AddressSpace") -> Iterator[Block]:
-    """Yield each mapping, or each owner's part of one."""
+    """Yield a block for each mapping, or for each owner's part of a divided one."""
     process, table = space._process, space._process.table
     whole, divided = process.claims.whole, process.claims.parts
     private, shared, swap, rest = table.private, table.shared, table.swap, table.rest
-    for i, kind in enumerate(space._kinds):
-        if kind is None:  # [vsyscall] is not in VSZ
+    for i, rest_class in enumerate(space._rest_classes):
+        if rest_class is None:  # [vsyscall] is not in VSZ
             continue
         kib = [0] * len(NAMES)
         kib[PRIVATE], kib[SHARED], kib[SWAPPED] = private[i], shared[i], swap[i]
-        kib[kind] += rest[i]
+        kib[rest_class] += rest[i]
         start, end, name = table.start[i], table.end[i], table.names[i]
         files = {name: table.size[i]} if name.startswith("/") else {}
         if i in divided:
             parts = list(_parts(start, end, divided[i]))
-            yield from _divided(parts, kib, kind)
+            yield from _divide(parts, kib, rest_class)
         else:
             yield Block(start, end, kib, {whole[i] or UNKNOWN: table.size[i]}, files)
 
@@ -120,7 +126,7 @@ def _pieces(space: "AddressSpace") -> Iterator[Block]:
 def _parts(
     start: int, end: int, claimed: Iterable[tuple[int, int, str]]
 ) -> Iterator[tuple[int, int, str]]:
-    """Yield what was claimed of [start, end), and as unknown what is between: each byte once."""
+    """Yield the claimed ranges in [start, end), and the ranges between them as unknown."""
     for low, high, owner in sorted(claimed):
         low, high = max(low, start), min(high, end)  # noqa: PLW2901
         if low >= high:
@@ -133,96 +139,103 @@ def _parts(
         yield start, end, UNKNOWN
 
 
-def _divided(parts: list[tuple[int, int, str]], kib: list[int], kind: int) -> Iterator[Block]:
-    """Yield the parts of a mapping, what is in memory or swap in the largest that have room for it.
+def _divide(parts: list[tuple[int, int, str]], kib: list[int], rest_class: int) -> Iterator[Block]:
+    """Yield a block for each part of a mapping; bytes in memory or swap go to the largest parts.
 
-    Where in a mapping it really lies is not known.
+    Their actual place in the mapping is not known.
     """
-    left = [0 if which == kind else size for which, size in enumerate(kib)]
-    found = [Block(low, high, [0] * len(NAMES), {owner: 0}) for low, high, owner in parts]
-    for block in sorted(found, key=lambda block: block.start - block.end):
+    left = [0 if index == rest_class else size for index, size in enumerate(kib)]
+    divided = [Block(low, high, [0] * len(NAMES), {owner: 0}) for low, high, owner in parts]
+    for block in sorted(divided, key=lambda block: block.start - block.end):
         [owner] = block.owners
-        room = block.owners[owner] = (block.end - block.start) // KiB
-        for which, size in enumerate(left):
-            block.kib[which] = taken = min(size, room)
-            left[which] -= taken
-            room -= taken
-        block.kib[kind] += room
-    yield from found
+        free_kib = block.owners[owner] = (block.end - block.start) // KiB
+        for index, size in enumerate(left):
+            block.kib[index] = moved = min(size, free_kib)
+            left[index] -= moved
+            free_kib -= moved
+        block.kib[rest_class] += free_kib
+    yield from divided
 
 
-def _of_files(block: Block) -> bool:
+def _is_of_files(block: Block) -> bool:
     return all(name.startswith(_FILES) for name in block.owners)
 
 
-def _joined(found: list[Block], least: int, most: int) -> list[Block]:
-    """Join neighbours, those first whose joining hides least."""
-    size = sum(block.size_kib for block in found) or 1
-    memory = sum(block.memory_kib for block in found) or 1
-    before, after = list(range(-1, len(found) - 1)), list(range(1, len(found) + 1))
-    changed = [0] * len(found)  # how often, to tell what in the queue is of the past
-    count = len(found)
+def _merge(runs: list[Block], large_hole: int, most: int) -> list[Block]:
+    """Merge adjacent blocks, cheapest merge first."""
+    size = sum(block.size_kib for block in runs) or 1
+    memory = sum(block.memory_kib for block in runs) or 1
+    before, after = list(range(-1, len(runs) - 1)), list(range(1, len(runs) + 1))
+    version = [0] * len(runs)  # counts merges, to recognise outdated entries of the queue
+    count = len(runs)
 
     def weight(i: int) -> float:
-        return found[i].size_kib / size + _MEMORY * found[i].memory_kib / memory
+        return runs[i].size_kib / size + _MEMORY * runs[i].memory_kib / memory
 
     def offer(i: int, j: int) -> tuple[float, int, int, int]:
-        one, other = found[i], found[j]
+        low, high = runs[i], runs[j]
         small, large = sorted((weight(i), weight(j)))
-        apart = other.start - one.end > least
-        if one.owners.keys() == other.owners.keys():
-            cost = small if apart else 0  # nothing is lost by it
-        elif _of_files(one) and _of_files(other):
-            cost = _LIKE * small + _APART * apart
-        else:  # a large block's name would become less clear
-            cost = small + _UNLIKE * large + _APART * apart
-        return cost, i, j, changed[i] + changed[j]
+        is_apart = high.start - low.end > large_hole
+        if low.owners.keys() == high.owners.keys():
+            cost = small if is_apart else 0  # no information is lost
+        elif _is_of_files(low) and _is_of_files(high):
+            cost = _FILES_COST * small + _HOLE_COST * is_apart
+        else:  # a large block's label becomes less clear
+            cost = small + _OTHER_COST * large + _HOLE_COST * is_apart
+        return cost, i, j, version[i] + version[j]
 
     queue = [offer(i, i + 1) for i in range(count - 1)]
     heapq.heapify(queue)
-    gone = [False] * len(found)
+    is_merged = [False] * len(runs)
     while queue:
-        cost, i, j, age = heapq.heappop(queue)
-        if gone[i] or gone[j] or changed[i] + changed[j] != age or after[i] != j:
+        cost, i, j, versions = heapq.heappop(queue)
+        if is_merged[i] or is_merged[j] or version[i] + version[j] != versions or after[i] != j:
             continue
         if count <= most and cost > (_SMALL if count > _FEW else 0):
             break
-        found[i].join(found[j], least)
-        gone[j], after[i], count = True, after[j], count - 1
-        changed[i] += 1
-        if after[i] < len(found):
+        runs[i].merge(runs[j], large_hole)
+        is_merged[j], after[i], count = True, after[j], count - 1
+        version[i] += 1
+        if after[i] < len(runs):
             before[after[i]] = i
             heapq.heappush(queue, offer(i, after[i]))
         if before[i] >= 0:
             heapq.heappush(queue, offer(before[i], i))
-    return [block for block, hidden in zip(found, gone, strict=True) if not hidden]
+    return [block for block, merged in zip(runs, is_merged, strict=True) if not merged]
 
 
-def holes(found: list[Block]) -> list[int]:
-    """Return the bytes that are not mapped between each block and the next."""
-    return [after.start - before.end for before, after in itertools.pairwise(found)]
+def holes(in_order: list[Block]) -> list[int]:
+    """Return the unmapped bytes between each block and the next."""
+    return [after.start - before.end for before, after in itertools.pairwise(in_order)]
 
 
 def label(block: Block, fits: Callable[[str], bool]) -> str:
-    """Name a block by its owners, and by its files if they are all, as far as it `fits`."""
+    """Return the first label that `fits`, from detailed to short.
+
+    It names the block's owners, or its files if it has nothing else.
+    """
     owners = [printable(name) for name in _largest(block.owners)]
     names = [printable(name.rpartition("/")[2] or name) for name in _largest(block.files)]
     short = list(dict.fromkeys(owner.partition(" (")[0] or owner for owner in owners))
-    tries = owners if len(owners) == 1 else _some(short)
-    if _of_files(block):
+    labels = owners if len(owners) == 1 else _shortened_lists(short)
+    if _is_of_files(block):
         kind = owners[0] if len(owners) == 1 else "files and their data"
         count = f"{len(names):,} files{' and their data' if len(owners) > 1 else ''}"
-        tries = [f"{kind}: {some}" for some in _some(names)] + [count] * (len(names) > 1) + tries
+        labels = (
+            [f"{kind}: {files}" for files in _shortened_lists(names)]
+            + [count] * (len(names) > 1)
+            + labels
+        )
     if block.places > 1:
-        tries = [f"{text}, {block.places:,} places" for text in tries] + tries[-1:]
-    for text in tries:
+        labels = [f"{text}, {block.places:,} places" for text in labels] + labels[-1:]
+    for text in labels:
         if fits(text):
             return text
-    return shorten(tries[-1], fits)
+    return shorten(labels[-1], fits)
 
 
 def shorten(text: str, fits: Callable[[str], bool]) -> str:
-    """Leave the middle of a text out if it does not fit."""
+    """Replace the middle of a text by an ellipsis if it does not fit."""
     if fits(text):
         return text
     low, high = 0, len(text) // 2  # letters kept at each end
@@ -236,25 +249,25 @@ def _largest(sizes: dict[str, int]) -> list[str]:
     return sorted(sizes, key=lambda name: (-sizes[name], name))
 
 
-def _some(names: list[str]) -> list[str]:
-    """Write names in a row, all of them first, then fewer."""
-    rows = []
+def _shortened_lists(names: list[str]) -> list[str]:
+    """Return enumerations of the names, from up to four names down to one."""
+    texts = []
     for shown in range(min(len(names), 4), 0, -1):
         more = len(names) - shown
         if more:
-            rows.append(f"{', '.join(names[:shown])} and {more:,} more")
+            texts.append(f"{', '.join(names[:shown])} and {more:,} more")
         else:
-            rows.append(" and ".join(filter(None, [", ".join(names[:-1]), names[-1]])))
-    return rows
+            texts.append(" and ".join(filter(None, [", ".join(names[:-1]), names[-1]])))
+    return texts
 
 
 def printable(text: str) -> str:
-    """Write what can't be seen as it is written in source code (PEP 383 for odd bytes)."""
-    return "".join(one if one.isprintable() else _escaped(one) for one in text)
+    r"""Escape unprintable characters as in source code, surrogate-escaped bytes as ``\xNN``."""
+    return "".join(char if char.isprintable() else _escape(char) for char in text)
 
 
-def _escaped(one: str) -> str:
-    code = ord(one)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8
+def _escape(char: str) -> str:
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8 (PEP 383)
         return f"\\x{code - 0xDC00:02x}"
-    return one.encode("unicode_escape").decode("ascii")
+    return char.encode("unicode_escape").decode("ascii")
