@@ -1,4 +1,4 @@
-"""Explanations of saved processes, held against what is true of them."""
+"""Explanations of saved processes, compared with the recorded truth."""
 
 import gzip
 import io
@@ -21,7 +21,7 @@ from pyreserve.procmem.read.snapshot import capture
 from pyreserve.procmem.read.sources import SavedSource
 from pyreserve.units import KiB
 
-# Which of our names are right for an owner of the truth. What is not here has none.
+# The right owner names for each owner in truth.json; others have none.
 RIGHT = (
     (r"thread.stack|SafeStack", ["thread stacks"]),
     (r"glibc malloc arena", ["glibc malloc arenas"]),
@@ -57,7 +57,7 @@ RIGHT = (
     (r"dynamic loader", ["library data (.bss, dynamic loader)"]),
     (r"program itself: .* shared anonymous", ["shared anonymous memory"]),
 )
-# Of these the log names addresses, mapped or not, that other owners lie in.
+# The log gives address ranges of these that contain other owners' mappings, or none.
 ELSEWHERE = re.compile(
     r"asan (High|Low)Mem|no call stack|anonymous mmap|strace_fine|^program itself$"
 )
@@ -71,14 +71,20 @@ def explained(name: str) -> AddressSpace:
 @pytest.mark.parametrize("name", NAMES)
 class TestTotals:
     def test_classes_are_exactly_the_truth(self, name: str) -> None:
-        """Every class has the KiB that the kernel's figures give it, and they sum to VmSize."""
+        """Every class has the size in truth.json, and the sizes sum to VmSize."""
         space, true = explained(name), truth(name)
 
-        assert {one.name: one.kib for one in space.classes} == true["classes_kib"]
-        assert sum(one.kib for one in space.classes) == space.vsz_kib == true["vsz_kib"]
+        assert {memory_class.name: memory_class.kib for memory_class in space.classes} == true[
+            "classes_kib"
+        ]
+        assert (
+            sum(memory_class.kib for memory_class in space.classes)
+            == space.vsz_kib
+            == true["vsz_kib"]
+        )
 
     def test_rss_pss_uss(self, name: str) -> None:
-        """RSS and USS are exact; PSS is the kernel's sum, which rounds once and not per mapping."""
+        """RSS and USS are exact; PSS is the kernel's sum, rounded once and not for each mapping."""
         space, true = explained(name), truth(name)
 
         assert space.rss_kib == true["rss_kib"]
@@ -87,7 +93,7 @@ class TestTotals:
         assert space.settled
 
     def test_details(self, name: str) -> None:
-        """The finer figures are those of the truth, which counts some of them too."""
+        """The finer figures equal those in truth.json."""
         true = truth(name).get("classes_detail_kib")
         if true is None:
             pytest.skip("no such figures of this capture")
@@ -102,7 +108,7 @@ class TestTotals:
         assert details["locked"] == true["locked"]
 
     def test_owners_have_every_byte_once(self, name: str) -> None:
-        """Owners sum to VSZ, and their memory to what is in memory."""
+        """Owners sum to VSZ, and their resident sizes to the resident classes."""
         space = explained(name)
 
         assert sum(owner.kib for owner in space.owners) == space.vsz_kib
@@ -121,16 +127,16 @@ def right_names(owner: str) -> list[str]:
 
 
 def named_ranges(space: AddressSpace) -> list[tuple[int, int, str]]:
-    """What every byte is called, from what was claimed."""
+    """Ranges (start, end, owner) of all bytes, from the claims."""
     claims = space._process.claims
-    found = []
-    for i, one in enumerate(space.maps()):
-        at = one.start
+    ranges = []
+    for i, mapping in enumerate(space.maps()):
+        start = mapping.start
         for low, high, name in sorted(claims.parts.get(i, [])):
-            found += [(at, low, "unknown"), (low, high, name)]
-            at = high
-        found.append((at, one.end, claims.whole[i] or "unknown"))
-    return [(low, high, name) for low, high, name in found if low < high]
+            ranges += [(start, low, "unknown"), (low, high, name)]
+            start = high
+        ranges.append((start, mapping.end, claims.whole[i] or "unknown"))
+    return [(low, high, name) for low, high, name in ranges if low < high]
 
 
 OWNED = [
@@ -144,7 +150,7 @@ OWNED = [
 class TestOwners:
     @pytest.mark.parametrize(("name", "index"), OWNED)
     def test_the_right_name_or_none(self, name: str, index: int) -> None:
-        """Bytes of an owner with 1 % of VSZ have its name, or are said to be unknown."""
+        """Bytes of an owner with 1 % of VSZ have its name or are unknown."""
         space = explained(name)
         owner = truth(name)["owners"][index]
         right = right_names(owner["name"])
@@ -208,14 +214,14 @@ class TestOwners:
         ],
     )
     def test_known_sizes(self, name: str, owner: str, kib: int) -> None:
-        """What was traced is found to the KiB."""
-        assert {one.name: one.kib for one in explained(name).owners}.get(owner) == kib
+        """The sizes of traced owners are exact to the KiB."""
+        assert {owner.name: owner.kib for owner in explained(name).owners}.get(owner) == kib
 
     def test_the_ranges_of_gos_layout_of_2014(self) -> None:
-        """Spans, bitmap and arena are told apart inside mappings, committed and reserved."""
+        """Spans, bitmap and arena are separate ranges inside mappings, committed and reserved."""
         ranges = explained("go_tip2014").to_dict()["ranges"]
 
-        assert [(one["name"], one["state"], one["kib"]) for one in ranges] == [
+        assert [(piece["name"], piece["state"], piece["kib"]) for piece in ranges] == [
             ("spans", "committed", 104),
             ("spans + bitmap", "reserved", 8_513_112),
             ("bitmap + arena", "committed", 109_888),
@@ -223,14 +229,14 @@ class TestOwners:
         ]
 
     def test_what_imitates_them_is_not_named(self) -> None:
-        """A program that maps like allocators, runtimes and sanitizers is called none of them."""
+        """A program that maps like allocators, runtimes and sanitizers gets none of their names."""
         names = {owner.name for owner in explained("c_imitator").owners}
 
         assert not [name for name in names if re.match(r"Go|JVM|V8|Address|jemall|mimall", name)]
 
 
 def test_a_gigabyte_reserved_is_not_gos(tmp_path: Path) -> None:
-    """What is used from its start on is no page summaries, whatever is aligned beside it."""
+    """A range committed from its start is no page summaries, whatever is aligned beside it."""
     pieces = (
         (0x100000000000, 256 << 20, "rw-p", 4),
         (0x7E0000001000, 1 << 20, "rw-p", 4),
@@ -249,7 +255,7 @@ def test_a_gigabyte_reserved_is_not_gos(tmp_path: Path) -> None:
 
 
 def test_a_shadow_of_terabytes(tmp_path: Path) -> None:
-    """A hundred terabytes of one mapping are looked at once, and not piece by piece."""
+    """A mapping of many terabytes is examined once, not for each possible heap."""
     (tmp_path / "smaps").write_text(
         "".join(
             f"{low:x}-{low + (1 << 44):x} rw-p 00000000 00:00 0 \nVmFlags: rd wr nr {more}\n"
@@ -274,7 +280,7 @@ def test_a_shadow_of_terabytes(tmp_path: Path) -> None:
 
 
 def test_thousands_of_full_heaps(tmp_path: Path) -> None:
-    """Whether a tail ends a run of full heaps is told once for all of them."""
+    """A run of full heaps is followed to its tail once for all heaps."""
     heaps = 3000
     (tmp_path / "smaps").write_text(
         "".join(
@@ -299,15 +305,15 @@ def test_thousands_of_full_heaps(tmp_path: Path) -> None:
     )
     assert list(tails.values())[:-1] == [0] * heaps
 
-    assert allocators._full_heaps_below_a_tail(tails, size) == set()  # nothing ends them
+    assert allocators._full_heaps_below_a_tail(tails, size) == set()  # no tail above them
     assert looked <= 2 * heaps
-    tails[(1 << 44) + heaps * size] = 4096  # and now something does
+    tails[(1 << 44) + heaps * size] = 4096  # now there is a tail
     assert len(allocators._full_heaps_below_a_tail(tails, size)) == heaps
 
 
 @pytest.mark.parametrize(("used", "owner"), [(0x8000, "glibc malloc arenas"), (0x7000, "unknown")])
 def test_the_smallest_arena(tmp_path: Path, used: int, owner: str) -> None:
-    """With MALLOC_TOP_PAD_=0 an arena may begin as small as HEAP_MIN_SIZE, and no smaller."""
+    """With MALLOC_TOP_PAD_=0 an arena may have HEAP_MIN_SIZE committed, and not less."""
     border = 0x7F0000000000 + used
     (tmp_path / "smaps").write_text(
         f"7f0000000000-{border:x} rw-p 00000000 00:00 0 \nRss: 8 kB\nPrivate_Dirty: 8 kB\n"
@@ -317,7 +323,7 @@ def test_the_smallest_arena(tmp_path: Path, used: int, owner: str) -> None:
 
     owners = explain(path=tmp_path).owners
 
-    assert [(one.name, one.kib) for one in owners] == [(owner, 64 * KiB)]
+    assert [(owner.name, owner.kib) for owner in owners] == [(owner, 64 * KiB)]
 
 
 LIBC = "7f0000000000-7f0000001000 r-xp 00000000 00:01 5 /lib/x86_64-linux-gnu/libc.so.6\n"
@@ -326,7 +332,7 @@ LINE = 0x7E0000000000  # of 64 MiB
 
 
 def owners_of(folder: Path, *pieces: tuple[int, int, str, int, str], rest: str) -> dict[str, int]:
-    """Explain mappings of (start, bytes, access, KiB in memory, flags), and the text of others."""
+    """Explain mappings (start, bytes, access, resident KiB, flags) and the text `rest`."""
     (folder / "smaps").write_text(
         "".join(
             f"{low:x}-{low + size:x} {perms} 00000000 00:00 0 \nRss: {rss} kB\n"
@@ -342,7 +348,7 @@ HEAD, TAIL = "rd wr mr mw me ac", "mr mw me"
 
 
 class TestChargedArenas:
-    """glibc's heaps since 2.41, whose flags are any memory's."""
+    """glibc's heaps since 2.41, which have the flags of ordinary memory."""
 
     def heap(self, low: int, head: int, flags: str = HEAD) -> list[tuple[int, int, str, int, str]]:
         return [
@@ -351,13 +357,13 @@ class TestChargedArenas:
         ]
 
     def test_one(self, tmp_path: Path) -> None:
-        """With glibc mapped a head and a tail that make 64 MiB are a heap."""
+        """With glibc mapped, a head and a tail of 64 MiB together are a heap."""
         owners = owners_of(tmp_path, *self.heap(LINE, 0x21000), rest=LIBC + STACK)
 
         assert owners["glibc malloc arenas"] == 64 * KiB
 
     def test_merged_with_what_is_below(self, tmp_path: Path) -> None:
-        """What begins below the line and goes on as the head is divided at the line."""
+        """A mapping that begins below the line and includes the head is divided at the line."""
         head, tail = self.heap(LINE, 0x21000)
         merged = (LINE - (1 << 20), head[1] + (1 << 20), "rw-p", 8, HEAD)
 
@@ -378,7 +384,7 @@ class TestChargedArenas:
         assert owners["glibc malloc arenas"] == 128 * KiB
 
     def test_a_full_heap_that_stayed_apart(self, tmp_path: Path) -> None:
-        """A mapping of its own right below a heap is one; merged, it may be the program's own."""
+        """A separate mapping below a heap is a full heap; a merged one may be the program's."""
         full = (LINE, 64 << 20, "rw-p", 64 * KiB, HEAD)
         head, tail = self.heap(LINE + (64 << 20), 0x21000)
         merged = (LINE, full[1] + head[1], "rw-p", full[3] + head[3], HEAD)
@@ -417,34 +423,34 @@ class TestChargedArenas:
     def test_what_is_alike(
         self, tmp_path: Path, low: int, head: int, tail: int, flags: str
     ) -> None:
-        """Programs that have glibc too, and reserve and commit on their own, are not malloc."""
+        """Reservations of programs that map glibc too are not malloc's."""
         pieces = (low, head, "rw-p", head // KiB, HEAD), (low + head, tail, "---p", 0, flags)
 
         assert "glibc malloc arenas" not in owners_of(tmp_path, *pieces, rest=LIBC + STACK)
 
 
 class TestHiddenGuards:
-    """Stacks whose guards are in the same mapping."""
+    """Stacks with their guards inside the mapping."""
 
     ONE = (8 << 20) + 4096
 
     @pytest.mark.parametrize("mapped", [ONE, 3 * ONE, 1 << 20])
     def test_the_kernel_marks_it(self, tmp_path: Path, mapped: int) -> None:
-        """With `gu` and `nh` it is a stack of any size, or several."""
+        """A mapping with `gu` and `nh` is one or several stacks of any size."""
         piece = (LINE, mapped, "rw-p", 8, f"{HEAD} gu nh")
 
         assert owners_of(tmp_path, piece, rest=LIBC)["thread stacks"] == mapped // KiB
 
     @pytest.mark.parametrize(("mapped", "named"), [(ONE, True), (3 * ONE, True), (8 << 20, False)])
     def test_before_the_kernel_did(self, tmp_path: Path, mapped: int, named: bool) -> None:
-        """Without `gu` the size tells: whole stacks of the limit's size and their guards."""
+        """Without `gu` the size must be a multiple of the limit and a guard."""
         piece = (LINE, mapped, "rw-p", 8, f"{HEAD} nh")
 
         assert ("thread stacks" in owners_of(tmp_path, piece, rest=LIBC)) == named
 
     @pytest.mark.parametrize("flags", ["gu", "gu nh dd", "gu nh nr", "gu nh dc"])
     def test_guards_of_others(self, tmp_path: Path, flags: str) -> None:
-        """Anybody may install guards."""
+        """A guard in a mapping without `nh`, or with dd, nr or dc, is no evidence of a stack."""
         piece = (LINE, self.ONE, "rw-p", 8, f"{HEAD} {flags}")
 
         assert "thread stacks" not in owners_of(tmp_path, piece, rest=LIBC)
@@ -456,10 +462,10 @@ VDSO = "7fff80000000-7fff80002000 r-xp 00000000 00:00 0 [vdso]\n"
 
 
 class TestOutOfCoreDumps:
-    """What `dd` tells in a process that has pyreserve's library."""
+    """Mappings with `dd` in a process that maps pyreserve's library."""
 
     def test_the_state_of_getrandom(self, tmp_path: Path) -> None:
-        """It is droppable and wiped on fork, and nobody's region."""
+        """getrandom's state is droppable and wiped on fork, and no pyreserve region."""
         owners = owners_of(tmp_path, RANDOM, rest=LIBC + OURS + VDSO)
 
         assert owners["vDSO getrandom state"] == 4
@@ -467,12 +473,12 @@ class TestOutOfCoreDumps:
 
     @pytest.mark.parametrize("rest", [OURS + VDSO, LIBC + OURS], ids=["no glibc", "no vdso"])
     def test_droppable_memory_of_others(self, tmp_path: Path, rest: str) -> None:
-        """Its owner is unknown; it is not a pyreserve region."""
+        """Droppable memory without glibc or vDSO is unknown, and no pyreserve region."""
         assert owners_of(tmp_path, RANDOM, rest=rest)["unknown"] == 4
 
     @pytest.mark.parametrize(("mapped", "named"), [(16 << 10, True), (64 << 20, False)])
     def test_several_pages(self, tmp_path: Path, mapped: int, named: bool) -> None:
-        """Many threads have more pages of it; what is large is a cache of somebody's."""
+        """The state may have several pages; a large droppable mapping is another owner's cache."""
         piece = (LINE, mapped, *RANDOM[2:])
 
         owners = owners_of(tmp_path, piece, rest=LIBC + OURS + VDSO)
@@ -481,7 +487,7 @@ class TestOutOfCoreDumps:
         assert "pyreserve regions" not in owners
 
     def test_a_secret(self, tmp_path: Path) -> None:
-        """Memory that a library keeps out of core dumps is no region."""
+        """Committed memory excluded from core dumps is no region."""
         secret = (LINE, 1 << 16, "rw-p", 4, f"{HEAD} dd")
         guard = (LINE + (1 << 16), 4096, "---p", 0, TAIL)
 
@@ -490,7 +496,7 @@ class TestOutOfCoreDumps:
         assert "pyreserve regions" not in owners
 
     def test_a_region(self, tmp_path: Path) -> None:
-        """What is reserved and kept out of them, with its committed parts, is."""
+        """A reserved mapping with `dd` and its committed neighbour are a region."""
         pieces = (
             (LINE, 1 << 20, "---p", 0, f"{TAIL} dd"),
             (LINE + (1 << 20), 1 << 20, "rw-p", 4, f"{HEAD} dd"),
@@ -500,7 +506,7 @@ class TestOutOfCoreDumps:
 
     @pytest.mark.parametrize("library", ["libcoreclr.so", "libtsan.so.2", "libmariadbd.so.19"])
     def test_others_that_reserve_so(self, tmp_path: Path, library: str) -> None:
-        """Where a runtime is mapped that does the same, the owner is unknown."""
+        """With a runtime mapped that reserves with `dd` too, the owner is unknown."""
         other = f"7f2000000000-7f2000001000 r-xp 00000000 00:01 7 /x/{library}\n"
         piece = (LINE, 1 << 20, "---p", 0, f"{TAIL} dd")
 
@@ -511,7 +517,7 @@ class TestOutOfCoreDumps:
 
 @pytest.mark.parametrize("mark", ["nh", ""])
 def test_stacks_of_older_kernels(tmp_path: Path, mark: str) -> None:
-    """Before Linux 6.7 a stack is told by its size, and no mark is claimed that is not there."""
+    """Before Linux 6.7 a stack is recognised by its size; the evidence names `nh` only if set."""
     (tmp_path / "smaps").write_text(
         f"7f0000000000-7f0000001000 ---p 00000000 00:00 0 \nVmFlags: mr mw me {mark} \n"
         f"7f0000001000-7f0000801000 rw-p 00000000 00:00 0 \nVmFlags: rd wr mr mw me {mark} \n"
@@ -525,7 +531,7 @@ def test_stacks_of_older_kernels(tmp_path: Path, mark: str) -> None:
 
 
 class TestWithout:
-    """Fewer files, and other kinds of them."""
+    """Missing files and files of other kinds."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
@@ -533,7 +539,7 @@ class TestWithout:
         return tmp_path / "redis"
 
     def test_smaps_alone_is_enough(self, folder: Path) -> None:
-        """The rest adds names, limits and the kernel's own sums."""
+        """smaps alone gives all sizes; other files add name, limits and the kernel's sums."""
         for path in folder.iterdir():
             if path.name != "smaps.gz":
                 path.unlink()
@@ -555,7 +561,7 @@ class TestWithout:
         assert explain(path=folder).to_dict() == before
 
     def test_no_smaps(self, folder: Path) -> None:
-        """Then maps, status and smaps_rollup tell what they know, and the rest is said to miss."""
+        """Without smaps, maps, status and smaps_rollup are used; smaps is in `missing`."""
         whole = explain(path=folder)
         (folder / "smaps.gz").unlink()
 
@@ -564,7 +570,7 @@ class TestWithout:
         assert space.missing == ("smaps",)
         assert (space.vsz_kib, space.mappings) == (whole.vsz_kib, whole.mappings)
         assert (space.rss_kib, space.pss_kib, space.uss_kib) == (79_056, whole.pss_kib, None)
-        classes = {one.name: one.kib for one in space.classes}
+        classes = {memory_class.name: memory_class.kib for memory_class in space.classes}
         assert classes.keys() == {"no_access_reserved", "accessible", "special_pfn"}
         assert sum(classes.values()) == space.vsz_kib
         assert classes["no_access_reserved"] == whole.class_kib("no_access_reserved")
@@ -574,7 +580,7 @@ class TestWithout:
         )
 
     def test_neither_smaps_nor_its_sums(self, folder: Path) -> None:
-        """Status has RSS, and what is not known is null in JSON, and no 0."""
+        """RSS is that of status, and unknown figures are null in JSON, not 0."""
         for name in ("smaps.gz", "smaps_rollup"):
             (folder / name).unlink()
 
@@ -587,7 +593,10 @@ class TestWithout:
         assert sum(owner["kib"] for owner in plain["owners"]) == space.vsz_kib
         assert "stacks" in plain["details_kib"]
         assert "stacks_resident" not in plain["details_kib"]
-        assert {one.class_name for one in space.maps()} <= {"", *(c.name for c in space.classes)}
+        assert {mapping.class_name for mapping in space.maps()} <= {
+            "",
+            *(c.name for c in space.classes),
+        }
         with pytest.raises(KeyError):
             space.class_kib("resident_private")
 
@@ -607,7 +616,7 @@ class TestWithout:
     def test_which_files_have_the_totals(
         self, folder: Path, hidden: str, rss: int | None, swap: int | None, page_tables: int | None
     ) -> None:
-        """RSS, swap and page tables are None exactly where none of their files could be read."""
+        """RSS, swap and page tables are None exactly if none of their files is readable."""
         for name, old, new in (
             ("smaps_rollup", "Swap:                  0 kB", "Swap:                  4 kB"),
             ("status", "VmSwap:\t       0 kB", "VmSwap:\t       8 kB"),
@@ -632,7 +641,7 @@ class TestWithout:
         assert ("is memory (" in space.verdict) is (rss is not None and "smaps" in hidden.split())
 
     def test_maps_alone(self, folder: Path) -> None:
-        """The verdict claims no memory, whether or not there is anything else to say."""
+        """With maps alone the verdict says that resident memory is unknown."""
         page = "10000000-10001000 rw-p 00000000 00:00 0 \n"
         reserved = "20000000-60000000 ---p 00000000 00:00 0 \n"
         for path in folder.iterdir():
@@ -652,7 +661,7 @@ class TestWithout:
         )
 
     def test_tables_without_memory(self, folder: Path) -> None:
-        """No share of the memory is warned of where status has page tables and no RSS."""
+        """Without RSS there is no warning about page tables."""
         for name in ("smaps.gz", "smaps_rollup"):
             (folder / name).unlink()
         status = (folder / "status").read_text().replace("236 kB", "99999 kB")
@@ -666,7 +675,7 @@ class TestWithout:
         assert (space.rss_kib, space.page_tables_kib, space.warnings) == (None, 99_999, ())
 
     def test_what_is_not_known_is_not_compared(self, folder: Path) -> None:
-        """Figures that one of two explanations does not have are no change of it."""
+        """A figure that is unknown in one explanation is no change."""
         whole = explain(path=folder).to_dict()
         (folder / "smaps.gz").unlink()
 
@@ -677,7 +686,7 @@ class TestWithout:
         assert difference.owners_resident == ()
 
     def test_totals_that_are_not_known_are_not_compared(self, folder: Path) -> None:
-        """Without RSS before or after, the words say that it can't be compared."""
+        """If RSS is unknown before or after, the verdict says that it can't be compared."""
         whole = explain(path=folder).to_dict()
         for name in ("smaps.gz", "smaps_rollup", "status"):
             (folder / name).unlink()
@@ -690,7 +699,7 @@ class TestWithout:
             assert "memory (RSS) can't be compared." in difference.verdict
 
     def test_neither_smaps_nor_maps(self, folder: Path) -> None:
-        """Without both there is nothing to explain."""
+        """Without smaps and maps the folder is refused."""
         for name in ("smaps.gz", "maps.gz"):
             (folder / name).unlink()
 
@@ -698,13 +707,13 @@ class TestWithout:
             explain(path=folder)
 
     def test_no_folder(self, tmp_path: Path) -> None:
-        """A path that is not there is said to be not there."""
+        """A missing folder is reported as missing."""
         with pytest.raises(FileNotFoundError, match="no such folder"):
             explain(path=tmp_path / "nothing")
 
     @pytest.mark.parametrize("cut", [10, 100, 3000])
     def test_a_file_cut_short(self, folder: Path, cut: int) -> None:
-        """What was not copied whole is refused by name."""
+        """A truncated file is refused, and the error names it."""
         path = folder / "smaps.gz"
         path.write_bytes(path.read_bytes()[:cut])
 
@@ -712,14 +721,14 @@ class TestWithout:
             explain(path=folder)
 
     def test_nothing_in_it(self, folder: Path) -> None:
-        """An empty file, of a process that had ended, is not explained as if it were one."""
+        """An empty compressed file, of a process that had ended, is refused."""
         (folder / "smaps.gz").write_bytes(gzip.compress(b""))
 
         with pytest.raises(MapsError, match="no mappings"):
             explain(path=folder)
 
     def test_what_has_no_end(self, folder: Path) -> None:
-        """What unpacks to more than such a file can be is refused before it fills the memory."""
+        """A file that unpacks to more than its maximum is refused before it fills the memory."""
         for name in ("smaps.gz", "status.gz"):
             before = (folder / name).read_bytes() if (folder / name).exists() else None
             (folder / name).write_bytes(gzip.compress(bytes(1 << 25)))
@@ -729,7 +738,7 @@ class TestWithout:
             (folder / name).write_bytes(before or b"")
 
     def test_what_is_no_file(self, folder: Path) -> None:
-        """A pipe, a device and a folder in the place of a file are refused at once."""
+        """A pipe, a folder and a device in place of a file are refused immediately."""
         (folder / "smaps.gz").unlink()
         for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")):
             make(folder / "smaps")
@@ -738,14 +747,14 @@ class TestWithout:
             (folder / "smaps").rename(folder / f"was {make}".replace("/", "_"))
 
     def test_no_mappings(self, folder: Path) -> None:
-        """What is saved of a process that has ended is not an address space of nothing."""
+        """An empty smaps, of a process that had ended, is refused."""
         (folder / "smaps").write_bytes(b"")
 
         with pytest.raises(MapsError, match="smaps: no mappings"):
             explain(path=folder)
 
     def test_far_too_large(self, folder: Path) -> None:
-        """A few KiB that unpack to more than such a file ever is do not fill the memory."""
+        """A few KiB that unpack to more than the maximum of status are refused."""
         (folder / "status").unlink()
         (folder / "status.gz").write_bytes(gzip.compress(bytes(1 << 24)))
 
@@ -753,7 +762,7 @@ class TestWithout:
             explain(path=folder)
 
     def test_odd_bytes_in_an_owners_name(self, folder: Path) -> None:
-        """They are written as in the process's name: JSON has no lone surrogates."""
+        """Bytes of an owner's name that are not UTF-8 are escaped: JSON has no lone surrogates."""
         (folder / "smaps").write_bytes(b"1000-2000 rw-p 0 0:0 0 [anon:a\xff]\n")
         (folder / "status").unlink()
 
@@ -763,7 +772,7 @@ class TestWithout:
         assert "\\ud" not in space.to_json()
 
     def test_files_of_two_moments(self, folder: Path) -> None:
-        """Totals that do not match are told, and the mappings are believed."""
+        """Totals that do not match cause a warning; the mappings' sums are used."""
         rollup = folder / "smaps_rollup"
         rollup.write_text(rollup.read_text().replace("79056", "79060"))
 
@@ -775,7 +784,7 @@ class TestWithout:
 
     @pytest.mark.parametrize("name", [n for n in NAMES if (FOLDER / n / "maps.gz").exists()])
     def test_maps_and_smaps_name_the_same_mappings(self, name: str) -> None:
-        """The two files are read alike."""
+        """maps and smaps give the same mappings."""
         maps, smaps = (
             MapTable.read(io.BytesIO(gzip.decompress((FOLDER / name / f"{file}.gz").read_bytes())))
             for file in ("maps", "smaps")

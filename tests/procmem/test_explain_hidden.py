@@ -1,4 +1,4 @@
-"""`explain`, `track`, `vsz` and the rest where files of /proc are missing, and memory for them.
+"""`explain`, `track`, `vsz` and others without some files of /proc, or without memory.
 
 A preloaded library refuses to open them, as kernels without the file (ENOENT) and sandboxes
 (EACCES, EPERM) do. Each test is a process of its own.
@@ -21,7 +21,7 @@ from helpers.subjects import kib_of
 from helpers.witness import fresh_python
 from pyreserve import MiB
 
-# Heavy: each is a process or more.
+# Heavy: each test starts a process or more.
 pytestmark = pytest.mark.heavy
 
 _HIDING = r"""
@@ -105,12 +105,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["ENOENT", "EACCES", "EPERM"])
 def why(request: pytest.FixtureRequest) -> int:
-    """With what a file is refused."""
+    """The errno that opening a hidden file sets."""
     return int(getattr(errno, request.param))
 
 
 class Hiding:
-    """Runs Python, or the command, where files are hidden."""
+    """Runs Python or the command with hidden files."""
 
     def __init__(self, library: Path, names: str, why: int = errno.ENOENT) -> None:
         hidden = {"LD_PRELOAD": str(library), "HIDDEN": names, "HIDDEN_ERRNO": str(why)}
@@ -122,13 +122,13 @@ class Hiding:
         )
 
     def python(self, script: str) -> Any:
-        """Return what a script prints as JSON."""
+        """Return the JSON that a script prints."""
         done = self._run(sys.executable, "-c", textwrap.dedent(script))
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     def command(self, *arguments: str | int | Path, status: int = 0) -> str:
-        """Return what the command says on the stream that its status is for."""
+        """Return the output of the command: stderr if it fails, else stdout."""
         done = self._run(*COMMAND, *map(str, arguments))
         assert done.returncode == status, done.stderr
         return done.stderr if status else done.stdout
@@ -151,7 +151,7 @@ class TestNoRollup:
     """smaps is added up instead of smaps_rollup."""
 
     def test_explain_and_track(self, library: Path, why: int) -> None:
-        """All figures are there; PSS is the mappings' sum."""
+        """All figures are known; PSS is the sum over the mappings."""
         *figures, text, space = Hiding(library, "smaps_rollup", why).python(_TRACKED)
 
         vsz, reserved, committed, rss, pss = figures
@@ -162,17 +162,17 @@ class TestNoRollup:
         assert 3 * MiB < pss < 12 * MiB  # also changes with who else maps the same libraries
         assert "not known" not in text
         assert space["missing"] == ["smaps_rollup"]
-        assert sum(one["kib"] for one in space["classes"]) == space["vsz_kib"]
+        assert sum(memory_class["kib"] for memory_class in space["classes"]) == space["vsz_kib"]
         assert 0 < space["uss_kib"] - space["mappings"] <= space["pss_kib"] <= space["rss_kib"]
 
     def test_vsz(self, library: Path, why: int) -> None:
-        """The command of the article works."""
+        """`pyreserve vsz` works."""
         report = json.loads(Hiding(library, "smaps_rollup", why).command("vsz", "--json"))
 
         assert 0 < report["after"]["Pss_kib"] <= report["after"]["VmRSS_kib"]
 
     def test_another_process(self, library: Path, tmp_path: Path) -> None:
-        """Watched, saved and scraped it is the same."""
+        """`explain --save` and watching another process work too."""
         hiding = Hiding(library, "smaps_rollup")
         with subjects.running(sys.executable, "-c", subjects.HOLD) as pid:
             subjects.stop(pid)
@@ -198,10 +198,10 @@ class TestNoRollup:
 
 
 class TestNoSmaps:
-    """maps and status say what they know, and the rest is said not to be known."""
+    """maps and status are used, and other figures are reported as unknown."""
 
     def test_explain_and_track(self, library: Path, why: int) -> None:
-        """RSS is status's; PSS, USS and whose memory it is are not known."""
+        """RSS is that of status; PSS, USS and the owners of memory are not known."""
         *figures, text, space = Hiding(library, SMAPS, why).python(_TRACKED)
 
         vsz, reserved, committed, rss, pss = figures
@@ -212,14 +212,14 @@ class TestNoSmaps:
         assert space["missing"] == ["smaps", "smaps_rollup"]
         assert (space["pss_kib"], space["uss_kib"]) == (None, None)
         assert space["rss_kib"] > 4096
-        assert sum(one["kib"] for one in space["classes"]) == space["vsz_kib"]
-        assert sum(one["kib"] for one in space["owners"]) == space["vsz_kib"]
+        assert sum(memory_class["kib"] for memory_class in space["classes"]) == space["vsz_kib"]
+        assert sum(owner["kib"] for owner in space["owners"]) == space["vsz_kib"]
         assert "smaps can't be read" in space["verdict"]
-        regions = next(one for one in space["owners"] if one["name"] == "pyreserve regions")
+        regions = next(owner for owner in space["owners"] if owner["name"] == "pyreserve regions")
         assert (regions["kib"], regions["rss_kib"]) == (100 << 10, None)
 
     def test_vsz(self, library: Path) -> None:
-        """Its screen and its JSON say that PSS is not known."""
+        """Screen and JSON report PSS as unknown."""
         hiding = Hiding(library, SMAPS)
 
         report = json.loads(hiding.command("vsz", "--json"))
@@ -232,7 +232,7 @@ class TestNoSmaps:
         ]
 
     def test_another_process(self, library: Path, tmp_path: Path) -> None:
-        """The screen has no figure that is not known; what is saved is explained alike."""
+        """The screen shows no unknown figure; saved files give the same explanation."""
         hiding = Hiding(library, SMAPS)
         with subjects.running(sys.executable, "-c", subjects.HOLD) as pid:
             subjects.stop(pid)
@@ -250,7 +250,7 @@ class TestNoSmaps:
             assert saved["missing"] == plain["missing"] == ["smaps", "smaps_rollup"]
 
     def test_no_picture(self, library: Path, tmp_path: Path) -> None:
-        """A picture is of what is in memory, so there is none."""
+        """A picture needs smaps: it is refused and no file is written."""
         picture = tmp_path / "a.png"
 
         refused = Hiding(library, SMAPS).command("explain", "--plot", picture, status=1)
@@ -260,7 +260,7 @@ class TestNoSmaps:
         assert not picture.exists()
 
     def test_it_is_watched_and_scraped(self, library: Path) -> None:
-        """What is not known is an empty field, and no metric."""
+        """An unknown figure is an empty field, and no metric."""
         row, metrics = Hiding(library, SMAPS).python(
             """
             import json, os
@@ -284,17 +284,17 @@ class TestNoSmaps:
         assert "unique_bytes{" not in metrics
 
     def test_its_sums_alone(self, library: Path) -> None:
-        """With smaps_rollup PSS is known, and with PAGEMAP_SCAN all but the flags."""
+        """With smaps_rollup PSS is known, and with PAGEMAP_SCAN all but VmFlags."""
         *_, pss, text, space = Hiding(library, "smaps").python(_TRACKED)
 
         assert 3 * MiB < pss < 12 * MiB  # also changes with who else maps the same libraries
         assert "not known" not in text
         assert space["missing"] == ["smaps"]
         assert space["pss_kib"] > 4096
-        assert sum(one["kib"] for one in space["classes"]) == space["vsz_kib"]
+        assert sum(memory_class["kib"] for memory_class in space["classes"]) == space["vsz_kib"]
 
     def test_status_as_well(self, library: Path) -> None:
-        """Then nothing says how much is in memory, and the error says so."""
+        """Without status too, resident memory is unknown, and the error says so."""
         told = Hiding(library, f"{SMAPS}:status").python(
             """
             import json
@@ -327,7 +327,7 @@ _REFUSED = """
 
 
 def test_no_proc_at_all(library: Path) -> None:
-    """The error says that /proc is not mounted, and not that this process has ended."""
+    """The error says that /proc is not mounted, not that this process has ended."""
     told = Hiding(library, "/proc").python(_REFUSED)
 
     assert [name for name, _ in told] == ["AccessError"] * 3
@@ -336,7 +336,7 @@ def test_no_proc_at_all(library: Path) -> None:
 
 @pytest.mark.parametrize("err", [errno.ENOENT, errno.EACCES])
 def test_no_maps(library: Path, err: int) -> None:
-    """This very process has not ended: its maps are hidden."""
+    """With hidden maps, this process is not reported as ended."""
     told = Hiding(library, "maps", err).python(_REFUSED)
 
     assert [name for name, _ in told] == ["AccessError"] * 3
@@ -380,7 +380,7 @@ _FULL = """
 
 
 def test_a_full_map_table() -> None:
-    """With vm.max_map_count reached `track` takes a few KiB, and `explain` names the limit."""
+    """At vm.max_map_count `track` needs a few KiB, and `explain` names the limit."""
     limit, told, sampled, tracked, *after = fresh_python(_FULL)
 
     text, name, err = told

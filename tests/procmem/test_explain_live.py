@@ -1,7 +1,7 @@
-"""`pyreserve.explain` held against the kernel, psutil and smem, on processes that run here.
+"""`pyreserve.explain` compared with the kernel, psutil and smem, on running processes.
 
-They are stopped, so that nothing of theirs moves. Yet PSS and USS do when any process that shares a
-page with them starts or ends: what is compared may need a second look.
+The processes are stopped. Their PSS and USS still change when a process that shares a page with
+them starts or ends, so comparisons are repeated until they agree.
 """
 
 import errno
@@ -34,7 +34,7 @@ from pyreserve import PAGE_SIZE, GiB, KiB, MiB, Region, TiB, explain, reserve, t
 from pyreserve._system import proc
 from pyreserve.errors import AccessError, NoAddressSpaceError, RangeError
 from pyreserve.procmem import AddressSpace, Owner, Sample, compare, load, sample, save
-from pyreserve.procmem.read import snapshot as capture
+from pyreserve.procmem.read import snapshot
 from pyreserve.procmem.read.maps import MapTable
 from pyreserve.procmem.read.sources import LiveSource
 
@@ -51,13 +51,13 @@ every_subject = pytest.mark.parametrize("name", SUBJECTS)
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stopped]:
-    """Stopped processes by their name; all are ended at the end of this file."""
+    """Stopped processes by name; all are ended after this module."""
     with ExitStack() as stack:
         yield Stopped(tmp_path_factory.mktemp("subjects"), stack)
 
 
 def assert_agree(both: Callable[[], tuple[Figures, Figures]]) -> None:
-    """Assert that two answers are the same, at once or soon."""
+    """Assert that two results agree, at once or within `PATIENCE` seconds."""
     deadline = time.monotonic() + PATIENCE
     ours, theirs = both()
     while ours != theirs and time.monotonic() < deadline:
@@ -74,7 +74,7 @@ def figures(space: AddressSpace) -> tuple[int, int, int]:
 
 
 def kib_by_class(space: AddressSpace) -> dict[str, int]:
-    return {one.name: one.kib for one in space.classes}
+    return {memory_class.name: memory_class.kib for memory_class in space.classes}
 
 
 def kib_by_owner(space: AddressSpace) -> dict[str, int]:
@@ -83,19 +83,22 @@ def kib_by_owner(space: AddressSpace) -> dict[str, int]:
 
 @every_subject
 class TestAgreement:
-    """What others say of the same processes."""
+    """Other tools report the same figures."""
 
     def test_the_classes_are_all_of_vmsize(self, stopped: Stopped, name: str) -> None:
         """Every byte of VmSize is in one class and has one owner."""
         space = explain(stopped(name))
 
-        assert sum(one.kib for one in space.classes) == kib_of(space.pid, "status")["VmSize"]
+        assert (
+            sum(memory_class.kib for memory_class in space.classes)
+            == kib_of(space.pid, "status")["VmSize"]
+        )
         assert sum(owner.kib for owner in space.owners) == space.vsz_kib
-        assert sum(one.kib for one in space.maps() if one.class_name) == space.vsz_kib
-        assert len([one for one in space.maps() if one.class_name]) == space.mappings
+        assert sum(mapping.kib for mapping in space.maps() if mapping.class_name) == space.vsz_kib
+        assert len([mapping for mapping in space.maps() if mapping.class_name]) == space.mappings
 
     def test_the_figures_are_the_kernels(self, stopped: Stopped, name: str) -> None:
-        """RSS, PSS and USS are those of smaps_rollup, and it says that all is of one moment."""
+        """RSS, PSS and USS equal smaps_rollup, and `settled` is true."""
         pid = stopped(name)
 
         def both() -> tuple[object, object]:
@@ -106,16 +109,16 @@ class TestAgreement:
         assert_agree(both)
 
     def test_memory_has_owners(self, stopped: Stopped, name: str) -> None:
-        """The owners' memory, and the mappings', is that of the classes."""
+        """The resident sizes of owners and of mappings sum to those of the classes."""
         space = explain(stopped(name))
 
         resident = space.class_kib("resident_private") + space.class_kib("resident_shared")
         assert sum(owner.rss_kib for owner in space.owners) == resident
-        assert sum(one.rss_kib for one in space.maps()) == resident
+        assert sum(mapping.rss_kib for mapping in space.maps()) == resident
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # psutil is renaming it
     def test_psutil_says_the_same(self, stopped: Stopped, name: str) -> None:
-        """psutil's USS, PSS, RSS and VMS are the same to the KiB."""
+        """psutil's USS, PSS, RSS and VMS agree to the KiB."""
         psutil = pytest.importorskip("psutil")
         pid = stopped(name)
         # Its RSS is of statm, which is not exact on older kernels (percpu_counter_read_positive).
@@ -133,7 +136,7 @@ class TestAgreement:
         assert_agree(both)
 
     def test_smem_says_the_same(self, stopped: Stopped, name: str, tmp_path: Path) -> None:
-        """smem's USS, PSS and RSS of the files that `save` wrote are the same to the KiB.
+        """smem's USS, PSS and RSS of the files that `save` wrote agree to the KiB.
 
         It adds up the PSS of the mappings, each of which the kernel rounds down; so does `explain`
         where there is no smaps_rollup. While smem itself runs, what it shares counts otherwise.
@@ -168,7 +171,7 @@ class TestAgreement:
         assert_agree(both)
 
     def test_saved_it_is_the_same(self, stopped: Stopped, name: str, tmp_path: Path) -> None:
-        """What was saved of a process is explained as the process is."""
+        """The saved files of a process give the same explanation as the process."""
         pid = stopped(name)
 
         def both() -> tuple[object, object]:
@@ -187,7 +190,7 @@ class TestAgreement:
 
 
 def _without_flags(space: AddressSpace) -> object:
-    """All but what needs the details of smaps."""
+    """The explanation without the fields that need smaps."""
     plain = space.to_dict()
     del plain["details_kib"]
     for owner in plain["owners"]:
@@ -196,11 +199,11 @@ def _without_flags(space: AddressSpace) -> object:
 
 
 class TestOwners:
-    """Each process is known by what is special to it."""
+    """Each kind of process has its own owners."""
 
     @only_64_bit
     def test_pyreserve_playing_go(self, stopped: Stopped) -> None:
-        """`pyreserve vsz --hold` is told from Go, and its arena is the 128 GiB of the article."""
+        """`pyreserve vsz --hold` is not taken for Go; its arena is the 128 GiB of the article."""
         space = explain(stopped("vsz"))
 
         owners = kib_by_owner(space)
@@ -213,19 +216,19 @@ class TestOwners:
         assert "is pyreserve Go arena" in space.verdict
 
     def test_numpy(self, stopped: Stopped) -> None:
-        """numpy's files are files; an array looks like any large block of malloc's."""
+        """numpy's libraries are mapped files; an array looks like any large malloc block."""
         space = explain(stopped("numpy"))
 
         owners = {owner.name: owner for owner in space.owners}
         assert owners["unknown"].rss_kib >= 64 * 1024
         assert "anonymous mapping" in owners["unknown"].evidence
         assert owners["mapped files"].kib > 10 * 1024
-        assert any("/numpy/" in one.name for one in space.maps())
+        assert any("/numpy/" in mapping.name for mapping in space.maps())
         assert space.class_kib("resident_private") >= 64 * 1024
 
     @only_x86_64
     def test_node(self, stopped: Stopped) -> None:
-        """V8 is named, and the guards of its WebAssembly memory apart."""
+        """V8's heap and the guards of its WebAssembly memory are separate owners."""
         owners = {owner.name: owner for owner in explain(stopped("node")).owners}
 
         wasm = owners["V8 WebAssembly memories and guards"]
@@ -236,7 +239,7 @@ class TestOwners:
 
     @only_64_bit
     def test_java(self, stopped: Stopped) -> None:
-        """The JVM's heap is -Xmx exactly."""
+        """The JVM's heap has exactly the size of -Xmx."""
         owners = kib_by_owner(explain(stopped("java")))
 
         assert owners["JVM heap"] == subjects.JAVA_HEAP_MIB * 1024
@@ -245,7 +248,7 @@ class TestOwners:
 
     @only_x86_64
     def test_address_sanitizer(self, stopped: Stopped) -> None:
-        """AddressSanitizer's shadow is 14 TiB and may be used, its gap 2 TiB and may not."""
+        """AddressSanitizer's shadow is 14 TiB, accessible; its gap is 2 TiB without access."""
         space = explain(stopped("sanitized"))
 
         owners = {owner.name: owner for owner in space.owners}
@@ -275,7 +278,7 @@ class TestOwners:
         assert space.details["stacks"] == stacks.kib + owners["main stack"].kib
 
     def test_many_mappings(self, stopped: Stopped) -> None:
-        """Of pages that are writable by turns every mapping is counted, whoever made them."""
+        """Every mapping of alternately writable pages is counted."""
         space = explain(stopped("mappings"))
 
         unknown = next(owner for owner in space.owners if owner.name == "unknown")
@@ -288,7 +291,7 @@ class TestOwners:
     def test_pages_are_counted_as_smaps_does(
         self, stopped: Stopped, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Where there are many mappings their pages are counted: smaps says the same."""
+        """Page counts, used for many mappings, agree with smaps."""
         pid = stopped("mappings")
         if tuple(map(int, platform.release().split(".")[:2])) >= (6, 7):
             assert "dirty" not in explain(pid).details
@@ -296,7 +299,7 @@ class TestOwners:
         def both() -> tuple[object, object]:
             counted = explain(pid)
             with monkeypatch.context() as patch:
-                patch.setattr(capture, "_MANY", 1 << 62)
+                patch.setattr(snapshot, "_MANY_MAPPINGS", 1 << 62)
                 from_smaps = explain(pid)
             assert "dirty" in from_smaps.details
             return _without_flags(counted), _without_flags(from_smaps)
@@ -305,7 +308,7 @@ class TestOwners:
 
 
 class Mortal(io.FileIO):
-    """A file before each reading of which something may happen to the process that it is of."""
+    """A file of a process that calls `happen` before each read."""
 
     def __init__(self, file: io.FileIO, happen: Callable[[], None]) -> None:
         super().__init__(file.fileno(), closefd=False)
@@ -323,7 +326,7 @@ class Mortal(io.FileIO):
 def kill_before_read(
     which: int, process: "subprocess.Popen[bytes]", patch: pytest.MonkeyPatch, *, reaped: bool
 ) -> None:
-    """Have the process end before a certain opening or reading of a file of its /proc."""
+    """End the process before open or read number `which` of its /proc files."""
     moments = itertools.count()
     opened, cgroups = LiveSource.open, proc.cgroup_memory
 
@@ -346,7 +349,7 @@ def kill_before_read(
 
 
 def end(process: "subprocess.Popen[bytes]", *, reaped: bool) -> None:
-    """Kill a child and wait until it is a zombie, or gone."""
+    """Kill a child and wait until it is a zombie, or until it is reaped."""
     process.kill()
     if reaped:
         process.wait()
@@ -356,7 +359,7 @@ def end(process: "subprocess.Popen[bytes]", *, reaped: bool) -> None:
 
 def consistent(space: AddressSpace) -> bool:
     return (
-        0 < sum(one.kib for one in space.classes) == space.vsz_kib
+        0 < sum(memory_class.kib for memory_class in space.classes) == space.vsz_kib
         and 0 < figures(space)[2] <= figures(space)[0]
         and space.mappings > 0
     )
@@ -364,7 +367,7 @@ def consistent(space: AddressSpace) -> bool:
 
 @pytest.fixture
 def sleeping() -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that does nothing."""
+    """A sleeping process."""
     with sleep() as process:
         yield process
 
@@ -380,7 +383,7 @@ def sleep() -> Iterator["subprocess.Popen[bytes]"]:
 
 
 class Merging(io.FileIO):
-    """Open maps of this process, and a region whose mappings become one after the first piece."""
+    """Open maps of this process; the region's mappings merge after the first read."""
 
     def __init__(self, path: str, region: Region) -> None:
         super().__init__(path)
@@ -393,7 +396,7 @@ class Merging(io.FileIO):
 
 
 def test_mappings_that_become_one_while_they_are_printed() -> None:
-    """What was printed of them before is not in the way of what is printed after."""
+    """A mapping that merged during the reading replaces its earlier parts."""
     with reserve(8 * MiB) as region:
         for offset in range(0, region.size, 2 * PAGE_SIZE):
             region.commit(offset, PAGE_SIZE)
@@ -408,11 +411,11 @@ def test_mappings_that_become_one_while_they_are_printed() -> None:
 
 
 class TestEnds:
-    """A process may end while it is read, before, or have nothing to read at all."""
+    """Processes that end before or during reading, or have no memory."""
 
     @pytest.mark.parametrize("reaped", [False, True], ids=["zombie", "gone"])
     def test_before_each_reading(self, reaped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Whenever it ends, there is an answer of before or the one error, nothing of both."""
+        """At each moment of the end, the result is a consistent answer or NoAddressSpaceError."""
         endings = []
         for which in itertools.count():
             with sleep() as process, monkeypatch.context() as patch:
@@ -429,8 +432,8 @@ class TestEnds:
         assert endings.count("error") > 5
 
     def test_before_each_reading_of_the_last_attempt(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The same where it would not be read again."""
-        monkeypatch.setattr(capture, "_ATTEMPTS", 1)
+        """The same on the last attempt, which is not repeated."""
+        monkeypatch.setattr(snapshot, "_ATTEMPTS", 1)
         for which in itertools.count():
             with sleep() as process, monkeypatch.context() as patch:
                 kill_before_read(which, process, patch, reaped=False)
@@ -442,7 +445,7 @@ class TestEnds:
                     break
 
     def test_before_each_reading_of_a_sample(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """`sample` gives all of its figures or the error."""
+        """`sample` returns all figures or raises NoAddressSpaceError."""
         for which in itertools.count():
             with sleep() as process, monkeypatch.context() as patch:
                 kill_before_read(which, process, patch, reaped=False)
@@ -456,7 +459,7 @@ class TestEnds:
     def test_before_each_reading_of_what_is_saved(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """`save` writes what can be explained, or nothing."""
+        """`save` writes files that can be explained, or none."""
         for which in itertools.count():
             folder = tmp_path / str(which)
             with sleep() as process, monkeypatch.context() as patch:
@@ -470,7 +473,7 @@ class TestEnds:
                     break
 
     def test_at_any_moment(self, tmp_path: Path) -> None:
-        """A process of many mappings, which takes long to read, is killed from another thread."""
+        """A process with many mappings is killed by another thread during the reading."""
         program = subjects.mappings_program(tmp_path)
         random = Random(1)
         for _ in range(10):
@@ -486,7 +489,7 @@ class TestEnds:
                     killer.join()
 
     def test_a_zombie(self, sleeping: "subprocess.Popen[bytes]") -> None:
-        """What has ended and was not waited for is called a zombie."""
+        """The error calls a process that ended without being waited for a zombie."""
         end(sleeping, reaped=False)
 
         for read in (explain, sample):
@@ -495,7 +498,7 @@ class TestEnds:
         assert "zombie" in refused_in_one_line(run("explain", str(sleeping.pid)))
 
     def test_no_such_process(self, sleeping: "subprocess.Popen[bytes]", tmp_path: Path) -> None:
-        """A number that nobody has is said to be nobody's."""
+        """An unused process number is reported as unused."""
         end(sleeping, reaped=True)
 
         for read in (explain, sample, lambda pid: save(pid, tmp_path / "saved")):
@@ -504,11 +507,11 @@ class TestEnds:
             assert isinstance(refused.value, ProcessLookupError)
             assert refused.value.errno == errno.ESRCH
         assert not (tmp_path / "saved").exists()
-        told = refused_in_one_line(run("explain", str(sleeping.pid)))
-        assert told == f"pyreserve: there is no process {sleeping.pid}"
+        refusal = refused_in_one_line(run("explain", str(sleeping.pid)))
+        assert refusal == f"pyreserve: there is no process {sleeping.pid}"
 
     def test_a_kernel_thread(self) -> None:
-        """A thread of the kernel's has no address space, and the error says that it is one."""
+        """A kernel thread has no address space; the error calls it a kernel thread."""
         pid = kernel_thread()
 
         with pytest.raises(NoAddressSpaceError, match="kernel thread"):
@@ -517,14 +520,14 @@ class TestEnds:
 
     @pytest.mark.parametrize("pid", [True, False, 1.0, "1", "self", b"1", "..", [1]])
     def test_what_is_no_number(self, pid: Any) -> None:
-        """Nothing but an integer is taken for a process number."""
+        """pid must be an integer."""
         for read in (explain, sample):
             with pytest.raises(TypeError):
                 read(pid)
 
     @pytest.mark.parametrize("pid", [0, -1, -(2**70)])
     def test_what_is_not_positive(self, pid: int) -> None:
-        """Process numbers are positive."""
+        """pid must be positive."""
         for read in (explain, sample):
             with pytest.raises(ValueError, match="positive"):
                 read(pid)
@@ -532,17 +535,17 @@ class TestEnds:
 
     @pytest.mark.parametrize("digits", [10, 11, 300, 4000])
     def test_numbers_that_are_too_large(self, digits: int) -> None:
-        """A number that no process can have is nobody's, however long."""
+        """A number above the maximum is reported as no process, however long."""
         for read in (explain, sample):
             with pytest.raises(NoAddressSpaceError, match="no such process"):
                 read(10**digits)
 
     def test_a_number_that_is_too_large_for_the_command(self) -> None:
-        """The command says so in one line."""
+        """The command reports it in one line."""
         assert "no such process" in refused_in_one_line(run("explain", str(10**20)))
 
     def test_a_pid_and_a_path(self, tmp_path: Path) -> None:
-        """It is one or the other."""
+        """pid and path are mutually exclusive."""
         with pytest.raises(ValueError, match="mutually exclusive"):
             explain(os.getpid(), path=tmp_path)
 
@@ -554,7 +557,7 @@ def ended(process: "subprocess.Popen[bytes]") -> bool:
 
 
 def kernel_thread() -> int:
-    """Find one, or skip."""
+    """Find a kernel thread, or skip."""
     for status in Path("/proc").glob("[0-9]*/status"):
         with suppress(OSError):
             if re.search(r"^PPid:\t2$", status.read_text(errors="replace"), re.MULTILINE):
@@ -563,37 +566,37 @@ def kernel_thread() -> int:
 
 
 class TestPermission:
-    """What may be read is up to the kernel."""
+    """Processes that may not be read."""
 
     def test_a_process_of_another_user(self, sleeping: "subprocess.Popen[bytes]") -> None:
-        """It is refused with its owner and what would help."""
+        """The error names the user that the process belongs to, and the capability needed."""
         pid = sleeping.pid if os.geteuid() == 0 else 1
 
         def refusals() -> list[str]:
             become_nobody()
-            found = []
+            texts = []
             for read in (explain, sample, lambda pid: save(pid, Path("/nowhere"))):
                 with pytest.raises(AccessError) as refused:
                     read(pid)
-                found.append(str(refused.value.strerror))
-            return found
+                texts.append(str(refused.value.strerror))
+            return texts
 
-        told = in_child(refusals)
+        texts = in_child(refusals)
 
-        assert len(told) == 3
+        assert len(texts) == 3
         assert issubclass(AccessError, PermissionError)
-        assert all(f"process {pid} belongs to user 0" in text for text in told)
+        assert all(f"process {pid} belongs to user 0" in text for text in texts)
 
     def test_the_command(self) -> None:
-        """`pyreserve explain 1` says it in one line, and fails."""
+        """`pyreserve explain 1` reports the refusal in one line and exits with 1."""
 
-        def told() -> tuple[object, str]:
+        def exit_and_error() -> tuple[object, str]:
             # A user may not read root's virtual environment: all must have been imported by then.
             explained_by_the_command(os.getpid())
             become_nobody()
             return explained_by_the_command(1)
 
-        code, err = in_child(told)
+        code, err = in_child(exit_and_error)
 
         assert code == 1
         assert err.startswith("pyreserve: process 1 belongs to user ")
@@ -601,7 +604,7 @@ class TestPermission:
 
 
 def explained_by_the_command(pid: int) -> tuple[object, str]:
-    """Run the command in this process and return its exit status and what it says of errors."""
+    """Run the command in this process; return its exit status and standard error."""
     from pyreserve.cli.app import app
 
     err = io.StringIO()
@@ -611,7 +614,7 @@ def explained_by_the_command(pid: int) -> tuple[object, str]:
 
 
 def become_nobody() -> None:
-    """Give up root, for ever."""
+    """Drop root permanently."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setgid(65534)
@@ -619,10 +622,10 @@ def become_nobody() -> None:
 
 
 class TestKinds:
-    """Processes that are not like this one."""
+    """Processes that differ from this one."""
 
     def test_one_that_runs_program_after_program(self, tmp_path: Path) -> None:
-        """Where each program is replaced by the next (execve), the process is never said to end."""
+        """A process that runs execve repeatedly is never reported as ended."""
         program = subjects.restarting_program(tmp_path)
         with subjects.running(program) as pid:
             for number in range(200):
@@ -632,7 +635,7 @@ class TestKinds:
                     save(pid, tmp_path / str(number))
 
     def test_a_32_bit_process(self, tmp_path: Path) -> None:
-        """All of its addresses lie below 4 GiB, and all is the kernel's."""
+        """All addresses are below 4 GiB, and RSS and PSS equal the kernel's."""
         program = subjects.simple_program(tmp_path, "-m32")
         with subjects.running(program) as pid:
             subjects.stop(pid)
@@ -649,7 +652,7 @@ class TestKinds:
         assert space.settled
 
     def test_another_namespace_of_processes(self, tmp_path: Path) -> None:
-        """A process with another number inside goes by the number that it has out here."""
+        """A process in another PID namespace is named by its number in this one."""
         unshare, program = tool("unshare"), subjects.simple_program(tmp_path)
         tried = subprocess.run(
             [unshare, "--pid", "--fork", "true"], capture_output=True, check=False
@@ -669,46 +672,46 @@ class TestKinds:
             assert explain(path=tmp_path / "saved").pid == pid
 
     def test_this_process_names_its_regions(self) -> None:
-        """Their bytes are theirs exactly, committed or not, and nobody's when they are dropped."""
+        """Regions have exact sizes, committed or not, and none once dropped or released."""
         found = fresh_python(
             """
             import gc, json
             from pyreserve import GiB, MiB, OutOfMemoryError, explain, reserve
 
-            def mine():
+            def regions():
                 owners = [o for o in explain().owners if o.name == "pyreserve regions"]
                 return [(o.kib, o.rss_kib, o.no_access_kib, o.evidence) for o in owners]
 
-            found = {"none": mine()}
+            found = {"none": regions()}
             first = reserve(3 * GiB)
-            found["one"] = mine()
+            found["one"] = regions()
             second = reserve(5 * MiB, mode="noreserve", dump=True, huge_pages="never")
             second.commit(0, 2 * MiB)
             second.view(0, MiB)[:] = b"1" * MiB
-            found["two"] = mine()
+            found["two"] = regions()
             del first
             gc.collect()
-            found["dropped"] = mine()
+            found["dropped"] = regions()
             second.release()
-            found["released"] = mine()
+            found["released"] = regions()
             try:
                 reserve(1 << 62)
             except OutOfMemoryError as error:  # its traceback keeps what was refused
                 refused = error
-            found["refused"] = mine()
+            found["refused"] = regions()
             print(json.dumps(found))
             """
         )
 
         evidence = "this process's own regions, by their addresses"
-        kib = {name: [tuple(one) for one in owners] for name, owners in found.items()}
+        kib = {name: [tuple(owner) for owner in owners] for name, owners in found.items()}
         assert kib["none"] == kib["released"] == kib["refused"] == []
         assert kib["one"] == [(3 << 20, 0, 3 << 20, evidence)]
         assert kib["two"] == [((3 << 20) + 5120, 1024, (3 << 20) + 3072, evidence)]
         assert kib["dropped"] == [(5120, 1024, 3072, evidence)]
 
     def test_regions_of_another_process(self) -> None:
-        """They are told by two signs; the page of getrandom's state is none of them."""
+        """Regions are recognised by dd and reserved parts; getrandom's state page is not one."""
         script = """
         import os, threading
         import pyreserve
@@ -729,7 +732,7 @@ class TestKinds:
             assert owners.get("vDSO getrandom state", Owner("")).mappings == droppable
 
     def test_threads_of_python(self) -> None:
-        """Whatever libc there is, 16 threads are stacks, and what malloc has for them is named."""
+        """With any libc, the stacks of 16 threads and malloc's arenas are recognised."""
         script = """
         import threading
         ready = threading.Barrier(17)
@@ -751,12 +754,12 @@ class TestKinds:
             if limit == 8 * MiB:
                 assert owners["thread stacks"] == 16 * (8 * MiB + PAGE_SIZE) // KiB
             has_mimalloc = sysconfig.get_config_var("Py_GIL_DISABLED")
-            if any("/libc.so.6" in one.name for one in space.maps()) and not has_mimalloc:
+            if any("/libc.so.6" in mapping.name for mapping in space.maps()) and not has_mimalloc:
                 assert owners["glibc malloc arenas"] % (64 * KiB) == 0
                 assert owners["unknown"] < 64 * KiB
 
     def test_guards_inside_a_mapping(self) -> None:
-        """Where smaps has no word for them, pagemap shows guards of the lowest page."""
+        """pagemap shows a guard in the lowest page, also without the flag in smaps."""
         found = fresh_python(
             """
             import json, platform
@@ -782,7 +785,7 @@ class TestKinds:
             assert found[1] == []
 
     def test_regions_that_come_and_go_meanwhile(self) -> None:
-        """Another thread may make, view and release regions while this process is explained."""
+        """Another thread may reserve, view and release regions during explain."""
         over = threading.Event()
         errors = []
 
@@ -808,7 +811,7 @@ class TestKinds:
 
 
 def test_a_fork_while_others_explain() -> None:
-    """A child forked while other threads explain can explain itself: it inherits no lock."""
+    """A child forked while other threads explain can explain itself: no lock is inherited."""
     ends = fresh_python(
         """
         import json, os, signal, threading
@@ -872,7 +875,7 @@ with open("/proc/self/comm", "wb") as comm:
 
 @pytest.fixture(scope="module")
 def strange(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, set[str]]]:
-    """A stopped process whose mappings and itself have strange names, and the mappings' names."""
+    """A stopped process with strange names of its own and of mappings; and the latter."""
     folder = tmp_path_factory.mktemp("strange")
     names = set()
     for name in STRANGE_FILES.values():
@@ -887,23 +890,23 @@ def strange(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, set
 
 
 class TestStrangeNames:
-    """A file, and a process, may have any name but for a zero byte, and a file but for a slash."""
+    """A name may contain any byte except zero, and in files except a slash."""
 
     def test_names_are_as_the_kernel_prints_them(self, strange: tuple[int, set[str]]) -> None:
-        """Each is found whole, newlines as \\012, and makes no mapping and no size up."""
+        """Each name is complete, newlines as \\012, and adds no mapping and no size."""
         pid, names = strange
         space = explain(pid)
 
-        found = {one.name for one in space.maps() if "/strange0/" in one.name}
+        found = {mapping.name for mapping in space.maps() if "/strange0/" in mapping.name}
         assert found == names
         assert space.vsz_kib == kib_of(pid, "status")["VmSize"]
         assert space.settled
-        starts = [one.start for one in space.maps()]
+        starts = [mapping.start for mapping in space.maps()]
         lines = Path(f"/proc/{pid}/maps").read_bytes().split(b"\n")[:-1]
         assert starts == [int(line.partition(b"-")[0], 16) for line in lines]
 
     def test_json_has_only_what_utf_8_can_write(self, strange: tuple[int, set[str]]) -> None:
-        """What is no UTF-8 is written as \\xNN: not all that read JSON take lone surrogates."""
+        """Bytes that are not UTF-8 are written as \\xNN: JSON readers refuse lone surrogates."""
         pid, _ = strange
         space = explain(pid)
 
@@ -917,13 +920,15 @@ class TestStrangeNames:
         assert found["name"] == space.name == "a\x0b\\n\x1b[1m\\xff\\\\b"
 
     def test_evidence_of_a_strange_program(self, tmp_path: Path) -> None:
-        """A program whose own path is no UTF-8 is named in the evidence, as \\xNN."""
+        """A program path that is not UTF-8 is in the evidence, as \\xNN."""
         folder = tmp_path / os.fsdecode(b"\xff\n")
         folder.mkdir()
         program = subjects.simple_program(tmp_path).rename(folder / "libtcmalloc")
         with subjects.running(program) as pid:
             space = explain(pid)
-            assert any(one.name == f"{tmp_path}/\udcff\\012/libtcmalloc" for one in space.maps())
+            assert any(
+                mapping.name == f"{tmp_path}/\udcff\\012/libtcmalloc" for mapping in space.maps()
+            )
 
         found = json.loads(space.to_json())
         assert space.settled
@@ -943,7 +948,7 @@ class TestStrangeNames:
         ids=["ASCII", "C", "UTF-8", "Latin-1"],
     )
     def test_the_screen(self, strange: tuple[int, set[str]], locale: dict[str, str]) -> None:
-        """It lists all, whatever may be written there, and nothing that a terminal would obey."""
+        """The screen lists all mappings in any locale, without terminal control characters."""
         pid, names = strange
         done = subprocess.run(
             [*COMMAND, "explain", str(pid), "--maps"],
@@ -964,7 +969,7 @@ class TestStrangeNames:
         assert ("\u2588" in text) != ascii_only
 
     def test_a_long_name_in_ascii(self, strange: tuple[int, set[str]], tmp_path: Path) -> None:
-        """An owner's name that does not fit is cut without a character that ASCII lacks."""
+        """A long owner name is cut with ASCII characters only."""
         folder = tmp_path / "saved"
         save(strange[0], folder)
         smaps = folder / "smaps"
@@ -983,10 +988,10 @@ class TestStrangeNames:
 
 
 class TestTrack:
-    """What a block of code changed."""
+    """`track` measures what a block of code changes."""
 
     def test_each_verb_changes_what_it_should(self) -> None:
-        """To reserve, commit, touch, decommit and release shows in exactly the right figures."""
+        """reserve, commit, touch, decommit and release change exactly the right figures."""
         found = fresh_python(
             """
             import json
@@ -996,8 +1001,8 @@ class TestTrack:
 
             def note(name, tracked):
                 found[name] = [
-                    getattr(tracked, what)
-                    for what in ("vsz", "reserved", "committed", "mappings", "rss")
+                    getattr(tracked, figure)
+                    for figure in ("vsz", "reserved", "committed", "mappings", "rss")
                 ]
 
             for _ in range(2):  # the second time Python has all that it needs
@@ -1030,7 +1035,7 @@ class TestTrack:
         assert all(abs(rss[name]) < MiB // 2 for name in ("reserving", "committing", "releasing"))
 
     def test_inside_the_block(self) -> None:
-        """Inside the block the changes are those up to now; after it they stay."""
+        """Inside the block the changes are those so far; after it they stay."""
         with track() as tracked:
             first = tracked.reserved
             with reserve(GiB):
@@ -1051,7 +1056,7 @@ class TestTrack:
         assert outer.reserved == 0
 
     def test_the_same_twice(self) -> None:
-        """It may be used again, and starts from there."""
+        """A tracker can be reused and starts again."""
         tracked = track()
         with tracked:
             kept = reserve(GiB)
@@ -1062,7 +1067,7 @@ class TestTrack:
         kept.release()
 
     def test_after_an_exception(self) -> None:
-        """An exception passes through, and what changed until then is known."""
+        """An exception passes through, and the changes until then are recorded."""
         tracked, kept = track(), []
 
         def fail() -> None:
@@ -1079,7 +1084,7 @@ class TestTrack:
 
     @every_subject
     def test_a_sample_is_the_kernels(self, stopped: Stopped, name: str) -> None:
-        """`sample` of a stopped process is what maps and smaps_rollup say."""
+        """`sample` of a stopped process equals maps and smaps_rollup."""
         pid = stopped(name)
 
         def both() -> tuple[object, object]:
@@ -1104,11 +1109,11 @@ class TestTrack:
 
 
 class TestSave:
-    """Files of a process, kept to be explained elsewhere."""
+    """`save` writes the files of a process."""
 
     @pytest.mark.parametrize("there", ["smaps", "status", "maps.gz", "link"])
     def test_files_that_are_there_stay(self, tmp_path: Path, there: str) -> None:
-        """It writes over nothing, not through a link that leads nowhere, and leaves nothing."""
+        """`save` overwrites no file, follows no dangling link, and leaves none when refused."""
         if there == "link":
             (tmp_path / "smaps").symlink_to(tmp_path / "elsewhere")
         else:
@@ -1122,7 +1127,7 @@ class TestSave:
         assert there == "link" or (tmp_path / there).read_text() == "mine"
 
     def test_a_folder_that_can_not_be_written(self, tmp_path: Path) -> None:
-        """In a folder that may not be written to nothing is left."""
+        """A refusal in an unwritable folder leaves no file."""
         os.chmod(tmp_path, 0o755)
         folder = tmp_path / "saved"
         folder.mkdir(mode=0o555)
@@ -1138,7 +1143,7 @@ class TestSave:
         assert list(folder.iterdir()) == []
 
     def test_no_room(self, tmp_path: Path) -> None:
-        """Where a file can't be written whole, none is left."""
+        """A file that can't be written completely leaves no file."""
 
         def refused() -> object:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
@@ -1150,7 +1155,7 @@ class TestSave:
         assert list(tmp_path.iterdir()) == []
 
     def test_what_is_no_folder(self, tmp_path: Path) -> None:
-        """A file in place of the folder, or of one above it, is refused."""
+        """A file in place of the folder or of a parent is refused."""
         file = tmp_path / "file"
         file.write_text("mine")
 
@@ -1160,7 +1165,7 @@ class TestSave:
         assert file.read_text() == "mine"
 
     def test_the_command_explains_what_it_saves(self, stopped: Stopped, tmp_path: Path) -> None:
-        """`--save` and `--from` say the same, and a second `--save` to there is refused."""
+        """`--save` and `--from` show the same; a second `--save` to the folder is refused."""
         pid, folder = str(stopped("threads")), tmp_path / "saved"
 
         saved = run("explain", pid, "--save", str(folder), "--json")
@@ -1188,7 +1193,7 @@ print(json.dumps([first, second]))
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two explanations of one process, which reserved and used memory in between."""
+    """Two explanations of a process that reserved and used memory in between."""
     folder = tmp_path_factory.mktemp("grown")
     files = folder / "a.json", folder / "b.json"
     for file, text in zip(files, fresh_python(_GROWING), strict=True):
@@ -1197,10 +1202,10 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 class TestDiff:
-    """What grew between two explanations."""
+    """`compare` reports what grew between two explanations."""
 
     def test_a_grown_process(self, grown: tuple[Path, Path]) -> None:
-        """Owner and class of what was reserved are told exactly."""
+        """The growth of owner and class is exact."""
         difference = compare(*map(load, grown))
 
         assert difference.same_process
@@ -1216,7 +1221,7 @@ class TestDiff:
         assert "Most addresses went to pyreserve regions: 1 GiB." in difference.verdict
 
     def test_the_command(self, grown: tuple[Path, Path]) -> None:
-        """`--diff` shows it, and the other way round with signs reversed."""
+        """`--diff` shows the growth; with the files swapped, the signs are reversed."""
         forward = run("explain", "--diff", *map(str, grown))
         backward = run("explain", "--diff", *map(str, reversed(grown)), "--json")
 
@@ -1225,7 +1230,7 @@ class TestDiff:
         assert json.loads(backward.stdout)["owners"][0]["change"] == -(1 << 20)
 
     def test_the_same_twice(self, grown: tuple[Path, Path]) -> None:
-        """An explanation and itself differ in nothing."""
+        """An explanation does not differ from itself."""
         difference = compare(load(grown[0]), load(grown[0]))
 
         assert difference.classes == difference.owners == difference.owners_resident == ()
@@ -1249,7 +1254,7 @@ class TestDiff:
         ids=range(10),
     )
     def test_garbage(self, grown: tuple[Path, Path], tmp_path: Path, garbage: bytes) -> None:
-        """What is no such file is refused in one line that names it."""
+        """A file of another kind is refused in one line that names it."""
         file = tmp_path / "garbage.json"
         file.write_bytes(garbage)
 
@@ -1262,7 +1267,7 @@ class TestDiff:
     def test_a_figure_of_another_type(
         self, grown: tuple[Path, Path], tmp_path: Path, key: str, value: object
     ) -> None:
-        """One figure that is not what it should be is enough to refuse a file."""
+        """One invalid field is enough to refuse a file."""
         file = tmp_path / "changed.json"
         file.write_text(json.dumps({**json.loads(grown[0].read_text()), key: value}))
 
@@ -1270,7 +1275,7 @@ class TestDiff:
             load(file)
 
     def test_the_command_refuses_garbage(self, grown: tuple[Path, Path], tmp_path: Path) -> None:
-        """The command says the same without a traceback, and of a missing file too."""
+        """The command reports the same, and a missing file, without a traceback."""
         (tmp_path / "garbage").write_text("{")
 
         done = run("explain", "--diff", str(grown[0]), str(tmp_path / "garbage"))

@@ -1,4 +1,4 @@
-"""An address space as a picture, and the blocks that it shows."""
+"""The picture of an address space, and its blocks."""
 
 import itertools
 import os
@@ -61,7 +61,7 @@ def saved(folder: Path, mappings: Iterable[bytes], name: str = "test") -> Addres
 
 
 def ordinary() -> list[bytes]:
-    """Return the mappings of a process that reserves much and has something of each class."""
+    """Return the mappings of a process with a large reservation and bytes in each class."""
     return [
         mapping(LOW, 64 * KiB, "r-xp", "/bin/program", private=16, shared=32),
         mapping(LOW + 64 * KiB, 128 * KiB, "rw-p", "[heap]", private=100, swap=20),
@@ -75,14 +75,14 @@ def ordinary() -> list[bytes]:
 
 
 def hostile() -> list[bytes]:
-    """Return mappings with names that nobody sane has, too large each to be joined."""
+    """Return mappings with hostile names, each too large to be merged."""
     return [
         mapping(HIGH + i * GiB, MiB, "r-xp", name, private=512) for i, name in enumerate(HOSTILE)
     ]
 
 
 def many(count: int) -> list[bytes]:
-    """Return mappings of which no two neighbours look alike."""
+    """Return mappings of which adjacent ones differ in kind."""
     kinds = [
         ("rw-p", "", {"private": 4}),
         ("r--p", "/lib/one", {"shared": 4}),
@@ -96,7 +96,7 @@ def many(count: int) -> list[bytes]:
 
 
 def texts_apart(picture: Figure) -> None:
-    """Assert that no text lies on another one or off the page."""
+    """Assert that no text overlaps another one or leaves the page."""
     picture.draw_without_rendering()
     boxes = [(text.get_text(), text.get_window_extent()) for text in picture.texts]
     boxes = [(text, box) for text, box in boxes if text]
@@ -110,16 +110,16 @@ def texts_apart(picture: Figure) -> None:
 
 
 def labels(picture: Figure) -> list[str]:
-    return [one.get_text() for one in picture.texts if str(one.get_gid()).startswith("label-")]
+    return [text.get_text() for text in picture.texts if str(text.get_gid()).startswith("label-")]
 
 
 def agree(space: AddressSpace) -> None:
-    """Assert that the blocks have what the process has, each byte once, in order."""
+    """Assert that the blocks contain each byte of the process once, in order."""
     found = blocks(space)
     mapped = [m for m in space.maps() if m.class_name]
     assert sum(block.size_kib for block in found) == space.vsz_kib
     assert tuple(map(sum, zip(*(block.kib for block in found), strict=True))) == tuple(
-        one.kib for one in space.classes
+        memory_class.kib for memory_class in space.classes
     )
     assert all(gap >= 0 for gap in holes(found))
     assert len(found) <= MAX_BLOCKS
@@ -137,16 +137,16 @@ def agree(space: AddressSpace) -> None:
 class TestBlocks:
     @pytest.mark.parametrize("mappings", [ordinary(), hostile(), many(1000)])
     def test_every_byte_once(self, tmp_path: Path, mappings: list[bytes]) -> None:
-        """The blocks' bytes are those of the mappings, by class and by owner, and sum to VSZ."""
+        """The blocks have the mappings' bytes, by class and by owner, and sum to VSZ."""
         agree(saved(tmp_path, mappings))
 
     def test_every_byte_of_this_process(self) -> None:
-        """So are those of a living process, a reservation of 136 GiB in it."""
+        """The blocks of this process, with a reservation of 136 GiB, contain each byte once."""
         with reserve(136 * GiB):
             agree(explain())
 
     def test_a_large_reservation_is_a_block(self, tmp_path: Path) -> None:
-        """What is large is a block of its own, and its addresses are the mapping's."""
+        """A large reservation is a block of its own, with its addresses."""
         found = blocks(saved(tmp_path, ordinary()))
 
         largest = max(found, key=lambda block: block.size_kib)
@@ -154,7 +154,7 @@ class TestBlocks:
         assert largest.memory_kib == 30 * 1024
 
     def test_a_mapping_of_two_owners_is_divided(self, tmp_path: Path) -> None:
-        """Where Go's spans end and its bitmap begins, a block ends, though no mapping does."""
+        """A block ends where Go's spans end, although no mapping ends there."""
         start = 0xC0_0000_0000
         arena = start + 128 * MiB + 8 * GiB
         end = arena + 128 * GiB + 8 * KiB
@@ -182,7 +182,7 @@ class TestBlocks:
         st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60), st.sampled_from("ab"))),
     )
     def test_claims_that_overlap(self, claimed: list[tuple[int, int, str]]) -> None:
-        """Whatever was claimed of a mapping, its parts follow each other and are all of it."""
+        """For any claims, the parts of a mapping are adjacent and cover it."""
         parts = list(_parts(10, 50, claimed))
 
         assert [low for low, _, _ in parts] + [50] == [10] + [high for _, high, _ in parts]
@@ -190,7 +190,7 @@ class TestBlocks:
 
     @given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(1, 20))
     def test_no_more_than_asked_for(self, gaps: list[int], most: int) -> None:
-        """However scattered, there are no more blocks than asked for, and nothing is lost."""
+        """There are at most `most` blocks, however scattered, and no byte is lost."""
         from pyreserve.procmem.show.blocks import _merge
 
         at, made = 0, []
@@ -206,7 +206,7 @@ class TestBlocks:
         assert [block.start for block in found] == sorted(block.start for block in found)
 
     def test_pieces_of_one_owner_far_apart(self, tmp_path: Path) -> None:
-        """Small ones are one block that says in how many places they are."""
+        """Small scattered mappings are merged; the blocks count all places."""
         scattered = [mapping(i * TiB, 64 * KiB, "rwxp", private=4) for i in range(1, 30)]
         found = blocks(saved(tmp_path, [*scattered, mapping(STACK, GiB, private=GiB // KiB)]))
 
@@ -214,7 +214,7 @@ class TestBlocks:
         assert sum(block.places for block in found) == 30
 
     def test_nothing(self, tmp_path: Path) -> None:
-        """A process of nothing but the kernel's page has no block, and a picture."""
+        """A process with only the vsyscall page has no block, and still a picture."""
         space = saved(tmp_path, ordinary()[-1:])
 
         assert blocks(space) == []
@@ -225,7 +225,7 @@ class TestLabels:
     LIBC = Block(0, 4096, [4], {"mapped files": 4}, {"/lib/libc.so.6": 4})
 
     def test_files_are_named(self) -> None:
-        """Files are named, the largest first, as many as there is room for."""
+        """The label names files, the largest first, as many as fit."""
         two = Block(0, 4096, [4], {"mapped files": 9}, {"/lib/b": 4, "/lib/a": 5})
 
         assert label(self.LIBC, lambda text: True) == "mapped files: libc.so.6"
@@ -236,7 +236,7 @@ class TestLabels:
         assert label(self.LIBC, lambda text: ":" not in text) == "mapped files"
 
     def test_several_owners(self) -> None:
-        """Owners are named, the largest first, without what stands in brackets."""
+        """The label names owners, the largest first, without text in brackets."""
         block = Block(0, 1, [9], {"unknown": 1, "kernel pages (vdso, vvar)": 3, "main stack": 2})
 
         assert label(block, lambda text: True) == "kernel pages, main stack and unknown"
@@ -244,15 +244,15 @@ class TestLabels:
 
     @given(st.text(max_size=80), st.integers(1, 40))
     def test_short(self, text: str, room: int) -> None:
-        """What does not fit keeps its beginning and its end."""
-        short = shorten(text, lambda one: len(one) <= room)
+        """A shortened text keeps its beginning and its end."""
+        short = shorten(text, lambda candidate: len(candidate) <= room)
 
         assert len(short) <= room
         assert short == text or short[0] == (text[0] if room >= 3 else "…")
 
     @pytest.mark.parametrize("name", HOSTILE)
     def test_hostile_names(self, name: str) -> None:
-        """What can't be seen is escaped."""
+        """Unprintable characters are escaped."""
         text = label(Block(0, 1, [1], {"mapped files": 1}, {name: 1}), lambda text: True)
 
         assert text.isprintable()
@@ -262,7 +262,7 @@ class TestLabels:
 class TestThePicture:
     @pytest.mark.parametrize("mappings", [ordinary(), hostile(), many(1000)])
     def test_no_texts_overlap(self, tmp_path: Path, mappings: list[bytes]) -> None:
-        """No text lies on another one or off the page, and each is at least 7 points."""
+        """No text overlaps another one or leaves the page, and each has at least 7 points."""
         picture = figure(saved(tmp_path, mappings))
 
         texts_apart(picture)
@@ -270,7 +270,7 @@ class TestThePicture:
         assert not any(text.get_parse_math() for text in picture.texts)
 
     def test_no_texts_overlap_when_all_is_there(self, tmp_path: Path) -> None:
-        """Nor do they with as many blocks and holes as there can be, each of other owners."""
+        """No texts overlap with the maximum of blocks and holes, each of other owners."""
         names = ("/dev/shm/a", "/SYSV0", "", "/bin/x", "/memfd:b")
         scattered = [
             mapping(TiB * (i + 1), GiB, "rw-s" if names[i % 5] else "rw-p", names[i % 5], shared=9)
@@ -284,11 +284,11 @@ class TestThePicture:
         texts_apart(picture)
 
     def test_of_this_process(self) -> None:
-        """Nor do they in the picture of a living process."""
+        """No texts overlap in the picture of this process."""
         texts_apart(figure(explain()))
 
     def test_one_label_a_block(self, tmp_path: Path) -> None:
-        """Each block has a label, and they stand in address order from top to bottom."""
+        """Each block has a label; labels are in address order from top to bottom."""
         space = saved(tmp_path, ordinary())
         picture = figure(space)
 
@@ -298,8 +298,7 @@ class TestThePicture:
         assert heights == sorted(heights, reverse=True)
 
     def test_a_larger_block_is_higher(self, tmp_path: Path) -> None:
-        """Of two blocks the larger is the higher, by the logarithm: twice the doublings, and each
-        adds the same."""
+        """The height of a block grows by a constant for each doubling of its size."""
         sizes = [64 * MiB, 64 * GiB]
         start = [HIGH, HIGH + TiB]
         names = ["/a", ""]
@@ -310,36 +309,38 @@ class TestThePicture:
         picture = figure(saved(tmp_path, made))
 
         frames = [
-            one for one in picture.findobj(Rectangle) if str(one.get_gid()).startswith("block-")
+            artist
+            for artist in picture.findobj(Rectangle)
+            if str(artist.get_gid()).startswith("block-")
         ]
-        small, large = (one.get_height() for one in frames)
+        small, large = (frame.get_height() for frame in frames)
         assert large - small == pytest.approx(10 * 0.032)
 
     def test_title(self, tmp_path: Path) -> None:
-        """The title says whose addresses they are and how little is memory."""
+        """The title has the process, the size of its addresses and its resident memory."""
         picture = figure(saved(tmp_path, ordinary(), "a\udcffb$"))
 
         title = picture.texts[0].get_text()
         assert title == "a\\xffb$, pid 12: 65 GiB of addresses, 30.45 MiB of memory"
 
     def test_the_verdict_is_there(self, tmp_path: Path) -> None:
-        """All of the verdict is in the picture, and so are warnings."""
+        """The picture contains the whole verdict."""
         space = saved(tmp_path, ordinary())
-        [text] = [one for one in figure(space).texts if one.get_gid() == "verdict"]
+        [text] = [text for text in figure(space).texts if text.get_gid() == "verdict"]
 
         assert text.get_text().replace("\n", " ").startswith(space.verdict)
 
     def test_a_hostile_name_in_the_verdict(self, tmp_path: Path) -> None:
-        """What a program called its memory may stand in the verdict, and is escaped there too."""
+        """A name that a program gave its memory is escaped in the verdict too."""
         name = f"[anon:$a$ \udcfe\x01{'x' * 66}]"
         picture = figure(saved(tmp_path, [mapping(HIGH, GiB, "rw-p", name, private=9)]))
 
-        [text] = [one for one in picture.texts if one.get_gid() == "verdict"]
+        [text] = [text for text in picture.texts if text.get_gid() == "verdict"]
         assert "$a$ \\xfe\\x01xxx" in text.get_text().replace("\n", " ")
         texts_apart(picture)
 
     def test_memory_is_seen(self, tmp_path: Path) -> None:
-        """One page of memory in 64 TiB is still a hair in the picture."""
+        """One resident page in 64 TiB has the minimum width in the picture."""
         space = saved(tmp_path, [mapping(TiB, 64 * TiB, private=4)])
         path = tmp_path / "one.png"
 
@@ -353,7 +354,7 @@ class TestThePicture:
 
 class TestTheFile:
     def test_png(self, tmp_path: Path) -> None:
-        """A PNG is a picture, twice as wide as a README shows it."""
+        """A PNG is twice as wide as a README shows it."""
         path = tmp_path / "one.png"
 
         draw(saved(tmp_path / "process", ordinary()), path)
@@ -378,7 +379,7 @@ class TestTheFile:
         assert path.read_bytes() == other.read_bytes()
 
     def test_settings_of_others(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What somebody has set for pictures of their own neither matters nor changes."""
+        """The user's matplotlib settings have no effect and are not changed."""
         space = saved(tmp_path / "process", ordinary())
         draw(space, tmp_path / "one.svg")
         monkeypatch.setitem(rcParams, "font.size", 30.0)
@@ -390,7 +391,7 @@ class TestTheFile:
         assert rcParams["font.size"] == 30.0
 
     def test_thirty_thousand_mappings(self, tmp_path: Path) -> None:
-        """As many mappings as a process may have make a picture like any other."""
+        """A process with the maximum number of mappings has an ordinary picture."""
         space = saved(tmp_path / "process", many(30_000))
 
         agree_most = blocks(space)
@@ -410,7 +411,7 @@ class TestTheFile:
         assert list(tmp_path.iterdir()) == []
 
     def test_missing_extra(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Without matplotlib it says what to install, and nothing is written."""
+        """Without matplotlib the error says what to install, and nothing is written."""
         monkeypatch.setitem(sys.modules, "matplotlib", None)
 
         with pytest.raises(ImportError, match=r"^drawing needs matplotlib: .*'pyreserve\[plot\]'$"):
@@ -421,7 +422,7 @@ class TestTheFile:
     def test_a_failed_write_leaves_the_old_file(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A disk that is full at the last moment costs nothing."""
+        """If the disk is full at the last moment, the old file stays."""
 
         def refuse(self: Path, target: Path) -> Path:
             raise OSError(28, "No space left on device", str(target))

@@ -1,4 +1,4 @@
-"""The parser of maps and smaps: what it reads, and that nothing else gets through or breaks it."""
+"""The parser of maps and smaps: it reads valid text and refuses all other text."""
 
 import gzip
 import io
@@ -31,7 +31,7 @@ def read(text: bytes) -> MapTable:
 
 
 class Trickle:
-    """A file that gives a few bytes at a time."""
+    """A file that returns a few bytes at each read."""
 
     def __init__(self, text: bytes, size: int) -> None:
         self._rest, self._size = text, size
@@ -43,7 +43,7 @@ class Trickle:
 
 
 class Endless:
-    """A file of a text and then zeros."""
+    """A file of a text followed by zeros."""
 
     def __init__(self, text: bytes) -> None:
         self._text = text
@@ -57,7 +57,7 @@ class Endless:
 
 class TestReading:
     def test_a_line(self) -> None:
-        """Each field is where proc(5) says."""
+        """Each field is at the place that proc(5) gives."""
         table = read(LINE)
 
         assert (table.start, table.end) == ([0x7FDBC9300000], [0x7FDBC9400000])
@@ -81,13 +81,13 @@ class TestReading:
         ],
     )
     def test_names_as_the_kernel_prints_them(self, name: str) -> None:
-        """Whatever a name holds, it ends where the line does."""
+        """A name ends at the end of the line, whatever it contains."""
         text = LINE.replace(b"/tmp/a b", name.encode(errors="surrogateescape"))
 
         assert read(text + b"Size:   1024 kB\nRss:   12 kB\n").names == [name]
 
     def test_smaps(self) -> None:
-        """Figures belong to the mapping before them; flags are bits."""
+        """Figures belong to the mapping above them; flags are bits."""
         table = read(LINE + b"Size: 1024 kB\nRss: 12 kB\nSwap: 4 kB\nVmFlags: rd wr nr \nNew: 1\n")
 
         assert (table.rss, table.swap) == ([12], [4])
@@ -95,7 +95,7 @@ class TestReading:
 
     @pytest.mark.parametrize("size", [1, 7, 100, 4096])
     def test_pieces(self, size: int) -> None:
-        """How a file comes in does not matter."""
+        """The sizes of reads do not matter."""
         text = SMAPS["c_odd"]
 
         table = MapTable.read(Trickle(text, size))
@@ -104,7 +104,7 @@ class TestReading:
         assert table.rss == read(text).rss
 
     def test_a_last_line_without_an_end(self) -> None:
-        """What was saved without its last newline is read too."""
+        """A file without its last newline is read completely."""
         assert len(read(LINE[:-1])) == 1
 
     def test_a_very_long_line(self) -> None:
@@ -114,7 +114,7 @@ class TestReading:
         assert read(LINE.replace(b"/tmp/a b", name)).names == [name.decode()]
 
     def test_what_the_kernel_printed_before_and_after_a_merge(self) -> None:
-        """Neighbours that became one while they were printed are that one."""
+        """Mappings that merged during printing are one mapping."""
         grown = LINE.replace(b"7fdbc9400000", b"7fdbc9500000")
 
         table = read(LINE + b"Rss: 8 kB\n" + grown + b"Rss: 12 kB\n")
@@ -123,7 +123,7 @@ class TestReading:
         assert (table.rss, table.names) == ([12], ["/tmp/a b"])
 
     def test_swapped_pages_in_memory_too(self) -> None:
-        """The kernel counts shared memory's swap apart: what is in memory is believed first."""
+        """Swap is cut to the size that resident memory leaves: it is counted at another moment."""
         table = read(LINE + b"Shared_Dirty: 1000 kB\nSwap: 1024 kB\n")
 
         table.divide()
@@ -136,15 +136,15 @@ class TestReading:
         assert read(b"").names == []
 
     def test_this_process(self) -> None:
-        """The same mappings as the line by line reader's."""
+        """The mappings equal those of the line by line reader."""
         with open("/proc/self/maps", "rb", buffering=0) as file:
             text = file.readall()
 
         table = read(text)
 
         expected = [proc.parse_maps_line(line) for line in text.decode().splitlines()]
-        assert table.start == [one.start for one in expected]
-        assert table.names == [one.name for one in expected]
+        assert table.start == [mapping.start for mapping in expected]
+        assert table.names == [mapping.name for mapping in expected]
 
 
 class TestRefusing:
@@ -170,18 +170,18 @@ class TestRefusing:
         ],
     )
     def test_what_is_neither_file(self, text: bytes) -> None:
-        """The error says which line."""
+        """The error names the line."""
         with pytest.raises(MapsError, match=r"line \d+ is not in the format of"):
             read(text)
 
     def test_a_line_without_an_end(self) -> None:
-        """A device of zeros, or what unpacks to them, does not fill the memory."""
+        """An endless line of zeros does not fill the memory."""
         with pytest.raises(MapsError, match="line 2 is longer than"):
             MapTable.read(Endless(LINE))
 
     @pytest.mark.parametrize("size", [-1, 1 << 40])
     def test_a_file_that_lies(self, size: int) -> None:
-        """Nothing is read from outside the buffer."""
+        """A wrong count from readinto is refused: nothing is read outside the buffer."""
 
         class Lying:
             def readinto(self, buffer: memoryview, /) -> int:
@@ -191,19 +191,19 @@ class TestRefusing:
             MapTable.read(Lying())
 
     def test_more_memory_than_addresses(self) -> None:
-        """Figures that can't be true together are refused too."""
+        """Contradictory figures are refused."""
         table = read(LINE + b"Private_Clean: 1000 kB\nShared_Clean: 1000 kB\n")
 
         with pytest.raises(MapsError, match="7fdbc9300000 has more memory"):
             table.divide()
 
     def test_every_capture_is_settled(self) -> None:
-        """The real ones are none of these."""
+        """Figures of real processes are not refused."""
         for text in SMAPS.values():
             read(text).divide()
 
 
-# Lines that are right, nearly right and wrong, so that much of a file is believed.
+# Valid, nearly valid and invalid lines, mostly valid so that parsing goes on.
 PERMS = st.sampled_from(["rw-p", "---p", "r-xp", "rwxp", "rw-s", "r--s", "--xp", "rwx"])
 NAMES = """[heap] [stack] [vvar] [vsyscall] [vdso] [uprobes] /usr/lib/libc.so.6
 /lib/ld-linux.so /x/libjvm.so /x/classes.jsa /usr/bin/node /usr/lib/libjemalloc.so.2 /dev/zero
@@ -257,7 +257,7 @@ KERNELS = "vsyscall vvar vvar_vclock vdso stack heap uprobes vectors sigpage ano
 
 
 class TestNames:
-    """A name alone decides nothing."""
+    """A name alone is no evidence."""
 
     def explain(self, folder: Path, *lines: str) -> AddressSpace:
         (folder / "smaps").write_text("".join(f"{line}\n" for line in lines))
@@ -267,17 +267,17 @@ class TestNames:
     @pytest.mark.parametrize("inode", [0, 7])
     @pytest.mark.parametrize("perms", ["rw-p", "---p", "rwxs"])
     def test_anywhere(self, tmp_path: Path, name: str, inode: int, perms: str) -> None:
-        """Whatever has it is counted, in memory or not."""
+        """A mapping of that name is counted, resident or not."""
         space = self.explain(
             tmp_path, f"1000-3000 {perms} 0 0:0 {inode} [{name}]", "Private_Dirty: 4 kB"
         )
 
-        assert sum(one.kib for one in space.classes) == space.vsz_kib == 8
+        assert sum(memory_class.kib for memory_class in space.classes) == space.vsz_kib == 8
         assert sum(owner.kib for owner in space.owners) == 8
         assert (space.uss_kib, space.mappings) == (4, 1)
 
     def test_the_kernels_half(self, tmp_path: Path) -> None:
-        """What lies there is of no process: not in VmSize, nor in any class, whatever its name."""
+        """A mapping in the kernel's half is in no class and not in VmSize, whatever its name."""
         place = "ffffffffff600000-ffffffffff601000"
         for name in ("[vsyscall]", "[vdso]", "", "/x"):
             space = self.explain(
@@ -288,15 +288,15 @@ class TestNames:
                 "Private_Dirty: 4 kB",
             )
 
-            assert sum(one.kib for one in space.classes) == space.vsz_kib == 4
+            assert sum(memory_class.kib for memory_class in space.classes) == space.vsz_kib == 4
             assert [(owner.name, owner.kib) for owner in space.owners] == [("unknown", 4)]
             assert (space.rss_kib, space.uss_kib, space.mappings) == (0, 0, 1)
-            assert [one.kib for one in space.maps()] == [4, 4]
+            assert [mapping.kib for mapping in space.maps()] == [4, 4]
             assert space.maps()[1].owner == "kernel"
 
     @pytest.mark.parametrize("name", ["[stack]", "[heap]", "[vdso]", "[vvar]", "[anon:v8]"])
     def test_a_file_may_be_called_so(self, tmp_path: Path, name: str) -> None:
-        """What has an inode is a file, or unknown; what is writable is no page of the kernel's."""
+        """A mapping with an inode is a file or unknown; a writable one is no kernel page."""
         for line in (f"1000-3000 r--s 0 fe:1 7 {name}", f"1000-3000 rwxp 0 fe:1 7 {name}"):
             space = self.explain(tmp_path, line)
 
@@ -312,7 +312,7 @@ class TestNames:
 
 
 class TestFuzzed:
-    """Whatever it is given, the parser and all that follows raise their own error or none."""
+    """For any input, the parser and all later steps succeed or raise MapsError."""
 
     @given(st.binary(max_size=400))
     def test_bytes(self, text: bytes) -> None:
@@ -331,7 +331,7 @@ class TestFuzzed:
     def test_what_looks_like_smaps(
         self, tmp_path_factory: pytest.TempPathFactory, text: bytes
     ) -> None:
-        """Files that make sense to the parser make sense to the recognisers and classes."""
+        """Recognisers and classes accept every file that the parser accepts."""
         folder = tmp_path_factory.mktemp("fuzzed", numbered=True)
         (folder / "smaps").write_bytes(text)
 
@@ -341,7 +341,7 @@ class TestFuzzed:
     def test_what_looks_like_maps(
         self, tmp_path_factory: pytest.TempPathFactory, text: bytes, status: str
     ) -> None:
-        """Without smaps too every byte is in a class, and has an owner."""
+        """Without smaps every byte is in a class and has an owner too."""
         folder = tmp_path_factory.mktemp("fuzzed", numbered=True)
         (folder / "maps").write_bytes(text)
         (folder / "status").write_text(status)
@@ -350,7 +350,7 @@ class TestFuzzed:
 
     @pytest.mark.parametrize("name", SMAPS)
     def test_mutated(self, tmp_path: Path, name: str) -> None:
-        """Real files with bytes changed, lines swapped, cut out and doubled."""
+        """Real files with changed bytes, and swapped, removed and doubled lines."""
         generator = random.Random(name)
         text = SMAPS[name]
         for _ in range(60):
@@ -372,7 +372,7 @@ class TestFuzzed:
     def test_the_other_files(
         self, tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes]
     ) -> None:
-        """The files beside smaps may hold anything."""
+        """The other files may contain anything."""
         folder = tmp_path_factory.mktemp("fuzzed", numbered=True)
         (folder / "smaps").write_bytes(LINE + b"Rss: 12 kB\nPrivate_Dirty: 12 kB\n")
         for name, data in files.items():
@@ -385,7 +385,7 @@ class TestFuzzed:
             space = explain(path=folder)
         except MapsError:
             return
-        assert sum(one.kib for one in space.classes) == space.vsz_kib
+        assert sum(memory_class.kib for memory_class in space.classes) == space.vsz_kib
         assert sum(owner.kib for owner in space.owners) == space.vsz_kib
         assert all(owner.kib >= 0 and owner.rss_kib >= 0 for owner in space.owners)
         assert space.to_json()
