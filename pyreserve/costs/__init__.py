@@ -1,8 +1,8 @@
-"""The cost laboratory: what the verbs of virtual memory cost on this machine.
+"""Measure what the verbs of virtual memory cost on this machine.
 
-- `plan` chooses which cells to measure, `measure` measures them and returns a `CostTable`;
-- `CostTable.model` fits a `CostModel`, which estimates what any length costs;
-- `recommend` says what follows, `compare` what changed between two tables.
+- `plan` chooses which cells to measure, `measure` measures them and returns a `CostTable`.
+- `CostTable.model` fits a `CostModel`, which estimates the cost of any length.
+- `recommend` derives recommendations from a table, `compare` finds changes between two tables.
 
     table = measure(plan(only=["commit", "touch"]), budget=10)
     table.model().estimate("touch", pages=1000)  # nanoseconds

@@ -1,35 +1,36 @@
-"""What can be measured: a cell is a verb, done by a method, on a page kind, at one length.
+"""Cells: the operations that can be measured.
 
-The words are those of the README; the methods are the system calls that do it:
+A cell is a verb, a method, a page kind, a mode, a length and a number of threads. The README
+defines the verbs. A method names the system call, or the state of the memory before it:
 
 ========  ==================  ===========================================================
-verb      method              what one sample is
+verb      method              one sample
 ========  ==================  ===========================================================
 reserve   mmap                mmap(PROT_NONE)
 commit    mprotect            mprotect of a piece of a larger reservation
 commit    mmap-fixed          mmap(MAP_FIXED) of a piece of a larger reservation
-grow      mprotect            the next piece, right after what is committed and touched
-grow      mmap-fixed          the same by mmap(MAP_FIXED)
-guard     madvise             MADV_GUARD_INSTALL in a committed piece, where nothing was touched
-guard     mprotect            mprotect(PROT_NONE) there
-unguard   madvise, mprotect   the way back
-touch     write               the first store into each OS page
+grow      mprotect            mprotect of the piece that follows committed, touched memory
+grow      mmap-fixed          mmap(MAP_FIXED) of that piece
+guard     madvise             MADV_GUARD_INSTALL on untouched pages inside committed memory
+guard     mprotect            mprotect(PROT_NONE) on such pages
+unguard   madvise, mprotect   MADV_GUARD_REMOVE; mprotect back to read and write
+touch     write               the first store to each OS page
 touch     read                the first load from each OS page
 populate  madvise             MADV_POPULATE_WRITE
-collapse  madvise             MADV_COLLAPSE of small pages that are in memory
-discard   dontneed, free      MADV_DONTNEED; MADV_FREE (lazy), of touched pages
+collapse  madvise             MADV_COLLAPSE of resident small pages
+discard   dontneed, free      MADV_DONTNEED; MADV_FREE (lazy), on touched pages
 decommit  mmap-fixed          mmap(MAP_FIXED, PROT_NONE) over touched pages
-decommit  mprotect            mprotect(PROT_NONE) alone: they keep memory and charge
+decommit  mprotect            mprotect(PROT_NONE) alone: memory and commit charge stay
 decommit  dontneed+mprotect   MADV_DONTNEED, then mprotect(PROT_NONE)
-release   untouched, touched  munmap of the whole, nothing or all of it touched
-retouch   resident            a store into each OS page, all of them in memory
-retouch   after-dontneed      the next store after discard/dontneed
-retouch   after-free          the next store after discard/free, not yet taken by the kernel
-retouch   after-fork          the next store after a fork: copy on write
-recommit  after-mmap-fixed    mprotect after a decommit by that method; likewise
+release   untouched, touched  munmap of the whole mapping, none or all of it touched
+retouch   resident            a store to each OS page, all of them resident
+retouch   after-dontneed      the first store to each OS page after discard/dontneed
+retouch   after-free          the same after discard/free, before the kernel reclaims it
+retouch   after-fork          the same after a fork: copy on write
+recommit  after-mmap-fixed    mprotect after a decommit by that method; the same for
                               after-mprotect and after-dontneed+mprotect
 fork      inherit, dontfork   fork(2) with touched pages, without and with MADV_DONTFORK; the
-                              fixed part is that of the measuring Python
+                              fixed cost is that of the measuring Python process
 ========  ==================  ===========================================================
 """
 
@@ -47,7 +48,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "use again": ("retouch", "recommit"),
     "fork": ("fork",),
 }
-"""The verbs as a person thinks of them."""
+"""The verbs by purpose."""
 
 METHODS: dict[str, tuple[str, ...]] = {
     "reserve": ("mmap",),
@@ -65,7 +66,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "recommit": ("after-mmap-fixed", "after-mprotect", "after-dontneed+mprotect"),
     "fork": ("inherit", "dontfork"),
 }
-"""The methods of each verb, the one that is meant when none is named first."""
+"""The methods of each verb, the default one first."""
 
 MODES = ("charge", "noreserve")
 
@@ -75,20 +76,20 @@ def _name(size: int) -> str:
 
 
 SMALL = _name(PAGE_SIZE)
-"""The name of the page kind that every machine has: the OS page."""
+"""Name of the page kind that every machine has: the OS page."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Cell:
-    """One thing to measure.
+    """An operation to measure.
 
     Attributes:
         verb, method: see this module's table.
-        page_kind: what backs the memory: ``"4KiB"``, ``"64KiB"`` (a transparent huge page of that
-            size), ``"2MiB"``, ``"hugetlb-2MiB"``.
-        mode: ``"charge"`` or ``"noreserve"``, as of a region.
+        page_kind: kind of page that backs the memory: ``"4KiB"``, ``"64KiB"`` (a transparent huge
+            page of that size), ``"2MiB"``, ``"hugetlb-2MiB"``.
+        mode: ``"charge"`` or ``"noreserve"``, as for a region.
         nbytes: length of the piece, in bytes.
-        threads: how many threads do it at once in one address space, each on a mapping of its own.
+        threads: number of threads that do it at once in one address space, each on its own mapping.
     """
 
     verb: str
@@ -109,7 +110,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Curve:
-    """The cells that differ in nothing but their length."""
+    """The cells that differ only in length."""
 
     verb: str
     method: str
@@ -119,22 +120,22 @@ class Curve:
 
     @classmethod
     def of(cls, cell: Cell) -> "Curve":
-        """Return the curve on which a cell lies."""
+        """Return the curve that a cell belongs to."""
         return cls(cell.verb, cell.method, cell.page_kind, cell.mode, cell.threads)
 
     @classmethod
     def named(cls, verb: str, method: str | None, **rest: Any) -> "Curve":
-        """Name a curve, by the verb's first method if by none.
+        """Return a curve by its attributes; without a method, that of the verb's first.
 
         Raises:
-            ValueError: there is no such verb, or it has no such method.
+            ValueError: the verb is unknown, or does not have the method.
         """
         methods = METHODS.get(verb)
         if methods is None:
-            msg = f"unknown verb {verb!r}; there are {', '.join(METHODS)}"
+            msg = f"verb must be one of {', '.join(METHODS)}, got {verb!r}"
             raise ValueError(msg)
         if method is not None and method not in methods:
-            msg = f"{verb} has no method {method!r}, but {', '.join(methods)}"
+            msg = f"method of {verb} must be one of {', '.join(methods)}, got {method!r}"
             raise ValueError(msg)
         return cls(verb, method or methods[0], **rest)
 
@@ -143,25 +144,26 @@ class Curve:
         return Cell(self.verb, self.method, self.page_kind, self.mode, nbytes, self.threads)
 
     def __str__(self) -> str:
-        return f"{self.verb} {self.method}, {in_words(self.page_kind, self.mode, self.threads)}"
+        setting = describe_setting(self.page_kind, self.mode, self.threads)
+        return f"{self.verb} {self.method}, {setting}"
 
 
-def in_words(page_kind: str, mode: str, threads: int) -> str:
-    """Say what the cells of a setting have in common."""
+def describe_setting(page_kind: str, mode: str, threads: int) -> str:
+    """Return a description of page kind, mode and threads for people."""
     return f"{page_kind} pages, {mode}" + ("" if threads == 1 else f", {threads} threads")
 
 
 @dataclass(frozen=True, slots=True)
 class PageKind:
-    """A way to have memory backed.
+    """A kind of page that can back memory.
 
     Attributes:
         name: as in `Cell.page_kind`.
-        size: bytes of such a page.
+        size: bytes of a page.
         sort: ``"small"``, ``"transparent"`` or ``"hugetlb"``.
-        next_size: the next larger transparent page that the kernel would prefer where it fits; 0 if
-            there is none.
-        why_not: why there are none here; None if there are.
+        next_size: bytes of the next larger transparent page, which the kernel prefers where it
+            fits; 0 if there is none.
+        why_not: why this machine has no such pages; None if it has.
     """
 
     name: str
@@ -172,15 +174,15 @@ class PageKind:
 
 
 def page_kinds() -> list[PageKind]:
-    """Return what this machine backs memory with, or could if it were set so."""
+    """Return the page kinds of this machine, including those that its settings disable."""
     thp = thp_settings()
     kinds = [PageKind(SMALL, PAGE_SIZE, "small")]
-    on = [size for size, setting in thp.items() if setting in {"always", "madvise"}]
-    for size in on:
-        larger = min((other for other in on if other > size), default=0)
+    enabled = [size for size, setting in thp.items() if setting in {"always", "madvise"}]
+    for size in enabled:
+        larger = min((other for other in enabled if other > size), default=0)
         kinds.append(PageKind(_name(size), size, "transparent", larger))
     largest = max(thp, default=0)
-    if largest and largest not in on:
+    if largest and largest not in enabled:
         why = f"transparent huge pages of {format_size(largest)} are switched off (never)"
         kinds.append(PageKind(_name(largest), largest, "transparent", why_not=why))
     for size, free in hugetlb_free().items():

@@ -1,7 +1,7 @@
-"""The fresh process in which a group's programs run: takes a job, gives a line for every result.
+"""The measuring process: runs the programs of a group.
 
-The job comes pickled on standard input. The answers are lines of JSON on standard output, so what
-was measured is with the parent even if this process is killed the next moment.
+It reads a pickled job from standard input and writes each answer as a line of JSON to standard
+output, so no finished measurement is lost if the process is killed.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from pyreserve.costs.stats import Sample
 from pyreserve.units import MiB, format_size, round_up
 
 PIECE = 2 * MiB
-"""Memory is warmed up in pieces of so many bytes, each timed."""
+"""Memory is warmed up in pieces of this many bytes, each timed."""
 
-_SWEEPS = 3  # times that the programs take turns
-_SLICE = 0.005  # seconds that a program runs in one turn, if one round takes less
-_MOST_ROUNDS = 60
-_LONG = 0.1  # seconds; what takes longer runs once a pass, and no round goes to warming up
-_TRIED = 32  # pieces touched to see how fast that goes
-_CALLS = 1000
+_SWEEPS = 3  # turns that each short program gets in a pass
+_SLICE = 0.005  # seconds of a turn; a longer round runs once
+_MAX_ROUNDS = 60
+_LONG = 0.1  # seconds; a program with longer rounds gets one turn a pass and no warm-up round
+_TRIAL_PIECES = 32  # pieces touched to measure how fast warming up is
+_CALLS = 1000  # getppid calls in one sample
 
 _VERBS = {
     "COMMIT_MAP": "commit",
@@ -44,18 +44,18 @@ _VERBS = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one child is to do.
+    """The work of one child process.
 
     Attributes:
-        parent: pid of the parent, without which nothing is done.
+        parent: PID of the parent; the child ends with it.
         deadline: time.monotonic() at which to stop, in seconds.
-        share: seconds that one round of a program may take at most.
-        setting: what its programs have in common.
-        warm: bytes to touch at first,
-        warm_seconds: in so many seconds, or less memory.
+        share: limit of one round of a program, in seconds.
+        setting: the setting of all its programs.
+        warm: bytes of memory to warm up.
+        warm_seconds: limit of one warm-up, in seconds; what does not fit stays cold.
         entries: whether to count map entries too.
-        programs: what to run, by number.
-        seconds: what a round of each has taken, as far as known.
+        programs: the programs to run, by number.
+        seconds: duration of a round in earlier passes, by number.
     """
 
     parent: int
@@ -70,6 +70,7 @@ class Job:
 
 
 def _no_thread(err: int) -> str:
+    """Return why a thread could not be started."""
     why = f"a thread was refused ({errno.errorcode.get(err, err)})"
     with contextlib.suppress(OSError):
         limit = tasks.refusing_limit()
@@ -78,7 +79,7 @@ def _no_thread(err: int) -> str:
 
 
 class Refused(Exception):  # noqa: N818
-    """The kernel refused step number `step` of a program with `err`."""
+    """The kernel refused step number `step` of a program with errno `err`."""
 
     def __init__(self, err: int, step: int) -> None:
         super().__init__(err, step)
@@ -86,7 +87,7 @@ class Refused(Exception):  # noqa: N818
 
 
 def run(program: Program, rounds: int) -> list[list[Sample]]:
-    """Run a program in C; return the samples of each of its `cells`.
+    """Run a program in C; return the samples of each of its `cells`, in their order.
 
     Raises:
         Refused: the kernel refused a step.
@@ -99,83 +100,91 @@ def run(program: Program, rounds: int) -> list[list[Sample]]:
         row.slot = -1 if step.cell is None else slot
         row.offset, row.length, row.repeat = step.offset, step.nbytes, step.repeat
         slot += step.cell is not None
-    made = ffi.new("struct timing_program *")
-    made.steps, made.nsteps, made.nslots = steps, len(program.steps), len(timed)
-    made.length, made.align, made.phase = program.nbytes, program.align, program.phase
-    made.huge, made.access, made.advice = program.huge, program.access, program.advice
-    each = rounds * program.threads
-    n = len(timed) * each
+    native = ffi.new("struct timing_program *")
+    native.steps, native.nsteps, native.nslots = steps, len(program.steps), len(timed)
+    native.length, native.align, native.phase = (
+        program.nbytes,
+        program.align,
+        program.phase,
+    )
+    native.huge, native.access, native.advice = (
+        program.huge,
+        program.access,
+        program.advice,
+    )
+    per_slot = rounds * program.threads
+    n = len(timed) * per_slot
     samples, preempted = ffi.new("double[]", n or 1), ffi.new("unsigned char[]", n or 1)
     done, failed = ffi.new("size_t *"), ffi.new("size_t *")
-    err = lib.timing_run(made, program.threads, rounds, samples, preempted, done, failed)
+    err = lib.timing_run(native, program.threads, rounds, samples, preempted, done, failed)
     if err:
         raise Refused(err, int(failed[0]))
-    found: dict[Cell, list[Sample]] = {cell: [] for cell in program.cells}
+    by_cell: dict[Cell, list[Sample]] = {cell: [] for cell in program.cells}
     for i in range(n):
-        found[timed[i // each]].append((round(samples[i], 2), bool(preempted[i])))
-    return list(found.values())
+        by_cell[timed[i // per_slot]].append((round(samples[i], 2), bool(preempted[i])))
+    return list(by_cell.values())
 
 
-_NAMELESS = Cell("", "", SMALL, "charge", PAGE_SIZE)
+_UNNAMED = Cell("", "", SMALL, "charge", PAGE_SIZE)  # for timed steps that belong to no plan
 
 
-def _bare(steps: list[Step], nbytes: int, *, align: int = 0, advice: int = 0) -> Program:
+def _bare_program(steps: list[Step], nbytes: int, *, align: int = 0, advice: int = 0) -> Program:
     whole = [Step("RESERVE", 0, nbytes), *steps, Step("RELEASE", 0, nbytes)]
     return Program("bare", tuple(whole), nbytes, nbytes, nbytes, align, 0, 0, 0, advice, 1)
 
 
 def system_call_ns() -> float:
-    """Time a getppid: what entering the kernel costs just now, in ns."""
-    step = Step("SYSTEM_CALL", 0, PAGE_SIZE, _NAMELESS, _CALLS)
-    return min(run(_bare([step], PAGE_SIZE), 5)[0])[0]
+    """Return the ns of a getppid: the current cost of entering the kernel."""
+    step = Step("SYSTEM_CALL", 0, PAGE_SIZE, _UNNAMED, _CALLS)
+    return min(run(_bare_program([step], PAGE_SIZE), 5)[0])[0]
 
 
 def warm_up(nbytes: int, seconds: float, advice: int) -> list[Sample]:
-    """Touch so much memory once and give it back; return what each `PIECE` of it took.
+    """Touch memory once and release it; return the sample of each `PIECE`.
 
-    The host of a virtual machine may have taken it away while it was idle, and bringing it again
-    is many times as slow: what can't be brought in the time given is left.
+    The hypervisor may have taken idle memory from a virtual machine, and supplying it again is many
+    times as slow. Memory that cannot be touched within `seconds` is left cold.
     """
-    few = _TRIED * PIECE
-    tried = _touch_once(min(nbytes, few), advice)
-    most = int(seconds * 1e9 / max(sum(ns for ns, _ in tried), 1.0) * len(tried)) * PIECE
-    if nbytes <= few or most <= few:
-        return tried
-    return _touch_once(min(nbytes, most), advice)
+    trial = _TRIAL_PIECES * PIECE
+    samples = _touch_once(min(nbytes, trial), advice)
+    affordable = int(seconds * 1e9 / max(sum(ns for ns, _ in samples), 1.0) * len(samples)) * PIECE
+    if nbytes <= trial or affordable <= trial:
+        return samples
+    return _touch_once(min(nbytes, affordable), advice)
 
 
 def _touch_once(nbytes: int, advice: int) -> list[Sample]:
     nbytes = round_up(nbytes, PIECE)
     steps = [Step("ADVISE", 0, nbytes), Step("COMMIT", 0, nbytes)]
-    steps += [Step("WRITE", at, PIECE, _NAMELESS) for at in range(0, nbytes, PIECE)]
-    return run(_bare(steps, nbytes, align=PIECE, advice=advice), 1)[0]
+    steps += [Step("WRITE", offset, PIECE, _UNNAMED) for offset in range(0, nbytes, PIECE)]
+    return run(_bare_program(steps, nbytes, align=PIECE, advice=advice), 1)[0]
 
 
-def why_not_given(program: Program, kind: PageKind) -> str | None:
-    """Say why a touch does not give a page of this kind in a program's mapping, if it doesn't."""
-    room = program.nbytes + program.align
+def why_unavailable(program: Program, kind: PageKind) -> str | None:
+    """Return why a touch in a program's mapping gets no page of this kind; None if it gets one."""
+    length = program.nbytes + program.align
     address, resident = ffi.new("uintptr_t *"), ffi.new("size_t *")
-    err = lib.vm_map(0, room, lib.VM_RESERVED, address)
+    err = lib.vm_map(0, length, lib.VM_RESERVED, address)
     if err:
-        return str(refusal("reserve", err, room).strerror)
+        return str(refusal("reserve", err, length).strerror)
     try:
-        at = address[0] + (program.phase - address[0]) % program.align
-        err = lib.vm_advise(at, program.nbytes, program.advice)
-        err = err or lib.vm_protect(at, kind.size, lib.VM_COMMITTED)
+        placed = address[0] + (program.phase - address[0]) % program.align
+        err = lib.vm_advise(placed, program.nbytes, program.advice)
+        err = err or lib.vm_protect(placed, kind.size, lib.VM_COMMITTED)
         if err:
             return str(refusal("commit", err, kind.size).strerror)
-        ffi.cast("char *", at)[0] = b"\1"
-        lib.vm_resident(at, kind.size, resident)
+        ffi.cast("char *", placed)[0] = b"\1"
+        lib.vm_resident(placed, kind.size, resident)
     finally:
-        lib.vm_release(address[0], room)
+        lib.vm_release(address[0], length)
     if resident[0] == kind.size:
         return None
-    return f"the kernel gave {format_size(resident[0])} at a touch: no page of this size is free"
+    return f"a touch got {format_size(resident[0])}: no page of this size is free"
 
 
-def answer(**found: Any) -> None:
-    """Send a line to the parent."""
-    sys.stdout.write(json.dumps(found) + "\n")
+def answer(**fields: Any) -> None:
+    """Send an answer to the parent."""
+    sys.stdout.write(json.dumps(fields) + "\n")
     sys.stdout.flush()
 
 
@@ -183,38 +192,38 @@ class Pass:
     """One pass over a group's programs."""
 
     def __init__(self, job: Job) -> None:
-        """Take what is to be done."""
+        """Prepare a pass over the programs of a job."""
         self._job = job
-        self._left = dict(job.programs)
+        self._remaining = dict(job.programs)
         self._seconds = dict(job.seconds)
         self._warm: set[int] = set()
 
     def run(self) -> None:
-        """Let the short programs take turns; then the long ones, each once, the largest first.
+        """Run the short programs in turns, then each long one once, the largest first.
 
-        What a long one touches would be taken away again if it were idle for long, so its memory is
-        warmed up right before.
+        The memory of the long ones is warmed up directly before they run: the hypervisor would
+        take it away again if it were idle.
         """
-        self._warm_up(min(self._job.warm, _TRIED * PIECE))
+        self._warm_up(min(self._job.warm, _TRIAL_PIECES * PIECE))
         for _ in range(_SWEEPS):
             answer(system_call=system_call_ns())
-            for number in list(self._left):
+            for number in list(self._remaining):
                 if self._predict(number) < _LONG:
-                    self._turn(number)
-        long = [number for number in self._left if self._is_long(number)]
-        long.sort(key=lambda number: -self._left[number].memory)
+                    self._run_turn(number)
+        long = [number for number in self._remaining if self._is_long(number)]
+        long.sort(key=lambda number: -self._remaining[number].memory)
         if long:
-            self._warm_up(self._left[long[0]].memory)
+            self._warm_up(self._remaining[long[0]].memory)
         for number in long:
-            self._turn(number)
+            self._run_turn(number)
 
     def _is_long(self, number: int) -> bool:
-        """Whether it is long, and short enough for the budget; tell the parent if it is not."""
+        """Whether a program is long and the budget allows it; if not allowed, tell the parent."""
         seconds = self._predict(number)
         if seconds > self._job.share:
             why = (
-                f"one round would take {seconds:.2g} s, and the budget leaves "
-                f"{self._job.share:.2g} s, a 20th, for one"
+                f"one round takes about {seconds:.2g} s, more than a 20th of the budget "
+                f"({self._job.share:.2g} s)"
             )
             answer(skipped=number, why=why)
             return False
@@ -224,14 +233,14 @@ class Pass:
         try:
             answer(warm_up=warm_up(nbytes, self._job.warm_seconds, self._job.setting.advice))
         except Refused:
-            return  # the programs that need as much will be refused too, and say so one by one
+            return  # programs that need as much are refused too, and each reports it
 
     def _predict(self, number: int) -> float:
-        """Say how many seconds a round will take: as it did, or as a shorter piece lets expect.
+        """Predict the seconds of a round, from its last duration or from a shorter piece.
 
-        The less of both: where the host had to bring the memory, it took longer than it will.
+        The smaller of both: if the memory was cold, the last round took longer than the next will.
         """
-        program, known = self._left[number], self._seconds.get(number)
+        program, known = self._remaining[number], self._seconds.get(number)
         shorter = [
             (other.piece, self._seconds[n])
             for n, other in self._job.programs.items()
@@ -243,22 +252,23 @@ class Pass:
         scaled = seconds * program.piece / piece
         return scaled if known is None else min(known, scaled)
 
-    def _turn(self, number: int) -> None:
-        program, seconds = self._left[number], self._predict(number)
+    def _run_turn(self, number: int) -> None:
+        """Run a program for one turn, after a warm-up round, and send its samples."""
+        program, seconds = self._remaining[number], self._predict(number)
         if time.monotonic() + seconds > self._job.deadline:
             return
         try:
             if number not in self._warm and seconds < _LONG:
-                begun = time.monotonic()
+                started = time.monotonic()
                 run(program, 1)
-                seconds = time.monotonic() - begun
+                seconds = time.monotonic() - started
             self._warm.add(number)
-            rounds = max(1, min(_MOST_ROUNDS, int(_SLICE / max(seconds, 1e-6))))
-            begun = time.monotonic()
+            rounds = max(1, min(_MAX_ROUNDS, int(_SLICE / max(seconds, 1e-6))))
+            started = time.monotonic()
             samples = run(program, rounds)
-            self._seconds[number] = (time.monotonic() - begun) / rounds
+            self._seconds[number] = (time.monotonic() - started) / rounds
         except Refused as refused:
-            self._refused(number, refused)
+            self._drop_refused(number, refused)
             return
         order = self._job.programs[number].cells
         answer(
@@ -268,9 +278,9 @@ class Pass:
             samples=samples,
         )
 
-    def _refused(self, number: int, refused: Refused) -> None:
-        """Drop what can't be done; the other steps have their turn the next time."""
-        program = self._left[number]
+    def _drop_refused(self, number: int, refused: Refused) -> None:
+        """Drop the refused step and those bound to it, and run the rest of the program."""
+        program = self._remaining[number]
         if refused.step == len(program.steps):
             self._give_up(number, _no_thread(refused.err))
             return
@@ -283,24 +293,25 @@ class Pass:
             return
         end = refused.step + 1 + step.bound
         kept = replace(program, steps=program.steps[: refused.step] + program.steps[end:])
-        gone = [cell for cell in program.cells if cell not in kept.cells]
-        self._give_up(number, why, gone)
-        self._left[number] = kept
-        self._turn(number)
+        dropped = [cell for cell in program.cells if cell not in kept.cells]
+        self._give_up(number, why, dropped)
+        self._remaining[number] = kept
+        self._run_turn(number)
 
     def _give_up(self, number: int, why: str, cells: list[Cell] | None = None) -> None:
-        program = self._left.pop(number)
+        """Remove a program, and report these of its cells as refused; None: all."""
+        program = self._remaining.pop(number)
         order = self._job.programs[number].cells
-        gone = program.cells if cells is None else cells
-        answer(program=number, refused=[order.index(cell) for cell in gone], why=why)
+        dropped = program.cells if cells is None else cells
+        answer(program=number, refused=[order.index(cell) for cell in dropped], why=why)
 
 
 def work(job: Job) -> None:
-    """Do a job."""
-    # All but a bare reservation are placed where pages of the kind fit.
-    placed = next((program for program in job.programs.values() if program.align), None)
-    if placed is not None:
-        why = why_not_given(placed, job.setting.kind)
+    """Do a job, and send its answers."""
+    # Only the program of an untouched reservation has no alignment.
+    aligned = next((program for program in job.programs.values() if program.align), None)
+    if aligned is not None:
+        why = why_unavailable(aligned, job.setting.kind)
         if why is not None:
             answer(unavailable=why)
             return
@@ -310,9 +321,9 @@ def work(job: Job) -> None:
 
 
 def main() -> None:
-    """Do the job on standard input, for as long as the parent lives."""
+    """Do the job on standard input; end if the parent ends."""
     job: Job = pickle.load(sys.stdin.buffer)
-    if lib.sys_end_with_parent(job.parent):
-        sys.exit(f"process {job.parent}, whose job it is, has not started it itself, or has ended")
+    if lib.vm_end_with(job.parent):
+        sys.exit(f"process {job.parent} is not the parent: a wrapper started Python, or it ended")
     work(job)
     answer(done=True)

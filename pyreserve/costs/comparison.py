@@ -1,4 +1,4 @@
-"""Two tables side by side: what changed, and what only looks as if it had."""
+"""Compare two tables cell by cell, and tell changes from noise."""
 
 import math
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from pyreserve.costs.cells import Cell
 from pyreserve.costs.stats import Times
 from pyreserve.costs.table import CostTable
 
-# Smaller changes can be told from none only by many more runs.
-_LEAST_CHANGE = 0.05
-_OTHER_SPEED = 0.1
-_WIDE = 0.5
+# Relative change of a median; smaller ones are not significant with this many passes.
+_MIN_CHANGE = 0.05
+_OTHER_SPEED = 0.1  # relative change of a system call's time that makes the comparison noisy
+_WIDE = 0.5  # relative width of an interval above which "same" is "unsure"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +18,10 @@ class Compared:
     """A cell in two tables.
 
     Attributes:
-        cell, host: which.
-        old, new: its times.
+        cell, host: as in `Measured`.
+        old, new: its times in the two tables.
         verdict: ``"slower"`` or ``"faster"`` if the intervals do not overlap and the medians differ
-            by 5 % at least; ``"noisy"`` if that holds, but either run was disturbed; else
+            by at least 5 %; ``"noisy"`` if they do, but one of the runs was disturbed; otherwise
             ``"same"``, or ``"unsure"`` if an interval is wider than half its median.
     """
 
@@ -33,7 +33,7 @@ class Compared:
 
     @property
     def ratio(self) -> float:
-        """The new median over the old; infinite if only the old one took no time."""
+        """New median over old median; infinite if only the old one is zero."""
         if self.new.median == self.old.median:
             return 1.0
         return self.new.median / self.old.median if self.old.median else math.inf
@@ -41,13 +41,13 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
-        cells: those that both tables have times of.
-        noisy: why nothing is called a change; None if it can be.
-        differences: facts of the machine that are not the same: name, old, new.
-        only_old, only_new: how many measured cells only one of them has.
+        cells: the cells that both tables have times of.
+        noisy: why changes are reported as noise; None if the runs were quiet.
+        differences: facts of the machine that differ: name, old value, new value.
+        only_old, only_new: number of measured cells that only one table has.
     """
 
     cells: tuple[Compared, ...]
@@ -57,15 +57,14 @@ class Comparison:
     only_new: int
 
     def count(self, verdict: str) -> int:
-        """Count the cells of a verdict."""
-        return sum(one.verdict == verdict for one in self.cells)
+        """Return the number of cells with a verdict."""
+        return sum(compared.verdict == verdict for compared in self.cells)
 
 
 def compare(old: CostTable, new: CostTable) -> Comparison:
     """Compare two tables, cell by cell."""
     noisy = _noise(old, new)
-    before = {(one.cell, one.host): one.times for one in old.cells if one.times}
-    after = {(one.cell, one.host): one.times for one in new.cells if one.times}
+    before, after = _times(old), _times(new)
     cells = tuple(
         Compared(*key, before[key], times, _verdict(before[key], times, noisy is not None))
         for key, times in after.items()
@@ -80,9 +79,13 @@ def compare(old: CostTable, new: CostTable) -> Comparison:
     )
 
 
+def _times(table: CostTable) -> dict[tuple[Cell, str], Times]:
+    return {(entry.cell, entry.host): entry.times for entry in table.cells if entry.times}
+
+
 def _verdict(old: Times, new: Times, noisy: bool) -> str:
     apart = new.ci95[0] > old.ci95[1] or new.ci95[1] < old.ci95[0]
-    if not apart or abs(new.median - old.median) < _LEAST_CHANGE * old.median:
+    if not apart or abs(new.median - old.median) < _MIN_CHANGE * old.median:
         return "same" if max(old.width, new.width) <= _WIDE else "unsure"
     if noisy:
         return "noisy"
@@ -90,15 +93,16 @@ def _verdict(old: Times, new: Times, noisy: bool) -> str:
 
 
 def _noise(old: CostTable, new: CostTable) -> str | None:
-    """Say what disturbed either run, or that the same machine runs at another speed now."""
-    for which, table in (("the old run", old), ("this run", new)):
+    """Return why the two runs cannot be compared: a disturbed run, or another clock speed."""
+    for run, table in (("the old run", old), ("this run", new)):
         why = table.disturbed
         if why is not None:
-            return f"{which} was disturbed: {why}"
+            return f"{run} was disturbed: {why}"
     before, after = (table.machine.get("system_call_ns") for table in (old, new))
     if before and after and not _differences(old, new) and abs(after / before - 1) > _OTHER_SPEED:
         return (
-            f"the same system call took {before:.0f} ns in the old run and {after:.0f} ns in this"
+            f"the same system call took {before:.0f} ns in the old run and {after:.0f} ns in this "
+            "run"
         )
     return None
 
@@ -107,4 +111,4 @@ def _differences(old: CostTable, new: CostTable) -> tuple[tuple[str, object, obj
     measured = {"system_call_ns", "map_entries"}
     names = [name for name in {**old.machine, **new.machine} if name not in measured]
     pairs = ((name, old.machine.get(name), new.machine.get(name)) for name in names)
-    return tuple((name, a, b) for name, a, b in pairs if a != b)
+    return tuple((name, before, after) for name, before, after in pairs if before != after)

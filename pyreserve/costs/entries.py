@@ -1,4 +1,4 @@
-"""How many map entries a plan costs: counted, not assumed (vm.max_map_count is the budget)."""
+"""Count the map entries that each use of a mapping adds (vm.max_map_count is the budget)."""
 
 from collections.abc import Callable
 
@@ -6,15 +6,15 @@ from pyreserve._native import ffi, lib
 from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE
 
-_TIMES = 16
-_SPAN = 4 * PAGE_SIZE  # a place of its own for each, with room around what is done there
+_PLACES = 16
+_SPAN = 4 * PAGE_SIZE  # distance between places, so that changed pages cannot merge
 
 
 def map_entries() -> dict[str, float]:
-    """Count what each way to use a piece of a mapping adds to the process's map entries.
+    """Return the map entries that each way to use a piece of a mapping adds to the process.
 
-    Keys are ``"VERB METHOD"``; each is done at 16 places that do not touch. What the kernel refuses
-    is left out.
+    Keys are ``"VERB METHOD"``. Each value is the mean of 16 separate places. Ways that the kernel
+    refuses are left out.
     """
     reserved, committed = lib.VM_RESERVED, lib.VM_COMMITTED
     page = PAGE_SIZE
@@ -30,27 +30,28 @@ def map_entries() -> dict[str, float]:
         "advise dontfork": (committed, lambda at: lib.vm_advise(at, page, lib.VM_NO_FORK)),
     }
     added = {name: _added(access, way) for name, (access, way) in ways.items()}
-    # Growth is next to what is committed already.
+    # Growth is adjacent to committed memory.
     added["grow mprotect"] = _added(*ways["commit mprotect"], step=page)
     added["grow mmap-fixed"] = _added(*ways["commit mmap-fixed"], step=page)
     return {name: entries for name, entries in added.items() if entries is not None}
 
 
 def _added(access: int, way: Callable[[int], int], step: int = _SPAN) -> float | None:
-    length = (_TIMES + 2) * _SPAN
+    """Return the map entries that one more place adds; None if the kernel refuses."""
+    length = (_PLACES + 2) * _SPAN
     address = ffi.new("uintptr_t *")
     if lib.vm_map(0, length, access, address):
         return None
     try:
-        lib.vm_advise(address[0], length, lib.VM_NO_DUMP)  # merges with no neighbour
+        lib.vm_advise(address[0], length, lib.VM_NO_DUMP)  # prevents merging with a neighbour
         begin = address[0] + PAGE_SIZE
         if way(begin):
             return None
         before = proc.map_count()
-        if any(way(begin + i * step) for i in range(1, _TIMES + 1)):
+        if any(way(begin + i * step) for i in range(1, _PLACES + 1)):
             return None
-        return (proc.map_count() - before) / _TIMES
-    except OSError:  # maps can't be read
+        return (proc.map_count() - before) / _PLACES
+    except OSError:  # /proc/self/maps cannot be read
         return None
     finally:
         lib.vm_release(address[0], length)

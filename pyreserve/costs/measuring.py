@@ -1,4 +1,4 @@
-"""Runs a plan: pass after pass, each group in a fresh child process, until sure or out of time."""
+"""Run a plan: pass after pass in child processes, until the medians are known or time is up."""
 
 import json
 import math
@@ -27,23 +27,23 @@ from pyreserve.costs.table import CostTable, Measured, Noise
 from pyreserve.units import MiB, as_float
 
 BUDGET = 50.0
-"""Seconds that a run takes at most unless told otherwise."""
+"""Default limit of a run, in seconds."""
 
 WIDTH = 0.04
-"""Width of a median's 95 % interval at which a cell is known well enough, as a share of it."""
+"""Default width of a median's 95 % interval at which a cell is settled, as a share of it."""
 
-_LEAST_PASSES = 6  # an interval of fewer says little
-_SHARE = 20  # so many rounds of the slowest program fit into the budget
-_WARM_SHARE = 15  # and so many of the longest warming up
-_BIG = 256 * MiB  # what holds more memory takes part in every second pass
-_GRACE = 3.0  # seconds after the deadline at which a child that does not end is killed
-# Nothing is imported before the path is the caller's: the directory that it is in would come first.
+_MIN_PASSES = 6  # fewer give no useful interval
+_SHARE = 20  # one round of a program may take 1/20 of the budget
+_WARM_SHARE = 15  # one warm-up may take 1/15 of the budget
+_BIG = 256 * MiB  # programs that hold more memory run in every second pass
+_GRACE = 3.0  # seconds after the deadline until a child that has not ended is killed
+# Set the caller's sys.path before any import: with -c it begins with the working directory.
 _START = "import sys; sys.path[:] = sys.argv[1:]; from pyreserve.costs.child import main; main()"
-_LOOK = 3600.0  # seconds that are waited for an answer at a time
-_NO_TIME = "the budget was spent before its turn"
-_ALL_COLD = "the host had to bring the memory each time"
-# What brings memory: how fast depends on whether the host has it. (A first read brings none.)
-_BRINGING = frozenset(
+_POLL = 3600.0  # seconds that one poll may wait for an answer
+_NO_TIME = "the budget was spent before this cell was measured"
+_ALL_COLD = "the hypervisor had to supply the memory each time"
+# Cells that allocate pages, so that samples may be cold. (A first read maps the zero page.)
+_ALLOCATING = frozenset(
     {
         ("touch", "write"),
         ("populate", "madvise"),
@@ -52,19 +52,19 @@ _BRINGING = frozenset(
         ("retouch", "after-fork"),
     }
 )
-_FEW = 64 * MiB  # pieces of so many bytes have so few samples that shorter ones have to tell
+_FEW = 64 * MiB  # pieces from this size on have few samples: shorter ones predict the warm time
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
-        seconds, budget: how long it has taken and may take at most.
-        passes: whole passes so far.
-        settled, cells: how many cells are known well enough, of how many.
-        doing: what is being measured.
+        seconds, budget: elapsed seconds, and their limit.
+        passes: completed passes.
+        settled, cells: number of cells whose interval is narrow enough, and of all cells.
+        doing: the page kind, mode and threads being measured.
     """
 
     seconds: float
@@ -76,7 +76,7 @@ class Progress:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C came during `measure`; `table` holds what was measured until then."""
+    """Ctrl-C stopped `measure`; `table` holds the cells measured until then."""
 
     def __init__(self, table: CostTable) -> None:
         super().__init__("interrupted")
@@ -84,7 +84,7 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def table(self) -> CostTable:
-        """What was measured until then."""
+        """The cells measured until then."""
         return self._table
 
 
@@ -97,25 +97,29 @@ def measure(
 ) -> CostTable:
     """Measure a plan's cells.
 
-    Every pass runs each group in a fresh child process, warmed up, its programs taking turns, so
-    that whatever drifts hits all of them alike. Passes go on until each median's 95 % interval is
-    narrow enough, but at least six, or until the budget is spent. What can't be measured is in the
-    table with the reason.
+    Every pass runs each group in a fresh, warmed-up child process. The programs of a group take
+    turns, so drift of the machine affects all of them equally. Passes are repeated until each
+    median's 95 % interval is narrow enough, but at least six times, or until the budget is spent.
+    Cells that cannot be measured are in the table with the reason.
 
     Args:
-        plan: see `pyreserve.costs.plan`.
-        budget: seconds, from now.
-        width: width of the interval at which a cell is known well enough, as a share of its median.
-        progress: called now and then.
+        plan: the cells to measure; see `pyreserve.costs.plan`.
+        budget: limit in seconds, from now.
+        width: width of the interval at which a cell is settled, as a share of its median.
+        progress: called after each answer of a child process.
 
     Raises:
-        OutOfMemoryError: the machine, or this process's cgroup, has less memory than it takes.
-        ValueError: the budget or the width is not positive, or the budget infinite.
-        Interrupted: Ctrl-C came; the table of what was measured is in it.
+        OutOfMemoryError: the machine, or this process's cgroup, has less memory than the plan
+            needs.
+        ValueError: the budget is not positive and finite, or the width is not positive.
+        Interrupted: Ctrl-C was pressed; its `table` holds the cells measured until then.
     """
     budget, width = as_float(budget), as_float(width)
-    if not 0 < budget < math.inf or not width > 0:
-        msg = f"budget and width are positive, the budget finite, not {budget} and {width}"
+    if not 0 < budget < math.inf:
+        msg = f"budget must be positive and finite, got {budget}"
+        raise ValueError(msg)
+    if not width > 0:
+        msg = f"width must be positive, got {width}"
         raise ValueError(msg)
     plan.check_memory()
     run = _Run(plan, budget, width, progress)
@@ -137,8 +141,8 @@ class _Run:
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self._plan, self._budget, self._width, self._progress = plan, budget, width, progress
-        self._cells = plan.cells  # once: they are counted at every answer of a child
-        self._begun = time.monotonic()
+        self._cells = plan.cells  # computed once: every progress report needs their number
+        self._started = time.monotonic()
         self._passes = 0
         self._samples: dict[Cell, list[list[Sample]]] = {}
         self._warm_ups: dict[Cell, list[list[Sample]]] = {}
@@ -147,47 +151,47 @@ class _Run:
         self._skipped: dict[Cell, str] = {}
         self._settled: set[Cell] = set()
         self._system_calls: list[list[float]] = []
-        self._entries: dict[str, float] = {}
+        self._map_entries: dict[str, float] = {}
         self._machine_time = _MachineTime()
 
     def work(self) -> None:
-        """Make passes."""
-        while self._left() > 0:
-            groups = [(group, self._open(group)) for group in self._plan.groups]
+        """Run passes until every cell is settled or the budget is spent."""
+        while self._seconds_left() > 0:
+            groups = [(group, self._unsettled(group)) for group in self._plan.groups]
             groups = [(group, numbers) for group, numbers in groups if numbers]
             if not groups:
                 return
             self._system_calls.append([])
             for i, (group, numbers) in enumerate(groups):
-                if self._left() <= 0:
+                if self._seconds_left() <= 0:
                     return
-                # No group may use up what the others of this pass need.
-                ahead = sum(len(others) for _, others in groups[i:])
+                # Leave time for the remaining groups of this pass, by number of programs.
+                remaining = sum(len(others) for _, others in groups[i:])
                 self._new_pass(group)
-                self._run_group(group, numbers, self._left() * len(numbers) / ahead)
+                self._run_group(group, numbers, self._seconds_left() * len(numbers) / remaining)
             self._passes += 1
-            self._settle()
+            self._update_settled()
 
-    def _left(self) -> float:
-        return self._begun + self._budget - time.monotonic()
+    def _seconds_left(self) -> float:
+        return self._started + self._budget - time.monotonic()
 
-    def _open(self, group: Group) -> list[int]:
-        """Return the numbers of the programs that still have something to find out."""
-        big_too = self._passes % 2 == 0
+    def _unsettled(self, group: Group) -> list[int]:
+        """Return the numbers of the programs that have unsettled cells and run in this pass."""
+        with_big = self._passes % 2 == 0
         return [
             number
             for number, program in enumerate(group.programs)
-            if (big_too or program.memory <= _BIG)
-            and any(self._is_open(cell) for cell in program.cells)
+            if (with_big or program.memory <= _BIG)
+            and any(self._is_unsettled(cell) for cell in program.cells)
         ]
 
-    def _is_open(self, cell: Cell) -> bool:
-        settled = self._passes >= _LEAST_PASSES and cell in self._settled
+    def _is_unsettled(self, cell: Cell) -> bool:
+        settled = self._passes >= _MIN_PASSES and cell in self._settled
         return not settled and cell not in self._refused
 
-    def _settle(self) -> None:
+    def _update_settled(self) -> None:
         for cell, passes in self._samples.items():
-            if any(passes) and summarise(_all_of(passes)).width <= self._width:
+            if any(passes) and summarise(_times_of(passes)).width <= self._width:
                 self._settled.add(cell)
 
     def _new_pass(self, group: Group) -> None:
@@ -201,7 +205,7 @@ class _Run:
         if self._progress is not None:
             self._progress(
                 Progress(
-                    seconds=time.monotonic() - self._begun,
+                    seconds=time.monotonic() - self._started,
                     budget=self._budget,
                     passes=self._passes,
                     settled=len(self._settled),
@@ -218,53 +222,53 @@ class _Run:
             setting=group.setting,
             warm_seconds=self._budget / _WARM_SHARE,
             warm=max(group.programs[number].memory for number in numbers),
-            entries=not self._entries,
+            entries=not self._map_entries,
             programs={number: group.programs[number] for number in numbers},
             seconds=self._seconds[group],
         )
         self._report(str(group.setting))
-        for found in _answers(job):
-            self._take(group, found)
+        for answer in _answers(job):
+            self._record(group, answer)
             self._report(str(group.setting))
 
-    def _take(self, group: Group, found: dict[str, Any]) -> None:
-        """Take in one answer of a child."""
-        if "samples" in found:
-            cells = group.programs[found["program"]].cells
-            self._seconds[group][found["program"]] = found["seconds"]
-            for position, values in zip(found["cells"], found["samples"], strict=True):
+    def _record(self, group: Group, answer: dict[str, Any]) -> None:
+        """Record an answer of a child."""
+        if "samples" in answer:
+            cells = group.programs[answer["program"]].cells
+            self._seconds[group][answer["program"]] = answer["seconds"]
+            for position, values in zip(answer["cells"], answer["samples"], strict=True):
                 self._samples[cells[position]][-1].extend(values)
-        elif "refused" in found:
-            cells = group.programs[found["program"]].cells
-            for position in found["refused"]:
-                self._refused.setdefault(cells[position], found["why"])
-        elif "skipped" in found:
-            self._skipped |= dict.fromkeys(group.programs[found["skipped"]].cells, found["why"])
-        elif "system_call" in found:
-            self._system_calls[-1].append(found["system_call"])
-        elif "warm_up" in found:
+        elif "refused" in answer:
+            cells = group.programs[answer["program"]].cells
+            for position in answer["refused"]:
+                self._refused.setdefault(cells[position], answer["why"])
+        elif "skipped" in answer:
+            self._skipped |= dict.fromkeys(group.programs[answer["skipped"]].cells, answer["why"])
+        elif "system_call" in answer:
+            self._system_calls[-1].append(answer["system_call"])
+        elif "warm_up" in answer:
             setting = group.setting
             if PIECE % setting.kind.size == 0:
                 touch = Curve("touch", "write", setting.kind.name, setting.mode).at(PIECE)
-                self._warm_ups.setdefault(touch, []).append(found["warm_up"])
-        elif "map_entries" in found:
-            self._entries = found["map_entries"]
-        elif "unavailable" in found or "died" in found:
-            why = found.get("unavailable") or found["died"]
+                self._warm_ups.setdefault(touch, []).append(answer["warm_up"])
+        elif "map_entries" in answer:
+            self._map_entries = answer["map_entries"]
+        elif "unavailable" in answer or "died" in answer:
+            why = answer.get("unavailable") or answer["died"]
             for program in group.programs:
                 for cell in program.cells:
                     self._refused.setdefault(cell, why)
 
     def table(self, *, complete: bool) -> CostTable:
-        """Put together what is known by now."""
+        """Return the table of all samples recorded so far."""
         facts = machine.facts()
         cells: list[Measured] = []
-        usual: dict[Curve, float] = {}  # ns a page, of the last length that had samples
+        page_ns: dict[Curve, float] = {}  # of the longest length so far that has samples
         for cell in sorted(self._cells, key=lambda cell: cell.nbytes):
-            warm, cold = self._parted(cell, facts["virtualised"] != "no", usual)
+            warm, cold = self._split(cell, facts["virtualised"] != "no", page_ns)
             if warm:
                 times = summarise(warm)
-                usual[Curve.of(cell)] = times.median / cell.pages
+                page_ns[Curve.of(cell)] = times.median / cell.pages
                 cells.append(Measured(cell, "warm", times, None, warm))
             else:
                 why = self._refused.get(cell) or self._skipped.get(cell, _NO_TIME)
@@ -272,47 +276,47 @@ class _Run:
             if cold:
                 cells.append(Measured(cell, "cold", summarise(cold), None, cold))
         order = {cell: i for i, cell in enumerate(self._cells)}
-        cells.sort(key=lambda one: order[one.cell])
+        cells.sort(key=lambda entry: order[entry.cell])
         cells += [Measured(cell, "warm", None, why) for cell, why in self._plan.unmeasurable]
-        calls = [median(one) for one in self._system_calls if one]
+        calls = [median(times) for times in self._system_calls if times]
         facts["system_call_ns"] = round(median(calls), 1) if calls else None
-        facts["map_entries"] = self._entries
+        facts["map_entries"] = self._map_entries
         return CostTable(
             machine=facts,
             cells=tuple(cells),
             noise=self._machine_time.noise(calls),
-            seconds=time.monotonic() - self._begun,
+            seconds=time.monotonic() - self._started,
             complete=complete,
         )
 
-    def _parted(
-        self, cell: Cell, has_host: bool, usual: dict[Curve, float]
+    def _split(
+        self, cell: Cell, virtualised: bool, page_ns: dict[Curve, float]
     ) -> tuple[list[list[float]], list[list[float]]]:
         """Return a cell's warm and its cold samples, pass by pass."""
-        passes = [one for one in self._samples.get(cell, []) if one]
-        if not has_host or (cell.verb, cell.method) not in _BRINGING:
-            return _all_of(passes), []
-        page_ns = usual.get(Curve.of(cell)) if cell.nbytes >= _FEW else None
-        expected = None if page_ns is None else page_ns * cell.pages
+        passes = [samples for samples in self._samples.get(cell, []) if samples]
+        if not virtualised or (cell.verb, cell.method) not in _ALLOCATING:
+            return _times_of(passes), []
+        predicted = page_ns.get(Curve.of(cell)) if cell.nbytes >= _FEW else None
+        expected = None if predicted is None else predicted * cell.pages
         return split_cold(passes, self._warm_ups.get(cell, []), expected)
 
 
-def _all_of(passes: list[list[Sample]]) -> list[list[float]]:
-    return [[ns for ns, _ in one] for one in passes if one]
+def _times_of(passes: list[list[Sample]]) -> list[list[float]]:
+    return [[ns for ns, _ in samples] for samples in passes if samples]
 
 
 class _MachineTime:
-    """What the CPUs have done since this was made."""
+    """CPU time of the whole machine since this object was created."""
 
     def __init__(self) -> None:
-        self._begun, self._busy, self._stolen = time.monotonic(), *self._read()
-        self._own = self._spent()
+        self._started, self._busy, self._stolen = time.monotonic(), *self._read()
+        self._own = self._own_seconds()
 
     @staticmethod
     def _read() -> tuple[float, float]:
-        """Read the seconds that all CPUs were busy, and had stolen from them (proc(5)).
+        """Return the busy and the stolen seconds of all CPUs since boot (proc(5), /proc/stat).
 
-        (0, 0) if /proc/stat can't be read.
+        (0, 0) if /proc/stat cannot be read.
         """
         try:
             with Path("/proc/stat").open(encoding="ascii") as stat:
@@ -323,16 +327,17 @@ class _MachineTime:
         return (user + nice + system + irq + softirq) / _TICKS, stolen / _TICKS
 
     @staticmethod
-    def _spent() -> float:
-        """Return the CPU seconds of this process and of the children that have ended."""
-        usages = (resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    def _own_seconds() -> float:
+        """Return the CPU seconds of this process and of its children that have ended."""
+        scopes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        usages = (resource.getrusage(scope) for scope in scopes)
         return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
     def noise(self, calls: list[float]) -> Noise:
-        """Say what others did meanwhile; `calls` are a system call's times, pass by pass."""
-        seconds = max(time.monotonic() - self._begun, 1e-9)
+        """Return the noise since the start; `calls` are the times of a system call, by pass."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
         busy, stolen = self._read()
-        own = self._spent() - self._own
+        own = self._own_seconds() - self._own
         return Noise(
             other_cpus=max(0.0, (busy - self._busy - own) / seconds),
             stolen_cpus=max(0.0, (stolen - self._stolen) / seconds),
@@ -341,28 +346,29 @@ class _MachineTime:
 
 
 def _spread(values: list[float]) -> float:
+    """Return the interquartile range as a share of the median."""
     ordered = sorted(values)
     return (quantile(ordered, 0.75) - quantile(ordered, 0.25)) / median(ordered)
 
 
 def _answers(job: Job) -> Iterator[dict[str, Any]]:
-    """Run a child; yield its answers, and at last ``died`` if it did not do its job to the end.
+    """Run a child process; yield its answers, and finally ``died`` if it did not finish its job.
 
-    Whatever ends the iteration ends the child.
+    The child is killed when the iteration ends, for whatever reason.
     """
     child, done = None, False
     with ExitStack() as stack:
         try:
             try:
-                complaints = stack.enter_context(tempfile.TemporaryFile())
-                with _no_interrupt():  # between its start and the name by which it is ended
-                    child = _start(job, complaints)
+                stderr = stack.enter_context(tempfile.TemporaryFile())
+                with _sigint_blocked():  # an interrupt before `child` is bound would leak it
+                    child = _start(job, stderr)
             except OSError as error:
-                yield {"died": f"the measuring process can't be started: {error}"}
+                yield {"died": f"the measuring process cannot be started: {error}"}
                 return
-            for found in _talk(child, job.deadline + _GRACE):
-                done = done or "done" in found
-                yield found
+            for answer in _read_answers(child, job.deadline + _GRACE):
+                done = done or "done" in answer
+                yield answer
             if done:
                 return
             with suppress(subprocess.TimeoutExpired):
@@ -374,12 +380,12 @@ def _answers(job: Job) -> Iterator[dict[str, Any]]:
                 assert child.stdout is not None
                 child.stdout.close()
         if time.monotonic() < job.deadline:
-            yield {"died": _obituary(child.returncode, complaints)}
+            yield {"died": _describe_exit(child.returncode, stderr)}
 
 
 @contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Let Ctrl-C wait."""
+def _sigint_blocked() -> Iterator[None]:
+    """Delay Ctrl-C until the end of the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -387,53 +393,53 @@ def _no_interrupt() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(job: Job, complaints: IO[bytes]) -> "subprocess.Popen[bytes]":
+def _start(job: Job, stderr: IO[bytes]) -> "subprocess.Popen[bytes]":
     if not sys.executable:
-        msg = "it is a fresh Python, and sys.executable does not say where one is"
+        msg = "sys.executable does not name a Python interpreter"
         raise FileNotFoundError(msg)
-    # Only strings count there.
-    command = [sys.executable, "-c", _START, *(at for at in sys.path if isinstance(at, str))]
-    # The job lies in a file: to write it waits for nobody, and nobody who dies breaks it.
-    with tempfile.TemporaryFile() as written:
-        pickle.dump(job, written)
-        written.seek(0)
-        # A session of its own: Ctrl-C in the terminal is for the parent, who ends the child.
+    # Python itself ignores entries of sys.path that are not strings.
+    command = [sys.executable, "-c", _START, *(path for path in sys.path if isinstance(path, str))]
+    # Pass the job in a file: unlike a pipe it cannot block or raise EPIPE.
+    with tempfile.TemporaryFile() as stdin:
+        pickle.dump(job, stdin)
+        stdin.seek(0)
+        # A new session: Ctrl-C in the terminal reaches only the parent, which kills the child.
         return subprocess.Popen(
             command,
-            stdin=written,
+            stdin=stdin,
             stdout=subprocess.PIPE,
-            stderr=complaints,
+            stderr=stderr,
             start_new_session=True,
         )
 
 
-def _talk(child: "subprocess.Popen[bytes]", until: float) -> Iterator[dict[str, Any]]:
-    """Yield the answers that a child gives before time.monotonic() is `until`."""
+def _read_answers(child: "subprocess.Popen[bytes]", until: float) -> Iterator[dict[str, Any]]:
+    """Yield a child's answers until its output ends or time.monotonic() reaches `until`."""
     assert child.stdout is not None
     pipe, rest = child.stdout.fileno(), b""
     readable = select.poll()
     readable.register(pipe, select.POLLIN)
     while (left := until - time.monotonic()) > 0:
-        if not readable.poll(1000 * min(left, _LOOK)):
+        if not readable.poll(1000 * min(left, _POLL)):
             continue
         chunk = os.read(pipe, 1 << 16)
         if not chunk:
             return
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
-            # A sitecustomize may have something to say too.
+            # Ignore other output: a sitecustomize may print.
             with suppress(ValueError):
-                found = json.loads(line)
-                if isinstance(found, dict):
-                    yield found
+                answer = json.loads(line)
+                if isinstance(answer, dict):
+                    yield answer
 
 
-def _obituary(status: int, complaints: IO[bytes]) -> str:
+def _describe_exit(status: int, stderr: IO[bytes]) -> str:
     if status < 0:
-        names = {one.value: one.name for one in signal.Signals}
-        name = names.get(-status, f"signal {-status}")  # those of real time have no names
+        names = {member.value: member.name for member in signal.Signals}
+        name = names.get(-status, f"signal {-status}")  # most real-time signals have no name
         hint = ": the system may be out of memory" if status == -signal.SIGKILL else ""
         return f"the measuring process was ended by {name}{hint}"
-    complaints.seek(0)
-    last = complaints.read().decode(errors="replace").strip().rpartition("\n")[2]
+    stderr.seek(0)
+    last = stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
     return f"the measuring process ended with status {status}: {last}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pyreserve._native import lib
 from pyreserve._system.features import thp_size
 from pyreserve._system.limits import PAGE_SIZE
-from pyreserve.costs.cells import Cell, Curve, PageKind, in_words
+from pyreserve.costs.cells import Cell, Curve, PageKind, describe_setting
 from pyreserve.units import MiB
 
 _GROWTHS = 8  # steps of growth timed in one life
@@ -114,7 +114,7 @@ class Setting:
         return Curve(verb, method, self.kind.name, self.mode, self.threads).at(nbytes)
 
     def __str__(self) -> str:
-        return in_words(self.kind.name, self.mode, self.threads)
+        return describe_setting(self.kind.name, self.mode, self.threads)
 
     def program(
         self, script: str, steps: list[Step], piece: int, *, memory: int, advice: int | None = None

@@ -1,8 +1,8 @@
-"""What samples say: the median and how sure it is, and which samples are of another kind.
+"""Statistics of samples: quantiles, the median's confidence interval, warm and cold samples.
 
-Samples come in passes. Those of one pass share a process, its addresses and a moment of the
-machine, so they agree with each other better than with the next pass; an interval that forgets it
-is too narrow, and two runs of the same thing would look different.
+Samples come in passes. The samples of one pass share a process, its addresses and a state of the
+machine, so they agree better with each other than with those of another pass. An interval that
+ignores this is too narrow: two runs of the same cell would look different.
 """
 
 import math
@@ -13,13 +13,15 @@ from statistics import median, stdev
 
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; 1.96 beyond.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
-_ONE_PASS = 1.25
-# Cold memory measured thirty times as slow as warm; noise of a few times is not that, nor is a rare
-# sample. What is partly cold, in a long piece, is twice as slow as a shorter one lets expect.
-_COLD_RATIO, _COLD_GAP, _COLD_LEAST, _COLD_SHARE, _COLD_USUAL = 4.0, 2.0, 3, 0.03, 2.0
+_ONE_PASS = 1.25  # the interval of a single pass: at least this factor to either side
+# Cold memory measured 30 times as slow as warm; ordinary noise stays below these thresholds.
+_COLD_RATIO = 4.0  # median of the cold samples over that of the warm ones
+_COLD_GAP = 2.0  # smallest cold sample over the largest warm one
+_COLD_COUNT, _COLD_SHARE = 3, 0.03  # number of cold samples, and their share of all
+_COLD_LONG = 2.0  # a long sample is partly cold if it takes twice what shorter ones predict
 
 Sample = tuple[float, bool]
-"""Nanoseconds, and whether another process may have had the CPU meanwhile."""
+"""Nanoseconds, and whether the thread may have been preempted during the sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +30,13 @@ class Times:
 
     Attributes:
         min, median, p90, p99, max: of all samples of all passes.
-        ci95: where the median lies with 95 % confidence: the wider of the binomial interval of all
-            samples and Student's interval of the logarithms of the passes' medians. A single pass
-            can't tell what the next would say, and has 25 % to either side at least; one sample
-            alone says nothing, from 0 to infinity.
-        samples, passes: how many there were.
-        outliers: how many lie above the third quartile by more than three times the distance of the
-            quartiles (Tukey's outer fence). They are among the samples of all the above.
+        ci95: 95 % confidence interval of the median: the wider of the binomial interval of all
+            samples and Student's interval of the logarithms of the passes' medians. For a single
+            pass, which does not show how passes differ, at least 25 % to either side; for a single
+            sample, 0 to infinity.
+        samples, passes: their numbers.
+        outliers: number of samples above the third quartile by more than three interquartile
+            ranges (Tukey's outer fence). The figures above include them.
     """
 
     min: float
@@ -49,15 +51,15 @@ class Times:
 
     @property
     def width(self) -> float:
-        """Width of the interval, as a share of the median."""
+        """Width of `ci95`, as a share of the median."""
         lo, hi = self.ci95
         return (hi - lo) / self.median if self.median > 0 else math.inf
 
 
 def summarise(passes: Sequence[Sequence[float]]) -> Times:
-    """Summarise the samples of one cell, at least one, pass by pass."""
-    values = sorted(value for one in passes for value in one)
-    middle, full = median(values), [one for one in passes if one]
+    """Summarise the samples of a cell, pass by pass; there must be at least one."""
+    values = sorted(value for samples in passes for value in samples)
+    middle, filled = median(values), [samples for samples in passes if samples]
     q1, q3 = quantile(values, 0.25), quantile(values, 0.75)
     return Times(
         min=values[0],
@@ -65,80 +67,79 @@ def summarise(passes: Sequence[Sequence[float]]) -> Times:
         p90=quantile(values, 0.90),
         p99=quantile(values, 0.99),
         max=values[-1],
-        ci95=_interval(values, middle, [median(one) for one in full]),
+        ci95=_interval(values, middle, [median(samples) for samples in filled]),
         samples=len(values),
-        passes=len(full),
+        passes=len(filled),
         outliers=len(values) - bisect_right(values, q3 + 3 * (q3 - q1)),
     )
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:
-    """Return a quantile of ordered values, between two of them if need be."""
-    at = q * (len(ordered) - 1)
-    low = int(at)
+    """Return a quantile of ordered values, interpolated between neighbours."""
+    rank = q * (len(ordered) - 1)
+    low = int(rank)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
 def _interval(
     ordered: Sequence[float], middle: float, medians: Sequence[float]
 ) -> tuple[float, float]:
+    """Return the 95 % interval of the median; see `Times.ci95`."""
     n = len(ordered)
     if n == 1:
         return 0.0, math.inf
-    # The ranks between which a binomial(n, 1/2) lies: the median is between those two values.
+    # The median lies between the values whose ranks bound 95 % of a binomial(n, 1/2).
     half = 0.98 * math.sqrt(n)
     low = ordered[max(0, math.floor(n / 2 - half - 0.5))]
     high = ordered[min(n - 1, math.ceil(n / 2 + half - 0.5))]
     if len(medians) == 1:
         low, high = min(low, middle / _ONE_PASS), max(high, middle * _ONE_PASS)
-    alike = medians if len(medians) > 1 else ordered if n <= len(_T95) else ()
-    if alike and min(alike) > 0:
-        k = len(alike)
+    values = medians if len(medians) > 1 else ordered if n <= len(_T95) else ()
+    if values and min(values) > 0:
+        k = len(values)
         t = _T95[k - 2] if k - 2 < len(_T95) else 1.96
-        spread = t * stdev(math.log(one) for one in alike) / math.sqrt(k)
+        spread = t * stdev(math.log(value) for value in values) / math.sqrt(k)
         low, high = min(low, middle * math.exp(-spread)), max(high, middle * math.exp(spread))
     return low, high
 
 
 def split_cold(
     passes: Sequence[Sequence[Sample]],
-    first: Sequence[Sequence[Sample]] = (),
-    usual: float | None = None,
+    warm_ups: Sequence[Sequence[Sample]] = (),
+    expected: float | None = None,
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Part the samples whose memory the host of a virtual machine had to bring from all others.
+    """Separate cold samples (the hypervisor had to supply the memory) from warm ones.
 
-    Cold is what lies beyond a wide gap and far above the rest, and for long pieces, which have few
-    samples, what is far above what their length should take. A sample that was preempted is never
-    taken for cold, however long it is.
+    Cold samples lie above a wide gap and far above the rest. Long pieces have too few samples to
+    show a gap: their cold samples are those far above `expected`. A preempted sample is never cold.
 
     Args:
         passes: the samples.
-        first: others of the same thing, from the first time that a process used its memory; they
-            help to find the cold ones, and only those of them are kept.
-        usual: what a sample should take, in ns, as shorter pieces have it; None if that is not
-            known.
+        warm_ups: samples of the same cell from warming up; they help to find the gap, and only the
+            cold ones of them are returned.
+        expected: the ns that shorter pieces predict for a sample; None if that is not known.
 
     Returns:
-        The warm passes and the cold ones, without those that are empty.
+        The warm passes and the cold passes, without empty ones.
     """
-    every = [*passes, *first]
-    quiet = sorted(ns for one in every for ns, preempted in one if ns > 0 and not preempted)
-    borders = [_border(quiet), usual and usual * _COLD_USUAL]
-    border = min((one for one in borders if one is not None), default=math.inf)
+    every = [*passes, *warm_ups]
+    undisturbed = sorted(ns for row in every for ns, preempted in row if ns > 0 and not preempted)
+    limits = [_cold_limit(undisturbed), expected and expected * _COLD_LONG]
+    limit = min((ns for ns in limits if ns is not None), default=math.inf)
 
     def is_cold(sample: Sample) -> bool:
-        return sample[0] >= border and not sample[1]
+        return sample[0] >= limit and not sample[1]
 
-    warm = ([sample[0] for sample in one if not is_cold(sample)] for one in passes)
-    cold = ([sample[0] for sample in one if is_cold(sample)] for one in every)
-    return [one for one in warm if one], [one for one in cold if one]
+    warm = ([sample[0] for sample in samples if not is_cold(sample)] for samples in passes)
+    cold = ([sample[0] for sample in samples if is_cold(sample)] for samples in every)
+    return [values for values in warm if values], [values for values in cold if values]
 
 
-def _border(ordered: Sequence[float]) -> float | None:
-    """Return the least of the cold values, or None if no gap tells them from the others."""
-    least = max(_COLD_LEAST, round(_COLD_SHARE * len(ordered)))
-    inner = range(_COLD_LEAST, len(ordered) - least + 1)
+def _cold_limit(ordered: Sequence[float]) -> float | None:
+    """Return the smallest cold value, or None if no gap separates cold from warm values."""
+    count = max(_COLD_COUNT, round(_COLD_SHARE * len(ordered)))
+    inner = range(_COLD_COUNT, len(ordered) - count + 1)
     widest = max(inner, key=lambda i: ordered[i] / ordered[i - 1], default=None)
     if widest is None or ordered[widest] / ordered[widest - 1] < _COLD_GAP:
         return None

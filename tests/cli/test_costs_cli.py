@@ -31,7 +31,7 @@ QUICK = ("--only", "reserve,commit,touch", "--longest", "64KiB", "--budget", "10
 BRIEF = """
 import sys
 from pyreserve.costs import measuring
-measuring._LEAST_PASSES = 2
+measuring._MIN_PASSES = 2
 measuring.measure.__kwdefaults__["width"] = 10
 sys.argv[0] = "pyreserve"
 from pyreserve.cli import main
@@ -54,7 +54,7 @@ def run_briefly(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the command on few cells and for few passes."""
 
     def shorten() -> None:
-        measuring._LEAST_PASSES = 2
+        measuring._MIN_PASSES = 2
         assert measuring.measure.__kwdefaults__ is not None
         measuring.measure.__kwdefaults__["width"] = 10
 

@@ -180,7 +180,7 @@ class TestCold:
     @pytest.mark.parametrize("few", [[95.0, 900.0], [900.0], [400.0, 101.0, 7500.0]])
     def test_a_few_samples_of_a_long_piece(self, few: list[float]) -> None:
         """Where there are too few to see a gap, what a shorter piece costs tells cold from warm."""
-        warm, cold = split_cold(quiet(few), (), usual=100.0)
+        warm, cold = split_cold(quiet(few), (), expected=100.0)
 
         assert [ns for one in warm for ns in one] == [ns for ns in few if ns < 200]
         assert [ns for one in cold for ns in one] == [ns for ns in few if ns >= 200]
@@ -746,7 +746,7 @@ AMPLE = 1000.0  # seconds that no run here needs: what ends it is its passes
 @pytest.fixture
 def one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a run end after one pass, if its width is wide."""
-    monkeypatch.setattr(measuring, "_LEAST_PASSES", 1)
+    monkeypatch.setattr(measuring, "_MIN_PASSES", 1)
 
 
 def answers_of(
@@ -831,7 +831,7 @@ class TestMeasure:
         assert table.complete
         assert any(one.times is not None for one in table.cells)
         whys = [one.why for one in table.cells if one.times is None]
-        assert "the budget was spent before its turn" in whys
+        assert "the budget was spent before this cell was measured" in whys
 
     @pytest.mark.parametrize(
         "wrong", [{"budget": 0}, {"budget": -1}, {"budget": math.inf}, {"width": 0}]
@@ -918,7 +918,7 @@ class TestMeasure:
 
         whys = {one.why for one in table.cells if one.cell in SMALL_PLAN.cells}
         assert {(why or "").partition(": ")[0] for why in whys} == {
-            "the measuring process can't be started"
+            "the measuring process cannot be started"
         }
         assert step == 2 * MiB
 
@@ -935,7 +935,7 @@ class TestMeasure:
 
         whys = {one.why for one in table.cells if one.cell in SMALL_PLAN.cells}
         assert len(whys) == 1
-        assert f"process {os.getpid()}, whose job it is" in str(whys)
+        assert f"process {os.getpid()} is not the parent" in str(whys)
 
     def test_no_thread_is_needed(self, one_pass: None, monkeypatch: pytest.MonkeyPatch) -> None:
         """It measures where no thread can be started: under a limit one may never begin."""
