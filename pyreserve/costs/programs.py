@@ -1,7 +1,7 @@
-"""The programs that `csrc/timing` runs: how a mapping is brought to where a cell can be timed.
+"""The programs that `csrc/timing` runs: steps that bring a mapping into the state of each cell.
 
-Each is a short life of one mapping, and most of its steps are cells themselves. The piece measured
-is always part of a larger reservation, as in an arena: what is beside it is not accessible.
+A program is the life of one mapping, from reserve to release; most of its steps are cells. The
+measured piece is part of a larger reservation, as in an arena: the memory behind it is reserved.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,12 +21,12 @@ class Step:
     """One step of a program; see ``struct timing_step``.
 
     Attributes:
-        verb: name of the enum constant behind ``TIMING_``.
-        offset, nbytes: the piece of the mapping.
-        cell: what its time is a sample of; None if it is not timed.
+        verb: name of the enum constant, without ``TIMING_``.
+        offset, nbytes: the piece of the mapping, in bytes.
+        cell: the cell that its time is a sample of; None if it is not timed.
         repeat: as in C.
-        bound: how many of the next steps make no sense without it, so that if the kernel refuses it
-            the others can go on; None if all of them do.
+        bound: number of the following steps that depend on it and are dropped with it if the
+            kernel refuses it; None if all of them depend on it.
     """
 
     verb: str
@@ -39,16 +39,16 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A life of one mapping; see ``struct timing_program``.
+    """The life of one mapping; see ``struct timing_program``.
 
     Attributes:
-        script: which of this module's scripts wrote it.
-        steps: what is done.
+        script: name of the script that wrote it.
+        steps: its steps, in order.
         nbytes: length of the mapping.
-        piece: length of the piece that is measured.
-        memory: how much memory it holds at most, on all threads, in bytes.
+        piece: length of the measured piece.
+        memory: peak memory of all threads, in bytes.
         align, phase, huge, access, advice: as in C.
-        threads: how many run it at once.
+        threads: number of threads that run it at once.
     """
 
     script: str
@@ -65,11 +65,11 @@ class Program:
 
     @property
     def cells(self) -> tuple[Cell, ...]:
-        """What it times, each once."""
+        """The cells that it times, each once."""
         return tuple(dict.fromkeys(step.cell for step in self.steps if step.cell is not None))
 
     def timing_only(self, verbs: frozenset[str]) -> "Program":
-        """Return the program with the cells of other verbs left untimed."""
+        """Return the program with only the cells of these verbs timed."""
         steps = (
             replace(step, cell=None) if step.cell and step.cell.verb not in verbs else step
             for step in self.steps
@@ -79,7 +79,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What the cells of a program have in common."""
+    """The page kind, mode and threads that the cells of a program share."""
 
     kind: PageKind
     mode: str
@@ -87,15 +87,15 @@ class Setting:
 
     @property
     def unit(self) -> int:
-        """What lengths are multiples of, in bytes."""
+        """Bytes that lengths are multiples of."""
         return self.kind.size
 
     @property
     def longest(self) -> int | None:
-        """The longest piece that can be kept to this kind; None for any.
+        """The longest piece, in bytes, that gets pages of this kind only; None if unlimited.
 
-        The kernel takes the largest page that fits, so a piece of the smaller kinds has to begin
-        right after a line of the next larger one, and to end before that could fit.
+        The kernel uses the largest page that fits. A piece of a smaller kind therefore begins one
+        page after a multiple of the next larger size and ends before a larger page fits.
         """
         if not self.kind.next_size:
             return None
@@ -103,8 +103,8 @@ class Setting:
 
     @property
     def advice(self) -> int:
-        """The advice that a mapping needs to be backed so."""
-        # A kernel without transparent huge pages refuses advice about them.
+        """The advice that gives a mapping pages of this kind (``enum vm_advice``)."""
+        # A kernel without transparent huge pages refuses advice on them.
         if self.kind.sort == "hugetlb" or thp_size() is None:
             return 0
         return int(lib.VM_HUGE_NEVER if self.kind.sort == "small" else lib.VM_HUGE_PREFER)
@@ -119,16 +119,16 @@ class Setting:
     def program(
         self, script: str, steps: list[Step], piece: int, *, memory: int, advice: int | None = None
     ) -> Program:
-        """Put steps between a reservation with room behind the piece and its release.
+        """Return a program: reserve one unit more than the steps use, do the steps, release.
 
-        The last of the steps may be the release.
+        A release as the last of the steps is used instead of an untimed one.
         """
         nbytes = max(step.offset + step.nbytes for step in steps) + self.unit
-        every = [Step("RESERVE", 0, nbytes), Step("ADVISE", 0, nbytes), *steps]
-        if every[-1].verb == "RELEASE":
-            every[-1] = replace(every[-1], nbytes=nbytes)
+        whole = [Step("RESERVE", 0, nbytes), Step("ADVISE", 0, nbytes), *steps]
+        if whole[-1].verb == "RELEASE":
+            whole[-1] = replace(whole[-1], nbytes=nbytes)
         else:
-            every.append(Step("RELEASE", 0, nbytes))
+            whole.append(Step("RELEASE", 0, nbytes))
         kind = self.kind
         align = phase = 0
         if kind.sort == "transparent":
@@ -136,7 +136,7 @@ class Setting:
             phase = kind.size if kind.next_size else 0
         return Program(
             script=script,
-            steps=tuple(every),
+            steps=tuple(whole),
             nbytes=nbytes,
             piece=piece,
             memory=memory * self.threads,
@@ -150,17 +150,17 @@ class Setting:
 
 
 def untouched(s: Setting, n: int) -> Program:
-    """Reserve, and release at once."""
+    """Reserve a mapping and release it untouched."""
     steps = (
         Step("RESERVE", 0, n, s.cell("reserve", "mmap", n)),
         Step("RELEASE", 0, n, s.cell("release", "untouched", n)),
     )
-    whole = s.program("untouched", [Step("RELEASE", 0, n)], n, memory=0)
-    return replace(whole, steps=steps, nbytes=n, align=0, phase=0)
+    program = s.program("untouched", [Step("RELEASE", 0, n)], n, memory=0)
+    return replace(program, steps=steps, nbytes=n, align=0, phase=0)
 
 
 def life(s: Setting, n: int) -> Program:
-    """Commit, touch, discard, decommit and commit again, in each way that works on one piece."""
+    """Commit, touch, discard, decommit and commit again, by every method that one piece allows."""
     cell = s.cell
     steps = [
         Step("COMMIT", 0, n, cell("commit", "mprotect", n)),
@@ -183,18 +183,18 @@ def life(s: Setting, n: int) -> Program:
 
 
 def read(s: Setting, n: int) -> Program:
-    """Commit by mapping anew, and read."""
+    """Commit by mmap(MAP_FIXED), and read."""
     steps = [
         Step("COMMIT_MAP", 0, n, s.cell("commit", "mmap-fixed", n)),
         Step("ADVISE", 0, n),
         Step("READ", 0, n, s.cell("touch", "read", n)),
     ]
-    # Small pages read from the page of zeros, and take memory for page tables alone.
+    # Reads of small pages map the zero page: only page tables take memory.
     return s.program("read", steps, n, memory=n if s.kind.sort == "hugetlb" else n // 256)
 
 
 def populated(s: Setting, n: int) -> Program:
-    """Commit, populate, and release with all of it in memory."""
+    """Commit, populate, and release the resident memory."""
     steps = [
         Step("COMMIT", 0, n),
         Step("POPULATE", 0, n, s.cell("populate", "madvise", n)),
@@ -204,7 +204,7 @@ def populated(s: Setting, n: int) -> Program:
 
 
 def growth(s: Setting, n: int, method: str, verb: str) -> Program:
-    """Commit piece after piece and touch the beginning of each."""
+    """Commit piece after piece and touch the first page of each."""
     cell, steps = s.cell("grow", method, n), [Step("COMMIT", 0, n), Step("WRITE", 0, PAGE_SIZE)]
     for i in range(1, _GROWTHS + 1):
         steps += [Step(verb, i * n, n, cell), Step("WRITE", i * n, PAGE_SIZE)]
@@ -214,9 +214,9 @@ def growth(s: Setting, n: int, method: str, verb: str) -> Program:
 
 
 def guards(s: Setting, n: int, method: str, guard: str, unguard: str) -> Program:
-    """Guard an untouched piece in the middle of a committed one, and take the guard away.
+    """Guard an untouched piece inside committed memory, and remove the guard.
 
-    A life for each method: guard pages leave page tables behind, and mprotect would walk them.
+    Each method has its own program: guard pages leave page tables that mprotect would walk.
     """
     steps = [
         Step("COMMIT", 0, 3 * n),
@@ -228,7 +228,7 @@ def guards(s: Setting, n: int, method: str, guard: str, unguard: str) -> Program
 
 
 def collapsed(s: Setting, n: int) -> Program:
-    """Touch small pages, and make huge ones of them."""
+    """Touch small pages and collapse them into huge ones."""
     steps = [
         Step("COMMIT", 0, n),
         Step("WRITE", 0, n),
@@ -240,7 +240,7 @@ def collapsed(s: Setting, n: int) -> Program:
 
 
 def forked(s: Setting, n: int) -> Program:
-    """Fork with touched pages, and touch them again while the child has them too."""
+    """Fork with touched pages, and touch them again while the child shares them."""
     steps = [
         Step("COMMIT", 0, n),
         Step("WRITE", 0, n),
@@ -252,29 +252,29 @@ def forked(s: Setting, n: int) -> Program:
 
 
 def not_inherited(s: Setting, n: int) -> Program:
-    """Fork with touched pages that the child does not get."""
+    """Fork with touched pages that the child does not inherit."""
     steps = [
         Step("COMMIT", 0, n),
         Step("WRITE", 0, n),
         Step("FORK", 0, n, s.cell("fork", "dontfork", n)),
         Step("REAP", 0, n),
     ]
-    whole = s.program("not inherited", steps, n, memory=n)
-    return replace(whole, advice=whole.advice | lib.VM_NO_FORK)
+    program = s.program("not inherited", steps, n, memory=n)
+    return replace(program, advice=program.advice | lib.VM_NO_FORK)
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A way to write programs, and for which settings and lengths it makes sense."""
+    """A function that writes programs, and the settings and lengths that it applies to."""
 
     write: Callable[[Setting, int], Program]
     longest: int | None = None
     sorts: tuple[str, ...] = ("small", "transparent", "hugetlb")
     one_thread: bool = False
-    largest_kind: bool = False  # the largest of the transparent sizes alone
+    largest_kind: bool = False  # only the largest transparent size
 
     def suits(self, setting: Setting, nbytes: int) -> bool:
-        """Whether a setting has such programs for pieces of a length."""
+        """Whether the script applies to a setting and a length in bytes."""
         longest = min(self.longest or nbytes, setting.longest or nbytes)
         return (
             setting.kind.sort in self.sorts
@@ -305,7 +305,7 @@ SCRIPTS: dict[str, Script] = {
 
 
 def write(setting: Setting, names: tuple[str, ...], lengths: list[int]) -> Iterator[Program]:
-    """Write the programs of the named scripts at each length that they make sense for."""
+    """Yield the programs of the named scripts, for each length that a script applies to."""
     for nbytes in lengths:
         for name in names:
             if SCRIPTS[name].suits(setting, nbytes):
