@@ -1,4 +1,4 @@
-"""A fixed cost and a cost per page for each curve, and estimates for lengths not measured."""
+"""Fit a fixed cost and a cost per page to each curve, and estimate the cost of any length."""
 
 import math
 import random
@@ -15,8 +15,8 @@ from pyreserve.units import GiB, as_float
 if TYPE_CHECKING:
     from pyreserve.costs.table import CostTable
 
-_DRAWS = 99
-_FAR = 100.0
+_DRAWS = 99  # lines fitted to drawn medians, for the intervals
+_MAX_RATIO = 100.0  # limit of an interval's ends, as a ratio to the median
 _FORMULA = "ns = fixed_ns + ns_per_page * pages"
 
 # A measured length in pages, its median, and the median's 95 % interval; all times in ns.
@@ -36,23 +36,23 @@ class Estimate(float):
     _high: float
 
     def __new__(cls, ns: float, low: float, high: float) -> "Estimate":
-        """Make one of a time and its interval."""
-        made = super().__new__(cls, ns)
-        made._low, made._high = low, high
-        return made
+        """Create an estimate from a time and its interval, all in nanoseconds."""
+        estimate = super().__new__(cls, ns)
+        estimate._low, estimate._high = low, high
+        return estimate
 
     @property
     def low(self) -> float:
-        """The lower end of the interval."""
+        """The lower end of the interval, in nanoseconds."""
         return self._low
 
     @property
     def high(self) -> float:
-        """The upper end of the interval."""
+        """The upper end of the interval, in nanoseconds."""
         return self._high
 
     def __reduce__(self) -> tuple[type["Estimate"], tuple[float, float, float]]:
-        """Copy and pickle the interval too."""
+        """Include the interval in copies and pickles."""
         return type(self), (float(self), self.low, self.high)
 
     def __repr__(self) -> str:
@@ -61,18 +61,19 @@ class Estimate(float):
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A straight line through the medians of one curve, and how far they are from it.
+    """A straight line through the medians of a curve, and their deviation from it.
 
-    The line has the least sum of relative deviations, so neither the longest lengths nor an odd
-    point decide alone (least absolute deviations; Bloomfield and Steiger, 1983). The interval of
-    each figure is of lines through medians drawn from their own intervals.
+    The line minimises the sum of relative deviations, so neither the longest lengths nor a single
+    outlier dominates it (least absolute deviations; Bloomfield and Steiger, 1983). The intervals
+    come from lines through medians that are drawn from their own intervals.
 
     Attributes:
-        curve: of what.
-        fixed_ns, fixed_ci95: the cost of a call of no length, in ns, and its interval.
+        curve: the curve that was fitted.
+        fixed_ns, fixed_ci95: the fixed cost of a call, in ns, and its interval.
         ns_per_page, ns_per_page_ci95: the cost per OS page, in ns, and its interval.
         residual: the largest relative deviation of a measured median from the line; 0.2 is 20 %.
-        points: what was measured, by length: pages, median ns, its interval's two ends.
+        points: the measured lengths, shortest first: OS pages, median ns, low and high end of the
+            median's interval.
     """
 
     curve: Curve
@@ -85,71 +86,71 @@ class Fit:
 
     @property
     def gib_per_second(self) -> float:
-        """How fast the longest measured length is done."""
+        """Speed at the longest measured length."""
         pages, ns, *_ = self.points[-1]
         return pages * PAGE_SIZE / GiB / ns * 1e9
 
     @classmethod
     def of(cls, curve: Curve, points: Sequence[Point]) -> "Fit":
-        """Fit a line to points, of which there is at least one, shortest first."""
+        """Fit a line to at least one point, shortest first."""
         lengths = [x for x, *_ in points]
         medians = [y for _, y, *_ in points]
         fixed, per_page = _line(lengths, medians)
-        drawn = random.Random(0)  # the same figures from the same table
-        lines = [_line(lengths, [_draw(drawn, *p[1:]) for p in points]) for _ in range(_DRAWS)]
+        rng = random.Random(0)  # a fixed seed: the same table gives the same figures
+        lines = [_line(lengths, [_draw(rng, *p[1:]) for p in points]) for _ in range(_DRAWS)]
         return cls(
             curve=curve,
             fixed_ns=fixed,
-            fixed_ci95=_middle([line[0] for line in lines], fixed),
+            fixed_ci95=_interval([line[0] for line in lines], fixed),
             ns_per_page=per_page,
-            ns_per_page_ci95=_middle([line[1] for line in lines], per_page),
+            ns_per_page_ci95=_interval([line[1] for line in lines], per_page),
             residual=max(abs(fixed + per_page * x - y) / y for x, y, *_ in points),
             points=tuple(points),
         )
 
     def line(self, pages: float) -> float:
-        """Return what the straight line says for so many OS pages, in ns."""
+        """Return the straight line's ns for a number of OS pages."""
         return self.fixed_ns + self.ns_per_page * pages
 
     def at(self, nbytes: float) -> Estimate:
-        """Return what so many bytes take; see `estimate`."""
+        """Estimate the ns of a length in bytes; see `estimate`."""
         return self.estimate(nbytes / PAGE_SIZE)
 
     def estimate(self, pages: float) -> Estimate:
-        """Return what so many OS pages take: the line, bent to go through what was measured.
+        """Estimate the ns of a length in OS pages: the line, corrected to meet the medians.
 
         Between two measured lengths the relative deviation from the line is interpolated over the
-        logarithm of the length; beyond them it stays.
+        logarithm of the length; beyond the last one it is constant.
         """
         xs = [math.log(x) for x, *_ in self.points]
-        at = math.log(pages)
-        bends = [
-            [math.log(value[k] / self.line(value[0])) for value in self.points] for k in (1, 2, 3)
+        x = math.log(pages)
+        deviations = [
+            [math.log(point[k] / self.line(point[0])) for point in self.points] for k in (1, 2, 3)
         ]
         line = self.line(pages)
-        return Estimate(*(line * math.exp(_interpolate(xs, bend, at)) for bend in bends))
+        return Estimate(*(line * math.exp(_interpolate(xs, ys, x)) for ys in deviations))
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """What any length costs on the machine that a `CostTable` was measured on.
+    """The costs of any length on the machine that a `CostTable` was measured on.
 
     Attributes:
-        fits: by curve.
+        fits: the fit of each measured curve.
     """
 
     fits: dict[Curve, Fit]
 
     @classmethod
     def fit(cls, table: "CostTable") -> "CostModel":
-        """Fit every curve of a table; memory that the host had to bring is left out."""
+        """Fit every curve of a table, from its warm cells."""
         fits = {}
         for curve, cells in table.curves().items():
             points = [
-                # Not whole pages if the table is of a machine whose OS page is smaller.
-                (one.cell.nbytes / PAGE_SIZE, one.times.median, *one.times.ci95)
-                for one in cells
-                if one.times is not None and one.times.median > 0
+                # Not an integer if the table comes from a machine with a smaller OS page.
+                (entry.cell.nbytes / PAGE_SIZE, entry.times.median, *entry.times.ci95)
+                for entry in cells
+                if entry.times is not None and entry.times.median > 0
             ]
             if points:
                 fits[curve] = Fit.of(curve, [_bounded(p) for p in points])
@@ -166,28 +167,29 @@ class CostModel:
         mode: str = "charge",
         threads: int = 1,
     ) -> Estimate:
-        """Estimate what a verb takes, in nanoseconds.
+        """Estimate the cost of a verb, in nanoseconds.
 
         Args:
-            verb: see `pyreserve.costs.cells`.
-            pages: how much, in OS pages; either this
-            nbytes: or this, in bytes.
-            method: the verb's first if None.
-            page_kind: as of a cell, like the next two.
+            verb: a verb of `pyreserve.costs.METHODS`.
+            pages: length in OS pages; give either `pages` or `nbytes`.
+            nbytes: length in bytes.
+            method: a method of the verb; None for the first.
+            page_kind: as in `Cell`.
             mode: ``"charge"`` or ``"noreserve"``.
-            threads: how many do it at once.
+            threads: number of threads that do it at once.
 
         Raises:
-            ValueError: no such verb or method, a length that is not positive, or none or two.
-            LookupError: that curve was not measured.
+            ValueError: the verb or the method is unknown, the length is not positive and finite,
+                or not exactly one of `pages` and `nbytes` is given.
+            LookupError: the curve was not measured.
         """
         if (pages is None) == (nbytes is None):
-            msg = "an estimate is for a number of pages or of bytes: name one of them"
+            msg = "exactly one of pages and nbytes must be given"
             raise ValueError(msg)
         threads = _index(threads)
         length = as_float(nbytes or 0) / PAGE_SIZE if pages is None else as_float(pages)
         if not 0 < length < math.inf:
-            msg = f"an estimate is for a positive length with an end, not {length} pages"
+            msg = f"the length must be positive and finite, got {length} pages"
             raise ValueError(msg)
         curve = Curve.named(verb, method, page_kind=page_kind, mode=mode, threads=threads)
         return self.of(curve).estimate(length)
@@ -196,16 +198,16 @@ class CostModel:
         """Return a curve's fit.
 
         Raises:
-            LookupError: it was not measured.
+            LookupError: the curve was not measured.
         """
-        found = self.fits.get(curve)
-        if found is None:
+        fit = self.fits.get(curve)
+        if fit is None:
             msg = f"{curve} was not measured"
             raise LookupError(msg)
-        return found
+        return fit
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the JSON says of it; times in ns, a page is an OS page."""
+        """Return the model's part of the JSON; times in ns, pages are OS pages."""
         return {
             "formula": _FORMULA,
             "fits": [
@@ -223,9 +225,9 @@ class CostModel:
 
 
 def _line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
-    """Return the fixed and the per-page cost, neither below zero, that deviate least.
+    """Return the fixed and the per-page cost, neither negative, with the least deviation.
 
-    The best line goes through two of the points, or through one with one of the costs zero.
+    The best line passes through two points, or through one point with one of the costs zero.
     """
     candidates = [(y, 0.0) for y in ys] + [(0.0, y / x) for x, y in zip(xs, ys, strict=True)]
     n = len(xs)
@@ -239,30 +241,31 @@ def _line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
     return min(candidates, key=lambda c: sum(abs(c[0] * a + c[1] * b - 1) for a, b in shares))
 
 
-def _draw(numbers: random.Random, median: float, low: float, high: float) -> float:
-    """Draw a median out of its interval, as if its logarithm were normal to either side."""
-    z = numbers.gauss(0, 1)
+def _draw(rng: random.Random, median: float, low: float, high: float) -> float:
+    """Draw a median from its interval: its logarithm is taken as normal to either side."""
+    z = rng.gauss(0, 1)
     end = high if z > 0 else low
     return median * math.exp(abs(z) / 1.96 * math.log(end / median))
 
 
-def _middle(values: list[float], value: float) -> tuple[float, float]:
-    values.sort()
+def _interval(drawn: list[float], value: float) -> tuple[float, float]:
+    """Return the middle 95 % of drawn values, widened to include `value`."""
+    drawn.sort()
     cut = _DRAWS // 40
-    return min(values[cut], value), max(values[-1 - cut], value)
+    return min(drawn[cut], value), max(drawn[-1 - cut], value)
 
 
 def _bounded(point: Point) -> Point:
-    """Keep the interval's ends off zero and infinity, whose logarithms are not finite."""
+    """Limit the ends of the interval: logarithms of zero and infinity are not finite."""
     x, y, low, high = point
-    return x, y, max(low, y / _FAR), min(high, y * _FAR)
+    return x, y, max(low, y / _MAX_RATIO), min(high, y * _MAX_RATIO)
 
 
-def _interpolate(xs: Sequence[float], ys: Sequence[float], at: float) -> float:
-    i = bisect_right(xs, at)
+def _interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    i = bisect_right(xs, x)
     if i == 0 or i == len(xs):
         return ys[max(0, i - 1)]
-    share = (at - xs[i - 1]) / (xs[i] - xs[i - 1])
+    share = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
     return ys[i - 1] + (ys[i] - ys[i - 1]) * share
 
 

@@ -1,4 +1,4 @@
-"""What was measured: one object for the screen, JSON, CSV, pictures and pyperf alike."""
+"""The table of measured costs, its JSON and its CSV. All reports are rendered from it."""
 
 import csv
 import io
@@ -20,34 +20,33 @@ _T = TypeVar("_T")
 
 SCHEMA = 1
 
-_FIGURES = ("min", "median", "p90", "p99", "max")  # of Times, each a number of ns
+_FIGURES = ("min", "median", "p90", "p99", "max")  # attributes of Times, in ns
 
-# What of CPUs, and which share, is too much of noise.
+# Noise thresholds: CPUs busy elsewhere, CPUs stolen, relative spread of system call times.
 _OTHERS, _STOLEN, _SPREAD = 0.25, 0.1, 0.25
-# No number in the JSON is larger (a century of ns is less), and no system call takes less time.
-_MOST, _LEAST_CALL = 1e19, 0.01
+# Limits of numbers in the JSON (1e19 ns are three centuries), and of a system call's ns.
+_MAX, _MIN_CALL = 1e19, 0.01
 
 
-# What comes of taking apart what is something else.
-_NOT_OURS = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError)
+# Exceptions raised while parsing JSON of another shape.
+_BAD_SHAPE = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError)
 
 
 class _OtherSchemaError(ValueError):
-    """JSON of this kind, but of another schema."""
+    """A cost table of another schema."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A cell and what came of it.
+    """A cell and its result.
 
     Attributes:
-        cell: what was to be measured.
-        host: ``"cold"`` if these are the samples whose memory the host had to bring first (it
-            takes back what a virtual machine leaves idle), ``"warm"`` for all others. The two are
-            never mixed.
-        times: None if it could not be measured.
-        why: the reason then.
-        passes: every sample, ns, pass by pass in the order measured; empty if read from JSON.
+        cell: the cell.
+        host: ``"cold"`` for samples whose memory the hypervisor had to supply (it takes idle memory
+            from a virtual machine), ``"warm"`` for all others. The two are never mixed.
+        times: the statistics of its samples; None if it could not be measured.
+        why: why it could not be measured.
+        passes: all samples in ns, pass by pass in the order measured; empty if read from JSON.
     """
 
     cell: Cell
@@ -59,13 +58,13 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """What else the machine did meanwhile.
+    """Other load on the machine during the measurement.
 
     Attributes:
-        other_cpus: how many CPUs other processes kept busy, on average.
-        stolen_cpus: how many CPUs' time the hypervisor gave to others.
-        speed_spread: how far apart the quartiles of a fixed system call's times were, pass by pass,
-            as a share of their median.
+        other_cpus: average number of CPUs that other processes kept busy.
+        stolen_cpus: average number of CPUs whose time the hypervisor gave to other machines.
+        speed_spread: interquartile range of a fixed system call's time over the passes, as a share
+            of its median.
     """
 
     other_cpus: float
@@ -73,10 +72,7 @@ class Noise:
     speed_spread: float
 
     def why(self, cpus: int) -> str | None:
-        """What makes small changes measured under it doubtful, on a machine of so many CPUs.
-
-        None if nothing does.
-        """
+        """Return why small changes are doubtful on a machine of `cpus` CPUs; None if not."""
         if self.other_cpus > max(_OTHERS, cpus / 8):
             return f"other processes kept {self.other_cpus:.2g} CPUs busy"
         if self.stolen_cpus > _STOLEN:
@@ -88,14 +84,14 @@ class Noise:
 
 @dataclass(frozen=True)
 class CostTable:
-    """What the verbs cost on one machine.
+    """The costs of the verbs on one machine.
 
     Attributes:
-        machine: the machine's facts; see `pyreserve._system.machine.facts`.
-        cells: what was measured and what could not be, in the plan's order.
-        noise: what else the machine did.
-        seconds: how long it took.
-        complete: False if it was interrupted.
+        machine: facts of the machine; see `pyreserve._system.machine.facts`.
+        cells: measured and unmeasurable cells, in the order of the plan.
+        noise: other load on the machine.
+        seconds: duration of the measurement.
+        complete: False if the measurement was interrupted.
     """
 
     machine: dict[str, Any]
@@ -106,18 +102,18 @@ class CostTable:
 
     def curves(self) -> dict[Curve, list[Measured]]:
         """Return the warm measured cells by curve, shortest first."""
-        found: dict[Curve, list[Measured]] = {}
-        for one in sorted(self.measured(), key=lambda one: one.cell.nbytes):
-            if one.host == "warm":
-                found.setdefault(Curve.of(one.cell), []).append(one)
-        return found
+        curves: dict[Curve, list[Measured]] = {}
+        for entry in sorted(self.measured(), key=lambda entry: entry.cell.nbytes):
+            if entry.host == "warm":
+                curves.setdefault(Curve.of(entry.cell), []).append(entry)
+        return curves
 
     def measured(self) -> Iterable[Measured]:
         """Return the cells that have times."""
-        return (one for one in self.cells if one.times is not None)
+        return (entry for entry in self.cells if entry.times is not None)
 
     def model(self) -> "CostModel":
-        """Fit a fixed cost and a cost per page to each curve."""
+        """Return the model: a fixed cost and a cost per page for each curve."""
         return self._model
 
     @lazily
@@ -128,12 +124,12 @@ class CostTable:
 
     @property
     def disturbed(self) -> str | None:
-        """What makes small changes doubtful; None if nothing does."""
+        """Why small changes are doubtful; None if the machine was quiet."""
         return self.noise.why(self.machine.get("cpus") or 1)
 
     def to_json(self) -> str:
         """Return the JSON that the README documents, schema 1."""
-        found = {
+        document = {
             "schema": SCHEMA,
             "machine": self.machine,
             "complete": self.complete,
@@ -143,48 +139,48 @@ class CostTable:
                 "stolen_cpus": round(self.noise.stolen_cpus, 3),
                 "speed_spread": round(self.noise.speed_spread, 3),
             },
-            "cells": [_to_dict(one) for one in self.cells],
+            "cells": [_to_dict(entry) for entry in self.cells],
             "model": self.model().to_dict(),
         }
-        return json.dumps(found, indent=1)
+        return json.dumps(document, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "CostTable":
-        """Read what `to_json` wrote; single samples are not in it.
+        """Read the JSON of `to_json`, which does not contain single samples.
 
         Raises:
-            ValueError: it is not JSON of this kind, or of another schema.
+            ValueError: the text is not such JSON, or has another schema.
         """
         try:
-            found = json.loads(text, parse_constant=_is_no_number)
-            schema = found["schema"]
+            document = json.loads(text, parse_constant=_reject_constant)
+            schema = document["schema"]
             if schema != SCHEMA:
-                msg = f"this is schema {schema}, and only schema {SCHEMA} is known"
+                msg = f"schema must be {SCHEMA}, got {schema}"
                 raise _OtherSchemaError(msg)
-            cells = tuple(_from_dict(one) for one in _is(list, found["cells"]))
-            if len({(one.cell, one.host) for one in cells}) < len(cells):
-                msg = "a cell is there twice"
+            cells = tuple(_from_dict(item) for item in _expect(list, document["cells"]))
+            if len({(entry.cell, entry.host) for entry in cells}) < len(cells):
+                msg = "a cell occurs twice"
                 raise TypeError(msg)
             return cls(
-                machine=_machine(found["machine"]),
+                machine=_machine(document["machine"]),
                 cells=cells,
-                noise=Noise(**{name: _number(n) for name, n in found["noise"].items()}),
-                seconds=_number(found["seconds"]),
-                complete=_is(bool, found["complete"]),
+                noise=Noise(**{name: _number(n) for name, n in document["noise"].items()}),
+                seconds=_number(document["seconds"]),
+                complete=_expect(bool, document["complete"]),
             )
-        except _NOT_OURS as error:
+        except _BAD_SHAPE as error:
             if isinstance(error, _OtherSchemaError):
                 raise
-            msg = f"this is not what pyreserve costs --json writes: {error!r}"
+            msg = f"not the output of pyreserve costs --json: {error!r}"
             raise ValueError(msg) from None
 
     @classmethod
     def load(cls, path: str | Path) -> "CostTable":
-        """Read a file that ``pyreserve costs --json`` wrote.
+        """Read a file written by ``pyreserve costs --json``.
 
         Raises:
-            OSError: it can't be read.
-            ValueError: as `from_json`, with the file's name.
+            OSError: the file cannot be read.
+            ValueError: as in `from_json`; the message begins with the path.
         """
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
@@ -193,7 +189,7 @@ class CostTable:
             raise ValueError(msg) from None
 
     def to_csv(self) -> str:
-        """Return a line a cell; times in nanoseconds."""
+        """Return CSV with a header and a line per cell; times in nanoseconds."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(
@@ -201,28 +197,28 @@ class CostTable:
             + [f"{name}_ns" for name in _FIGURES]
             + ["ci95_low_ns", "ci95_high_ns", "samples", "passes", "outliers", "why"]
         )
-        for one in self.cells:
-            cell, times = one.cell, one.times
+        for entry in self.cells:
+            cell, times = entry.cell, entry.times
             row: list[object] = [cell.verb, cell.method, cell.page_kind, cell.mode]
-            row += [cell.nbytes, cell.pages, cell.threads, one.host]
+            row += [cell.nbytes, cell.pages, cell.threads, entry.host]
             if times is None:
                 row += [""] * (len(_FIGURES) + 2) + [0, 0, 0]
             else:
                 row += [_round(getattr(times, name)) for name in _FIGURES]
                 row += [_round(ns) for ns in times.ci95]
                 row += [times.samples, times.passes, times.outliers]
-            writer.writerow([*row, one.why or ""])
+            writer.writerow([*row, entry.why or ""])
         return out.getvalue()
 
 
 def _round(ns: float) -> float:
-    """Keep a tenth of a nanosecond, and four digits of what is less."""
+    """Round to a tenth of a nanosecond; below 100 ns to four digits."""
     return round(ns, 1) if abs(ns) >= 100 else float(f"{ns:.4g}")
 
 
-def _to_dict(one: Measured) -> dict[str, Any]:
-    cell, times = one.cell, one.times
-    found: dict[str, Any] = {
+def _to_dict(entry: Measured) -> dict[str, Any]:
+    cell, times = entry.cell, entry.times
+    item: dict[str, Any] = {
         "verb": cell.verb,
         "method": cell.method,
         "page_kind": cell.page_kind,
@@ -230,79 +226,78 @@ def _to_dict(one: Measured) -> dict[str, Any]:
         "bytes": cell.nbytes,
         "pages": cell.pages,
         "threads": cell.threads,
-        "host": one.host,
+        "host": entry.host,
         "ns": None,
         "samples": 0,
         "passes": 0,
         "outliers": 0,
-        "why": one.why,
+        "why": entry.why,
     }
     if times is not None:
-        found["ns"] = {name: _round(getattr(times, name)) for name in _FIGURES}
-        # JSON has no infinity: null is where a single sample's interval ends.
-        found["ns"]["ci95"] = [_round(ns) if math.isfinite(ns) else None for ns in times.ci95]
-        found |= {"samples": times.samples, "passes": times.passes, "outliers": times.outliers}
-    return found
+        item["ns"] = {name: _round(getattr(times, name)) for name in _FIGURES}
+        # JSON has no infinity: the interval of a single sample ends with null.
+        item["ns"]["ci95"] = [_round(ns) if math.isfinite(ns) else None for ns in times.ci95]
+        item |= {"samples": times.samples, "passes": times.passes, "outliers": times.outliers}
+    return item
 
 
-# Reading takes nothing on trust: what is not of the kind that was written is a TypeError here, and
-# neither comparing nor recommending has to look again.
+# Everything read is validated here (TypeError), so comparing and recommending need no checks.
 
 
-def _is_no_number(word: str) -> None:
-    msg = f"{word} is no JSON"
+def _reject_constant(constant: str) -> None:
+    msg = f"{constant} is not JSON"
     raise TypeError(msg)
 
 
-def _is(kind: type[_T], found: Any) -> _T:
-    if type(found) is not kind:
-        msg = f"{str(found)[:40]!r} instead of a {kind.__name__}"
+def _expect(kind: type[_T], value: Any) -> _T:
+    if type(value) is not kind:
+        msg = f"expected a {kind.__name__}, got {str(value)[:40]!r}"
         raise TypeError(msg)
-    return found
+    return value
 
 
-def _number(found: Any, least: float = 0) -> float:
-    if type(found) not in {int, float} or not least <= found <= _MOST:
-        msg = f"{str(found)[:40]!r} instead of a number from {least:g} to {_MOST:g}"
+def _number(value: Any, least: float = 0) -> float:
+    if type(value) not in {int, float} or not least <= value <= _MAX:
+        msg = f"expected a number from {least:g} to {_MAX:g}, got {str(value)[:40]!r}"
         raise TypeError(msg)
-    return found  # type: ignore[no-any-return]
+    return value  # type: ignore[no-any-return]
 
 
-def _count(found: Any, least: int = 0) -> int:
-    return int(_number(_is(int, found), least))
+def _count(value: Any, least: int = 0) -> int:
+    return int(_number(_expect(int, value), least))
 
 
-def _machine(found: Any) -> dict[str, Any]:
-    """Return the facts, if those that are reckoned with can be."""
-    machine = _is(dict, found)
+def _machine(value: Any) -> dict[str, Any]:
+    """Return the facts of the machine; validates those that figures are computed from."""
+    machine = _expect(dict, value)
     for name in ("cpus", "memory", "page_size", "max_map_count"):
         if name in machine:
             _count(machine[name], 1)
-    for entries in _is(dict, machine.get("map_entries", {})).values():
+    for entries in _expect(dict, machine.get("map_entries", {})).values():
         _number(entries)
     if machine.get("system_call_ns") is not None:
-        _number(machine["system_call_ns"], _LEAST_CALL)
+        _number(machine["system_call_ns"], _MIN_CALL)
     return machine
 
 
-def _from_dict(found: Any) -> Measured:
-    words = [_is(str, found[key]) for key in ("verb", "method", "page_kind", "mode")]
-    counts = [_count(found[key], 1) for key in ("bytes", "threads")]
-    cell = Cell(*words, *counts)  # type: ignore[arg-type]
+def _from_dict(item: Any) -> Measured:
+    names = [_expect(str, item[key]) for key in ("verb", "method", "page_kind", "mode")]
+    counts = [_count(item[key], 1) for key in ("bytes", "threads")]
+    cell = Cell(*names, *counts)  # type: ignore[arg-type]
     times = None
-    ns = found["ns"]
+    ns = item["ns"]
     if ns is not None:
-        low, high = (_is(list, ns["ci95"])[i] for i in (0, 1))
-        # Taking off what reading the clock takes may leave less than nothing.
+        low, high = (_expect(list, ns["ci95"])[i] for i in (0, 1))
+        # The clock's own time is subtracted from samples, so they can be negative.
         times = Times(
-            **{name: float(_number(ns[name], -_MOST)) for name in _FIGURES},
+            **{name: float(_number(ns[name], -_MAX)) for name in _FIGURES},
             ci95=(
-                float(_number(low, -_MOST)),
-                math.inf if high is None else float(_number(high, -_MOST)),
+                float(_number(low, -_MAX)),
+                math.inf if high is None else float(_number(high, -_MAX)),
             ),
-            samples=_count(found["samples"], 1),
-            passes=_count(found["passes"], 1),
-            outliers=_count(found["outliers"]),
+            samples=_count(item["samples"], 1),
+            passes=_count(item["passes"], 1),
+            outliers=_count(item["outliers"]),
         )
-    why = None if found["why"] is None else _is(str, found["why"])
-    return Measured(cell, _is(str, found["host"]), times, why)
+    why = None if item["why"] is None else _expect(str, item["why"])
+    return Measured(cell, _expect(str, item["host"]), times, why)
