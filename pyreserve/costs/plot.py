@@ -1,6 +1,6 @@
-"""A table of costs as a picture: cost against length, a panel for each group of verbs.
+"""Draw a cost table: time against length, with a panel for each group of verbs.
 
-Which curves a panel has is decided in `pyreserve.costs.plot_choice`.
+`pyreserve.costs.plot_choice` chooses the curves of a panel.
 """
 
 import math
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 Point = tuple[float, float]
 
-# A band of fewer passes, or one that spans more, says only that nothing is known.
+# A band needs this many passes and at most this ratio of its ends; others carry no information.
 _PASSES, _SPAN = 3, 3.0
 
 _DPI = 200
-# Inches and points: shown 1000 pixels wide, 8 points of 10 inches are 11 pixels high.
+# Inches and points. Shown 1000 pixels wide, text of 8 points is 11 pixels high.
 _CELL, _MARGIN, _TICKS, _GUTTER, _LABELS = 5.2, 0.12, 0.50, 0.28, 1.70
 _TOP, _PANEL, _ABOVE, _BELOW = 0.72, 3.7, 0.32, 0.38
 _AXES = (_CELL - 2 * _MARGIN - _TICKS - _GUTTER - _LABELS, _PANEL - _ABOVE - _BELOW)
 _SMALL_TEXT, _TEXT, _HEADING, _TITLE = 7.6, 8.0, 10.5, 14.0
-_LINE = 1.3  # a line's height, of its letters'
+_LINE = 1.3  # line height, as a multiple of the text size
 _INK, _GREY, _FRAME, _GRID = "#222222", "#595959", "#9a9a9a", "#e6e6e6"
-# Dark enough to read text in; the markers tell the same things apart without them.
+# Dark enough for text; the markers distinguish the lines without colours.
 _COLOURS = ["#0b5394", "#b04a00", "#1b7a47", "#a3163a", "#6a3d9a", "#00707a", "#6f5500", "#a82f78"]
 _COLOURS += ["#3f3f3f"]
 _MARKERS = "os^DvPX<>"
-# Of small pages, huge ones, another mode, more threads.
+# For small pages, huge pages, the other mode, more threads.
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.6)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
-# What axes may name, closest first.
+# Candidate ticks of the axes, densest series first.
 _SIZES = [[1 << power for power in range(12 % step, 64, step)] for step in (2, 4, 8, 16)]
 _TIMES = [
     [digit * 10.0**power for power in range(-3, 16, step) for digit in digits]
@@ -48,22 +48,22 @@ _TIMES = [
 
 
 def draw(table: CostTable, path: Path) -> None:
-    """Write the picture, whole or not at all; its format follows the suffix.
+    """Write the picture atomically, in the format that the suffix names.
 
     Raises:
         ValueError: the suffix is neither ``.png`` nor ``.svg``.
         ImportError: matplotlib is missing (extra ``plot``).
-        OSError: it can't be written.
+        OSError: the file cannot be written.
     """
     check_suffix(path)
     write_picture(figure(table), path)
 
 
 def figure(table: CostTable) -> "Figure":
-    """Draw cost against length, a panel for each of `GROUPS` of which anything was measured.
+    """Draw time against length, with a panel for each of `GROUPS` that has measured cells.
 
-    The artists have names (``get_gid``), which are their ids in an SVG: a line ``line-7`` has the
-    label ``label-7``; ``cold-...`` are the texts at hollow markers.
+    The artists have group ids (``get_gid``), which are their ids in an SVG: the line ``line-7`` has
+    the label ``label-7``; ``cold-...`` are the texts at hollow markers.
 
     Raises:
         ImportError: matplotlib is missing (extra ``plot``).
@@ -73,7 +73,7 @@ def figure(table: CostTable) -> "Figure":
 
 
 class _Picture:
-    """One picture while it is drawn. Places are inches, from the left and from the bottom."""
+    """A picture being drawn. Positions are inches from the left and from the bottom."""
 
     def __init__(self, table: CostTable) -> None:
         from matplotlib.figure import Figure  # noqa: PLC0415
@@ -83,36 +83,38 @@ class _Picture:
         panels = {group: choose(curves, verbs) for group, verbs in GROUPS.items()}
         panels = {group: chosen for group, chosen in panels.items() if chosen.lines}
         self.small, huge = kinds(curves)
-        self.cold = _drawable(one for one in table.measured() if one.host == "cold")
-        self.drawn = 0
-        rows, beside = -(-len(panels) // 2), len(panels) % 2
-        # The note fills the place that a last panel would have, or else that below all.
-        left, room = (_CELL + _TICKS, _CELL - _TICKS) if beside else (0.0, 2 * _CELL)
+        self.cold = _drawable(entry for entry in table.measured() if entry.host == "cold")
+        self.drawn = 0  # lines drawn so far
+        rows, odd = -(-len(panels) // 2), len(panels) % 2
+        # The note takes the free place of an odd last row, or else a strip below all panels.
+        left, space = (_CELL + _TICKS, _CELL - _TICKS) if odd else (0.0, 2 * _CELL)
         notes = self.notes(table, list(panels.values()), huge)
-        wrapped = [line for note in notes for line in _wrap(note, room - 2 * _MARGIN, 0.53)]
-        below = 0.0 if beside else _MARGIN + len(wrapped) * _LINE * 1.2 * _TEXT / 72
-        width, height = 2 * _CELL, _TOP + rows * _PANEL + below
+        wrapped = [line for note in notes for line in _wrap(note, space - 2 * _MARGIN, 0.53)]
+        strip = 0.0 if odd else _MARGIN + len(wrapped) * _LINE * 1.2 * _TEXT / 72
+        width, height = 2 * _CELL, _TOP + rows * _PANEL + strip
         self.figure = Figure((width, height), dpi=_DPI, facecolor="white")
         title, top = _title(table), height - _MARGIN
         size = min(_TITLE, (width - 2 * _MARGIN) * 72 / (0.7 * len(title)))
         self.text(_MARGIN, top, title, size, weight="bold").set_gid("title")
-        subtitle = "How long a call takes on a piece of memory, by its length: medians, 95 % bands"
+        subtitle = "Time of a call against the length of the memory: medians with 95 % bands"
         self.text(_MARGIN, top - 0.29, subtitle, _TEXT + 1, _GREY)
         for i, (group, chosen) in enumerate(panels.items()):
             self.panel(group, chosen, i % 2 * _CELL, height - _TOP - i // 2 * _PANEL)
-        top = _PANEL - _ABOVE if beside else below
+        top = _PANEL - _ABOVE if odd else strip
         self.text(left + _MARGIN, top, "\n".join(wrapped), _TEXT, _GREY, linespacing=_LINE)
 
     def text(
         self, left: float, y: float, text: str, size: float, colour: str = _INK, **rest: Any
     ) -> "Text":
-        # A processor's name may have dollars in it.
-        how: dict[str, Any] = {"va": "top", "parse_math": False} | rest
-        where = self.figure.dpi_scale_trans
-        return self.figure.text(left, y, text, fontsize=size, color=colour, transform=where, **how)
+        # The name of a CPU may contain dollar signs.
+        style: dict[str, Any] = {"va": "top", "parse_math": False} | rest
+        inches = self.figure.dpi_scale_trans
+        return self.figure.text(
+            left, y, text, fontsize=size, color=colour, transform=inches, **style
+        )
 
     def panel(self, group: str, chosen: Chosen, left: float, top: float) -> None:
-        """Draw a panel, from its upper left corner."""
+        """Draw a panel whose upper left corner is at (left, top)."""
         self.text(left + _MARGIN, top - _ABOVE + 0.25, group, _HEADING, weight="bold")
         (page_wide, page_high), (wide, high) = self.figure.get_size_inches(), _AXES
         left, bottom = left + _MARGIN + _TICKS, top - _ABOVE - high
@@ -125,76 +127,76 @@ class _Picture:
         for i, (line, style) in enumerate(zip(chosen.lines, styles, strict=True), self.drawn):
             cold += _draw(axes, line, style, f"line-{i}", self.cold)
         _scale(axes, chosen.lines, cold)
-        if cold:  # the others look like the highest one
+        if cold:  # name only the highest marker
             x, y = max(cold, key=lambda point: point[1])
             side = "right" if x * x > math.prod(axes.get_xlim()) else "left"
-            how: dict[str, Any] = {"textcoords": "offset points", "gid": f"cold-{self.drawn}"}
-            axes.annotate("cold host", (x, y), (0, 5), ha=side, fontsize=_TEXT, **how)
+            options: dict[str, Any] = {"textcoords": "offset points", "gid": f"cold-{self.drawn}"}
+            axes.annotate("cold host", (x, y), (0, 5), ha=side, fontsize=_TEXT, **options)
         names = [_wrap(label(line.curves, self.small), _LABELS, 0.57) for line in chosen.lines]
         ends = axes.transData.transform([_point(line.cells[-1]) for line in chosen.lines])
         ends /= self.figure.dpi
         heights = [len(name) * _LINE * _TEXT / 72 for name in names]
         places = spread([y for _, y in ends], heights, bottom, bottom + high)
         for name, style, (x, y), place in zip(names, styles, ends, places, strict=True):
-            # From the line's end to its name.
+            # A thin connector from the end of the line to its label.
             path = (x + 0.05, right + 0.03, right + _GUTTER - 0.09, right + _GUTTER - 0.04)
             inches: dict[str, Any] = {"transform": self.figure.dpi_scale_trans, "clip_on": False}
             axes.plot(path, (y, y, place, place), c=_COLOURS[style], lw=0.5, alpha=0.7, **inches)
-            how = {"va": "center", "linespacing": 1.1, "gid": f"label-{self.drawn}"}
-            self.text(right + _GUTTER, place, "\n".join(name), _TEXT, _COLOURS[style], **how)
+            options = {"va": "center", "linespacing": 1.1, "gid": f"label-{self.drawn}"}
+            self.text(right + _GUTTER, place, "\n".join(name), _TEXT, _COLOURS[style], **options)
             self.drawn += 1
 
     def notes(self, table: CostTable, panels: Sequence[Chosen], huge: str) -> Iterator[str]:
-        """Say how to read the picture and what is not in it, in a line each."""
+        """Yield the notes on how to read the picture and on what it omits."""
         lines = [line for panel in panels for line in panel.lines]
         if not lines:
-            yield "Nothing was measured that could be drawn."
+            yield "Nothing was measured that can be drawn."
             return
         dashed = f"dashed: {_size(huge)}; " if any(line.variant == 1 for line in lines) else ""
         yield f"Solid: {_size(self.small)} pages; {dashed}other modes and threads are named."
-        yield f"Bands: of {_PASSES} passes or more, and where they span less than {_SPAN:g} times."
-        if any(Curve.of(one.cell) in line.curves for one in self.cold for line in lines):
-            yield "Hollow: cold, this virtual machine's host had to bring the memory."
+        yield f"Bands: only with {_PASSES} or more passes and a span under {_SPAN:g} times."
+        if any(Curve.of(entry.cell) in line.curves for entry in self.cold for line in lines):
+            yield "Hollow: cold, the hypervisor had to supply the memory."
         if any(len(line.curves) > 1 for line in lines):
             yield f"Several names on a line: within {JOINED - 1:.0%} of it at all lengths."
-        near, others = sum(one.near for one in panels), sum(one.others for one in panels)
-        left_out = [f"{near} curves within {NEAR - 1:.0%} of a line"] if near else []
-        left_out += [f"{others} others"] if others else []
-        if left_out:
-            yield f"Not drawn: {', '.join(left_out)}: see table or JSON."
-        doubts = [f"Noise: {table.disturbed}."] if table.disturbed else []
-        doubts += [] if table.complete else ["The measuring was interrupted."]
-        yield " ".join(doubts)
+        near, others = sum(panel.near for panel in panels), sum(panel.others for panel in panels)
+        omitted = [f"{near} curves within {NEAR - 1:.0%} of a line"] if near else []
+        omitted += [f"{others} others"] if others else []
+        if omitted:
+            yield f"Not drawn: {', '.join(omitted)}: see table or JSON."
+        warnings = [f"Noise: {table.disturbed}."] if table.disturbed else []
+        warnings += [] if table.complete else ["The measurement was interrupted."]
+        yield " ".join(warnings)
 
 
 def _draw(axes: "Axes", line: Line, style: int, gid: str, cold: Iterable[Measured]) -> list[Point]:
-    """Draw a line, its band, and above it its hollow markers; return the places of those."""
+    """Draw a line, its band and the hollow markers of its cold cells; return their positions."""
     colour, marker = _COLOURS[style], _MARKERS[style]
     xs, ys = zip(*map(_point, line.cells), strict=True)
     low, high = zip(*map(_band, line.cells), strict=True)
     axes.fill_between(xs, low, high, color=colour, alpha=0.14, linewidth=0)
     width, dashes = 1.1 if line.variant else 1.5, _DASHES[line.variant]
     axes.plot(xs, ys, marker, c=colour, ms=3.6, mew=0, lw=width, ls=dashes, gid=gid)
-    found = [_point(one) for one in cold if Curve.of(one.cell) in line.curves]
-    for x, y in found:
+    hollow = [_point(entry) for entry in cold if Curve.of(entry.cell) in line.curves]
+    for x, y in hollow:
         axes.plot([x, x], [dict(zip(xs, ys, strict=True)).get(x, y), y], ":", c=colour, lw=0.8)
         axes.plot([x], [y], marker, c=colour, mfc="white", ms=5.5, mew=1.1)
-    return found
+    return hollow
 
 
 def _scale(axes: "Axes", lines: Iterable[Line], cold: Iterable[Point]) -> None:
-    """Set the axes to what is drawn, bands aside, and name places on them."""
-    xs, ys = zip(*(_point(one) for line in lines for one in line.cells), *cold, strict=True)
+    """Set the limits of the axes to the points, without the bands, and set the ticks."""
+    xs, ys = zip(*(_point(entry) for line in lines for entry in line.cells), *cold, strict=True)
     low, high = min(ys), max(ys)
     middle = math.sqrt(low * high)
     axes.set_xlim(min(xs) / 1.5, max(xs) * 1.5)
-    # Room for a band, and at least a decade.
+    # Leave space for a band, and show at least a decade.
     axes.set_ylim(min(low / 1.6, middle / 3.5), max(high * 1.6, middle * 3.5))
     sizes, times = ticks(*axes.get_xlim(), _SIZES, 5), ticks(*axes.get_ylim(), _TIMES, 9)
     axes.set_xticks([], minor=True)
     axes.set_yticks([], minor=True)
     axes.set_xticks(sizes, [format_size(int(size)) for size in sizes])
-    # `format_time` has no digits for a thousand seconds.
+    # `format_time` writes 1000 s and more with an exponent.
     axes.set_yticks(times, [format_time(ns) if ns < 1e12 else f"{ns / 1e9:.0f} s" for ns in times])
     axes.tick_params(labelsize=_SMALL_TEXT, labelcolor=_GREY, color=_FRAME, length=3)
     axes.grid(visible=True, color=_GRID, linewidth=0.6)
@@ -204,22 +206,21 @@ def _scale(axes: "Axes", lines: Iterable[Line], cold: Iterable[Point]) -> None:
 
 
 def ticks(low: float, high: float, series: Iterable[Sequence[float]], most: int) -> list[float]:
-    """Return what of a series lies between two values: of the first of which at most so many do."""
-    found = [[value for value in one if low <= value <= high] for one in series]
-    return next((one for one in found if len(one) <= most), found[-1])
+    """Return the ticks in [low, high] from the first series with at most `most` of them."""
+    inside = [[value for value in values if low <= value <= high] for values in series]
+    return next((values for values in inside if len(values) <= most), inside[-1])
 
 
 def spread(
     wanted: Sequence[float], heights: Sequence[float], low: float, high: float
 ) -> list[float]:
-    """Move the centres of labels apart by as little as possible: the least sum of squares.
+    """Move the centres of labels apart with the least sum of squared movements.
 
-    None changes place with another, and none reaches below `low` or, unless they are too many,
-    above `high`.
+    The order stays, no label reaches below `low`, and none above `high` unless they do not fit.
     """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    # How far each centre is at least from the lowest label's lower edge. Less that, the centres
-    # need only not to fall: each block of those that would is at the mean of what its labels want.
+    # Isotonic regression: subtract from each centre its least distance to the lowest edge, then
+    # merge neighbours that are out of order into blocks at the mean of their wanted places.
     offsets, total = [], 0.0
     blocks: list[tuple[float, int]] = []
     for i in order:
@@ -232,28 +233,28 @@ def spread(
             size += before
         blocks.append((mean, size))
     places = [mean for mean, size in blocks for _ in range(size)]
-    found = [0.0] * len(wanted)
+    centres = [0.0] * len(wanted)
     for i, offset, place in zip(order, offsets, places, strict=True):
-        found[i] = max(min(place, high - total), low) + offset
-    return found
+        centres[i] = max(min(place, high - total), low) + offset
+    return centres
 
 
 def _drawable(cells: Iterable[Measured]) -> list[Measured]:
-    """Return the cells that a logarithmic axis has a place for."""
-    return [one for one in cells if one.times is not None and one.times.median > 0]
+    """Return the cells with a positive median: the axes are logarithmic."""
+    return [entry for entry in cells if entry.times is not None and entry.times.median > 0]
 
 
-def _point(one: Measured) -> Point:
-    assert one.times is not None
-    return one.cell.nbytes, one.times.median
+def _point(entry: Measured) -> Point:
+    assert entry.times is not None
+    return entry.cell.nbytes, entry.times.median
 
 
-def _band(one: Measured) -> Point:
-    """Return a cell's interval, or nothing that could be drawn."""
-    assert one.times is not None
-    low, high = one.times.ci95
-    known = one.times.passes >= _PASSES and 0 < high <= _SPAN * low
-    return (low, high) if known else (math.nan, math.nan)
+def _band(entry: Measured) -> Point:
+    """Return the interval of a cell; (nan, nan), which is not drawn, if it is too uncertain."""
+    assert entry.times is not None
+    low, high = entry.times.ci95
+    certain = entry.times.passes >= _PASSES and 0 < high <= _SPAN * low
+    return (low, high) if certain else (math.nan, math.nan)
 
 
 def _title(table: CostTable) -> str:
@@ -267,6 +268,6 @@ def _size(page_kind: str) -> str:
 
 
 def _wrap(text: str, inches: float, width: float) -> list[str]:
-    """Wrap a text whose letters have this average width, of their size."""
+    """Wrap a text to a width in inches; letters average `width` times the text size."""
     letters = int(inches * 72 / (width * _TEXT))
     return textwrap.wrap(text, letters, break_on_hyphens=False, break_long_words=False)
