@@ -1,4 +1,4 @@
-"""The answers that people want from the figures, each with its reason."""
+"""Recommendations derived from measured costs, each with its reason."""
 
 import math
 import os
@@ -20,9 +20,9 @@ from pyreserve.units import GiB, MiB, format_size, format_time, parse_size
 FILE = "PYRESERVE_COSTS"
 """The environment variable that names a file of ``pyreserve costs --json`` to use."""
 
-_SHARE = 0.05  # of touching: what calls for growing may cost
+_SHARE = 0.05  # a growth call may cost this share of touching the memory
 _LONGEST_STEP = 64 * MiB
-_SURE = 1.3  # an interval from one end to 1.3 times that is good enough to build on
+_SURE = 1.3  # ratio of an interval's ends up to which a figure is reliable
 _DEFAULT_STEP = 2 * MiB
 _BUDGET, _STEP_BUDGET, _WIDTH = 10.0, 2.0, 0.1
 
@@ -32,10 +32,10 @@ class Answer:
     """One recommendation.
 
     Attributes:
-        value: the figure, in the unit that its name in `Recommendations` says; None if what it
-            takes was not measured.
+        value: the figure, in the unit given by its name in `Recommendations`; None if the cells
+            that it needs were not measured.
         text: the recommendation in words.
-        because: the figures that it rests on.
+        because: the figures that it is based on.
     """
 
     value: float | None
@@ -45,17 +45,18 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Recommendations:
-    """What to do on the machine that was measured.
+    """Recommendations for the machine that was measured.
 
     Attributes:
-        step_bytes: by how much to grow: from there on, what calls for growing cost is under 5 % of
-            what touching the memory costs.
-        huge_step_bytes: the same where transparent huge pages are wanted; whole huge pages.
-        idle_seconds: how long memory must stay idle before giving it back pays.
-        lazy_above: how likely it must be that memory is used again, before the system wants it, for
-            lazy discard (MADV_FREE) to be cheaper than eager (MADV_DONTNEED); 0 to 1.
-        huge_above: which share of each huge page must be used for it to be cheaper than small ones.
-        islands: how many separate committed pieces fit into vm.max_map_count.
+        step_bytes: growth step in bytes from which growth calls cost under 5 % of touching the
+            memory.
+        huge_step_bytes: the same with transparent huge pages; a multiple of the huge page.
+        idle_seconds: seconds of idleness after which giving memory back pays.
+        lazy_above: probability, 0 to 1, that memory is used again before the kernel reclaims it,
+            above which lazy discard (MADV_FREE) is cheaper than eager discard (MADV_DONTNEED).
+        huge_above: share of each huge page, 0 to 1, that must be used for huge pages to be cheaper
+            than small ones.
+        islands: number of separate committed pieces that vm.max_map_count allows.
         map_entries: map entries that each way to use a piece adds, by ``"VERB METHOD"``.
     """
 
@@ -69,42 +70,44 @@ class Recommendations:
 
     def answers(self) -> dict[str, Answer]:
         """Return the answers by name."""
-        named = ((one.name, getattr(self, one.name)) for one in fields(self))
-        return {name: value for name, value in named if isinstance(value, Answer)}
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in values if isinstance(value, Answer)}
 
     def entries_of(self, pieces: Mapping[str, int]) -> int:
-        """Return how many map entries a plan costs, one reservation included.
+        """Return the number of map entries of a reservation whose pieces are used like this.
 
         Args:
-            pieces: how many separate pieces of it are used in which way, by ``"VERB METHOD"`` as in
-                `map_entries`: ``{"commit mprotect": 1000, "guard madvise": 1000}``.
+            pieces: number of separate pieces by way of use, ``"VERB METHOD"`` as in `map_entries`:
+                ``{"commit mprotect": 1000, "guard madvise": 1000}``.
 
         Raises:
-            LookupError: such a way was not counted.
+            LookupError: the entries of a way were not counted.
         """
         unknown = [way for way in pieces if way not in self.map_entries]
         if unknown:
-            msg = f"{unknown[0]!r} was not counted; there are {', '.join(self.map_entries)}"
+            msg = f"{unknown[0]!r} was not counted; counted: {', '.join(self.map_entries)}"
             raise LookupError(msg)
         return 1 + math.ceil(sum(self.map_entries[way] * n for way, n in pieces.items()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return them ready for JSON."""
+        """Return the answers as a dict for JSON."""
         return {
-            name: {"value": one.value, "text": one.text, "because": one.because}
-            for name, one in self.answers().items()
+            name: {"value": answer.value, "text": answer.text, "because": answer.because}
+            for name, answer in self.answers().items()
         }
 
 
 def recommend(table: CostTable | None = None) -> Recommendations:
-    """Say what to do on this machine, and why.
+    """Return recommendations for the measured machine, with their reasons.
 
     Args:
-        table: what was measured. None: the file that the environment variable ``PYRESERVE_COSTS``
-            names, or else a measurement of ten seconds at most, made once in a process.
+        table: the measured costs. None: those of the file named by the environment variable
+            ``PYRESERVE_COSTS``, or else of a measurement of at most ten seconds, which each process
+            makes once.
 
     Raises:
-        OSError, ValueError: the file can't be read, or is not of ``pyreserve costs --json``.
+        OSError: the file cannot be read.
+        ValueError: the file is not the output of ``pyreserve costs --json``.
         OutOfMemoryError: there is not enough memory to measure.
     """
     if table is None:
@@ -122,17 +125,17 @@ def recommend(table: CostTable | None = None) -> Recommendations:
 
 
 def measured_step(*, huge_pages: bool = False) -> int:
-    """Return the growth step for this machine, in bytes: what ``step="measured"`` stands for.
+    """Return the growth step for this machine, in bytes: the value of ``step="measured"``.
 
-    It comes from the file that ``PYRESERVE_COSTS`` names, or else from a measurement of two seconds
-    at most, made once in a process by starting ``sys.executable``. Where that can't measure what it
-    takes, or has too little memory, it is 2 MiB.
+    It comes from the file named by ``PYRESERVE_COSTS``, or else from a measurement of at most two
+    seconds, which each process makes once by starting ``sys.executable``. If the cells cannot be
+    measured or memory is short, it is 2 MiB.
 
     Args:
-        huge_pages: whether the memory shall be backed with transparent huge pages.
+        huge_pages: whether the memory is backed with transparent huge pages.
 
     Raises:
-        OSError, ValueError: as `recommend`.
+        OSError, ValueError: as in `recommend`.
     """
     try:
         table = _from_file() or _measured_growth()
@@ -153,7 +156,7 @@ def _from_file() -> CostTable | None:
         raise ValueError(msg) from None
 
 
-_measuring = threading.Lock()  # two at once would disturb each other
+_measuring = threading.Lock()  # concurrent measurements would disturb each other
 
 
 def _measured() -> CostTable:
@@ -177,9 +180,12 @@ def _measured_once(verbs: tuple[str, ...], longest: int, budget: float) -> CostT
     return measure(replace(whole, groups=tuple(groups)), budget=budget, width=_WIDTH)
 
 
-def _answered(question: Callable[[CostModel, CostTable], Answer], *of: Any) -> Answer:
+def _answered(
+    question: Callable[[CostModel, CostTable], Answer], model: CostModel, table: CostTable
+) -> Answer:
+    """Return the answer to a question; without a value if its cells were not measured."""
     try:
-        return question(*of)
+        return question(model, table)
     except LookupError as error:
         return Answer(None, "not known", str(error.args[0]))
 
@@ -189,9 +195,10 @@ def _step(model: CostModel, _table: CostTable) -> Answer:
     step = PAGE_SIZE
     while step < _LONGEST_STEP and grow.at(step) > _SHARE * touch.at(step):
         step *= 2
+    share = _share_of_touching(grow, touch, step)
     return Answer(
         step,
-        f"Grow by {format_size(step)} or more: the calls then cost {_little(grow, touch, step)}.",
+        f"Grow by {format_size(step)} or more: the calls then cost {share}.",
         f"a step of {format_size(step)} costs {format_time(grow.at(step))}, "
         f"touching it {format_time(touch.at(step))}",
     )
@@ -206,8 +213,8 @@ def _huge_step(model: CostModel, _table: CostTable) -> Answer:
         step *= 2
     return Answer(
         step,
-        f"With huge pages grow by {format_size(step)} or more, ending on lines of "
-        f"{format_size(size)}: a smaller or crooked step gets small pages.",
+        f"With huge pages grow by {format_size(step)} or more, in steps that end on multiples of "
+        f"{format_size(size)}: a smaller or unaligned step gets small pages.",
         f"a step of {format_size(step)} costs {format_time(grow.at(step))}, "
         f"touching it {format_time(touch.at(step))}",
     )
@@ -215,58 +222,61 @@ def _huge_step(model: CostModel, _table: CostTable) -> Answer:
 
 def _idle(model: CostModel, table: CostTable) -> Answer:
     discard = model.of(Curve("discard", "dontneed"))
-    again, kept = (model.of(Curve("retouch", way)) for way in ("after-dontneed", "resident"))
-    nbytes = _longest(discard, again, kept)
-    gone, touched, spared = (fit.at(nbytes) for fit in (discard, again, kept))
+    retouch, resident = (
+        model.of(Curve("retouch", method)) for method in ("after-dontneed", "resident")
+    )
+    nbytes = _longest(discard, retouch, resident)
+    discarding, touching, kept = (fit.at(nbytes) for fit in (discard, retouch, resident))
     gib_per_cpu = table.machine["memory"] / GiB / table.machine["cpus"]
 
-    def seconds(cost: float) -> float:
-        return cost * (GiB / nbytes) / 1e9
+    def seconds_per_gib(ns: float) -> float:
+        return ns * (GiB / nbytes) / 1e9
 
-    per_gib = seconds(gone + touched - spared)
-    low = seconds(gone.low + touched.low - spared.high) * gib_per_cpu
-    high = seconds(gone.high + touched.high - spared.low) * gib_per_cpu
+    per_gib = seconds_per_gib(discarding + touching - kept)
+    low = seconds_per_gib(discarding.low + touching.low - kept.high) * gib_per_cpu
+    high = seconds_per_gib(discarding.high + touching.high - kept.low) * gib_per_cpu
     idle = per_gib * gib_per_cpu
     because = (
-        f"discarding 1 GiB and touching it again costs {per_gib:.2g} s of a CPU, and this machine "
-        f"has {gib_per_cpu:.2g} GiB for each of its CPUs: at that price, holding 1 GiB for "
-        f"{idle:.2g} s ({low:.2g} to {high:.2g}) costs as much (after Gray and Putzolu's "
+        f"discarding 1 GiB and touching it again costs {per_gib:.2g} s of CPU time, and this "
+        f"machine has {gib_per_cpu:.2g} GiB per CPU: at that price, holding 1 GiB for "
+        f"{idle:.2g} s ({low:.2g} to {high:.2g}) costs the same (after Gray and Putzolu's "
         "five-minute rule, 1987)"
     )
-    cold = [one for one in table.measured() if one.host == "cold" and one.cell.verb == "touch"]
+    cold = [
+        entry for entry in table.measured() if entry.host == "cold" and entry.cell.verb == "touch"
+    ]
     if cold:
-        worst = max(one.times.median / one.cell.nbytes for one in cold if one.times) * GiB / 1e9
+        worst_ns = max(entry.times.median / entry.cell.nbytes for entry in cold if entry.times)
+        worst = worst_ns * GiB / 1e9
         because += (
-            f"; if the host takes it meanwhile, touching 1 GiB again costs {worst:.2g} s, and it "
-            f"pays after {worst * gib_per_cpu:.2g} s"
+            f"; if the hypervisor takes the memory, touching 1 GiB again costs {worst:.2g} s, and "
+            f"giving it back pays after {worst * gib_per_cpu:.2g} s"
         )
-    return Answer(idle, f"Give back what stays idle for more than {idle:.2g} s.", because)
+    return Answer(idle, f"Give back memory that stays idle for more than {idle:.2g} s.", because)
 
 
 def _lazy(model: CostModel, _table: CostTable) -> Answer:
-    eager, lazy = (model.of(Curve("discard", way)) for way in ("dontneed", "free"))
-    then_eager, then_lazy = (
-        model.of(Curve("retouch", way)) for way in ("after-dontneed", "after-free")
-    )
-    fits = (eager, then_eager, lazy, then_lazy)
-    nbytes = _longest(*fits)
-    gone, touched, marked, kept = (fit.at(nbytes) for fit in fits)
-    saved = touched - kept
-    above = min(1.0, max(0.0, (marked - gone) / saved)) if saved > 0 else 1.0
+    discards = [model.of(Curve("discard", method)) for method in ("dontneed", "free")]
+    retouches = [model.of(Curve("retouch", method)) for method in ("after-dontneed", "after-free")]
+    nbytes = _longest(*discards, *retouches)
+    eager, lazy = (fit.at(nbytes) for fit in discards)
+    after_eager, after_lazy = (fit.at(nbytes) for fit in retouches)
+    saved = after_eager - after_lazy
+    above = min(1.0, max(0.0, (lazy - eager) / saved)) if saved > 0 else 1.0
     if above >= 1:
         text = "Discard eagerly (MADV_DONTNEED): lazy discard (MADV_FREE) is no cheaper here."
     else:
-        likely = f"if the chance is over {above:.0%} that" if above >= 0.005 else "whenever"
+        chance = f"is over {above:.0%} likely to" if above >= 0.005 else "may"
         text = (
-            f"Discard lazily (MADV_FREE) {likely} the memory may be used again before the system "
-            "wants it, and RSS may show it until then; else eagerly (MADV_DONTNEED)."
+            f"Discard lazily (MADV_FREE) if the memory {chance} be used again before the kernel "
+            "reclaims it, and RSS may include it until then; otherwise eagerly (MADV_DONTNEED)."
         )
     return Answer(
         above,
         text,
-        f"{format_size(nbytes)}: eager {format_time(gone)} and {format_time(touched)} to touch "
-        f"again, lazy {format_time(marked)} and {format_time(kept)}; what the kernel spends on "
-        "taking lazily discarded memory is not in it",
+        f"{format_size(nbytes)}: eager {format_time(eager)} and {format_time(after_eager)} to "
+        f"touch again, lazy {format_time(lazy)} and {format_time(after_lazy)}; the kernel's cost "
+        "of reclaiming lazily discarded memory is not included",
     )
 
 
@@ -274,20 +284,21 @@ def _huge(model: CostModel, _table: CostTable) -> Answer:
     kind, size = _huge_kind(model)
     small, huge = model.of(Curve("touch", "write")), model.of(Curve("touch", "write", kind))
     nbytes = _longest(small, huge)
-    one, other = huge.at(nbytes), small.at(nbytes)
-    above = min(1.0, one / other)
+    huge_ns, small_ns = huge.at(nbytes), small.at(nbytes)
+    above = min(1.0, huge_ns / small_ns)
+    low, high = huge_ns.low / small_ns.high, huge_ns.high / small_ns.low
     return Answer(
         above,
-        f"Huge pages win at first touch once {above:.0%} ({one.low / other.high:.0%} to "
-        f"{one.high / other.low:.0%}) of each {format_size(size)} is used; if all of it is, they "
-        f"are {other / one:.2g} times as fast. All of it is in memory, used or not.",
-        f"touching {format_size(nbytes)} takes {format_time(small.at(nbytes))} in small pages and "
-        f"{format_time(huge.at(nbytes))} in huge ones",
+        f"Huge pages are faster at first touch if over {above:.0%} ({low:.0%} to {high:.0%}) of "
+        f"each {format_size(size)} is used; fully used, they are {small_ns / huge_ns:.2g} times as "
+        f"fast. Each takes {format_size(size)} of memory, used or not.",
+        f"touching {format_size(nbytes)} takes {format_time(small_ns)} in small pages and "
+        f"{format_time(huge_ns)} in huge pages",
     )
 
 
 def _longest(*fits: Fit) -> int:
-    """Return the longest length, in bytes, that all of them have a good figure of; or just have."""
+    """Return the longest length, in bytes, that all fits have, reliable if possible."""
     common = set[float].intersection(*({pages for pages, *_ in fit.points} for fit in fits))
     sure = set[float].intersection(
         *({pages for pages, _, low, high in fit.points if high <= _SURE * low} for fit in fits)
@@ -295,15 +306,16 @@ def _longest(*fits: Fit) -> int:
     return int(max(sure or common, default=min(fit.points[-1][0] for fit in fits))) * PAGE_SIZE
 
 
-def _little(grow: Fit, touch: Fit, step: int) -> str:
+def _share_of_touching(grow: Fit, touch: Fit, step: int) -> str:
     share = grow.at(step) / touch.at(step)
     return f"under {_SHARE:.0%} of touching" if share <= _SHARE else f"{share:.0%} of touching"
 
 
 def _islands(_model: CostModel, table: CostTable) -> Answer:
-    most, entries = table.machine["max_map_count"], table.machine["map_entries"]
-    each = entries["commit mprotect"]
-    islands = most if each < 1e-3 else int(most / each)  # counted at 16 places
+    limit, entries = table.machine["max_map_count"], table.machine["map_entries"]
+    per_piece = entries["commit mprotect"]
+    # The count is a mean of 16 places: anything below 1/16 is zero.
+    islands = limit if per_piece < 1e-3 else int(limit / per_piece)
     guards = ", ".join(
         f"{entries[way]:.2g} for a guard by {way.split()[1]}"
         for way in ("guard madvise", "guard mprotect")
@@ -311,10 +323,11 @@ def _islands(_model: CostModel, table: CostTable) -> Answer:
     )
     return Answer(
         islands,
-        f"Keep separate committed pieces well under {islands:,}, or commit neighbours: growth "
-        "right behind what is committed adds no map entry.",
-        f"map entries counted: {each:.2g} for a piece apart from others, "
-        f"{entries.get('grow mprotect', 0):.2g} for growth, {guards}; vm.max_map_count is {most:,}",
+        f"Keep the number of separate committed pieces well under {islands:,}, or commit adjacent "
+        "pieces: growth directly behind committed memory adds no map entry.",
+        f"map entries counted: {per_piece:.2g} for a separate piece, "
+        f"{entries.get('grow mprotect', 0):.2g} for growth, {guards}; vm.max_map_count is "
+        f"{limit:,}",
     )
 
 

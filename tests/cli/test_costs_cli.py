@@ -138,8 +138,8 @@ class TestScreen:
         out = run_measured(path).stdout
 
         assert "Grow by 256 KiB or more" in out
-        assert "Give back what stays idle for more than" in out
-        assert "Huge pages win at first touch once 10% (10% to 10%) of each 2 MiB is used" in out
+        assert "Give back memory that stays idle for more than" in out
+        assert "faster at first touch if over 10% (10% to 10%) of each 2 MiB is used" in out
         assert "MADV_FREE" in out
 
     def test_a_bar_on_a_terminal(self) -> None:
