@@ -1,4 +1,4 @@
-"""The cost laboratory: what its figures mean, and that they are measured on the real kernel."""
+"""Costs: statistics, model, recommendations, and measurements on the real kernel."""
 
 import copy
 import csv
@@ -60,13 +60,13 @@ COMMIT = Curve("commit", "mprotect")
 
 
 def children() -> set[int]:
-    """The processes that this one has and has not waited for."""
+    """Return the PIDs of this process's children, including those not waited for."""
     tasks = Path("/proc/self/task")
     return {int(pid) for t in tasks.iterdir() for pid in (t / "children").read_text().split()}
 
 
 def child_of(code: str, *, ulimit: str = "", **environment: str) -> Any:
-    """What a process of its own prints as JSON at its end, behind ``ulimit`` if need be."""
+    """Run code in a new Python, optionally under a ``ulimit``; return the JSON that it prints."""
     command = [sys.executable, "-c", textwrap.dedent(code)]
     if ulimit:
         command = ["sh", "-c", f'ulimit {ulimit} && exec "$@"', "sh", *command]
@@ -79,7 +79,7 @@ def child_of(code: str, *, ulimit: str = "", **environment: str) -> Any:
 
 class TestTimes:
     def test_the_figures_are_order_statistics(self) -> None:
-        """Minimum, median, percentiles and maximum are those of all samples of all passes."""
+        """Minimum, median, percentiles and maximum cover the samples of all passes."""
         passes = [[float(n) for n in range(1, 51)], [float(n) for n in range(51, 102)]]
 
         times = summarise(passes)
@@ -89,7 +89,7 @@ class TestTimes:
         assert (times.samples, times.passes) == (101, 2)
 
     def test_outliers_are_counted_and_kept(self) -> None:
-        """A sample far above the rest is an outlier, and the maximum still shows it."""
+        """A sample far above the rest is an outlier, and still the maximum."""
         times = summarise([[10.0, 11, 12, 13, 14, 15, 16, 900]])
 
         assert times.outliers == 1
@@ -97,35 +97,35 @@ class TestTimes:
         assert times.samples == 8
 
     def test_the_interval_holds_the_true_median(self) -> None:
-        """Of intervals of noisy samples, about 95 of 100 hold the median they were drawn around."""
+        """About 95 of 100 intervals of noisy samples contain the true median."""
         random = Random(7)
-        held = 0
+        hits = 0
         for _ in range(400):
             shifts = [random.gauss(0, 0.05) for _ in range(6)]
             passes = [[100 * math.exp(s + random.gauss(0, 0.1)) for _ in range(30)] for s in shifts]
             low, high = summarise(passes).ci95
-            held += low <= 100 <= high
+            hits += low <= 100 <= high
 
-        assert held >= 360
+        assert hits >= 360
 
     def test_passes_that_disagree_widen_it(self) -> None:
-        """Samples of one pass agree more than those of others, and the interval knows."""
+        """The interval is wider where the passes differ more than their samples do."""
         together = summarise([[100.0 + i % 3 for i in range(100)]] * 2)
         apart = summarise([[90.0 + i % 3 for i in range(100)], [110.0 + i % 3 for i in range(100)]])
 
         assert apart.width > 10 * together.width
 
     def test_a_single_pass(self) -> None:
-        """However alike its samples are, one pass leaves a quarter to either side."""
+        """The interval of a single pass extends 25 % to either side, however equal its samples."""
         assert summarise([[100.0] * 50]).ci95 == (80, 125)
 
     def test_one_sample_says_nothing(self) -> None:
-        """A single sample's interval has no end."""
+        """The interval of a single sample is 0 to infinity."""
         assert summarise([[5.0]]).ci95 == (0, math.inf)
 
     @given(st.lists(st.floats(1, 1e9), min_size=1, max_size=50))
     def test_any_samples(self, values: list[float]) -> None:
-        """The median is one that statistics knows, and lies in its interval."""
+        """The median equals that of the statistics module and lies in its interval."""
         times = summarise([values])
 
         assert times.median == median(values)
@@ -133,62 +133,61 @@ class TestTimes:
         assert times.min <= times.p90 <= times.p99 <= times.max
 
     def test_quantiles(self) -> None:
-        """A quantile between two values is interpolated."""
+        """Quantiles between two values are interpolated."""
         assert quantile([0.0, 10.0], 0.25) == 2.5
         assert quantile([3.0], 0.9) == 3
 
 
 def quiet(*passes: list[float]) -> list[list[tuple[float, bool]]]:
-    """Samples that nothing interrupted."""
-    return [[(ns, False) for ns in one] for one in passes]
+    """Return samples without preemption."""
+    return [[(ns, False) for ns in samples] for samples in passes]
 
 
 class TestCold:
     def test_two_modes_are_parted(self) -> None:
-        """Samples thirty times as long are the host's, and are mixed with no others."""
+        """Samples thirty times as long as the others are cold."""
         warm = [[100.0 + i for i in range(20)] for _ in range(5)]
         cold = [3000.0 + i for i in range(10)]
 
-        found_warm, found_cold = split_cold(quiet(*warm), quiet(cold))
+        split = split_cold(quiet(*warm), quiet(cold))
 
-        assert found_warm == warm
-        assert found_cold == [cold]
+        assert split == (warm, [cold])
 
     def test_within_one_pass(self) -> None:
-        """A pass that began cold and ended warm is parted too."""
+        """A pass that began cold and ended warm is split too."""
         passes = quiet([3000.0] * 6 + [100.0] * 60)
 
         assert split_cold(passes) == ([[100.0] * 60], [[3000.0] * 6])
 
     def test_what_came_first_joins_no_median(self) -> None:
-        """Warm samples of the warm-up are of another state, and are left out."""
+        """Warm samples of the warm-up are left out: the memory is in another state."""
         assert split_cold(quiet([100.0] * 30), quiet([101.0] * 100)) == ([[100.0] * 30], [])
 
     @pytest.mark.parametrize("strange", [[900.0], [250.0] * 10, [5000.0, 9000.0]])
     def test_noise_is_not_cold(self, strange: list[float]) -> None:
-        """A few long samples, or many that are twice as long, are noise."""
+        """A few long samples, or many of twice the length, are noise and stay warm."""
         values = [100.0 + i % 10 for i in range(100)] + strange
 
         assert split_cold(quiet(values)) == ([values], [])
 
     def test_what_was_preempted_is_not_cold(self) -> None:
-        """Samples that another process's turn fell into are long, and stay where they are."""
+        """Preempted samples are never cold, however long they are."""
         passes = [[(100.0, False)] * 60 + [(4100.0, True)] * 10]
 
         assert split_cold(passes) == ([[100.0] * 60 + [4100.0] * 10], [])
 
     @pytest.mark.parametrize("few", [[95.0, 900.0], [900.0], [400.0, 101.0, 7500.0]])
     def test_a_few_samples_of_a_long_piece(self, few: list[float]) -> None:
-        """Where there are too few to see a gap, what a shorter piece costs tells cold from warm."""
+        """With too few samples for a gap, the cost of shorter pieces separates cold from warm."""
         warm, cold = split_cold(quiet(few), (), expected=100.0)
 
-        assert [ns for one in warm for ns in one] == [ns for ns in few if ns < 200]
-        assert [ns for one in cold for ns in one] == [ns for ns in few if ns >= 200]
+        assert [ns for samples in warm for ns in samples] == [ns for ns in few if ns < 200]
+        assert [ns for samples in cold for ns in samples] == [ns for ns in few if ns >= 200]
 
 
 class TestModel:
     def test_a_straight_line_is_found(self) -> None:
-        """From medians on a line come its fixed cost and its cost per page."""
+        """Medians on a straight line give its fixed cost and its cost per page."""
         points = [(x, 700 + 3 * x, 699 + 3 * x, 701 + 3 * x) for x in (1.0, 4.0, 64.0, 4096.0)]
 
         fit = Fit.of(COMMIT, points)
@@ -199,7 +198,7 @@ class TestModel:
         assert fit.fixed_ci95[0] < 700 < fit.fixed_ci95[1]
 
     def test_an_odd_point_does_not_decide(self) -> None:
-        """One median that is far off moves the line little, and the residual tells of it."""
+        """A single outlying median hardly moves the line, and the residual shows it."""
         points = [
             (x, 700 + 3 * x, 690 + 3 * x, 710 + 3 * x) for x in (1.0, 4.0, 16.0, 64.0, 4096.0)
         ]
@@ -212,7 +211,7 @@ class TestModel:
         assert fit.residual > 0.5
 
     def test_estimates_go_through_what_was_measured(self) -> None:
-        """At a measured length the estimate is the median, and its interval the median's."""
+        """At a measured length the estimate and its interval are those of the median."""
         points = [(1.0, 900.0, 880.0, 950.0), (16.0, 1000.0, 990.0, 1010.0), (256.0, 9e4, 8e4, 1e5)]
         fit = Fit.of(TOUCH, points)
 
@@ -224,14 +223,14 @@ class TestModel:
     @settings(max_examples=examples(50))
     @given(st.floats(1, 1e6), st.floats(0.01, 1e4), st.floats(1, 65536))
     def test_between_measured_lengths(self, fixed: float, per_page: float, pages: float) -> None:
-        """Estimates of a straight line are right at every length."""
+        """Estimates on a straight line are exact at every length."""
         exact = [(x, fixed + per_page * x) for x in (1.0, 8.0, 512.0, 65536.0)]
         points = [(x, y, y, y) for x, y in exact]
 
         assert Fit.of(TOUCH, points).estimate(pages) == pytest.approx(fixed + per_page * pages)
 
     def test_a_bent_curve(self) -> None:
-        """Between lengths 4 times apart the estimate of a curve that bends is within 25 %."""
+        """Between lengths 4 times apart the estimate on a bent curve is within 25 %."""
 
         def bent(pages: float) -> float:
             return 500 + 50 * pages + 300 * pages * pages / (pages + 2000)
@@ -244,7 +243,7 @@ class TestModel:
             assert fit.estimate(between) == pytest.approx(bent(between), rel=0.25)
 
     def test_verbs_and_methods(self) -> None:
-        """A verb without a method means its first; bytes are pages times the OS page."""
+        """A verb without a method uses its first; bytes are pages times the OS page."""
         model = costs_tables.table(
             {TOUCH: line(100, 7), Curve("touch", "read"): line(9, 1)}
         ).model()
@@ -274,33 +273,34 @@ class TestModel:
     def test_what_can_not_be_estimated(
         self, arguments: dict[str, Any], error: type[Exception]
     ) -> None:
-        """A wrong name is a ValueError, what was not measured a LookupError."""
+        """A wrong name is a ValueError, a curve that was not measured a LookupError."""
         model = costs_tables.table({TOUCH: line(100, 7)}).model()
 
         with pytest.raises(error):
             model.estimate(**arguments)
 
     def test_an_estimate_can_be_copied(self) -> None:
-        """Copies and pickles have the interval too."""
-        one = costs_tables.table({TOUCH: line(100, 7)}).model().estimate("touch", pages=3)
+        """Copies and pickles keep the interval."""
+        estimate = costs_tables.table({TOUCH: line(100, 7)}).model().estimate("touch", pages=3)
 
-        others = [copy.copy(one), copy.deepcopy(one)]
-        others += [pickle.loads(pickle.dumps(one, protocol)) for protocol in range(5)]
+        copies = [copy.copy(estimate), copy.deepcopy(estimate)]
+        copies += [pickle.loads(pickle.dumps(estimate, protocol)) for protocol in range(5)]
 
-        assert {(other, other.low, other.high) for other in others} == {(one, one.low, one.high)}
+        expected = {(estimate, estimate.low, estimate.high)}
+        assert {(copied, copied.low, copied.high) for copied in copies} == expected
 
     def test_a_sample_that_took_no_time(self) -> None:
-        """One sample of which the clock's own time leaves nothing takes no length off a curve."""
+        """A length is fitted even if one of its samples is shorter than reading the clock."""
         passes = [[100.0] * 60 for _ in range(6)]
         passes[3][7] = -1.0
-        one = Measured(TOUCH.at(PAGE_SIZE), "warm", summarise(passes))
+        entry = Measured(TOUCH.at(PAGE_SIZE), "warm", summarise(passes))
 
-        model = CostTable({}, (one,), QUIET, 1.0).model()
+        model = CostTable({}, (entry,), QUIET, 1.0).model()
 
         assert model.estimate("touch", pages=1) == pytest.approx(100)
 
     def test_cold_memory_is_left_out(self) -> None:
-        """The model is of warm memory."""
+        """Cold cells do not enter the model."""
         cold = replace(measured(TOUCH.at(2 * MiB), 1e9), host="cold")
         with_cold = costs_tables.table({TOUCH: line(100, 7)}, more=[cold])
 
@@ -333,47 +333,46 @@ HOSTILE: list[tuple[tuple[Any, ...], Any]] = [
     *at(("cells", 0, "ns"), [], {}),
     *at(("cells", 0, "ns", "median"), math.nan, 10**400, "x"),
     *at(("cells", 0, "ns", "ci95"), [1], [None, 1], [1, math.inf]),
-    (("cells", 1, "bytes"), PAGE_SIZE),  # which cell 0 is of
+    (("cells", 1, "bytes"), PAGE_SIZE),  # the same as cell 0
 ]
-"""Values that do not belong where they are put in the JSON; the text itself where there is no
-path."""
+"""Paths into the JSON and invalid values for them; an empty path replaces the whole text."""
 
 
 class TestTable:
     def test_json_there_and_back(self) -> None:
-        """What JSON holds is read back: the cells, their figures, and what was not measured."""
+        """JSON round trip: cells, figures and unmeasured cells are the same afterwards."""
         unmeasured = Measured(
             Cell("guard", "madvise", SMALL, "charge", PAGE_SIZE), "warm", None, "no"
         )
         single = Measured(
             Cell("fork", "inherit", SMALL, "charge", PAGE_SIZE), "warm", summarise([[7.0]])
         )
-        one = costs_tables.table({TOUCH: line(100, 7)}, noise=LOUD, more=[unmeasured, single])
+        table = costs_tables.table({TOUCH: line(100, 7)}, noise=LOUD, more=[unmeasured, single])
 
-        back = CostTable.from_json(one.to_json())
+        back = CostTable.from_json(table.to_json())
 
         assert [(c.cell, c.host, c.why) for c in back.cells] == [
-            (c.cell, c.host, c.why) for c in one.cells
+            (c.cell, c.host, c.why) for c in table.cells
         ]
-        for before, after in zip(one.cells, back.cells, strict=True):
+        for before, after in zip(table.cells, back.cells, strict=True):
             if before.times is not None and after.times is not None:
                 assert after.times.median == pytest.approx(before.times.median, rel=1e-3)
                 assert after.times.ci95 == pytest.approx(before.times.ci95, rel=1e-3)
                 assert after.times.samples == before.times.samples
-        assert (back.noise, back.machine, back.complete) == (LOUD, one.machine, True)
+        assert (back.noise, back.machine, back.complete) == (LOUD, table.machine, True)
         assert CostTable.from_json(back.to_json()).to_json() == back.to_json()
 
     def test_the_schema(self) -> None:
-        """The JSON is strict, and has the documented fields with the documented units."""
-        one = costs_tables.table({TOUCH: line(100, 7)})
+        """The JSON is strict, and has the documented fields in the documented units."""
+        table = costs_tables.table({TOUCH: line(100, 7)})
 
-        found = json.loads(one.to_json(), parse_constant=pytest.fail)
+        document = json.loads(table.to_json(), parse_constant=pytest.fail)
 
-        assert found["schema"] == 1
-        assert set(found) == {
+        assert document["schema"] == 1
+        assert set(document) == {
             *("schema", "machine", "complete", "seconds", "noise", "cells", "model")
         }
-        cell = found["cells"][2]
+        cell = document["cells"][2]
         assert set(cell) == {
             *("verb", "method", "page_kind", "mode", "bytes", "pages", "threads", "host"),
             *("ns", "samples", "passes", "outliers", "why"),
@@ -381,7 +380,7 @@ class TestTable:
         assert (cell["verb"], cell["bytes"], cell["pages"]) == ("touch", 16 * PAGE_SIZE, 16)
         assert set(cell["ns"]) == {"min", "median", "p90", "p99", "max", "ci95"}
         assert cell["ns"]["median"] == pytest.approx(212, rel=0.05)
-        (fit,) = found["model"]["fits"]
+        (fit,) = document["model"]["fits"]
         assert (fit["verb"], fit["method"]) == ("touch", "write")
         assert fit["ns_per_page"] == pytest.approx(7, rel=0.05)
 
@@ -393,23 +392,22 @@ class TestTable:
         ],
     )
     def test_what_is_not_such_json(self, text: str) -> None:
-        """Anything else is a ValueError."""
+        """Any other text is a ValueError."""
         with pytest.raises(ValueError, match=r"not the output|schema|Expecting"):
             CostTable.from_json(text)
 
     @pytest.mark.parametrize(("path", "value"), HOSTILE)
     def test_what_is_hostile(self, path: tuple[Any, ...], value: Any) -> None:
-        """Whatever stands in it where something else belongs is a ValueError at once: nothing that
-        was read makes comparing or recommending fail."""
-        found: Any = json.loads(costs_tables.table({TOUCH: line(100, 7)}).to_json())
-        inside = found
+        """An invalid value is refused when it is read, so comparing and recommending never fail."""
+        document: Any = json.loads(costs_tables.table({TOUCH: line(100, 7)}).to_json())
+        container = document
         for key in path[:-1]:
-            inside = inside[key]
+            container = container[key]
         if path:
-            inside[path[-1]] = value
+            container[path[-1]] = value
 
         with pytest.raises(ValueError, match="not the output of pyreserve costs --json"):
-            CostTable.from_json(json.dumps(found) if path else value)
+            CostTable.from_json(json.dumps(document) if path else value)
 
     @pytest.mark.parametrize(
         ("ns", "nbytes"),
@@ -427,77 +425,78 @@ class TestTable:
         ],
     )
     def test_what_is_only_odd(self, ns: float, nbytes: int) -> None:
-        """Figures of no time or less, and lengths that are no whole OS pages here, can be compared
-        and recommended from, both ways."""
+        """Times of zero or less, and lengths of partial OS pages, can be compared both ways and
+        recommended from."""
         usual = costs_tables.table(USUAL)
-        found: Any = json.loads(usual.to_json())
-        for cell in found["cells"][::2]:
+        document: Any = json.loads(usual.to_json())
+        for cell in document["cells"][::2]:
             cell["ns"] = dict.fromkeys(cell["ns"], ns) | {"ci95": [ns, None]}
-        found["cells"][4]["bytes"] = nbytes
-        found["machine"]["map_entries"]["commit mprotect"] = 1e-320
+        document["cells"][4]["bytes"] = nbytes
+        document["machine"]["map_entries"]["commit mprotect"] = 1e-320
 
-        odd = CostTable.from_json(json.dumps(found))
+        odd = CostTable.from_json(json.dumps(document))
 
-        for one in compare(odd, usual).cells + compare(usual, odd).cells:
-            assert not math.isnan(one.ratio)
+        for compared in compare(odd, usual).cells + compare(usual, odd).cells:
+            assert not math.isnan(compared.ratio)
         assert recommend(odd).islands.value == usual.machine["max_map_count"]
         assert CostTable.from_json(odd.to_json()).to_json() == odd.to_json()
 
     def test_csv(self) -> None:
-        """The CSV has a line a cell, and the same figures."""
-        no = Measured(
+        """The CSV has a line per cell, with the same figures."""
+        unmeasured = Measured(
             Cell("guard", "madvise", SMALL, "charge", PAGE_SIZE), "warm", None, "no, never"
         )
-        one = costs_tables.table({TOUCH: line(100, 7)}, more=[no])
+        table = costs_tables.table({TOUCH: line(100, 7)}, more=[unmeasured])
 
-        rows = list(csv.DictReader(io.StringIO(one.to_csv())))
+        rows = list(csv.DictReader(io.StringIO(table.to_csv())))
 
-        assert len(rows) == len(one.cells)
+        assert len(rows) == len(table.cells)
         assert float(rows[0]["median_ns"]) == pytest.approx(107, rel=0.05)
         assert (rows[-1]["median_ns"], rows[-1]["why"]) == ("", "no, never")
 
 
 class TestComparison:
     def test_what_did_not_change(self) -> None:
-        """Two runs of the same thing have no changes."""
+        """Two runs with the same costs have no changes."""
         old = costs_tables.table(USUAL, seed=1, jitter=0.1)
         new = costs_tables.table(USUAL, seed=2, jitter=0.1)
 
-        found = compare(old, new)
+        comparison = compare(old, new)
 
-        assert found.count("same") + found.count("unsure") >= 0.95 * len(found.cells)
-        assert found.noisy is None
-        assert found.differences == ()
+        unchanged = comparison.count("same") + comparison.count("unsure")
+        assert unchanged >= 0.95 * len(comparison.cells)
+        assert comparison.noisy is None
+        assert comparison.differences == ()
 
     def test_what_changed(self) -> None:
-        """Intervals that do not overlap are a change, with its direction and its ratio."""
+        """Intervals that do not overlap are a change, with direction and ratio."""
         old = costs_tables.table({TOUCH: line(0, 100), COMMIT: line(900, 0)})
         new = costs_tables.table({TOUCH: line(0, 150), COMMIT: line(450, 0)}, seed=1)
 
-        found = compare(old, new)
+        cells = compare(old, new).cells
 
-        verdicts = {(one.cell.verb, one.verdict) for one in found.cells}
+        verdicts = {(compared.cell.verb, compared.verdict) for compared in cells}
         assert verdicts == {("touch", "slower"), ("commit", "faster")}
-        assert {round(one.ratio, 1) for one in found.cells} == {1.5, 0.5}
+        assert {round(compared.ratio, 1) for compared in cells} == {1.5, 0.5}
 
     def test_what_can_not_be_told(self) -> None:
-        """Where an interval is wider than half its median, no change seen means little."""
+        """Cells with an interval wider than half the median are unsure."""
         old = costs_tables.table({TOUCH: line(0, 100)}, jitter=3.0)
         new = costs_tables.table({TOUCH: line(0, 130)}, jitter=3.0, seed=1)
 
-        found = compare(old, new)
+        comparison = compare(old, new)
 
-        assert found.count("unsure") >= 0.8 * len(found.cells)
+        assert comparison.count("unsure") >= 0.8 * len(comparison.cells)
 
     def test_many_cpus_have_room_for_others(self) -> None:
-        """On a machine of 64 CPUs one that is busy elsewhere disturbs nothing."""
+        """On a machine of 64 CPUs, two busy CPUs do not count as noise."""
         table = costs_tables.table({TOUCH: line(0, 100)}, noise=LOUD)
         table.machine["cpus"] = 64
 
         assert table.disturbed is None
 
     def test_a_change_too_small_to_mean_anything(self) -> None:
-        """Three per cent are no change, however narrow the intervals."""
+        """A difference of 3 % is no change, however narrow the intervals."""
         old = costs_tables.table({TOUCH: line(0, 100)}, jitter=1e-4)
         new = costs_tables.table({TOUCH: line(0, 103)}, jitter=1e-4, seed=1)
 
@@ -513,18 +512,18 @@ class TestComparison:
         ],
     )
     def test_a_disturbed_run_has_no_changes(self, before: Noise, now: Noise, why: str) -> None:
-        """Under load everything is noisy that would else be a change, and it says why."""
+        """If a run was disturbed, changes are reported as noise, with the reason."""
         old = costs_tables.table({TOUCH: line(0, 100)}, noise=before)
         new = costs_tables.table({TOUCH: line(0, 300)}, noise=now)
 
-        found = compare(old, new)
+        comparison = compare(old, new)
 
-        assert {one.verdict for one in found.cells} == {"noisy"}
-        assert found.noisy is not None
-        assert found.noisy.startswith(why)
+        assert {compared.verdict for compared in comparison.cells} == {"noisy"}
+        assert comparison.noisy is not None
+        assert comparison.noisy.startswith(why)
 
     def test_a_machine_at_another_speed(self) -> None:
-        """The same machine that enters its kernel half as fast is noisy; another machine is not."""
+        """A slower system call makes the same machine noisy, but not a different machine."""
         old = costs_tables.table({TOUCH: line(0, 100)})
         slow = costs_tables.table({TOUCH: line(0, 200)})
         slow.machine["system_call_ns"] = 300.0
@@ -532,67 +531,67 @@ class TestComparison:
         other.machine.update(system_call_ns=300.0, kernel="7.0")
 
         assert compare(old, slow).count("noisy") == len(costs_tables.LENGTHS)
-        found = compare(old, other)
-        assert found.count("slower") == len(costs_tables.LENGTHS)
-        assert found.differences == (("kernel", "6.1.0", "7.0"),)
+        comparison = compare(old, other)
+        assert comparison.count("slower") == len(costs_tables.LENGTHS)
+        assert comparison.differences == (("kernel", "6.1.0", "7.0"),)
 
     def test_cells_of_one_table_only(self) -> None:
-        """What only one of them has is counted and not compared."""
-        found = compare(
+        """Cells that only one table has are counted and not compared."""
+        comparison = compare(
             costs_tables.table({TOUCH: line(0, 100)}), costs_tables.table({COMMIT: line(9, 0)})
         )
 
-        assert found.cells == ()
-        assert (found.only_old, found.only_new) == (9, 9)
+        assert comparison.cells == ()
+        assert (comparison.only_old, comparison.only_new) == (9, 9)
 
 
 class TestRecommendations:
     def test_the_figures(self) -> None:
-        """Each answer is what follows from the costs by its definition."""
-        found = recommend(costs_tables.table(USUAL, jitter=1e-4))
+        """Each answer follows from the costs by its definition."""
+        advice = recommend(costs_tables.table(USUAL, jitter=1e-4))
 
-        # 1000 ns are 5 % of 40 pages' touch of 500 ns; the next power of two is 64.
-        assert found.step_bytes.value == 64 * PAGE_SIZE
-        assert found.huge_step_bytes.value == 4 * MiB
-        # 598 ns a page to give back and touch again, 4 GiB for each CPU.
+        # Touching 40 pages at 500 ns costs 20 times 1000 ns; the next power of two is 64.
+        assert advice.step_bytes.value == 64 * PAGE_SIZE
+        assert advice.huge_step_bytes.value == 4 * MiB
+        # Discarding and touching a page again costs 598 ns; the machine has 4 GiB per CPU.
         per_gib = 598e-9 * (GiB // PAGE_SIZE)
-        assert found.idle_seconds.value == pytest.approx(per_gib * 4, rel=0.01)
-        assert found.lazy_above.value == pytest.approx(50 / 480, rel=0.02)
-        assert found.huge_above.value == pytest.approx(0.1, rel=0.01)
-        assert found.islands.value == 32765
-        for answer in found.answers().values():
+        assert advice.idle_seconds.value == pytest.approx(per_gib * 4, rel=0.01)
+        assert advice.lazy_above.value == pytest.approx(50 / 480, rel=0.02)
+        assert advice.huge_above.value == pytest.approx(0.1, rel=0.01)
+        assert advice.islands.value == 32765
+        for answer in advice.answers().values():
             assert answer.text
             assert answer.because
-        assert json.dumps(found.to_dict())
+        assert json.dumps(advice.to_dict())
 
     def test_map_entries_of_a_plan(self) -> None:
-        """A plan costs one entry for the reservation and what each of its pieces adds."""
-        found = recommend(costs_tables.table(USUAL))
+        """The reservation takes one map entry, and each piece adds its own."""
+        advice = recommend(costs_tables.table(USUAL))
 
-        assert found.entries_of({}) == 1
-        assert found.entries_of({"commit mprotect": 100, "guard madvise": 100}) == 201
+        assert advice.entries_of({}) == 1
+        assert advice.entries_of({"commit mprotect": 100, "guard madvise": 100}) == 201
         with pytest.raises(LookupError, match="was not counted"):
-            found.entries_of({"commit magic": 1})
+            advice.entries_of({"commit magic": 1})
 
     def test_what_was_not_measured(self) -> None:
-        """An answer without its figures is None, and says what is missing."""
-        found = recommend(costs_tables.table({TOUCH: line(0, 100)}))
+        """An answer whose cells were not measured has no value, and names what is missing."""
+        advice = recommend(costs_tables.table({TOUCH: line(0, 100)}))
 
-        assert found.step_bytes.value is None
-        assert "grow mprotect" in found.step_bytes.because
-        assert found.huge_above.value is None
+        assert advice.step_bytes.value is None
+        assert "grow mprotect" in advice.step_bytes.because
+        assert advice.huge_above.value is None
 
     def test_lazy_that_is_no_cheaper(self) -> None:
-        """Where a lazy discard and what follows cost more, eager is the answer."""
-        dear = {**USUAL, Curve("discard", "free"): line(0, 9000)}
+        """Where lazy discard costs more in total, eager discard is recommended."""
+        expensive = {**USUAL, Curve("discard", "free"): line(0, 9000)}
 
-        found = recommend(costs_tables.table(dear))
+        advice = recommend(costs_tables.table(expensive))
 
-        assert found.lazy_above.value == 1
-        assert found.lazy_above.text.startswith("Discard eagerly")
+        assert advice.lazy_above.value == 1
+        assert advice.lazy_above.text.startswith("Discard eagerly")
 
     def test_a_file_is_used(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """PYRESERVE_COSTS names a file to take the figures from, for step="measured" too."""
+        """PYRESERVE_COSTS names a file of costs, which step="measured" uses too."""
         path = tmp_path / "costs.json"
         path.write_text(costs_tables.table(USUAL, jitter=1e-4).to_json())
         monkeypatch.setenv("PYRESERVE_COSTS", str(path))
@@ -604,7 +603,7 @@ class TestRecommendations:
             arena.alloc(1)
 
     def test_a_wrong_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A file that is not there or of another kind is an error, not a silent measurement."""
+        """A missing or invalid file is an error, not a silent measurement."""
         monkeypatch.setenv("PYRESERVE_COSTS", str(tmp_path / "none"))
         with pytest.raises(FileNotFoundError):
             costs.measured_step()
@@ -616,7 +615,7 @@ class TestRecommendations:
             costs.measured_step()
 
     def test_too_little_memory_to_measure(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where there is no memory to measure with, the step is the usual one."""
+        """Where memory is too short to measure, the step is the default one."""
         monkeypatch.delenv("PYRESERVE_COSTS", raising=False)
         monkeypatch.setattr(proc, "available_bytes", lambda: 10 * MiB)
         recommendation._measured_once.cache_clear()
@@ -624,7 +623,7 @@ class TestRecommendations:
         assert costs.measured_step() == 2 * MiB
 
     def test_threads_measure_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of several threads that ask at once one measures, and all get the same."""
+        """Of several threads that ask at once, one measures and all get its result."""
         monkeypatch.delenv("PYRESERVE_COSTS", raising=False)
         recommendation._measured_once.cache_clear()
         runs: list[Plan] = []
@@ -635,9 +634,9 @@ class TestRecommendations:
             return costs_tables.table(USUAL, jitter=1e-4)
 
         monkeypatch.setattr(recommendation, "measure", count)
-        found: list[int] = []
+        steps: list[int] = []
         threads = [
-            threading.Thread(target=lambda: found.append(costs.measured_step())) for _ in range(4)
+            threading.Thread(target=lambda: steps.append(costs.measured_step())) for _ in range(4)
         ]
         for thread in threads:
             thread.start()
@@ -646,11 +645,11 @@ class TestRecommendations:
         recommendation._measured_once.cache_clear()
 
         assert len(runs) == 1
-        assert found == [64 * PAGE_SIZE] * 4
+        assert steps == [64 * PAGE_SIZE] * 4
         assert {(g.setting.mode, g.setting.threads) for g in runs[0].groups} == {("charge", 1)}
 
     def test_measured_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Without a file it is measured, a few seconds at most, and once in a process."""
+        """Without a file the step is measured once per process, within a few seconds."""
         monkeypatch.delenv("PYRESERVE_COSTS", raising=False)
 
         step = costs.measured_step()
@@ -663,7 +662,7 @@ class TestRecommendations:
 
 class TestPlan:
     def test_the_default_has_every_verb(self) -> None:
-        """Without options each verb is there, on small pages from one page to 1 GiB."""
+        """The default plan has every verb, on small pages from one page to 1 GiB."""
         chosen = plan()
 
         small = {c.verb for c in chosen.cells if c.page_kind == SMALL}
@@ -676,11 +675,11 @@ class TestPlan:
         assert everything - methods == {("collapse", "madvise")}
 
     def test_its_memory(self) -> None:
-        """The default takes less than 1.5 GiB."""
+        """The default plan needs less than 1.5 GiB of memory."""
         assert plan().memory < 1.5 * GiB
 
     def test_full_is_more(self) -> None:
-        """A full plan has all of the default's cells of memory, and every power of two."""
+        """A full plan contains the default one, and every power of two as a length."""
         full = set(plan(full=True).cells)
 
         assert set(plan().cells) <= full
@@ -690,12 +689,12 @@ class TestPlan:
         assert {PAGE_SIZE << k for k in range((GiB // PAGE_SIZE).bit_length())} <= lengths
 
     def test_only(self) -> None:
-        """Only the verbs named are timed."""
+        """Only the named verbs are timed."""
         assert {c.verb for c in plan(only=["commit", "fork"]).cells} == {"commit", "fork"}
         assert plan(only="commit") == plan(only=("commit",))
 
     def test_longest(self) -> None:
-        """No piece of memory is longer than the longest; less memory is needed."""
+        """No piece of memory is longer than `longest`, and less memory is needed."""
         chosen = plan(longest=MiB)
 
         assert max(c.nbytes for c in chosen.cells if c.verb not in {"reserve", "release"}) <= MiB
@@ -712,12 +711,12 @@ class TestPlan:
         ],
     )
     def test_what_makes_no_sense(self, arguments: dict[str, Any]) -> None:
-        """An unknown verb, none at all, or less than a page is a ValueError."""
+        """An unknown verb, no verb, or a length under a page is a ValueError."""
         with pytest.raises(ValueError, match=r"the verbs are|longest must be|nothing to"):
             plan(**arguments)
 
     def test_too_little_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A machine or cgroup with less memory than it takes is refused before anything is done."""
+        """A plan that needs more memory than is available is refused before any child starts."""
         monkeypatch.setattr(proc, "available_bytes", lambda: 300 * MiB)
         before = children()
 
@@ -728,33 +727,33 @@ class TestPlan:
         plan(longest=32 * MiB).check_memory()
 
     def test_huge_pages_that_there_are_none_of(self) -> None:
-        """A page kind without pages is not run, and its cells say why."""
-        none = [kind for kind in page_kinds() if kind.why_not and kind.size <= 32 * MiB]
-        if not none:
-            pytest.skip("this machine has all of them")
+        """A page kind that the machine lacks is not run, and its cells have the reason."""
+        lacking = [kind for kind in page_kinds() if kind.why_not and kind.size <= 32 * MiB]
+        if not lacking:
+            pytest.skip("this machine has all page kinds")
 
         chosen = plan()
 
         reasons = {c.page_kind: why for c, why in chosen.unmeasurable}
-        assert reasons == {kind.name: kind.why_not for kind in none}
+        assert reasons == {kind.name: kind.why_not for kind in lacking}
         assert not {c.page_kind for c in chosen.cells} & set(reasons)
 
 
 SMALL_PLAN = plan(only=["reserve", "commit", "touch", "discard"], longest=16 * PAGE_SIZE)
-ONE = Setting(page_kinds()[0], "charge", 1)
-AMPLE = 1000.0  # seconds that no run here needs: what ends it is its passes
+SINGLE = Setting(page_kinds()[0], "charge", 1)
+AMPLE = 1000.0  # seconds; a run ends earlier, because its cells are settled
 
 
 @pytest.fixture
 def one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a run end after one pass, if its width is wide."""
+    """Let a run end after one pass, given a large width."""
     monkeypatch.setattr(measuring, "_MIN_PASSES", 1)
 
 
 def answers_of(
     seconds: Callable[[], float], ns: Callable[[Cell], float], spend: Callable[[], None]
 ) -> Callable[[Job], Iterator[dict[str, Any]]]:
-    """What measuring processes answer where each program takes what `spend` spends."""
+    """Return a substitute for `measuring._answers` that calls `spend` for each program."""
 
     def answers(job: Job) -> Iterator[dict[str, Any]]:
         for number, program in job.programs.items():
@@ -768,6 +767,11 @@ def answers_of(
     return answers
 
 
+def whys_of(table: CostTable) -> set[str]:
+    """Return the reasons why cells of SMALL_PLAN were not measured."""
+    return {entry.why or "" for entry in table.cells if entry.cell in SMALL_PLAN.cells}
+
+
 class TestMeasure:
     def test_every_cell_of_a_plan(self) -> None:
         """Each cell comes back with times, in at least six passes."""
@@ -777,47 +781,47 @@ class TestMeasure:
         table = measure(SMALL_PLAN, budget=AMPLE, width=10, progress=seen.append)
 
         assert table.complete
-        found = {one.cell: one for one in table.cells if one.host == "warm"}
-        assert set(SMALL_PLAN.cells) <= set(found)
+        warm = {entry.cell: entry for entry in table.cells if entry.host == "warm"}
+        assert set(SMALL_PLAN.cells) <= set(warm)
         for cell in SMALL_PLAN.cells:
-            times = found[cell].times
-            assert times is not None, found[cell].why
+            times = warm[cell].times
+            assert times is not None, warm[cell].why
             assert times.passes >= 6
             assert times.samples >= 6
             assert times.median > 0
-            assert sum(map(len, found[cell].passes)) == times.samples
+            assert sum(map(len, warm[cell].passes)) == times.samples
         assert children() == before
         assert seen[-1].passes >= 5
-        assert {one.cells for one in seen} == {len(SMALL_PLAN.cells)}
+        assert {progress.cells for progress in seen} == {len(SMALL_PLAN.cells)}
         assert table.machine["map_entries"]["commit mprotect"] == 2
         assert table.machine["system_call_ns"] > 0
 
     def test_each_cell_has_its_own_samples(
         self, one_pass: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A sample counts for the cell that it was taken of."""
+        """Each sample is recorded for the cell that was timed."""
         costs_of = {cell: 100.0 * (1 + number) for number, cell in enumerate(SMALL_PLAN.cells)}
         answers = answers_of(time.monotonic, costs_of.__getitem__, lambda: None)
         monkeypatch.setattr(measuring, "_answers", answers)
 
         table = measure(SMALL_PLAN, budget=AMPLE, width=10)
 
-        found = {one.cell: one.times.median for one in table.cells if one.times is not None}
-        assert found == costs_of
+        medians = {entry.cell: entry.times.median for entry in table.measured() if entry.times}
+        assert medians == costs_of
 
     def test_a_touch_is_a_first_touch(self) -> None:
         """Touching 64 pages takes 63 more faults than touching one."""
-        one, many = write(ONE, ("life",), [PAGE_SIZE, 64 * PAGE_SIZE])
+        short, long = write(SINGLE, ("life",), [PAGE_SIZE, 64 * PAGE_SIZE])
 
         def faults(program: Program) -> int:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             run(program, 1)
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-        assert faults(many) >= faults(one) + 63
+        assert faults(long) >= faults(short) + 63
 
     def test_the_budget(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It ends when the budget is spent, and what had no turn says so."""
+        """A run ends when the budget is spent, and cells that were not measured say so."""
         now = [0.0]
 
         def spend() -> None:
@@ -831,20 +835,20 @@ class TestMeasure:
 
         assert 3.5 <= table.seconds <= 4.5
         assert table.complete
-        assert any(one.times is not None for one in table.cells)
-        whys = [one.why for one in table.cells if one.times is None]
+        assert any(table.measured())
+        whys = [entry.why for entry in table.cells if entry.times is None]
         assert "the budget was spent before this cell was measured" in whys
 
     @pytest.mark.parametrize(
         "wrong", [{"budget": 0}, {"budget": -1}, {"budget": math.inf}, {"width": 0}]
     )
     def test_what_makes_no_sense(self, wrong: dict[str, Any]) -> None:
-        """Budget and width are positive, and a budget ends."""
+        """Budget and width must be positive, and the budget finite."""
         with pytest.raises(ValueError, match="positive"):
             measure(SMALL_PLAN, **wrong)
 
     def test_ctrl_c_keeps_what_there_is(self) -> None:
-        """An interrupted run hands over a valid partial table, and leaves no process."""
+        """An interrupted run returns a valid partial table, and leaves no process."""
         before = children()
 
         def interrupt(now: Progress) -> None:
@@ -857,29 +861,29 @@ class TestMeasure:
         table = caught.value.table
         assert isinstance(caught.value, KeyboardInterrupt)
         assert not table.complete
-        assert any(one.times is not None for one in table.cells)
+        assert any(table.measured())
         assert not CostTable.from_json(table.to_json()).complete
         assert children() == before
 
     def test_ctrl_c_at_the_very_end(self, one_pass: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        """An interrupt while the figures are put together loses none of them."""
+        """An interrupt while the table is built loses no figures."""
         answers: list[Any] = [KeyboardInterrupt(), facts()]
 
-        def facts_then() -> dict[str, Any]:
+        def interrupted_facts() -> dict[str, Any]:
             answer = answers.pop(0)
             if isinstance(answer, KeyboardInterrupt):
                 raise answer
             return dict(answer)
 
-        monkeypatch.setattr(machine, "facts", facts_then)
+        monkeypatch.setattr(machine, "facts", interrupted_facts)
 
         with pytest.raises(Interrupted) as caught:
             measure(SMALL_PLAN, budget=AMPLE, width=10)
 
-        assert any(one.times is not None for one in caught.value.table.cells)
+        assert any(caught.value.table.measured())
 
     def test_an_exception_of_the_callers(self) -> None:
-        """Whatever the progress function raises comes out, and no process stays."""
+        """An exception of the progress function propagates, and no process stays."""
         before = children()
 
         with pytest.raises(ZeroDivisionError):
@@ -898,19 +902,19 @@ class TestMeasure:
         ],
     )
     def test_a_child_that_dies(self, code: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Cells that it was to measure say what it died of, and the run goes on."""
+        """The cells of a child that dies have the reason, and the run goes on."""
         monkeypatch.setattr(measuring, "_START", code)
 
         table = measure(SMALL_PLAN, budget=AMPLE)
 
-        assert {one.times for one in table.cells} == {None}
-        assert all(why in (one.why or "") for one in table.cells if one.cell in SMALL_PLAN.cells)
+        assert not any(table.measured())
+        assert all(why in reason for reason in whys_of(table))
 
     @pytest.mark.parametrize("executable", ["", None, "/nonexistent/python", "/"])
     def test_a_child_that_can_not_be_started(
         self, executable: str | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Cells say why there is no measuring process, and a measured step is the usual one."""
+        """Cells have the reason why no process starts, and a measured step is the default one."""
         monkeypatch.setattr(sys, "executable", executable)
         recommendation._measured_once.cache_clear()
 
@@ -918,8 +922,7 @@ class TestMeasure:
         step = costs.measured_step()
         recommendation._measured_once.cache_clear()
 
-        whys = {one.why for one in table.cells if one.cell in SMALL_PLAN.cells}
-        assert {(why or "").partition(": ")[0] for why in whys} == {
+        assert {why.partition(": ")[0] for why in whys_of(table)} == {
             "the measuring process cannot be started"
         }
         assert step == 2 * MiB
@@ -927,7 +930,7 @@ class TestMeasure:
     def test_a_python_that_is_a_grandchild(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Nothing is measured where the process started only starts another, and it says so."""
+        """Nothing is measured, with a reason, if sys.executable starts Python as its own child."""
         wrapper = tmp_path / "python"
         wrapper.write_text(f'#!/bin/sh\n"{sys.executable}" "$@"\nexit 0\n')
         wrapper.chmod(0o755)
@@ -935,12 +938,11 @@ class TestMeasure:
 
         table = measure(SMALL_PLAN)
 
-        whys = {one.why for one in table.cells if one.cell in SMALL_PLAN.cells}
-        assert len(whys) == 1
-        assert f"process {os.getpid()} is not the parent" in str(whys)
+        [why] = whys_of(table)
+        assert f"process {os.getpid()} is not the parent" in why
 
     def test_no_thread_is_needed(self, one_pass: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It measures where no thread can be started: under a limit one may never begin."""
+        """Measuring starts no Python thread: under a limit it might hang."""
 
         def refused(*_: object) -> None:
             msg = "can't start new thread"
@@ -950,13 +952,13 @@ class TestMeasure:
 
         table = measure(SMALL_PLAN, budget=AMPLE, width=10)
 
-        assert any(one.times is not None for one in table.cells)
+        assert any(table.measured())
 
     def test_modules_beside_the_caller(
         self, one_pass: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A module of the working directory is not imported, nor what sitecustomize prints taken
-        for an answer; what is no string in sys.path counts for nothing, as for Python itself."""
+        """Modules of the working directory are not imported, output of sitecustomize is ignored,
+        and so are entries of sys.path that are not strings."""
         for name in ("json", "sys", "pickle", "pyreserve"):
             (tmp_path / f"{name}.py").write_text("raise SystemExit('not the one meant')")
         site = tmp_path / "site"
@@ -968,10 +970,10 @@ class TestMeasure:
 
         table = measure(SMALL_PLAN, budget=AMPLE, width=10)
 
-        assert {one.why for one in table.cells} == {None}
+        assert {entry.why for entry in table.cells} == {None}
 
     def test_a_child_that_hangs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is ended once the budget is spent."""
+        """A child that hangs is killed once the budget is spent."""
         monkeypatch.setattr(measuring, "_START", "import time; time.sleep(1000)")
         monkeypatch.setattr(measuring, "_GRACE", 0.2)
         before = children()
@@ -981,8 +983,8 @@ class TestMeasure:
         assert children() == before
 
     def test_the_parent_that_dies(self) -> None:
-        """A measuring process ends with its parent, however that ends."""
-        found = child_of(
+        """A measuring process ends when its parent is killed."""
+        printed = child_of(
             """
             import json, os, signal, subprocess, sys, time
             code = '''
@@ -1007,12 +1009,12 @@ class TestMeasure:
             """
         )
 
-        assert found == [1, 0]
+        assert printed == [1, 0]
 
     @pytest.mark.heavy
     def test_too_few_addresses(self) -> None:
-        """Under a small RLIMIT_AS what needs more says so, and the rest is measured."""
-        found = child_of(
+        """Under a small RLIMIT_AS cells that need more name it, and the rest is measured."""
+        printed = child_of(
             """
             import json
             from pyreserve.costs import measure, plan
@@ -1023,7 +1025,7 @@ class TestMeasure:
             ulimit="-v 400000",
         )
 
-        why = dict(found)
+        why = dict(printed)
         assert why[PAGE_SIZE] is None
         assert why[MiB * 128] is None
         assert "RLIMIT_AS (ulimit -v) is 390.6 MiB" in why[GiB]
@@ -1031,11 +1033,11 @@ class TestMeasure:
 
     @pytest.mark.heavy
     def test_a_kernel_that_lacks_verbs(self, tmp_path: Path) -> None:
-        """What an old kernel refuses says so, what hangs on it too, and the other steps go on."""
+        """Cells that an old kernel refuses have the reason, dependent ones too; others go on."""
         shim = tmp_path / "old_kernel.so"
         source = Path(__file__).parents[1] / "c/old_kernel.c"
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, source], check=True)
-        # Every interpreter runs this first, the child that measures too.
+        # Every interpreter imports it first, including the measuring child.
         (tmp_path / "sitecustomize.py").write_text(
             textwrap.dedent(
                 f"""
@@ -1048,7 +1050,7 @@ class TestMeasure:
             )
         )
 
-        found = child_of(
+        printed = child_of(
             """
             import json
             from pyreserve import PAGE_SIZE
@@ -1060,7 +1062,7 @@ class TestMeasure:
             PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, sys.path)]),
         )
 
-        why = {(verb, method): why for verb, method, why in found}
+        why = {(verb, method): why for verb, method, why in printed}
         for refused in (("discard", "free"), ("guard", "madvise"), ("unguard", "madvise")):
             assert "EINVAL" in why[refused], refused
         assert "lazy discard" in why["retouch", "after-free"]
@@ -1081,7 +1083,7 @@ SETTINGS = [
 class TestPrograms:
     @pytest.mark.parametrize("setting", SETTINGS, ids=str)
     def test_each_leaves_nothing(self, setting: Setting) -> None:
-        """Each program gives samples of all its cells, and leaves no mapping and no child."""
+        """Each program returns samples of all its cells, and leaves no mapping and no child."""
         lengths = [setting.unit, 2 * setting.unit]
         programs = list(write(setting, tuple(SCRIPTS), lengths))
         before, pids = proc.map_count(), children()
@@ -1093,12 +1095,12 @@ class TestPrograms:
             assert all(len(values) >= 2 * setting.threads for values in samples)
 
         assert len(programs) > 5
-        assert abs(proc.map_count() - before) < 10  # the interpreter's own come and go
+        assert abs(proc.map_count() - before) < 10  # the interpreter's own mappings vary
         assert children() == pids
 
     def test_untimed_cells_stay_untimed(self) -> None:
-        """A program told to time some verbs does the rest all the same."""
-        (life,) = write(ONE, ("life",), [PAGE_SIZE])
+        """A program that times only some verbs still does all its steps."""
+        (life,) = write(SINGLE, ("life",), [PAGE_SIZE])
 
         timed = life.timing_only(frozenset({"discard"}))
 
@@ -1107,7 +1109,7 @@ class TestPrograms:
         assert len(run(timed, 1)) == 2
 
     def test_sizes_between_huge_pages(self) -> None:
-        """A smaller kind of transparent page is kept from the next larger one."""
+        """Pieces of a smaller transparent page are placed so that the next larger cannot fit."""
         kind = PageKind("64KiB", 64 * KiB, "transparent", next_size=2 * MiB)
         setting = Setting(kind, "charge", 1)
 
@@ -1124,12 +1126,12 @@ class TestPrograms:
 
 class TestMachine:
     def test_its_facts(self) -> None:
-        """The facts are ready for JSON, and those that others know too agree."""
-        found = facts()
+        """The facts can be written as JSON, and agree with those of the os module."""
+        known = facts()
 
-        assert json.loads(json.dumps(found)) == found
-        assert found["cpus"] == len(os.sched_getaffinity(0))
-        assert found["kernel"] == os.uname().release
-        assert found["page_size"] == resource.getpagesize()
-        assert found["memory"] == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        assert found["virtualised"]
+        assert json.loads(json.dumps(known)) == known
+        assert known["cpus"] == len(os.sched_getaffinity(0))
+        assert known["kernel"] == os.uname().release
+        assert known["page_size"] == resource.getpagesize()
+        assert known["memory"] == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        assert known["virtualised"]

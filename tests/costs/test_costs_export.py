@@ -1,4 +1,4 @@
-"""Costs as pictures and as files of pyperf."""
+"""Costs as pictures, and as files for pyperf."""
 
 import itertools
 import json
@@ -40,14 +40,14 @@ SVG = "{http://www.w3.org/2000/svg}"
 def cell(
     curve: Curve, nbytes: int, ns: float, *, host: str = "warm", samples: int = 5, passes: int = 3
 ) -> Measured:
-    """Return a cell whose samples lie evenly around a median."""
-    spans = [1 + 0.02 * (i - samples // 2) for i in range(samples)]
-    found = [[ns * span for span in spans] for _ in range(passes)]
-    return Measured(curve.at(nbytes), host, summarise(found), None, found)
+    """Return a measured cell with samples evenly spaced around a median."""
+    factors = [1 + 0.02 * (i - samples // 2) for i in range(samples)]
+    times = [[ns * factor for factor in factors] for _ in range(passes)]
+    return Measured(curve.at(nbytes), host, summarise(times), None, times)
 
 
 def line(curve: Curve, fixed: float, per_page: float, lengths: Any = LENGTHS) -> list[Measured]:
-    """Return the cells of a curve that costs so much a call and so much a page, in ns."""
+    """Return the cells of a curve with a fixed cost and a cost per page, in ns."""
     small = 512 if curve.page_kind == "2MiB" else 1
     lengths = [nbytes for nbytes in lengths if nbytes >= small * 4 * KiB]
     return [cell(curve, n, fixed + per_page * n / (4 * KiB) / small) for n in lengths]
@@ -55,7 +55,7 @@ def line(curve: Curve, fixed: float, per_page: float, lengths: Any = LENGTHS) ->
 
 def table(*lines: list[Measured], machine: dict[str, Any] = MACHINE) -> CostTable:
     """Return a table of these cells."""
-    cells = tuple(one for cells in lines for one in cells)
+    cells = tuple(entry for line in lines for entry in line)
     return CostTable(machine, cells, Noise(0.0, 0.0, 0.0), 1.0)
 
 
@@ -81,26 +81,26 @@ def drawn() -> Figure:
 
 
 def artists(picture: Figure, kind: type[Any], prefix: str) -> list[Any]:
-    found = picture.findobj(lambda artist: isinstance(artist, kind) and bool(artist.get_gid()))
-    return [one for one in found if str(one.get_gid()).startswith(prefix)]
+    named = picture.findobj(lambda artist: isinstance(artist, kind) and bool(artist.get_gid()))
+    return [artist for artist in named if str(artist.get_gid()).startswith(prefix)]
 
 
 def panels(picture: Figure) -> list[list[Line2D]]:
     """Return the named lines of each panel."""
     return [
-        [one for one in axes.lines if str(one.get_gid()).startswith("line-")]
+        [line for line in axes.lines if str(line.get_gid()).startswith("line-")]
         for axes in picture.axes
     ]
 
 
 def texts(svg: Path) -> dict[str, str]:
     """Return the texts of the named groups of an SVG."""
-    found = {}
+    by_id = {}
     for group in ET.parse(svg).iter(f"{SVG}g"):
         words = [element.text or "" for element in group.findall(f"{SVG}text")]
         if words:
-            found[group.get("id", "")] = " ".join(words)
-    return found
+            by_id[group.get("id", "")] = " ".join(words)
+    return by_id
 
 
 class TestTheChoiceOfLines:
@@ -108,49 +108,49 @@ class TestTheChoiceOfLines:
     HUGE = Curve("commit", "mprotect", "2MiB")
 
     def chosen(self, *lines: list[Measured]) -> list[list[Curve]]:
-        return [one.curves for one in choose(table(*lines).curves(), GROUPS["get memory"]).lines]
+        return [line.curves for line in choose(table(*lines).curves(), GROUPS["get memory"]).lines]
 
     def test_lines_on_each_other_are_joined(self) -> None:
-        """Curves within 30 % of each other at all lengths are one line; others are not."""
+        """Curves within 30 % of each other at all lengths are merged; others are not."""
         alike, other = Curve("commit", "mmap-fixed"), Curve("guard", "madvise")
 
-        found = self.chosen(
+        lines = self.chosen(
             line(self.SMALL, 1000, 10), line(alike, 1250, 12), line(other, 1700, 10)
         )
 
-        assert found == [[self.SMALL, alike], [other]]
+        assert lines == [[self.SMALL, alike], [other]]
 
     def test_the_nearest_line_is_joined(self) -> None:
-        """A curve that lies on two lines goes to the nearer one."""
+        """A curve that could be merged with two lines is merged with the nearer one."""
         near, between = Curve("guard", "madvise"), Curve("guard", "mprotect")
 
-        found = self.chosen(line(self.SMALL, 1000, 0), line(near, 1400, 0), line(between, 1250, 0))
+        lines = self.chosen(line(self.SMALL, 1000, 0), line(near, 1400, 0), line(between, 1250, 0))
 
-        assert found == [[self.SMALL], [near, between]]
+        assert lines == [[self.SMALL], [near, between]]
 
     def test_a_longer_curve_is_not_joined(self) -> None:
-        """Where a line has no length of a curve's, the curve has a line of its own."""
+        """A curve is not merged with a line that lacks some of its lengths."""
         longer = Curve("commit", "mmap-fixed")
 
-        found = self.chosen(line(self.SMALL, 1000, 0, LENGTHS[:3]), line(longer, 1000, 0))
+        lines = self.chosen(line(self.SMALL, 1000, 0, LENGTHS[:3]), line(longer, 1000, 0))
 
-        assert found == [[self.SMALL], [longer]]
+        assert lines == [[self.SMALL], [longer]]
 
     def test_the_first_method_of_each_verb_is_there(self) -> None:
-        """On small pages each verb's first method is drawn or joined, full as a panel may be."""
+        """On small pages each verb's first method is drawn or merged, even in a full panel."""
         curves = everything().curves()
         for verbs in GROUPS.values():
             chosen = choose(curves, verbs)
 
             first = [Curve(verb, METHODS[verb][0]) for verb in verbs]
-            assert set(first) <= {curve for one in chosen.lines for curve in one.curves}
+            assert set(first) <= {curve for line in chosen.lines for curve in line.curves}
 
     def test_small_pages_never_go_for_being_near(self) -> None:
-        """Between 30 and 50 % apart, small pages are drawn, and others only if they are apart."""
+        """Between 30 and 50 % from a line, curves of small pages are drawn, others are omitted."""
         alike = Curve("commit", "mmap-fixed")
         huge, far = Curve("commit", "mmap-fixed", "2MiB"), Curve("grow", "mprotect", "2MiB")
 
-        found = choose(
+        chosen = choose(
             table(
                 line(self.SMALL, 1000, 0),
                 line(alike, 1400, 0),
@@ -161,11 +161,11 @@ class TestTheChoiceOfLines:
             GROUPS["get memory"],
         )
 
-        assert [one.curves for one in found.lines] == [[self.SMALL], [alike], [far]]
-        assert (found.near, found.others) == (2, 0)
+        assert [line.curves for line in chosen.lines] == [[self.SMALL], [alike], [far]]
+        assert (chosen.near, chosen.others) == (2, 0)
 
     def test_another_page_kind_is_not_joined(self) -> None:
-        """A line of two page kinds and two verbs has no name that could be understood."""
+        """Curves of different page kinds are not merged: the label would be unclear."""
         other = Curve("guard", "mprotect", "2MiB")
 
         assert self.chosen(line(self.SMALL, 1000, 0), line(other, 1000, 0)) == [
@@ -174,11 +174,11 @@ class TestTheChoiceOfLines:
         ]
 
     def test_variants_only_where_they_differ(self) -> None:
-        """Noreserve and threads are drawn where some length takes over 50 % more or less."""
+        """Noreserve and threads are drawn if some length differs by more than 50 %."""
         same = Curve("commit", "mprotect", mode="noreserve")
         slow, slowest = (Curve("commit", "mprotect", threads=n) for n in (2, 4))
 
-        found = choose(
+        chosen = choose(
             table(
                 line(self.SMALL, 1000, 1),
                 line(same, 800, 1),
@@ -188,20 +188,20 @@ class TestTheChoiceOfLines:
             GROUPS["get memory"],
         )
 
-        assert [one.curves for one in found.lines] == [[self.SMALL], [slowest]]
-        assert (found.near, found.others) == (1, 1)
+        assert [line.curves for line in chosen.lines] == [[self.SMALL], [slowest]]
+        assert (chosen.near, chosen.others) == (1, 1)
 
     def test_a_full_panel_counts_what_it_lacks(self) -> None:
-        """No panel has more than nine lines, and each curve is in one place or counted once."""
+        """No panel has more than nine lines, and each curve is shown once or counted once."""
         curves = everything().curves()
         for verbs in GROUPS.values():
             chosen = choose(curves, verbs)
 
-            shown = [curve for one in chosen.lines for curve in one.curves]
-            here = [curve for curve in curves if curve.verb in verbs]
+            shown = [curve for line in chosen.lines for curve in line.curves]
+            in_panel = [curve for curve in curves if curve.verb in verbs]
             assert len(chosen.lines) <= MOST_LINES
             assert len(set(shown)) == len(shown)
-            assert len(shown) + chosen.near + chosen.others == len(here)
+            assert len(shown) + chosen.near + chosen.others == len(in_panel)
             assert min(chosen.near, chosen.others) >= 0
 
     @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ class TestTheChoiceOfLines:
         ],
     )
     def test_labels(self, curves: list[Curve], expected: str) -> None:
-        """A label names what differs from 4 KiB pages, mode charge and one thread."""
+        """A label names page kind, mode and threads only if they are not the default."""
         assert label(curves, "4KiB").replace("\u00a0", " ") == expected
 
 
@@ -231,26 +231,26 @@ class TestSpreading:
         )
     )
     def test_apart_in_order_and_inside(self, labels: list[tuple[float, float]]) -> None:
-        """No two labels overlap or change places, and all stay inside if they fit."""
-        wanted, heights = [one for one, _ in labels], [height for _, height in labels]
+        """No two labels overlap or swap places, and all stay inside if they fit."""
+        wanted, heights = [place for place, _ in labels], [height for _, height in labels]
 
-        found = spread(wanted, heights, 0, 100)
+        centres = spread(wanted, heights, 0, 100)
 
         order = sorted(range(len(labels)), key=lambda i: wanted[i])
         for low, high in itertools.pairwise(order):
-            assert found[high] - found[low] >= (heights[high] + heights[low]) / 2 - 1e-9
-        for place, height in zip(found, heights, strict=True):
+            assert centres[high] - centres[low] >= (heights[high] + heights[low]) / 2 - 1e-9
+        for place, height in zip(centres, heights, strict=True):
             assert height / 2 - 1e-9 <= place <= 100 - height / 2 + 1e-9
 
     def test_what_is_apart_stays(self) -> None:
-        """Labels that have room are where they want to be; others share what is too little."""
+        """Labels that do not overlap stay in place; overlapping ones share the movement."""
         assert spread([50, 10, 90], [4, 4, 4], 0, 100) == [50, 10, 90]
         assert spread([50, 50, 90], [4, 6, 4], 0, 100) == [47.5, 52.5, 90]
 
 
 class TestThePicture:
     def test_a_panel_for_each_group(self, drawn: Figure) -> None:
-        """Each group of verbs has a panel with its title; what was not measured has none."""
+        """Each group of verbs has a panel with its title; a group without cells has none."""
         titles = [text.get_text() for text in drawn.texts]
         alone = figure(table(line(Curve("fork", "inherit"), 1e5, 10)))
 
@@ -259,7 +259,7 @@ class TestThePicture:
         assert [text.get_text() for text in alone.texts if text.get_text() in GROUPS] == ["fork"]
 
     def test_no_texts_overlap(self, drawn: Figure) -> None:
-        """No label, title, note or name of a hollow marker lies on another one or off the page."""
+        """No text overlaps another one or leaves the page."""
         drawn.draw_without_rendering()
         shown = drawn.texts + artists(drawn, Text, "cold-")
         boxes = [(text.get_text(), text.get_window_extent()) for text in shown]
@@ -273,40 +273,40 @@ class TestThePicture:
             assert box.y1 <= drawn.bbox.y1, text
 
     def test_labels_are_off_the_axes(self, drawn: Figure) -> None:
-        """Each line has one label, to the right of its panel's axes, in the same colour."""
+        """Each line has one label in its colour, to the right of the axes."""
         drawn.draw_without_rendering()
         labels = {text.get_gid(): text for text in artists(drawn, Text, "label-")}
 
         for axes, lines in zip(drawn.axes, panels(drawn), strict=True):
-            for one in lines:
-                text = labels.pop(str(one.get_gid()).replace("line", "label"))
+            for line in lines:
+                text = labels.pop(str(line.get_gid()).replace("line", "label"))
                 assert text.get_window_extent().x0 > axes.get_window_extent().x1
-                assert text.get_color() == one.get_color()
+                assert text.get_color() == line.get_color()
         assert not labels
 
     def test_lines_differ_without_colour(self, drawn: Figure) -> None:
-        """No two lines of a panel have dashes, marker and weight in common."""
+        """No two lines of a panel have the same dashes, marker and width."""
         for lines in panels(drawn):
             styles = [
-                (str(one._dash_pattern), one.get_marker(), one.get_linewidth())  # type: ignore[attr-defined]
-                for one in lines
+                (str(line._dash_pattern), line.get_marker(), line.get_linewidth())  # type: ignore[attr-defined]
+                for line in lines
             ]
             assert len(set(styles)) == len(styles) > 1
 
     def test_lines_are_the_medians(self) -> None:
-        """A line goes through the medians, and its band lies between the interval's ends."""
+        """A line passes through the medians, and its band between the ends of the intervals."""
         cells = line(Curve("touch", "write"), 1000, 250)
         picture = figure(table(cells))
 
         [[drawn]] = panels(picture)
-        times = [one.times for one in cells if one.times]
-        expected = [[one.cell.nbytes, one.times.median] for one in cells if one.times]
+        times = [entry.times for entry in cells if entry.times]
+        expected = [[entry.cell.nbytes, entry.times.median] for entry in cells if entry.times]
         band = picture.axes[0].collections[0].get_paths()[0].vertices
         assert np.allclose(np.asarray(drawn.get_xydata()), expected)
-        assert {ns for one in times for ns in one.ci95} <= set(np.asarray(band)[:, 1])
+        assert {ns for entry in times for ns in entry.ci95} <= set(np.asarray(band)[:, 1])
 
     def test_axes_are_named_as_people_write(self) -> None:
-        """Lengths and times on the axes are powers of ten or sixteen with a unit."""
+        """Ticks are powers of sixteen (lengths) and of ten (times), with a unit."""
         picture = figure(table(line(Curve("touch", "write"), 100, 250)))
 
         [axes] = picture.axes
@@ -317,7 +317,7 @@ class TestThePicture:
         assert times == ["1 µs", "10 µs", "100 µs", "1 ms", "10 ms", "100 ms"]
 
     def test_bands_only_where_they_say_something(self) -> None:
-        """Two passes, or an interval of over three times, make no band and stretch no axis."""
+        """Two passes, or interval ends over a factor of three apart, give no band."""
         curve = Curve("touch", "write")
         wide = [[100.0, 110.0], [1000.0, 1100.0], [9000.0, 10000.0]]
         cells = [
@@ -344,36 +344,36 @@ class TestThePicture:
         ],
     )
     def test_any_time_is_named(self, ns: float, expected: set[str]) -> None:
-        """Labels of the times are what a person writes, from a picosecond to an hour."""
+        """Times have labels without an exponent, from a picosecond to an hour."""
         cells = [cell(Curve("fork", "inherit"), nbytes, ns) for nbytes in LENGTHS]
 
         [axes] = figure(table(cells)).axes
 
-        found = {text.get_text() for text in axes.get_yticklabels()}
-        assert expected <= found
-        assert not any("e" in text for text in found)
+        labels = {text.get_text() for text in axes.get_yticklabels()}
+        assert expected <= labels
+        assert not any("e" in text for text in labels)
         assert not axes.get_yticklabels(minor=True)
 
     def test_the_note_is_short(self, drawn: Figure) -> None:
-        """It has six lines at most, and says how many curves are not drawn."""
+        """The note has at most six lines, and gives the number of curves not drawn."""
         note = drawn.texts[-1].get_text()
 
-        left_out = [choose(everything().curves(), verbs) for verbs in GROUPS.values()]
-        near, others = sum(one.near for one in left_out), sum(one.others for one in left_out)
+        chosen = [choose(everything().curves(), verbs) for verbs in GROUPS.values()]
+        near, others = sum(panel.near for panel in chosen), sum(panel.others for panel in chosen)
         assert len(note.splitlines()) <= 6
         assert f"Not drawn: {near} curves within 50% of a line, {others} others" in note
         assert "Hollow: cold" in note
 
     def test_cold_host_is_hollow(self, drawn: Figure) -> None:
-        """Cold-host cells are hollow markers, named once, and no line goes through them."""
+        """Cold cells are hollow markers, named once, and no line passes through them."""
         hollow = [
-            one
+            line
             for axes in drawn.axes
-            for one in axes.lines
-            if one.get_marker() != "None" and one.get_markerfacecolor() == "white"
+            for line in axes.lines
+            if line.get_marker() != "None" and line.get_markerfacecolor() == "white"
         ]
 
-        assert sorted(one.get_xydata().tolist() for one in hollow) == [  # type: ignore[union-attr]
+        assert sorted(line.get_xydata().tolist() for line in hollow) == [  # type: ignore[union-attr]
             [[2 * MiB, 9e6]],
             [[GiB, 9e8]],
         ]
@@ -387,14 +387,14 @@ class TestThePicture:
         ],
     )
     def test_title(self, machine: dict[str, Any], expected: str) -> None:
-        """The title names the machine as far as it is known, dollars and all."""
+        """The title names the machine if it is known, and shows dollar signs as they are."""
         picture = figure(table(line(Curve("fork", "inherit"), 9, 1), machine=machine))
 
         assert picture.texts[0].get_text() == expected
         assert not picture.texts[0].get_parse_math()
 
     def test_what_has_no_place_on_a_logarithmic_axis(self) -> None:
-        """Times of zero, and bands without end, are left out; nothing measured is a picture too."""
+        """Zero times and infinite bands are not drawn; an empty table is a picture too."""
         curve = Curve("retouch", "resident")
         cells = [cell(curve, 4 * KiB, 0), cell(curve, 16 * KiB, 5, samples=1, passes=1)]
 
@@ -406,7 +406,7 @@ class TestThePicture:
 
 class TestTheFileOfAPicture:
     def test_png(self, tmp_path: Path) -> None:
-        """A PNG is a picture of many shades, twice as wide as a README shows it."""
+        """A PNG has many shades, and twice the width that a README shows."""
         path = tmp_path / "costs.png"
 
         draw(table(line(Curve("touch", "write"), 9, 1), line(Curve("fork", "inherit"), 9, 1)), path)
@@ -419,15 +419,15 @@ class TestTheFileOfAPicture:
         assert 0.01 < (grey < 200).mean() < 0.2
 
     def test_svg(self, tmp_path: Path, drawn: Figure, monkeypatch: pytest.MonkeyPatch) -> None:
-        """An SVG holds each panel's title and each curve's label as text, once."""
+        """An SVG contains each panel's title and each curve's label once, as text."""
         path = tmp_path / "costs.svg"
         monkeypatch.setattr(module, "figure", lambda table: drawn)
 
         draw(everything(), path)
 
-        found = texts(path)
+        by_id = texts(path)
         labels = {text.get_gid(): text.get_text() for text in artists(drawn, Text, "label-")}
-        assert {gid: found[gid] for gid in labels} == {
+        assert {gid: by_id[gid] for gid in labels} == {
             gid: text.replace("\n", " ") for gid, text in labels.items()
         }
         assert len(set(labels.values())) == len(labels)
@@ -435,7 +435,7 @@ class TestTheFileOfAPicture:
         assert all(written.count(group) == 1 for group in GROUPS)
 
     def test_settings_of_others(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The same table makes the same file whatever somebody has set, and leaves that alone."""
+        """The file does not depend on the user's matplotlib settings, which stay unchanged."""
         costs = table(line(Curve("touch", "write"), 9, 1))
         draw(costs, tmp_path / "one.svg")
         monkeypatch.setitem(rcParams, "font.size", 30.0)
@@ -448,7 +448,7 @@ class TestTheFileOfAPicture:
 
     @pytest.mark.parametrize("suffix", [".pdf", ".PNG", ""])
     def test_another_suffix(self, tmp_path: Path, suffix: str) -> None:
-        """Any other suffix is refused with the two that there are, and nothing is written."""
+        """Any other suffix is refused with the two valid ones, and nothing is written."""
         with pytest.raises(ValueError, match=r"\.png or \.svg"):
             draw(table(), tmp_path / f"costs{suffix}")
 
@@ -462,7 +462,7 @@ class TestTheFileOfAPicture:
 def test_missing_extra(
     monkeypatch: pytest.MonkeyPatch, library: str, extra: str, call: Callable[[CostTable], object]
 ) -> None:
-    """Without its library each says in one line what to install."""
+    """Without its library each raises one line that says what to install."""
     monkeypatch.setitem(sys.modules, library, None)
 
     with pytest.raises(ImportError, match=rf"^\w+ needs {library}: .*'pyreserve\[{extra}\]'$"):
@@ -616,7 +616,7 @@ class TestPyperf:
 class TestWritingWhole:
     @pytest.fixture
     def broken(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        """Let the last step of each write fail, in the way of a full disk."""
+        """Let the last step of each write fail like on a full disk."""
 
         def refuse(self: Path, target: Path) -> Path:
             raise OSError(28, "No space left on device", str(target))
@@ -637,7 +637,7 @@ class TestWritingWhole:
     def test_a_failed_write_leaves_the_old_file(
         self, tmp_path: Path, write: command.Writer, suffix: str, broken: None
     ) -> None:
-        """Of the four writers none harms the old file or leaves anything else when it fails."""
+        """A failed write leaves the old file as it was, and no other file."""
         path = tmp_path / f"costs{suffix}"
         path.write_text("old")
 
@@ -648,7 +648,7 @@ class TestWritingWhole:
         assert list(tmp_path.iterdir()) == [path]
 
     def test_bytes_and_text(self, tmp_path: Path) -> None:
-        """What was written is what is read, with the permissions of any new file."""
+        """The file has the bytes written, and the permissions of any new file."""
         path, other = tmp_path / "one", tmp_path / "other"
         other.touch()
 
@@ -659,13 +659,13 @@ class TestWritingWhole:
         assert path.stat().st_mode == other.stat().st_mode
 
     def test_no_regular_file(self) -> None:
-        """What is no regular file is written to and stays what it is."""
+        """A path that is not a regular file is written to, not replaced."""
         write_text(Path("/dev/null"), "text")
 
         assert Path("/dev/null").is_char_device()
 
     def test_a_link_and_who_may_read(self, tmp_path: Path) -> None:
-        """What a link names is written, the link stays, and so does who may read the file."""
+        """The target of a link is written; the link and the target's permissions stay."""
         path, link = tmp_path / "costs.json", tmp_path / "link"
         path.write_bytes(b"old")
         path.chmod(0o600)
@@ -679,7 +679,7 @@ class TestWritingWhole:
         assert set(tmp_path.iterdir()) == {path, link}
 
     def test_a_name_as_long_as_can_be(self, tmp_path: Path) -> None:
-        """The name it has for a moment is not the longer one."""
+        """A name of 255 bytes works: the temporary name is not longer."""
         path = tmp_path / ("a" * 255)
 
         write_text(path, "text")
@@ -687,8 +687,8 @@ class TestWritingWhole:
         assert path.read_text() == "text"
 
     def test_standard_output_under_another_name(self, tmp_path: Path) -> None:
-        """Where standard output is a file, a link to it is not replaced by one: both what is
-        printed and what is written are in the file, in order."""
+        """A link to standard output is written through, so printed and written text are in order
+        in the file."""
         link, out = tmp_path / "stdout", tmp_path / "out"
         link.symlink_to("/proc/self/fd/1")
         code = (
@@ -706,8 +706,8 @@ class TestWritingWhole:
     def test_a_directory_where_nothing_can_be_made(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A file that can be written in a directory that can't is refused beforehand, for a file is
-        replaced; what is no file needs no directory."""
+        """A file in a directory without write permission is refused beforehand, since it would be
+        replaced; a device is not, since it is written to."""
         path = tmp_path / "costs.json"
         path.write_text("old")
         monkeypatch.setattr(os, "access", lambda which, _: which not in {tmp_path, Path("/dev")})
