@@ -1,4 +1,4 @@
-"""Arenas, bump arenas and pools against what Python has for it, and against Python itself."""
+"""Arenas, bump arenas and pools, beside the Python objects that they replace."""
 
 import mmap
 import threading
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 CALLS = 1000
 PAGE = 8 * KiB
 MANY = 1_000_000
-PYTHON = "what Python itself costs"
-ONE = "allocate and free"
+PYTHON = "cost of Python itself"
+PAIR = "allocate and free"
 SIZES = array("q", [PAGE]) * MANY
 
 
@@ -29,13 +29,13 @@ def layout(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def arena(layout: Any) -> Iterator[Arena]:
-    # 8 GiB of blocks are more than some machines would promise to have memory for.
-    with Arena(layout, mode="noreserve") as made:
-        yield made
+    # Some machines refuse to charge 8 GiB of blocks.
+    with Arena(layout, mode="noreserve") as arena:
+        yield arena
 
 
-class Nothing:
-    def nothing(self) -> None:
+class Empty:
+    def method(self) -> None:
         pass
 
 
@@ -48,11 +48,11 @@ def bench_empty_loop(run: "Run") -> None:
 
 
 def bench_empty_method(run: "Run") -> None:
-    nothing = Nothing()
+    empty = Empty()
 
     def calls() -> None:
         for _ in range(CALLS):
-            nothing.nothing()
+            empty.method()
 
     run(PYTHON, CALLS, calls)
 
@@ -83,12 +83,12 @@ def bench_arena(run: "Run", arena: Arena, ns_a_call: Any) -> None:
         for _ in range(CALLS):
             arena.free(arena.alloc(PAGE))
 
-    def mapped() -> None:
+    def mappings() -> None:
         for _ in range(CALLS):
             mmap.mmap(-1, PAGE).close()
 
-    beside = "mmap.mmap and close", lambda: float(ns_a_call(CALLS, mapped))
-    run(f"{ONE} 8 KiB of Arena", CALLS, calls, beside=beside, aim="1,500, x0.2")
+    beside = "mmap.mmap and close", lambda: float(ns_a_call(CALLS, mappings))
+    run(f"{PAIR} 8 KiB of Arena", CALLS, calls, beside=beside, aim="1,500, x0.2")
 
 
 def bench_pages(run: "Run") -> None:
@@ -98,7 +98,7 @@ def bench_pages(run: "Run") -> None:
         for _ in range(CALLS):
             pages.free(pages.alloc())
 
-    run(f"{ONE} a page of PageAllocator", CALLS, calls)
+    run(f"{PAIR} a page of PageAllocator", CALLS, calls)
 
 
 def bench_pool(run: "Run") -> None:
@@ -109,7 +109,7 @@ def bench_pool(run: "Run") -> None:
             for _ in range(CALLS):
                 pool.free(pool.alloc())
 
-        run(f"{ONE} a slot of Pool", CALLS, calls, aim="1,000")
+        run(f"{PAIR} a slot of Pool", CALLS, calls, aim="1,000")
 
 
 def bench_bump(run: "Run", ns_a_call: Any) -> None:

@@ -1,4 +1,4 @@
-"""Bitmap against bitarray, on 16 Mi bits."""
+"""Bitmap beside bitarray, on 16 Mi bits."""
 
 from typing import Any
 

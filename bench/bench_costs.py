@@ -1,4 +1,4 @@
-"""What `pyreserve costs` measures, against an independent C program and its own cost model."""
+"""The measurements of `pyreserve costs`, beside an independent C program and the cost model."""
 
 import ctypes
 import subprocess
@@ -18,17 +18,17 @@ from pyreserve.costs.programs import SCRIPTS, write
 HERE = Path(__file__).parent
 WHOLE, PIECE, SHORT, LONG = 136 * GiB, 64 * KiB, 2 * MiB, 32 * MiB
 ROUNDS = {WHOLE: 2000, PIECE: 100, SHORT: 8, LONG: 2}
-TURNS = 15  # the first is thrown away
+TURNS = 15  # the first is discarded
 FIELDS = (
     ("reserve", "mmap"),
     ("touch", "write"),
     ("discard", "dontneed"),
     ("decommit", "mmap-fixed"),
     ("release", "untouched"),
-)  # as c_costs prints them; of a piece, the first is commit
+)  # in the order of c_costs; for a piece the first is commit
 BETWEEN = [n * KiB for n in (8, 48, 112, 192, 512)] + [n * MiB for n in (6, 10, 20, 28, 64)]
 
-# Prints what c_costs prints, out of pyreserve's own programs and its own timing.
+# Prints the same as c_costs, from pyreserve's own programs and timing.
 OURS = f"""
 import sys
 from pyreserve.costs import plan
@@ -57,13 +57,13 @@ _ADDR_NO_RANDOMIZE = 0x0040000  # personality(2)
 
 
 def _not_randomized() -> None:
-    # Releasing an untouched mapping walks the 2 MiB entries of the page table around its end: two
-    # to six microseconds, by where the kernel happens to place it.
+    # Releasing an untouched mapping walks the 2 MiB entries of the page table around its end, which
+    # takes 2 to 6 us, depending on its address.
     ctypes.CDLL(None).personality(_ADDR_NO_RANDOMIZE)
 
 
 class Side:
-    """A process that answers a turn with samples."""
+    """A measuring process: it reads a turn and answers with samples."""
 
     def __init__(self, *command: str) -> None:
         self._process = subprocess.Popen(
@@ -90,7 +90,7 @@ class Side:
 
 @pytest.fixture
 def sides(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
-    """Pyreserve's side and the C program's."""
+    """Pyreserve and the C program."""
     program = str(tmp_path / "c_costs")
     subprocess.run(["cc", "-std=c11", "-O2", "-o", program, HERE / "c_costs.c"], check=True)
     both = Side(sys.executable, "-c", OURS), Side(program)
@@ -99,33 +99,33 @@ def sides(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
         side.close()
 
 
-def _quantities(found: dict[int, list[list[float]]]) -> dict[str, float]:
+def _quantities(turns_by_length: dict[int, list[list[float]]]) -> dict[str, float]:
     """Return the medians of the turns' medians by quantity, in ns."""
-    middle = {
+    medians = {
         length: [median(turn[field] for turn in turns[1:]) for field in range(len(FIELDS))]
-        for length, turns in found.items()
+        for length, turns in turns_by_length.items()
     }
-    named = {
-        "reserve and release 136 GiB": middle[WHOLE][0] + middle[WHOLE][4],
-        "commit 64 KiB": middle[PIECE][0],
+    quantities = {
+        "reserve and release 136 GiB": medians[WHOLE][0] + medians[WHOLE][4],
+        "commit 64 KiB": medians[PIECE][0],
     }
-    for field, what in ((1, "touch"), (2, "discard"), (3, "decommit")):
+    for field, verb in ((1, "touch"), (2, "discard"), (3, "decommit")):
         for length in (SHORT, LONG):
             pages = length // (4 * KiB)
-            named[f"{what} a page of {length // MiB} MiB"] = middle[length][field] / pages
-    return named
+            quantities[f"{verb} a page of {length // MiB} MiB"] = medians[length][field] / pages
+    return quantities
 
 
 def bench_against_c(sides: tuple[Side, Side], tables: dict[str, list[str]]) -> None:
-    found: list[dict[int, list[list[float]]]] = [{}, {}]
+    turns: list[dict[int, list[list[float]]]] = [{}, {}]
     for turn in range(TURNS):
         for length in ROUNDS:
             for i in (0, 1) if turn % 2 else (1, 0):
-                found[i].setdefault(length, []).append(sides[i].turn(length))
-    ours, in_c = (_quantities(one) for one in found)
+                turns[i].setdefault(length, []).append(sides[i].turn(length))
+    ours, in_c = (_quantities(of_side) for of_side in turns)
     tables["measured by pyreserve costs and by a C program, ns [aim: within 15 %]"] = [
-        f"{what:30} {ns:12,.1f}   C {in_c[what]:12,.1f}   {ns / in_c[what] - 1:+.1%}"
-        for what, ns in ours.items()
+        f"{name:30} {ns:12,.1f}   C {in_c[name]:12,.1f}   {ns / in_c[name] - 1:+.1%}"
+        for name, ns in ours.items()
     ]
 
 
@@ -135,30 +135,29 @@ def bench_estimates(tables: dict[str, list[str]]) -> None:
         setting = group.setting
         if setting.mode == "charge" and setting.threads == 1:
             more = tuple(write(setting, tuple(SCRIPTS), BETWEEN))
-            # The order in which plan has them: by length.
+            # Keep the order of a plan: by length.
             programs = sorted(group.programs + more, key=lambda program: program.piece)
             groups.append(Group(setting, tuple(programs)))
             between |= {program.piece for program in more}
     table = measure(Plan(tuple(groups)), budget=20)
-    fitted = tuple(one for one in table.cells if one.cell.nbytes not in between)
+    fitted = tuple(entry for entry in table.cells if entry.cell.nbytes not in between)
     model = replace(table, cells=fitted).model()
     worst: dict[Curve, tuple[float, str]] = {}
-    for one in table.measured():
-        curve = Curve.of(one.cell)
-        if one.host == "cold" or one.cell.nbytes not in between or curve not in model.fits:
+    for entry in table.measured():
+        curve, nbytes, times = Curve.of(entry.cell), entry.cell.nbytes, entry.times
+        if entry.host == "cold" or nbytes not in between or curve not in model.fits:
             continue
-        assert one.times is not None
-        off = float(model.of(curve).at(one.cell.nbytes)) / one.times.median - 1
-        text = f"{off:+7.1%} at {one.cell.nbytes // KiB:,} KiB of {one.times.median:,.0f} ns"
-        if curve not in worst or abs(off) > abs(worst[curve][0]):
-            worst[curve] = off, text + f" ({one.times.width:.0%} sure, {one.times.samples} samples)"
+        assert times is not None
+        error = float(model.of(curve).at(nbytes)) / times.median - 1
+        text = f"{error:+7.1%} at {nbytes // KiB:,} KiB of {times.median:,.0f} ns"
+        if curve not in worst or abs(error) > abs(worst[curve][0]):
+            text += f" (interval {times.width:.0%} wide, {times.samples} samples)"
+            worst[curve] = error, text
     rows = sorted(worst.items(), key=lambda item: -abs(item[1][0]))
-    tables["estimates for lengths that were not fitted, the worst of each [aim: 25 %]"] = [
+    title = "estimates for lengths that were not fitted, the worst of each curve [aim: 25 %]"
+    tables[title] = [
         f"{curve.verb + ' ' + curve.method:30} {curve.page_kind:6} {text}"
         for curve, (_, text) in rows
     ]
-    noise = table.disturbed
-    if noise:
-        tables["estimates for lengths that were not fitted, the worst of each [aim: 25 %]"] += [
-            f"noise: {noise}"
-        ]
+    if table.disturbed:
+        tables[title].append(f"noise: {table.disturbed}")

@@ -26,7 +26,7 @@ for i in range(0, {MAPPINGS}, 2):
 print("ready", flush=True)
 signal.pause()
 """
-# Not ru_maxrss: that begins with what the process had before it ran this program.
+# Not ru_maxrss: it includes the memory of the process before it executed this program.
 PEAK = """
 import sys
 import pyreserve
@@ -39,7 +39,7 @@ print(proc.status_kib()["VmHWM"] - before)
 
 @pytest.fixture(scope="module")
 def many() -> Iterator[int]:
-    """The pid of a process with as many mappings."""
+    """PID of a process with MAPPINGS mappings."""
     with subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"
@@ -48,16 +48,16 @@ def many() -> Iterator[int]:
 
 
 def _beside(benchmark: Any, pid: int, group: str, name: str, other: Callable[[], object]) -> None:
-    """Run the other before each round: the machine's mood swings hit both sides alike."""
-    took: list[float] = []
+    """Time `other` before each round of `explain`, so drift of the machine affects both."""
+    times: list[float] = []
 
     def prepare() -> None:
         start = perf_counter_ns()
         other()
-        took.append(float(perf_counter_ns() - start))
+        times.append(float(perf_counter_ns() - start))
 
     benchmark.group = group
-    benchmark.extra_info.update(calls=1, beside=name, beside_ns=took)
+    benchmark.extra_info.update(calls=1, beside=name, beside_ns=times)
     benchmark.pedantic(lambda: explain(pid), setup=prepare, rounds=ROUNDS)
 
 
@@ -75,7 +75,7 @@ def bench_explain_psutil(benchmark: Any, many: int) -> None:
 
 @pytest.mark.skipif(shutil.which("smem") is None, reason="smem is not installed (Debian: smem)")
 def bench_explain_smem(benchmark: Any, many: int) -> None:
-    # Its filter is for command names: what this child runs is in no other's.
+    # smem filters by command line: only this child's contains the text.
     command = ["smem", "-c", "pid uss pss rss", "-P", "region.commit"]
     benchmark.extra_info["aim"] = "10 times faster"
     _beside(
@@ -88,17 +88,17 @@ def bench_explain_smem(benchmark: Any, many: int) -> None:
 
 
 def bench_explain_peak(benchmark: Any, many: int) -> None:
-    """How much memory it takes at most, beyond the interpreter's with pyreserve imported."""
-    benchmark.group = "explain 30,000 mappings in a process of its own"
+    """Peak memory of `explain`, above that of an interpreter with pyreserve imported."""
+    benchmark.group = "explain 30,000 mappings in a new process"
 
     def measure() -> int:
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-c", PEAK, str(many)], capture_output=True, text=True, check=True
         )
-        return int(done.stdout) * KiB
+        return int(completed.stdout) * KiB
 
     peak = benchmark.pedantic(measure, rounds=3)
     benchmark.extra_info.update(
         calls=1,
-        note=f"peak {format_size(peak)} above the interpreter's, aim {format_size(60 * MiB)}",
+        note=f"peak {format_size(peak)} above the interpreter, aim {format_size(60 * MiB)}",
     )

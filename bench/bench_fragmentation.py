@@ -1,4 +1,4 @@
-"""A long trace of blocks that come and go: how much more an arena takes than its blocks need."""
+"""Fragmentation: memory of an arena over that of its live blocks, for a long random trace."""
 
 import ctypes
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 PAGE = 8 * KiB
 OPERATIONS = 2_000_000
-GROUP = "2,000,000 operations, peak of what is taken over peak of what lives"
+GROUP = "2,000,000 operations, peak of the arena over peak of its live blocks"
 
 
 @dataclass
@@ -26,20 +26,20 @@ class Trace:
     pages: Any
 
     def peak(self, sizes: Any) -> int:
-        """The most that lives at once."""
+        """Return the largest sum of live sizes."""
         blocks = np.where(self.operations >= 0, self.operations, ~self.operations)
         return int(np.where(self.operations >= 0, sizes[blocks], -sizes[blocks]).cumsum().max())
 
 
 @pytest.fixture(scope="session")
 def trace() -> Trace:
-    """Sizes log-uniform from a page to 1 MiB.
+    """Blocks of log-uniform sizes from a page to 1 MiB.
 
     Of 1000 blocks 799 live for about 100 further allocations, 200 for 1000 to 100,000
-    (log-uniform), and one for ever.
+    (log-uniform), and one is never freed.
     """
     rng = np.random.default_rng(20_131_201)
-    count = OPERATIONS  # enough; cut below
+    count = OPERATIONS  # more blocks than needed: the operations are cut below
     sizes = (PAGE * np.exp(rng.random(count) * np.log(MiB / PAGE))).astype(np.int64)
     kind = rng.random(count)
     lives = np.where(
@@ -55,7 +55,7 @@ def trace() -> Trace:
 def bench_trace_of_pages(
     run: "Run", c_pairs: ctypes.CDLL, trace: Trace, benchmark: Any, getppid: Any
 ) -> None:
-    """The same runs of pages, in C: the highest page ever used."""
+    """The same trace as runs of pages, in C: the highest page ever used."""
     pages, first = c_pairs.pages_open(1 << 24), np.empty_like(trace.pages)
     tops = []
 
@@ -66,7 +66,7 @@ def bench_trace_of_pages(
     run(GROUP, OPERATIONS, replay, beside=getppid, rounds=1)
     c_pairs.pages_close(pages)
     top, live = tops[0], trace.peak(trace.pages)
-    note = f"highest page x{top / live:.4f} of the {live:,} that lived"
+    note = f"highest page x{top / live:.4f} of the {live:,} live pages"
     benchmark.extra_info["note"] = note
 
 
@@ -86,6 +86,6 @@ def bench_trace(run: "Run", trace: Trace, benchmark: Any) -> None:
         run(GROUP, OPERATIONS, replay, rounds=1, aim="x1.08 of whole pages")
         stats, live = arena.memstats(), PAGE * trace.peak(trace.pages)
         benchmark.extra_info["note"] = (
-            f"heap_sys x{stats.heap_sys / live:.4f} of the {live // MiB:,} MiB that lived in whole "
-            f"pages, x{stats.heap_sys / trace.peak(trace.sizes):.4f} of the bytes asked for"
+            f"heap_sys x{stats.heap_sys / live:.4f} of the {live // MiB:,} MiB of live whole "
+            f"pages, x{stats.heap_sys / trace.peak(trace.sizes):.4f} of the requested bytes"
         )

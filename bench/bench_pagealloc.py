@@ -1,7 +1,7 @@
-"""Pairs of free and alloc on pages, in C and from Python, against a system call that does nothing.
+"""Pairs of free and alloc on pages, in C and from Python, beside getppid.
 
-Holes at random are the hard case. After millions of pairs first fit has closed the holes, and an
-allocation mostly gets what was freed just before: that is the settled case.
+Random holes are the hard case. After millions of pairs first fit has filled the holes, and an
+allocation mostly gets the run freed just before: the settled case.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ _fullness = pytest.mark.parametrize("full", [0.45, 0.9], ids=["45 %", "90 %"])
 
 
 class Clock:
-    """Time that pairs in C have taken, without what is done between them."""
+    """Timer that counts only the pairs in C, without the work between them."""
 
     library: ctypes.CDLL | None = None
 
@@ -52,16 +52,16 @@ clock = Clock()
 
 @pytest.fixture
 def pages_of(c_pairs: ctypes.CDLL) -> Iterator[Callable[[int], int]]:
-    """Makes allocators in C, and ends them."""
-    made: list[int] = []
+    """A function that creates allocators in C, which are closed after the benchmark."""
+    allocators: list[int] = []
 
     def pages_of(npages: int) -> int:
-        made.append(c_pairs.pages_open(npages))
-        assert made[-1]
-        return made[-1]
+        allocators.append(c_pairs.pages_open(npages))
+        assert allocators[-1]
+        return allocators[-1]
 
     yield pages_of
-    for pages in made:
+    for pages in allocators:
         c_pairs.pages_close(pages)
 
 
@@ -84,16 +84,16 @@ def bench_pair(
 
     def pairs(count: int = PAIRS) -> None:
         nonlocal refused
-        more = c_pairs.pages_pairs(pages, length, used, anew, count)
-        assert more >= 0
-        refused += more
+        refusals = c_pairs.pages_pairs(pages, length, used, anew, count)
+        assert refusals >= 0
+        refused += refusals
 
     if not anew:
         pairs(PAIRS_TO_SETTLE)
         refused = 0
-    how = "at random places" if anew else "settled"
+    holes = "at random places" if anew else "settled"
     run(
-        f"free a run and allocate one, in C: {NPAGES:,} pages, {full:.0%} full, holes {how}",
+        f"free a run and allocate one, in C: {NPAGES:,} pages, {full:.0%} full, holes {holes}",
         PAIRS,
         pairs,
         beside=getppid,
@@ -111,7 +111,8 @@ def bench_many(run: "Run", getppid: "Beside", length: int, full: float) -> None:
     rng = np.random.default_rng(1)
 
     def state() -> tuple[Any, ...]:
-        """An allocator with holes, runs to free, how long each is, and how long the next are."""
+        """Return an allocator with holes, the first pages and lengths of the runs to free, and the
+        lengths to allocate."""
         lengths: Any = np.full(NPAGES_MANY // max(length, 1), length)
         if not length:
             lengths = np.exp(rng.random(len(lengths)) * np.log(129)).astype(np.int64)
@@ -153,7 +154,7 @@ def bench_far_end(
 
     pairs()
     run(
-        f"the same where only the last {tail:,} pages of 8 KiB are free, tables' resident KiB",
+        f"the same with only the last {tail:,} pages of 8 KiB free, and resident KiB of the tables",
         PAIRS,
         pairs,
         beside=getppid,
@@ -164,7 +165,7 @@ def bench_far_end(
 
 @pytest.fixture
 def find(ns_a_call: Any) -> "Beside":
-    """bitarray.find for what `bench_find` does."""
+    """bitarray.find of the run that `bench_find` allocates."""
     bits, wanted = bitarray(1 << 24), bitarray(8)
     bits.setall(1)
     bits[-8:] = 0
@@ -172,7 +173,7 @@ def find(ns_a_call: Any) -> "Beside":
     return "bitarray.find", lambda: ns_a_call(1, lambda: bits.find(wanted))
 
 
-FIND = "find 8 free pages at the end of 16 Mi (128 GiB), taken one by one; take and free them"
+FIND = "allocate and free the only 8 free pages, at the end of 16 Mi (128 GiB)"
 
 
 def bench_find(run: "Run", c_pairs: ctypes.CDLL, pages_of: Any, find: "Beside") -> None:

@@ -1,4 +1,4 @@
-"""Regions against the same system calls in C, and with many live views against none."""
+"""Regions beside the same system calls in C, and with many live views beside none."""
 
 import ctypes
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def bench_empty_cffi_call(benchmark: Any) -> None:
 
 
 def _against_c(benchmark: Any, group: str, c_loop: Callable[[], float], calls: Any) -> None:
-    """Run a C loop before each round: the machine's mood swings hit both sides alike."""
+    """Run a C loop before each round, so drift of the machine affects both."""
     in_c: list[float] = []
 
     def prepare() -> tuple[tuple[Region, ...], dict[str, Any]]:
@@ -72,7 +72,7 @@ def bench_commit(benchmark: Any, c_loops: ctypes.CDLL) -> None:
 
 @pytest.fixture(params=[0, 10_000])
 def crowded(request: pytest.FixtureRequest) -> Any:
-    """A region with this many live views in its first half, and how many."""
+    """A region with live views in its first half, and their number."""
     region = reserve(4 * GiB)
     region.commit(0, 3 * GiB)
     views = [region.view(i * 128 * KiB, 4 * KiB) for i in range(request.param)]
@@ -82,21 +82,21 @@ def crowded(request: pytest.FixtureRequest) -> Any:
 
 
 def bench_view(benchmark: Any, crowded: tuple[Region, int]) -> None:
-    region, elsewhere = crowded
+    region, nviews = crowded
 
     def calls() -> None:
         for _ in range(CALLS):
             region.view(2 * GiB, 4 * KiB)
 
-    _run(benchmark, VIEW, calls, reference=elsewhere == 0)
+    _run(benchmark, VIEW, calls, reference=nviews == 0)
 
 
 def bench_decommit(benchmark: Any, crowded: tuple[Region, int]) -> None:
-    region, elsewhere = crowded
+    region, nviews = crowded
 
     def calls() -> None:
         for _ in range(CALLS):
             region.commit(2 * GiB, PIECE)
             region.decommit(2 * GiB, PIECE)
 
-    _run(benchmark, DECOMMIT, calls, reference=elsewhere == 0)
+    _run(benchmark, DECOMMIT, calls, reference=nviews == 0)

@@ -1,18 +1,18 @@
-/* What the verbs of virtual memory take, by the plain calls of the C library: what there is to hold
- * pyreserve's own measuring against. Shares no code with csrc.
+/* Times the verbs of virtual memory with plain C library calls, as a reference for pyreserve's own
+ * measurements. Shares no code with csrc.
  *
- * Each line on standard input, "LENGTH ROUNDS", is a turn. A line answers it: the five times of each
- * round in turn, in nanoseconds: reserve or commit, touch, discard, decommit, release. With a length
- * beyond 1 GiB the mapping is only reserved and released; what is not timed means nothing. */
+ * Each input line "LENGTH ROUNDS" is a turn. The answer is a line with five times for each round,
+ * in nanoseconds: reserve or commit, touch, discard, decommit, release. Above 1 GiB the mapping is
+ * only reserved and released. Times that were not measured have no meaning. */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <time.h>
 
-enum { PAGE = 4096, MOST = 2000, FIELDS = 5 };
+enum { PAGE = 4096, MAX_ROUNDS = 2000, FIELDS = 5 };
 
-static double found[MOST][FIELDS]; /* printed afterwards: printing would cool the caches */
+static double times[MAX_ROUNDS][FIELDS]; /* printed after the turn: printing evicts caches */
 
 static double now(void) {
     struct timespec t;
@@ -20,9 +20,9 @@ static double now(void) {
     return (double)t.tv_sec * 1e9 + (double)t.tv_nsec;
 }
 
-static void need(int holds, const char *what) {
-    if (!holds) {
-        perror(what);
+static void check(int ok, const char *call) {
+    if (!ok) {
+        perror(call);
         exit(EXIT_FAILURE);
     }
 }
@@ -34,42 +34,43 @@ static void touch(volatile char *at, size_t length) {
 
 static char *reserve(size_t length) {
     char *at = mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    need(at != MAP_FAILED, "mmap");
+    check(at != MAP_FAILED, "mmap");
     return at;
 }
 
-static void bare(size_t length, double *ns) {
+static void reserve_release(size_t length, double *ns) {
     double t0 = now();
     char *at = reserve(length);
     double t1 = now();
     int released = munmap(at, length);
     double t2 = now();
-    need(released == 0, "munmap");
+    check(released == 0, "munmap");
     ns[0] = t1 - t0;
     ns[4] = t2 - t1;
 }
 
 static void set_access(char *at, size_t length, int access) {
-    need(mprotect(at, length, access) == 0, "mprotect");
+    check(mprotect(at, length, access) == 0, "mprotect");
 }
 
-/* The second half of a life, whose end is what the next life finds in the page allocator. */
-static void live_on(char *at, size_t length) {
-    need(madvise(at, length, MADV_NOHUGEPAGE) == 0, "MADV_NOHUGEPAGE");
+/* The second half of a life, untimed: it leaves the kernel's page allocator in the same state as
+ * pyreserve's programs do. */
+static void finish_life(char *at, size_t length) {
+    check(madvise(at, length, MADV_NOHUGEPAGE) == 0, "MADV_NOHUGEPAGE");
     set_access(at, length, PROT_READ | PROT_WRITE);
     touch(at, length);
     set_access(at, length, PROT_NONE);
     set_access(at, length, PROT_READ | PROT_WRITE);
-    need(madvise(at, length, MADV_DONTNEED) == 0, "MADV_DONTNEED");
+    check(madvise(at, length, MADV_DONTNEED) == 0, "MADV_DONTNEED");
     set_access(at, length, PROT_NONE);
     set_access(at, length, PROT_READ | PROT_WRITE);
 }
 
-/* The piece is the beginning of a reservation that is a page longer, as in pyreserve's programs,
- * and goes through the same states in the same order. */
+/* The piece is the beginning of a reservation one page longer and goes through the same states in
+ * the same order as in pyreserve's programs. */
 static void life(size_t length, double *ns) {
     char *at = reserve(length + PAGE);
-    need(madvise(at, length + PAGE, MADV_NOHUGEPAGE) == 0, "MADV_NOHUGEPAGE");
+    check(madvise(at, length + PAGE, MADV_NOHUGEPAGE) == 0, "MADV_NOHUGEPAGE");
     double t0 = now();
     set_access(at, length, PROT_READ | PROT_WRITE);
     double t1 = now();
@@ -79,16 +80,16 @@ static void life(size_t length, double *ns) {
     double t3 = now();
     int discarded = madvise(at, length, MADV_DONTNEED);
     double t4 = now();
-    need(discarded == 0, "MADV_DONTNEED");
+    check(discarded == 0, "MADV_DONTNEED");
     touch(at, length);
-    need(madvise(at, length, MADV_FREE) == 0, "MADV_FREE");
+    check(madvise(at, length, MADV_FREE) == 0, "MADV_FREE");
     touch(at, length);
     double t5 = now();
     char *fresh = mmap(at, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
     double t6 = now();
-    need(fresh == at, "MAP_FIXED");
-    live_on(at, length);
-    need(munmap(at, length + PAGE) == 0, "munmap");
+    check(fresh == at, "MAP_FIXED");
+    finish_life(at, length);
+    check(munmap(at, length + PAGE) == 0, "munmap");
     ns[0] = t1 - t0;
     ns[1] = t2 - t1;
     ns[2] = t4 - t3;
@@ -98,15 +99,15 @@ static void life(size_t length, double *ns) {
 int main(void) {
     size_t length;
     long rounds;
-    while (scanf("%zu %ld", &length, &rounds) == 2 && rounds <= MOST) {
+    while (scanf("%zu %ld", &length, &rounds) == 2 && rounds <= MAX_ROUNDS) {
         for (long i = 0; i < rounds; i++)
             if (length > (size_t)1 << 30)
-                bare(length, found[i]);
+                reserve_release(length, times[i]);
             else
-                life(length, found[i]);
+                life(length, times[i]);
         for (long i = 0; i < rounds; i++)
             for (int field = 0; field < FIELDS; field++)
-                printf("%.0f ", found[i][field]);
+                printf("%.0f ", times[i][field]);
         putchar('\n');
         fflush(stdout);
     }

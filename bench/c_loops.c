@@ -1,5 +1,5 @@
-/* The system calls of pyreserve's verbs in bare C loops: what there is to be compared with. Shares
- * no code with csrc. Each function returns nanoseconds per iteration, or -1 if a call failed. */
+/* The system calls of pyreserve's verbs in C loops, as a reference. Shares no code with csrc.
+ * Each function returns nanoseconds per iteration, or -1 if a call failed. */
 #define _GNU_SOURCE
 #include <stddef.h>
 #include <sys/mman.h>

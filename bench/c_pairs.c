@@ -1,5 +1,5 @@
-/* Pairs of free and alloc on pagealloc in C loops: what it costs without Python. Compiled together
- * with pagealloc.c. Only the functions that any thread may call are used: each takes the lock. */
+/* Pairs of free and alloc on pagealloc in C loops: the cost without Python. Compiled together with
+ * pagealloc.c. Uses only thread-safe functions, which take the lock. */
 #define _GNU_SOURCE
 #include <math.h>
 #include <stdlib.h>
@@ -10,24 +10,24 @@
 
 #include "pagealloc.h"
 
-#define SHOWN __attribute__((visibility("default")))
-enum { OS_PAGES_AT_ONCE = 1 << 16 };
+#define EXPORT __attribute__((visibility("default")))
+enum { MINCORE_PAGES = 1 << 16 };
 
 struct run {
     uint32_t page, length;
 };
 
 struct pages {
-    struct pagealloc *all;
+    struct pagealloc *alloc;
     size_t table_bytes;
     uint64_t seed;
-    uint64_t used;    /* pages */
-    size_t live;      /* runs */
-    struct run *runs; /* that are live */
+    uint64_t used;    /* pages in use */
+    size_t live;      /* number of live runs */
+    struct run *runs; /* the live runs */
     uint32_t *victims, *lengths;
 };
 
-static double timed; /* nanoseconds */
+static double pairs_ns; /* time spent in replace() */
 
 static double now(void) {
     struct timespec t;
@@ -36,20 +36,20 @@ static double now(void) {
 }
 
 /* xorshift64 (G. Marsaglia, 2003) */
-static uint64_t chance(struct pages *pages) {
+static uint64_t next_random(struct pages *pages) {
     pages->seed ^= pages->seed << 13;
     pages->seed ^= pages->seed >> 7;
     return pages->seed ^= pages->seed << 17;
 }
 
-/* 0: of 1 to 128, log-uniform. */
+/* Returns `length`; if that is 0, a log-uniform length from 1 to 128. */
 static uint32_t draw_length(struct pages *pages, uint32_t length) {
-    double u = (double)(chance(pages) >> 11) * 0x1p-53;
+    double u = (double)(next_random(pages) >> 11) * 0x1p-53;
     return length != 0 ? length : (uint32_t)exp(u * log(129));
 }
 
-/* An allocator of `count` free pages; NULL: no memory. */
-SHOWN struct pages *pages_open(uint64_t count) {
+/* Creates an allocator of `count` free pages; NULL if memory is short. */
+EXPORT struct pages *pages_open(uint64_t count) {
     struct pages *pages = calloc(1, sizeof *pages);
     if (pages == NULL)
         return NULL;
@@ -62,59 +62,59 @@ SHOWN struct pages *pages_open(uint64_t count) {
         return NULL;
     }
     (void)madvise(tables, pages->table_bytes, MADV_NOHUGEPAGE);
-    pages->all = pagealloc_open(tables, count);
-    (void)pagealloc_add(pages->all, 0, count);
+    pages->alloc = pagealloc_open(tables, count);
+    (void)pagealloc_add(pages->alloc, 0, count);
     return pages;
 }
 
-SHOWN void pages_close(struct pages *pages) {
-    pagealloc_close(pages->all);
-    (void)munmap(pages->all, pages->table_bytes);
+EXPORT void pages_close(struct pages *pages) {
+    pagealloc_close(pages->alloc);
+    (void)munmap(pages->alloc, pages->table_bytes);
     free(pages->runs);
     free(pages->victims);
     free(pages->lengths);
     free(pages);
 }
 
-/* Takes runs until none fits, and frees runs at random until `used` pages are in use. */
+/* Allocates runs until none fits, then frees random runs until at most `used` pages are in use. */
 static void fill(struct pages *pages, uint32_t length, uint64_t used) {
     while (pages->live > 0) {
         struct run run = pages->runs[--pages->live];
         pages->used -= run.length;
-        (void)pagealloc_free(pages->all, run.page, run.length);
+        (void)pagealloc_free(pages->alloc, run.page, run.length);
     }
     for (;;) {
         uint32_t n = draw_length(pages, length);
-        int64_t page = pagealloc_alloc(pages->all, n, 1, 0);
+        int64_t page = pagealloc_alloc(pages->alloc, n, 1, 0);
         if (page < 0)
             break;
         pages->runs[pages->live++] = (struct run){(uint32_t)page, n};
         pages->used += n;
     }
     while (pages->used > used) {
-        struct run *run = &pages->runs[chance(pages) % pages->live];
-        (void)pagealloc_free(pages->all, run->page, run->length);
+        struct run *run = &pages->runs[next_random(pages) % pages->live];
+        (void)pagealloc_free(pages->alloc, run->page, run->length);
         pages->used -= run->length;
         *run = pages->runs[--pages->live];
     }
 }
 
-/* Frees a run and allocates another one, `count` times. An allocation that is refused is followed by
- * one as long as the run just freed. Returns how many were refused. Our own list of 2 MiB is fetched
- * ahead: waiting for that is no cost of the allocator. */
+/* Frees a run and allocates another one, `count` times. After a refused allocation it allocates the
+ * length of the freed run. Returns the number of refusals. Prefetches the benchmark's own list of
+ * runs (2 MiB), whose cache misses are not a cost of the allocator. */
 static int64_t replace(struct pages *pages, size_t count) {
     int64_t refused = 0;
     for (size_t i = 0; i < count; i++) {
         struct run *run = &pages->runs[pages->victims[i]];
         if (i + 8 < count)
             __builtin_prefetch(&pages->runs[pages->victims[i + 8]], 1);
-        (void)pagealloc_free(pages->all, run->page, run->length);
+        (void)pagealloc_free(pages->alloc, run->page, run->length);
         uint32_t length = pages->lengths[i];
-        int64_t page = pagealloc_alloc(pages->all, length, 1, 0);
+        int64_t page = pagealloc_alloc(pages->alloc, length, 1, 0);
         if (page < 0) {
             refused++;
             length = run->length;
-            page = pagealloc_alloc(pages->all, length, 1, 0);
+            page = pagealloc_alloc(pages->alloc, length, 1, 0);
         }
         pages->used = pages->used - run->length + length;
         *run = (struct run){(uint32_t)page, length};
@@ -122,77 +122,77 @@ static int64_t replace(struct pages *pages, size_t count) {
     return refused;
 }
 
-/* Frees a random run of `length` pages and allocates another one, `pairs` times, with `used` pages
- * in use; length 0: of 1 to 128 pages, log-uniform. First fit closes the holes after a while, and
- * then an allocation mostly gets what was freed just before. With `anew` it does not come to that:
- * when a third of the runs were replaced, holes are made anew, at random. Only the pairs count for
- * pages_clock. Returns how many allocations were refused; -1: no memory. */
-SHOWN int64_t pages_pairs(struct pages *pages, uint32_t length, uint64_t used, int anew,
-                          size_t pairs) {
-    size_t most = pagealloc_part_pages(pages->all);
+/* Frees a random run of `length` pages and allocates another one, `pairs` times, with about `used`
+ * pages in use; length 0: log-uniform from 1 to 128 pages. First fit fills the holes after a while,
+ * and then an allocation mostly gets the run freed just before. `anew` prevents this: it creates
+ * new random holes whenever a third of the runs is replaced. pages_clock counts only the pairs.
+ * Returns the number of refused allocations; -1 if memory is short. */
+EXPORT int64_t pages_pairs(struct pages *pages, uint32_t length, uint64_t used, int anew,
+                           size_t pairs) {
+    size_t max_runs = pagealloc_part_pages(pages->alloc);
     int64_t refused = 0;
     if (pages->runs == NULL) {
-        pages->runs = malloc(most * sizeof *pages->runs);
-        pages->victims = malloc(most * sizeof *pages->victims);
-        pages->lengths = malloc(most * sizeof *pages->lengths);
+        pages->runs = malloc(max_runs * sizeof *pages->runs);
+        pages->victims = malloc(max_runs * sizeof *pages->victims);
+        pages->lengths = malloc(max_runs * sizeof *pages->lengths);
     }
     if (pages->runs == NULL || pages->victims == NULL || pages->lengths == NULL)
         return -1;
     while (pairs > 0) {
         if (anew || pages->live == 0)
             fill(pages, length, used);
-        size_t n = anew ? pages->live / 3 : most;
+        size_t n = anew ? pages->live / 3 : max_runs;
         n = n < pairs ? n : pairs;
         for (size_t i = 0; i < n; i++) {
-            pages->victims[i] = (uint32_t)(chance(pages) % pages->live);
+            pages->victims[i] = (uint32_t)(next_random(pages) % pages->live);
             pages->lengths[i] = draw_length(pages, length);
         }
         double start = now();
         refused += replace(pages, n);
-        timed += now() - start;
+        pairs_ns += now() - start;
         pairs -= n;
     }
     return refused;
 }
 
-/* Seconds that the pairs of pages_pairs have taken so far. */
-SHOWN double pages_clock(void) {
-    return timed * 1e-9;
+/* Total seconds of the pairs of pages_pairs so far. */
+EXPORT double pages_clock(void) {
+    return pairs_ns * 1e-9;
 }
 
-/* Takes all pages but the last `tail`, as one run or one by one. Returns 0. */
-SHOWN int64_t pages_fill_front(struct pages *pages, uint64_t tail, int one_by_one) {
-    uint64_t left = pagealloc_part_pages(pages->all) - tail, step = one_by_one ? 1 : left;
+/* Allocates all pages but the last `tail`, as one run or one by one. Returns 0; -1 if refused. */
+EXPORT int64_t pages_fill_front(struct pages *pages, uint64_t tail, int one_by_one) {
+    uint64_t left = pagealloc_part_pages(pages->alloc) - tail, step = one_by_one ? 1 : left;
     for (; left > 0; left -= step)
-        if (pagealloc_alloc(pages->all, step, 1, 0) < 0)
+        if (pagealloc_alloc(pages->alloc, step, 1, 0) < 0)
             return -1;
     return 0;
 }
 
-/* Allocates a run of `length` pages and frees it again, so many times. Returns its first page. */
-SHOWN int64_t pages_last(struct pages *pages, uint64_t length, size_t pairs) {
+/* Allocates and frees a run of `length` pages, `pairs` times. Returns its first page, or -1. */
+EXPORT int64_t pages_last(struct pages *pages, uint64_t length, size_t pairs) {
     int64_t page = -1;
     for (size_t i = 0; i < pairs; i++) {
-        page = pagealloc_alloc(pages->all, length, 1, 0);
-        if (page < 0 || pagealloc_free(pages->all, (uint64_t)page, length) != 0)
+        page = pagealloc_alloc(pages->alloc, length, 1, 0);
+        if (page < 0 || pagealloc_free(pages->alloc, (uint64_t)page, length) != 0)
             return -1;
     }
     return page;
 }
 
-/* Replays operations: i >= 0 allocates run number i, of lengths[i] pages, and ~i frees it; `first`
- * has room for each. Returns one more than the highest page that was ever in use, or -1. */
-SHOWN int64_t pages_replay(struct pages *pages, const int64_t *operations, size_t count,
-                           const int64_t *lengths, int64_t *first) {
+/* Replays operations: i >= 0 allocates run number i of lengths[i] pages, and ~i frees it. `first`
+ * has an element for each run. Returns the end of the highest run ever in use, or -1. */
+EXPORT int64_t pages_replay(struct pages *pages, const int64_t *operations, size_t count,
+                            const int64_t *lengths, int64_t *first) {
     int64_t top = 0;
     for (size_t k = 0; k < count; k++) {
         int64_t i = operations[k];
         if (i < 0) {
-            if (pagealloc_free(pages->all, (uint64_t)first[~i], (uint64_t)lengths[~i]) != 0)
+            if (pagealloc_free(pages->alloc, (uint64_t)first[~i], (uint64_t)lengths[~i]) != 0)
                 return -1;
             continue;
         }
-        first[i] = pagealloc_alloc(pages->all, (uint64_t)lengths[i], 1, 0);
+        first[i] = pagealloc_alloc(pages->alloc, (uint64_t)lengths[i], 1, 0);
         if (first[i] < 0)
             return -1;
         top = first[i] + lengths[i] > top ? first[i] + lengths[i] : top;
@@ -200,26 +200,26 @@ SHOWN int64_t pages_replay(struct pages *pages, const int64_t *operations, size_
     return top;
 }
 
-/* Bytes of the tables that are in memory, as mincore says; -1: it does not say. */
-SHOWN int64_t pages_resident(const struct pages *pages) {
-    static unsigned char seen[OS_PAGES_AT_ONCE];
+/* Resident bytes of the tables (mincore), or -1. */
+EXPORT int64_t pages_resident(const struct pages *pages) {
+    static unsigned char state[MINCORE_PAGES];
     size_t os_page = (size_t)sysconf(_SC_PAGESIZE);
-    size_t left = (pages->table_bytes + os_page - 1) / os_page, there = 0;
-    char *at = (char *)pages->all;
+    size_t left = (pages->table_bytes + os_page - 1) / os_page, resident = 0;
+    char *at = (char *)pages->alloc;
     while (left > 0) {
-        size_t n = left < OS_PAGES_AT_ONCE ? left : OS_PAGES_AT_ONCE;
-        if (mincore(at, n * os_page, seen) != 0)
+        size_t n = left < MINCORE_PAGES ? left : MINCORE_PAGES;
+        if (mincore(at, n * os_page, state) != 0)
             return -1;
         for (size_t i = 0; i < n; i++)
-            there += seen[i] & 1;
+            resident += state[i] & 1;
         at += n * os_page;
         left -= n;
     }
-    return (int64_t)(there * os_page);
+    return (int64_t)(resident * os_page);
 }
 
-/* Nanoseconds of a system call that does nothing. */
-SHOWN double getppid_ns(long calls) {
+/* Nanoseconds of a getppid system call. */
+EXPORT double getppid_ns(long calls) {
     double start = now();
     for (long i = 0; i < calls; i++)
         (void)syscall(SYS_getppid);

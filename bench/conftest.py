@@ -1,12 +1,12 @@
-"""Benchmarks run side by side with what they are compared with; a table of ratios ends the run.
+"""Run benchmarks interleaved with their reference, and print a table of ratios at the end.
 
-What the table knows of a benchmark stands in its ``extra_info``:
+The table reads these keys of a benchmark's ``extra_info``:
 
-- ``calls``: how many calls a round has;
+- ``calls``: number of calls in a round;
 - ``reference``: whether the others of its group are compared with it;
-- ``c_loop_ns``: what the same system calls took in a C loop before each round, ns a call;
-- ``beside``, ``beside_ns``: what something else took before each round, ns a call;
-- ``aim``, ``note``: text to show. An aim decides nothing.
+- ``c_loop_ns``: ns per call of the same system calls in a C loop before each round;
+- ``beside``, ``beside_ns``: name and ns per call of a reference that runs before each round;
+- ``aim``, ``note``: text to show. An aim is not checked.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ def _compiled(into: Path, name: str, *arguments: "str | Path") -> ctypes.CDLL:
 
 @pytest.fixture(scope="session")
 def tables(pytestconfig: pytest.Config) -> dict[str, list[str]]:
-    """Tables to print at the end, lines by title, for what the side-by-side one does not fit."""
+    """Further tables to print at the end: lines by title."""
     return pytestconfig.stash.setdefault(TABLES, {})
 
 
@@ -74,7 +74,7 @@ def c_pairs(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 class Run(Protocol):
-    """What the fixture `run` gives."""
+    """Type of the fixture `run`."""
 
     def __call__(
         self,
@@ -87,10 +87,10 @@ class Run(Protocol):
         rounds: int = ...,
         **shown: object,
     ) -> None:
-        """Time `function`, which does `calls` calls, in a group of the table.
+        """Time `function`, which makes `calls` calls, in a group of the table.
 
-        Before each round runs `before`, which makes the arguments, and then what `beside` names,
-        which answers in ns a call: the machine's mood swings hit both sides alike.
+        Before each round `before` creates the arguments, and then the reference `beside` (a name
+        and a function that returns ns per call) runs, so drift of the machine affects both.
         """
 
 
@@ -127,7 +127,7 @@ def run(benchmark: Any) -> Run:
 
 @pytest.fixture(scope="session")
 def ns_a_call() -> Callable[[int, Callable[[], object]], float]:
-    """A function that runs something that does so many calls, and tells the ns a call."""
+    """A function that times a function making `calls` calls, and returns ns per call."""
 
     def ns_a_call(calls: int, function: Callable[[], object]) -> float:
         start = perf_counter_ns()
@@ -139,7 +139,7 @@ def ns_a_call() -> Callable[[int, Callable[[], object]], float]:
 
 @pytest.fixture
 def getppid(c_pairs: ctypes.CDLL) -> tuple[str, Callable[[], float]]:
-    """The system call that does nothing, for `Run` to run beside something."""
+    """The cheapest system call, as a reference for `Run`."""
     return "getppid", lambda: float(c_pairs.getppid_ns(40_000))
 
 
@@ -159,9 +159,9 @@ def _line(bench: Any, reference: Any) -> str:
     if "c_loop_ns" in info:
         in_c = info["c_loop_ns"]
         rounds = rounds[-len(in_c) :]
-        more = median(ours - theirs for ours, theirs in zip(rounds, in_c, strict=True))
+        extra = median(ours - theirs for ours, theirs in zip(rounds, in_c, strict=True))
         return (
-            f"{median(rounds):14,.0f}   C loop {median(in_c):,.0f}, median difference {more:+,.0f}"
+            f"{median(rounds):14,.0f}   C loop {median(in_c):,.0f}, median difference {extra:+,.0f}"
         )
     fastest = min(rounds)
     parts = [f"{fastest:14,.0f}" if fastest >= 100 else f"{fastest:14,.1f}"]
@@ -177,7 +177,7 @@ def _line(bench: Any, reference: Any) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print each group side by side: nanoseconds a call, the fastest round's."""
+    """Print each group side by side: nanoseconds per call of the fastest round."""
     for title, lines in config.stash.get(TABLES, {}).items():
         terminalreporter.section(title)
         for line in lines:
@@ -188,7 +188,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         groups.setdefault(bench.group or bench.name, []).append(bench)
     if not groups:
         return
-    terminalreporter.section("side by side, ns a call")
+    terminalreporter.section("side by side, ns per call")
     width = max(len(bench.name) for group in groups.values() for bench in group)
     for group, benches in groups.items():
         reference = next((b for b in benches if b.extra_info.get("reference")), None)
