@@ -8,8 +8,8 @@
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
                "the bytes of a bitmap are in little-endian bit order");
 
-/* The two loops that go through whole words and count, once for each way in which machines count
- * bits: portable C, POPCNT, AVX2, AVX-512 VPOPCNTDQ. */
+/* The two loops over whole words that count bits, compiled for each instruction set with a faster way:
+ * portable C, POPCNT, AVX2, AVX-512 VPOPCNTDQ. */
 #define COUNTING_LOOPS(suffix, target)                                                             \
     target static uint64_t count_##suffix(const uint64_t *words, size_t n) {                       \
         uint64_t count = 0;                                                                        \
@@ -33,7 +33,7 @@ COUNTING_LOOPS(vpopcnt, __attribute__((target("avx512f,avx512vpopcntdq,prefer-ve
 
 #define AVX2 __attribute__((target("avx2,popcnt")))
 
-/* How many bits are set in each byte: a table of sixteen answers, asked for both halves
+/* The number of ones in each byte, by a table of sixteen entries for both halves of the byte
  * (Mula, Kurz, Lemire: Faster Population Counts Using AVX2 Instructions, 2016). */
 AVX2 static inline __m256i ones_in_bytes(__m256i v) {
     const __m256i table = _mm256_broadcastsi128_si256(
@@ -44,7 +44,7 @@ AVX2 static inline __m256i ones_in_bytes(__m256i v) {
     return _mm256_add_epi8(a, b);
 }
 
-/* The sum over `n` vectors, each replaced by `*value` if that is not NULL. */
+/* Counts the ones of `n` vectors and, if `value` is not NULL, fills them with `*value`. */
 AVX2 static inline uint64_t count_vectors(__m256i *vectors, size_t n, const uint64_t *value) {
     __m256i sum = _mm256_setzero_si256();
     for (size_t i = 0; i < n;) {
@@ -84,7 +84,7 @@ AVX2 static uint64_t fill_avx2(uint64_t *words, size_t n, uint64_t value) {
 #define PICK(loop, ...) loop##_portable(__VA_ARGS__)
 #endif
 
-/* The bits of a word from `low` on, and below `high`, 0 < high <= 64. */
+/* Masks: the bits of a word from `low` on; below `high`, 0 < high <= 64. */
 static uint64_t from(uint64_t low) {
     return ~UINT64_C(0) << low;
 }
@@ -97,8 +97,8 @@ static uint64_t ones(uint64_t word) {
     return (uint64_t)__builtin_popcountll(word);
 }
 
-/* A range as its words: a first partial word, `n` whole ones, a last partial one. A mask of zero
- * means that there is no such word. */
+/* A range as words: a partial first word, `n` whole ones, a partial last word. A mask of zero means
+ * that there is no such word. */
 struct span {
     size_t head, body, n, tail;
     uint64_t head_mask, tail_mask;
@@ -164,8 +164,8 @@ uint64_t bitmap_count(const uint64_t *words, uint64_t start, uint64_t stop) {
     return count;
 }
 
-/* How many of the words from `i` to `n` equal `same`, in steps of eight so that the compiler can
- * look at 64 bytes at a time. */
+/* The number of leading words of [i, n) that equal `same`, in steps of eight so that the compiler can
+ * compare 64 bytes at a time. */
 static size_t skip_equal(const uint64_t *words, size_t i, size_t n, uint64_t same) {
     size_t begin = i;
     for (; i + 8 <= n; i += 8) {
@@ -180,7 +180,7 @@ static size_t skip_equal(const uint64_t *words, size_t i, size_t n, uint64_t sam
     return i - begin;
 }
 
-/* Where in `word` the lowest run of `length` ones begins; 64 if there is none. */
+/* The start of the lowest run of `length` ones in `word`; 64 if there is none. */
 static unsigned run_in_word(uint64_t word, uint64_t length) {
     if (length > 64)
         return 64;
@@ -192,7 +192,7 @@ static unsigned run_in_word(uint64_t word, uint64_t length) {
     return word == 0 ? 64 : (unsigned)__builtin_ctzll(word);
 }
 
-/* One step of bitmap_seek over the lowest `n` bits of `word`, which stand at `index`; ones match. */
+/* One step of bitmap_seek: the lowest `n` bits of `word` are the bits from `index` on, 1 = equal. */
 static bool seek_in_word(uint64_t word, uint64_t index, unsigned n, uint64_t wanted,
                          uint64_t *first) {
     uint64_t full = below(n);

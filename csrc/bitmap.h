@@ -1,8 +1,9 @@
-/* bitmap: ranges of bits over 64-bit words. Pure: no memory of its own, no system call.
+/* bitmap: operations on ranges of bits in an array of 64-bit words. Pure: no memory of its own, no
+ * system call.
  *
  * Bit i is bit i % 64 of words[i / 64]; on a little-endian machine that is bit i % 8 of byte i / 8,
- * the order that bitarray calls "little". Orders of magnitude: a bit per 4 KiB page makes 1 GiB
- * out of 32 KiB of words and 128 GiB out of 4 MiB; a scan goes through 4 MiB in about 0.1 ms.
+ * the order that bitarray calls "little". Orders of magnitude: with a bit per 4 KiB page, 1 GiB
+ * has 32 KiB of words and 128 GiB has 4 MiB, which a search passes in about 0.1 ms.
  *
  * Holds for every function here: a range is half-open, start <= stop, and the words under it are
  * readable (and writable, where the function changes them); words outside it are not touched, not
@@ -18,24 +19,24 @@ enum bitmap_operation { BITMAP_AND, BITMAP_OR, BITMAP_XOR, BITMAP_ANDNOT };
 
 bool bitmap_test(const uint64_t *words, uint64_t index);
 
-/* Sets, or clears, every bit of the range; returns how many of them changed. */
+/* Set or clear every bit of the range. Return how many changed. */
 uint64_t bitmap_set(uint64_t *words, uint64_t start, uint64_t stop);
 uint64_t bitmap_clear(uint64_t *words, uint64_t start, uint64_t stop);
 
-/* How many bits of the range are set. */
+/* The number of bits that are set in the range. */
 uint64_t bitmap_count(const uint64_t *words, uint64_t start, uint64_t stop);
 
-/* Looks for `wanted` neighbours that all equal `value`. `*first` is where the run of such bits that
- * reaches `start` begins (`start` itself if there is none). True: the run is [*first, *first +
- * wanted). False: `*first` is where the run that reaches `stop` begins, ready for a scan of what
- * follows. wanted > 0. */
+/* Finds `wanted` > 0 consecutive bits that equal `value`. On entry `*first` is the start of the run of
+ * such bits that ends at `start` (`start` if there is none), so a search can go on from another range.
+ * True: the run is [*first, *first + wanted). False: `*first` is the start of the run that ends at
+ * `stop`, for the search of the next range. */
 bool bitmap_seek(const uint64_t *words, uint64_t start, uint64_t stop, bool value, uint64_t wanted,
                  uint64_t *first);
 
 /* The first index in the range whose bit equals `value`; `stop` if there is none. */
 uint64_t bitmap_find(const uint64_t *words, uint64_t start, uint64_t stop, bool value);
 
-/* Reads, or writes, `n` bits from `index` on as one number, bit `index` lowest. 0 < n <= 64. */
+/* Read or write the `n` bits from `index` on as one number, bit `index` lowest. 0 < n <= 64. */
 uint64_t bitmap_extract(const uint64_t *words, uint64_t index, unsigned n);
 void bitmap_deposit(uint64_t *words, uint64_t index, unsigned n, uint64_t bits);
 

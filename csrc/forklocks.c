@@ -11,17 +11,17 @@
 
 #include "pagealloc.h"
 
-/* PyErr_Fetch is deprecated from 3.12 on, where what replaces it begins. */
+/* PyErr_Fetch is deprecated since 3.12, but its replacement does not exist before. */
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
 
-/* Exceptions in a row after which a fork goes on without locks: more than signals could cause. */
+/* After this many consecutive exceptions a fork goes on without locks: signals cannot cause as many. */
 enum { MOST_RAISED = 10000 };
 
 static PyObject *registry, *collect;
 static PyObject *acquire, *release; /* methods of RLock */
 static PyObject *levels; /* a stack of nested forks; each entry holds the locks it took */
-static PyObject *raised; /* exceptions to raise after the fork, the first one first */
-static PyObject *caller; /* the frame that called the fork in which they were raised */
+static PyObject *raised; /* exceptions to raise after the fork, oldest first */
+static PyObject *caller; /* the frame that called the fork during which they were raised */
 static unsigned long main_id, forking_id;
 static int raised_in_a_row; /* since a fork began to take its locks */
 
@@ -37,7 +37,7 @@ void forklocks_open(uintptr_t registry_id, uintptr_t collect_id, unsigned long m
     PyGILState_Release(gil);
 }
 
-/* -- exceptions that have to wait --------------------------------------------------------------- */
+/* -- exceptions kept until after the fork ------------------------------------------------------- */
 
 /* Saves the current exception, if any, to raise it after the fork. */
 static void keep_exception(void) {
@@ -98,7 +98,7 @@ static int raise_first(void *unused) {
 
 /* -- one lock ----------------------------------------------------------------------------------- */
 
-/* 0; EBUSY: another thread has it; -1: it raised. */
+/* 0; EBUSY if another thread holds it; -1 if the call raised. */
 static int try_rlock(PyObject *lock) {
     PyObject *taken = PyObject_CallFunctionObjArgs(acquire, lock, Py_False, NULL);
     Py_XDECREF(taken);
@@ -106,7 +106,7 @@ static int try_rlock(PyObject *lock) {
     return taken == NULL ? -1 : taken == Py_True ? 0 : EBUSY;
 }
 
-/* Waits, running signal handlers; false: one of them raised, and the lock is not taken. */
+/* Waits, running signal handlers. False if one of them raised: then the lock is not taken. */
 static bool lock_rlock(PyObject *lock) {
     PyObject *done = PyObject_CallFunctionObjArgs(acquire, lock, NULL);
     Py_XDECREF(done);
@@ -125,8 +125,7 @@ static struct pagealloc *tables_of(PyObject *entry) {
     return (struct pagealloc *)PyLong_AsVoidPtr(PyTuple_GetItem(entry, 1));
 }
 
-/* Blocks until `blocked`, a lock or tables, has been free at least once, or a signal handler
- * raised. */
+/* Waits until `blocked`, a lock or tables, was free once or a signal handler raised. */
 static void wait_for(PyObject *blocked) {
     if (!PyTuple_Check(blocked)) {
         if (lock_rlock(blocked))
@@ -152,7 +151,8 @@ static void unlock_tables(PyObject *taken) {
         pagealloc_unlock_fork(tables_of(PyList_GetItem(taken, i)));
 }
 
-/* Takes all or none. `*blocked` is one that another thread has; NULL: something raised. */
+/* Takes all locks or none. On failure `*blocked` is a lock that another thread holds; it stays NULL if a
+ * call raised. */
 static bool take_rlocks(PyObject *locks, PyObject **blocked) {
     Py_ssize_t count = PyList_Size(locks), i = 0;
     int err = 0;
@@ -165,7 +165,7 @@ static bool take_rlocks(PyObject *locks, PyObject **blocked) {
     return err == 0;
 }
 
-/* Same for tables; skips those that an outer fork holds. Returns the list taken, or NULL. */
+/* The same for tables, skipping those that an outer fork holds. Returns the list taken, or NULL. */
 static PyObject *take_tables(PyObject *tables, PyObject **blocked) {
     PyObject *taken = PyList_New(0);
     bool failed = taken == NULL;
@@ -187,7 +187,7 @@ static PyObject *take_tables(PyObject *tables, PyObject **blocked) {
     return taken;
 }
 
-/* Takes all, for a caller that has the registry's lock, and notes them as those of one more level. */
+/* Takes all locks and tables and records them as one more level. The caller holds the registry. */
 static bool take_all(PyObject **blocked) {
     PyObject *all = PyObject_CallNoArgs(collect), *level = NULL;
     keep_exception();
@@ -229,7 +229,7 @@ void forklocks_before(void) {
     PyGILState_Release(gil);
 }
 
-/* Gives back what this thread's innermost fork has taken. */
+/* Releases what the innermost fork of this thread has taken. */
 static void release_innermost(void) {
     Py_ssize_t last = PyList_Size(levels) - 1;
     if (last < 0 || forking_id != PyThread_get_thread_ident())

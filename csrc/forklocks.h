@@ -1,25 +1,25 @@
-/* forklocks: takes every lock before a fork and gives it back after it, on both sides.
+/* forklocks: takes every lock before a fork and releases it afterwards in parent and child. Besides
+ * tracing the only module that calls Python.
  *
- * The only module that calls Python besides tracing. It is C because a signal handler may raise
- * between any two Python instructions, and CPython ignores exceptions of at-fork handlers. Here
- * such an exception is kept, the locks are taken all the same, and the exception is raised where
- * the fork was called, after it.
+ * It is written in C because a signal handler may raise between any two Python instructions, and
+ * CPython ignores exceptions of at-fork handlers. This module keeps such an exception, takes the locks
+ * all the same, and raises the exception after the fork, where the fork was called.
  *
- * Holds for every function here: called without the GIL, as cffi calls, by a thread that Python
- * knows. Objects are given as their addresses (id()) and kept for good.
+ * Holds for every function here: the caller is a Python thread without the GIL, as in a cffi call.
+ * Objects are passed as their addresses (id()) and never released.
  */
 #ifndef PYRESERVE_FORKLOCKS_H
 #define PYRESERVE_FORKLOCKS_H
 
 #include <stdint.h>
 
-/* Once, before all others. `registry` is an RLock; `collect()`, called while it is held, returns a
+/* Call once, before all other functions. `registry` is an RLock; `collect()`, called while it is held, returns a
  * tuple of two lists: of RLocks, and of (owner, address of its struct pagealloc) tuples.
  * `main_thread` is the identifier of the thread that runs signal handlers. */
 void forklocks_open(uintptr_t registry, uintptr_t collect, unsigned long main_thread);
 
-/* The handlers for os.register_at_fork. From before until after, the forking thread may re-enter
- * each lock; all other threads wait. */
+/* The handlers for os.register_at_fork. From `before` until `after` the forking thread can re-enter each
+ * lock; all other threads wait. */
 void forklocks_before(void);
 void forklocks_after_in_parent(void);
 void forklocks_after_in_child(void);

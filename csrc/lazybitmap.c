@@ -5,15 +5,15 @@
 
 #include "words.h"
 
-/* Committing in steps of 64 KiB keeps a bitmap that fills up from one system call a page; memory
- * itself still comes a page at a time, where it is touched. */
+/* Steps of 64 KiB save a system call per page for a bitmap that fills up. Memory itself is still backed
+ * page by page at first touch. */
 #define COMMIT_STEP ((uint64_t)64 << 10)
 
 static uint64_t *words_of(const struct region *bits) {
     return (uint64_t *)(void *)bits->base;
 }
 
-/* Whether the bits from `at` on are committed, and the `*end`, at most `stop`, of that state. */
+/* Whether the bits from `at` on are committed; up to `*end`, at most `stop`, they are in one state. */
 static bool committed_segment(const struct region *bits, uint64_t at, uint64_t stop, uint64_t *end) {
     struct run piece;
     size_t lo = (size_t)(at / 8), hi = (size_t)(stop / 8 + (stop % 8 != 0));
@@ -35,8 +35,8 @@ static int commit_words(struct region *bits, uint64_t start, uint64_t stop) {
     return region_commit(bits, (size_t)lo, (size_t)(hi - lo));
 }
 
-/* Ends a change that needed several commits: if `err` says that one was refused, decommits what was
- * not committed before. Returns `err`. */
+/* Ends a change with several commits. If one was refused (`err`), decommits what was not committed
+ * `before`. Frees `before` and returns `err`. */
 static int rollback_commits(struct region *bits, struct runs *before, int err) {
     struct run gap;
     if (err != 0)
@@ -46,7 +46,7 @@ static int rollback_commits(struct region *bits, struct runs *before, int err) {
     return err;
 }
 
-/* A step that leaves the range at once, as large as that takes and no larger: nothing overflows. */
+/* Limits a step to the length of the range, so that adding it cannot overflow. */
 static uint64_t clamp_step(uint64_t start, uint64_t stop, uint64_t step) {
     return stop > start ? smaller(step, stop - start) : 1;
 }
@@ -63,7 +63,7 @@ int64_t lazybitmap_set(struct region *bits, uint64_t start, uint64_t stop, uint6
     int err = runs_copy(&before, &bits->committed);
     if (err != 0)
         return -err;
-    bool dense = step <= COMMIT_STEP * 8; /* no step of words is left out anyway */
+    bool dense = step <= COMMIT_STEP * 8; /* every commit step would be needed */
     if (dense)
         err = commit_words(bits, start, stop);
     for (uint64_t i = start; !dense && i < stop && err == 0; i += step)
@@ -137,7 +137,7 @@ size_t lazybitmap_runs(const struct region *bits, uint64_t start, uint64_t stop,
     return n;
 }
 
-/* Commits, in `bits`, what is committed in `other`. */
+/* Commits in `bits` what is committed in `other`. */
 static int commit_same_words(struct region *bits, const struct region *other, uint64_t nbits) {
     struct runs before;
     int err = runs_copy(&before, &bits->committed);
@@ -188,7 +188,7 @@ bool lazybitmap_equal(const struct region *bits, const struct region *other, uin
     return true;
 }
 
-/* The first j from `*j` on, below n, for which bit from + j * step is set; false: there is none. */
+/* Raises `*j` to the first j < n for which bit from + j * step is set; false if there is none. */
 static bool next_set(const struct region *bits, uint64_t from, uint64_t step, uint64_t n,
                      uint64_t *j) {
     uint64_t stop = from + (n - 1) * step + 1, end;
@@ -205,7 +205,7 @@ static bool next_set(const struct region *bits, uint64_t from, uint64_t step, ui
     return false;
 }
 
-/* Puts the bits of a committed committed_segment [at, end) of `other`, consecutive in both, at `to`. */
+/* Copies the bits [at, end) of a committed segment of `other` to `to`. */
 static void copy_consecutive(struct region *bits, uint64_t to, const struct region *other,
                             uint64_t at, uint64_t end) {
     while (at < end) {
@@ -252,7 +252,7 @@ void lazybitmap_read(const struct region *bits, uint64_t start, uint64_t stop, u
         if (!committed_segment(bits, at, stop, &end))
             continue;
         for (uint64_t i = at; i < end;) {
-            /* Up to the next byte of `out`, then eight of its bytes at a time. */
+            /* Bits up to the next byte of `out`, then 64 bits at a time. */
             uint64_t to = i - start;
             unsigned n = (unsigned)smaller(to % 8 != 0 ? 8 - to % 8 : 64, end - i);
             uint64_t word = bitmap_extract(words_of(bits), i, n);
@@ -265,7 +265,7 @@ void lazybitmap_read(const struct region *bits, uint64_t start, uint64_t stop, u
     }
 }
 
-/* Up to 64 bits of `in`, from bit i of its n on; `*count` says how many. */
+/* The next `*count` <= 64 bits of `in`, from bit i of n on. */
 static uint64_t input_word(const unsigned char *in, uint64_t i, uint64_t n, unsigned *count) {
     uint64_t word = 0;
     *count = (unsigned)smaller(64, n - i);

@@ -13,20 +13,20 @@
 
 /* ---- reading a line -------------------------------------------------------------------------- */
 
-/* What is left of the line; the end is its newline. */
+/* The unread part of a line; `end` is its newline. */
 struct cursor {
     const char *at;
     const char *end;
 };
 
-/* Reads a character that must come next, unless it is 0. */
+/* Reads the character that must follow; with 0 there is none. */
 static bool expect(struct cursor *line, char after) {
     if (after == 0)
         return true;
     return line->at < line->end && *line->at++ == after;
 }
 
-/* Reads up to 16 digits, and then what must follow. */
+/* Reads up to 16 digits and the character that must follow. */
 static bool parse_hexadecimal(struct cursor *line, char after, uint64_t *value) {
     const char *start = line->at;
     uint64_t n = 0;
@@ -98,7 +98,7 @@ static uint64_t *row(const struct procmaps *table, size_t i) {
     return table->rows + i * PROCMAPS_COLUMNS;
 }
 
-/* Keeps a name, once for neighbours: a file's mappings lie side by side. */
+/* Stores a name, once for adjacent mappings of the same file. */
 static int store_name(struct procmaps *table, const char *name, size_t length, uint64_t *fresh) {
     fresh[PROCMAPS_NAME_LENGTH] = length;
     if (length == 0)
@@ -122,8 +122,8 @@ static int store_name(struct procmaps *table, const char *name, size_t length, u
     return 0;
 }
 
-/* Takes back what a mapping that was printed later has taken the place of: the kernel prints piece by
- * piece, and neighbours may have become cells meanwhile (fs/proc/task_mmu.c, proc_get_vma). */
+/* Removes the rows from `start` on and cuts the one that reaches it. The kernel prints maps piece by
+ * piece, and mappings may have merged in between (fs/proc/task_mmu.c, proc_get_vma). */
 static void drop_replaced(struct procmaps *table, uint64_t start) {
     while (table->count > 0 && row(table, table->count - 1)[PROCMAPS_START] >= start)
         table->count--;
@@ -132,12 +132,12 @@ static void drop_replaced(struct procmaps *table, uint64_t start) {
     uint64_t *last = row(table, table->count - 1);
     if (last[PROCMAPS_END] <= start)
         return;
-    last[PROCMAPS_END] = start; /* how much of its memory was behind it is not known */
+    last[PROCMAPS_END] = start; /* its memory below `start` is unknown: set to 0 */
     memset(last + PROCMAPS_RSS, 0, (PROCMAPS_COLUMNS - PROCMAPS_RSS) * sizeof *last);
 }
 
-/* "7f00-7f10 rw-p 0000 fe:00 12   /name", as show_vma_header_prefix of fs/proc/task_mmu.c makes it. A
- * newline in a name is printed as \012, so a line is a line; a name starts with no space. */
+/* "7f00-7f10 rw-p 0000 fe:00 12   /name", as show_vma_header_prefix in fs/proc/task_mmu.c prints it. A
+ * newline in a name is printed as \012, so it does not end the line. */
 static int parse_mapping(struct procmaps *table, struct cursor line) {
     uint64_t fresh[PROCMAPS_COLUMNS] = {0}, major, minor;
     if (!parse_hexadecimal(&line, '-', &fresh[PROCMAPS_START]) ||
@@ -203,7 +203,7 @@ static const struct {
     FIELD("Locked", PROCMAPS_LOCKED),
 };
 
-/* "Rss:   12 kB" or "VmFlags: rd wr"; what it does not know, a newer kernel's, it leaves alone. */
+/* "Rss:   12 kB" or "VmFlags: rd wr"; unknown fields, as of newer kernels, are ignored. */
 static int parse_field(struct procmaps *table, struct cursor line) {
     const char *colon = memchr(line.at, ':', (size_t)(line.end - line.at));
     if (table->count == 0 || colon == NULL)
@@ -223,7 +223,7 @@ static int parse_field(struct procmaps *table, struct cursor line) {
         uint64_t kib;
         if (!parse_decimal(&line, ' ', &kib) || line.end - line.at != 2 || memcmp(line.at, "kB", 2) != 0)
             return EINVAL;
-        /* No more than there are addresses, so that sums of sizes never wrap. */
+        /* At most the size of the mapping, so that sums never wrap. */
         if (kib > (last[PROCMAPS_END] - last[PROCMAPS_START]) / 1024)
             return EINVAL;
         last[FIELDS[i].column] = kib;
@@ -234,12 +234,12 @@ static int parse_field(struct procmaps *table, struct cursor line) {
 
 /* ---- counting pages -------------------------------------------------------------------------- */
 
-/* [vsyscall]: recognise it by its address in the upper half; any file may have that name. */
+/* Recognise [vsyscall] by its address in the upper half: any file may have that name. */
 static bool is_kernel_row(const uint64_t *cells) {
     return cells[PROCMAPS_START] >> 63 != 0;
 }
 
-/* Adds a run of pages that are alike to the rows that it covers, from row `*at` on. */
+/* Adds a run of pages in one state to the columns of the rows that it covers, from row `*at` on. */
 static void add_run(struct procmaps *table, size_t *at, const struct sys_page_run *run, const int *columns) {
     while (*at < table->count && row(table, *at)[PROCMAPS_END] <= run->start)
         ++*at;
@@ -254,7 +254,7 @@ static void add_run(struct procmaps *table, size_t *at, const struct sys_page_ru
 
 static const int PRIVATE_COLUMNS[] = {PROCMAPS_RSS, PROCMAPS_PRIVATE_CLEAN, -1};
 
-/* Entries of the pagemap, 512 pages of them from an address on. */
+/* A part of the pagemap: the entries of [start, end). */
 struct window {
     uint64_t start;
     uint64_t end;
@@ -272,8 +272,8 @@ static int read_entries(struct window *window, uint64_t address, int fd) {
     return got < size ? EAGAIN : 0;
 }
 
-/* Tells the pages of a run that only this process maps (bit 56 of Documentation/admin-guide/mm/
- * pagemap.rst) from those that others map too. */
+/* Divides a run into pages that only this process maps (bit 56 of an entry, Documentation/admin-guide/
+ * mm/pagemap.rst) and pages that others map too, and adds each to its columns. */
 static int add_resident(struct procmaps *table, size_t *at, const struct sys_page_run *run, int fd,
                         struct window *window) {
     static const int shared[] = {PROCMAPS_RSS, PROCMAPS_SHARED_CLEAN, -1};
@@ -306,7 +306,7 @@ static void clear_page_counts(struct procmaps *table) {
 
 int procmaps_count_pages(struct procmaps *table, int fd, int forked) {
     static const int swapped[] = {PROCMAPS_SWAP, -1};
-    struct sys_page_run runs[512]; /* more made the kernel say wrongly how far it came (Linux 6.18) */
+    struct sys_page_run runs[512]; /* with more, Linux 6.18 reports a wrong end of its walk */
     struct window window = {0};
     size_t count = table->count, at = 0;
     clear_page_counts(table);
@@ -334,7 +334,7 @@ int procmaps_count_pages(struct procmaps *table, int fd, int forked) {
     return 0;
 }
 
-/* ---- the faces ------------------------------------------------------------------------------- */
+/* ---- the public functions -------------------------------------------------------------------- */
 
 const char *procmaps_flags(void) {
     return FLAGS;
@@ -346,7 +346,7 @@ int procmaps_feed(struct procmaps *table, const char *text, size_t length, size_
     *used = 0;
     while (line.at < end && (line.end = memchr(line.at, '\n', (size_t)(end - line.at))) != NULL) {
         table->lines++;
-        /* Addresses are of small letters, fields begin with a capital cells. */
+        /* Addresses have lower-case digits; the names of fields start with a capital letter. */
         int err = line.at < line.end && *line.at >= 'A' && *line.at <= 'Z' ? parse_field(table, line)
                                                                          : parse_mapping(table, line);
         if (err != 0)
@@ -387,7 +387,7 @@ void procmaps_sum(struct procmaps *table, size_t keep, struct procmaps_sums *sum
     size_t done = table->count > keep ? table->count - keep : 0;
     for (size_t i = 0; i < done; i++) {
         const uint64_t *cells = row(table, i);
-        /* A mapping that grew downward into dropped ones counts for what they have not. */
+        /* If a mapping grew down into rows removed before, count only what they did not have. */
         uint64_t start = cells[PROCMAPS_START] > sums->end ? cells[PROCMAPS_START] : sums->end;
         if (is_kernel_row(cells) || cells[PROCMAPS_END] <= start)
             continue;

@@ -1,10 +1,10 @@
-/* procmaps: the text of /proc/PID/maps and /proc/PID/smaps as a table of numbers.
+/* procmaps: parses /proc/PID/maps and /proc/PID/smaps into a table of numbers.
  *
- * A row is one mapping, a row's columns are 64-bit words, so that a caller may read a whole column
- * with a stride. Text comes in pieces of whole lines, as it is read, and is not kept. Whatever the
- * text says, a function here either makes sense of it or refuses it with EINVAL.
+ * A row is one mapping, and its columns are 64-bit words, so a caller can read a column with a
+ * stride. Text is fed in pieces as it is read, and is not kept; a row takes 224 bytes where smaps has
+ * about 800. Text that is not in the kernel's format is refused with EINVAL, never misread.
  *
- * A table of zero bytes is empty. One thread at a time.
+ * A table of zero bytes is empty. Not synchronised.
  */
 #ifndef PYRESERVE_PROCMAPS_H
 #define PYRESERVE_PROCMAPS_H
@@ -12,16 +12,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The columns. Sizes are in KiB, as the kernel prints them; all but the addresses are zero until
- * known. */
+/* The columns. Sizes are in KiB, as the kernel prints them, and zero until they are known. */
 enum procmaps_column {
     PROCMAPS_START,
     PROCMAPS_END,
-    PROCMAPS_PERMS, /* the or-ed enum procmaps_perms */
+    PROCMAPS_PERMS, /* a set of enum procmaps_perms */
     PROCMAPS_OFFSET,
     PROCMAPS_DEVICE, /* major << 32 | minor */
     PROCMAPS_INODE,
-    PROCMAPS_NAME, /* where in `names` it begins; the same for neighbours of one name */
+    PROCMAPS_NAME, /* offset in `names`; adjacent mappings of one name share it */
     PROCMAPS_NAME_LENGTH,
     PROCMAPS_FLAGS, /* VmFlags, a bit for each of procmaps_flags() */
     PROCMAPS_RSS,
@@ -39,7 +38,7 @@ enum procmaps_column {
     PROCMAPS_SHMEM_HUGE,
     PROCMAPS_FILE_HUGE,
     PROCMAPS_LOCKED,
-    PROCMAPS_SIZE, /* these four by procmaps_divide */
+    PROCMAPS_SIZE, /* this and the next three: set by procmaps_divide */
     PROCMAPS_PRIVATE,
     PROCMAPS_SHARED_MEMORY,
     PROCMAPS_REST,
@@ -55,49 +54,48 @@ struct procmaps {
     char *names;
     size_t names_length;
     size_t names_capacity;
-    uint64_t lines; /* read so far: the last one is where EINVAL was */
+    uint64_t lines; /* read so far; after EINVAL the number of the bad line */
 };
 
-/* The two-letter codes of VmFlags, one after the other, in the order of their bits (proc(5)). Codes
- * that are not among them are ignored. */
+/* The two-letter codes of VmFlags (proc(5)), concatenated in the order of their bits in PROCMAPS_FLAGS.
+ * Other codes are ignored. */
 const char *procmaps_flags(void);
 
-/* Takes the whole lines at the start of `text`; `*used` is how many bytes they are, the rest is the
- * start of a line whose end is yet to come. A mapping that begins before the last one ends, and ends
- * behind it, takes its place: they became one while the kernel printed. EINVAL: a line is of neither
- * file, or mappings go backwards; ENOMEM. After an error the table may only be freed. */
+/* Parses the whole lines at the start of `text` and sets `*used` to their bytes; feed the incomplete line
+ * after them again with its end. A mapping that starts before the previous one ends, and ends after it,
+ * replaces it: the kernel merged them while it printed. EINVAL if a line belongs to neither file or
+ * mappings descend; ENOMEM. After an error the table can only be freed. */
 int procmaps_feed(struct procmaps *table, const char *text, size_t length, size_t *used);
 
-/* Counts what is in memory and in swap of every mapping by /proc/PID/pagemap, open at `fd`: the columns
- * RSS, SWAP, and PRIVATE_CLEAN and SHARED_CLEAN, which here stand for clean and dirty alike. Memory of
- * no file is taken for private unless `forked`, where each page is asked for. Quicker than smaps where
- * there are many mappings, but not the kernel's own count: huge page pools and swapped pages of shared
- * memory are counted otherwise or not at all, so check the sums. Errors are those of sys_scan_pages and
- * sys_read. */
+/* Counts the pages of each mapping in memory and in swap by the /proc/PID/pagemap open at `fd`. Sets the
+ * columns RSS, SWAP, PRIVATE_CLEAN and SHARED_CLEAN; the last two include dirty pages. Anonymous memory
+ * counts as private, unless `forked`: then each page is looked up. Faster than smaps for many mappings,
+ * but not the kernel's own count: pages of pools and swapped pages of shared memory are counted in another
+ * way or not at all, so compare the sums. Errors are those of sys_scan_pages and sys_read. */
 int procmaps_count_pages(struct procmaps *table, int fd, int forked);
 
-/* Divides each mapping's size into what is in memory of this process alone (clean, dirty and of huge
- * page pools), in memory of others too, in swap, and the rest. EINVAL: more is in memory than there are
- * addresses; `*wrong` is that row. Swap is cut to what is left: the kernel counts that of shared memory
- * at another moment, and a page both there and in a private copy. A row in the kernel's half of the
- * addresses, [vsyscall], has no size and no memory: it is of no process and not in VmSize. */
+/* Divides the size of each mapping into private memory (clean, dirty and from pools), shared memory, swap
+ * and the rest. EINVAL if a mapping has more memory than addresses; `*wrong` is its row. Swap is clipped
+ * to the size that is left: the kernel counts swap of shared memory at another moment, and counts a page
+ * there and in a private copy twice. A row in the kernel's half of the addresses ([vsyscall]) gets no
+ * size and no memory, as VmSize leaves it out. */
 int procmaps_divide(struct procmaps *table, size_t *wrong);
 
-/* What a process's mappings are in sum, in bytes; `end` is where the last one ends. */
+/* Sums over mappings, in bytes; `end` is the end of the last one. */
 struct procmaps_sums {
     uint64_t size;
-    uint64_t reserved;  /* of it, neither readable nor writable nor executable */
-    uint64_t committed; /* of it, private and writable */
-    uint64_t count;
+    uint64_t reserved;  /* part of `size` without any access */
+    uint64_t committed; /* part of `size` that is private and writable */
+    uint64_t count;     /* mappings */
     uint64_t end;
 };
 
-/* Adds up all rows but the last `keep` and drops them, and forgets the names of the others, so that a
- * file of any length takes a table of a few rows. Rows in the kernel's half are left out. Those that
- * are kept may yet lose their place, see procmaps_feed. */
+/* Adds all rows except the last `keep` to the sums and removes them, and clears the names of the others:
+ * a file of any length needs a table of only a few rows. Rows in the kernel's half are skipped. The rows
+ * kept may still be replaced, see procmaps_feed. */
 void procmaps_sum(struct procmaps *table, size_t keep, struct procmaps_sums *sums);
 
-/* Frees what the table has; it is empty again. */
+/* Frees the storage of the table and empties it. */
 void procmaps_free(struct procmaps *table);
 
 #endif

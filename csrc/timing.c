@@ -21,11 +21,11 @@ struct job {
     double *samples, clock;
     unsigned char *preempted;
     _Atomic size_t arrived, generation;
-    _Atomic int err; /* the first refusal, whose place is in failed and done */
+    _Atomic int err; /* the first refusal, which happened in step `failed` of round `done` */
     size_t failed, done;
 };
 
-/* What one thread has. */
+/* The state of one thread. */
 struct thread_state {
     size_t thread;
     uintptr_t base;
@@ -53,8 +53,8 @@ static void store(uintptr_t at, size_t length, size_t page) {
         *(volatile unsigned char *)at = 1;
 }
 
-/* A line further in each page: the same line of every page would share a set of the cache, whose few
- * ways a dozen pages would use up. */
+/* Use the next cache line in each page: the same line of all pages maps to one set of the cache, whose
+ * ways a dozen pages would exceed. */
 static void store_again(uintptr_t at, size_t length, size_t page) {
     uintptr_t line = 0;
     for (uintptr_t end = at + length; at != end; at += page, line = (line + LINE) & (page - 1))
@@ -66,22 +66,22 @@ static void load(uintptr_t at, size_t length, size_t page) {
         (void)*(volatile unsigned char *)at;
 }
 
-/* Maps with room to spare, and gives back what lies around the piece with the address wanted. */
+/* Maps `align` more than needed and unmaps what lies around the aligned piece. */
 static int reserve_aligned(const struct timing_program *program, uintptr_t *base) {
-    size_t room = program->length + program->align;
-    uintptr_t found;
-    int err = vm_map(0, room, VM_RESERVED | program->access, &found);
+    size_t total = program->length + program->align;
+    uintptr_t start;
+    int err = vm_map(0, total, VM_RESERVED | program->access, &start);
     if (err != 0)
         return err;
-    size_t before = (size_t)((program->phase - found) & (program->align - 1));
-    uintptr_t at = found + before, end = found + room;
-    err = before != 0 ? vm_release(found, before) : 0;
+    size_t before = (size_t)((program->phase - start) & (program->align - 1));
+    uintptr_t at = start + before, end = start + total;
+    err = before != 0 ? vm_release(start, before) : 0;
     if (err == 0)
-        found = at; /* what was before it may be another thread's by now */
+        start = at; /* the addresses below may belong to another thread by now */
     if (err == 0)
         err = vm_release(at + program->length, end - at - program->length);
     if (err != 0)
-        (void)vm_release(found, end - found);
+        (void)vm_release(start, end - start);
     else
         *base = at;
     return err;
@@ -102,16 +102,16 @@ static int renew(const struct timing_program *program, uintptr_t at, size_t leng
                               : vm_renew(at, length, access);
 }
 
-static int release(const struct timing_program *program, struct thread_state *stage) {
-    int err = vm_release(stage->base, program->length);
+static int release(const struct timing_program *program, struct thread_state *state) {
+    int err = vm_release(state->base, program->length);
     if (err == 0)
-        stage->base = 0;
+        state->base = 0;
     return err;
 }
 
-static int reap(struct thread_state *stage) {
-    int child = stage->child;
-    stage->child = 0;
+static int reap(struct thread_state *state) {
+    int child = state->child;
+    state->child = 0;
     return sys_reap(child);
 }
 
@@ -120,15 +120,15 @@ static int discard_off(uintptr_t at, size_t length) {
     return err != 0 ? err : vm_protect(at, length, VM_RESERVED);
 }
 
-static int perform(const struct job *job, const struct timing_step *step, struct thread_state *stage) {
+static int perform(const struct job *job, const struct timing_step *step, struct thread_state *state) {
     const struct timing_program *program = job->program;
-    uintptr_t at = stage->base + step->offset;
+    uintptr_t at = state->base + step->offset;
     size_t length = step->length;
     switch (step->verb) {
     case TIMING_RESERVE:
-        return reserve(program, &stage->base);
+        return reserve(program, &state->base);
     case TIMING_RELEASE:
-        return release(program, stage);
+        return release(program, state);
     case TIMING_COMMIT:
         return vm_protect(at, length, VM_COMMITTED);
     case TIMING_COMMIT_MAP:
@@ -165,9 +165,9 @@ static int perform(const struct job *job, const struct timing_step *step, struct
     case TIMING_UNGUARD:
         return vm_unguard(at, length);
     case TIMING_FORK:
-        return sys_fork(&stage->child);
+        return sys_fork(&state->child);
     case TIMING_REAP:
-        return reap(stage);
+        return reap(state);
     case TIMING_SYSTEM_CALL:
         (void)sys_parent();
         return 0;
@@ -180,7 +180,7 @@ static bool is_sound_mapping(const struct timing_program *program, size_t page) 
     size_t length = program->length, align = program->align, huge = program->huge;
     if (length == 0 || length % page != 0 || (program->access & ~VM_NORESERVE) != 0)
         return false;
-    if (huge != 0) /* aligned as the kernel does it */
+    if (huge != 0) /* the kernel aligns these */
         return (huge & (huge - 1)) == 0 && huge % page == 0 && length % huge == 0 && align == 0;
     return (align & (align - 1)) == 0 && align % page == 0 && align <= SIZE_MAX - length &&
            program->phase % page == 0 && (align == 0 ? program->phase == 0 : program->phase < align);
@@ -201,7 +201,7 @@ static bool is_sound_step(const struct timing_program *program, size_t i, size_t
            (step->slot == -1 || (size_t)step->slot < program->nslots);
 }
 
-/* Whether each fork is followed by its reap. */
+/* Whether a reap follows each fork. */
 static bool reaps_each_fork(const struct timing_program *program, size_t threads) {
     bool forked = false;
     for (size_t i = 0; i < program->nsteps; i++) {
@@ -224,7 +224,7 @@ static bool is_sound(const struct timing_program *program, size_t threads, size_
     return reaps_each_fork(program, threads);
 }
 
-/* Waits for all threads of the run; false once any of them has been refused. */
+/* A barrier for all threads of the job; false once a step of any thread was refused. */
 static bool wait_for_all(struct job *job) {
     if (job->threads == 1)
         return true;
@@ -250,46 +250,46 @@ static void record_refusal(struct job *job, int err, size_t step, size_t round) 
     }
 }
 
-static void clean_up(const struct job *job, struct thread_state *stage) {
-    if (stage->child != 0)
-        (void)reap(stage);
-    if (stage->base != 0)
-        (void)release(job->program, stage);
+static void clean_up(const struct job *job, struct thread_state *state) {
+    if (state->child != 0)
+        (void)reap(state);
+    if (state->base != 0)
+        (void)release(job->program, state);
 }
 
-static void record_sample(const struct job *job, size_t slot, size_t round, struct thread_state *stage,
+static void record_sample(const struct job *job, size_t slot, size_t round, struct thread_state *state,
                  uint64_t elapsed, uint32_t repeat) {
-    size_t i = (slot * job->rounds + round) * job->threads + stage->thread;
+    size_t i = (slot * job->rounds + round) * job->threads + state->thread;
     uint64_t preemptions = sys_preemptions();
     job->samples[i] = ((double)elapsed - job->clock) / repeat;
-    job->preempted[i] = preemptions != stage->preemptions;
-    stage->preemptions = preemptions;
+    job->preempted[i] = preemptions != state->preemptions;
+    state->preemptions = preemptions;
 }
 
-/* Does a step together with the other threads; false if the run is over. */
-static bool run_step(struct job *job, size_t i, size_t round, struct thread_state *stage) {
+/* Runs a step together with the other threads; false if the job has ended. */
+static bool run_step(struct job *job, size_t i, size_t round, struct thread_state *state) {
     const struct timing_step *step = &job->program->steps[i];
     int err = 0;
     if (!wait_for_all(job))
         return false;
     uint64_t begun = sys_nanoseconds();
     for (uint32_t n = 0; n < step->repeat && err == 0; n++)
-        err = perform(job, step, stage);
+        err = perform(job, step, state);
     uint64_t ended = sys_nanoseconds();
     if (err != 0)
         record_refusal(job, err, i, round);
     else if (step->slot >= 0)
-        record_sample(job, (size_t)step->slot, round, stage, ended - begun, step->repeat);
+        record_sample(job, (size_t)step->slot, round, state, ended - begun, step->repeat);
     return err == 0;
 }
 
 static void run_thread(struct job *job, size_t thread) {
-    struct thread_state stage = {.thread = thread, .preemptions = sys_preemptions()};
+    struct thread_state state = {.thread = thread, .preemptions = sys_preemptions()};
     bool goes_on = true;
     for (size_t round = 0; round < job->rounds && goes_on; round++)
         for (size_t i = 0; i < job->program->nsteps && goes_on; i++)
-            goes_on = run_step(job, i, round, &stage);
-    clean_up(job, &stage);
+            goes_on = run_step(job, i, round, &state);
+    clean_up(job, &state);
 }
 
 struct worker {

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Keep the storage of up to this many pieces for reuse. */
+/* Empty books keep the storage of up to this many pieces. */
 enum { SMALL = 64 };
 
 struct allocator { /* PyMemAllocatorEx */
@@ -19,13 +19,13 @@ static struct {
     int (*untrack)(unsigned domain, uintptr_t address);
     void *(*traceback)(unsigned domain, uintptr_t address); /* a new reference to it or to None */
     int (*is_finalizing)(void);
-    int (*take_gil)(void); /* returns an enum, which leave_gil wants back */
+    int (*take_gil)(void); /* returns an enum that leave_gil takes */
     void (*leave_gil)(int state);
     int (*stop_gc)(void); /* 1: it was on */
     int (*start_gc)(void);
     void (*decref)(void *object);
     void *none;
-    /* Of Python 3.13 alone, NULL elsewhere. */
+    /* Python 3.13 only; NULL in other versions. */
     void (*allocator)(int domain, struct allocator *allocator);
 } python;
 
@@ -54,7 +54,7 @@ static void find_python(void) {
         *(void **)&python.allocator = symbol("PyMem_GetAllocator");
 }
 
-/* A thread that asks for the GIL of a dying interpreter hangs. */
+/* A thread that takes the GIL of a finalizing interpreter hangs. */
 static bool is_usable(void) {
     return python.track != NULL && !python.is_finalizing();
 }
@@ -80,8 +80,8 @@ static void untrack(uintptr_t base, struct run piece) {
     (void)python.untrack(TRACING_DOMAIN, base + piece.lo);
 }
 
-/* Whether tracemalloc still has the trace of a piece. Needs the GIL, and garbage collection off: it
- * makes objects, and a collection would run finalisers in the middle of the caller's work. */
+/* Whether tracemalloc still has the trace of a piece. Needs the GIL, and garbage collection off: the call
+ * creates objects, and a collection would run finalizers inside the caller's work. */
 static bool has_trace(uintptr_t base, struct run piece) {
     void *traceback = python.traceback(TRACING_DOMAIN, base + piece.lo);
     bool has = traceback != NULL && traceback != python.none;
@@ -132,7 +132,7 @@ bool tracing_is_on(void) {
     return python.allocator != NULL ? is_tracing_by_allocator() : is_tracing() && is_usable();
 }
 
-/* Index of the first piece that ends behind `offset`. */
+/* Index of the first piece that ends after `offset`. */
 static size_t first_behind(const struct tracing *books, size_t offset) {
     size_t low = 0, high = books->count;
     while (low < high) {
@@ -178,7 +178,7 @@ void tracing_add(struct tracing *books, uintptr_t base, size_t lo, size_t hi) {
     leave_python(entry);
 }
 
-/* Makes `offset` the end of one piece and the beginning of the next, if it lies inside one. */
+/* Splits the piece that contains `offset`, if there is one, at that offset. */
 static void split_at(struct tracing *books, uintptr_t base, size_t offset) {
     size_t i = first_behind(books, offset);
     if (i == books->count || books->pieces[i].lo >= offset)
@@ -194,8 +194,8 @@ static void split_at(struct tracing *books, uintptr_t base, size_t offset) {
         insert(books, i, low);
 }
 
-/* Takes the pieces of [lo, hi) out of tracemalloc and out of the books. With `keep_books` the books
- * lose only those that tracemalloc had lost. */
+/* Removes the pieces of [lo, hi) from tracemalloc and from the books. With `keep_books` the books lose only
+ * pieces that tracemalloc no longer had. */
 static void remove_range(struct tracing *books, uintptr_t base, size_t lo, size_t hi,
                          bool keep_books) {
     if (books->count == 0)
@@ -204,10 +204,10 @@ static void remove_range(struct tracing *books, uintptr_t base, size_t lo, size_
         remove_pieces(books, 0, books->count);
         return;
     }
-    /* The GIL, for what untracks too: its lock must not be held while another thread forks. */
+    /* Untracking needs the GIL too: tracemalloc's lock must not be held while another thread forks. */
     struct entry entry = enter_python();
     if (!is_tracing())
-        remove_pieces(books, 0, books->count); /* its traces are gone */
+        remove_pieces(books, 0, books->count); /* tracemalloc has dropped its traces */
     split_at(books, base, lo);
     split_at(books, base, hi);
     size_t from = first_behind(books, lo), to = from, kept = from;

@@ -1,19 +1,19 @@
 /* tracing: reports committed bytes to Python's tracemalloc, in a domain of their own.
  *
- * tracemalloc keeps one trace per address: its bytes and the Python stack at that moment. Each
- * commit is therefore a piece of its own, and cutting one reports the remainder again. The books
- * here say which pieces were reported. A piece lost to stop() or clear_traces() is not reported
- * again.
+ * tracemalloc keeps one trace per address: the size and the Python stack of the allocation. Each commit
+ * is therefore one piece, and decommitting part of a piece reports the rest again. The books record
+ * which pieces were reported. A piece that stop() or clear_traces() removed is not reported again.
+ * While tracemalloc is off, a commit pays some nanoseconds to find that out.
  *
- * PyTraceMalloc_Track and _Untrack are looked up in the process at first use: the extension stays in
- * Python's stable ABI, and without them, as in a C program, nothing is ever reported.
+ * PyTraceMalloc_Track and _Untrack are looked up at first use: they are not in the stable ABI, and in a
+ * process without Python nothing is reported.
  *
  * Holds for every function here:
  *  - offsets are whole bytes from `base`, lo < hi;
- *  - it may wait for the GIL, so the caller must not hold a lock that a thread may wait for with the
- *    GIL held;
+ *  - it may wait for the GIL, so the caller must not hold a lock for which another thread waits while it
+ *    holds the GIL;
  *  - no Python code runs inside it;
- *  - where there is no memory for a trace or for the books, bytes go unreported;
+ *  - without memory for a trace or for the books, bytes are not reported;
  *  - not synchronised: the owner of the books holds a lock. Books that are all zero bytes are empty.
  */
 #ifndef PYRESERVE_TRACING_H
@@ -33,23 +33,23 @@ struct tracing {
     size_t count, capacity;
 };
 
-/* Whether tracemalloc is tracing. Some nanoseconds, and the GIL is not taken. */
+/* Whether tracemalloc is tracing. Takes some nanoseconds, and normally no GIL. */
 bool tracing_is_on(void);
 
-/* Reports [lo, hi), of which nothing is in the books, as one piece; for when tracing_is_on(). */
+/* Reports [lo, hi), none of which is in the books, as one piece. Call it if tracing_is_on(). */
 void tracing_add(struct tracing *books, uintptr_t base, size_t lo, size_t hi);
 
-/* Takes [lo, hi) out of tracemalloc and the books. */
+/* Removes [lo, hi) from tracemalloc and from the books. */
 void tracing_remove(struct tracing *books, uintptr_t base, size_t lo, size_t hi);
 
-/* For addresses that are about to be given back, and may be another thread's before that call
- * returns: suspend takes [lo, hi) out of tracemalloc alone; then resume reports it again, or drop
- * takes it out of the books. */
+/* For addresses that are about to be unmapped, which another thread may own before munmap returns:
+ * suspend removes [lo, hi) from tracemalloc only. Then drop removes it from the books, or resume reports
+ * it again. */
 void tracing_suspend(struct tracing *books, uintptr_t base, size_t lo, size_t hi);
 void tracing_resume(struct tracing *books, uintptr_t base, size_t lo, size_t hi);
 void tracing_drop(struct tracing *books, size_t lo, size_t hi);
 
-/* Frees the books; what was reported stays reported. */
+/* Frees the books. tracemalloc keeps its traces. */
 void tracing_clear(struct tracing *books);
 
 #endif
