@@ -8,8 +8,8 @@
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
                "the bytes of a bitmap are in little-endian bit order");
 
-/* The two loops over whole words that count bits, compiled for each instruction set with a faster way:
- * portable C, POPCNT, AVX2, AVX-512 VPOPCNTDQ. */
+/* The two loops over whole words that count bits, compiled for each instruction set with a faster
+ * way: portable C, POPCNT, AVX2, AVX-512 VPOPCNTDQ. */
 #define COUNTING_LOOPS(suffix, target)                                                             \
     target static uint64_t count_##suffix(const uint64_t *words, size_t n) {                       \
         uint64_t count = 0;                                                                        \
@@ -164,8 +164,8 @@ uint64_t bitmap_count(const uint64_t *words, uint64_t start, uint64_t stop) {
     return count;
 }
 
-/* The number of leading words of [i, n) that equal `same`, in steps of eight so that the compiler can
- * compare 64 bytes at a time. */
+/* The number of leading words of [i, n) that equal `same`, in steps of eight so that the compiler
+ * can compare 64 bytes at a time. */
 static size_t skip_equal(const uint64_t *words, size_t i, size_t n, uint64_t same) {
     size_t begin = i;
     for (; i + 8 <= n; i += 8) {
@@ -192,7 +192,8 @@ static unsigned run_in_word(uint64_t word, uint64_t length) {
     return word == 0 ? 64 : (unsigned)__builtin_ctzll(word);
 }
 
-/* One step of bitmap_seek: the lowest `n` bits of `word` are the bits from `index` on, 1 = equal. */
+/* One step of bitmap_seek: the lowest `n` bits of `word` are the bits from `index` on, 1 =
+ * equal. */
 static bool seek_in_word(uint64_t word, uint64_t index, unsigned n, uint64_t wanted,
                          uint64_t *first) {
     uint64_t full = below(n);

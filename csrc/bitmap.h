@@ -26,10 +26,10 @@ uint64_t bitmap_clear(uint64_t *words, uint64_t start, uint64_t stop);
 /* The number of bits that are set in the range. */
 uint64_t bitmap_count(const uint64_t *words, uint64_t start, uint64_t stop);
 
-/* Finds `wanted` > 0 consecutive bits that equal `value`. On entry `*first` is the start of the run of
- * such bits that ends at `start` (`start` if there is none), so a search can go on from another range.
- * True: the run is [*first, *first + wanted). False: `*first` is the start of the run that ends at
- * `stop`, for the search of the next range. */
+/* Finds `wanted` > 0 consecutive bits that equal `value`. On entry `*first` is the start of the run
+ * of such bits that ends at `start` (`start` if there is none), so a search can go on from another
+ * range. True: the run is [*first, *first + wanted). False: `*first` is the start of the run that
+ * ends at `stop`, for the search of the next range. */
 bool bitmap_seek(const uint64_t *words, uint64_t start, uint64_t stop, bool value, uint64_t wanted,
                  uint64_t *first);
 

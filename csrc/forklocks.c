@@ -14,7 +14,8 @@
 /* PyErr_Fetch is deprecated since 3.12, but its replacement does not exist before. */
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
 
-/* After this many consecutive exceptions a fork goes on without locks: signals cannot cause as many. */
+/* After this many consecutive exceptions a fork goes on without locks: signals cannot cause as
+ * many. */
 enum { MOST_RAISED = 10000 };
 
 static PyObject *registry, *collect;
@@ -151,8 +152,8 @@ static void unlock_tables(PyObject *taken) {
         pagealloc_unlock_fork(tables_of(PyList_GetItem(taken, i)));
 }
 
-/* Takes all locks or none. On failure `*blocked` is a lock that another thread holds; it stays NULL if a
- * call raised. */
+/* Takes all locks or none. On failure `*blocked` is a lock that another thread holds; it stays NULL
+ * if a call raised. */
 static bool take_rlocks(PyObject *locks, PyObject **blocked) {
     Py_ssize_t count = PyList_Size(locks), i = 0;
     int err = 0;

@@ -13,8 +13,8 @@ enum { FEW_PIECES = 512, LARGE_PIECE = 1 << 20 };
 /* Limits per hold of the lock: bytes cleared, blocks allocated. */
 enum { CLEAR_AT_ONCE = 1 << 18, BLOCKS_AT_ONCE = 1 << 12 };
 
-/* Marks, in the note of its first page, a block that heap_free_many is about to free. Serial numbers
- * do not reach this bit, so the mark also makes the handle invalid. */
+/* Marks, in the note of its first page, a block that heap_free_many is about to free. Serial
+ * numbers do not reach this bit, so the mark also makes the handle invalid. */
 #define CONDEMNED (UINT32_C(1) << 31)
 #define SERIAL_MASK ((UINT32_C(1) << HEAP_SERIAL_BITS) - 1)
 #define PAGE_MASK ((UINT64_C(1) << HEAP_PAGE_BITS) - 1)
@@ -47,10 +47,10 @@ static uint64_t page_at(const struct heap *heap, uintptr_t address) {
     return heap->end;
 }
 
-/* Numbers new pages: sets `*page` to the number of the one at `address`. With an index the gaps between
- * arenas, which may be terabytes, get no numbers: addresses far above the last extent start a new one.
- * It leaves at least one number unused, so that no run joins across the gap, and keeps the distance to a
- * multiple of `unit`, so that an aligned page number is an aligned address. */
+/* Numbers new pages: sets `*page` to the number of the one at `address`. With an index the gaps
+ * between arenas, which may be terabytes, get no numbers: addresses far above the last extent start
+ * a new one. It leaves at least one number unused, so that no run joins across the gap, and keeps
+ * the distance to a multiple of `unit`, so that an aligned page number is an aligned address. */
 static int64_t number_pages(struct heap *heap, uintptr_t address, uint64_t *page) {
     const struct heap_metadata *meta = &heap->meta;
     if (heap->extent_count > 0) {
@@ -104,15 +104,16 @@ static unsigned char *entry_at(const struct heap *heap, uintptr_t address, unsig
     const struct heap_metadata *meta = &heap->meta;
     *mask = meta->bitmap_bits == 4 ? 0x0f : 0x11;
     size_t a_byte = meta->word * (8 / meta->bitmap_bits); /* bytes of arena that a byte describes */
-    /* With an index the bitmap of a unit grows upwards. Without, Go's bitmap grows down from `start`. */
+    /* With an index the bitmap of a unit grows upwards. Without, Go's bitmap grows down from
+     * `start`. */
     if (meta->index != NULL)
         return (unsigned char *)meta->index[address / meta->unit] + address % meta->unit / a_byte;
     return (unsigned char *)meta->start - 1 - (address - meta->start) / a_byte;
 }
 
-/* Writes the span words of a block of `n` pages, or zeros them if `nbytes` is 0: the size at the first
- * page, then the distance back at the pages of the Fenwick update. Numbers count from 1 for that, and
- * `at & -at` is the lowest set bit. */
+/* Writes the span words of a block of `n` pages, or zeros them if `nbytes` is 0: the size at the
+ * first page, then the distance back at the pages of the Fenwick update. Numbers count from 1 for
+ * that, and `at & -at` is the lowest set bit. */
 static void write_spans(const struct heap *heap, uintptr_t address, uint64_t n, uint64_t nbytes) {
     uint64_t first = (address - heap->meta.start) / heap->meta.page + 1;
     write_span(heap, address, nbytes == 0 ? 0 : 2 * nbytes + 1);
@@ -121,8 +122,9 @@ static void write_spans(const struct heap *heap, uintptr_t address, uint64_t n, 
                    nbytes == 0 ? 0 : 2 * (at - first));
 }
 
-/* The start of the block with the page at an address: the Fenwick query visits pages downwards until
- * one has a word. False if there is none or the word makes no sense; the caller checks the rest. */
+/* The start of the block with the page at an address: the Fenwick query visits pages downwards
+ * until one has a word. False if there is none or the word makes no sense; the caller checks the
+ * rest. */
 static bool block_start(const struct heap *heap, uintptr_t address, uintptr_t *start) {
     uint64_t page = (address - heap->meta.start) / heap->meta.page;
     for (uint64_t at = page + 1; at > 0; at -= at & -at) {
@@ -169,8 +171,8 @@ static bool may_be_block(const struct heap *heap, uint64_t page, uint64_t n) {
            (page >= heap->claimed.stop || page + n <= heap->claimed.start);
 }
 
-/* The size of the block that starts at a page, as its span word says, if all the pages that it would
- * have are in use; else 0. */
+/* The size of the block that starts at a page, as its span word says, if all the pages that it
+ * would have are in use; else 0. */
 static uint64_t size_at(const struct heap *heap, uint64_t page) {
     if (page >= heap->end || !may_be_block(heap, page, 1))
         return 0;
@@ -210,7 +212,8 @@ static int commit_gap(struct heap *heap, size_t lo, size_t hi) {
 static int64_t recommit(struct heap *heap, uint64_t page, uint64_t n) {
     size_t offset = address_of(heap, page) - (uintptr_t)heap->region->base;
     size_t length = (size_t)n * heap->meta.page;
-    /* In many pieces, close the hole; if that is refused, as by a limit, commit just these pages. */
+    /* In many pieces, close the hole; if that is refused, as by a limit, commit just these
+     * pages. */
     bool many = heap->region->committed.count >= FEW_PIECES && heap->meta.index == NULL;
     int err = many && commit_gap(heap, offset, offset + length) == 0
                   ? 0
@@ -221,8 +224,8 @@ static int64_t recommit(struct heap *heap, uint64_t page, uint64_t n) {
     return 0;
 }
 
-/* Makes pages that were just allocated accessible if some of them were released. On a refusal it frees
- * the pages. */
+/* Makes pages that were just allocated accessible if some of them were released. On a refusal it
+ * frees the pages. */
 static int64_t commit_released(struct heap *heap, uint64_t page, uint64_t n, bool may_commit) {
     if (heap->released_pages == 0 ||
         bitmap_find(heap->released, page, page + n, true) == page + n)
@@ -261,8 +264,9 @@ static int64_t allocate_block(struct heap *heap, uint64_t nbytes, uint64_t align
         return PAGEALLOC_ALIGNMENT;
     if (heap->extent_count == 0)
         return PAGEALLOC_FULL;
-    /* Alignment below a page is free. Above, page numbers count from `start`, which need not be aligned:
-     * `phase` shifts the search. With an index the numbers are aligned as the addresses are. */
+    /* Alignment below a page is free. Above, page numbers count from `start`, which need not be
+     * aligned: `phase` shifts the search. With an index the numbers are aligned as the addresses
+     * are. */
     uint64_t n = pages_for(heap, nbytes), coarse = align / heap->meta.page, phase = 0;
     if (coarse > 1 && heap->meta.index == NULL)
         phase = heap->meta.start / heap->meta.page & (coarse - 1);
@@ -271,11 +275,11 @@ static int64_t allocate_block(struct heap *heap, uint64_t nbytes, uint64_t align
     return refused != 0 ? refused : record_block(heap, (uint64_t)page, n, nbytes);
 }
 
-/* Allocates blocks of sizes[*i] and the sizes after it in the lowest run that fits the first, until the
- * run is full. A block smaller than the first ends this, since a lower run might fit it. The result is
- * the same as allocating one by one, with one search for all. */
+/* Allocates blocks of sizes[*i] and the sizes after it in the lowest run that fits the first, until
+ * the run is full. A block smaller than the first ends this, since a lower run might fit it. The
+ * result is the same as allocating one by one, with one search for all. */
 static int64_t allocate_in_run(struct heap *heap, const struct pagealloc_integers *sizes,
-                             int64_t *handles, size_t *i, size_t stop, bool may_commit) {
+                               int64_t *handles, size_t *i, size_t stop, bool may_commit) {
     struct pagealloc_run run;
     uint64_t first = pagealloc_integer(sizes, *i), total = 0;
     if (heap->closed)
@@ -327,8 +331,9 @@ static void free_pages(struct heap *heap, uint64_t page, uint64_t n) {
     (void)pagealloc_free_held(heap->pages, page, n);
 }
 
-/* Zeros the dirty pages of a new block, a piece per hold of the lock so that other threads wait less.
- * Another thread may find the block and free it in between, so each piece checks that it is live. */
+/* Zeros the dirty pages of a new block, a piece per hold of the lock so that other threads wait
+ * less. Another thread may find the block and free it in between, so each piece checks that it is
+ * live. */
 static void clear_dirty(struct heap *heap, int64_t handle, uint64_t n) {
     uint64_t page = page_of(handle), end = page + n, most = CLEAR_AT_ONCE / heap->meta.page + 1;
     while (page < end) {
@@ -415,7 +420,8 @@ int64_t heap_free_many(struct heap *heap, const int64_t *handles, size_t count, 
     int64_t result = 0;
     size_t i = 0;
     pagealloc_lock(heap->pages);
-    /* First pass: check every handle and mark its block, which makes a second occurrence invalid. */
+    /* First pass: check every handle and mark its block, which makes a second occurrence
+     * invalid. */
     for (; i < count && result == 0; i++) {
         if (heap->closed)
             result = HEAP_CLOSED;
@@ -510,10 +516,10 @@ int64_t heap_blocks(struct heap *heap, uint64_t *from, int64_t *handles, size_t 
 
 /* -- giving pages back to the kernel ------------------------------------------------------------ */
 
-/* A bit for each of the 64 pages of word `i` that is worth giving back if it is free: dirty, old enough
- * and, with `lazy`, not released. */
+/* A bit for each of the 64 pages of word `i` that is worth giving back if it is free: dirty, old
+ * enough and, with `lazy`, not released. */
 static uint64_t eligible_pages(const struct heap *heap, uint64_t i, uint32_t age, uint32_t now,
-                         bool lazy) {
+                               bool lazy) {
     uint64_t pages = heap->dirty[i] & (lazy ? ~heap->released[i] : ~UINT64_C(0));
     for (uint64_t rest = age > 0 ? pages : 0; rest != 0; rest &= rest - 1) {
         unsigned bit = (unsigned)__builtin_ctzll(rest);
@@ -545,8 +551,8 @@ int64_t heap_idle(struct heap *heap, uint64_t below, uint64_t most, uint64_t lon
     size_t n = 0;
     pagealloc_lock(heap->pages);
     while (n < max && most > 0 && pagealloc_run_below_held(heap->pages, below, &run)) {
-        /* In each free run from the top: the highest eligible page ends a piece, and the next page below
-         * that is not eligible, or a limit, starts it. */
+        /* In each free run from the top: the highest eligible page ends a piece, and the next page
+         * below that is not eligible, or a limit, starts it. */
         uint64_t stop = end_of_last(heap, run.start, run.stop, true, age, now, lazy);
         below = run.start;
         if (stop == run.start)
@@ -570,7 +576,8 @@ static void discard_inside(const struct heap *heap, uintptr_t low, uintptr_t hig
         (void)vm_discard(low, high - low);
 }
 
-/* Discards the metadata of free pages: span words and bitmap entries are zero, notes have no use. */
+/* Discards the metadata of free pages: span words and bitmap entries are zero, notes have no
+ * use. */
 static void discard_metadata(const struct heap *heap, uint64_t start, uint64_t stop) {
     const struct heap_metadata *meta = &heap->meta;
     uintptr_t low = address_of(heap, start);
@@ -592,8 +599,8 @@ static void discard_metadata(const struct heap *heap, uint64_t start, uint64_t s
     }
 }
 
-/* Decommits a large piece of charged memory, or discards its contents. A refused decommit may have left
- * the bytes reserved, which is as good. */
+/* Decommits a large piece of charged memory, or discards its contents. A refused decommit may have
+ * left the bytes reserved, which is as good. */
 static int return_memory(struct region *region, size_t offset, size_t length, bool lazy) {
     bool charged = !(region->accounting & VM_NORESERVE);
     if (!lazy && charged && length >= LARGE_PIECE && region->committed.count < FEW_PIECES &&
@@ -619,7 +626,8 @@ int64_t heap_give_back(struct heap *heap, const struct pagealloc_run *piece, boo
     int err = return_memory(heap->region, offset, nbytes, lazy);
     if (err == 0 && !lazy)
         discard_metadata(heap, start, piece->stop);
-    /* Free them again and account: released, and zero unless the kernel may still have the contents. */
+    /* Free them again and account: released, and zero unless the kernel may still have the
+     * contents. */
     pagealloc_lock(heap->pages);
     (void)pagealloc_free_held(heap->pages, start, n);
     heap->claimed = (struct pagealloc_run){0, 0};

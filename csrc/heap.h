@@ -1,8 +1,8 @@
-/* heap: allocates blocks from the pages of an arena and returns idle pages to the kernel.
- * Uses pagealloc and region, and vm for the metadata.
+/* heap: allocates blocks from the pages of an arena and returns idle pages to the kernel. Uses
+ * pagealloc and region, and vm for the metadata.
  *
- * A block is a run of whole pages; its size in bytes is what the caller asked for. Two tables inside
- * the arena describe blocks, in the form of Go's runtime:
+ * A block is a run of whole pages; its size in bytes is what the caller asked for. Two tables
+ * inside the arena describe blocks, in the form of Go's runtime:
  *  - spans, one word per page. The first page of a block holds its size as 2 * nbytes + 1. A few of
  *    its other pages hold the distance back to the first page as 2 * distance. They are the pages
  *    that an update of a Fenwick tree (P. Fenwick, 1994) visits from the first page on, so a lookup
@@ -19,16 +19,16 @@
  *  - released: the page was given back to the kernel and must be committed again before use.
  *
  * A handle names a block: page | zeroed << HEAP_PAGE_BITS | serial << (HEAP_PAGE_BITS + 1). The
- * serial number tells a freed block from the block now in its place, unless a multiple of 2^28 blocks
- * were allocated in between.
+ * serial number tells a freed block from the block now in its place, unless a multiple of 2^28
+ * blocks were allocated in between.
  *
  * Orders of magnitude: 1 GiB of 8 KiB pages has 512 KiB of notes and 32 KiB of bits, and 64 TiB has
  * 2^16 times as much: demand-zero memory, backed only where pages were used.
  *
  * Holds for every function here:
- *  - a result that is a handle, a count or a number of bytes is not negative. A negative result is an
- *    enum heap_refusal, an enum pagealloc_refusal, or HEAP_ERRNO - errno of a refused system call;
- *    then nothing has changed;
+ *  - a result that is a handle, a count or a number of bytes is not negative. A negative result is
+ *    an enum heap_refusal, an enum pagealloc_refusal, or HEAP_ERRNO - errno of a refused system
+ *    call; then nothing has changed;
  *  - any thread may call: the functions take the page allocator's lock. heap_give_back, and the
  *    allocating functions with `may_commit`, also change the region's books: their caller holds the
  *    region's lock.
@@ -54,7 +54,8 @@ enum heap_refusal {
 
 enum { HEAP_PAGE_BITS = 34, HEAP_SERIAL_BITS = 28, HEAP_EXTENTS = 128 };
 
-/* A range of consecutive addresses: page number `page` lies at `address`, the next ones above it. */
+/* A range of consecutive addresses: page number `page` lies at `address`, the next ones above
+ * it. */
 struct heap_extent {
     uint64_t page;
     uintptr_t address;
@@ -96,9 +97,9 @@ struct heap {
  * include the spans. */
 uint64_t heap_bytes(uint64_t capacity, bool spans);
 
-/* Opens the zeroed `*heap` as an empty heap whose pages lie in `region`. `tables` is heap_bytes() zero
- * bytes, aligned to an OS page. They begin with the page allocator; pagealloc_close on it frees what
- * the heap holds. */
+/* Opens the zeroed `*heap` as an empty heap whose pages lie in `region`. `tables` is heap_bytes()
+ * zero bytes, aligned to an OS page. They begin with the page allocator; pagealloc_close on it
+ * frees what the heap holds. */
 void heap_open(struct heap *heap, void *tables, uint64_t capacity, bool spans,
                struct region *region, const struct heap_metadata *metadata);
 
@@ -119,7 +120,8 @@ int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero
 /* Frees a block. Returns its size. */
 int64_t heap_free(struct heap *heap, int64_t handle);
 
-/* Replaces the handle of a block by `*renamed`; the old handle is invalid from then on. Returns 0. */
+/* Replaces the handle of a block by `*renamed`; the old handle is invalid from then on. Returns
+ * 0. */
 int64_t heap_rename(struct heap *heap, int64_t handle, int64_t *renamed);
 
 /* Allocates blocks of sizes[from] to sizes[count - 1] bytes until one is refused. `*refused` is the
@@ -131,9 +133,9 @@ int64_t heap_alloc_many(struct heap *heap, const struct pagealloc_integers *size
 uint64_t heap_need(const struct heap *heap, const struct pagealloc_integers *sizes, size_t from,
                    size_t count);
 
-/* Frees all blocks or none: `*failed` is then the index of the first handle that names no live block
- * or occurs twice. Returns the bytes freed. `undo` removes the blocks from `mallocs` instead of
- * counting `frees`: for blocks of an allocation that failed later. */
+/* Frees all blocks or none: `*failed` is then the index of the first handle that names no live
+ * block or occurs twice. Returns the bytes freed. `undo` removes the blocks from `mallocs` instead
+ * of counting `frees`: for blocks of an allocation that failed later. */
 int64_t heap_free_many(struct heap *heap, const int64_t *handles, size_t count, bool undo,
                        size_t *failed);
 
@@ -145,8 +147,8 @@ int64_t heap_nbytes(struct heap *heap, int64_t handle);
 uintptr_t heap_page_address(struct heap *heap, uint64_t page);
 uintptr_t heap_address(struct heap *heap, int64_t handle);
 
-/* Writes the handles of up to `max` blocks from page `*from` on, lowest first, and sets `*from` to the
- * page at which to continue. Returns how many; 0: no more. */
+/* Writes the handles of up to `max` blocks from page `*from` on, lowest first, and sets `*from` to
+ * the page at which to continue. Returns how many; 0: no more. */
 int64_t heap_blocks(struct heap *heap, uint64_t *from, int64_t *handles, size_t max);
 
 /* Finds free pages below page `below` that are worth giving back: dirty, free for at least `age`
@@ -157,8 +159,8 @@ int64_t heap_idle(struct heap *heap, uint64_t below, uint64_t most, uint64_t lon
 
 /* Gives a run of free pages back to the kernel, with the metadata that describes only them. Charged
  * memory is decommitted if the run is large and the region is in few pieces; otherwise its contents
- * are discarded, with `lazy` when the kernel needs memory. Returns the bytes; 0 if some of the pages
- * are in use by now. */
+ * are discarded, with `lazy` when the kernel needs memory. Returns the bytes; 0 if some of the
+ * pages are in use by now. */
 int64_t heap_give_back(struct heap *heap, const struct pagealloc_run *piece, bool lazy);
 
 /* Writes the statistics of one moment. */

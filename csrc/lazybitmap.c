@@ -5,16 +5,18 @@
 
 #include "words.h"
 
-/* Steps of 64 KiB save a system call per page for a bitmap that fills up. Memory itself is still backed
- * page by page at first touch. */
+/* Steps of 64 KiB save a system call per page for a bitmap that fills up. Memory itself is still
+ * backed page by page at first touch. */
 #define COMMIT_STEP ((uint64_t)64 << 10)
 
 static uint64_t *words_of(const struct region *bits) {
     return (uint64_t *)(void *)bits->base;
 }
 
-/* Whether the bits from `at` on are committed; up to `*end`, at most `stop`, they are in one state. */
-static bool committed_segment(const struct region *bits, uint64_t at, uint64_t stop, uint64_t *end) {
+/* Whether the bits from `at` on are committed; up to `*end`, at most `stop`, they are in one
+ * state. */
+static bool committed_segment(const struct region *bits, uint64_t at, uint64_t stop,
+                              uint64_t *end) {
     struct run piece;
     size_t lo = (size_t)(at / 8), hi = (size_t)(stop / 8 + (stop % 8 != 0));
     *end = stop;
@@ -207,7 +209,7 @@ static bool next_set(const struct region *bits, uint64_t from, uint64_t step, ui
 
 /* Copies the bits [at, end) of a committed segment of `other` to `to`. */
 static void copy_consecutive(struct region *bits, uint64_t to, const struct region *other,
-                            uint64_t at, uint64_t end) {
+                             uint64_t at, uint64_t end) {
     while (at < end) {
         unsigned n = (unsigned)smaller(64, end - at);
         bitmap_deposit(words_of(bits), to, n, bitmap_extract(words_of(other), at, n));

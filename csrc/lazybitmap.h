@@ -1,14 +1,15 @@
 /* lazybitmap: a bitmap in a region of its own, committed only where bits were set. Uses region and
  * bitmap.
  *
- * 2^40 bits are 128 GiB of words, only addresses until bits are set; setting one commits 64 KiB, which
- * is 2^19 bits. Uncommitted bits read as clear: no function commits memory to read, clear or search.
+ * 2^40 bits are 128 GiB of words, only addresses until bits are set; setting one commits 64 KiB,
+ * which is 2^19 bits. Uncommitted bits read as clear: no function commits memory to read, clear or
+ * search.
  *
  * Holds for every function here:
- *  - the region holds the bits [0, nbits) and nothing else, and its owner never decommits it; ranges
- *    are half-open, start <= stop, inside it; all bits of a released region read as clear;
- *  - a negative result is the negated errno of a refused commit (EBADF: the region is released); then
- *    no bit has changed;
+ *  - the region holds the bits [0, nbits) and nothing else, and its owner never decommits it;
+ *    ranges are half-open, start <= stop, inside it; all bits of a released region read as clear;
+ *  - a negative result is the negated errno of a refused commit (EBADF: the region is released);
+ *    then no bit has changed;
  *  - not synchronised: the owner holds a lock around each call.
  */
 #ifndef PYRESERVE_LAZYBITMAP_H
@@ -49,8 +50,8 @@ bool lazybitmap_equal(const struct region *bits, const struct region *other, uin
 int64_t lazybitmap_copy(struct region *bits, uint64_t start, const struct region *other,
                         uint64_t from, uint64_t step, uint64_t n, bool reverse);
 
-/* Copies the range to `out`; bit `start` is the lowest of the first byte, and unused bits of the last
- * byte are clear. */
+/* Copies the range to `out`; bit `start` is the lowest of the first byte, and unused bits of the
+ * last byte are clear. */
 void lazybitmap_read(const struct region *bits, uint64_t start, uint64_t stop, unsigned char *out);
 
 /* Replaces the range by bits in the same format. Clear bits commit nothing. */

@@ -27,7 +27,7 @@ enum {
 /* The runs that cross the borders of a chunk. */
 struct tag {
     uint64_t length; /* of the run that starts in this chunk and leaves it; 0: there is none */
-    uint64_t start;  /* 1 + first page of the run that ends in this chunk and starts below; 0: none */
+    uint64_t start;  /* 1 + first page of the run that comes from below and ends here; 0: none */
 };
 
 struct pagealloc {
@@ -118,14 +118,16 @@ static uint16_t largest_after(const struct pagealloc *pages, unsigned level, uin
     const uint16_t *line = pages->codes[level] + i / FAN * FAN;
     unsigned at = (unsigned)(i % FAN);
     /* Mostly no sibling is larger, which one comparison tells. */
-    uint32_t larger = code == UINT16_MAX ? 0 : SCAN(pages->wide, at_least, line, (uint16_t)(code + 1));
+    uint32_t larger = code == UINT16_MAX
+                          ? 0
+                          : SCAN(pages->wide, at_least, line, (uint16_t)(code + 1));
     if ((larger & ~(UINT32_C(1) << at)) == 0)
         return code;
     return SCAN(pages->wide, largest, line, at, code);
 }
 
-/* Sets the code of a chunk and updates its ancestors, up to the first one that stays the same. A line
- * is read before it is written: a 64-byte load right after a 2-byte store to it stalls. */
+/* Sets the code of a chunk and updates its ancestors, up to the first one that stays the same. A
+ * line is read before it is written: a 64-byte load right after a 2-byte store to it stalls. */
 static void set_code(struct pagealloc *pages, uint64_t i, uint16_t code) {
     for (unsigned level = 0;; level++) {
         uint16_t *node = &pages->codes[level][i], before = *node;
@@ -172,14 +174,15 @@ static bool is_set(const struct pagealloc *pages, uint64_t page) {
     return bits_of(pages)[page / 64] >> (page % 64) & 1;
 }
 
-/* The bits of the runs that start in a chunk. If a run from below ends here, its bits are removed in
- * `copy`, which is returned; otherwise the chunk itself is. */
+/* The bits of the runs that start in a chunk. If a run from below ends here, its bits are removed
+ * in `copy`, which is returned; otherwise the chunk itself is. */
 static const uint64_t *started_here(const struct pagealloc *pages, uint64_t chunk, uint64_t *copy) {
     const uint64_t *words = pages->bits[chunk];
     if (pages->tags[chunk].start == 0)
         return words;
     memcpy(copy, words, CHUNK / 8);
-    /* Clear the leading ones: whole words, then x & (x + 1), which clears the lowest row of ones. */
+    /* Clear the leading ones: whole words, then x & (x + 1), which clears the lowest row of
+     * ones. */
     unsigned i = 0;
     while (i < WORDS && copy[i] == ~UINT64_C(0))
         copy[i++] = 0;
@@ -191,7 +194,8 @@ static const uint64_t *started_here(const struct pagealloc *pages, uint64_t chun
 /* Recomputes the code of a chunk from its bits and its tag. */
 static void update_chunk(struct pagealloc *pages, uint64_t chunk) {
     uint64_t copy[WORDS], length = pages->tags[chunk].length;
-    /* A run that leaves the chunk and is longer than one is the longest without a look at the bits. */
+    /* A run that leaves the chunk and is longer than one is the longest without a look at the
+     * bits. */
     if (length < CHUNK) {
         const uint64_t *words = started_here(pages, chunk, copy);
         uint64_t longest = scan_longest_long(words);
@@ -247,7 +251,8 @@ static uint64_t start_of(const struct pagealloc *pages, uint64_t end) {
 static uint64_t last_start(const struct pagealloc *pages, uint64_t below) {
     uint64_t chunk = below == 0 ? 0 : chunk_of(below - 1), copy[WORDS];
     unsigned n = (unsigned)(below - chunk * CHUNK);
-    /* Look at the bits of the chunk of `below`, then of the nearest chunk below in which a run starts. */
+    /* Look at the bits of the chunk of `below`, then of the nearest chunk below in which a run
+     * starts. */
     for (; chunk != NONE; chunk = chunk_below(pages, chunk), n = CHUNK) {
         const uint64_t *words = started_here(pages, chunk, copy);
         for (unsigned end = n; end > 0; end = (end - 1) / 64 * 64) {
@@ -317,8 +322,8 @@ static void clear_bits(struct pagealloc *pages, uint64_t start, uint64_t stop) {
         words[i] = 0;
 }
 
-/* Marks [start, stop) as a free run that touches no other: bits in its first and last chunk, tags if
- * these differ, and the code of the first. The bits of the chunks in between stay zero. */
+/* Marks [start, stop) as a free run that touches no other: bits in its first and last chunk, tags
+ * if these differ, and the code of the first. The bits of the chunks in between stay zero. */
 static void insert_run(struct pagealloc *pages, uint64_t start, uint64_t stop) {
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1);
     if (first == last) {
@@ -332,7 +337,8 @@ static void insert_run(struct pagealloc *pages, uint64_t start, uint64_t stop) {
     raise_code(pages, first, stop - start);
 }
 
-/* Unmarks the run [start, stop). The code of its first chunk still counts it: the caller updates it. */
+/* Unmarks the run [start, stop). The code of its first chunk still counts it: the caller updates
+ * it. */
 static void erase_run(struct pagealloc *pages, uint64_t start, uint64_t stop) {
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1);
     if (first == last) {
@@ -369,17 +375,18 @@ static void move_start(struct pagealloc *pages, uint64_t start, uint64_t stop) {
         raise_code(pages, first, stop - start);
 }
 
-/* Allocates [page, page + n) from the free run [start, stop): splits the run, clears the bits of the
- * pages and brings the code of the first chunk up to date. */
+/* Allocates [page, page + n) from the free run [start, stop): splits the run, clears the bits of
+ * the pages and brings the code of the first chunk up to date. */
 static void take_run(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_t page,
-                 uint64_t n) {
+                     uint64_t n) {
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1), end = page + n;
     pages->free -= n;
-    /* The usual case, a run in one chunk that may be its longest: one kernel clears the bits and finds
-     * the longest run that is left. The rest behind the pages is a lower bound for it. */
-    if (first == last && pages->tags[first].start == 0 && may_be_longest(pages, first, stop - start)) {
+    /* The usual case, a run in one chunk that may be its longest: one kernel clears the bits and
+     * finds the longest run that is left. The rest behind the pages is a lower bound for it. */
+    if (first == last && pages->tags[first].start == 0 &&
+        may_be_longest(pages, first, stop - start)) {
         uint64_t longest = SCAN(pages->wide, longest_without, pages->bits[first],
-                                  (unsigned)(page - first * CHUNK), (unsigned)(end - first * CHUNK),
+                                (unsigned)(page - first * CHUNK), (unsigned)(end - first * CHUNK),
                                   (unsigned)(stop - end));
         uint64_t leaving = pages->tags[first].length;
         set_code(pages, first, code_of(leaving > longest ? leaving : longest));
@@ -405,13 +412,15 @@ static void take_run(struct pagealloc *pages, uint64_t start, uint64_t stop, uin
         if (end < stop)
             insert_run(pages, end, stop);
     }
-    /* insert_run and move_start only raise codes, so the first chunk may still count the old run. */
+    /* insert_run and move_start only raise codes, so the first chunk may still count the old
+     * run. */
     if (may_be_longest(pages, first, stop - start))
         update_chunk(pages, first);
 }
 
 /* Zeros the bits and the tag of a chunk that has become an inner chunk of a run. */
-static void clear_inner_chunk(struct pagealloc *pages, uint64_t chunk, uint64_t first, uint64_t last) {
+static void clear_inner_chunk(struct pagealloc *pages, uint64_t chunk, uint64_t first,
+                              uint64_t last) {
     if (first < chunk && chunk < last) {
         memset(pages->bits[chunk], 0, CHUNK / 8);
         pages->tags[chunk] = (struct tag){0, 0};
@@ -421,9 +430,10 @@ static void clear_inner_chunk(struct pagealloc *pages, uint64_t chunk, uint64_t 
 /* Joins the run [start, page), the pages [page, end) and the run [end, stop) to one run that spans
  * several chunks. Each of the two runs may be empty. */
 static void join_runs(struct pagealloc *pages, uint64_t start, uint64_t stop, uint64_t page,
-                 uint64_t end) {
+                      uint64_t end) {
     uint64_t first = chunk_of(start), last = chunk_of(stop - 1), border = (first + 1) * CHUNK;
-    /* The last chunk of the lower run and the first chunk of the upper one may now be inner chunks. */
+    /* The last chunk of the lower run and the first chunk of the upper one may now be inner
+     * chunks. */
     if (start < page)
         clear_inner_chunk(pages, chunk_of(page - 1), first, last);
     if (end < stop)
@@ -439,8 +449,8 @@ static void join_runs(struct pagealloc *pages, uint64_t start, uint64_t stop, ui
     raise_code(pages, first, stop - start);
 }
 
-/* Frees [page, page + n), all of it in use: finds the free runs that touch it, joins them and brings
- * the codes up to date. */
+/* Frees [page, page + n), all of it in use: finds the free runs that touch it, joins them and
+ * brings the codes up to date. */
 static void return_run(struct pagealloc *pages, uint64_t page, uint64_t n) {
     uint64_t end = page + n, start = page, stop = end;
     /* Free neighbours show in the bits: their end pages lie in first or last chunks, never in inner
@@ -474,7 +484,8 @@ static bool is_outside(const struct pagealloc *pages, uint64_t page, uint64_t n)
     return n == 0 || page >= pages->capacity || n > pages->capacity - page;
 }
 
-/* Whether a chunk is an inner chunk of a free run, whose pages are free although its bits are zero. */
+/* Whether a chunk is an inner chunk of a free run, whose pages are free although its bits are
+ * zero. */
 static bool is_inner_chunk(const struct pagealloc *pages, uint64_t chunk) {
     const uint64_t *words = pages->bits[chunk];
     uint64_t any = pages->codes[0][chunk];
@@ -487,8 +498,8 @@ static bool is_inner_chunk(const struct pagealloc *pages, uint64_t chunk) {
     return start != NONE && stop_of(pages, start) > chunk * CHUNK;
 }
 
-/* Whether some of [page, page + n), all below the capacity, are free: bits in the outer chunks, a run
- * that starts in a chunk between them, or a run from below that covers the first. */
+/* Whether some of [page, page + n), all below the capacity, are free: bits in the outer chunks, a
+ * run that starts in a chunk between them, or a run from below that covers the first. */
 static bool some_free(const struct pagealloc *pages, uint64_t page, uint64_t n) {
     uint64_t first = chunk_of(page), last = chunk_of(page + n - 1);
     uint64_t border = (first + 1) * CHUNK;
@@ -510,7 +521,7 @@ static bool is_part(const struct pagealloc *pages, uint64_t page, uint64_t n) {
 
 /* Sets `*page` to the lowest page of the run with the alignment; false if fewer than `n` follow. */
 static bool aligned_page_in(struct pagealloc_run *run, uint64_t n, uint64_t align, uint64_t phase,
-                  uint64_t *page) {
+                            uint64_t *page) {
     uint64_t off = (run->start + phase) & (align - 1);
     uint64_t skip = off == 0 ? 0 : align - off;
     *page = run->start + skip;
@@ -570,9 +581,9 @@ static bool run_after(const struct pagealloc *pages, uint64_t n, struct pageallo
 }
 
 /* The lowest well-placed run, unless it hides behind many long but misplaced ones. */
-/* The lowest run that holds `n` pages with the alignment, and the first of these pages. Runs that are
- * long enough are tried in turn; after PATIENCE misaligned ones, the lowest run with `align` - 1 spare
- * pages, which always fits, bounds the time. */
+/* The lowest run that holds `n` pages with the alignment, and the first of these pages. Runs that
+ * are long enough are tried in turn; after PATIENCE misaligned ones, the lowest run with `align` -
+ * 1 spare pages, which always fits, bounds the time. */
 static bool aligned_run(const struct pagealloc *pages, uint64_t n, uint64_t align, uint64_t phase,
                         struct pagealloc_run *run, uint64_t *page) {
     bool found = run_from_chunk(pages, 0, n, run);
@@ -845,8 +856,8 @@ static void count_levels(struct pagealloc *pages, uint64_t capacity) {
 }
 
 /* Places the tables after the struct, small and hot ones first; returns their end. Most sizes are
- * powers of two: without a gap of a few cache lines the last entries of all levels would have the same
- * offset in an OS page, and loads would wait for unrelated stores (4K aliasing). */
+ * powers of two: without a gap of a few cache lines the last entries of all levels would have the
+ * same offset in an OS page, and loads would wait for unrelated stores (4K aliasing). */
 static uint64_t lay_out(struct pagealloc *pages, uintptr_t memory) {
     uint64_t at = round_up(sizeof *pages, LINE);
     for (unsigned level = pages->levels; level-- > 0;) {
@@ -890,8 +901,8 @@ void pagealloc_close(struct pagealloc *pages) {
 /* Its address identifies a thread, and stays the same in a forked child. */
 static _Thread_local char this_thread;
 
-/* Whether this thread holds the lock for a fork. Only this thread writes the value that makes it true,
- * so relaxed order is enough. */
+/* Whether this thread holds the lock for a fork. Only this thread writes the value that makes it
+ * true, so relaxed order is enough. */
 static bool holds_for_fork(struct pagealloc *pages) {
     const void *thread = atomic_load_explicit(&pages->forking, memory_order_relaxed);
     return thread != NULL && thread == &this_thread;

@@ -2,10 +2,10 @@
  * call. Included by pagealloc.c alone.
  *
  * A line is either a chunk, 512 bits in eight words, 1 = a free page, or 32 codes of a tree node.
- * Each function exists twice: portable C, and a "wide" form in 512-bit registers that holds a line in
- * one of them (AVX-512 F, BW, VL, DQ, VBMI2: Intel since Ice Lake, AMD since Zen 4). SCAN picks one.
- * A free with an allocation takes 60 to 130 ns with the wide forms and 200 to 570 ns without (1 GiB of
- * 4 KiB pages, runs of 1 to 128 pages).
+ * Each function exists twice: portable C, and a "wide" form in 512-bit registers that holds a line
+ * in one of them (AVX-512 F, BW, VL, DQ, VBMI2: Intel since Ice Lake, AMD since Zen 4). SCAN picks
+ * one. A free with an allocation takes 60 to 130 ns with the wide forms and 200 to 570 ns without
+ * (1 GiB of 4 KiB pages, runs of 1 to 128 pages).
  *
  * They are static inline in a header because pagealloc compiles its two hot paths once more as one
  * flat function for these instructions; as calls into another file they cost 3 to 10 % of a pair of
@@ -43,8 +43,8 @@ static void scan_shift_down(uint64_t *out, const uint64_t *words, unsigned by, u
     }
 }
 
-/* Clears each bit whose bit `by` further on is 0. If that would clear all, changes nothing and returns
- * false. */
+/* Clears each bit whose bit `by` further on is 0. If that would clear all, changes nothing and
+ * returns false. */
 static bool scan_shorten(uint64_t *words, unsigned by) {
     uint64_t shorter[SCAN_WORDS], any = 0;
     scan_shift_down(shorter, words, by, 0);
@@ -55,8 +55,8 @@ static bool scan_shorten(uint64_t *words, unsigned by) {
     return any != 0;
 }
 
-/* The length of the longest run of ones. Doubling: after a shift by 1, 2, 4, ... a bit is left for each
- * start of 2, 4, 8, ... ones, until none is; then the steps shrink again. */
+/* The length of the longest run of ones. Doubling: after a shift by 1, 2, 4, ... a bit is left for
+ * each start of 2, 4, 8, ... ones, until none is; then the steps shrink again. */
 static unsigned scan_longest_portable(const uint64_t *words) {
     uint64_t ones[SCAN_WORDS], any = 0;
     for (unsigned i = 0; i < SCAN_WORDS; i++)
@@ -71,8 +71,8 @@ static unsigned scan_longest_portable(const uint64_t *words) {
     return length;
 }
 
-/* Clears the bits [start, stop) and returns the length of the longest run of ones that is left. `rest` is
- * the length of one of them, often the longest. */
+/* Clears the bits [start, stop) and returns the length of the longest run of ones that is left.
+ * `rest` is the length of one of them, often the longest. */
 static unsigned scan_longest_without_portable(uint64_t *words, unsigned start, unsigned stop,
                                          unsigned rest) {
     (void)rest;
@@ -80,8 +80,8 @@ static unsigned scan_longest_without_portable(uint64_t *words, unsigned start, u
     return scan_longest_portable(words);
 }
 
-/* The start of the lowest run of `n` ones, 0 < n <= SCAN_BITS, which must exist; bits behind the chunk
- * are those of `fill`. */
+/* The start of the lowest run of `n` ones, 0 < n <= SCAN_BITS, which must exist; bits behind the
+ * chunk are those of `fill`. */
 static unsigned scan_find_portable(const uint64_t *words, unsigned n, uint64_t fill) {
     uint64_t ones[SCAN_WORDS], moved[SCAN_WORDS];
     memcpy(ones, words, sizeof ones);
@@ -124,7 +124,8 @@ static inline unsigned scan_high_ones(uint64_t word) {
 }
 
 /* A run of 64 or more reaches the end of a word, so a scan word by word is faster than the other
- * kernels. Returns the start of the lowest run of `n` >= 64 ones, else of the run that reaches the end. */
+ * kernels. Returns the start of the lowest run of `n` >= 64 ones, else of the run that reaches the
+ * end. */
 static inline unsigned scan_find_long(const uint64_t *words, unsigned n) {
     unsigned open = 0, found = SCAN_BITS; /* `open`: ones at the end of the words seen so far */
     for (unsigned i = 0; i < SCAN_WORDS; i++) {
@@ -135,8 +136,8 @@ static inline unsigned scan_find_long(const uint64_t *words, unsigned n) {
     return found < SCAN_BITS ? found : SCAN_BITS - open;
 }
 
-/* The length of the longest run of ones if it is 64 or more; otherwise any number below 64, which is 0
- * only if there are no ones. */
+/* The length of the longest run of ones if it is 64 or more; otherwise any number below 64, which
+ * is 0 only if there are no ones. */
 static inline unsigned scan_longest_long(const uint64_t *words) {
     unsigned open = 0, longest = 0;
     uint64_t any = 0;
@@ -163,7 +164,7 @@ SCAN_WIDE static inline __m512i scan_shift_down_wide(__m512i words, unsigned by,
 }
 
 /* The same for a constant power of two. */
-#define SCAN_SHIFT_DOWN(words, by, fill)                                                                \
+#define SCAN_SHIFT_DOWN(words, by, fill)                                                           \
     ((by) < 64 ? _mm512_shrdi_epi64(words, _mm512_alignr_epi64(fill, words, 1), (by) % 64)         \
                : _mm512_alignr_epi64(fill, words, (by) / 64 % 8))
 
@@ -173,14 +174,14 @@ SCAN_WIDE static inline unsigned scan_longest_of(__m512i ones) {
     unsigned length = 1;
     if (_mm512_test_epi64_mask(ones, ones) == 0)
         return 0;
-#define SCAN_DOUBLE(by, otherwise)                                                                      \
-    shorter = _mm512_and_si512(ones, SCAN_SHIFT_DOWN(ones, by, zero));                                  \
+#define SCAN_DOUBLE(by, otherwise)                                                                 \
+    shorter = _mm512_and_si512(ones, SCAN_SHIFT_DOWN(ones, by, zero));                             \
     if (_mm512_test_epi64_mask(shorter, shorter) == 0)                                             \
         goto otherwise;                                                                            \
     ones = shorter;                                                                                \
     length = 2 * (by)
-#define SCAN_ADD(by)                                                                                    \
-    shorter = _mm512_and_si512(ones, SCAN_SHIFT_DOWN(ones, by, zero));                                  \
+#define SCAN_ADD(by)                                                                               \
+    shorter = _mm512_and_si512(ones, SCAN_SHIFT_DOWN(ones, by, zero));                             \
     some = _mm512_test_epi64_mask(shorter, shorter) != 0 ? 0xff : 0;                               \
     ones = _mm512_mask_mov_epi64(ones, some, shorter);                                             \
     length += some ? (by) : 0
@@ -229,13 +230,14 @@ SCAN_WIDE static inline __m512i scan_bits_from(unsigned at) {
                              _mm512_max_epi64(skip, _mm512_setzero_si512()));
 }
 
-/* A bit for each start of at least `n` ones, 0 < n <= SCAN_BITS; bits behind the chunk are `filling`. */
+/* A bit for each start of at least `n` ones, 0 < n <= SCAN_BITS; bits behind the chunk are
+ * `filling`. */
 SCAN_WIDE static inline __m512i scan_starts_of(__m512i ones, unsigned n, __m512i filling) {
     unsigned have = 1;
-#define SCAN_DOUBLE(by)                                                                                 \
+#define SCAN_DOUBLE(by)                                                                            \
     if (n < 2 * (by))                                                                              \
         goto rest;                                                                                 \
-    ones = _mm512_and_si512(ones, SCAN_SHIFT_DOWN(ones, by, filling));                                  \
+    ones = _mm512_and_si512(ones, SCAN_SHIFT_DOWN(ones, by, filling));                             \
     have = 2 * (by)
     SCAN_DOUBLE(1);
     SCAN_DOUBLE(2);

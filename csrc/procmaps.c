@@ -122,8 +122,8 @@ static int store_name(struct procmaps *table, const char *name, size_t length, u
     return 0;
 }
 
-/* Removes the rows from `start` on and cuts the one that reaches it. The kernel prints maps piece by
- * piece, and mappings may have merged in between (fs/proc/task_mmu.c, proc_get_vma). */
+/* Removes the rows from `start` on and cuts the one that reaches it. The kernel prints maps piece
+ * by piece, and mappings may have merged in between (fs/proc/task_mmu.c, proc_get_vma). */
 static void drop_replaced(struct procmaps *table, uint64_t start) {
     while (table->count > 0 && row(table, table->count - 1)[PROCMAPS_START] >= start)
         table->count--;
@@ -136,14 +136,16 @@ static void drop_replaced(struct procmaps *table, uint64_t start) {
     memset(last + PROCMAPS_RSS, 0, (PROCMAPS_COLUMNS - PROCMAPS_RSS) * sizeof *last);
 }
 
-/* "7f00-7f10 rw-p 0000 fe:00 12   /name", as show_vma_header_prefix in fs/proc/task_mmu.c prints it. A
- * newline in a name is printed as \012, so it does not end the line. */
+/* "7f00-7f10 rw-p 0000 fe:00 12   /name", as show_vma_header_prefix in fs/proc/task_mmu.c prints
+ * it. A newline in a name is printed as \012, so it does not end the line. */
 static int parse_mapping(struct procmaps *table, struct cursor line) {
     uint64_t fresh[PROCMAPS_COLUMNS] = {0}, major, minor;
     if (!parse_hexadecimal(&line, '-', &fresh[PROCMAPS_START]) ||
-        !parse_hexadecimal(&line, ' ', &fresh[PROCMAPS_END]) || !parse_permissions(&line, &fresh[PROCMAPS_PERMS]) ||
-        !parse_hexadecimal(&line, ' ', &fresh[PROCMAPS_OFFSET]) || !parse_hexadecimal(&line, ':', &major) ||
-        !parse_hexadecimal(&line, ' ', &minor) || !parse_decimal(&line, 0, &fresh[PROCMAPS_INODE]))
+        !parse_hexadecimal(&line, ' ', &fresh[PROCMAPS_END]) ||
+        !parse_permissions(&line, &fresh[PROCMAPS_PERMS]) ||
+        !parse_hexadecimal(&line, ' ', &fresh[PROCMAPS_OFFSET]) ||
+        !parse_hexadecimal(&line, ':', &major) || !parse_hexadecimal(&line, ' ', &minor) ||
+        !parse_decimal(&line, 0, &fresh[PROCMAPS_INODE]))
         return EINVAL;
     if (line.at < line.end && *line.at != ' ')
         return EINVAL;
@@ -221,7 +223,8 @@ static int parse_field(struct procmaps *table, struct cursor line) {
         if (FIELDS[i].length != length || memcmp(FIELDS[i].name, name, length) != 0)
             continue;
         uint64_t kib;
-        if (!parse_decimal(&line, ' ', &kib) || line.end - line.at != 2 || memcmp(line.at, "kB", 2) != 0)
+        if (!parse_decimal(&line, ' ', &kib) || line.end - line.at != 2 ||
+            memcmp(line.at, "kB", 2) != 0)
             return EINVAL;
         /* At most the size of the mapping, so that sums never wrap. */
         if (kib > (last[PROCMAPS_END] - last[PROCMAPS_START]) / 1024)
@@ -240,7 +243,8 @@ static bool is_kernel_row(const uint64_t *cells) {
 }
 
 /* Adds a run of pages in one state to the columns of the rows that it covers, from row `*at` on. */
-static void add_run(struct procmaps *table, size_t *at, const struct sys_page_run *run, const int *columns) {
+static void add_run(struct procmaps *table, size_t *at, const struct sys_page_run *run,
+                    const int *columns) {
     while (*at < table->count && row(table, *at)[PROCMAPS_END] <= run->start)
         ++*at;
     for (size_t i = *at; i < table->count && row(table, i)[PROCMAPS_START] < run->end; i++) {
@@ -272,8 +276,9 @@ static int read_entries(struct window *window, uint64_t address, int fd) {
     return got < size ? EAGAIN : 0;
 }
 
-/* Divides a run into pages that only this process maps (bit 56 of an entry, Documentation/admin-guide/
- * mm/pagemap.rst) and pages that others map too, and adds each to its columns. */
+/* Divides a run into pages that only this process maps (bit 56 of an entry,
+ * Documentation/admin-guide/ mm/pagemap.rst) and pages that others map too, and adds each to its
+ * columns. */
 static int add_resident(struct procmaps *table, size_t *at, const struct sys_page_run *run, int fd,
                         struct window *window) {
     static const int shared[] = {PROCMAPS_RSS, PROCMAPS_SHARED_CLEAN, -1};
@@ -347,8 +352,8 @@ int procmaps_feed(struct procmaps *table, const char *text, size_t length, size_
     while (line.at < end && (line.end = memchr(line.at, '\n', (size_t)(end - line.at))) != NULL) {
         table->lines++;
         /* Addresses have lower-case digits; the names of fields start with a capital letter. */
-        int err = line.at < line.end && *line.at >= 'A' && *line.at <= 'Z' ? parse_field(table, line)
-                                                                         : parse_mapping(table, line);
+        bool is_field = line.at < line.end && *line.at >= 'A' && *line.at <= 'Z';
+        int err = is_field ? parse_field(table, line) : parse_mapping(table, line);
         if (err != 0)
             return err;
         line.at = line.end + 1;
@@ -401,7 +406,8 @@ void procmaps_sum(struct procmaps *table, size_t keep, struct procmaps_sums *sum
         sums->end = cells[PROCMAPS_END];
     }
     if (done > 0)
-        memmove(table->rows, row(table, done), (table->count - done) * PROCMAPS_COLUMNS * sizeof *table->rows);
+        memmove(table->rows, row(table, done),
+                (table->count - done) * PROCMAPS_COLUMNS * sizeof *table->rows);
     table->count -= done;
     table->names_length = 0;
     for (size_t i = 0; i < table->count; i++)

@@ -40,7 +40,8 @@ static void record_decommit(struct region *region, size_t lo, size_t hi) {
     runs_remove(&region->committed, lo, hi);
 }
 
-/* Unmaps the piece [lo, hi) with its guards and removes it from the books, which must have space. */
+/* Unmaps the piece [lo, hi) with its guards and removes it from the books, which must have
+ * space. */
 static int unmap_piece(struct region *region, size_t lo, size_t hi, size_t before, size_t after) {
     uintptr_t base = address_of(region, 0);
     tracing_suspend(&region->traced, base, lo, hi);
@@ -186,14 +187,14 @@ static int record_claim(struct region *region, size_t offset, size_t length, int
     return 0;
 }
 
-/* check_range() without the question of ownership: a claim is how a window comes to own. */
-static int claim_misuse(const struct region *region, size_t offset, size_t length) {
+/* check_range, except that the range need not be owned yet: a claim makes it so. */
+static int check_claim(const struct region *region, size_t offset, size_t length) {
     int wrong = check_range(region, offset, length);
     return wrong == REGION_NOT_RESERVED ? 0 : wrong;
 }
 
 int region_claim(struct region *region, size_t offset, size_t length, int access) {
-    int err = claim_misuse(region, offset, length);
+    int err = check_claim(region, offset, length);
     if (err == 0)
         err = grow_books(region);
     if (err == 0)
@@ -240,8 +241,8 @@ static int reprotect(const struct region *region, const struct run *gap) {
     return err;
 }
 
-/* Removes access from the gaps of [lo, hi). A gap that the kernel refuses to close stays committed, and
- * the books record that. */
+/* Removes access from the gaps of [lo, hi). A gap that the kernel refuses to close stays committed,
+ * and the books record that. */
 static void reprotect_gaps(struct region *region, size_t lo, size_t hi) {
     struct run gap;
     for (size_t at = lo; runs_next_gap(&region->committed, at, hi, &gap); at = gap.hi)
@@ -254,8 +255,8 @@ static int remap(struct region *region, size_t lo, size_t hi) {
     uintptr_t address = address_of(region, lo);
     int access = VM_RESERVED | region->accounting;
     int err = vm_renew(address, hi - lo, access);
-    /* A full map table refuses every mmap. Committing the gaps first merges [lo, hi) into one mapping,
-     * which frees entries. */
+    /* A full map table refuses every mmap. Committing the gaps first merges [lo, hi) into one
+     * mapping, which frees entries. */
     if (err != ENOMEM || runs_contain(&region->committed, lo, hi) ||
         vm_protect(address, hi - lo, VM_COMMITTED) != 0)
         return err;
@@ -321,7 +322,7 @@ int region_decommit(struct region *region, size_t offset, size_t length) {
     return err != 0 ? err : decommit_range(region, all.lo, all.hi);
 }
 
-/* check_range(), and every byte must be committed. */
+/* check_range, and every byte must be committed. */
 static int check_committed(const struct region *region, size_t offset, size_t length) {
     int wrong = check_range(region, offset, length);
     if (wrong == 0 && !runs_contain(&region->committed, offset, offset + length))

@@ -1,10 +1,11 @@
-/* region: one reservation and its books: which of its bytes are reserved and which committed.
- * Uses vm, runs and tracing.
+/* region: one reservation and its books: which of its bytes are reserved and which committed. Uses
+ * vm, runs and tracing.
  *
  * A region is a range of addresses [base, base + size). The set `reserved` holds the bytes that it
  * owns, `committed` those of them that are readable and writable. Both are exact after every call;
  * reading them makes no system call. region_reserve opens a region that owns its whole range.
- * region_window opens a window, which owns nothing at first and claims pieces of its range one by one.
+ * region_window opens a window, which owns nothing at first and claims pieces of its range one by
+ * one.
  *
  * The accounting mode is chosen once:
  *  - charged: commit by mprotect (0.75 us for 64 KiB), which charges the commit limit at once.
@@ -15,14 +16,15 @@
  * Holds for every function here:
  *  - offsets and lengths are bytes and multiples of the OS page, lengths are positive; both are
  *    checked without overflow, and a wrong one returns a negative enum region_refusal;
- *  - 0 is success; a positive result is the errno of the refused system call, and the region is as it
- *    was before;
+ *  - 0 is success; a positive result is the errno of the refused system call, and the region is as
+ *    it was before;
  *  - not synchronised: the owner holds a lock around each call.
  *
  * A region is open, retired or closed. Zero bytes are a closed region. region_reserve and
- * region_window open a closed region; region_release closes it but keeps the storage of its books for
- * reuse; region_end frees that too. region_retire leaves the addresses and the books to views that
- * are still alive, until region_end. Calls on a region that is not open return REGION_RELEASED.
+ * region_window open a closed region; region_release closes it but keeps the storage of its books
+ * for reuse; region_end frees that too. region_retire leaves the addresses and the books to views
+ * that are still alive, until region_end. Calls on a region that is not open return
+ * REGION_RELEASED.
  */
 #ifndef PYRESERVE_REGION_H
 #define PYRESERVE_REGION_H
@@ -76,12 +78,13 @@ int region_reserve(struct region *region, size_t size, int accounting, int advic
 int region_window(struct region *region, uintptr_t address, size_t size, int accounting,
                   int advice);
 
-/* Maps exactly this piece of a window with the given enum vm_access; EEXIST if any byte is mapped. */
+/* Maps exactly this piece of a window with the given enum vm_access; EEXIST if any byte is
+ * mapped. */
 int region_claim(struct region *region, size_t offset, size_t length, int access);
 
-/* Maps `length` bytes near the address `hint` (0: anywhere) and claims them. `*address` is where the
- * kernel put them. ERANGE if that is outside [from, size) of the window: then they are unmapped again,
- * and `*address` is written all the same. */
+/* Maps `length` bytes near the address `hint` (0: anywhere) and claims them. `*address` is where
+ * the kernel put them. ERANGE if that is outside [from, size) of the window: then they are unmapped
+ * again, and `*address` is written all the same. */
 int region_claim_near(struct region *region, size_t from, uintptr_t hint, size_t length, int access,
                       uintptr_t *address);
 
@@ -91,12 +94,12 @@ int region_disclaim(struct region *region, size_t offset, size_t length);
 /* Makes the range readable and writable. Contents of bytes that are committed already stay. */
 int region_commit(struct region *region, size_t offset, size_t length);
 
-/* Returns the range to reserved and drops its contents. If the kernel refuses the advice for the new
- * mapping, that errno is returned although the bytes are decommitted. */
+/* Returns the range to reserved and drops its contents. If the kernel refuses the advice for the
+ * new mapping, that errno is returned although the bytes are decommitted. */
 int region_decommit(struct region *region, size_t offset, size_t length);
 
-/* Back a committed range with memory now, or drop its contents: at once, with `lazy` when the kernel
- * needs memory (at once before Linux 4.5). */
+/* Back a committed range with memory now, or drop its contents: at once, with `lazy` when the
+ * kernel needs memory (at once before Linux 4.5). */
 int region_populate(struct region *region, size_t offset, size_t length);
 int region_discard(struct region *region, size_t offset, size_t length, bool lazy);
 
@@ -123,8 +126,8 @@ int region_release(struct region *region);
 /* Refuses every later call except region_end. The addresses and their contents stay. */
 void region_retire(struct region *region);
 
-/* Unmaps what the region still owns, unless it is sealed, and frees the storage of its books. If the
- * kernel refuses to unmap, the addresses stay mapped and their contents are discarded. */
+/* Unmaps what the region still owns, unless it is sealed, and frees the storage of its books. If
+ * the kernel refuses to unmap, the addresses stay mapped and their contents are discarded. */
 void region_end(struct region *region);
 
 #endif

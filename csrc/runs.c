@@ -7,7 +7,8 @@
 /* runs_empty keeps the storage of up to this many runs. */
 enum { SMALL = 64 };
 
-/* Index of the first run that ends at or after `offset`: the only run that can contain or touch it. */
+/* Index of the first run that ends at or after `offset`: the only run that can contain or touch
+ * it. */
 static size_t first_ending_from(const struct runs *set, size_t offset) {
     size_t low = 0, high = set->count;
     while (low < high) {

@@ -1,12 +1,12 @@
 /* runs: a set of offsets, stored as sorted half-open runs [lo, hi) that neither overlap nor touch.
  *
  * It holds which bytes of a reservation are committed. A run and the gap after it are at least two
- * mappings of the kernel, so max_map_count (65,530 by default) bounds the set: 16 bytes for the usual
- * single run, at most 512 KiB, and nothing for a reservation of 64 TiB without committed bytes. One
- * bit per OS page would take 2 GiB there. Lookups are binary searches.
+ * mappings of the kernel, so max_map_count (65,530 by default) bounds the set: 16 bytes for the
+ * usual single run, at most 512 KiB, and nothing for a reservation of 64 TiB without committed
+ * bytes. One bit per OS page would take 2 GiB there. Lookups are binary searches.
  *
- * Holds for every function here: lo < hi unless said otherwise; no system call; not synchronised, the
- * owner holds a lock. Zero bytes are an empty set.
+ * Holds for every function here: lo < hi unless said otherwise; no system call; not synchronised,
+ * the owner holds a lock. Zero bytes are an empty set.
  */
 #ifndef PYRESERVE_RUNS_H
 #define PYRESERVE_RUNS_H
@@ -28,16 +28,16 @@ struct runs {
  * the set is unchanged. */
 int runs_grow(struct runs *set);
 
-/* Add [lo, hi) to the set or remove it from the set. Offsets that are in (or not in) the set already
- * are no error. runs_grow must have succeeded before each call. */
+/* Add [lo, hi) to the set or remove it from the set. Offsets that are in (or not in) the set
+ * already are no error. runs_grow must have succeeded before each call. */
 void runs_add(struct runs *set, size_t lo, size_t hi);
 void runs_remove(struct runs *set, size_t lo, size_t hi);
 
 /* Whether all of [lo, hi) is in the set. */
 bool runs_contain(const struct runs *set, size_t lo, size_t hi);
 
-/* The first piece of [lo, hi) that is in the set, or that is not in it; false if there is none. [lo, hi)
- * may be empty. */
+/* The first piece of [lo, hi) that is in the set, or that is not in it; false if there is none.
+ * [lo, hi) may be empty. */
 bool runs_next(const struct runs *set, size_t lo, size_t hi, struct run *piece);
 bool runs_next_gap(const struct runs *set, size_t lo, size_t hi, struct run *gap);
 

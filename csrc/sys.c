@@ -91,8 +91,8 @@ int sys_fork(int *child) {
     sigset_t every, before;
     (void)sigfillset(&every);
     (void)pthread_sigmask(SIG_SETMASK, &every, &before); /* signal handlers are the caller's code */
-    /* The system call itself: the C library's fork runs at-fork handlers. No SIGCHLD: the caller may
-     * handle it, or ignore it, and then there would be no child left to wait for. */
+    /* The system call itself: the C library's fork runs at-fork handlers. No SIGCHLD: the caller
+     * may handle it, or ignore it, and then there would be no child left to wait for. */
     long pid = syscall(SYS_clone, 0, 0, 0, 0, 0);
     if (pid == 0)
         idle(parent);

@@ -21,13 +21,14 @@ struct sys_page_run {
 
 enum sys_page { SYS_PAGE_FILE = 4, SYS_PAGE_PRESENT = 8, SYS_PAGE_SWAPPED = 16, SYS_PAGE_ZERO = 32 };
 
-/* Finds the pages of [from, end) that are in memory or in swap, by the /proc/PID/pagemap open at `fd`
- * (PAGEMAP_SCAN, Linux 6.7). Writes up to `max` runs, their number to `*found` and the address at which
- * to continue to `*next`. ENOTTY where the kernel has no such call. */
+/* Finds the pages of [from, end) that are in memory or in swap, by the /proc/PID/pagemap open at
+ * `fd` (PAGEMAP_SCAN, Linux 6.7). Writes up to `max` runs, their number to `*found` and the address
+ * at which to continue to `*next`. ENOTTY where the kernel has no such call. */
 int sys_scan_pages(int fd, uint64_t from, uint64_t end, struct sys_page_run *runs, size_t max,
                    size_t *found, uint64_t *next);
 
-/* Reads up to `length` bytes of a file at an offset; `*got` is how many, fewer at the end of the file. */
+/* Reads up to `length` bytes of a file at an offset; `*got` is how many, fewer at the end of the
+ * file. */
 int sys_read(int fd, uint64_t offset, void *bytes, size_t length, size_t *got);
 
 /* Milliseconds of a monotonic clock with a resolution of a few milliseconds; wraps around after 49
@@ -43,18 +44,19 @@ uint64_t sys_preemptions(void);
 /* The parent's process id (getppid): the cheapest system call, for measuring its overhead. */
 int sys_parent(void);
 
-/* Has the kernel end this process when the thread of process `parent` that started it ends. ESRCH if
- * that process has ended already. */
+/* Has the kernel end this process when the thread of process `parent` that started it ends. ESRCH
+ * if that process has ended already. */
 int sys_end_with_parent(int parent);
 
-/* sys_fork creates a child that only waits: none of the caller's code or handlers run in it. It lives
- * until sys_reap, or until the thread that forked it ends. Its end sends no SIGCHLD, and only a wait
- * with __WALL or __WCLONE finds it. sys_reap ends it; `child` is one process, 0 and below are EINVAL. */
+/* sys_fork creates a child that only waits: none of the caller's code or handlers run in it. It
+ * lives until sys_reap, or until the thread that forked it ends. Its end sends no SIGCHLD, and only
+ * a wait with __WALL or __WCLONE finds it. sys_reap ends it; `child` is one process, 0 and below
+ * are EINVAL. */
 int sys_fork(int *child);
 int sys_reap(int child);
 
-/* Test the running kernel by using a feature on this process's own files. 0: it works; else the errno
- * of the refusal. */
+/* Test the running kernel by using a feature on this process's own files. 0: it works; else the
+ * errno of the refusal. */
 int sys_try_pagemap_scan(void);
 int sys_try_procmap_query(void);
 

@@ -53,8 +53,8 @@ static void store(uintptr_t at, size_t length, size_t page) {
         *(volatile unsigned char *)at = 1;
 }
 
-/* Use the next cache line in each page: the same line of all pages maps to one set of the cache, whose
- * ways a dozen pages would exceed. */
+/* Use the next cache line in each page: the same line of all pages maps to one set of the cache,
+ * whose ways a dozen pages would exceed. */
 static void store_again(uintptr_t at, size_t length, size_t page) {
     uintptr_t line = 0;
     for (uintptr_t end = at + length; at != end; at += page, line = (line + LINE) & (page - 1))
@@ -120,7 +120,8 @@ static int discard_off(uintptr_t at, size_t length) {
     return err != 0 ? err : vm_protect(at, length, VM_RESERVED);
 }
 
-static int perform(const struct job *job, const struct timing_step *step, struct thread_state *state) {
+static int perform(const struct job *job, const struct timing_step *step,
+                   struct thread_state *state) {
     const struct timing_program *program = job->program;
     uintptr_t at = state->base + step->offset;
     size_t length = step->length;
@@ -257,8 +258,8 @@ static void clean_up(const struct job *job, struct thread_state *state) {
         (void)release(job->program, state);
 }
 
-static void record_sample(const struct job *job, size_t slot, size_t round, struct thread_state *state,
-                 uint64_t elapsed, uint32_t repeat) {
+static void record_sample(const struct job *job, size_t slot, size_t round,
+                          struct thread_state *state, uint64_t elapsed, uint32_t repeat) {
     size_t i = (slot * job->rounds + round) * job->threads + state->thread;
     uint64_t preemptions = sys_preemptions();
     job->samples[i] = ((double)elapsed - job->clock) / repeat;

@@ -1,16 +1,16 @@
-/* timing: measures how long the verbs of vm take, from 0.1 us for a system call to milliseconds for the
- * first touch of many pages.
+/* timing: measures how long the verbs of vm take, from 0.1 us for a system call to milliseconds for
+ * the first touch of many pages.
  *
- * A program is a list of steps on one mapping: reserve, commit, touch, discard, ... A step with a slot
- * is timed by CLOCK_MONOTONIC. Each time it runs it gives one sample: nanoseconds minus the cost of
- * reading the clock. The other steps only bring the mapping into the state that a timed step needs.
- * Samples are neither averaged nor dropped here.
+ * A program is a list of steps on one mapping: reserve, commit, touch, discard, ... A step with a
+ * slot is timed by CLOCK_MONOTONIC. Each time it runs it gives one sample: nanoseconds minus the
+ * cost of reading the clock. The other steps only bring the mapping into the state that a timed
+ * step needs. Samples are neither averaged nor dropped here.
  *
- * Samples during which the thread may have been preempted (it was since the previous sample) are flagged
- * in `preempted`.
+ * Samples during which the thread may have been preempted (it was since the previous sample) are
+ * flagged in `preempted`.
  *
- * With several threads, each runs the program on a mapping of its own in the same address space. They
- * start each step together, so the samples include the wait for the kernel's locks.
+ * With several threads, each runs the program on a mapping of its own in the same address space.
+ * They start each step together, so the samples include the wait for the kernel's locks.
  */
 #ifndef PYRESERVE_TIMING_H
 #define PYRESERVE_TIMING_H
@@ -63,18 +63,19 @@ struct timing_program {
     int advice;    /* enum vm_advice, given by TIMING_ADVISE */
 };
 
-/* Runs a program `rounds` times on each of `threads` threads. The sample of slot s, round r, thread t
- * is samples[i], i = (s * rounds + r) * threads + t, and preempted[i] is 1 or 0.
+/* Runs a program `rounds` times on each of `threads` threads. The sample of slot s, round r, thread
+ * t is samples[i], i = (s * rounds + r) * threads + t, and preempted[i] is 1 or 0.
  *
- * Returns 0 or the errno of the first step that was refused. `*failed` is its index (nsteps: a thread
- * could not be created) and `*done` the number of complete rounds, the same for all threads. In every
- * case the mappings, threads and children are gone again. EINVAL, before any step, if the program is
- * malformed; whether the memory that it writes and reads is accessible is not checked. */
+ * Returns 0 or the errno of the first step that was refused. `*failed` is its index (nsteps: a
+ * thread could not be created) and `*done` the number of complete rounds, the same for all threads.
+ * In every case the mappings, threads and children are gone again. EINVAL, before any step, if the
+ * program is malformed; whether the memory that it writes and reads is accessible is not
+ * checked. */
 int timing_run(const struct timing_program *program, size_t threads, size_t rounds, double *samples,
                unsigned char *preempted, size_t *done, size_t *failed);
 
-/* The cost of reading the clock, subtracted from every sample: the median difference of two consecutive
- * readings, ns. */
+/* The cost of reading the clock, subtracted from every sample: the median difference of two
+ * consecutive readings, ns. */
 double timing_clock(void);
 
 #endif

@@ -80,8 +80,8 @@ static void untrack(uintptr_t base, struct run piece) {
     (void)python.untrack(TRACING_DOMAIN, base + piece.lo);
 }
 
-/* Whether tracemalloc still has the trace of a piece. Needs the GIL, and garbage collection off: the call
- * creates objects, and a collection would run finalizers inside the caller's work. */
+/* Whether tracemalloc still has the trace of a piece. Needs the GIL, and garbage collection off:
+ * the call creates objects, and a collection would run finalizers inside the caller's work. */
 static bool has_trace(uintptr_t base, struct run piece) {
     void *traceback = python.traceback(TRACING_DOMAIN, base + piece.lo);
     bool has = traceback != NULL && traceback != python.none;
@@ -194,8 +194,8 @@ static void split_at(struct tracing *books, uintptr_t base, size_t offset) {
         insert(books, i, low);
 }
 
-/* Removes the pieces of [lo, hi) from tracemalloc and from the books. With `keep_books` the books lose only
- * pieces that tracemalloc no longer had. */
+/* Removes the pieces of [lo, hi) from tracemalloc and from the books. With `keep_books` the books
+ * lose only pieces that tracemalloc no longer had. */
 static void remove_range(struct tracing *books, uintptr_t base, size_t lo, size_t hi,
                          bool keep_books) {
     if (books->count == 0)
@@ -204,7 +204,8 @@ static void remove_range(struct tracing *books, uintptr_t base, size_t lo, size_
         remove_pieces(books, 0, books->count);
         return;
     }
-    /* Untracking needs the GIL too: tracemalloc's lock must not be held while another thread forks. */
+    /* Untracking needs the GIL too: tracemalloc's lock must not be held while another thread
+     * forks. */
     struct entry entry = enter_python();
     if (!is_tracing())
         remove_pieces(books, 0, books->count); /* tracemalloc has dropped its traces */

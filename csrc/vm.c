@@ -69,7 +69,7 @@ static void *pointer(uintptr_t address) {
 
 #ifdef SANITIZED
 static intptr_t library_call(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d,
-                               uintptr_t e) {
+                             uintptr_t e) {
     if (number == VM_SYS_MMAP)
         return (intptr_t)mmap(pointer(a), b, (int)c, (int)d, -1, 0);
     if (number == SYS_munmap)
@@ -86,8 +86,8 @@ static intptr_t library_call(long number, uintptr_t a, uintptr_t b, uintptr_t c,
 }
 #endif
 
-static intptr_t default_call(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e,
-                       uintptr_t f) {
+static intptr_t default_call(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d,
+                             uintptr_t e, uintptr_t f) {
 #ifdef SANITIZED
     (void)f;
     intptr_t got = library_call(number, a, b, c, d, e);
@@ -105,7 +105,7 @@ vm_system_call vm_replace(vm_system_call call) {
 
 /* Makes a mapping call: 0 or the errno. `address`, unless NULL, receives the result of mmap. */
 static int call_kernel(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d, uintptr_t e,
-               uintptr_t f, uintptr_t *address) {
+                       uintptr_t f, uintptr_t *address) {
     vm_system_call call = __atomic_load_n(&mapping_call, __ATOMIC_ACQUIRE);
     intptr_t got = call(number, a, b, c, d, e, f);
     if (got < 0 && got >= -MOST_ERRNO)
@@ -132,7 +132,7 @@ static int map(uintptr_t hint, size_t length, int access, int fixed, uintptr_t *
     if (access & VM_NORESERVE)
         flags |= MAP_NORESERVE;
     return call_kernel(VM_SYS_MMAP, hint, length, (uintptr_t)protection(access), (uintptr_t)flags,
-               (uintptr_t)-1, 0, address);
+                       (uintptr_t)-1, 0, address);
 }
 
 size_t vm_page_size(void) {
@@ -153,7 +153,7 @@ int vm_map_at(uintptr_t address, size_t length, int access) {
     return EEXIST;
 }
 
-/* Flags of mmap for hugetlb_flags pages of this size. */
+/* Flags of mmap for pages of this size from the pool. */
 static int hugetlb_flags(size_t huge) {
     unsigned size = (unsigned)__builtin_ctzll((unsigned long long)huge);
     return (int)(MAP_HUGETLB | size << MAP_HUGE_SHIFT); /* 34, for 16 GiB, uses the sign bit */
@@ -232,8 +232,8 @@ int vm_unguard(uintptr_t address, size_t length) {
 }
 
 int vm_name(uintptr_t address, size_t length, const char *name) {
-    return call_kernel(SYS_prctl, PR_SET_VMA, PR_SET_VMA_ANON_NAME, address, length, (uintptr_t)name, 0,
-               NULL);
+    return call_kernel(SYS_prctl, PR_SET_VMA, PR_SET_VMA_ANON_NAME, address, length,
+                       (uintptr_t)name, 0, NULL);
 }
 
 int vm_resident(uintptr_t address, size_t length, size_t *nbytes) {
@@ -252,7 +252,8 @@ int vm_resident(uintptr_t address, size_t length, size_t *nbytes) {
 }
 
 int vm_address_bits(void) {
-    /* The random bytes are on the first stack, which the kernel puts at the end of user addresses. */
+    /* The random bytes are on the first stack, which the kernel puts at the end of user
+     * addresses. */
     uint64_t address = getauxval(AT_RANDOM);
     int bits = 0;
     for (; address != 0; address >>= 1)
@@ -264,8 +265,8 @@ int vm_seal(uintptr_t address, size_t length) {
     return call_kernel(SYS_mseal, address, length, 0, 0, 0, 0, NULL);
 }
 
-/* Tries a call on a committed page, or on an empty range if there is no memory or map entry for one:
- * the kernel checks the request before the range. */
+/* Tries a call on a committed page, or on an empty range if there is no memory or map entry for
+ * one: the kernel checks the request before the range. */
 static int try_on_page(int (*attempt)(uintptr_t, size_t, int), int argument) {
     uintptr_t page = 0;
     int err = vm_map(0, vm_page_size(), VM_COMMITTED, &page);
@@ -302,8 +303,8 @@ int vm_try_guard(void) {
 }
 
 int vm_try_seal(void) {
-    /* A seal is permanent, so use an address that cannot be sealed: a kernel with mseal rejects it as
-     * misaligned. */
+    /* A seal is permanent, so use an address that cannot be sealed: a kernel with mseal rejects it
+     * as misaligned. */
     int err = vm_seal(1, vm_page_size());
     return err == EINVAL ? 0 : err;
 }

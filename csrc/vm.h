@@ -1,7 +1,7 @@
 /* vm: the verbs of virtual memory on mappings, one system call each where the kernel allows it.
  *
- * Only vm and sys make system calls. vm decides nothing: which verb to call, in which order, and what
- * to do when one is refused, is up to the modules above.
+ * Only vm and sys make system calls. vm decides nothing: which verb to call, in which order, and
+ * what to do when one is refused, is up to the modules above.
  *
  * Holds for every function here:
  *  - an address is an integer; it and every length are multiples of vm_page_size(), and every
@@ -33,39 +33,41 @@ enum vm_advice {
     VM_HUGE_NEVER = 16    /* MADV_NOHUGEPAGE */
 };
 
-/* All system calls of this module (mmap, munmap, mprotect, madvise, mincore, mseal, and the prctl that
- * names a mapping) pass one function. It takes the arguments of syscall(2): the number (SYS_munmap,
- * ...; for mmap SYS_mmap2 where it exists, whose offset counts pages) and six values, unused ones 0.
- * It returns the result of the kernel or minus an errno; errno is unspecified.
+/* All system calls of this module (mmap, munmap, mprotect, madvise, mincore, mseal, and the prctl
+ * that names a mapping) pass one function. It takes the arguments of syscall(2): the number
+ * (SYS_munmap, ...; for mmap SYS_mmap2 where it exists, whose offset counts pages) and six values,
+ * unused ones 0. It returns the result of the kernel or minus an errno; errno is unspecified.
  *
- * The default makes the system call directly, so that libraries that replace the C library's mmap do
- * not see a reservation. Under Address-, Memory- and ThreadSanitizer it calls the C library. */
+ * The default makes the system call directly, so that libraries that replace the C library's mmap
+ * do not see a reservation. Under Address-, Memory- and ThreadSanitizer it calls the C library. */
 typedef intptr_t (*vm_system_call)(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d,
                                    uintptr_t e, uintptr_t f);
 
-/* Replaces that function in all threads; NULL restores the default. Returns the previous function, to
- * which `call` may forward. For tests that count or refuse calls. */
+/* Replaces that function in all threads; NULL restores the default. Returns the previous function,
+ * to which `call` may forward. For tests that count or refuse calls. */
 vm_system_call vm_replace(vm_system_call call);
 
 /* The kernel's page size in bytes (the OS page). */
 size_t vm_page_size(void);
 
-/* The number of bits of a user address: mappings lie below 1 << vm_address_bits(). Reads no file. */
+/* The number of bits of a user address: mappings lie below 1 << vm_address_bits(). Reads no
+ * file. */
 int vm_address_bits(void);
 
-/* Maps `length` bytes at an address that the kernel picks, at `hint` if that is free (0: no hint). */
+/* Maps `length` bytes at an address that the kernel picks, at `hint` if that is free (0: no
+ * hint). */
 int vm_map(uintptr_t hint, size_t length, int access, uintptr_t *address);
 
 /* Maps exactly [address, address + length). EEXIST if any byte is mapped already; existing mappings
  * are never replaced. */
 int vm_map_at(uintptr_t address, size_t length, int access);
 
-/* Like vm_map, with pages of `huge` bytes from the kernel's pool (hugetlb); `length` is a multiple of
- * `huge`. ENOMEM if the pool has too few pages, EINVAL if there is no pool of that size. */
+/* Like vm_map, with pages of `huge` bytes from the kernel's pool (hugetlb); `length` is a multiple
+ * of `huge`. ENOMEM if the pool has too few pages, EINVAL if there is no pool of that size. */
 int vm_map_huge(size_t length, int access, size_t huge, uintptr_t *address);
 
-/* Replaces the caller's mappings in [address, address + length) by a new one. Contents, commit charge,
- * advice and name of the old ones are gone. */
+/* Replaces the caller's mappings in [address, address + length) by a new one. Contents, commit
+ * charge, advice and name of the old ones are gone. */
 int vm_renew(uintptr_t address, size_t length, int access);
 
 /* Like vm_renew, with pages from the pool; both ends are multiples of `huge`. */
@@ -109,7 +111,8 @@ int vm_name(uintptr_t address, size_t length, const char *name);
 /* The number of bytes of a mapped range that are in memory. */
 int vm_resident(uintptr_t address, size_t length, size_t *nbytes);
 
-/* Forbids later changes of the range's access or address until the process ends (mseal, Linux 6.10). */
+/* Forbids later changes of the range's access or address until the process ends (mseal, Linux
+ * 6.10). */
 int vm_seal(uintptr_t address, size_t length);
 
 /* The vm_try functions test the running kernel: they use a feature on a temporary mapping, or on an
