@@ -323,7 +323,7 @@ def work(job: Job) -> None:
 def main() -> None:
     """Do the job on standard input; end if the parent ends."""
     job: Job = pickle.load(sys.stdin.buffer)
-    if lib.vm_end_with(job.parent):
+    if lib.sys_end_with_parent(job.parent):
         sys.exit(f"process {job.parent} is not the parent: a wrapper started Python, or it ended")
     work(job)
     answer(done=True)
