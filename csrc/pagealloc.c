@@ -387,7 +387,7 @@ static void take_run(struct pagealloc *pages, uint64_t start, uint64_t stop, uin
         may_be_longest(pages, first, stop - start)) {
         uint64_t longest = SCAN(pages->wide, longest_without, pages->bits[first],
                                 (unsigned)(page - first * CHUNK), (unsigned)(end - first * CHUNK),
-                                  (unsigned)(stop - end));
+                                (unsigned)(stop - end));
         uint64_t leaving = pages->tags[first].length;
         set_code(pages, first, code_of(leaving > longest ? leaving : longest));
         return;

@@ -1,5 +1,5 @@
-/* check: the least that a test program needs. A failed CHECK is printed and counted, and the test
- * goes on; check_report ends the program. */
+/* check: a minimal test harness. A failed CHECK is printed and counted, and the test goes on;
+ * check_report prints the sum and gives the exit status. */
 #ifndef CHECK_H
 #define CHECK_H
 
@@ -11,7 +11,7 @@
 static unsigned long check_count, check_failures, check_tests;
 static const char *check_test;
 
-/* A broken invariant inside a loop of a million rounds would bury the first failure. */
+/* Print only the first failures: one in a loop of a million rounds would hide the others. */
 #define CHECK_PRINTED 20
 
 static inline bool check_that(bool holds, const char *file, int line, const char *expression) {
@@ -23,7 +23,7 @@ static inline bool check_that(bool holds, const char *file, int line, const char
 
 #define CHECK(expression) check_that((expression), __FILE__, __LINE__, #expression)
 
-/* For what the rest of the test cannot do without. */
+/* Like CHECK, but ends the program: for what the rest of the test depends on. */
 #define REQUIRE(expression)                                                                        \
     do {                                                                                           \
         if (!CHECK(expression))                                                                    \

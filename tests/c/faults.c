@@ -1,5 +1,5 @@
-/* faults: refuses system calls on demand. Given to vm_replace, faults_call stands between csrc/vm and
- * the kernel, and lets the k-th mapping call fail. One thread only.
+/* faults: refuses system calls on demand. Passed to vm_replace, faults_call forwards mapping calls to
+ * the kernel and lets the k-th one fail. One thread only.
  *
  *   cc -shared -fPIC -O1 -o faults.so faults.c
  */
@@ -25,10 +25,10 @@ enum { CALLS = 4096 };
 
 struct faults_call {
     int verb;       /* 'm' mmap, 'u' munmap, 'p' mprotect, 'a' madvise, 'n' prctl that names, 'r' mincore,
-                       's' mseal, '?' another, which vm must not make */
+                       's' mseal, '?' any other, which vm must not make */
     int how;        /* flags of mmap, access of mprotect, advice of madvise */
     uint64_t length;
-    int refused;    /* by us: the errno; else 0 */
+    int refused;    /* the errno of an injected refusal, else 0 */
 };
 
 static bool armed;
@@ -38,8 +38,8 @@ static int with;
 static struct faults_call seen[CALLS];
 static int64_t mapped;
 
-/* From now on calls are counted, and the one with number `k`, from 1 on, fails with `err`; 0: none.
- * So does, if `and_alike`, each later one that is like it, verb and how. */
+/* Starts to count calls. Call number `k`, from 1 on, fails with `err`; with k = 0 none does. With
+ * `and_alike` each later call with the same verb and `how` fails too. */
 void faults_arm(size_t k, int err, int and_alike) {
     calls = 0;
     from = k;
@@ -48,7 +48,7 @@ void faults_arm(size_t k, int err, int and_alike) {
     armed = true;
 }
 
-/* How many calls there were. */
+/* Stops counting; returns the number of calls. */
 size_t faults_disarm(void) {
     armed = false;
     return calls;
@@ -58,7 +58,7 @@ const struct faults_call *faults_seen(void) {
     return seen;
 }
 
-/* Bytes of addresses mapped and not unmapped since faults_call stands there. */
+/* Bytes of addresses mapped minus unmapped since faults_call is in use. */
 int64_t faults_mapped(void) {
     return mapped;
 }
@@ -85,7 +85,7 @@ static struct faults_call call_of(long number, uintptr_t b, uintptr_t c, uintptr
     }
 }
 
-/* Notes the call; the errno with which it fails, or 0. */
+/* Records the call; returns the errno with which it must fail, or 0. */
 static int refuse(struct faults_call call) {
     if (!armed)
         return 0;

@@ -1,4 +1,4 @@
-/* old_kernel: given to vm_replace, it refuses the advice that Linux before 4.5 does not know.
+/* old_kernel: passed to vm_replace, it refuses the advice that Linux before 4.5 does not know.
  *
  *   cc -shared -fPIC -O1 -o old_kernel.so old_kernel.c
  */

@@ -13,13 +13,13 @@
 
 static uint64_t seed = 0x2545F4914F6CDD1D;
 
-/* The bits between two inaccessible pages, and the same bits one a bool. */
+/* The bits between two inaccessible pages, and the same bits as an array of bool. */
 static char *arena;
 static size_t page;
 static uint64_t *words;
 static bool model[BITS];
 
-/* Puts the words against the left or the right inaccessible page. */
+/* Places the words next to the left or the right inaccessible page. */
 static void place(bool right) {
     words = (uint64_t *)(void *)(arena + page + (right ? page - WORDS * sizeof *words : 0));
 }
@@ -72,7 +72,7 @@ static bool model_seek(uint64_t start, uint64_t stop, bool value, uint64_t wante
 static void random_range(uint64_t *start, uint64_t *stop) {
     *start = random_below(&seed, BITS);
     *stop = *start + random_below(&seed, BITS - *start + 1);
-    /* Word edges are where the cases meet. */
+    /* Test every case at the edges of words. */
     if (random_below(&seed, 4) == 0)
         *start = *start / 64 * 64;
     if (random_below(&seed, 4) == 0)
@@ -182,7 +182,7 @@ static void seeking_agrees_with_the_model(void) {
         }
         random_range(&start, &stop);
         uint64_t wanted = 1 + random_below(&seed, i % 2 == 0 ? 70 : 300);
-        /* A run that has not been found yet is shorter than what is wanted. */
+        /* Until it is found, the open run is shorter than `wanted`. */
         uint64_t before = random_below(&seed, wanted < start + 1 ? wanted : start + 1);
         bool value = random_below(&seed, 2) == 0;
         want = got = start - before;
@@ -215,7 +215,7 @@ static void a_scan_in_pieces_finds_what_one_scan_finds(void) {
     }
 }
 
-/* One run [at, at + length) of `value` among the opposite: it is found, one more bit is not. */
+/* One run [at, at + length) of `value` among opposite bits: it is found, a run one bit longer is not. */
 static void check_lone_run(uint64_t at, uint64_t length, bool value) {
     uint64_t first = 0;
     all(!value);
@@ -325,7 +325,7 @@ static void combining_agrees_with_the_model(void) {
     }
 }
 
-/* Several times the 31 vectors of four words that one pass of the AVX2 loop counts. */
+/* Several times the 31 vectors of four words that the AVX2 loop counts before it adds up. */
 #define LOOPED 300
 
 typedef uint64_t counting(const uint64_t *, size_t);

@@ -14,11 +14,11 @@
 #define MIB ((size_t)1 << 20)
 #define UNIT (64 * MIB)
 #define ZEROED ((int64_t)1 << HEAP_PAGE_BITS)
-#define PATIENCE 64 /* pagealloc's: with more misplaced runs an aligned one need not be the lowest */
+#define PATIENCE 64 /* as in pagealloc: with more misaligned runs the result need not be the lowest */
 #define FEW_PIECES 512
 #define STALE 64
 
-/* AddressSanitizer makes each step some three times as slow. */
+/* AddressSanitizer makes each step about three times as slow. */
 #ifdef __SANITIZE_ADDRESS__
 #define STEPS 1200
 #else
@@ -35,13 +35,13 @@ static bool one_in(uint64_t n) {
     return below(n) == 0;
 }
 
-/* What a heap is tried with. */
+/* Parameters of a tested heap. */
 struct kind {
     size_t page;
     unsigned word, bits;
     bool own_spans, index;
     int accounting;
-    size_t pages; /* that the addresses have room for */
+    size_t pages; /* in the range of addresses */
 };
 
 struct block {
@@ -51,7 +51,7 @@ struct block {
     unsigned char tag, entry;
 };
 
-/* A heap, and what it should be: a list of blocks, and some facts of each page of the addresses. */
+/* A heap and its model: a list of blocks, and flags of each page of the addresses. */
 struct machine {
     struct kind kind;
     struct heap heap;
@@ -89,7 +89,7 @@ static bool is_free(const struct machine *m, size_t page) {
     return m->part[page] && !m->used[page];
 }
 
-/* The lowest fit, SIZE_MAX if there is none; and how many runs that are long enough fit badly. */
+/* The lowest fit, SIZE_MAX if there is none; and the number of runs that are long but misaligned. */
 static size_t model_fit(const struct machine *m, size_t n, uint64_t align, size_t *bad) {
     *bad = 0;
     for (size_t at = 0, stop; at < m->end; at = stop + 1) {
@@ -150,7 +150,7 @@ static bool reads_zero(uintptr_t address, uint64_t nbytes) {
     return nbytes == 0 || (bytes[0] == 0 && memcmp(bytes, bytes + 1, (size_t)nbytes - 1) == 0);
 }
 
-/* Every byte of a small block; of a large one something at every OS page, at places that differ. */
+/* Every byte of a small block; one byte per OS page of a large one, at varying offsets. */
 static void fill(struct block *block, size_t whole) {
     unsigned char *bytes = (unsigned char *)block->address;
     block->tag = (unsigned char)(1 + below(255));
@@ -256,7 +256,7 @@ static void commit(struct machine *m, uintptr_t low, uintptr_t high) {
         REQUIRE(region_commit(&m->region, low - (uintptr_t)m->region.base, high - low) == 0);
 }
 
-/* Commits pages and exactly the metadata for them: a step beyond it crashes. */
+/* Commits pages and exactly their metadata: an access beyond it crashes. */
 static void map_pages(struct machine *m, size_t page, size_t n) {
     size_t end = page + n > m->end ? page + n : m->end, guard = vm_page_size();
     commit(m, page_start(m, page), page_start(m, page + n));
@@ -309,7 +309,7 @@ static void settle(struct machine *m) {
     CHECK(heap_tail(&m->heap) == (int64_t)(tail * m->kind.page));
 }
 
-/* What the region says of the arena, and what the kernel says. */
+/* The books of the region and the kernel's view agree with the model. */
 static void compare_pages(struct machine *m) {
     static char shown[(64 << 20) / 4096 + 1];
     size_t os_page = vm_page_size(), many = 16 * MIB / os_page * os_page;
@@ -374,7 +374,7 @@ static uint64_t random_size(const struct machine *m) {
     return one_in(6) ? most : 1 + below(most);
 }
 
-/* Takes a block that was just allocated into the model, and looks at it. */
+/* Adds a new block to the model and checks it. */
 static void enter(struct machine *m, int64_t handle, uint64_t nbytes, bool cleared) {
     uintptr_t address = heap_address(&m->heap, handle);
     size_t page = page_index(m, address), n = pages_of(m, nbytes);
@@ -396,12 +396,12 @@ static void enter(struct machine *m, int64_t handle, uint64_t nbytes, bool clear
     if (m->kind.bits > 0) {
         unsigned char mask, *entry = entry_of(m, address, &mask);
         CHECK((*entry & mask) == 1);
-        *entry |= (unsigned char)below(256); /* what else stands there is the user's */
+        *entry |= (unsigned char)below(256); /* the other bits belong to the user */
         block->entry = *entry & mask;
     }
 }
 
-/* What the allocation of a run that the model found comes to: recommitted, it is committed. */
+/* Updates the model for the allocation of a run: released pages become committed. */
 static void take_committed(struct machine *m, size_t page, size_t n) {
     if (some(m->released, page, n))
         mark(m, m->committed, page, n, true);
@@ -455,7 +455,7 @@ static void try_free(struct machine *m, size_t i) {
     settle(m);
 }
 
-/* Handles of blocks that were freed, however long ago, and of none that ever was. */
+/* A handle of a freed block, or one that never existed. */
 static void try_stale(struct machine *m) {
     int64_t handle = -1 - (int64_t)below(100);
     if (m->stale_count > 0 && !one_in(4))
@@ -496,7 +496,7 @@ static void try_finds(struct machine *m) {
         try_find(m, anywhere[i]);
 }
 
-/* A piece behind what is there, or far behind it; whether there was room. */
+/* Adds a piece after the last one or far above it; false if there is no space. */
 static bool try_add(struct machine *m) {
     size_t gap = 0, n = 1 + below(one_in(4) ? 3000 : 200), unit = UNIT / m->kind.page;
     if (m->kind.index && one_in(3))
@@ -525,7 +525,7 @@ static void try_bad_add(struct machine *m) {
 
 #define MANY 300
 
-/* As many integers as they are, in a width that holds them. */
+/* The sizes as integers of a width that holds them. */
 static struct pagealloc_integers integers(const uint64_t *values, size_t count, void *items) {
     static const int widths[] = {1, 2, 4, 8, -1, -2, -4, -8};
     uint64_t largest = 0;
@@ -540,8 +540,8 @@ static struct pagealloc_integers integers(const uint64_t *values, size_t count, 
     return (struct pagealloc_integers){.items = items, .width = width};
 }
 
-/* Whether the blocks from `from` on, as many as were allocated, lie where one after the other would;
- * and what has to be refused next. */
+/* Whether the blocks allocated from `from` on lie where single allocations would put them; and which
+ * refusal has to follow. */
 static int64_t follow(struct machine *m, const uint64_t *sizes, const int64_t *handles, size_t from,
                       size_t done, size_t count) {
     size_t bad;
@@ -607,7 +607,7 @@ static void try_alloc_many(struct machine *m) {
     }
     if (!one_in(4))
         return;
-    /* Undone, they were never made. */
+    /* After an undo the counters show no trace of them. */
     uint64_t frees = m->frees;
     size_t failed;
     int64_t nbytes = 0;
@@ -618,7 +618,7 @@ static void try_alloc_many(struct machine *m) {
         leave(m, &m->blocks[m->count - 1]);
     m->mallocs = mallocs;
     m->frees = frees;
-    m->stale_count = 0; /* their numbers are given again */
+    m->stale_count = 0; /* their serial numbers are used again */
     settle(m);
 }
 
@@ -633,7 +633,7 @@ static void try_free_many(struct machine *m) {
         handles[i] = m->blocks[first + i].handle & (one_in(2) ? ~ZEROED : -1);
         nbytes += (int64_t)m->blocks[first + i].nbytes;
     }
-    if (one_in(3) && count > 0) { /* one that is no block, or is there a second time */
+    if (one_in(3) && count > 0) { /* a handle of no block, or one twice */
         wrong = 1 + below(count);
         memmove(handles + wrong + 1, handles + wrong, (count - wrong) * sizeof *handles);
         handles[wrong] = m->stale_count > 0 && one_in(2) ? m->stale[0] : handles[below(wrong)];
@@ -655,7 +655,7 @@ static bool may_go(const struct machine *m, size_t page, bool lazy) {
     return is_free(m, page) && m->dirty[page] && !(lazy && m->released[page]);
 }
 
-/* Whether the pieces are those that a walk downward would meet. */
+/* Whether the pieces are those that a walk downwards finds. */
 static bool same_pieces(struct machine *m, const struct pagealloc_run *pieces, size_t n,
                         size_t max, uint64_t most, uint64_t longest, bool lazy) {
     size_t at = m->end, i = 0;
@@ -675,7 +675,7 @@ static bool same_pieces(struct machine *m, const struct pagealloc_run *pieces, s
     return i == n;
 }
 
-/* What the model expects of pages that were given back. */
+/* Updates the model for pages that were given back. */
 static void gone(struct machine *m, size_t page, size_t n, size_t pieces, bool lazy) {
     mark(m, m->released, page, n, true);
     if (!lazy)
@@ -683,7 +683,7 @@ static void gone(struct machine *m, size_t page, size_t n, size_t pieces, bool l
     if (!lazy && !(m->kind.accounting & VM_NORESERVE) && n * m->kind.page >= MIB &&
         pieces < FEW_PIECES)
         mark(m, m->committed, page, n, false);
-    /* Whatever is still readable reads zero; to look at some of it is enough. */
+    /* Committed bytes read as zero; check some of them. */
     for (size_t i = page; i < page + n && !lazy; i += 1 + below(20))
         if (m->committed[i] && !CHECK(reads_zero(page_start(m, i), m->kind.page)))
             return;
@@ -700,10 +700,10 @@ static void try_give_back(struct machine *m) {
     if (!CHECK(n >= 0 && (size_t)n <= max) ||
         !CHECK(same_pieces(m, pieces, (size_t)n, max, most, longest, lazy)))
         return;
-    if (n > 0 && one_in(3)) /* no further than below that one */
+    if (n > 0 && one_in(3)) /* only below that block */
         CHECK(heap_idle(&m->heap, pieces[0].start, 1, 1, 0, lazy, &again, 1) <= 1 &&
               (n == 1 || again.stop == pieces[1].stop));
-    if (one_in(4)) /* somebody is quicker */
+    if (one_in(4)) /* another thread takes them first */
         try_alloc(m, random_size(m), 1, false, true);
     for (int64_t i = 0; i < n; i++) {
         size_t page = page_index(m, heap_page_address(&m->heap, pieces[i].start));
@@ -758,7 +758,7 @@ static void live(const struct kind *kind, size_t capacity, int steps) {
         step(m);
         if (i % 100 == 99)
             compare_all(m);
-        /* Once in a while nearly everything goes, so that there is something to give back. */
+        /* Now and then free nearly everything, so that there are pages to give back. */
         if (i % 400 == 399)
             while (m->count > 10)
                 try_free(m, below(m->count));
@@ -894,7 +894,7 @@ static void a_refused_commit_changes_nothing(void) {
     }
 }
 
-/* Free pages are looked at from the highest on, as young as they may be. */
+/* Free pages are taken from the highest on, except those younger than the age. */
 static void young_pages_stay(void) {
     struct machine *m = small_heap(&plain, 1000);
     struct pagealloc_run pieces[4];
@@ -914,7 +914,7 @@ static void young_pages_stay(void) {
     machine_end(m);
 }
 
-/* Decommitting stops before the region is in too many pieces. */
+/* Pages are discarded instead of decommitted once the region is in many pieces. */
 static void holes_are_few(void) {
     struct kind kind = plain;
     kind.pages = 1100 * 128;
@@ -936,7 +936,7 @@ static void holes_are_few(void) {
     machine_end(m);
 }
 
-/* What is refused leaves no trace: the same, or something lower, may be added afterwards. */
+/* A refused add leaves no trace: the same or lower addresses can be added afterwards. */
 static void a_refused_add_changes_nothing(void) {
     struct kind kind = {.page = 8192, .word = 8, .bits = 2, .index = true};
     kind.pages = 14 * UNIT / 8192;
@@ -992,8 +992,8 @@ static void a_renamed_block_is_freed_for_others(void) {
     machine_end(m);
 }
 
-/* A block of another caller, made between an allocation and its undoing, keeps its number to
- * itself. */
+/* A block that another caller allocates between an allocation and its undo has a serial number of its
+ * own. */
 static void an_undoing_gives_no_number_twice(void) {
     struct machine *m = small_heap(&plain, 100);
     const struct pagealloc_integers sizes = {.constant = 1};
@@ -1011,9 +1011,9 @@ static void an_undoing_gives_no_number_twice(void) {
     machine_end(m);
 }
 
-/* -- spans full of lies ------------------------------------------------------------------------ */
+/* -- overwritten spans -------------------------------------------------------------------------- */
 
-/* The words of the pages that are part; the spans of a page lie where the layout has them. */
+/* The span words of all pages of the arena, at the addresses that the layout gives them. */
 static void lie(struct machine *m, size_t page, uint64_t word) {
     uintptr_t at = (uintptr_t)m->heap.meta.spans + page * m->kind.word;
     if (m->kind.index) {
@@ -1030,7 +1030,7 @@ static uint64_t random_lie(const struct machine *m) {
     switch (below(6)) {
     case 0: return random_next(&seed);
     case 1: return 2 * (1 + below(m->kind.page * 40)) + 1; /* a size */
-    case 2: return 2 * below(50); /* a way back */
+    case 2: return 2 * below(50); /* a distance */
     case 3: return 2 * below(m->end + 10);
     case 4: return UINT64_MAX - below(4);
     default: return random_next(&seed) >> below(64);
@@ -1052,7 +1052,7 @@ static void tell_lies(struct machine *m) {
     }
 }
 
-/* Only addresses count, and that pages are either free or in use: answers may be wrong. */
+/* Results may be wrong, but addresses must be valid and each page either free or in use. */
 static void believe_nothing(const struct kind *kind, size_t capacity, int steps) {
     struct machine *m = machine_start(kind, capacity);
     static int64_t handles[1000];
@@ -1124,7 +1124,7 @@ static void spans_are_not_believed(void) {
         believe_nothing(&kinds[i], kinds[i].index ? 40 * UNIT / 8192 : kinds[i].pages, 2 * STEPS);
 }
 
-/* Nobody finds, or frees, pages that the kernel is at work on, whatever the spans say. */
+/* Claimed pages can be neither found nor freed, whatever the spans contain. */
 static void pages_being_given_back_are_nobodys(void) {
     struct machine *m = small_heap(&plain, 100);
     try_alloc(m, 10 * 8192, 1, false, true);

@@ -13,13 +13,13 @@
 #define MIB ((size_t)1 << 20)
 #define UNIT (64 * MIB)
 #define PAGE ((size_t)8192)
-#define STEP (MIB)       /* the arena grows by so much */
-#define GAP (3 * UNIT)   /* under an index, every fourth time, behind such a gap */
+#define STEP (MIB)       /* bytes of a growth of the arena */
+#define GAP (3 * UNIT)   /* with an index, in front of every fourth growth */
 #define HELD 40          /* blocks that a thread holds at most */
-#define SHARED 16        /* blocks that anybody may free */
+#define SHARED 16        /* blocks that any thread may free */
 #define ZEROED ((int64_t)1 << HEAP_PAGE_BITS)
 
-/* ThreadSanitizer makes each of them some ten times as slow. */
+/* ThreadSanitizer makes each operation about ten times as slow. */
 #ifdef __SANITIZE_THREAD__
 #define ROUNDS 10000
 #else
@@ -29,9 +29,9 @@
 static struct heap heap;
 static struct region region;
 static struct heap_metadata metadata;
-/* The lock of the region, as the owner of one has it: around every call that says "region". */
+/* The lock of the region, held around every call that uses its books. */
 static pthread_mutex_t region_lock;
-static uintptr_t grown, limit; /* where the next growth begins, and where there is no more; so locked */
+static uintptr_t grown, limit; /* start of the next growth, and the end of the space; guarded by the lock above */
 static unsigned growths;
 static _Atomic int64_t shared[SHARED];
 static atomic_ulong wrong, taken, freed_twice, freed_once, given_back, made_shared;
@@ -57,7 +57,7 @@ static void expect(bool holds) {
 
 /* -- the owner's part -------------------------------------------------------------------------- */
 
-/* Maps what describes [address, address + STEP), and hands it to the heap. */
+/* Maps the metadata of [address, address + STEP) and adds the range to the heap. */
 static bool grow(void) {
     if (grown + STEP > limit)
         return false;
@@ -80,7 +80,7 @@ static bool grow(void) {
     return true;
 }
 
-/* As the owner allocates: first without the region, then with it, then with a growth. */
+/* Allocates as an owner does: without may_commit, then with it, then after a growth. */
 static int64_t allocate(uint64_t nbytes, bool zero) {
     int64_t handle = heap_alloc(&heap, nbytes, 1, zero, false);
     if (handle >= 0)
@@ -167,7 +167,7 @@ static void give_all(struct worker *me) {
     me->count = 0;
 }
 
-/* Puts a block where everybody frees it; of those who try, one succeeds. */
+/* Shares a block that several threads try to free; exactly one of them succeeds. */
 static void share(struct worker *me) {
     _Atomic int64_t *slot = &shared[random_below(&me->seed, SHARED)];
     int64_t handle = atomic_load(slot);
@@ -239,7 +239,7 @@ static void *give_back(void *argument) {
             expect(nbytes >= 0);
             atomic_fetch_add(&given_back, nbytes > 0);
         }
-        if (random_below(own, 20) == 0) /* addresses are looked up meanwhile */
+        if (random_below(own, 20) == 0) /* look up addresses in between */
             (void)grow();
         pthread_mutex_unlock(&region_lock);
         sched_yield();
@@ -295,7 +295,7 @@ static void run(size_t before, size_t arena, uint64_t capacity) {
     REQUIRE(pthread_mutex_destroy(&region_lock) == 0);
 }
 
-/* Spans of 8-byte words and four bits of heap bitmap a word, beside the arena. */
+/* Spans of 8-byte words and four bits of heap bitmap per word, next to the arena. */
 static void threads_share_a_flat_heap(int accounting) {
     const size_t arena = 64 * MIB, bitmap = arena / 16, spans = arena / 1024;
     REQUIRE(region_reserve(&region, spans + bitmap + arena, accounting, 0, NULL) == 0);

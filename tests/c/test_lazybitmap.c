@@ -7,15 +7,15 @@
 #include "vm.h"
 #include "witness.h"
 
-/* Memory is committed in steps of 64 KiB, that is of so many bits. */
+/* Bits in a commit step of 64 KiB. */
 #define STEP_BYTES ((size_t)64 << 10)
 #define STEP ((uint64_t)STEP_BYTES * 8)
 
-/* Two and a half steps and an odd rest: the last step is cut by the end of the region. */
+/* Two and a half steps and an odd rest: the end of the region cuts the last step. */
 #define NBITS (STEP * 5 / 2 + 13)
 #define BYTES ((size_t)(NBITS + 7) / 8)
 
-/* A bitmap and the same bits, one a byte. */
+/* A bitmap and the same bits, one per byte. */
 struct pair {
     struct region *bits;
     unsigned char *model;
@@ -47,7 +47,7 @@ static void end_pair(struct pair pair) {
     free(pair.model);
 }
 
-/* The bits of the range as lazybitmap_read gives them. Free it. */
+/* The bits of the range as lazybitmap_read returns them; the caller frees them. */
 static unsigned char *packed(const unsigned char *model, uint64_t start, uint64_t stop) {
     unsigned char *bytes = calloc((size_t)(stop - start) / 8 + 1, 1);
     REQUIRE(bytes != NULL);
@@ -73,7 +73,7 @@ static bool same(struct pair pair) {
     return reads_as(pair.bits, pair.model, 0, NBITS);
 }
 
-/* Ranges meet the edges of words, of steps and of the whole more often than chance would have it. */
+/* Random ranges with many ends at the edges of words, of steps and of the bitmap. */
 static uint64_t random_index(void) {
     static const uint64_t anchors[] = {0, 64, STEP - 64, STEP, STEP * 2, STEP * 5 / 2, NBITS};
     uint64_t n = sizeof anchors / sizeof anchors[0], at = random_below(&seed, n + 1);
@@ -148,7 +148,7 @@ static void random_sets_and_clears_agree_with_a_model(void) {
             random_range(&start, &stop);
             bool value = random_below(&seed, 3) != 0;
             size_t before = pair.bits->committed.total;
-            /* Few long sets, so that some steps stay uncommitted for a while. */
+            /* Few long ranges are set, so that some steps stay uncommitted for a while. */
             if (value && i < 150 && stop - start > 5000)
                 stop = start + 100;
             for (uint64_t k = start; k < stop; k += step) {
@@ -534,7 +534,7 @@ static void a_reversed_copy_reverses(void) {
 
 /* ---- refused memory */
 
-/* Whether `change`, refused for want of memory, changes neither bits nor what is committed. */
+/* Whether `change`, refused because memory is short, changes neither bits nor committed ranges. */
 static bool refusal_changes_nothing(int accounting, int64_t (*change)(struct region *)) {
     struct region *bits = new_bits(STEP * 8, accounting);
     unsigned char *model = calloc(STEP * 8, 1);
@@ -557,7 +557,7 @@ static bool refusal_changes_nothing(int accounting, int64_t (*change)(struct reg
     return right;
 }
 
-/* Bits in every second step, and the same as bytes; made before memory is short. */
+/* Bits in every second step, and the same as bytes; created before memory is short. */
 static struct region *plenty;
 static unsigned char *plenty_bytes;
 
@@ -616,7 +616,7 @@ static void a_step_beyond_the_range_reaches_one_bit(void) {
         CHECK(lazybitmap_clear(pair.bits, 5, 10, steps[i]) == 1);
         CHECK(lazybitmap_count(pair.bits, 0, NBITS) == 19 && !lazybitmap_test(pair.bits, 5));
         (void)fflush(stdout);
-        (void)alarm(5); /* over uncommitted words it may never end */
+        (void)alarm(5); /* a search over uncommitted words might never end */
         CHECK(lazybitmap_clear(pair.bits, STEP + 5, NBITS, steps[i]) == 0);
         (void)alarm(0);
         end_pair(pair);

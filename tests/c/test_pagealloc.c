@@ -1,6 +1,6 @@
 #define _GNU_SOURCE
 
-/* So that there can be no memory for the list of parts. */
+/* Replaced, so that a test can refuse memory for the list of parts. */
 #define runs_grow make_room
 #include "../../csrc/pagealloc.c"
 #undef runs_grow
@@ -27,7 +27,7 @@ int make_room(struct runs *set) {
     return no_memory ? ENOMEM : runs_grow(set);
 }
 
-/* Which kernels the machines opened from now on use. */
+/* Whether allocators opened from now on use the wide kernels. */
 static bool wide_kernels;
 
 enum state { HOLE = 0, FREE = 1, USED = 2 };
@@ -37,7 +37,7 @@ struct segment {
     enum state state;
 };
 
-/* An allocator and what it should be: a byte a page, or segments alone where pages are too many. */
+/* An allocator and its model: a byte per page, or only segments if there are too many pages. */
 struct machine {
     struct pagealloc *pages;
     uintptr_t memory;
@@ -46,10 +46,10 @@ struct machine {
     unsigned char *states;
     struct segment *segments, *spare;
     size_t count, room, spare_room;
-    uint64_t *edges; /* where parts were added: a run in use may be cut there */
+    uint64_t *edges; /* ends of the parts: a run in use may end there */
     size_t edge_count, edge_room;
     uint64_t steps;
-    unsigned often; /* steps from one comparison of all runs to the next */
+    unsigned often; /* steps between comparisons of all runs */
 };
 
 static struct pagealloc_run *listed;
@@ -139,7 +139,7 @@ static uint64_t model_longest(const struct machine *m) {
     return most;
 }
 
-/* The first page of the lowest fit, or NO_FIT; and how many free runs are long enough, well placed
+/* The first page of the lowest fit, or NO_FIT; and the number of free runs that are long enough, aligned
  * or not. */
 static uint64_t model_fit(const struct machine *m, uint64_t n, uint64_t align, uint64_t phase,
                           size_t *long_enough) {
@@ -161,7 +161,7 @@ static bool model_outside(const struct machine *m, uint64_t page, uint64_t n) {
     return n == 0 || page >= m->capacity || n > m->capacity - page;
 }
 
-/* The states that occur in [page, page + n), a bit each. */
+/* The states that occur in [page, page + n), one bit each. */
 static unsigned model_states(const struct machine *m, uint64_t page, uint64_t n) {
     unsigned bits = 0;
     for (size_t i = 0; i < m->count && m->segments[i].start < page + n; i++)
@@ -175,7 +175,7 @@ static unsigned model_states(const struct machine *m, uint64_t page, uint64_t n)
 
 /* -- an allocator's life ---------------------------------------------------------------------- */
 
-/* Byte for byte what was asked for, so that a sanitizer sees a step beyond it. */
+/* Exactly as many bytes as needed, so that a sanitizer detects an access beyond them. */
 static struct machine machine_start(uint64_t capacity) {
     struct machine m = {.capacity = capacity, .often = 1};
     uint64_t bytes = pagealloc_bytes(capacity);
@@ -254,8 +254,8 @@ static void compare_runs(struct machine *m, uint64_t from, uint64_t to, size_t m
     }
 }
 
-/* Whether the tables hold the free runs and nothing else: a wrong number that no answer depends on
- * yet would be seen only much later. */
+/* Whether the tables describe exactly the free runs: an error in them might change a result only much
+ * later. */
 static void compare_tables(const struct machine *m) {
     const struct pagealloc *pages = m->pages;
     uint64_t chunks = (m->capacity + CHUNK - 1) / CHUNK, words = chunks * WORDS;
@@ -331,7 +331,7 @@ static void compare_all(struct machine *m) {
     }
 }
 
-/* After every operation: a refusal has changed nothing, whatever else it could have spoilt. */
+/* After every operation: a refusal has changed nothing. */
 static void settle(struct machine *m, bool refused) {
     uint64_t free_pages = model_total(m, FREE), part_pages = free_pages + model_total(m, USED);
     CHECK(pagealloc_free_pages(m->pages) == free_pages);
@@ -349,7 +349,7 @@ static void settle(struct machine *m, bool refused) {
 
 /* -- operations that check themselves ---------------------------------------------------------- */
 
-/* Calls the function, or under the lock the one that wants it held. */
+/* Calls the locking function, or the _held one under the lock. */
 #define CALL(function, m, ...)                                                                     \
     (coin() ? function((m)->pages, __VA_ARGS__)                                                    \
             : (pagealloc_lock((m)->pages),                                                         \
@@ -491,7 +491,7 @@ static uint64_t get(const struct pagealloc_integers *from, size_t i) {
     return cut_to_width(from->width, value);
 }
 
-/* An array that ends where a sanitizer sees it; the caller frees `items`. */
+/* An array whose end a sanitizer checks; the caller frees `items`. */
 static struct pagealloc_integers integers(int width, size_t count) {
     struct pagealloc_integers made = {.width = width};
     if (width != 0 && count > 0)
@@ -499,7 +499,7 @@ static struct pagealloc_integers integers(int width, size_t count) {
     return made;
 }
 
-/* Whether this was read from a signed integer below zero. */
+/* Whether this is the value of a negative integer. */
 static bool is_negative(int width, uint64_t n) {
     return width < 0 && n > (uint64_t)INT64_MAX;
 }
@@ -583,7 +583,7 @@ static uint64_t some_length(uint64_t capacity) {
     }
 }
 
-/* A piece of a segment in this state: all, one end, or something inside. */
+/* A piece of a segment in this state: all of it, one end, or the middle. */
 static bool some_piece(const struct machine *m, enum state state, struct pagealloc_run *piece) {
     size_t n = 0, at = 0;
     for (size_t i = 0; i < m->count; i++)
@@ -650,7 +650,7 @@ static void some_many(struct machine *m) {
     if (bad && count > 0 && lengths.width != 0)
         put(&lengths, random_below(&seed, count), coin() ? 0 : UINT64_MAX);
     if (try_alloc_many(m, &lengths, &first, count) == 0 && coin()) {
-        if (count > 0 && random_below(&seed, 3) == 0) /* twice the same, or something else */
+        if (count > 0 && random_below(&seed, 3) == 0) /* a run twice, or another one */
             put(&first, random_below(&seed, count),
                 coin() ? get(&first, 0) : random_below(&seed, m->capacity));
         (void)try_free_many(m, &lengths, &first, count);
@@ -661,7 +661,7 @@ static void some_many(struct machine *m) {
 
 static void some_operation(struct machine *m, unsigned taking) {
     struct pagealloc_run at;
-    if (random_below(&seed, 100) < 5) { /* whatever the range holds */
+    if (random_below(&seed, 100) < 5) { /* any range, in any state */
         at = some_range(m);
         switch (random_below(&seed, 3)) {
         case 0:
@@ -699,7 +699,7 @@ static void some_operation(struct machine *m, unsigned taking) {
     }
 }
 
-/* Takes all, and then frees runs of up to `most` pages with as long ones between them. */
+/* Allocates all pages, then frees runs of up to `most` pages with gaps of the same lengths. */
 static void scatter(struct machine *m, uint64_t most, unsigned runs) {
     (void)try_alloc(m, m->capacity);
     for (uint64_t at = random_below(&seed, most), n; runs-- > 0; at += n + 1 + log_uniform(most)) {
@@ -899,7 +899,7 @@ static void the_only_aligned_run_is_found_behind_many_misplaced_ones(void) {
     machine_end(&m);
 }
 
-/* Lengths in one class are told apart only by looking at each run. */
+/* Only the runs themselves tell lengths in one class apart. */
 static void check_lengths_of_one_class(uint64_t base, unsigned order) {
     enum { N = 64 };
     struct machine m = machine_start(HUGE_CAPACITY);
@@ -1074,7 +1074,7 @@ static void a_negative_number_is_refused(void) {
         CHECK(try_alloc_many(&m, &lengths, &first, 3) == 0);
         static const uint64_t negative[] = {UINT64_MAX, UINT64_MAX - 1, UINT64_MAX - 127};
         for (size_t k = 0; k < LENGTH(negative) + 1; k++) {
-            /* The last is the most negative one there is. */
+            /* The last is the most negative number. */
             put(&lengths, 1, k < LENGTH(negative) ? negative[k] : widest(widths[i]) + 1);
             CHECK(pagealloc_integer(&lengths, 1) == get(&lengths, 1));
             CHECK(pagealloc_integer(&lengths, 1) > pagealloc_max_pages());
@@ -1216,7 +1216,7 @@ static void kernels_agree_with_a_loop_over_bits(void) {
             memset(words, -round, sizeof words);
         check_words(&pages, words);
     }
-    /* One run at every place where words meet. */
+    /* One run at every position next to the edge of a word. */
     for (unsigned at = 0; at < CHUNK; at += at % 64 > 1 && at % 64 < 62 ? 12 : 1)
         for (unsigned n = 1; at + n <= CHUNK; n += n % 64 > 1 && n % 64 < 62 ? 20 : 1) {
             memset(words, 0, sizeof words);

@@ -12,7 +12,7 @@
 #define PAGES 40000
 #define HELD 64 /* runs that a thread holds at most */
 
-/* ThreadSanitizer makes each of them some ten times as slow. */
+/* ThreadSanitizer makes each operation about ten times as slow. */
 #ifdef __SANITIZE_THREAD__
 #define ROUNDS 20000
 #else
@@ -20,7 +20,7 @@
 #endif
 
 static struct pagealloc *pages;
-/* Who holds a page: 0, or 1 + the number of a thread. */
+/* The holder of each page: 0, or 1 + the number of a thread. */
 static _Atomic unsigned char holders[PAGES];
 static atomic_ulong overlaps, refusals, wrong, taken, full;
 
@@ -79,7 +79,7 @@ static void allocate_many(struct worker *me) {
         hold(me, (uint64_t)first[i], lengths.constant);
 }
 
-/* Gives back a run that it holds, or the end of one. */
+/* Frees a run that the thread holds, or the end of one. */
 static void release(struct worker *me) {
     size_t at = random_below(&me->seed, me->count);
     struct pagealloc_run *held = &me->held[at], run = *held;
@@ -108,7 +108,7 @@ static void release_many(struct worker *me) {
     me->count = 0;
 }
 
-/* Runs that are listed together were there together. */
+/* Runs listed by one call must have existed at the same moment. */
 static void look(void) {
     struct pagealloc_run runs[200];
     for (int free = 0; free < 2; free++) {

@@ -88,7 +88,7 @@ static void what_is_neither_file_is_refused(void) {
     }
 }
 
-/* Neighbours that became one between two pieces of the kernel's text are printed before and after. */
+/* Mappings that merge between two pieces of the kernel's text are printed before and after the merge. */
 static void what_became_one_meanwhile_is_one_row(void) {
     struct procmaps table = {0};
     CHECK(feed(&table, "1000-2000 rw-p 0 0:0 0\n3000-5000 rw-p 0 0:0 0 [a]\nRss: 8 kB\n"
@@ -98,7 +98,7 @@ static void what_became_one_meanwhile_is_one_row(void) {
     CHECK(feed(&table, "3000-8000 rw-p 0 0:0 0\nRss: 20 kB\n") == 0);
     CHECK(table.count == 2 && at(&table, 1, PROCMAPS_START) == 0x3000);
     CHECK(at(&table, 1, PROCMAPS_END) == 0x8000 && at(&table, 1, PROCMAPS_RSS) == 20);
-    CHECK(feed(&table, "4000-9000 rw-p 0 0:0 0\n") == 0); /* its beginning is still the old one's */
+    CHECK(feed(&table, "4000-9000 rw-p 0 0:0 0\n") == 0); /* the first part stays a row of its own */
     CHECK(table.count == 3 && at(&table, 1, PROCMAPS_END) == 0x4000 && at(&table, 1, PROCMAPS_RSS) == 0);
     CHECK(at(&table, 2, PROCMAPS_START) == 0x4000 && at(&table, 2, PROCMAPS_END) == 0x9000);
     procmaps_free(&table);
@@ -113,7 +113,7 @@ static void swap_is_what_memory_leaves(void) {
     procmaps_free(&table);
 }
 
-/* Bytes of a small alphabet, so that much of it is nearly right. The sanitizers look on. */
+/* Random text of a small alphabet, so that many lines are almost valid. For the sanitizers. */
 static void noise_does_no_harm(void) {
     const char alphabet[] = "0123456789abcdef- rwxsp:\n/[]RskBVmFlagnz";
     uint64_t state = 1;
@@ -152,13 +152,13 @@ static void pages_are_counted_where_they_are(void) {
     (void)madvise(mine, n * page, MADV_NOHUGEPAGE);
     for (size_t i = 0; i < n; i += 3)
         mine[i * page] = 1;
-    char reads = mine[page]; /* the zero page is not memory of one's own */
+    char reads = mine[page]; /* the zero page does not count as memory of the process */
     REQUIRE(mprotect(mine, page * (n / 2), PROT_NONE) == 0);
     struct procmaps table = {0};
     read_file(&table, "/proc/self/maps");
     int err = fd < 0 ? errno : procmaps_count_pages(&table, fd, 1);
     if (err == 0)
-        err = procmaps_count_pages(&table, fd, 0); /* counts anew */
+        err = procmaps_count_pages(&table, fd, 0); /* replaces the earlier counts */
     if (err != 0) {
         SKIP("no PAGEMAP_SCAN here");
     } else {
@@ -177,7 +177,7 @@ static void pages_are_counted_where_they_are(void) {
     (void)close(fd);
 }
 
-/* Its name may be anybody's, so its place tells. */
+/* Any file may have its name, so the address decides. */
 static void the_kernels_half_is_of_no_process(void) {
     struct procmaps table = {0};
     size_t wrong = 99;
@@ -199,7 +199,7 @@ static void rows_are_added_up_and_dropped(void) {
     CHECK(sums.size == 0x3000 && sums.reserved == 0x1000 && sums.committed == 0x2000 && sums.count == 2);
     procmaps_sum(&table, 9, &sums);
     CHECK(table.count == 1 && sums.count == 2);
-    /* It has grown into one that was dropped, and counts for the rest. */
+    /* It grew into a row that was removed before, so only the rest of it counts. */
     CHECK(feed(&table, "3000-8000 r--p 0 0:0 0 /b\nffffffffff600000-ffffffffff601000 --xp 0 0:0 0\n") == 0);
     procmaps_sum(&table, 0, &sums);
     CHECK(table.count == 0 && sums.size == 0x7000 && sums.count == 3 && sums.end == 0x8000);

@@ -9,7 +9,7 @@
 #include "vm.h"
 #include "witness.h"
 
-/* The pages of the usual region; also the size of the text that shows them. */
+/* The pages of the usual region; also the length of the text that shows them. */
 #define PAGES 64
 
 static const int accountings[] = {0, VM_NORESERVE};
@@ -70,7 +70,7 @@ static struct region *reserved(size_t pages, int accounting) {
     return region;
 }
 
-/* Free addresses with much free space around them, where no other mapping comes to lie. */
+/* A free address with much free space around it: the kernel places no other mapping there. */
 static uintptr_t free_place(void) {
     uintptr_t address = 0;
     size_t wide = (size_t)1 << 36;
@@ -96,7 +96,7 @@ static bool orderly(const struct runs *set) {
     return total == set->total;
 }
 
-/* Whether the region's books are in order and say what the kernel says. */
+/* Whether the books are consistent and agree with the kernel. */
 static bool books_are_true(const struct region *region) {
     size_t n = region->size / page;
     if (n > PAGES || !orderly(&region->reserved) || !orderly(&region->committed))
@@ -291,7 +291,7 @@ static void a_refused_reserve_leaves_nothing(void) {
         struct region *too_big =
             reserve((size_t)128 << 20, 0, false, 0, 0, 0, VM_NO_DUMP, "big");
         int err = errno;
-        /* 48 MiB fit; 48 MiB and room to align them do not. */
+        /* 48 MiB fit; 48 MiB plus the alignment do not. */
         struct region *too_aligned =
             reserve((size_t)48 << 20, 0, false, (size_t)1 << 34, page, 0, 0, "aligned");
         int second = errno;
@@ -455,7 +455,7 @@ static void a_refused_commit_leaves_the_region_as_it_was(void) {
 }
 
 static void a_refused_commit_refunds_untouched_neighbours(void) {
-    /* Guards, lest a gap at either end joins a mapping of somebody else's. */
+    /* Guards keep the gaps at both ends from merging with other mappings. */
     struct region *region = reserve(16 * page, 0, false, 0, page, 0, 0, NULL);
     REQUIRE(region != NULL);
     commit_like(region, "--w--w---w------");
@@ -486,7 +486,7 @@ static void a_refused_decommit_leaves_the_region_as_it_was(void) {
     }
 }
 
-/* ---- misuse */
+/* ---- refused ranges */
 
 typedef int verb(struct region *, size_t, size_t);
 
@@ -683,7 +683,7 @@ static void a_claim_that_lands_outside_is_given_back(void) {
     REQUIRE(region_claim(region, 4 * page, 4 * page, VM_RESERVED) == 0);
     size_t before = witness_status("VmSize:");
 
-    /* Taken hint: the kernel goes elsewhere, far from this window. */
+    /* The hint is mapped already: the kernel picks an address far from this window. */
     CHECK(region_claim_near(region, 0, at(region, 5), page, VM_COMMITTED, &address) == ERANGE);
     CHECK(address != 0 && (address < at(region, 0) || address >= high));
     CHECK(witness_all(address, page, '.'));
@@ -789,7 +789,7 @@ static void random_claims_agree_with_the_kernel(void) {
     }
 }
 
-/* ---- what every byte has */
+/* ---- the policy of every byte */
 
 static void advice_stays_on_every_byte(void) {
     EACH_ACCOUNTING(accounting) {
@@ -1008,7 +1008,7 @@ static void a_refused_commit_refunds_touched_neighbours(void) {
     struct region *region = reserve(16 * page, 0, false, 0, page, 0, 0, NULL);
     REQUIRE(region != NULL);
     commit_like(region, "--w--w---w------");
-    /* A gap opened next to touched memory joins its mapping, and keeps its anon_vma when closed. */
+    /* A gap committed next to touched memory merges with its mapping, and keeps the anon_vma afterwards. */
     *byte(region, 2) = 1;
     REQUIRE(limit_data(3 * page));
     int err = region_commit(region, 0, 16 * page);
@@ -1056,7 +1056,7 @@ static void a_refused_seal_commits_nothing(void) {
 
 int main(void) {
     page = vm_page_size();
-    end(reserved(1, 0)); /* malloc takes its heap before anything is counted */
+    end(reserved(1, 0)); /* malloc must map its heap before anything is counted */
     RUN(a_new_region_owns_its_span_and_has_nothing_committed);
     RUN(a_tebibyte_is_addresses_only);
     RUN(a_free_address_is_taken_as_hint_and_exactly);

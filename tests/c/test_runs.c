@@ -237,7 +237,7 @@ static void emptying_keeps_a_small_array(void) {
     CHECK(set.count == 0 && set.capacity == 0);
 }
 
-/* The bounds of the first stretch of [lo, hi) in the model that equals `value`. */
+/* The bounds of the first part of [lo, hi) in the model that equals `value`. */
 static bool model_next(const bool *model, size_t lo, size_t hi, bool value, struct run *piece) {
     while (lo < hi && model[lo] != value)
         lo++;

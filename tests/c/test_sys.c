@@ -22,7 +22,7 @@ static uintptr_t mapped(size_t n, int access) {
     return address;
 }
 
-/* How a child that runs `body` ends: its exit status, or minus the signal. */
+/* Runs `body` in a child. Returns its exit status, or minus the signal that ended it. */
 static int in_child(int (*body)(uintptr_t), uintptr_t address) {
     int status = 0;
     (void)fflush(stdout);
@@ -54,7 +54,7 @@ static void the_parent_is_the_parent(void) {
     CHECK(sys_parent() == getppid());
 }
 
-/* Whether nobody holds the pipe's other end any more; waits for it. */
+/* Waits until no process holds the other end of the pipe; false after 10 s. */
 static bool all_have_ended(int end) {
     struct pollfd polled = {.fd = end, .events = POLLIN};
     char byte;
@@ -78,7 +78,7 @@ static void a_process_ends_with_the_parent_it_names(void) {
     int pipes[2];
     REQUIRE(pipe(pipes) == 0);
     pid_t child = fork();
-    if (child == 0) { /* ends once its own child has said that it will end with it */
+    if (child == 0) { /* ends after its own child has reported that sys_end_with_parent worked */
         char byte = 0;
         int ready[2], parent = (int)getpid();
         if (pipe(ready) == 0 && fork() == 0) {
@@ -108,7 +108,7 @@ static void count_signal(int signal_number) {
     handlers_run++;
 }
 
-/* Whether a process has this mapped. */
+/* Whether a process has this address mapped. */
 static bool has_mapped(int process, uintptr_t address) {
     char path[64];
     (void)snprintf(path, sizeof path, "/proc/%d/maps", process);
@@ -147,7 +147,7 @@ static void a_child_is_reaped_where_children_are_ignored(void) {
     (void)signal(SIGCHLD, was);
 }
 
-/* In a group of its own, so that no more than this process ends. */
+/* In a process group of its own, so that a failure kills only this process. */
 static int reap_groups(uintptr_t unused) {
     (void)unused;
     return setpgid(0, 0) == 0 && sys_reap(0) == EINVAL && sys_reap(-(int)getpid()) == EINVAL ? 0 : 1;
@@ -157,7 +157,7 @@ static void a_process_group_is_not_reaped(void) {
     CHECK(in_child(reap_groups, 0) == 0);
 }
 
-/* Bit number signal - 1 of a set of signals in a process's status. */
+/* Whether a process blocks a signal: bit signal - 1 of SigBlk in its status. */
 static bool blocks(int process, int signal_number) {
     char path[64];
     (void)snprintf(path, sizeof path, "/proc/%d/status", process);
@@ -169,7 +169,7 @@ static void a_forked_child_runs_no_handlers(void) {
     void (*was)(int) = signal(SIGINT, count_signal);
     int child = 0;
     REQUIRE(sys_fork(&child) == 0);
-    /* At once: there is no moment in which one could run. */
+    /* From the first moment: a handler can never run. */
     CHECK(blocks(child, SIGINT) && !blocks((int)getpid(), SIGINT));
     CHECK(sys_reap(child) == 0);
     (void)signal(SIGINT, was);

@@ -1,5 +1,5 @@
 #define _GNU_SOURCE
-#include "../../csrc/timing.c" /* to do single steps, and to see what a thread has mapped */
+#include "../../csrc/timing.c" /* to run single steps and see what a thread has mapped */
 
 #include <dirent.h>
 #include <signal.h>
@@ -13,7 +13,7 @@ enum { PIECE = 16, ROUNDS = 3, MOST = 16, MOST_SAMPLES = 256 };
 #define UNWRITTEN (-1e18)
 #define ALIGN ((size_t)4 << 20)
 
-/* ThreadSanitizer does not live in a process that was forked past it. */
+/* ThreadSanitizer does not work in a process created by the clone system call. */
 #ifdef __SANITIZE_THREAD__
 #define MAY_FORK false
 #else
@@ -25,7 +25,7 @@ static double samples[MOST_SAMPLES];
 static unsigned char preempted[MOST_SAMPLES];
 static size_t done, failed;
 
-/* A program that a test changes as it likes. Lengths and offsets in pages. */
+/* A program that tests modify. Lengths and offsets in pages. */
 struct made {
     struct timing_step steps[MOST];
     struct timing_program program;
@@ -47,7 +47,7 @@ static void end(struct made *made) {
     (void)add(made, TIMING_RELEASE, 0, 2 * PIECE, -1);
 }
 
-/* Reserve, commit, write, discard, release, the three in the middle timed. */
+/* Reserve, commit, write, discard, release; the three in the middle are timed. */
 static void make_life(struct made *made) {
     begin(made);
     made->program.nslots = 3;
@@ -96,7 +96,7 @@ static void remember(void) {
     memcpy(maps_before, maps, strlen(maps) + 1);
 }
 
-/* A thread that was joined may be in /proc for a moment still. */
+/* A joined thread may stay in /proc for a moment. */
 static bool no_thread_stays(void) {
     for (int i = 0; i < 1000 && tasks() > tasks_before; i++)
         (void)usleep(1000);
@@ -105,7 +105,7 @@ static bool no_thread_stays(void) {
 
 static bool nothing_stays(void) {
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
-    bool same = true; /* the sanitizers map memory whenever they like */
+    bool same = true; /* the sanitizers map memory at any time */
 #else
     bool same = witness_status("VmSize:") == mapped_before &&
                 strcmp(maps_before, witness_read("/proc/self/maps")) == 0;
@@ -113,7 +113,7 @@ static bool nothing_stays(void) {
     return same && childless() && no_thread_stays();
 }
 
-/* Thread stacks stay in the C library's cache: let it have them before anything is compared. */
+/* Thread stacks stay in the C library's cache: fill it before anything is compared. */
 static void warm_up(void) {
     struct made made;
     make_life(&made);
@@ -123,7 +123,7 @@ static void warm_up(void) {
     (void)usleep(20000);
 }
 
-/* ---- unsound programs ---- */
+/* ---- malformed programs ---- */
 
 static bool is_refused_unrun(const struct made *made, size_t threads, size_t rounds) {
     remember();
@@ -220,12 +220,12 @@ static void nothing_is_repeated_no_times(void) {
 static void what_can_be_done_once_is_not_repeated(void) {
     struct made made;
     make_life(&made);
-    made.steps[0].repeat = 2; /* the first mapping would stay */
+    made.steps[0].repeat = 2; /* the first mapping would leak */
     CHECK(is_refused_unrun(&made, 1, 1));
     make_life(&made);
     made.steps[4].repeat = 2;
     CHECK(is_refused_unrun(&made, 1, 1));
-    for (size_t i = 1; i <= 2; i++) { /* a child would stay; the second kill would be everybody's */
+    for (size_t i = 1; i <= 2; i++) { /* a child would leak, and the second kill would hit every process */
         begin(&made);
         (void)add(&made, TIMING_FORK, 0, 1, -1);
         (void)add(&made, TIMING_REAP, 0, 1, -1);
@@ -259,7 +259,7 @@ static void each_fork_has_its_reap(void) {
     (void)add(&made, TIMING_FORK, 0, 1, -1);
     (void)add(&made, TIMING_REAP, 0, 1, -1);
     end(&made);
-    CHECK(is_refused_unrun(&made, 2, 1)); /* one thread alone may fork */
+    CHECK(is_refused_unrun(&made, 2, 1)); /* only a single thread may fork */
 }
 
 static void the_mapping_makes_sense(void) {
@@ -281,7 +281,7 @@ static void the_mapping_makes_sense(void) {
                {2 * PIECE * page, ALIGN, 0, PIECE * page, 0},
                {2 * PIECE * page, 0, 0, 0, VM_COMMITTED},
                {2 * PIECE * page, 0, 0, 0, 4},
-               /* With the room for aligning, each of these would wrap round to something small. */
+               /* Plus the alignment, each of these wraps around to a small number. */
                {SIZE_MAX / page * page, ALIGN, 0, 0, 0},
                {SIZE_MAX / 2 + 1 + 2 * PIECE * page, SIZE_MAX / 2 + 1, 0, 0, 0}};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
@@ -363,7 +363,7 @@ static void reading_the_clock_takes_next_to_nothing(void) {
     CHECK(clock >= 0 && clock < 1e6);
 }
 
-/* ---- nothing stays ---- */
+/* ---- nothing is left behind ---- */
 
 static void nothing_stays_after_success(void) {
     for (size_t threads = 1; threads <= 4; threads++)
@@ -378,12 +378,12 @@ static void nothing_stays_after_success(void) {
         }
 }
 
-/* A life in which one step is changed into one that the kernel refuses. */
+/* A program in which one step is replaced by one that the kernel refuses. */
 static void make_refused(struct made *made, size_t step) {
     begin(made);
     made->program.nslots = 1;
     for (size_t i = 1; i < 5; i++)
-        if (i == step) /* nobody collapses half a huge page */
+        if (i == step) /* half a huge page cannot be collapsed */
             (void)add(made, TIMING_COLLAPSE, 1, 1, 0);
         else
             (void)add(made, i % 2 == 1 ? TIMING_COMMIT : TIMING_WRITE, 0, PIECE, 0);
@@ -404,7 +404,7 @@ static void nothing_stays_after_a_refusal_at_any_step(void) {
             }
 }
 
-/* Lets the process reserve no more, and gives what timing_run answers then. */
+/* Runs the program in a process that cannot reserve more; returns the result of timing_run. */
 static inline int run_limited(int resource, const char *key, size_t more, const struct made *made,
                               size_t threads) {
     REQUIRE(limit_to(resource, key, more));
@@ -424,7 +424,7 @@ static void a_refused_reservation_leaves_nothing(void) {
             made.program.length = made.steps[0].length = made.steps[4].length = (size_t)1 << 30;
             made.program.align = align;
             remember();
-            /* With room for two, the third thread alone is refused. */
+            /* With space for two, only the third thread is refused. */
             size_t more = (threads - 1) * (((size_t)1 << 30) + 2 * ALIGN) + ((size_t)64 << 20);
             CHECK(run_limited(RLIMIT_AS, "VmSize:", more, &made, threads) == ENOMEM);
             CHECK(done == 0 && failed == 0 && written() == 0);
@@ -459,7 +459,7 @@ static void a_thread_that_cannot_be_made_is_told_by_the_step_after_the_last(void
     struct made made;
     make_life(&made);
     remember();
-    /* The cache has stacks for some threads, and no more can be had. */
+    /* The cache has stacks for some threads, and no more can be mapped. */
     CHECK(run_limited(RLIMIT_AS, "VmSize:", (size_t)1 << 20, &made, 40) == EAGAIN);
     CHECK(done == 0 && failed == made.program.nsteps && written() == 0);
     CHECK(childless() && no_thread_stays());
@@ -498,7 +498,7 @@ static void an_empty_pool_of_huge_pages_refuses(void) {
     CHECK(done == 0 && failed == 2 && nothing_stays());
 }
 
-/* What a thread that is refused stops, it stops in all of them, and in the same round. */
+/* A refusal in one thread stops all threads in the same round. */
 static void refuse_from(struct job *job, size_t round) {
     struct thread_state stage = {0};
     size_t n = job->program->nsteps;
@@ -526,7 +526,7 @@ static void all_threads_end_when_one_is_refused_in_a_later_round(void) {
             REQUIRE(pthread_join(workers[i].id, NULL) == 0);
         CHECK(atomic_load(&job.err) == E2BIG && job.failed == 1 && job.done == round);
         CHECK(nothing_stays());
-        for (size_t slot = 0; slot < 3; slot++) /* what is whole is there, and nothing after it */
+        for (size_t slot = 0; slot < 3; slot++) /* complete rounds have samples, later ones none */
             for (size_t r = 0; r < ROUNDS; r++)
                 for (size_t thread = 1; thread < 3; thread++) {
                     bool is = samples[(slot * ROUNDS + r) * 3 + thread] != UNWRITTEN;
@@ -595,7 +595,7 @@ static struct made one;
 static struct job step_run;
 static struct thread_state stage;
 
-/* A mapping on which a test does one verb after another. */
+/* A mapping on which a test runs one verb after another. */
 static void open_stage(int access, int advice) {
     begin(&one);
     end(&one);
@@ -699,7 +699,7 @@ static void a_write_takes_a_page_each_and_a_read_none(void) {
     CHECK(getrusage(RUSAGE_SELF, &between) == 0);
     CHECK(between.ru_minflt - before.ru_minflt >= PIECE);
     const char *private = witness_detail(stage.base + page, "Anonymous:");
-    CHECK(private != NULL && strtoul(private, NULL, 10) == 0); /* the page of zeros is nobody's */
+    CHECK(private != NULL && strtoul(private, NULL, 10) == 0); /* the zero page does not count as private */
     CHECK(perform_on(TIMING_WRITE, 1, PIECE) == 0);
     CHECK(getrusage(RUSAGE_SELF, &after) == 0);
     CHECK(after.ru_minflt - between.ru_minflt >= PIECE);
@@ -710,11 +710,11 @@ static void a_write_takes_a_page_each_and_a_read_none(void) {
 
 static void discarding_lazily_marks_pages(void) {
     open_stage(0, 0);
-    /* Beside pages without access, or the kernel may show it with a mapping of somebody else. */
+    /* Next to pages without access: otherwise the kernel may merge it with another mapping. */
     CHECK(perform_on(TIMING_COMMIT, 1, PIECE) == 0);
     int err = 0;
     unsigned long dirty = 1;
-    /* The kernel passes over a page that it is busy with. */
+    /* The kernel skips a page that is busy. */
     for (int i = 0; i < 100 && err == 0 && dirty != 0; i++) {
         CHECK(perform_on(TIMING_WRITE, 1, PIECE) == 0);
         err = perform_on(TIMING_DISCARD_LAZY, 1, PIECE);

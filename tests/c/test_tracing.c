@@ -1,5 +1,5 @@
-/* What the reports to tracemalloc add up to. This program is its own Python: the functions that
- * tracing looks up are here, and note what they are told. */
+/* The reports to tracemalloc. This program is its own Python: the functions that
+ * tracing looks up are defined here and record their arguments. */
 #define _GNU_SOURCE
 #include "region.h"
 
@@ -15,13 +15,13 @@ enum { TRACES = 4096, PAGES = 64 };
 static struct trace {
     uintptr_t address;
     size_t nbytes;
-    int stamp; /* which call made it: its "traceback" */
+    int stamp; /* number of the call that made it, in place of a traceback */
 } traces[TRACES];
 static size_t trace_count;
 static bool tracing, finalizing, gil, gc = true, short_of_memory;
 static int stamp;
 
-/* Python's side of it; the linker exports them. */
+/* Fakes of Python's functions, exported by the linker. */
 int PyTraceMalloc_Track(unsigned domain, uintptr_t address, size_t nbytes);
 int PyTraceMalloc_Untrack(unsigned domain, uintptr_t address);
 void *_PyTraceMalloc_GetTraceback(unsigned domain, uintptr_t address);
@@ -36,7 +36,7 @@ extern int _Py_NoneStruct;
 extern unsigned long Py_Version;
 
 int _Py_NoneStruct;
-unsigned long Py_Version = 0x030d05f0; /* its allocator says whether it traces */
+unsigned long Py_Version = 0x030d05f0; /* 3.13: the raw allocator shows whether it traces */
 static unsigned long untracked;
 static int references;
 
@@ -144,7 +144,7 @@ static int stamp_of(const struct region *region, size_t n) {
     return trace == NULL ? -1 : trace->stamp;
 }
 
-/* Nothing was left behind by any call. */
+/* Whether every call has released what it took. */
 static bool at_rest(void) {
     return !gil && gc && references == 0;
 }
@@ -171,7 +171,7 @@ static void each_commit_keeps_its_own_traceback(void) {
     for (stamp = 1; stamp <= 3; stamp++)
         CHECK(region_commit(&region, (size_t)stamp * page, page) == 0);
     CHECK(stamp_of(&region, 1) == 1 && stamp_of(&region, 2) == 2 && stamp_of(&region, 3) == 3);
-    CHECK(region_commit(&region, 0, 6 * page) == 0); /* round about them: two pieces */
+    CHECK(region_commit(&region, 0, 6 * page) == 0); /* around them: two pieces */
     CHECK(traced() == 6 * page && trace_count == 5 && stamp_of(&region, 2) == 2);
     CHECK(stamp_of(&region, 0) == 4 && stamp_of(&region, 4) == 4);
     region_end(&region);
@@ -209,14 +209,14 @@ static void bytes_of_an_earlier_session_are_not_reported_again(void) {
     stop();
 }
 
-/* munmap of a whole range, refused. */
+/* A refused munmap of a whole range. */
 static vm_system_call passed_on;
 static bool refuses;
 
 static intptr_t refuse_unmapping(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d,
                                  uintptr_t e, uintptr_t f) {
     if (refuses && number == SYS_munmap) {
-        CHECK(trace_at(a) == NULL); /* gone before another thread may have the addresses */
+        CHECK(trace_at(a) == NULL); /* gone before another thread can own the addresses */
         return -ENOMEM;
     }
     return passed_on(number, a, b, c, d, e, f);
@@ -275,7 +275,7 @@ static void a_dying_interpreter_is_left_alone(void) {
     struct region region = opened(0), other = opened(0);
     start();
     CHECK(region_commit(&region, 0, 4 * page) == 0);
-    finalizing = true; /* the fake functions check that nobody calls */
+    finalizing = true; /* the fakes check that they are not called */
     CHECK(region_commit(&region, 8 * page, page) == 0 && region_commit(&other, 0, page) == 0);
     CHECK(region_decommit(&region, page, page) == 0);
     region_end(&region);
@@ -298,7 +298,7 @@ static void without_memory_for_traces_the_rest_is_right(void) {
     stop();
 }
 
-/* One letter a page: 'w' committed, 't' committed and reported. */
+/* One letter per page: 'w' committed, 't' committed and reported. */
 struct model {
     char pages[PAGES + 1];
 };

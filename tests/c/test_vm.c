@@ -17,7 +17,7 @@ static uintptr_t mapped(size_t n, int access) {
     return address;
 }
 
-/* Free addresses with much free space around them, where no other mapping comes to lie. */
+/* A free address with much free space around it: the kernel places no other mapping there. */
 static uintptr_t free_place(void) {
     uintptr_t address = 0;
     size_t wide = (size_t)1 << 36;
@@ -30,7 +30,7 @@ static volatile unsigned char *bytes(uintptr_t address) {
     return (volatile unsigned char *)address;
 }
 
-/* How a child that runs `body` ends: its exit status, or minus the signal. */
+/* Runs `body` in a child. Returns its exit status, or minus the signal that ended it. */
 static int in_child(int (*body)(uintptr_t), uintptr_t address) {
     int status = 0;
     (void)fflush(stdout);
@@ -53,7 +53,7 @@ static int write_byte(uintptr_t address) {
     return 0;
 }
 
-/* A mapping call that counts, and refuses while `refusal` is not 0. */
+/* A mapping call that counts, and refuses with `refusal` unless that is 0. */
 static vm_system_call passed_on;
 static int refusal;
 static size_t asked;
@@ -66,7 +66,7 @@ static intptr_t count_calls(long number, uintptr_t a, uintptr_t b, uintptr_t c, 
     return refusal != 0 ? -refusal : passed_on(number, a, b, c, d, e, f);
 }
 
-/* Whether the last verb made one mapping call with this number, none before. */
+/* Whether exactly one mapping call was made since the last check, with this number. */
 static bool asked_once(long number) {
     bool once = asked == 1 && asked_number == number;
     asked = 0;
@@ -399,7 +399,7 @@ static void a_sealed_mapping_stays_as_it_is(void) {
     CHECK(vm_discard(at, page) == 0 && bytes(at)[0] == 0);
 }
 
-/* No page, or one of a size that there is none of. */
+/* There is no pool of that page size, or it has no free page. */
 static void a_pool_without_pages_refuses(void) {
     size_t none = (size_t)1 << 45, huge = (size_t)2 << 20;
     uintptr_t at = 77, kept = mapped(1, VM_COMMITTED);
@@ -418,7 +418,7 @@ static void a_pool_without_pages_refuses(void) {
     CHECK(vm_release(kept, page) == 0);
 }
 
-/* Without a charge to the pool there is a mapping, if no memory. */
+/* Without a charge to the pool the mapping succeeds although it has no memory. */
 static void a_mapping_of_the_pool_has_its_pages(void) {
     size_t huge = (size_t)2 << 20;
     uintptr_t at = 0;
@@ -526,7 +526,7 @@ static int (*const mapping_tries[])(void) = {vm_try_populate, vm_try_discard_laz
                                              vm_try_wipe_on_fork, vm_try_guard, vm_try_name};
 enum { TRIES = sizeof mapping_tries / sizeof mapping_tries[0] };
 
-/* Returns one bit a feature that works, where no mapping can be made. */
+/* Returns one bit per feature that works, in a process where no mapping can be created. */
 static int try_without_mappings(uintptr_t unused) {
     (void)unused;
     struct rlimit none = {0, 0};

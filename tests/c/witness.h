@@ -1,4 +1,4 @@
-/* witness: what the kernel says about this process's memory, asked without allocating any. Include
+/* witness: the kernel's view of this process's memory, read without allocating any. Include
  * it under _GNU_SOURCE. */
 #ifndef WITNESS_H
 #define WITNESS_H
@@ -52,7 +52,7 @@ static inline const char *witness_next_line(const char *line) {
     return end == NULL ? line + strlen(line) : end + 1;
 }
 
-/* One letter a page into `out`: '.' unmapped, '-' no access, 'w' read and write, '?' else. */
+/* Writes one letter per page to `out`: '.' unmapped, '-' no access, 'w' read and write, '?' other. */
 static inline const char *witness_pages(uintptr_t address, size_t length, char *out) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE), n = length / page;
     memset(out, '.', n);
@@ -160,7 +160,7 @@ static inline bool witness_honours_noreserve(void) {
     return witness_read("/proc/sys/vm/overcommit_memory")[0] != '2';
 }
 
-/* mlock and munlock, which AddressSanitizer turns into nothing. */
+/* mlock and munlock as system calls: AddressSanitizer makes the functions do nothing. */
 static inline long witness_lock(uintptr_t address, size_t length) {
     return syscall(SYS_mlock, address, length);
 }
@@ -169,7 +169,7 @@ static inline long witness_unlock(uintptr_t address, size_t length) {
     return syscall(SYS_munlock, address, length);
 }
 
-/* Lets the process have `more` bytes of RLIMIT_DATA or RLIMIT_AS beyond what it has now. */
+/* Sets RLIMIT_DATA or RLIMIT_AS to the present use plus `more` bytes. */
 static inline bool limit_to(int resource, const char *key, size_t more) {
     struct rlimit limit;
     if (getrlimit(resource, &limit) != 0)
