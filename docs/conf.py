@@ -1,6 +1,12 @@
 """Sphinx's settings."""
 
+from __future__ import annotations
+
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 project = "pyreserve"
 author = "the pyreserve developers"
@@ -23,6 +29,19 @@ autodoc_default_options = {"members": True, "inherited-members": True, "show-inh
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_custom_sections = [("All methods raise", "params_style")]
 
 html_theme = "furo"
 html_title = "pyreserve"
+
+
+def _reword_sections(
+    _app: Sphinx, _kind: str, _name: str, _object: object, _options: object, lines: list[str]
+) -> None:
+    """Spell a section as napoleon can read it: its titles have no parentheses."""
+    lines[:] = [line.replace("Raises (all methods):", "All methods raise:") for line in lines]
+
+
+def setup(app: Sphinx) -> None:
+    """Connect this project's handlers, before napoleon's."""
+    app.connect("autodoc-process-docstring", _reword_sections, priority=400)
