@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 project = "pyreserve"
-author = "the pyreserve developers"
-project_copyright = "the pyreserve developers"
+author = "The pyreserve authors"
+project_copyright = "The pyreserve authors"
 release = version = _version("pyreserve")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -25,7 +25,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True, "inherited-members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True, "inherited-members": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -42,6 +42,47 @@ def _reword_sections(
     lines[:] = [line.replace("Raises (all methods):", "All methods raise:") for line in lines]
 
 
+# Made by functions of the package, never by a user's call.
+_NOT_CONSTRUCTED = {
+    f"pyreserve.{name}"
+    for name in (
+        "AddressSpace",
+        "Block",
+        "Blocks",
+        "Capabilities",
+        "HeapBitmap",
+        "MemStats",
+        "Region",
+        "Scavenger",
+        "costs.CostModel",
+        "costs.CostTable",
+        "costs.Estimate",
+        "costs.Recommendations",
+        "doctor.Diagnosis",
+        "doctor.Finding",
+        "layouts.Answer",
+        "layouts.Layout",
+        "layouts.Piece",
+        "layouts.Placement",
+        "layouts.Request",
+    )
+}
+
+
+def _hide_constructors(
+    _app: Sphinx,
+    _kind: str,
+    name: str,
+    _object: object,
+    _options: object,
+    signature: str | None,
+    returns: str | None,
+) -> tuple[str | None, str | None]:
+    """Show no signature of classes that users do not call."""
+    return ("", None) if name in _NOT_CONSTRUCTED else (signature, returns)
+
+
 def setup(app: Sphinx) -> None:
     """Connect this project's handlers, before napoleon's."""
     app.connect("autodoc-process-docstring", _reword_sections, priority=400)
+    app.connect("autodoc-process-signature", _hide_constructors)
