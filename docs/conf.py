@@ -35,11 +35,23 @@ html_theme = "furo"
 html_title = "pyreserve"
 
 
-def _reword_sections(
+# napoleon reads "text: text" in a property's first line as a type and its description.
+_COLON = "\ue000"
+
+
+def _before_napoleon(
+    _app: Sphinx, kind: str, _name: str, _object: object, _options: object, lines: list[str]
+) -> None:
+    """Spell section titles without parentheses, and hide colons that are no sections'."""
+    lines[:] = [line.replace("Raises (all methods):", "All methods raise:") for line in lines]
+    if kind in {"attribute", "property"} and lines:
+        lines[0] = lines[0].replace(":", _COLON)
+
+
+def _after_napoleon(
     _app: Sphinx, _kind: str, _name: str, _object: object, _options: object, lines: list[str]
 ) -> None:
-    """Spell a section as napoleon can read it: its titles have no parentheses."""
-    lines[:] = [line.replace("Raises (all methods):", "All methods raise:") for line in lines]
+    lines[:] = [line.replace(_COLON, ":") for line in lines]
 
 
 # Made by functions of the package, never by a user's call.
@@ -83,6 +95,7 @@ def _hide_constructors(
 
 
 def setup(app: Sphinx) -> None:
-    """Connect this project's handlers, before napoleon's."""
-    app.connect("autodoc-process-docstring", _reword_sections, priority=400)
+    """Connect this project's handlers around napoleon's, whose priority is 500."""
+    app.connect("autodoc-process-docstring", _before_napoleon, priority=400)
+    app.connect("autodoc-process-docstring", _after_napoleon, priority=600)
     app.connect("autodoc-process-signature", _hide_constructors)
