@@ -189,12 +189,6 @@ def costs(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png|.svg", help="Draw cost against length.")
     ] = None,
-    pyperf: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Write all samples for pyperf show and pyperf compare_to."
-        ),
-    ] = None,
     compare: Annotated[
         Path | None,
         typer.Option(metavar="OLD.json", help="Compare with a file written by --json."),
@@ -219,7 +213,6 @@ def costs(
         (command.write_json, json, None),
         (command.write_csv, csv, None),
         (command.write_plot, plot, _PICTURE),
-        (command.write_pyperf, pyperf, ("pyperf", "pyperf")),
     )
     outputs = []
     for write, path, extra in requested:

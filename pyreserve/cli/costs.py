@@ -37,10 +37,7 @@ class CostsRun:
             except Interrupted as interrupted:
                 table, complete = interrupted.table, False
         for write, path in self.outputs:
-            if write is write_pyperf and not any(table.measured()):
-                costs_screen.say(f"nothing was measured, so {path} is not written")
-            else:
-                write(table, path)
+            write(table, path)
         costs_screen.show(table, recommend(table))
         if self.old is not None:
             costs_screen.show_comparison(compare(self.old[0], table), self.old[1])
@@ -52,13 +49,6 @@ def write_plot(table: CostTable, path: Path) -> None:
     from pyreserve.costs.plot import draw  # noqa: PLC0415
 
     draw(table, path)
-
-
-def write_pyperf(table: CostTable, path: Path) -> None:
-    """Write all samples for pyperf."""
-    from pyreserve.costs import pyperf_export  # noqa: PLC0415
-
-    pyperf_export.write_pyperf(table, path)
 
 
 def write_json(table: CostTable, path: Path) -> None:

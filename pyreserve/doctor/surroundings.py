@@ -169,7 +169,6 @@ _EXTRAS = {
     "cli": "the pyreserve command",
     "numpy": "Region.ndarray and GrowableArray",
     "plot": "the option --plot of pyreserve costs and explain",
-    "pyperf": "the option --pyperf of pyreserve costs",
     "prometheus": "metrics for Prometheus",
 }
 _FOR_DEVELOPERS = {"test", "bench", "dev"}

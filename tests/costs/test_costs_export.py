@@ -1,18 +1,15 @@
-"""Costs as pictures, and as files for pyperf."""
+"""Costs as pictures, and the writing of whole files."""
 
 import itertools
-import json
 import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-import pyperf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +26,6 @@ from pyreserve.costs import GROUPS, METHODS, Cell, CostTable, Curve, Measured, N
 from pyreserve.costs import plot as module
 from pyreserve.costs.plot import draw, figure, spread
 from pyreserve.costs.plot_choice import MOST_LINES, choose, label
-from pyreserve.costs.pyperf_export import COUNTS, name, thin, to_pyperf, write_pyperf
 from pyreserve.costs.stats import summarise
 
 MACHINE = {"cpu": "$A$ CPU", "kernel": "6.1", "cpus": 2, "balloon": True, "virtualised": None}
@@ -455,10 +451,7 @@ class TestTheFileOfAPicture:
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("library", "extra", "call"),
-    [("matplotlib", "plot", figure), ("pyperf", "pyperf", to_pyperf)],
-)
+@pytest.mark.parametrize(("library", "extra", "call"), [("matplotlib", "plot", figure)])
 def test_missing_extra(
     monkeypatch: pytest.MonkeyPatch, library: str, extra: str, call: Callable[[CostTable], object]
 ) -> None:
@@ -467,150 +460,6 @@ def test_missing_extra(
 
     with pytest.raises(ImportError, match=rf"^\w+ needs {library}: .*'pyreserve\[{extra}\]'$"):
         call(table(line(Curve("fork", "inherit"), 9, 1)))
-
-
-def pyperf_says(*args: str | Path) -> str:
-    command = [sys.executable, "-m", "pyperf", *map(str, args)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-class TestPyperf:
-    TOUCH = Curve("touch", "write")
-
-    def test_one_benchmark_a_cell_and_one_run_a_pass(self) -> None:
-        """As many samples as may be are there, in seconds, pass by pass; the unmeasured is not."""
-        costs = everything()
-
-        suite = to_pyperf(costs)
-
-        measured = {name(one): one for one in costs.measured()}
-        assert {bench.get_name() for bench in suite} == set(measured)
-        assert len(suite) == len(costs.cells) - 1
-        for bench in suite.get_benchmarks()[::7]:
-            one = measured[bench.get_name()]
-            assert one.times is not None
-            assert one.times.samples == 15
-            assert [list(run.values) for run in bench.get_runs()] == [
-                [pytest.approx(ns / 1e9) for ns in samples] for samples in thin(one.passes)
-            ]
-            assert bench.get_nvalue() == 12
-            assert bench.get_nrun() == 3
-            assert bench.median() == pytest.approx(one.times.median / 1e9, rel=0.05)
-
-    def test_names(self) -> None:
-        """Names say the threads if there are several and the host if it was cold; none is twice."""
-        odd = 4 * MiB + 4 * KiB  # which format_size rounds
-        cells = [
-            cell(self.TOUCH, GiB, 5),
-            cell(self.TOUCH, 64 * KiB, 5),
-            cell(self.TOUCH, 64 * KiB, 9, host="cold"),
-            cell(self.TOUCH, odd, 5),
-            cell(Curve("commit", "mprotect", "2MiB", "noreserve", 2), 2 * MiB, 5),
-        ]
-
-        found = [bench.get_name() for bench in to_pyperf(table(cells))]
-
-        assert found == [
-            "commit/mprotect 2MiB [2MiB pages, noreserve, 2 threads]",
-            "touch/write 64KiB [4KiB pages, charge]",
-            "touch/write 64KiB [4KiB pages, charge, cold host]",
-            "touch/write 4100KiB [4KiB pages, charge]",
-            "touch/write 1GiB [4KiB pages, charge]",
-        ]
-
-    def test_metadata(self) -> None:
-        """Facts of the machine and the cell go along, those that are unknown do not."""
-        [bench] = to_pyperf(table([cell(self.TOUCH, 64 * KiB, 5)]))
-
-        found = bench.get_metadata()
-
-        assert found["cpu_model_name"] == "$A$ CPU"
-        assert found["cpu_count"] == 2
-        assert found["nbytes"] == 64 * KiB
-        assert "virtualised" not in found
-
-    @given(st.lists(st.lists(st.floats(-1, 100), max_size=40), max_size=5))
-    def test_counts(self, passes: list[list[float]]) -> None:
-        """The largest of the counts that the samples above zero allow is kept, in their order."""
-        positive = [ns for one in passes for ns in one if ns > 0]
-
-        found = thin(passes)
-
-        values = [ns for one in found for ns in one]
-        assert len(values) == max((n for n in COUNTS if n <= len(positive)), default=0)
-        rest = iter(positive)
-        assert all(ns in rest for ns in values)
-        assert all(found)
-
-    def test_thinning_is_even(self) -> None:
-        """Sixty of a thousand samples lie evenly among them, so median and mean stay close."""
-        samples = [float(ns) for ns in range(1, 1051)]
-
-        kept = thin([samples[:100], samples[100:1040], samples[1040:]])
-
-        assert [len(one) for one in kept] == [6, 53, 1]
-        values = [ns for one in kept for ns in one]
-        assert {round(b - a) for a, b in itertools.pairwise(values)} == {17, 18}
-        assert median(values) == pytest.approx(525.5, rel=0.01)
-        assert fmean(values) == pytest.approx(525.5, rel=0.01)
-
-    def test_runs_left_empty_are_dropped(self) -> None:
-        """A pass of which no sample is kept has no run."""
-        assert thin([[1.0], [], [2.0], [-1.0, 3.0], [4.0]]) == [[1.0], [3.0], [4.0]]
-
-    def test_no_time_at_all(self) -> None:
-        """Samples of no time are left out, and so is a benchmark that has no others."""
-        none = [[-3.0, 0.0], [0.0]]
-        cells = [
-            Measured(self.TOUCH.at(4 * KiB), "warm", summarise(none), None, none),
-            Measured(self.TOUCH.at(MiB), "warm", summarise(none), None, [[-3.0], [5.0, 0.0]]),
-        ]
-
-        [bench] = to_pyperf(table(cells))
-
-        assert list(bench.get_values()) == pytest.approx([5e-9])
-        with pytest.raises(ValueError, match="took any time"):
-            to_pyperf(table(cells[:1]))
-
-    def test_without_samples(self, tmp_path: Path) -> None:
-        """A table read from JSON is refused, for it has no samples; so is one of nothing."""
-        costs = CostTable.from_json(table([cell(self.TOUCH, 64 * KiB, 5)]).to_json())
-        path = tmp_path / "costs.json"
-
-        with pytest.raises(ValueError, match="read from JSON"):
-            write_pyperf(costs, path)
-        with pytest.raises(ValueError, match="nothing was measured"):
-            write_pyperf(table(), path)
-        assert list(tmp_path.iterdir()) == []
-
-    def test_show(self, tmp_path: Path) -> None:
-        """``pyperf show`` reads the file, plain or compressed, and finds the same means."""
-        cells = [cell(self.TOUCH, 64 * KiB, 25_000), cell(self.TOUCH, 2 * MiB, 1_000_000)]
-        path = tmp_path / "costs.json.gz"
-
-        write_pyperf(table(cells), path)
-
-        shown = pyperf_says("show", "--quiet", path)
-        assert "touch/write 64KiB [4KiB pages, charge]: Mean +- std dev: 25.0 us +-" in shown
-        assert "touch/write 2MiB [4KiB pages, charge]: Mean +- std dev: 1.00 ms +-" in shown
-
-    def test_compare_to(self, tmp_path: Path) -> None:
-        """``pyperf compare_to`` finds what became slower between two runs."""
-        old, new = tmp_path / "old.json", tmp_path / "new.json"
-        lengths = [4 * KiB, MiB]
-        write_pyperf(table([cell(self.TOUCH, n, 1000, samples=5) for n in lengths]), old)
-        write_pyperf(table([cell(self.TOUCH, n, 2000, samples=7) for n in lengths]), new)
-
-        found = pyperf_says("compare_to", "--verbose", old, new)
-
-        for length in ("4KiB", "1MiB"):
-            assert f"touch/write {length} [4KiB pages, charge]\n" in found
-        assert found.count("us: 2.00x slower") == 2
-        assert found.count("Significant (t=") == 2
-        assert "ERROR" not in found
-        assert "Geometric mean: 2.00x slower" in found
-        assert json.loads(old.read_text())["version"] == "1.0"
-        assert isinstance(pyperf.BenchmarkSuite.load(str(old)), pyperf.BenchmarkSuite)
 
 
 class TestWritingWhole:
@@ -631,7 +480,6 @@ class TestWritingWhole:
             (command.write_json, ".json"),
             (command.write_csv, ".csv"),
             (command.write_plot, ".svg"),
-            (command.write_pyperf, ".json"),
         ],
     )
     def test_a_failed_write_leaves_the_old_file(

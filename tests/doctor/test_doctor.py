@@ -191,7 +191,7 @@ class TestFacts:
         """Extras list the installed versions; developer extras are left out."""
         topics = [f.topic for f in here.findings if f.topic.startswith("extra ")]
 
-        assert {"extra cli", "extra numpy", "extra plot", "extra pyperf"} <= set(topics)
+        assert {"extra cli", "extra numpy", "extra plot"} <= set(topics)
         assert not {"extra dev", "extra test", "extra bench"} & set(topics)
         for name, version in here.about("extra cli").values.items():
             assert version == metadata.version(name)
