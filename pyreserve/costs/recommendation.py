@@ -1,7 +1,6 @@
 """Recommendations derived from measured costs, each with its reason."""
 
 import math
-import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -16,9 +15,6 @@ from pyreserve.costs.planning import plan
 from pyreserve.costs.table import CostTable
 from pyreserve.errors import OutOfMemoryError
 from pyreserve.units import GiB, MiB, format_size, format_time, parse_size
-
-FILE = "PYRESERVE_COSTS"
-"""The environment variable that names a file of ``pyreserve costs --json`` to use."""
 
 _SHARE = 0.05  # a growth call may cost this share of touching the memory
 _LONGEST_STEP = 64 * MiB
@@ -101,17 +97,14 @@ def recommend(table: CostTable | None = None) -> Recommendations:
     """Return recommendations for the measured machine, with their reasons.
 
     Args:
-        table: the measured costs. None: those of the file named by the environment variable
-            ``PYRESERVE_COSTS``, or else of a measurement of at most ten seconds, which each process
-            makes once.
+        table: the measured costs, such as ``CostTable.load("costs.json")``. None: those of a
+            measurement of at most ten seconds, which each process makes once.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is not the output of ``pyreserve costs --json``.
         OutOfMemoryError: there is not enough memory to measure.
     """
     if table is None:
-        table = _from_file() or _measured()
+        table = _measured()
     model = table.model()
     return Recommendations(
         step_bytes=_answered(_step, model, table),
@@ -125,35 +118,24 @@ def recommend(table: CostTable | None = None) -> Recommendations:
 
 
 def measured_step(*, huge_pages: bool = False) -> int:
-    """Return the growth step for this machine, in bytes: the value of ``step="measured"``.
+    """Return the growth step that suits this machine, in bytes, for the argument ``step``.
 
-    It comes from the file named by ``PYRESERVE_COSTS``, or else from a measurement of at most two
-    seconds, which each process makes once by starting ``sys.executable``. If the cells cannot be
-    measured or memory is short, it is 2 MiB.
+        arena = BumpArena(64 * MiB, step=pyreserve.costs.measured_step())
+
+    It is `Recommendations.step_bytes` of a measurement of at most two seconds, which each process
+    makes once by starting ``sys.executable``. If the cells cannot be measured or memory is short,
+    it is 2 MiB.
 
     Args:
-        huge_pages: whether the memory is backed with transparent huge pages.
-
-    Raises:
-        OSError, ValueError: as in `recommend`.
+        huge_pages: whether the memory is backed with transparent huge pages; then the step is
+            `Recommendations.huge_step_bytes`.
     """
     try:
-        table = _from_file() or _measured_growth()
+        table = _measured_growth()
     except OutOfMemoryError:
         return _DEFAULT_STEP
     answer = _answered(_huge_step if huge_pages else _step, table.model(), table)
     return _DEFAULT_STEP if answer.value is None else int(answer.value)
-
-
-def _from_file() -> CostTable | None:
-    path = os.environ.get(FILE)
-    if not path:
-        return None
-    try:
-        return CostTable.load(path)
-    except ValueError as error:
-        msg = f"{FILE} names {error}"
-        raise ValueError(msg) from None
 
 
 _measuring = threading.Lock()  # concurrent measurements would disturb each other

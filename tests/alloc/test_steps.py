@@ -1,13 +1,12 @@
 """Steps: valid values, and steps that are measured."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 import pyreserve._region.owner
 import pyreserve.costs
-from helpers import costs_tables, witness
+from helpers import witness
 from pyreserve import (
     PAGE_SIZE,
     Arena,
@@ -118,27 +117,6 @@ class TestMeasured:
         GrowableBuffer(64 * MiB, step="measured")
 
         assert asked == [True, True, False, False]
-
-    def test_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """PYRESERVE_COSTS names a table from which the step follows."""
-        path = tmp_path / "costs.json"
-        path.write_text(costs_tables.table(costs_tables.USUAL, jitter=1e-4).to_json())
-        monkeypatch.setenv("PYRESERVE_COSTS", str(path))
-        buffer = GrowableBuffer(64 * MiB, step="measured")
-
-        buffer.resize(64 * KiB + 1)
-
-        assert buffer.committed == 64 * PAGE_SIZE
-        assert as_step("measured", "prefer") == 4 * MiB
-
-    def test_a_file_that_is_not_there(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """A missing table is an error, and then nothing is reserved."""
-        monkeypatch.setenv("PYRESERVE_COSTS", str(tmp_path / "none"))
-
-        with pytest.raises(FileNotFoundError):
-            GrowableBuffer(64 * MiB, step="measured")
 
     def test_imported_only_when_wanted(self) -> None:
         """pyreserve.costs is imported only for "measured"."""

@@ -590,33 +590,23 @@ class TestRecommendations:
         assert advice.lazy_above.value == 1
         assert advice.lazy_above.text.startswith("Discard eagerly")
 
-    def test_a_file_is_used(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """PYRESERVE_COSTS names a file of costs, which step="measured" uses too."""
-        path = tmp_path / "costs.json"
-        path.write_text(costs_tables.table(USUAL, jitter=1e-4).to_json())
-        monkeypatch.setenv("PYRESERVE_COSTS", str(path))
+    def test_steps_of_the_allocators(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The measured step is the recommended one, and an allocator takes it as its step."""
+        table = costs_tables.table(USUAL, jitter=1e-4)
+        monkeypatch.setattr(recommendation, "measure", lambda plan, **_: table)
+        recommendation._measured_once.cache_clear()
+        small, huge = (costs.measured_step(huge_pages=huge) for huge in (False, True))
+        recommendation._measured_once.cache_clear()
 
-        assert recommend().step_bytes.value == 64 * PAGE_SIZE
-        assert costs.measured_step() == 64 * PAGE_SIZE
-        assert costs.measured_step(huge_pages=True) == 4 * MiB
-        with BumpArena(MiB, step="measured") as arena:
-            arena.alloc(1)
-
-    def test_a_wrong_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A missing or invalid file is an error, not a silent measurement."""
-        monkeypatch.setenv("PYRESERVE_COSTS", str(tmp_path / "none"))
-        with pytest.raises(FileNotFoundError):
-            costs.measured_step()
-
-        (tmp_path / "none").write_text("{}")
-        with pytest.raises(
-            ValueError, match=r"PYRESERVE_COSTS names .*not the output of pyreserve costs"
-        ):
-            costs.measured_step()
+        with BumpArena(MiB, step=small) as arena:
+            arena.alloc(64 * KiB + 1)
+            assert (arena.base + arena.committed) % (64 * PAGE_SIZE) == 0
+        advice = recommend(table)
+        assert (small, huge) == (64 * PAGE_SIZE, 4 * MiB)
+        assert (small, huge) == (advice.step_bytes.value, advice.huge_step_bytes.value)
 
     def test_too_little_memory_to_measure(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where memory is too short to measure, the step is the default one."""
-        monkeypatch.delenv("PYRESERVE_COSTS", raising=False)
         monkeypatch.setattr(proc, "available_bytes", lambda: 10 * MiB)
         recommendation._measured_once.cache_clear()
 
@@ -624,7 +614,6 @@ class TestRecommendations:
 
     def test_threads_measure_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of several threads that ask at once, one measures and all get its result."""
-        monkeypatch.delenv("PYRESERVE_COSTS", raising=False)
         recommendation._measured_once.cache_clear()
         runs: list[Plan] = []
 
@@ -649,9 +638,7 @@ class TestRecommendations:
         assert {(g.setting.mode, g.setting.threads) for g in runs[0].groups} == {("charge", 1)}
 
     def test_measured_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Without a file the step is measured once per process, within a few seconds."""
-        monkeypatch.delenv("PYRESERVE_COSTS", raising=False)
-
+        """The step is measured once per process, within a few seconds."""
         step = costs.measured_step()
 
         assert step & (step - 1) == 0
