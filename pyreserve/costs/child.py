@@ -10,6 +10,7 @@ import json
 import pickle
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,11 +108,8 @@ def run(program: Program, rounds: int) -> list[list[Sample]]:
         program.align,
         program.phase,
     )
-    native.huge, native.access, native.advice = (
-        program.huge,
-        program.access,
-        program.advice,
-    )
+    native.huge, native.advice = program.huge, _advice(program.advice)
+    native.access = lib.VM_NORESERVE if program.noreserve else 0
     per_slot = rounds * program.threads
     n = len(timed) * per_slot
     samples, preempted = ffi.new("double[]", n or 1), ffi.new("unsigned char[]", n or 1)
@@ -125,12 +123,31 @@ def run(program: Program, rounds: int) -> list[list[Sample]]:
     return list(by_cell.values())
 
 
+def _advice(names: Iterable[str]) -> int:
+    """Return the sum of constants of ``enum vm_advice``, named without ``VM_``."""
+    return sum({int(getattr(lib, f"VM_{name}")) for name in names})
+
+
 _UNNAMED = Cell("", "", SMALL, "charge", PAGE_SIZE)  # for timed steps that belong to no plan
 
 
-def _bare_program(steps: list[Step], nbytes: int, *, align: int = 0, advice: int = 0) -> Program:
-    whole = [Step("RESERVE", 0, nbytes), *steps, Step("RELEASE", 0, nbytes)]
-    return Program("bare", tuple(whole), nbytes, nbytes, nbytes, align, 0, 0, 0, advice, 1)
+def _bare_program(
+    steps: list[Step], nbytes: int, *, align: int = 0, advice: tuple[str, ...] = ()
+) -> Program:
+    whole = (Step("RESERVE", 0, nbytes), *steps, Step("RELEASE", 0, nbytes))
+    return Program(
+        script="bare",
+        steps=whole,
+        nbytes=nbytes,
+        piece=nbytes,
+        memory=nbytes,
+        align=align,
+        phase=0,
+        huge=0,
+        noreserve=False,
+        advice=advice,
+        threads=1,
+    )
 
 
 def system_call_ns() -> float:
@@ -139,7 +156,7 @@ def system_call_ns() -> float:
     return min(run(_bare_program([step], PAGE_SIZE), 5)[0])[0]
 
 
-def warm_up(nbytes: int, seconds: float, advice: int) -> list[Sample]:
+def warm_up(nbytes: int, seconds: float, advice: tuple[str, ...]) -> list[Sample]:
     """Touch memory once and release it; return the sample of each `PIECE`.
 
     The hypervisor may have taken idle memory from a virtual machine, and supplying it again is many
@@ -153,7 +170,7 @@ def warm_up(nbytes: int, seconds: float, advice: int) -> list[Sample]:
     return _touch_once(min(nbytes, affordable), advice)
 
 
-def _touch_once(nbytes: int, advice: int) -> list[Sample]:
+def _touch_once(nbytes: int, advice: tuple[str, ...]) -> list[Sample]:
     nbytes = round_up(nbytes, PIECE)
     steps = [Step("ADVISE", 0, nbytes), Step("COMMIT", 0, nbytes)]
     steps += [Step("WRITE", offset, PIECE, _UNNAMED) for offset in range(0, nbytes, PIECE)]
@@ -169,7 +186,7 @@ def why_unavailable(program: Program, kind: PageKind) -> str | None:
         return str(refusal("reserve", err, length).strerror)
     try:
         placed = address[0] + (program.phase - address[0]) % program.align
-        err = lib.vm_advise(placed, program.nbytes, program.advice)
+        err = lib.vm_advise(placed, program.nbytes, _advice(program.advice))
         err = err or lib.vm_protect(placed, kind.size, lib.VM_COMMITTED)
         if err:
             return str(refusal("commit", err, kind.size).strerror)

@@ -7,7 +7,6 @@ measured piece is part of a larger reservation, as in an arena: the memory behin
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from pyreserve._native import lib
 from pyreserve._system.features import thp_size
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.costs.cells import Cell, Curve, PageKind, describe_setting
@@ -47,7 +46,9 @@ class Program:
         nbytes: length of the mapping.
         piece: length of the measured piece.
         memory: peak memory of all threads, in bytes.
-        align, phase, huge, access, advice: as in C.
+        align, phase, huge: as in C.
+        noreserve: whether the mapping is never charged (``VM_NORESERVE``).
+        advice: names of constants of ``enum vm_advice``, without ``VM_``.
         threads: number of threads that run it at once.
     """
 
@@ -59,8 +60,8 @@ class Program:
     align: int
     phase: int
     huge: int
-    access: int
-    advice: int
+    noreserve: bool
+    advice: tuple[str, ...]
     threads: int
 
     @property
@@ -102,12 +103,12 @@ class Setting:
         return 2 * self.kind.next_size - 2 * self.kind.size
 
     @property
-    def advice(self) -> int:
-        """The advice that gives a mapping pages of this kind (``enum vm_advice``)."""
+    def advice(self) -> tuple[str, ...]:
+        """The advice that gives a mapping pages of this kind; see `Program.advice`."""
         # A kernel without transparent huge pages refuses advice on them.
         if self.kind.sort == "hugetlb" or thp_size() is None:
-            return 0
-        return int(lib.VM_HUGE_NEVER if self.kind.sort == "small" else lib.VM_HUGE_PREFER)
+            return ()
+        return ("HUGE_NEVER",) if self.kind.sort == "small" else ("HUGE_PREFER",)
 
     def cell(self, verb: str, method: str, nbytes: int) -> Cell:
         """Return a cell of this setting."""
@@ -117,7 +118,13 @@ class Setting:
         return describe_setting(self.kind.name, self.mode, self.threads)
 
     def program(
-        self, script: str, steps: list[Step], piece: int, *, memory: int, advice: int | None = None
+        self,
+        script: str,
+        steps: list[Step],
+        piece: int,
+        *,
+        memory: int,
+        advice: tuple[str, ...] | None = None,
     ) -> Program:
         """Return a program: reserve one unit more than the steps use, do the steps, release.
 
@@ -143,7 +150,7 @@ class Setting:
             align=align,
             phase=phase,
             huge=kind.size if kind.sort == "hugetlb" else 0,
-            access=lib.VM_NORESERVE if self.mode == "noreserve" else 0,
+            noreserve=self.mode == "noreserve",
             advice=self.advice if advice is None else advice,
             threads=self.threads,
         )
@@ -235,8 +242,7 @@ def collapsed(s: Setting, n: int) -> Program:
         Step("HUGE_PREFER", 0, n),
         Step("COLLAPSE", 0, n, s.cell("collapse", "madvise", n)),
     ]
-    never = int(lib.VM_HUGE_NEVER)
-    return s.program("collapsed", steps, n, memory=n + s.unit, advice=never)
+    return s.program("collapsed", steps, n, memory=n + s.unit, advice=("HUGE_NEVER",))
 
 
 def forked(s: Setting, n: int) -> Program:
@@ -260,7 +266,7 @@ def not_inherited(s: Setting, n: int) -> Program:
         Step("REAP", 0, n),
     ]
     program = s.program("not inherited", steps, n, memory=n)
-    return replace(program, advice=program.advice | lib.VM_NO_FORK)
+    return replace(program, advice=(*program.advice, "NO_FORK"))
 
 
 @dataclass(frozen=True, slots=True)
