@@ -14,8 +14,9 @@ from pyreserve.costs.measuring import BUDGET, Interrupted, Progress, measure
 from pyreserve.costs.model import CostModel, Estimate, Fit
 from pyreserve.costs.planning import Plan, plan
 from pyreserve.costs.recommendation import Answer, Recommendations, measured_step, recommend
+from pyreserve.costs.results import Measured, Noise
 from pyreserve.costs.stats import Times
-from pyreserve.costs.table import CostTable, Measured, Noise
+from pyreserve.costs.table import CostTable
 
 __all__ = [
     "BUDGET",

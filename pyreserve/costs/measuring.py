@@ -22,8 +22,9 @@ from pyreserve._system import machine
 from pyreserve.costs.cells import Cell, Curve
 from pyreserve.costs.child import PIECE, Job
 from pyreserve.costs.planning import Group, Plan
+from pyreserve.costs.results import Measured, Noise
 from pyreserve.costs.stats import Sample, quantile, split_cold, summarise
-from pyreserve.costs.table import CostTable, Measured, Noise
+from pyreserve.costs.table import CostTable
 from pyreserve.units import MiB, as_float
 
 BUDGET = 50.0

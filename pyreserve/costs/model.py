@@ -1,19 +1,20 @@
-"""Fit a fixed cost and a cost per page to each curve, and estimate the cost of any length."""
+"""Fit a fixed cost and a cost per page to each curve, and estimate the cost of any length.
+
+Imports cells and results only: `CostTable.model` passes its curves.
+"""
 
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import index as _index
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.costs.cells import SMALL, Curve
+from pyreserve.costs.results import Measured
 from pyreserve.units import GiB, as_float
-
-if TYPE_CHECKING:
-    from pyreserve.costs.table import CostTable
 
 _DRAWS = 99  # lines fitted to drawn medians, for the intervals
 _MAX_RATIO = 100.0  # limit of an interval's ends, as a ratio to the median
@@ -133,7 +134,7 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """The costs of any length on the machine that a `CostTable` was measured on.
+    """The costs of any length on the machine whose cells were measured.
 
     Attributes:
         fits: the fit of each measured curve.
@@ -142,10 +143,10 @@ class CostModel:
     fits: dict[Curve, Fit]
 
     @classmethod
-    def fit(cls, table: "CostTable") -> "CostModel":
-        """Fit every curve of a table, from its warm cells."""
+    def fit(cls, curves: Mapping[Curve, Iterable[Measured]]) -> "CostModel":
+        """Fit curves to their warm cells, shortest first, as `CostTable.curves` returns them."""
         fits = {}
-        for curve, cells in table.curves().items():
+        for curve, cells in curves.items():
             points = [
                 # Not an integer if the table comes from a machine with a smaller OS page.
                 (entry.cell.nbytes / PAGE_SIZE, entry.times.median, *entry.times.ci95)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pyreserve._system.pictures import check_suffix, own_settings, write_picture
 from pyreserve.costs.cells import GROUPS, Curve
 from pyreserve.costs.plot_choice import JOINED, NEAR, Chosen, Line, choose, kinds, label
-from pyreserve.costs.table import CostTable, Measured
+from pyreserve.costs.results import Measured
+from pyreserve.costs.table import CostTable
 from pyreserve.units import format_size, format_time, parse_size
 
 if TYPE_CHECKING:

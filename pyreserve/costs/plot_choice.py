@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyreserve.costs.cells import METHODS, MODES, Curve
-from pyreserve.costs.table import Measured
+from pyreserve.costs.results import Measured
 from pyreserve.units import format_size, parse_size
 
 MOST_LINES = 9

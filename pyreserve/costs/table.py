@@ -4,17 +4,16 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pyreserve._system.cached import lazily
 from pyreserve.costs.cells import Cell, Curve
+from pyreserve.costs.model import CostModel
+from pyreserve.costs.results import Measured, Noise
 from pyreserve.costs.stats import Times
-
-if TYPE_CHECKING:
-    from pyreserve.costs.model import CostModel
 
 _T = TypeVar("_T")
 
@@ -22,8 +21,6 @@ SCHEMA = 1
 
 _FIGURES = ("min", "median", "p90", "p99", "max")  # attributes of Times, in ns
 
-# Noise thresholds: CPUs busy elsewhere, CPUs stolen, relative spread of system call times.
-_OTHERS, _STOLEN, _SPREAD = 0.25, 0.1, 0.25
 # Limits of numbers in the JSON (1e19 ns are three centuries), and of a system call's ns.
 _MAX, _MIN_CALL = 1e19, 0.01
 
@@ -34,52 +31,6 @@ _BAD_SHAPE = (LookupError, TypeError, AttributeError, ArithmeticError, ValueErro
 
 class _OtherSchemaError(ValueError):
     """A cost table of another schema."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A cell and its result.
-
-    Attributes:
-        cell: the cell.
-        host: ``"cold"`` for samples whose memory the hypervisor had to supply (it takes idle memory
-            from a virtual machine), ``"warm"`` for all others. The two are never mixed.
-        times: the statistics of its samples; None if it could not be measured.
-        why: why it could not be measured.
-        passes: all samples in ns, pass by pass in the order measured; empty if read from JSON.
-    """
-
-    cell: Cell
-    host: str
-    times: Times | None
-    why: str | None = None
-    passes: Sequence[Sequence[float]] = field(default=(), repr=False, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Noise:
-    """Other load on the machine during the measurement.
-
-    Attributes:
-        other_cpus: average number of CPUs that other processes kept busy.
-        stolen_cpus: average number of CPUs whose time the hypervisor gave to other machines.
-        speed_spread: interquartile range of a fixed system call's time over the passes, as a share
-            of its median.
-    """
-
-    other_cpus: float
-    stolen_cpus: float
-    speed_spread: float
-
-    def why(self, cpus: int) -> str | None:
-        """Return why small changes are doubtful on a machine of `cpus` CPUs; None if not."""
-        if self.other_cpus > max(_OTHERS, cpus / 8):
-            return f"other processes kept {self.other_cpus:.2g} CPUs busy"
-        if self.stolen_cpus > _STOLEN:
-            return f"the hypervisor gave the time of {self.stolen_cpus:.2g} CPUs to others"
-        if self.speed_spread > _SPREAD:
-            return f"a fixed system call's times differed by {self.speed_spread:.0%} between passes"
-        return None
 
 
 @dataclass(frozen=True)
@@ -112,15 +63,13 @@ class CostTable:
         """Return the cells that have times."""
         return (entry for entry in self.cells if entry.times is not None)
 
-    def model(self) -> "CostModel":
+    def model(self) -> CostModel:
         """Return the model: a fixed cost and a cost per page for each curve."""
         return self._model
 
     @lazily
-    def _model(self) -> "CostModel":
-        from pyreserve.costs.model import CostModel  # noqa: PLC0415
-
-        return CostModel.fit(self)
+    def _model(self) -> CostModel:
+        return CostModel.fit(self.curves())
 
     @property
     def disturbed(self) -> str | None:
