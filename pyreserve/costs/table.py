@@ -3,34 +3,16 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pyreserve._system.cached import lazily
-from pyreserve.costs.cells import Cell, Curve
+from pyreserve.costs.cells import Curve
 from pyreserve.costs.model import CostModel
 from pyreserve.costs.results import Measured, Noise
-from pyreserve.costs.stats import Times
-
-_T = TypeVar("_T")
-
-SCHEMA = 1
-
-_FIGURES = ("min", "median", "p90", "p99", "max")  # attributes of Times, in ns
-
-# Limits of numbers in the JSON (1e19 ns are three centuries), and of a system call's ns.
-_MAX, _MIN_CALL = 1e19, 0.01
-
-
-# Exceptions raised while parsing JSON of another shape.
-_BAD_SHAPE = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError)
-
-
-class _OtherSchemaError(ValueError):
-    """A cost table of another schema."""
+from pyreserve.costs.schema import FIGURES, SCHEMA, attributes, rounded, to_dict
 
 
 @dataclass(frozen=True)
@@ -88,7 +70,7 @@ class CostTable:
                 "stolen_cpus": round(self.noise.stolen_cpus, 3),
                 "speed_spread": round(self.noise.speed_spread, 3),
             },
-            "cells": [_to_dict(entry) for entry in self.cells],
+            "cells": [to_dict(entry) for entry in self.cells],
             "model": self.model().to_dict(),
         }
         return json.dumps(document, indent=1)
@@ -100,28 +82,7 @@ class CostTable:
         Raises:
             ValueError: the text is not such JSON, or has another schema.
         """
-        try:
-            document = json.loads(text, parse_constant=_reject_constant)
-            schema = document["schema"]
-            if schema != SCHEMA:
-                msg = f"schema must be {SCHEMA}, got {schema}"
-                raise _OtherSchemaError(msg)
-            cells = tuple(_from_dict(item) for item in _expect(list, document["cells"]))
-            if len({(entry.cell, entry.host) for entry in cells}) < len(cells):
-                msg = "a cell occurs twice"
-                raise TypeError(msg)
-            return cls(
-                machine=_machine(document["machine"]),
-                cells=cells,
-                noise=Noise(**{name: _number(n) for name, n in document["noise"].items()}),
-                seconds=_number(document["seconds"]),
-                complete=_expect(bool, document["complete"]),
-            )
-        except _BAD_SHAPE as error:
-            if isinstance(error, _OtherSchemaError):
-                raise
-            msg = f"not the output of pyreserve costs --json: {error!r}"
-            raise ValueError(msg) from None
+        return cls(**attributes(text))
 
     @classmethod
     def load(cls, path: str | Path) -> "CostTable":
@@ -143,7 +104,7 @@ class CostTable:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(
             ["verb", "method", "page_kind", "mode", "bytes", "pages", "threads", "host"]
-            + [f"{name}_ns" for name in _FIGURES]
+            + [f"{name}_ns" for name in FIGURES]
             + ["ci95_low_ns", "ci95_high_ns", "samples", "passes", "outliers", "why"]
         )
         for entry in self.cells:
@@ -151,102 +112,10 @@ class CostTable:
             row: list[object] = [cell.verb, cell.method, cell.page_kind, cell.mode]
             row += [cell.nbytes, cell.pages, cell.threads, entry.host]
             if times is None:
-                row += [""] * (len(_FIGURES) + 2) + [0, 0, 0]
+                row += [""] * (len(FIGURES) + 2) + [0, 0, 0]
             else:
-                row += [_round(getattr(times, name)) for name in _FIGURES]
-                row += [_round(ns) for ns in times.ci95]
+                row += [rounded(getattr(times, name)) for name in FIGURES]
+                row += [rounded(ns) for ns in times.ci95]
                 row += [times.samples, times.passes, times.outliers]
             writer.writerow([*row, entry.why or ""])
         return out.getvalue()
-
-
-def _round(ns: float) -> float:
-    """Round to a tenth of a nanosecond; below 100 ns to four digits."""
-    return round(ns, 1) if abs(ns) >= 100 else float(f"{ns:.4g}")
-
-
-def _to_dict(entry: Measured) -> dict[str, Any]:
-    cell, times = entry.cell, entry.times
-    item: dict[str, Any] = {
-        "verb": cell.verb,
-        "method": cell.method,
-        "page_kind": cell.page_kind,
-        "mode": cell.mode,
-        "bytes": cell.nbytes,
-        "pages": cell.pages,
-        "threads": cell.threads,
-        "host": entry.host,
-        "ns": None,
-        "samples": 0,
-        "passes": 0,
-        "outliers": 0,
-        "why": entry.why,
-    }
-    if times is not None:
-        item["ns"] = {name: _round(getattr(times, name)) for name in _FIGURES}
-        # JSON has no infinity: the interval of a single sample ends with null.
-        item["ns"]["ci95"] = [_round(ns) if math.isfinite(ns) else None for ns in times.ci95]
-        item |= {"samples": times.samples, "passes": times.passes, "outliers": times.outliers}
-    return item
-
-
-# Everything read is validated here (TypeError), so comparing and recommending need no checks.
-
-
-def _reject_constant(constant: str) -> None:
-    msg = f"{constant} is not JSON"
-    raise TypeError(msg)
-
-
-def _expect(kind: type[_T], value: Any) -> _T:
-    if type(value) is not kind:
-        msg = f"expected a {kind.__name__}, got {str(value)[:40]!r}"
-        raise TypeError(msg)
-    return value
-
-
-def _number(value: Any, least: float = 0) -> float:
-    if type(value) not in {int, float} or not least <= value <= _MAX:
-        msg = f"expected a number from {least:g} to {_MAX:g}, got {str(value)[:40]!r}"
-        raise TypeError(msg)
-    return value  # type: ignore[no-any-return]
-
-
-def _count(value: Any, least: int = 0) -> int:
-    return int(_number(_expect(int, value), least))
-
-
-def _machine(value: Any) -> dict[str, Any]:
-    """Return the facts of the machine; validates those that figures are computed from."""
-    machine = _expect(dict, value)
-    for name in ("cpus", "memory", "page_size", "max_map_count"):
-        if name in machine:
-            _count(machine[name], 1)
-    for entries in _expect(dict, machine.get("map_entries", {})).values():
-        _number(entries)
-    if machine.get("system_call_ns") is not None:
-        _number(machine["system_call_ns"], _MIN_CALL)
-    return machine
-
-
-def _from_dict(item: Any) -> Measured:
-    names = [_expect(str, item[key]) for key in ("verb", "method", "page_kind", "mode")]
-    counts = [_count(item[key], 1) for key in ("bytes", "threads")]
-    cell = Cell(*names, *counts)  # type: ignore[arg-type]
-    times = None
-    ns = item["ns"]
-    if ns is not None:
-        low, high = (_expect(list, ns["ci95"])[i] for i in (0, 1))
-        # The clock's own time is subtracted from samples, so they can be negative.
-        times = Times(
-            **{name: float(_number(ns[name], -_MAX)) for name in _FIGURES},
-            ci95=(
-                float(_number(low, -_MAX)),
-                math.inf if high is None else float(_number(high, -_MAX)),
-            ),
-            samples=_count(item["samples"], 1),
-            passes=_count(item["passes"], 1),
-            outliers=_count(item["outliers"]),
-        )
-    why = None if item["why"] is None else _expect(str, item["why"])
-    return Measured(cell, _expect(str, item["host"]), times, why)
