@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyreserve._system.pictures import check_suffix, own_settings, write_picture
 from pyreserve.costs.cells import GROUPS, Curve
-from pyreserve.costs.plot_choice import JOINED, NEAR, Chosen, Line, choose, kinds, label
+from pyreserve.costs.plot_choice import NEAR, Chosen, Line, choose, kinds, label
 from pyreserve.costs.results import Measured
 from pyreserve.costs.table import CostTable
 from pyreserve.units import format_size, format_time, parse_size
@@ -122,8 +122,8 @@ class _Picture:
         right = left + wide
         box = (left / page_wide, bottom / page_high, wide / page_wide, high / page_high)
         axes = self.figure.add_axes(box, xscale="log", yscale="log", facecolor="none")
-        methods = list(dict.fromkeys(line.method for line in chosen.lines))
-        styles = [methods.index(line.method) for line in chosen.lines]
+        methods = [(line.curve.verb, line.curve.method) for line in chosen.lines]
+        styles = [list(dict.fromkeys(methods)).index(method) for method in methods]
         cold: list[Point] = []
         for i, (line, style) in enumerate(zip(chosen.lines, styles, strict=True), self.drawn):
             cold += _draw(axes, line, style, f"line-{i}", self.cold)
@@ -133,7 +133,7 @@ class _Picture:
             side = "right" if x * x > math.prod(axes.get_xlim()) else "left"
             options: dict[str, Any] = {"textcoords": "offset points", "gid": f"cold-{self.drawn}"}
             axes.annotate("cold host", (x, y), (0, 5), ha=side, fontsize=_TEXT, **options)
-        names = [_wrap(label(line.curves, self.small), _LABELS, 0.57) for line in chosen.lines]
+        names = [_wrap(label(line.curve, self.small), _LABELS, 0.57) for line in chosen.lines]
         ends = axes.transData.transform([_point(line.cells[-1]) for line in chosen.lines])
         ends /= self.figure.dpi
         heights = [len(name) * _LINE * _TEXT / 72 for name in names]
@@ -156,15 +156,14 @@ class _Picture:
         dashed = f"dashed: {_size(huge)}; " if any(line.variant == 1 for line in lines) else ""
         yield f"Solid: {_size(self.small)} pages; {dashed}other modes and threads are named."
         yield f"Bands: only with {_PASSES} or more passes and a span under {_SPAN:g} times."
-        if any(Curve.of(entry.cell) in line.curves for entry in self.cold for line in lines):
+        drawn = {line.curve for line in lines}
+        if any(Curve.of(entry.cell) in drawn for entry in self.cold):
             yield "Hollow: cold, the hypervisor had to supply the memory."
-        if any(len(line.curves) > 1 for line in lines):
-            yield f"Several names on a line: within {JOINED - 1:.0%} of it at all lengths."
         near, others = sum(panel.near for panel in panels), sum(panel.others for panel in panels)
-        omitted = [f"{near} curves within {NEAR - 1:.0%} of a line"] if near else []
-        omitted += [f"{others} others"] if others else []
+        omitted = [f"{near} within {NEAR - 1:.0%} of a drawn one"] if near else []
+        omitted += [f"{others} other"] if others else []
         if omitted:
-            yield f"Not drawn: {', '.join(omitted)}: see table or JSON."
+            yield f"Curves not drawn: {', '.join(omitted)}: see table or JSON."
         warnings = [f"Noise: {table.disturbed}."] if table.disturbed else []
         warnings += [] if table.complete else ["The measurement was interrupted."]
         yield " ".join(warnings)
@@ -178,7 +177,7 @@ def _draw(axes: "Axes", line: Line, style: int, gid: str, cold: Iterable[Measure
     axes.fill_between(xs, low, high, color=colour, alpha=0.14, linewidth=0)
     width, dashes = 1.1 if line.variant else 1.5, _DASHES[line.variant]
     axes.plot(xs, ys, marker, c=colour, ms=3.6, mew=0, lw=width, ls=dashes, gid=gid)
-    hollow = [_point(entry) for entry in cold if Curve.of(entry.cell) in line.curves]
+    hollow = [_point(entry) for entry in cold if Curve.of(entry.cell) == line.curve]
     for x, y in hollow:
         axes.plot([x, x], [dict(zip(xs, ys, strict=True)).get(x, y), y], ":", c=colour, lw=0.8)
         axes.plot([x], [y], marker, c=colour, mfc="white", ms=5.5, mew=1.1)

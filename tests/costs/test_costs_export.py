@@ -103,74 +103,48 @@ class TestTheChoiceOfLines:
     SMALL = Curve("commit", "mprotect")
     HUGE = Curve("commit", "mprotect", "2MiB")
 
-    def chosen(self, *lines: list[Measured]) -> list[list[Curve]]:
-        return [line.curves for line in choose(table(*lines).curves(), GROUPS["get memory"]).lines]
+    def chosen(self, *lines: list[Measured]) -> list[Curve]:
+        return [line.curve for line in choose(table(*lines).curves(), GROUPS["get memory"]).lines]
 
-    def test_lines_on_each_other_are_joined(self) -> None:
-        """Curves within 30 % of each other at all lengths are merged; others are not."""
-        alike, other = Curve("commit", "mmap-fixed"), Curve("guard", "madvise")
-
-        lines = self.chosen(
-            line(self.SMALL, 1000, 10), line(alike, 1250, 12), line(other, 1700, 10)
-        )
-
-        assert lines == [[self.SMALL, alike], [other]]
-
-    def test_the_nearest_line_is_joined(self) -> None:
-        """A curve that could be merged with two lines is merged with the nearer one."""
-        near, between = Curve("guard", "madvise"), Curve("guard", "mprotect")
-
-        lines = self.chosen(line(self.SMALL, 1000, 0), line(near, 1400, 0), line(between, 1250, 0))
-
-        assert lines == [[self.SMALL], [near, between]]
-
-    def test_a_longer_curve_is_not_joined(self) -> None:
-        """A curve is not merged with a line that lacks some of its lengths."""
+    def test_a_longer_curve_is_drawn(self) -> None:
+        """A curve is drawn beside a line of its verb that lacks some of its lengths."""
         longer = Curve("commit", "mmap-fixed")
 
         lines = self.chosen(line(self.SMALL, 1000, 0, LENGTHS[:3]), line(longer, 1000, 0))
 
-        assert lines == [[self.SMALL], [longer]]
+        assert lines == [self.SMALL, longer]
 
     def test_the_first_method_of_each_verb_is_there(self) -> None:
-        """On small pages each verb's first method is drawn or merged, even in a full panel."""
+        """On small pages each verb's first method is drawn, even in a full panel."""
         curves = everything().curves()
         for verbs in GROUPS.values():
             chosen = choose(curves, verbs)
 
-            first = [Curve(verb, METHODS[verb][0]) for verb in verbs]
-            assert set(first) <= {curve for line in chosen.lines for curve in line.curves}
+            first = {Curve(verb, METHODS[verb][0]) for verb in verbs}
+            assert first <= {line.curve for line in chosen.lines}
 
-    def test_small_pages_never_go_for_being_near(self) -> None:
-        """Between 30 and 50 % from a line, curves of small pages are drawn, others are omitted."""
-        alike = Curve("commit", "mmap-fixed")
-        huge, far = Curve("commit", "mmap-fixed", "2MiB"), Curve("grow", "mprotect", "2MiB")
+    def test_near_a_line_of_the_same_verb(self) -> None:
+        """A curve within 30 % of a line of its verb at all lengths is omitted and counted."""
+        alike, far = Curve("commit", "mmap-fixed"), Curve("commit", "mmap-fixed", "2MiB")
+        grow, guard = Curve("grow", "mprotect"), Curve("guard", "madvise", "2MiB")
 
         chosen = choose(
             table(
-                line(self.SMALL, 1000, 0),
-                line(alike, 1400, 0),
-                line(self.HUGE, 1400, 0),
-                line(huge, 1400, 0),
-                line(far, 3000, 0),
+                line(self.SMALL, 1000, 10),
+                line(alike, 1250, 12),
+                line(self.HUGE, 800, 4000),
+                line(far, 900, 9000),
+                line(grow, 1000, 10),
+                line(guard, 1000, 10),
             ).curves(),
             GROUPS["get memory"],
         )
 
-        assert [line.curves for line in chosen.lines] == [[self.SMALL], [alike], [far]]
+        assert [line.curve for line in chosen.lines] == [self.SMALL, grow, guard, far]
         assert (chosen.near, chosen.others) == (2, 0)
 
-    def test_another_page_kind_is_not_joined(self) -> None:
-        """Curves of different page kinds are not merged: the label would be unclear."""
-        other = Curve("guard", "mprotect", "2MiB")
-
-        assert self.chosen(line(self.SMALL, 1000, 0), line(other, 1000, 0)) == [
-            [self.SMALL],
-            [other],
-        ]
-
     def test_variants_only_where_they_differ(self) -> None:
-        """Noreserve and threads are drawn if some length differs by more than 50 %."""
+        """Noreserve and threads are drawn if some length differs by more than 30 %."""
         same = Curve("commit", "mprotect", mode="noreserve")
         slow, slowest = (Curve("commit", "mprotect", threads=n) for n in (2, 4))
 
@@ -184,7 +158,7 @@ class TestTheChoiceOfLines:
             GROUPS["get memory"],
         )
 
-        assert [line.curves for line in chosen.lines] == [[self.SMALL], [slowest]]
+        assert [line.curve for line in chosen.lines] == [self.SMALL, slowest]
         assert (chosen.near, chosen.others) == (1, 1)
 
     def test_a_full_panel_counts_what_it_lacks(self) -> None:
@@ -193,7 +167,7 @@ class TestTheChoiceOfLines:
         for verbs in GROUPS.values():
             chosen = choose(curves, verbs)
 
-            shown = [curve for line in chosen.lines for curve in line.curves]
+            shown = [line.curve for line in chosen.lines]
             in_panel = [curve for curve in curves if curve.verb in verbs]
             assert len(chosen.lines) <= MOST_LINES
             assert len(set(shown)) == len(shown)
@@ -201,23 +175,18 @@ class TestTheChoiceOfLines:
             assert min(chosen.near, chosen.others) >= 0
 
     @pytest.mark.parametrize(
-        ("curves", "expected"),
+        ("curve", "expected"),
         [
-            ([SMALL], "commit mprotect"),
-            ([Curve("reserve", "mmap")], "reserve"),
-            ([HUGE], "commit mprotect 2 MiB"),
-            ([SMALL, Curve("commit", "mmap-fixed")], "commit mprotect, mmap-fixed"),
-            (
-                [Curve("touch", "write", "2MiB"), Curve("populate", "madvise", "2MiB")],
-                "touch write, populate, both 2 MiB",
-            ),
-            ([Curve("touch", "read", threads=4)], "touch read 4 threads"),
-            ([Curve("touch", "read", "2MiB", "noreserve")], "touch read 2 MiB, noreserve"),
+            (SMALL, "commit mprotect"),
+            (Curve("reserve", "mmap"), "reserve"),
+            (HUGE, "commit mprotect 2 MiB"),
+            (Curve("touch", "read", threads=4), "touch read 4 threads"),
+            (Curve("touch", "read", "2MiB", "noreserve"), "touch read 2 MiB, noreserve"),
         ],
     )
-    def test_labels(self, curves: list[Curve], expected: str) -> None:
+    def test_labels(self, curve: Curve, expected: str) -> None:
         """A label names page kind, mode and threads only if they are not the default."""
-        assert label(curves, "4KiB").replace("\u00a0", " ") == expected
+        assert label(curve, "4KiB").replace("\u00a0", " ") == expected
 
 
 class TestSpreading:
@@ -355,10 +324,21 @@ class TestThePicture:
         note = drawn.texts[-1].get_text()
 
         chosen = [choose(everything().curves(), verbs) for verbs in GROUPS.values()]
-        near, others = sum(panel.near for panel in chosen), sum(panel.others for panel in chosen)
         assert len(note.splitlines()) <= 6
-        assert f"Not drawn: {near} curves within 50% of a line, {others} others" in note
+        assert [panel.near for panel in chosen] == [0] * len(GROUPS)
+        others = sum(panel.others for panel in chosen)
+        assert f"Curves not drawn: {others} other: see table or JSON." in note
         assert "Hollow: cold" in note
+
+    def test_the_note_of_curves_near_a_line(self) -> None:
+        """The note tells curves near a drawn one from others that are not drawn."""
+        kinds = ("4KiB", "64KiB", "2MiB")
+        curves = [Curve("touch", "write", kind) for kind in kinds] + [Curve("touch", "read")]
+
+        note = figure(table(*(line(curve, 9, 5) for curve in curves))).texts[-1].get_text()
+
+        expected = "Curves not drawn: 1 within 30% of a drawn one, 1 other: see table or JSON."
+        assert expected in note.replace("\n", " ")
 
     def test_cold_host_is_hollow(self, drawn: Figure) -> None:
         """Cold cells are hollow markers, named once, and no line passes through them."""
