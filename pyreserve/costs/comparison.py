@@ -3,13 +3,16 @@
 import math
 from dataclasses import dataclass
 
+from pyreserve._system.report import Report, Table
 from pyreserve.costs.cells import Cell
 from pyreserve.costs.stats import Times
 from pyreserve.costs.table import CostTable
+from pyreserve.units import format_time
 
 # Relative change of a median; smaller ones are not significant with this many passes.
 _MIN_CHANGE = 0.05
 _OTHER_SPEED = 0.1  # relative change of a system call's time that makes the comparison noisy
+_VERDICTS = ("same", "slower", "faster", "noisy", "unsure")
 _WIDE = 0.5  # relative width of an interval above which "same" is "unsure"
 
 
@@ -43,6 +46,8 @@ class Compared:
 class Comparison:
     """The result of `compare`.
 
+    ``str()`` gives a summary with a table of the changes, in a notebook as HTML.
+
     Attributes:
         cells: the cells that both tables have times of.
         noisy: why changes are reported as noise; None if the runs were quiet.
@@ -59,6 +64,43 @@ class Comparison:
     def count(self, verdict: str) -> int:
         """Return the number of cells with a verdict."""
         return sum(compared.verdict == verdict for compared in self.cells)
+
+    def changed(self) -> list[Compared]:
+        """Return the cells that are neither the same nor unsure, the largest changes first."""
+        changed = [cell for cell in self.cells if cell.verdict not in {"same", "unsure"}]
+        return sorted(changed, key=lambda compared: -abs(compared.ratio - 1))
+
+    def __str__(self) -> str:
+        return self._report().text()
+
+    def _repr_html_(self) -> str:
+        return self._report().html()
+
+    def _report(self) -> Report:
+        counts = ((self.count(verdict), verdict) for verdict in _VERDICTS)
+        paragraphs = [
+            f"{len(self.cells)} cells in both runs: "
+            f"{', '.join(f'{count} {verdict}' for count, verdict in counts)}.",
+            f"In the old run only: {self.only_old} cells; in the new run only: {self.only_new}.",
+        ]
+        paragraphs += [
+            f"The machine differs: {name} was {before}, is {after}."
+            for name, before, after in self.differences
+        ]
+        paragraphs += [f"Changes are reported as noise: {self.noisy}."] if self.noisy else []
+        rows = [_row(compared) for compared in self.changed()]
+        titles = ("cell", "before", "now", "ratio", "verdict")
+        return Report("Costs compared", tuple(paragraphs), (Table(titles, rows),) if rows else ())
+
+
+def _row(compared: Compared) -> tuple[str, ...]:
+    return (
+        f"{compared.cell}{'' if compared.host == 'warm' else f', {compared.host} host'}",
+        format_time(compared.old.median),
+        format_time(compared.new.median),
+        f"{compared.ratio:.2f}",
+        compared.verdict,
+    )
 
 
 def compare(old: CostTable, new: CostTable) -> Comparison:

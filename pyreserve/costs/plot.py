@@ -5,15 +5,14 @@
 
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pyreserve._system.pictures import check_suffix, own_settings, write_picture
 from pyreserve.costs.cells import GROUPS, Curve
 from pyreserve.costs.plot_choice import NEAR, Chosen, Line, choose, kinds, label
 from pyreserve.costs.results import Measured
-from pyreserve.costs.table import CostTable
 from pyreserve.units import format_size, format_time, parse_size
 
 if TYPE_CHECKING:
@@ -48,19 +47,45 @@ _TIMES = [
 ]
 
 
-def draw(table: CostTable, path: Path) -> None:
-    """Write the picture atomically, in the format that the suffix names.
+class Drawable(Protocol):
+    """The attributes of `pyreserve.costs.CostTable` that are drawn."""
+
+    @property
+    def machine(self) -> Mapping[str, Any]:
+        """The facts of the machine."""
+
+    @property
+    def complete(self) -> bool:
+        """False if the measurement was interrupted."""
+
+    @property
+    def disturbed(self) -> str | None:
+        """Why small changes are doubtful."""
+
+    def curves(self) -> Mapping[Curve, Sequence[Measured]]:
+        """Return the warm measured cells by curve, shortest first."""
+
+    def measured(self) -> Iterable[Measured]:
+        """Return the cells that have times."""
+
+
+def draw(table: Drawable, path: Path | None = None) -> "Figure":
+    """Draw the picture; also write it to a file if given, in the format of the suffix.
 
     Raises:
         ValueError: the suffix is neither ``.png`` nor ``.svg``.
         ImportError: matplotlib is missing (extra ``plot``).
         OSError: the file cannot be written.
     """
-    check_suffix(path)
-    write_picture(figure(table), path)
+    if path is not None:
+        check_suffix(path)
+    picture = figure(table)
+    if path is not None:
+        write_picture(picture, path)
+    return picture
 
 
-def figure(table: CostTable) -> "Figure":
+def figure(table: Drawable) -> "Figure":
     """Draw time against length, with a panel for each of `GROUPS` that has measured cells.
 
     The artists have group ids (``get_gid``), which are their ids in an SVG: the line ``line-7`` has
@@ -76,7 +101,7 @@ def figure(table: CostTable) -> "Figure":
 class _Picture:
     """A picture being drawn. Positions are inches from the left and from the bottom."""
 
-    def __init__(self, table: CostTable) -> None:
+    def __init__(self, table: Drawable) -> None:
         from matplotlib.figure import Figure  # noqa: PLC0415
 
         curves = {curve: _drawable(cells) for curve, cells in table.curves().items()}
@@ -147,7 +172,7 @@ class _Picture:
             self.text(right + _GUTTER, place, "\n".join(name), _TEXT, _COLOURS[style], **options)
             self.drawn += 1
 
-    def notes(self, table: CostTable, panels: Sequence[Chosen], huge: str) -> Iterator[str]:
+    def notes(self, table: Drawable, panels: Sequence[Chosen], huge: str) -> Iterator[str]:
         """Yield the notes on how to read the picture and on what it omits."""
         lines = [line for panel in panels for line in panel.lines]
         if not lines:
@@ -257,7 +282,7 @@ def _band(entry: Measured) -> Point:
     return (low, high) if certain else (math.nan, math.nan)
 
 
-def _title(table: CostTable) -> str:
+def _title(table: Drawable) -> str:
     cpu, kernel = table.machine.get("cpu"), table.machine.get("kernel")
     machine = ", ".join([str(cpu or "an unknown CPU")] + ([f"Linux {kernel}"] if kernel else []))
     return f"What virtual memory costs on {machine}"

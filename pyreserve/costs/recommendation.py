@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from pyreserve._system.limits import PAGE_SIZE
+from pyreserve._system.report import Report
 from pyreserve.costs.cells import Curve
 from pyreserve.costs.measuring import measure
 from pyreserve.costs.model import CostModel, Fit
@@ -38,10 +39,18 @@ class Answer:
     text: str
     because: str
 
+    def __str__(self) -> str:
+        return f"{self.text.rstrip('.')}. Reason: {self.because}."
+
+    def _repr_html_(self) -> str:
+        return Report(self.text, (f"Reason: {self.because}.",)).html()
+
 
 @dataclass(frozen=True, slots=True)
 class Recommendations:
     """Recommendations for the machine that was measured.
+
+    ``str()`` gives the answers with their reasons, in a notebook as HTML.
 
     Attributes:
         step_bytes: growth step in bytes from which growth calls cost under 5 % of touching the
@@ -68,6 +77,19 @@ class Recommendations:
         """Return the answers by name."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in values if isinstance(value, Answer)}
+
+    def __str__(self) -> str:
+        return self._report().text()
+
+    def _repr_html_(self) -> str:
+        return self._report().html()
+
+    def _report(self) -> Report:
+        answers = self.answers()
+        known = tuple(str(answer) for answer in answers.values() if answer.value is not None)
+        unknown = [name for name, answer in answers.items() if answer.value is None]
+        missing = (f"Not known, its cells were not measured: {', '.join(unknown)}.",)
+        return Report("Recommendations", known + (missing if unknown else ()))
 
     def entries_of(self, pieces: Mapping[str, int]) -> int:
         """Return the number of map entries of a reservation whose pieces are used like this.

@@ -6,18 +6,25 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyreserve._system.cached import lazily
+from pyreserve._system.report import Report
 from pyreserve.costs.cells import Curve
 from pyreserve.costs.model import CostModel
 from pyreserve.costs.results import Measured, Noise
 from pyreserve.costs.schema import FIGURES, SCHEMA, attributes, rounded, to_dict
+from pyreserve.costs.text import LEGEND, fits_table, machine_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
 class CostTable:
     """The costs of the verbs on one machine.
+
+    ``str()`` gives the model as a table, in a notebook as HTML.
 
     Attributes:
         machine: facts of the machine; see `pyreserve._system.machine.facts`.
@@ -57,6 +64,39 @@ class CostTable:
     def disturbed(self) -> str | None:
         """Why small changes are doubtful; None if the machine was quiet."""
         return self.noise.why(self.machine.get("cpus") or 1)
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Draw time against length, as ``--plot``; also write it to a file if a path is given.
+
+        Raises:
+            ImportError: matplotlib is missing (extra ``plot``).
+            ValueError: the suffix of `path` is neither ``.png`` nor ``.svg``.
+            OSError: the file cannot be written.
+        """
+        from pyreserve.costs.plot import draw  # noqa: PLC0415 - slow to import
+
+        return draw(self, None if path is None else Path(path))
+
+    def __str__(self) -> str:
+        return self._report().text()
+
+    def _repr_html_(self) -> str:
+        return self._report().html()
+
+    def _report(self) -> Report:
+        unmeasured = sum(entry.times is None for entry in self.cells)
+        paragraphs = [
+            f"{len(self.cells) - unmeasured} cells measured in {self.seconds:.3g} s, {unmeasured} "
+            "not measured.",
+            "" if self.complete else "The measurement was interrupted.",
+            f"Small changes are doubtful: {self.disturbed}." if self.disturbed else "",
+            LEGEND if self.model().fits else "",
+        ]
+        return Report(
+            f"Costs of virtual memory on {machine_text(self.machine)}",
+            tuple(filter(None, paragraphs)),
+            (fits_table(self.model()),) if self.model().fits else (),
+        )
 
     def to_json(self) -> str:
         """Return the JSON that the README documents, schema 1."""

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import textwrap
 import threading
 import time
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +36,7 @@ from pyreserve._system import machine, proc
 from pyreserve._system.machine import facts
 from pyreserve.costs import (
     METHODS,
+    Answer,
     Cell,
     CostTable,
     Curve,
@@ -54,6 +57,8 @@ from pyreserve.costs.child import Job, run
 from pyreserve.costs.model import Fit
 from pyreserve.costs.programs import SCRIPTS, Program, Setting, write
 from pyreserve.costs.stats import quantile, split_cold, summarise
+from pyreserve.costs.text import figure_text
+from pyreserve.units import format_size
 
 TOUCH = Curve("touch", "write")
 COMMIT = Curve("commit", "mprotect")
@@ -645,6 +650,98 @@ class TestRecommendations:
         assert PAGE_SIZE <= step <= 64 * MiB
         monkeypatch.setattr(measuring, "_answers", None)
         assert costs.measured_step() == step
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """Return the cells of the table in a report's text: columns are two spaces apart."""
+    return [[cell.strip() for cell in re.split(r" {2,}", row)] for row in text.splitlines()]
+
+
+class TestText:
+    def test_a_table(self) -> None:
+        """The text of a table names the machine and has a row per curve, in the verbs' order."""
+        curves = {
+            TOUCH: line(100, 7),
+            replace(COMMIT, threads=2): line(900, 0),
+            replace(TOUCH, mode="noreserve"): line(100, 7),
+        }
+        table = costs_tables.table(curves, jitter=1e-6, noise=LOUD)
+
+        text = str(replace(table, complete=False))
+
+        heading, counts, interrupted, doubtful, *_ = text.split("\n\n")
+        machine = "Imaginary 9000, 4 CPUs, 16 GiB, Linux 6.1.0"
+        assert heading == f"Costs of virtual memory on {machine}"
+        assert counts == "27 cells measured in 12.5 s, 0 not measured."
+        assert interrupted == "The measurement was interrupted."
+        assert doubtful == "Small changes are doubtful: other processes kept 1.9 CPUs busy."
+        rate = f"{PAGE_SIZE / 7 * 1e9 / GiB:.3g}"
+        longest = format_size(costs_tables.LENGTHS[-1])
+        assert rows_of(text)[-3:] == [
+            ["commit mprotect", f"{SMALL} 2 threads", "900 ns ± 0%", "0 ns", "0%"],
+            ["touch write", SMALL, "100 ns ± 0%", "7 ns ± 0%", rate, longest, "0%"],
+            ["touch write", f"{SMALL} noreserve", "100 ns ± 0%", "7 ns ± 0%", rate, longest, "0%"],
+        ]
+
+    def test_an_empty_table(self) -> None:
+        """A table without facts and cells has a text too."""
+        text = str(CostTable({}, (), QUIET, 0.0))
+
+        assert text.startswith("Costs of virtual memory on unknown CPU\n\n0 cells measured")
+
+    def test_a_figure_that_may_be_zero(self) -> None:
+        """A cost that its interval does not tell from zero is given as the interval's end."""
+        assert figure_text(3, (0, 10)) == "up to 10 ns"
+        assert figure_text(0, (0, 0)) == "0 ns"
+        assert figure_text(100, (90, 110)) == "100 ns ±10%"
+
+    def test_recommendations(self) -> None:
+        """The text has each answer with its reason, and names the unknown ones."""
+        advice = recommend(costs_tables.table({**USUAL}, jitter=1e-4))
+        touch_only = recommend(costs_tables.table({TOUCH: line(0, 100)}))
+
+        assert str(advice.step_bytes) in str(advice)
+        assert str(advice.step_bytes).startswith(advice.step_bytes.text)
+        assert str(advice.step_bytes).endswith(f" Reason: {advice.step_bytes.because}.")
+        assert str(advice).count("Reason: ") == 6
+        assert "cells were not measured: step_bytes, huge_step_bytes, idle" in str(touch_only)
+        assert str(touch_only.step_bytes).startswith("not known. Reason: grow mprotect")
+
+    def test_a_comparison(self) -> None:
+        """The text counts the verdicts and has a row per change, the largest first."""
+        lengths = [PAGE_SIZE]
+        old, new = (
+            costs_tables.table(
+                {TOUCH: line(0, touch), COMMIT: line(commit, 0)}, lengths=lengths, jitter=1e-6
+            )
+            for touch, commit in ((100, 900), (110, 450))
+        )
+        new.machine["kernel"] = "7.0"
+
+        text = str(compare(old, new))
+
+        assert "2 cells in both runs: 0 same, 1 slower, 1 faster, 0 noisy, 0 unsure." in text
+        assert "The machine differs: kernel was 6.1.0, is 7.0." in text
+        assert rows_of(text)[-2:] == [
+            [str(COMMIT.at(PAGE_SIZE)), "900 ns", "450 ns", "0.50", "faster"],
+            [str(TOUCH.at(PAGE_SIZE)), "100 ns", "110 ns", "1.10", "slower"],
+        ]
+        assert "\ncell" not in str(compare(old, old))
+
+    def test_html_is_escaped(self) -> None:
+        """HTML is well-formed, has the words of the text, and no tag of a machine's facts."""
+        hostile = "<script>&\u202e"
+        old, new = costs_tables.table({TOUCH: line(0, 100)}), costs_tables.table(USUAL)
+        old.machine["cpu"], new.machine["kernel"] = hostile, hostile
+        answer = Answer(1.0, hostile, hostile)
+        advice = replace(recommend(new), step_bytes=answer)
+
+        for shown in (old, new, compare(old, new), answer, advice):
+            document = ET.fromstring(shown._repr_html_())
+            words = "".join(document.itertext())
+            assert document.find(".//script") is None
+            assert "<script>&\\u202e" in words
+            assert "\u202e" not in words
 
 
 class TestPlan:

@@ -422,6 +422,21 @@ class TestTheFileOfAPicture:
         assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "other.svg").read_bytes()
         assert rcParams["font.size"] == 30.0
 
+    def test_plot_of_a_table(self, tmp_path: Path) -> None:
+        """``CostTable.plot`` returns the figure, and writes the same picture if given a path."""
+        costs = table(line(Curve("touch", "write"), 9, 1))
+        draw(costs, tmp_path / "drawn.svg")
+
+        plotted = costs.plot()
+        written = costs.plot(str(tmp_path / "plotted.svg"))
+
+        assert isinstance(plotted, Figure)
+        assert isinstance(written, Figure)
+        names = [path.name for path in tmp_path.iterdir()]
+        assert sorted(names) == ["drawn.svg", "plotted.svg"]
+        drawn, same = ((tmp_path / name).read_bytes() for name in names)
+        assert drawn == same
+
     @pytest.mark.parametrize("suffix", [".pdf", ".PNG", ""])
     def test_another_suffix(self, tmp_path: Path, suffix: str) -> None:
         """Any other suffix is refused with the two valid ones, and nothing is written."""

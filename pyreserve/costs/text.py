@@ -1,0 +1,74 @@
+"""The figures of fits as text, for ``str()`` and notebooks. Imports no table."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyreserve._system.limits import PAGE_SIZE
+from pyreserve._system.report import Table
+from pyreserve.costs.cells import GROUPS, METHODS, SMALL, Curve
+from pyreserve.costs.model import CostModel, Fit
+from pyreserve.units import format_size, format_time
+
+LEGEND = (
+    "Medians, ± half of the 95 % interval. fixed: cost per call. per page: additional cost per OS "
+    "page. up to: not distinguishable from zero. GiB/s: at the length in the next column, where "
+    "the cost per page dominates. off: largest deviation of a median from fixed + per page."
+)
+
+
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """Return the facts of a machine that identify it; unknown ones are omitted."""
+    cpus, memory, kernel = (machine.get(name) for name in ("cpus", "memory", "kernel"))
+    words = [str(machine.get("cpu") or "unknown CPU")]
+    words += [f"{cpus} CPU{'' if cpus == 1 else 's'}"] if cpus else []
+    words += [format_size(memory)] if memory else []
+    words += [f"Linux {kernel}"] if kernel else []
+    return ", ".join(words)
+
+
+def fits_table(model: CostModel) -> Table:
+    """Return a row for each fit, in the order of `GROUPS` and `METHODS`."""
+    titles = ("verb and method", "pages", "fixed", "per page", "GiB/s", "at", "off")
+    return Table(titles, [_row(fit) for fit in sorted(model.fits.values(), key=_order)])
+
+
+def _order(fit: Fit) -> tuple[object, ...]:
+    curve = fit.curve
+    verbs = [verb for group in GROUPS.values() for verb in group]
+    rank = [*verbs, curve.verb].index(curve.verb)
+    method = [*METHODS.get(curve.verb, ()), curve.method].index(curve.method)
+    small = curve.page_kind == SMALL
+    return rank, method, not small, curve.page_kind, curve.mode, curve.threads
+
+
+def _row(fit: Fit) -> tuple[str, ...]:
+    longest = fit.points[-1][0]
+    # A rate is meaningful only where the cost per page dominates.
+    paged = fit.ns_per_page > 1 and fit.ns_per_page * longest > fit.fixed_ns
+    rate = fit.gib_per_second
+    return (
+        f"{fit.curve.verb} {fit.curve.method}",
+        setting_text(fit.curve),
+        figure_text(fit.fixed_ns, fit.fixed_ci95),
+        figure_text(fit.ns_per_page, fit.ns_per_page_ci95),
+        (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}") if paged else "",
+        format_size(round(longest * PAGE_SIZE)) if paged else "",
+        f"{fit.residual:.0%}",
+    )
+
+
+def setting_text(curve: Curve) -> str:
+    """Return page kind, mode and threads, the usual ones omitted."""
+    threads = f" {curve.threads} threads" if curve.threads > 1 else ""
+    return f"{curve.page_kind}{'' if curve.mode == 'charge' else f' {curve.mode}'}{threads}"
+
+
+def figure_text(ns: float, interval: tuple[float, float]) -> str:
+    """Return a time with half of its interval; its upper end if it may as well be zero."""
+    low, high = interval
+    half = (high - low) / 2
+    if ns < 0.001 and half < 0.001:
+        return "0 ns"
+    if ns < half:
+        return f"up to {format_time(high)}"
+    return f"{format_time(ns)} ±{half / ns:3.0%}"
