@@ -215,7 +215,7 @@ class CostModel:
                 {
                     **asdict(fit.curve),
                     "fixed_ns": _digits(fit.fixed_ns),
-                    "fixed_ci95": [_digits(ns) for ns in fit.fixed_ci95],
+                    "fixed_ns_ci95": [_digits(ns) for ns in fit.fixed_ci95],
                     "ns_per_page": _digits(fit.ns_per_page),
                     "ns_per_page_ci95": [_digits(ns) for ns in fit.ns_per_page_ci95],
                     "residual": _digits(fit.residual),

@@ -35,8 +35,10 @@ _POSITIVE, _NUMBER = _Field((int,), 1), _Field((int, float))
 _TIME = _Field((int, float), -_MAX)
 _DOCUMENT = {"schema": _POSITIVE, "machine": _OBJECT, "noise": _OBJECT, "cells": _LIST}
 _DOCUMENT |= {"complete": _Field((bool,)), "seconds": _NUMBER}
+# The keys of facts that carry their unit in the JSON, by name of the fact.
+_KEYS = {"memory": "memory_bytes", "page_size": "page_size_bytes"}
 # The facts that figures are computed from; each may be missing.
-_MACHINE = dict.fromkeys(("cpus", "memory", "page_size", "max_map_count"), _POSITIVE)
+_MACHINE = dict.fromkeys(("cpus", *_KEYS.values(), "max_map_count"), _POSITIVE)
 _MACHINE |= {"map_entries": _OBJECT, "system_call_ns": _Field((int, float, _NULL), 0.01)}
 _NOISE = {field.name: _NUMBER for field in fields(Noise)}
 _CELL = dict.fromkeys(("verb", "method", "page_kind", "mode", "host"), _TEXT)
@@ -51,6 +53,11 @@ _COUNTS = {"samples": _POSITIVE, "passes": _POSITIVE, "outliers": _COUNT}
 def rounded(ns: float) -> float:
     """Round to a tenth of a nanosecond; below 100 ns to four digits."""
     return round(ns, 1) if abs(ns) >= 100 else float(f"{ns:.4g}")
+
+
+def machine_to_dict(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the object of the machine's facts."""
+    return {_KEYS.get(name, name): value for name, value in machine.items()}
 
 
 def to_dict(entry: Measured) -> dict[str, Any]:
@@ -137,8 +144,9 @@ def _attributes(document: Any) -> dict[str, Any]:
     if len({(entry.cell, entry.host) for entry in cells}) < len(cells):
         msg = "a cell occurs twice"
         raise ValueError(msg)
+    names = {key: name for name, key in _KEYS.items()}
     return {
-        "machine": machine,
+        "machine": {names.get(key, key): value for key, value in machine.items()},
         "cells": cells,
         "noise": Noise(*_check(noise, _NOISE)),
         "seconds": seconds,

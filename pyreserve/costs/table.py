@@ -13,7 +13,14 @@ from pyreserve._system.report import Report
 from pyreserve.costs.cells import Curve
 from pyreserve.costs.model import CostModel
 from pyreserve.costs.results import Measured, Noise
-from pyreserve.costs.schema import FIGURES, SCHEMA, attributes, rounded, to_dict
+from pyreserve.costs.schema import (
+    FIGURES,
+    SCHEMA,
+    attributes,
+    machine_to_dict,
+    rounded,
+    to_dict,
+)
 from pyreserve.costs.text import LEGEND, fits_table, machine_text
 
 if TYPE_CHECKING:
@@ -102,7 +109,7 @@ class CostTable:
         """Return the JSON that the README documents, schema 1."""
         document = {
             "schema": SCHEMA,
-            "machine": self.machine,
+            "machine": machine_to_dict(self.machine),
             "complete": self.complete,
             "seconds": round(self.seconds, 3),
             "noise": {

@@ -320,7 +320,8 @@ HOSTILE: list[tuple[tuple[Any, ...], Any]] = [
     *at((), "[" * 100_000, "NaN"),
     *at(("machine",), 5, None, []),
     *at(("machine", "cpus"), 0, "4", True),
-    (("machine", "memory"), []),
+    *at(("machine", "memory_bytes"), [], 0),
+    (("machine", "page_size_bytes"), "4KiB"),
     (("machine", "max_map_count"), "many"),
     *at(("machine", "map_entries"), None, [1], {"a": "b"}),
     *at(("machine", "system_call_ns"), "fast", 0, -1),
@@ -377,6 +378,8 @@ class TestTable:
         assert set(document) == {
             *("schema", "machine", "complete", "seconds", "noise", "cells", "model")
         }
+        assert document["machine"]["memory_bytes"] == table.machine["memory"]
+        assert "memory" not in document["machine"]
         cell = document["cells"][2]
         assert set(cell) == {
             *("verb", "method", "page_kind", "mode", "bytes", "pages", "threads", "host"),
@@ -387,6 +390,7 @@ class TestTable:
         assert cell["ns"]["median"] == pytest.approx(212, rel=0.05)
         (fit,) = document["model"]["fits"]
         assert (fit["verb"], fit["method"]) == ("touch", "write")
+        assert {"fixed_ns", "fixed_ns_ci95", "ns_per_page", "ns_per_page_ci95"} < set(fit)
         assert fit["ns_per_page"] == pytest.approx(7, rel=0.05)
 
     @pytest.mark.parametrize(
