@@ -3,6 +3,7 @@
 import errno
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from pyreserve._native import ffi, lib
@@ -45,20 +46,6 @@ class Sums(NamedTuple):
     reserved: int
     committed: int
     mappings: int
-
-
-class _Column:
-    """A column as a list, built at first access and then cached in the table's ``__dict__``."""
-
-    def __init__(self, index: int) -> None:
-        self._index = index
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, table: "MapTable", owner: type) -> list[int]:
-        values = table.__dict__[self._name] = table._column(self._index)
-        return values
 
 
 class MapTable:
@@ -218,27 +205,27 @@ class MapTable:
         """Whether VmFlags were read: the kernel prints at least one for every mapping."""
         return any(self.flags)
 
-    start = _Column(lib.PROCMAPS_START)
-    end = _Column(lib.PROCMAPS_END)
-    perms = _Column(lib.PROCMAPS_PERMS)
-    offset = _Column(lib.PROCMAPS_OFFSET)
-    device = _Column(lib.PROCMAPS_DEVICE)
-    inode = _Column(lib.PROCMAPS_INODE)
-    flags = _Column(lib.PROCMAPS_FLAGS)
-    rss = _Column(lib.PROCMAPS_RSS)
-    pss = _Column(lib.PROCMAPS_PSS)
-    swap = _Column(lib.PROCMAPS_SWAP)
-    private_dirty = _Column(lib.PROCMAPS_PRIVATE_DIRTY)
-    shared_dirty = _Column(lib.PROCMAPS_SHARED_DIRTY)
-    private_hugetlb = _Column(lib.PROCMAPS_PRIVATE_HUGETLB)
-    shared_hugetlb = _Column(lib.PROCMAPS_SHARED_HUGETLB)
-    anonymous = _Column(lib.PROCMAPS_ANONYMOUS)
-    lazy_free = _Column(lib.PROCMAPS_LAZY_FREE)
-    anon_huge = _Column(lib.PROCMAPS_ANON_HUGE)
-    shmem_huge = _Column(lib.PROCMAPS_SHMEM_HUGE)
-    file_huge = _Column(lib.PROCMAPS_FILE_HUGE)
-    locked = _Column(lib.PROCMAPS_LOCKED)
-    size = _Column(lib.PROCMAPS_SIZE)
-    private = _Column(lib.PROCMAPS_PRIVATE)
-    shared = _Column(lib.PROCMAPS_SHARED_MEMORY)
-    rest = _Column(lib.PROCMAPS_REST)
+    start = lazily(partial(_column, index=lib.PROCMAPS_START))
+    end = lazily(partial(_column, index=lib.PROCMAPS_END))
+    perms = lazily(partial(_column, index=lib.PROCMAPS_PERMS))
+    offset = lazily(partial(_column, index=lib.PROCMAPS_OFFSET))
+    device = lazily(partial(_column, index=lib.PROCMAPS_DEVICE))
+    inode = lazily(partial(_column, index=lib.PROCMAPS_INODE))
+    flags = lazily(partial(_column, index=lib.PROCMAPS_FLAGS))
+    rss = lazily(partial(_column, index=lib.PROCMAPS_RSS))
+    pss = lazily(partial(_column, index=lib.PROCMAPS_PSS))
+    swap = lazily(partial(_column, index=lib.PROCMAPS_SWAP))
+    private_dirty = lazily(partial(_column, index=lib.PROCMAPS_PRIVATE_DIRTY))
+    shared_dirty = lazily(partial(_column, index=lib.PROCMAPS_SHARED_DIRTY))
+    private_hugetlb = lazily(partial(_column, index=lib.PROCMAPS_PRIVATE_HUGETLB))
+    shared_hugetlb = lazily(partial(_column, index=lib.PROCMAPS_SHARED_HUGETLB))
+    anonymous = lazily(partial(_column, index=lib.PROCMAPS_ANONYMOUS))
+    lazy_free = lazily(partial(_column, index=lib.PROCMAPS_LAZY_FREE))
+    anon_huge = lazily(partial(_column, index=lib.PROCMAPS_ANON_HUGE))
+    shmem_huge = lazily(partial(_column, index=lib.PROCMAPS_SHMEM_HUGE))
+    file_huge = lazily(partial(_column, index=lib.PROCMAPS_FILE_HUGE))
+    locked = lazily(partial(_column, index=lib.PROCMAPS_LOCKED))
+    size = lazily(partial(_column, index=lib.PROCMAPS_SIZE))
+    private = lazily(partial(_column, index=lib.PROCMAPS_PRIVATE))
+    shared = lazily(partial(_column, index=lib.PROCMAPS_SHARED_MEMORY))
+    rest = lazily(partial(_column, index=lib.PROCMAPS_REST))
