@@ -1,7 +1,7 @@
 """Cells: the operations that can be measured.
 
-A cell is a verb, a method, a page kind, a mode, a length and a number of threads. The README
-defines the verbs. A method names the system call, or the state of the memory before it:
+A cell is a verb, a method, a page kind, a mode, a length and a number of threads. A method names
+the system call, or the state of the memory before it:
 
 ========  ==================  ===========================================================
 verb      method              one sample

@@ -1,4 +1,4 @@
-"""The table of measured costs, its JSON and its CSV. All reports are rendered from it."""
+"""The table of measured costs, as text, JSON, CSV and picture."""
 
 import csv
 import io
@@ -106,7 +106,7 @@ class CostTable:
         )
 
     def to_json(self) -> str:
-        """Return the JSON that the README documents, schema 1."""
+        """Return the JSON of ``pyreserve costs --json``, schema 1; keys carry their unit."""
         document = {
             "schema": SCHEMA,
             "machine": machine_to_dict(self.machine),
