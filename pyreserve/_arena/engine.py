@@ -475,7 +475,7 @@ def _window_top() -> int:
     return min(_WINDOW_LIMIT, 1 << address_bits())
 
 
-def _with_brk_space(mappings: list[proc.Mapping]) -> list[proc.Mapping]:
+def _with_brk_space(mappings: list[proc.MapsLine]) -> list[proc.MapsLine]:
     return [
         mapping._replace(end=mapping.end + _BRK_SPACE) if mapping.name == "[heap]" else mapping
         for mapping in mappings

@@ -1,15 +1,23 @@
 """The reader of /proc and of the cgroups in /sys: mappings, sizes, settings (proc(5))."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
-_PROC = Path("/proc")
+from pyreserve._system.maps import MapTable, perms_text
+from pyreserve.units import KiB
+
+_PROC = "/proc"
 
 
-class Mapping(NamedTuple):
+def _text(path: str) -> str:
+    """Read a file of /proc under its name there; bytes that are not UTF-8 are surrogate-escaped."""
+    with open(f"{_PROC}/{path}", "rb", buffering=0) as file:
+        return file.readall().decode(errors="surrogateescape")
+
+
+class MapsLine(NamedTuple):
     """One line of /proc/PID/maps: addresses [start, end), permissions, name (may be empty)."""
 
     start: int
@@ -18,35 +26,20 @@ class Mapping(NamedTuple):
     name: str
 
 
-def parse_maps_line(line: str) -> Mapping:
-    """Parse one line of /proc/PID/maps."""
-    fields = line.rstrip("\n").split(" ", 5)
-    start, end = fields[0].split("-")
-    name = fields[5].strip(" ") if len(fields) == 6 else ""
-    return Mapping(int(start, 16), int(end, 16), fields[1], name)
-
-
-def read_maps(pid: int | str = "self") -> list[Mapping]:
+def read_maps(pid: int | str = "self") -> list[MapsLine]:
     """Read all mappings of a process in address order."""
-    text = (_PROC / str(pid) / "maps").read_bytes().decode(errors="surrogateescape")
-    return [parse_maps_line(line) for line in text.split("\n") if line]
+    with open(f"{_PROC}/{pid}/maps", "rb", buffering=0) as file:
+        table = MapTable.read(file)
+    return list(map(MapsLine, table.start, table.end, map(perms_text, table.perms), table.names))
 
 
 def map_count() -> int:
-    """Count this process's mappings as the kernel counts them against vm.max_map_count."""
-    count = 0
-    with (_PROC / "self/maps").open("rb", buffering=0) as maps:
-        last = b""
-        while chunk := maps.read(1 << 16):
-            count += chunk.count(b"\n")
-            last = chunk
-    # The vsyscall page, in the kernel's half, is listed but not counted.
-    start = last.rstrip(b"\n").rpartition(b"\n")[2].partition(b"-")[0]
-    return count - (int(start or b"0", 16) >> 63)
+    """Count this process's mappings as the kernel counts them against vm.max_map_count.
 
-
-def _kib_fields(path: Path) -> Iterator[tuple[str, int]]:
-    return parse_kib(path.read_bytes().decode("ascii", errors="replace"))
+    The vsyscall page, in the kernel's half, is listed but not counted.
+    """
+    with open(f"{_PROC}/self/maps", "rb", buffering=0) as file:
+        return MapTable.sums(file).mappings
 
 
 def parse_kib(text: str) -> Iterator[tuple[str, int]]:
@@ -66,12 +59,12 @@ def is_natural(text: str) -> bool:
 
 def status_kib(pid: int | str = "self") -> dict[str, int]:
     """Read the sizes of /proc/PID/status, such as ``VmSize`` and ``VmRSS``, in KiB."""
-    return dict(_kib_fields(_PROC / str(pid) / "status"))
+    return dict(parse_kib(_text(f"{pid}/status")))
 
 
 def rollup_kib(pid: int | str = "self") -> dict[str, int]:
     """Read /proc/PID/smaps_rollup, such as ``Pss``, in KiB."""
-    return dict(_kib_fields(_PROC / str(pid) / "smaps_rollup"))
+    return dict(parse_kib(_text(f"{pid}/smaps_rollup")))
 
 
 def started(pid: int) -> int:
@@ -80,18 +73,18 @@ def started(pid: int) -> int:
     Raises:
         OSError: there is no such process.
     """
-    stat = (_PROC / str(pid) / "stat").read_text(encoding="ascii", errors="replace")
-    return int(stat.rpartition(")")[2].split()[19])  # field 22; the name may contain anything
+    # Field 22; field 2, the name, may contain anything.
+    return int(_text(f"{pid}/stat").rpartition(")")[2].split()[19])
 
 
 def meminfo_kib() -> dict[str, int]:
     """Read /proc/meminfo, such as ``Committed_AS`` and ``CommitLimit``, in KiB."""
-    return dict(_kib_fields(_PROC / "meminfo"))
+    return dict(parse_kib(_text("meminfo")))
 
 
 def vm_setting(name: str) -> int:
     """Read the integer /proc/sys/vm/NAME."""
-    return int((_PROC / "sys/vm" / name).read_text(encoding="ascii"))
+    return int(_text(f"sys/vm/{name}"))
 
 
 # The kernel's defaults (Documentation/admin-guide/sysctl/vm.rst; the reserves on 4 GiB or more).
@@ -111,10 +104,15 @@ def setting_or_default(name: str) -> int:
     try:
         return vm_setting(name)
     except UNREADABLE:
-        return _DEFAULTS[name]
+        return default_setting(name)
 
 
-def free_gaps(mappings: list[Mapping], low: int, high: int) -> Iterator[tuple[int, int]]:
+def default_setting(name: str) -> int:
+    """Return the kernel's default of /proc/sys/vm/NAME."""
+    return _DEFAULTS[name]
+
+
+def free_gaps(mappings: Iterable[MapsLine], low: int, high: int) -> Iterator[tuple[int, int]]:
     """Yield the address ranges of [low, high) that no mapping covers, lowest first."""
     at = low
     for mapping in mappings:
@@ -133,7 +131,7 @@ def available_bytes() -> int:
     If /proc is unreadable: free physical memory.
     """
     try:
-        available = meminfo_kib()["MemAvailable"] * 1024
+        available = meminfo_kib()["MemAvailable"] * KiB
     except UNREADABLE:
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(*UNREADABLE):
@@ -149,7 +147,7 @@ class MemoryCgroup(NamedTuple):
     cgroup-v1/memory.rst).
     """
 
-    folder: Path
+    folder: str
     limit_file: str
     use_file: str
     cache_line: str  # of memory.stat
@@ -160,22 +158,26 @@ class MemoryCgroup(NamedTuple):
         Raises:
             FileNotFoundError: the cgroup has no such file.
         """
-        text = (self.folder / (name or self.limit_file)).read_text(encoding="ascii").strip()
+        text = self._read(name or self.limit_file).strip()
         # Version 1 has no word for "unlimited": it prints the maximum of its page counter.
         return None if text == "max" or int(text) >= 1 << 62 else int(text)
 
     def used(self) -> int:
         """Read the bytes in use, without the page cache."""
-        used = int((self.folder / self.use_file).read_text(encoding="ascii"))
-        stat = (self.folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        used, stat = int(self._read(self.use_file)), self._read("memory.stat").splitlines()
         cache = sum(int(row.split()[1]) for row in stat if row.startswith(self.cache_line))
         return max(0, used - cache)  # read at two different times
 
+    def _read(self, name: str) -> str:
+        with open(f"{self.folder}/{name}", encoding="ascii") as file:
+            return file.read()
 
+
+CGROUP_ROOT = "/sys/fs/cgroup"
 _CGROUPS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "file "),
+    (CGROUP_ROOT, "memory.max", "memory.current", "file "),
     (
-        Path("/sys/fs/cgroup/memory"),
+        f"{CGROUP_ROOT}/memory",
         "memory.limit_in_bytes",
         "memory.usage_in_bytes",
         "total_cache ",
@@ -184,24 +186,20 @@ _CGROUPS = (
 
 
 def cgroup_folders(
-    controller: str, roots: tuple[Path, Path], pid: int | str = "self"
-) -> Iterator[tuple[Path, bool]]:
+    controller: str, roots: tuple[str, str], pid: int | str = "self"
+) -> Iterator[tuple[str, bool]]:
     """Yield (folder, is_version_1) of the cgroups above a process, innermost first.
 
     Only hierarchies that may have `controller`. `roots`: mount points of versions 2 and 1. The root
     cgroup and one without the controller have none of its files.
     """
-    text = (_PROC / str(pid) / "cgroup").read_bytes().decode(errors="surrogateescape")
-    for line in filter(None, text.split("\n")):
+    for line in filter(None, _text(f"{pid}/cgroup").split("\n")):
         _, controllers, name = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        root = roots[bool(controllers)]
-        group = root / name.lstrip("/")
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(root):
-                break
-            yield folder, bool(controllers)
+        parts = [part for part in name.split("/") if part]
+        for depth in range(len(parts), -1, -1):
+            yield "/".join((roots[bool(controllers)], *parts[:depth])), bool(controllers)
 
 
 def memory_cgroups(pid: int | str = "self") -> Iterator[MemoryCgroup]:
@@ -227,10 +225,39 @@ def cgroup_memory(pid: int | str = "self") -> Iterator[tuple[int, int]]:
 
 def status(pid: int | str = "self") -> dict[str, str]:
     """Read all fields of /proc/PID/status as text, such as ``CapEff`` and ``Seccomp``."""
-    text = (_PROC / str(pid) / "status").read_text(encoding="utf-8", errors="replace")
+    return parse_status(_text(f"{pid}/status"))
+
+
+def parse_status(text: str) -> dict[str, str]:
+    """Return the fields of a text of /proc/PID/status, with values as printed."""
     # Not splitlines, as in `parse_kib`.
-    pairs = (line.partition(":") for line in text.split("\n") if line)
-    return {key: value.strip() for key, _, value in pairs}
+    return dict(line.split(":\t", 1) for line in text.split("\n") if ":\t" in line)
+
+
+def processes() -> list[int]:
+    """Return the numbers of all processes that /proc shows."""
+    return [int(entry) for entry in os.listdir(_PROC) if is_natural(entry)]
+
+
+def task_count() -> int:
+    """Return the number of processes and threads of the machine (/proc/loadavg)."""
+    return int(_text("loadavg").split()[3].split("/")[1])
+
+
+def cpu_info() -> dict[str, str]:
+    """Return the fields of the first processor of /proc/cpuinfo."""
+    pairs = (line.partition(":") for line in _text("cpuinfo").split("\n\n")[0].split("\n"))
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def mount_options(path: str) -> list[str]:
+    """Return the options of the last mount at `path`; empty if nothing is mounted there."""
+    options: list[str] = []
+    for line in _text("self/mounts").split("\n"):
+        fields = line.split(" ")
+        if fields[1:2] == [path]:
+            options = fields[3].split(",")
+    return options
 
 
 # Inodes of the initial namespaces (include/linux/proc_ns.h).
@@ -239,12 +266,12 @@ _INITIAL_NAMESPACES = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC, "cgroup": 0xEFFFFF
 
 def own_namespaces() -> list[str]:
     """Return which of the ``user``, ``pid`` and ``cgroup`` namespaces are not the initial ones."""
-    links = {kind: (_PROC / "self/ns" / kind) for kind in _INITIAL_NAMESPACES}
-    return [
-        kind
-        for kind, link in links.items()
-        if link.is_symlink() and str(link.readlink()) != f"{kind}:[{_INITIAL_NAMESPACES[kind]}]"
-    ]
+    own = []
+    for kind, inode in _INITIAL_NAMESPACES.items():
+        with suppress(FileNotFoundError):  # a kernel without this kind
+            if os.readlink(f"{_PROC}/self/ns/{kind}") != f"{kind}:[{inode}]":
+                own.append(kind)
+    return own
 
 
 CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 21, 24  # linux/capability.h
@@ -262,4 +289,4 @@ def capable(capability: int) -> bool:
 
 def kernel_setting(name: str) -> str:
     """Read /proc/sys/kernel/NAME."""
-    return (_PROC / "sys/kernel" / name).read_text(encoding="utf-8").strip()
+    return _text(f"sys/kernel/{name}").strip()

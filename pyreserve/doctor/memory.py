@@ -3,7 +3,6 @@
 import os
 import resource
 from collections.abc import Iterator
-from pathlib import Path
 
 from pyreserve._system import proc
 from pyreserve._system.limits import strict_commit
@@ -116,8 +115,8 @@ def overcommit() -> Iterator[Finding]:
 def cgroup_limit() -> Iterator[Finding]:
     """Check which cgroup bounds the memory of this process, and which one throttles it."""
     groups, total = 0, proc.meminfo_kib()["MemTotal"] * KiB
-    hard: list[tuple[int, int, int, Path]] = []
-    soft: list[tuple[int, int, int, Path]] = []
+    hard: list[tuple[int, int, int, str]] = []
+    soft: list[tuple[int, int, int, str]] = []
     for group in proc.memory_cgroups():
         for name, limits in ((group.limit_file, hard), ("memory.high", soft)):
             try:
@@ -127,7 +126,7 @@ def cgroup_limit() -> Iterator[Finding]:
                 continue
             groups += 1
             if limit is not None and limit < total:
-                limits.append((limit - used, limit, used, group.folder / name))
+                limits.append((limit - used, limit, used, f"{group.folder}/{name}"))
     if hard:
         left, limit, used, file = min(hard)
         yield Finding(
@@ -136,10 +135,10 @@ def cgroup_limit() -> Iterator[Finding]:
             f"{file} is {format_size(limit)}, of which {format_size(used)} is in use.",
             f"{format_size(max(0, left))} more can be touched; beyond that the OOM killer ends a "
             "process of the group. Reserving and committing are not refused.",
-            f"echo {'max' if file.name == 'memory.max' else -1} > {file}",
+            f"echo {'max' if file.endswith('memory.max') else -1} > {file}",
             "The machine's memory is the limit, unless a parent group has one.",
             f"{_writable(file)}Other groups have less memory left.",
-            {"file": str(file), "limit": limit, "used": used},
+            {"file": file, "limit": limit, "used": used},
         )
     if soft:
         left, limit, used, file = min(soft)
@@ -152,7 +151,7 @@ def cgroup_limit() -> Iterator[Finding]:
             f"echo max > {file}",
             "The group is not throttled below its hard limit.",
             f"{_writable(file)}The kernel may reclaim memory of other groups instead.",
-            {"file": str(file), "limit": limit, "used": used},
+            {"file": file, "limit": limit, "used": used},
         )
     if not hard and not soft:
         # Without a cgroup mount a limit can exist and stay invisible.
@@ -170,7 +169,7 @@ def cgroup_limit() -> Iterator[Finding]:
         )
 
 
-def _writable(file: Path) -> str:
+def _writable(file: str) -> str:
     return (
         ""
         if os.access(file, os.W_OK)

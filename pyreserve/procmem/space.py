@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyreserve._system.maps import escape_invalid_utf8, perms_text
 from pyreserve.layouts import Piece
 from pyreserve.procmem.judge import classes, details
 from pyreserve.procmem.judge import warnings as concerns
 from pyreserve.procmem.judge.classes import MemoryClass
 from pyreserve.procmem.judge.owners import UNKNOWN, Owner, ProcessMappings, recognise
-from pyreserve.procmem.read.maps import EXECUTE, READ, SHARED, WRITE, escape_invalid_utf8
 from pyreserve.procmem.read.snapshot import Capture, capture
 from pyreserve.procmem.read.sources import LiveSource, SavedSource, name_exhausted_limit
 from pyreserve.units import KiB, format_size
@@ -255,14 +255,6 @@ def explained(snapshot: Capture) -> AddressSpace:
 def state(piece: Piece) -> str:
     """Return the state of a named range: ``"committed"`` or ``"reserved"``."""
     return "reserved" if piece.perms.startswith("---") else "committed"
-
-
-def perms_text(perms: int) -> str:
-    """Return permissions as /proc/PID/maps has them, such as ``"rw-p"``."""
-    return "".join(
-        letter if perms & bit else "-"
-        for letter, bit in (("r", READ), ("w", WRITE), ("x", EXECUTE))
-    ) + ("s" if perms & SHARED else "p")
 
 
 def verdict(space: AddressSpace) -> str:

@@ -329,7 +329,7 @@ class TestOtherMachines:
         if version == 2:
             (tmp_path / "inner/memory.high").write_text(f"{150 * MiB}\n")
         groups = [
-            proc.MemoryCgroup(tmp_path / name, limit, use, cache)
+            proc.MemoryCgroup(str(tmp_path / name), limit, use, cache)
             for name in ("inner", "outer", "gone")
         ]
         monkeypatch.setattr(proc, "memory_cgroups", lambda: iter(groups))
@@ -351,7 +351,7 @@ class TestOtherMachines:
             proc._CGROUPS, ("max", 2**63 - 4096), strict=True
         ):
             (tmp_path / limit).write_text(f"{unlimited}\n")
-            groups.append(proc.MemoryCgroup(tmp_path, limit, use, cache))
+            groups.append(proc.MemoryCgroup(str(tmp_path), limit, use, cache))
         monkeypatch.setattr(proc, "memory_cgroups", lambda: iter(groups))
 
         assert only(memory.cgroup_limit()).state == "good"

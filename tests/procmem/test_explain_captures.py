@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from helpers.captures import FOLDER, NAMES, truth
+from pyreserve._system.maps import MapTable
 from pyreserve.errors import MapsError
 from pyreserve.procmem import AddressSpace, compare, explain
 from pyreserve.procmem.judge.owners import ProcessMappings, allocators
-from pyreserve.procmem.read.maps import MapTable
 from pyreserve.procmem.read.snapshot import capture
 from pyreserve.procmem.read.sources import SavedSource
 from pyreserve.units import KiB

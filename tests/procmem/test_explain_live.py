@@ -32,10 +32,10 @@ from helpers.subjects import SUBJECTS, Stopped, kib_of, tool
 from helpers.witness import PATIENCE, fresh_python, in_child, only_64_bit
 from pyreserve import PAGE_SIZE, GiB, KiB, MiB, Region, TiB, explain, reserve, track
 from pyreserve._system import proc
+from pyreserve._system.maps import MapTable
 from pyreserve.errors import AccessError, NoAddressSpaceError, RangeError
 from pyreserve.procmem import AddressSpace, Owner, Sample, compare, load, sample, save
 from pyreserve.procmem.read import snapshot
-from pyreserve.procmem.read.maps import MapTable
 from pyreserve.procmem.read.sources import LiveSource
 
 # Large processes, and what the kernel says of them: the same whatever the interpreter.

@@ -211,7 +211,7 @@ class TestDefaults:
         """A limit below the requested bytes is named although /proc is unreadable."""
 
         def child() -> tuple[str | None, str]:
-            proc._PROC = Path("/nowhere")
+            proc._PROC = "/nowhere"
             resource.setrlimit(resource.RLIMIT_AS, (64 * GiB, 64 * GiB))
             with pytest.raises(OutOfMemoryError) as refused:
                 pyreserve.reserve(128 * GiB)

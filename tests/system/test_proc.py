@@ -13,7 +13,7 @@ import pytest
 import pyreserve
 from pyreserve import PAGE_SIZE, KiB, MiB
 from pyreserve._system import proc
-from pyreserve._system.proc import Mapping
+from pyreserve._system.proc import MapsLine
 
 
 class TestMapsLines:
@@ -22,38 +22,44 @@ class TestMapsLines:
         [
             (
                 "c000001000-c207ff0000 ---p 00000000 00:00 0 ",
-                Mapping(0xC000001000, 0xC207FF0000, "---p", ""),
+                MapsLine(0xC000001000, 0xC207FF0000, "---p", ""),
             ),
-            ("08200000-08201000 rw-p 00000000 00:00 0", Mapping(0x8200000, 0x8201000, "rw-p", "")),
+            ("08200000-08201000 rw-p 00000000 00:00 0", MapsLine(0x8200000, 0x8201000, "rw-p", "")),
             (
                 "7ffd3c1e2000-7ffd3c203000 rw-p 00000000 00:00 0                [stack]\n",
-                Mapping(0x7FFD3C1E2000, 0x7FFD3C203000, "rw-p", "[stack]"),
+                MapsLine(0x7FFD3C1E2000, 0x7FFD3C203000, "rw-p", "[stack]"),
             ),
             (
                 "ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0          [vsyscall]",
-                Mapping(0xFFFFFFFFFF600000, 0xFFFFFFFFFF601000, "--xp", "[vsyscall]"),
+                MapsLine(0xFFFFFFFFFF600000, 0xFFFFFFFFFF601000, "--xp", "[vsyscall]"),
             ),
             (
                 "00400000-00452000 r-xp 00001000 08:02 173521      /usr/bin/dbus-daemon",
-                Mapping(0x400000, 0x452000, "r-xp", "/usr/bin/dbus-daemon"),
+                MapsLine(0x400000, 0x452000, "r-xp", "/usr/bin/dbus-daemon"),
             ),
             (
                 "00400000-00452000 r--s 00000000 fd:01 8388609     /tmp/a b  c (deleted)",
-                Mapping(0x400000, 0x452000, "r--s", "/tmp/a b  c (deleted)"),
+                MapsLine(0x400000, 0x452000, "r--s", "/tmp/a b  c (deleted)"),
             ),
             (
                 "00400000-00452000 rw-p 00000000 00:00 0           [anon:a name]",
-                Mapping(0x400000, 0x452000, "rw-p", "[anon:a name]"),
+                MapsLine(0x400000, 0x452000, "rw-p", "[anon:a name]"),
             ),
             (
                 "00400000-00452000 rw-s 00000000 00:01 1           /memfd:new\\012line (deleted)",
-                Mapping(0x400000, 0x452000, "rw-s", "/memfd:new\\012line (deleted)"),
+                MapsLine(0x400000, 0x452000, "rw-s", "/memfd:new\\012line (deleted)"),
             ),
         ],
     )
-    def test_a_line_is_read(self, line: str, mapping: Mapping) -> None:
+    def test_a_line_is_read(
+        self, line: str, mapping: MapsLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Addresses, permissions and the name, including its spaces, are parsed."""
-        assert proc.parse_maps_line(line) == mapping
+        (tmp_path / "self").mkdir()
+        (tmp_path / "self/maps").write_text(line)
+        monkeypatch.setattr(proc, "_PROC", tmp_path)
+
+        assert proc.read_maps() == [mapping]
 
 
 class TestMaps:
@@ -76,7 +82,7 @@ class TestMaps:
                 mapping for mapping in proc.read_maps() if mapping.start == base + 2 * PAGE_SIZE
             ]
 
-            assert found == [Mapping(base + 2 * PAGE_SIZE, base + 3 * PAGE_SIZE, "rw-p", "")]
+            assert found == [MapsLine(base + 2 * PAGE_SIZE, base + 3 * PAGE_SIZE, "rw-p", "")]
         assert not any(
             mapping.start <= base + 2 * PAGE_SIZE < mapping.end for mapping in proc.read_maps()
         )
@@ -203,9 +209,9 @@ class TestSizes:
             proc.vm_setting("no_such_setting")
 
 
-def mapped(*ranges: tuple[int, int]) -> list[Mapping]:
+def mapped(*ranges: tuple[int, int]) -> list[MapsLine]:
     """Mappings at these addresses."""
-    return [Mapping(start, end, "rw-p", "") for start, end in ranges]
+    return [MapsLine(start, end, "rw-p", "") for start, end in ranges]
 
 
 class TestGaps:
@@ -291,7 +297,7 @@ class TestAvailableMemory:
             (place / use).write_text("500000")
             (place / "memory.stat").write_text(f"anon 1\n{cache}200000\nfile_mapped 5\n")
         monkeypatch.setattr(proc, "_PROC", proc_dir)
-        moved = tuple((groups, *rest) for _, *rest in proc._CGROUPS)
+        moved = tuple((str(groups), *rest) for _, *rest in proc._CGROUPS)
         monkeypatch.setattr(proc, "_CGROUPS", moved)
 
         assert list(proc.cgroup_memory()) == [(1000000, 300000), (900000, 300000)]
@@ -301,7 +307,7 @@ class TestAvailableMemory:
         (tmp_path / "memory.current").write_text("4096")
         (tmp_path / "memory.stat").write_text("file 8192\n")
 
-        group = proc.MemoryCgroup(tmp_path, "memory.max", "memory.current", "file ")
+        group = proc.MemoryCgroup(str(tmp_path), "memory.max", "memory.current", "file ")
 
         assert group.used() == 0
 

@@ -112,7 +112,7 @@ class TestMachineLimits:
 def _cgroup() -> Iterator[Path]:
     """A pids cgroup of our own, of the version that is mounted."""
     for root in (tasks._PIDS_ROOTS[1], tasks._PIDS_ROOTS[0]):
-        place = root / f"pyreserve-test-{os.getpid()}"
+        place = Path(root) / f"pyreserve-test-{os.getpid()}"
         with contextlib.suppress(OSError):
             place.mkdir()
             if (place / "pids.max").exists():
@@ -153,10 +153,9 @@ class TestCgroup:
             (place / "pids.max").write_text(f"{most}\n")
             (place / "pids.current").write_text("1200\n")
         monkeypatch.setattr(proc, "_PROC", proc_dir)
-        monkeypatch.setattr(tasks, "_PIDS_ROOTS", (groups, groups))
+        monkeypatch.setattr(tasks, "_PIDS_ROOTS", (str(groups), str(groups)))
 
-        assert tasks._pids_cgroup() == (
-            "pids cgroup",
+        assert dict(tasks.CHECKS)["pids cgroup"]() == (
             f"pids.max of the cgroup {groups / 'a'} is 1,200, and it has 1,200 processes and "
-            "threads",
+            "threads"
         )

@@ -24,8 +24,8 @@ USS; the kernel's RSS omits them. ``[vsyscall]`` is in no class: it is not in Vm
 
 from typing import NamedTuple
 
-from pyreserve.procmem.read.maps import EXECUTE, FLAGS, READ, WRITE, MapTable
-from pyreserve.procmem.read.maps import SHARED as SHARED_BIT
+from pyreserve._system.maps import EXECUTE, FLAGS, READ, WRITE, MapTable
+from pyreserve._system.maps import SHARED as SHARED_BIT
 
 NAMES = (
     "no_access_reserved",

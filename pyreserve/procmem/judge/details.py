@@ -1,8 +1,8 @@
 """Finer figures than the classes: dirty, huge, lazily freed memory and others."""
 
+from pyreserve._system.maps import EXECUTE, FLAGS, READ, WRITE, MapTable
 from pyreserve.procmem.judge.classes import NO_ACCESS, SPECIAL, UNTOUCHED, is_shared_memory
 from pyreserve.procmem.judge.owners import Owner
-from pyreserve.procmem.read.maps import EXECUTE, FLAGS, READ, WRITE, MapTable
 
 _ACCESS = READ | WRITE | EXECUTE
 _NR, _DEVICE = FLAGS["nr"], FLAGS["pf"] | FLAGS["io"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pyreserve.procmem.read.maps import FLAGS, SHARED
+from pyreserve._system.maps import FLAGS, SHARED
 from pyreserve.procmem.read.snapshot import Capture
 from pyreserve.units import GiB, KiB, format_size
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE
+from pyreserve._system.maps import FLAGS, READ, WRITE, MapTable
 from pyreserve.errors import MapsError
-from pyreserve.procmem.read.maps import FLAGS, READ, WRITE, MapTable
 from pyreserve.procmem.read.sources import LiveSource, SavedSource, Source
 from pyreserve.units import KiB
 
@@ -71,8 +71,7 @@ def capture(source: LiveSource | SavedSource) -> Capture:
     files, settled = _read_consistent(source)
     table, rollup = files.table, files.rollup or {}
     status = dict(proc.parse_kib(files.status or ""))
-    lines = (files.status or "").split("\n")
-    facts = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    facts = proc.parse_status(files.status or "")
     limits = source.text("limits")
     readable = {
         "smaps": files.has_smaps,
@@ -143,7 +142,7 @@ def _read_consistent(source: LiveSource | SavedSource) -> tuple[_Files, bool]:
         if files.match_totals():
             return files, True
     # Without VmSize the process ended before all files were read.
-    if files.status is not None and "\nVmSize:" not in files.status:
+    if files.status is not None and "VmSize" not in proc.parse_status(files.status):
         raise source.no_address_space_error()
     return files, False
 

@@ -12,8 +12,8 @@ from typing import Protocol, TypeVar
 
 from pyreserve._system import proc
 from pyreserve._system.limits import refusal
+from pyreserve._system.maps import ROW_BYTES, MapTable, Readable, Sums
 from pyreserve.errors import AccessError, MapsError, NoAddressSpaceError, OutOfMemoryError
-from pyreserve.procmem.read.maps import ROW_BYTES, MapTable, Readable, Sums
 
 Result = TypeVar("Result")
 
@@ -162,7 +162,7 @@ class LiveSource:
 
     def _has_memory(self) -> bool:
         try:
-            return b"\nVmSize:" in (self._folder / "status").read_bytes()
+            return "VmSize" in proc.status(self.pid)
         except OSError:
             return False
 
@@ -213,13 +213,13 @@ class LiveSource:
     def no_address_space_error(self) -> NoAddressSpaceError:
         """Return the error that says why the process has nothing to read."""
         try:
-            status = (self._folder / "status").read_bytes().decode(errors="replace")
+            status = proc.status(self.pid)
         except OSError:
             msg = f"there is no process {self.pid}"
         else:
-            if "\nState:\tZ" in status or "\nState:\tX" in status:
+            if status.get("State", "").startswith(("Z", "X")):
                 msg = f"process {self.pid} has ended (a zombie): its memory is gone"
-            elif "\nPPid:\t2\n" in status or self.pid == 2:
+            elif status.get("PPid") == "2" or self.pid == 2:
                 msg = f"process {self.pid} is a kernel thread: it has no address space of its own"
             else:
                 msg = f"process {self.pid} has no address space: it has just ended"
@@ -349,7 +349,7 @@ def _read_texts(source: LiveSource) -> tuple[dict[str, str], str]:
         texts["maps"]
         and texts.get("smaps", "missing")
         and maps_after
-        and "\nVmSize:" in texts.get("status", "\nVmSize:")
+        and ("status" not in texts or "VmSize" in proc.parse_status(texts["status"]))
     ):
         raise source.no_address_space_error()
     return texts, maps_after

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from pyreserve._system.maps import FLAGS
 from pyreserve.procmem.judge.owners.process import NONE, RW, ProcessMappings, plural
-from pyreserve.procmem.read.maps import FLAGS
 from pyreserve.units import GiB, KiB, MiB, TiB, format_size
 
 _MAX_HEAPS_KIB = 64 * MiB  # 1,024 adjacent full heaps; larger is a sanitizer's shadow

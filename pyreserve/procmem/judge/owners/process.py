@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from pyreserve._system.cached import lazily
+from pyreserve._system.maps import EXECUTE, FLAGS, READ, SHARED, WRITE, escape_invalid_utf8
 from pyreserve.layouts import Piece, without
-from pyreserve.procmem.read.maps import EXECUTE, FLAGS, READ, SHARED, WRITE, escape_invalid_utf8
 from pyreserve.procmem.read.snapshot import Capture
 from pyreserve.units import KiB
 

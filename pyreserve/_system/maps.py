@@ -1,4 +1,7 @@
-"""The mappings of a process as columns: the Python interface of ``csrc/procmaps``."""
+"""The mappings of a process as columns: the Python interface of ``csrc/procmaps``.
+
+All texts of /proc/PID/maps and smaps are parsed here, for `pyreserve._system.proc` too.
+"""
 
 import errno
 from bisect import bisect_left
@@ -25,6 +28,14 @@ SHARED: int = lib.PROCMAPS_SHARED
 _codes = ffi.string(lib.procmaps_flags()).decode()
 FLAGS: dict[str, int] = {_codes[2 * i : 2 * i + 2]: 1 << i for i in range(len(_codes) // 2)}
 """The bit of each code of VmFlags (proc(5)) in the column ``flags``."""
+
+
+def perms_text(perms: int) -> str:
+    """Return permissions as /proc/PID/maps has them, such as ``"rw-p"``."""
+    return "".join(
+        letter if perms & bit else "-"
+        for letter, bit in (("r", READ), ("w", WRITE), ("x", EXECUTE))
+    ) + ("s" if perms & SHARED else "p")
 
 
 def escape_invalid_utf8(text: str) -> str:
