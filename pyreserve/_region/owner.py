@@ -5,8 +5,8 @@ from operator import index as _index
 from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn, TypeVar
 
 from pyreserve._region.region import HugePages, Region
-from pyreserve._system.features import transparent_huge_pages
 from pyreserve._system.limits import PAGE_SIZE
+from pyreserve._system.machine import thp_setting
 from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError
 from pyreserve.units import KiB, round_up
 
@@ -37,7 +37,7 @@ def as_step(step: int | Literal["measured"], huge_pages: HugePages = "default") 
             raise ValueError(msg)
         from pyreserve.costs import measured_step  # noqa: PLC0415  # slow to import
 
-        always = huge_pages == "default" and transparent_huge_pages() == "always"
+        always = huge_pages == "default" and thp_setting() == "always"
         step = measured_step(huge_pages=always or huge_pages == "prefer")
     nbytes = _index(step)
     if nbytes <= 0 or nbytes % PAGE_SIZE:

@@ -28,9 +28,9 @@ from pyreserve._native import ffi, lib
 from pyreserve._region.exports import ViewTable, view_error
 from pyreserve._system import forks, proc
 from pyreserve._system.extras import import_extra
-from pyreserve._system.features import thp_size
 from pyreserve._system.forks import registry_lock as _registry_lock
 from pyreserve._system.limits import PAGE_SIZE, refusal
+from pyreserve._system.machine import thp_size
 from pyreserve.errors import RangeError, ReleasedError, VMError
 from pyreserve.units import format_size
 

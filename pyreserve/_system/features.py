@@ -1,26 +1,180 @@
-"""Kernel features, found by trying each one, not by version number."""
+"""Kernel features in one table, which `capabilities` and doctor read. Each feature is tried.
+
+The version of the kernel only explains why a feature is missing.
+"""
 
 import errno
 import os
 import re
 import resource
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, NamedTuple
 
 from pyreserve._native import lib
-from pyreserve._system import proc
-from pyreserve._system.limits import PAGE_SIZE, address_bits, refusal, rlimit
-from pyreserve.units import KiB
+from pyreserve._system import machine, proc
+from pyreserve._system.limits import PAGE_SIZE, address_bits, refusal
+from pyreserve._system.readings import Report, rlimit
 
-_HUGE = Path("/sys/kernel/mm/hugepages")
-_THP = Path("/sys/kernel/mm/transparent_hugepage")
+
+class Feature(NamedTuple):
+    """A feature of the kernel.
+
+    Attributes:
+        field: its field in `Capabilities`.
+        attempt: tries it; returns 0 or an errno.
+        topic: its topic in doctor.
+        since: the Linux version, from madvise(2), mseal(2) and the kernel's git log.
+        allows: its use in pyreserve.
+        without: the substitute where it is missing.
+        effect: the benefit over the substitute.
+        config: the option that the kernel must be built with.
+    """
+
+    field: str
+    attempt: Callable[[], int]
+    topic: str
+    since: tuple[int, int]
+    allows: str
+    without: str
+    effect: str
+    config: str | None = None
+
+    def works(self) -> bool:
+        """Try the feature.
+
+        Raises:
+            OutOfMemoryError: no memory to try it.
+        """
+        err = self.attempt()
+        if err == errno.ENOMEM:
+            raise refusal("map", err, PAGE_SIZE)
+        return err == 0
+
+    def report(self) -> Report:
+        """Return the finding of doctor."""
+        if not self.works():
+            return self._missing()
+        fact = "It works: a trial succeeded."
+        return Report(self.topic, "good", fact, self.allows, {"works": True})
+
+    def _missing(self) -> Report:
+        release, since = os.uname().release, ".".join(map(str, self.since))
+        filtered = proc.status().get("Seccomp") == "2"
+        if _version(release) < self.since:
+            fact = f"Linux {release} does not have it."
+            change = f"boot Linux {since} or later"
+            if self.config is not None:
+                change += f" built with {self.config}=y"
+        elif self.config is not None:
+            fact = f"Linux {release} was built without {self.config}."
+            change = f"build the kernel with {self.config}=y"
+        elif filtered:
+            fact = f"Linux {release} has it, but a seccomp filter is active and the trial failed."
+            change = "allow it in the container's seccomp profile"
+        else:
+            fact = f"Linux has it since {since}, but the trial failed on Linux {release}."
+            change = "use a kernel that is configured with it"
+        return Report(
+            self.topic,
+            "missing",
+            fact,
+            self.without,
+            {"works": False, "since": since, "seccomp_filter": filtered},
+            change,
+            self.effect,
+            command=False,
+        )
+
+
+def _version(release: str) -> tuple[int, int]:
+    """Return major and minor version of a kernel release such as ``"6.18-rc1"``."""
+    digits = re.match(r"(\d+)\.(\d+)", release)
+    return (int(digits[1]), int(digits[2])) if digits else (0, 0)
+
+
+FEATURES = (
+    Feature(
+        "madv_populate_write",
+        lib.vm_try_populate,
+        "MADV_POPULATE_WRITE",
+        (5, 14),
+        "populate() backs a range with pages in one system call.",
+        "populate() touches each page instead.",
+        "populate() takes one system call instead of one fault per page.",
+    ),
+    Feature(
+        "madv_free",
+        lib.vm_try_discard_lazy,
+        "MADV_FREE",
+        (4, 5),
+        "discard(lazy=True) keeps pages until the kernel needs the memory.",
+        "discard(lazy=True) drops the contents at once, as discard() does.",
+        "Memory that is soon reused takes no new page faults.",
+    ),
+    Feature(
+        "madv_wipeonfork",
+        lib.vm_try_wipe_on_fork,
+        "MADV_WIPEONFORK",
+        (4, 14),
+        'reserve(fork="wipe") is supported: forked children read zeros.',
+        'reserve(fork="wipe") is refused.',
+        'reserve(fork="wipe") is supported.',
+    ),
+    Feature(
+        "madv_guard_install",
+        lib.vm_try_guard,
+        "guard pages",
+        (6, 13),
+        "MADV_GUARD_INSTALL guards pages without map entries; pyreserve costs measures it.",
+        "Guard pages cost map entries: reserve(guard=True) uses PROT_NONE mappings.",
+        "Guard pages cost no map entries.",
+    ),
+    Feature(
+        "mseal",
+        lib.vm_try_seal,
+        "mseal",
+        (6, 10),
+        "reserve(seal=True) is supported: the range can't be unmapped or reprotected.",
+        "reserve(seal=True) is refused.",
+        "reserve(seal=True) is supported in 64-bit processes.",
+    ),
+    Feature(
+        "pagemap_scan",
+        lib.sys_try_pagemap_scan,
+        "PAGEMAP_SCAN",
+        (6, 7),
+        "One call reports which pages of a range are resident or were written.",
+        "Resident pages are read page by page (mincore, /proc/PID/pagemap).",
+        "One call reports the resident pages of a large region.",
+    ),
+    Feature(
+        "procmap_query",
+        lib.sys_try_procmap_query,
+        "PROCMAP_QUERY",
+        (6, 11),
+        "One call reports the mapping at an address.",
+        "Finding one mapping takes reading all of /proc/PID/maps.",
+        "One mapping is found without reading all others.",
+    ),
+    Feature(
+        "anon_vma_names",
+        lib.vm_try_name,
+        "names in maps",
+        (5, 17),
+        "A region made by reserve(name=...) appears in /proc/PID/maps as [anon:NAME].",
+        "Regions have no names in /proc/PID/maps; nothing else is lost.",
+        "A region made by reserve(name=...) has its name in /proc/PID/maps and smaps.",
+        "CONFIG_ANON_VMA_NAME",
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """Kernel features and limits of this process. Sizes in bytes; a limit of None is unlimited.
+
+    ``pyreserve doctor`` tells for each feature the Linux version and what is lost without it.
 
     Attributes:
         page_size: the OS page.
@@ -30,14 +184,11 @@ class Capabilities:
         overcommit_memory: vm.overcommit_memory: 0 heuristic, 1 always, 2 strict.
         rlimit_as, rlimit_data: soft limits (ulimit -v, -d).
         max_map_count: vm.max_map_count.
-        madv_populate_write: MADV_POPULATE_WRITE (Linux 5.14).
-        madv_free: MADV_FREE (Linux 4.5).
-        madv_wipeonfork: MADV_WIPEONFORK (Linux 4.14).
-        madv_guard_install: MADV_GUARD_INSTALL (Linux 6.13).
-        mseal: mseal (Linux 6.10, 64-bit only).
-        pagemap_scan: PAGEMAP_SCAN (Linux 6.7).
-        procmap_query: PROCMAP_QUERY (Linux 6.11).
-        anon_vma_names: PR_SET_VMA_ANON_NAME (Linux 5.17 with CONFIG_ANON_VMA_NAME).
+        madv_populate_write, madv_free, madv_wipeonfork, madv_guard_install: the kernel accepts the
+            advice (madvise(2)).
+        mseal: mseal(2) works; 64-bit processes only.
+        pagemap_scan, procmap_query: the ioctls PAGEMAP_SCAN and PROCMAP_QUERY work.
+        anon_vma_names: PR_SET_VMA_ANON_NAME works (CONFIG_ANON_VMA_NAME).
     """
 
     page_size: int
@@ -67,105 +218,15 @@ def capabilities() -> Capabilities:
     Raises:
         OutOfMemoryError: no memory to try a feature.
     """
+    works: dict[str, Any] = {feature.field: feature.works() for feature in FEATURES}
     return Capabilities(
         page_size=PAGE_SIZE,
-        huge_page_sizes=_huge_page_sizes(),
-        transparent_huge_pages=transparent_huge_pages(),
+        huge_page_sizes=machine.huge_page_sizes(),
+        transparent_huge_pages=machine.thp_setting(),
         address_bits=address_bits(),
         overcommit_memory=proc.setting_or_default("overcommit_memory"),
         rlimit_as=rlimit(resource.RLIMIT_AS),
         rlimit_data=rlimit(resource.RLIMIT_DATA),
         max_map_count=proc.setting_or_default("max_map_count"),
-        madv_populate_write=_works(lib.vm_try_populate),
-        madv_free=_works(lib.vm_try_discard_lazy),
-        madv_wipeonfork=_works(lib.vm_try_wipe_on_fork),
-        madv_guard_install=_works(lib.vm_try_guard),
-        mseal=_works(lib.vm_try_seal),
-        pagemap_scan=_works(lib.sys_try_pagemap_scan),
-        procmap_query=_works(lib.sys_try_procmap_query),
-        anon_vma_names=_works(lib.vm_try_name),
+        **works,
     )
-
-
-def _works(attempt: Callable[[], int]) -> bool:
-    err = attempt()
-    if err == errno.ENOMEM:
-        raise refusal("map", err, PAGE_SIZE)
-    return err == 0
-
-
-def thp_size() -> int | None:
-    """Return the size of a transparent huge page in bytes; None if the kernel has no THP.
-
-    If /sys is unreadable: the bytes that one page of page table entries maps, which is the size on
-    every architecture so far.
-    """
-    try:
-        return int((_THP / "hpage_pmd_size").read_text(encoding="ascii"))
-    except OSError:
-        no_thp = _THP.parent.is_dir() and not _THP.is_dir()
-        return None if no_thp else PAGE_SIZE * (PAGE_SIZE // 8)
-
-
-def _huge_page_sizes() -> tuple[int, ...]:
-    sizes = _sizes_in(_HUGE)
-    transparent = thp_size()
-    if transparent is not None:
-        sizes.add(transparent)
-    return tuple(sorted(sizes))
-
-
-def thp_settings() -> dict[int, str]:
-    """Return the setting of each size of transparent huge page, keyed by bytes, smallest first.
-
-    A setting is ``"always"``, ``"madvise"`` or ``"never"``. Each size has its own switch since
-    Linux 6.8 (Documentation/admin-guide/mm/transhuge.rst).
-    """
-    general, settings = transparent_huge_pages(), {}
-    if general is None:
-        return {}
-    for size in sorted(_sizes_in(_THP)):
-        own = chosen(_THP / f"hugepages-{size // KiB}kB/enabled")
-        if own is not None:
-            settings[size] = general if own == "inherit" else own
-    largest = thp_size()
-    if largest is not None:
-        settings.setdefault(largest, general)
-    return settings
-
-
-def hugetlb_free() -> dict[int, int]:
-    """Return the number of free, unreserved hugetlb pages of each size, keyed by bytes."""
-    free_pages = {}
-    for size in sorted(_sizes_in(_HUGE)):
-        pool = _HUGE / f"hugepages-{size // KiB}kB"
-        with suppress(OSError):
-            free, reserved = (
-                int((pool / name).read_text(encoding="ascii"))
-                for name in ("free_hugepages", "resv_hugepages")
-            )
-            free_pages[size] = free - reserved
-    return free_pages
-
-
-def _sizes_in(folder: Path) -> set[int]:
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return set()
-    matches = (re.fullmatch(r"hugepages-(\d+)kB", name) for name in names)
-    return {int(match[1]) * KiB for match in matches if match}
-
-
-def transparent_huge_pages() -> str | None:
-    """Return the general setting; see `Capabilities.transparent_huge_pages`."""
-    return chosen(_THP / "enabled")
-
-
-def chosen(switch: Path) -> str | None:
-    """Return the choice in brackets in a file of /sys; None if the file does not exist."""
-    try:
-        choices = switch.read_text(encoding="ascii")
-    except OSError:
-        return None
-    return choices[choices.index("[") + 1 : choices.index("]")]

@@ -1,16 +1,18 @@
 """Facts about the machine that determine the cost of its memory."""
 
 import os
-import platform
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from pyreserve._system import proc
 from pyreserve._system.extras import own_version
-from pyreserve._system.features import chosen, hugetlb_free, thp_settings
 from pyreserve._system.limits import PAGE_SIZE
+from pyreserve.units import KiB
 
-_SYS = Path("/sys")
+MM = "/sys/kernel/mm"
+"""The folder of the kernel's memory management."""
+THP, HUGETLB = f"{MM}/transparent_hugepage", f"{MM}/hugepages"
+"""The folders of transparent huge pages and of the pools of huge pages."""
 
 
 def facts() -> dict[str, Any]:
@@ -26,6 +28,8 @@ def facts() -> dict[str, Any]:
     - ``balloon``: whether a virtio balloon device may reclaim idle memory;
     - ``clocksource``, ``python``, ``pyreserve``.
     """
+    import platform  # noqa: PLC0415  # slow to import
+
     cpu = _cpu_info()
     return {
         "cpu": cpu.get("model name") or cpu.get("Model") or platform.processor() or None,
@@ -37,11 +41,11 @@ def facts() -> dict[str, Any]:
         "overcommit_memory": proc.setting_or_default("overcommit_memory"),
         "max_map_count": proc.setting_or_default("max_map_count"),
         "transparent_huge_pages": {str(size): setting for size, setting in thp_settings().items()},
-        "transparent_huge_pages_defrag": chosen(_SYS / "kernel/mm/transparent_hugepage/defrag"),
+        "transparent_huge_pages_defrag": thp_defrag(),
         "hugetlb_free": {str(size): free for size, free in hugetlb_free().items()},
-        "virtualised": _virtualised(cpu.get("flags", "")),
-        "balloon": any((_SYS / "bus/virtio/drivers/virtio_balloon").glob("virtio*")),
-        "clocksource": _text("devices/system/clocksource/clocksource0/current_clocksource"),
+        "virtualised": virtualised(),
+        "balloon": has_balloon(),
+        "clocksource": _text("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
         "python": platform.python_version(),
         "pyreserve": own_version(),
     }
@@ -49,30 +53,140 @@ def facts() -> dict[str, Any]:
 
 def _memory() -> int:
     try:
-        return proc.meminfo_kib()["MemTotal"] * 1024
+        return proc.meminfo_kib()["MemTotal"] * KiB
     except proc.UNREADABLE:
         return os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE
 
 
 def _cpu_info() -> dict[str, str]:
-    """Return the first processor of /proc/cpuinfo; empty if unreadable."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        return proc.cpu_info()
+    except proc.UNREADABLE:
         return {}
-    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def _virtualised(flags: str) -> str:
-    name = _text("hypervisor/type") or _text("class/dmi/id/sys_vendor")
-    if "hypervisor" not in flags.split() and _text("hypervisor/type") is None:
+def virtualised() -> str:
+    """Return the hypervisor's name, ``"yes"`` if it has none, ``"no"`` on bare metal."""
+    hypervisor = _text("/sys/hypervisor/type")
+    if hypervisor is None and "hypervisor" not in _cpu_info().get("flags", "").split():
         return "no"
-    return name or "yes"
+    return hypervisor or _text("/sys/class/dmi/id/sys_vendor") or "yes"
+
+
+def has_balloon() -> bool:
+    """Return whether a virtio balloon device may reclaim idle memory."""
+    try:
+        entries = os.listdir("/sys/bus/virtio/drivers/virtio_balloon")
+    except OSError:
+        return False
+    return any(entry.startswith("virtio") for entry in entries)
+
+
+# -- huge pages -------------------------------------------------------------------------------
+
+
+def thp_size() -> int | None:
+    """Return the size of a transparent huge page in bytes; None if the kernel has no THP.
+
+    If /sys is unreadable: the bytes that one page of page table entries maps, which is the size on
+    every architecture so far.
+    """
+    size = _text(f"{THP}/hpage_pmd_size")
+    if size is not None:
+        return int(size)
+    no_thp = os.path.isdir(os.path.dirname(THP)) and not os.path.isdir(THP)
+    return None if no_thp else PAGE_SIZE * (PAGE_SIZE // 8)
+
+
+def thp_setting() -> str | None:
+    """Return the general setting of transparent huge pages; None if the kernel has no THP.
+
+    A setting is ``"always"``, ``"madvise"`` or ``"never"``
+    (Documentation/admin-guide/mm/transhuge.rst).
+    """
+    return _choice(f"{THP}/enabled")
+
+
+def thp_defrag() -> str | None:
+    """Return when a page fault waits for memory to be compacted; None if unknown."""
+    return _choice(f"{THP}/defrag")
+
+
+def thp_settings() -> dict[int, str]:
+    """Return the setting of each size of transparent huge page, keyed by bytes, smallest first.
+
+    Each size has its own switch since Linux 6.8.
+    """
+    general, settings = thp_setting(), {}
+    if general is None:
+        return {}
+    for size in sorted(_sizes_in(THP)):
+        own = _choice(thp_switch(size))
+        if own is not None:
+            settings[size] = general if own == "inherit" else own
+    largest = thp_size()
+    if largest is not None:
+        settings.setdefault(largest, general)
+    return settings
+
+
+def thp_switch(size: int) -> str:
+    """Return the file with the setting of one size of transparent huge page."""
+    return f"{THP}/hugepages-{size // KiB}kB/enabled"
+
+
+def effective_thp_switch(size: int) -> str:
+    """Return the file whose setting applies to a size: its own, or the general one."""
+    own = thp_switch(size)
+    return own if _choice(own) not in {None, "inherit"} else f"{THP}/enabled"
+
+
+def huge_page_sizes() -> tuple[int, ...]:
+    """Return the sizes of huge pages (transparent and hugetlb) in bytes, smallest first."""
+    sizes = _sizes_in(HUGETLB)
+    transparent = thp_size()
+    if transparent is not None:
+        sizes.add(transparent)
+    return tuple(sorted(sizes))
+
+
+def hugetlb_free() -> dict[int, int]:
+    """Return the number of free, unreserved hugetlb pages of each size, keyed by bytes."""
+    free_pages = {}
+    for size in sorted(_sizes_in(HUGETLB)):
+        pool = os.path.dirname(hugetlb_switch(size))
+        free, reserved = (_text(f"{pool}/{name}_hugepages") for name in ("free", "resv"))
+        if free is not None and reserved is not None:
+            free_pages[size] = int(free) - int(reserved)
+    return free_pages
+
+
+def hugetlb_switch(size: int) -> str:
+    """Return the file with the number of hugetlb pages of one size."""
+    return f"{HUGETLB}/hugepages-{size // KiB}kB/nr_hugepages"
+
+
+def _sizes_in(folder: str) -> set[int]:
+    """Return the sizes that a folder has entries for, such as ``hugepages-2048kB``."""
+    sizes = set()
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            kib = name.removeprefix("hugepages-").removesuffix("kB")
+            if proc.is_natural(kib) and name == f"hugepages-{kib}kB":
+                sizes.add(int(kib) * KiB)
+    return sizes
+
+
+def _choice(switch: str) -> str | None:
+    """Return the choice in brackets in a file of /sys; None if it is unreadable."""
+    choices = _text(switch)
+    return None if choices is None else choices[choices.index("[") + 1 : choices.index("]")]
 
 
 def _text(path: str) -> str | None:
+    """Return the text of a file of /sys; None if it is empty or unreadable."""
     try:
-        return (_SYS / path).read_text(encoding="utf-8").strip() or None
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip() or None
     except OSError:
         return None

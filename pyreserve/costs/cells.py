@@ -37,8 +37,8 @@ fork      inherit, dontfork   fork(2) with touched pages, without and with MADV_
 from dataclasses import dataclass
 from typing import Any
 
-from pyreserve._system.features import hugetlb_free, thp_settings
 from pyreserve._system.limits import PAGE_SIZE
+from pyreserve._system.machine import hugetlb_free, thp_settings
 from pyreserve.units import format_size
 
 GROUPS: dict[str, tuple[str, ...]] = {

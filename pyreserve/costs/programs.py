@@ -7,8 +7,8 @@ measured piece is part of a larger reservation, as in an arena: the memory behin
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from pyreserve._system.features import thp_size
 from pyreserve._system.limits import PAGE_SIZE
+from pyreserve._system.machine import thp_size
 from pyreserve.costs.cells import Cell, Curve, PageKind, describe_setting
 from pyreserve.units import MiB
 

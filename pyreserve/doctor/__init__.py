@@ -10,12 +10,12 @@ import os
 import platform
 
 from pyreserve._system.extras import own_version
-from pyreserve.doctor import addresses, features, memory, pages, surroundings
+from pyreserve.doctor import features, limits, pages, surroundings
 from pyreserve.doctor.findings import SCHEMA, STATES, Diagnosis, Finding, State, examine
 
 __all__ = ["SCHEMA", "STATES", "Diagnosis", "Finding", "State", "diagnose"]
 
-_MODULES = (addresses, memory, pages, features, surroundings)
+_MODULES = (limits, pages, features, surroundings)
 
 
 def diagnose() -> Diagnosis:

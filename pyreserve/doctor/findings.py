@@ -1,14 +1,13 @@
 """The data of a diagnosis: findings, and how a check that fails becomes one."""
 
 import json
-import resource
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from html import escape
+from textwrap import indent
 from typing import Any, Literal
 
-from pyreserve._system import proc
-from pyreserve._system.limits import rlimit
-from pyreserve.units import format_size
+from pyreserve._system.readings import Report
 
 State = Literal["good", "limited", "missing"]
 STATES: tuple[State, ...] = ("limited", "missing", "good")
@@ -44,6 +43,22 @@ class Finding:
     risk: str | None = None
     values: dict[str, Any] = field(default_factory=dict, hash=False)
     command: bool = True
+
+    @classmethod
+    def of(cls, report: Report) -> "Finding":
+        """Return the finding with the words of a report."""
+        return cls(**report._asdict())
+
+    def consequences(self) -> Iterator[tuple[str, str]]:
+        """Yield (label, text) of ``change``, ``effect`` and ``risk``, as far as there are any."""
+        for label, text in (("change", self.change), ("effect", self.effect), ("risk", self.risk)):
+            if text is not None:
+                yield label, text
+
+    def __str__(self) -> str:
+        lines = [f"{self.topic}: {self.fact} {self.allows}"]
+        lines += [f"    {label}: {text}" for label, text in self.consequences()]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +98,35 @@ class Diagnosis:
         states = [finding.state for finding in self.findings]
         return {state: states.count(state) for state in ("good", "limited", "missing")}
 
+    def __str__(self) -> str:
+        width = max(map(len, STATES)) + 2
+        blocks = [
+            indent(str(finding), " " * width).replace(" " * width, finding.state.ljust(width), 1)
+            for finding in self.findings
+        ]
+        return "\n".join([self.title(), *blocks, self.summary()])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{finding.state}</td><td>{escape(finding.topic)}</td>"
+            f"<td>{escape(f'{finding.fact} {finding.allows}')}{_html_consequences(finding)}</td>"
+            "</tr>"
+            for finding in self.findings
+        )
+        return (
+            f"<table><caption>{escape(self.title())}: {self.summary()}</caption>"
+            "<thead><tr><th>state</th><th>topic</th><th>finding</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table>"
+        )
+
+    def title(self) -> str:
+        """Return one line about the machine and the process."""
+        return f"Linux {self.kernel} {self.machine}, Python {self.python}, pid {self.pid}"
+
+    def summary(self) -> str:
+        """Return the number of findings in each state as one line."""
+        return ", ".join(f"{count} {state}" for state, count in self.counts().items())
+
     def to_dict(self) -> dict[str, Any]:
         """Return all findings as JSON-compatible data; ``"schema"`` is the format version."""
         return {"schema": SCHEMA, **asdict(self), "counts": self.counts()}
@@ -90,6 +134,14 @@ class Diagnosis:
     def to_json(self) -> str:
         """Return the JSON text that ``pyreserve doctor --json`` prints."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+
+def _html_consequences(finding: Finding) -> str:
+    return "".join(
+        f"<br>{label}: {f'<code>{escape(text)}</code>' if is_code else escape(text)}"
+        for label, text in finding.consequences()
+        for is_code in [label == "change" and finding.command]
+    )
 
 
 Check = Callable[[], Iterable[Finding]]
@@ -118,21 +170,3 @@ def _reason(error: OSError | KeyError | ValueError) -> str:
     if isinstance(error, KeyError):
         return f"the kernel does not report {error.args[0]}"
     return str(error)
-
-
-def soft_limit(which: int, ulimit: str) -> tuple[int | None, dict[str, Any]]:
-    """Return a soft resource limit in bytes (None: unlimited) and the advice on raising it.
-
-    The advice is a dict of keyword arguments for `Finding`. Raising a hard limit takes
-    CAP_SYS_RESOURCE (setrlimit(2)).
-    """
-    soft, hard = rlimit(which), resource.getrlimit(which)[1]
-    if soft is None:
-        return None, {}
-    advice: dict[str, Any] = {"change": f"ulimit {ulimit} unlimited"}
-    if hard != resource.RLIM_INFINITY and not proc.capable(proc.CAP_SYS_RESOURCE):
-        advice["risk"] = (
-            f"The hard limit is {format_size(hard)}. Only root can raise it: in the shell that "
-            "starts the process, in /etc/security/limits.conf or in the service's unit file."
-        )
-    return soft, advice

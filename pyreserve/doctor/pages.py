@@ -1,28 +1,23 @@
-"""Checks of the page sizes, and of a hypervisor that may reclaim memory."""
+"""Checks of swap, of page sizes, and of a hypervisor that may reclaim memory."""
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from pyreserve._system import machine, proc
-from pyreserve._system.features import chosen, hugetlb_free, thp_settings, thp_size
 from pyreserve.doctor.findings import Finding
 from pyreserve.units import KiB, MiB, format_size
-
-_MM = Path("/sys/kernel/mm")
-_THP = _MM / "transparent_hugepage"
-_HUGETLB = _MM / "hugepages"
 
 
 def transparent_huge_pages() -> Iterator[Finding]:
     """Check the setting of each size (Documentation/admin-guide/mm/transhuge.rst)."""
-    general = chosen(_THP / "enabled")
-    settings, largest = thp_settings(), thp_size()
+    general = machine.thp_setting()
+    settings, largest = machine.thp_settings(), machine.thp_size()
     if general is None or largest is None:
-        _MM.stat()  # raises if /sys is missing, which says nothing about the kernel
+        os.stat(machine.MM)  # raises if /sys is missing, which says nothing about the kernel
         yield Finding(
             "transparent huge pages",
             "missing",
-            f"The kernel was built without transparent huge pages: there is no {_THP}.",
+            f"The kernel was built without transparent huge pages: there is no {machine.THP}.",
             'huge_pages="prefer" is refused.',
             "build the kernel with CONFIG_TRANSPARENT_HUGEPAGE=y",
             f"First touch of {format_size(2 * MiB)} takes one page fault instead of "
@@ -37,14 +32,12 @@ def transparent_huge_pages() -> Iterator[Finding]:
 
 
 def _largest_thp(general: str, setting: str, size: int) -> Finding:
-    topic, own = "transparent huge pages", _switch(size)
-    # A size without a switch of its own follows the general one.
-    switch = own if chosen(own) not in {None, "inherit"} else _THP / "enabled"
+    topic = "transparent huge pages"
     values = {
         "general": general,
         "size": size,
         "setting": setting,
-        "defrag": chosen(_THP / "defrag"),
+        "defrag": machine.thp_defrag(),
     }
     if proc.status().get("THP_enabled") == "0":
         return Finding(
@@ -63,7 +56,7 @@ def _largest_thp(general: str, setting: str, size: int) -> Finding:
             "missing",
             f"Pages of {format_size(size)} are set to never.",
             'huge_pages="prefer" gets small pages.',
-            f"echo madvise > {switch}",
+            f"echo madvise > {machine.effective_thp_switch(size)}",
             f'In regions with huge_pages="prefer" one page fault brings {format_size(size)}; '
             "pyreserve costs measures the gain.",
             "A huge page takes memory as a whole, used or not.",
@@ -100,7 +93,7 @@ def _small_thp(settings: dict[int, str], largest: int) -> Finding:
             f"Pages of {format_size(min(settings))} to {format_size(max(settings))} are set to "
             "never.",
             f"Ranges below {format_size(largest)} take one fault per OS page.",
-            f"echo madvise > {_switch(suggested)}",
+            f"echo madvise > {machine.thp_switch(suggested)}",
             f'With huge_pages="prefer" one page fault brings {format_size(suggested)}.',
             "Such a page takes memory as a whole, used or not.",
             values,
@@ -117,14 +110,10 @@ def _small_thp(settings: dict[int, str], largest: int) -> Finding:
     )
 
 
-def _switch(size: int) -> Path:
-    return _THP / f"hugepages-{size // KiB}kB/enabled"
-
-
 def hugetlb() -> Iterator[Finding]:
     """Check the pools of huge pages (Documentation/admin-guide/mm/hugetlbpage.rst)."""
-    _MM.stat()
-    free = hugetlb_free()
+    os.stat(machine.MM)
+    free = machine.hugetlb_free()
     values = {"free_pages": {str(size): pages for size, pages in free.items()}}
     if any(free.values()):
         pools = ", ".join(f"{n:,} of {format_size(size)}" for size, n in free.items() if n)
@@ -142,7 +131,7 @@ def hugetlb() -> Iterator[Finding]:
             "missing",
             f"The pools ({', '.join(format_size(n) for n in free)}) have no free page.",
             "pyreserve costs leaves hugetlb pages out; regions do not use them.",
-            f"echo 64 > {_HUGETLB}/hugepages-{size // KiB}kB/nr_hugepages",
+            f"echo 64 > {machine.hugetlb_switch(size)}",
             "pyreserve costs --full measures them.",
             f"Nothing else can use these {format_size(64 * size)}.",
             values,
@@ -151,7 +140,7 @@ def hugetlb() -> Iterator[Finding]:
         yield Finding(
             "hugetlb pools",
             "missing",
-            f"The kernel was built without hugetlb pages: there is no {_HUGETLB}.",
+            f"The kernel was built without hugetlb pages: there is no {machine.HUGETLB}.",
             "pyreserve costs leaves hugetlb pages out; regions do not use them.",
             "build the kernel with CONFIG_HUGETLBFS=y",
             "pyreserve costs --full measures them.",
@@ -160,11 +149,37 @@ def hugetlb() -> Iterator[Finding]:
         )
 
 
+def swap() -> Iterator[Finding]:
+    """Check whether the kernel can swap idle memory out."""
+    memory = proc.meminfo_kib()
+    total, free = memory["SwapTotal"] * KiB, memory["SwapFree"] * KiB
+    values = {"total": total, "free": free}
+    if total:
+        yield Finding(
+            "swap",
+            "good",
+            f"Swap has {format_size(total)}, of which {format_size(free)} is free.",
+            "The kernel can swap idle memory out.",
+            values=values,
+        )
+        return
+    yield Finding(
+        "swap",
+        "missing",
+        "There is no swap.",
+        "Touched memory stays in RAM until it is discarded, decommitted or released. "
+        "discard(lazy=True) lets the kernel reclaim it without swap.",
+        "fallocate -l 4G /swapfile && chmod 600 /swapfile && mkswap /swapfile && swapon /swapfile",
+        "The kernel can swap idle memory out, and the commit limit rises by 4 GiB.",
+        "Touching memory that was swapped out waits for the disk.",
+        values,
+    )
+
+
 def host() -> Iterator[Finding]:
     """Check for a hypervisor, and for a balloon by which it reclaims idle memory."""
-    Path("/sys/bus").stat()  # raises if /sys is missing: a balloon would be listed there
-    facts = machine.facts()
-    virtualised, balloon = facts["virtualised"], facts["balloon"]
+    os.stat("/sys/bus")  # raises if /sys is missing: a balloon would be listed there
+    virtualised, balloon = machine.virtualised(), machine.has_balloon()
     values = {"virtualised": virtualised, "balloon": balloon}
     known = "" if virtualised in {"yes", "no"} else f" ({virtualised})"
     if balloon:
@@ -193,6 +208,7 @@ def host() -> Iterator[Finding]:
 
 
 CHECKS = (
+    ("swap", swap),
     ("transparent huge pages", transparent_huge_pages),
     ("hugetlb pools", hugetlb),
     ("host", host),

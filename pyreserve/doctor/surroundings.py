@@ -1,8 +1,7 @@
-"""Checks of the environment: other processes, core dumps, containers, optional packages."""
+"""Checks of the environment: other processes, containers, optional packages."""
 
 import os
 import re
-import resource
 import shlex
 import sys
 from collections.abc import Iterator
@@ -10,8 +9,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from pyreserve._system import proc
-from pyreserve.doctor.findings import Finding, soft_limit
-from pyreserve.units import format_size
+from pyreserve.doctor.findings import Finding
 
 _CAP_SYS_PTRACE = 19  # linux/capability.h
 _PTRACE_SCOPES = (
@@ -71,11 +69,10 @@ def other_processes() -> Iterator[Finding]:
 
 def _hidepid() -> str | None:
     """Return the mount option ``hidepid`` of /proc (proc(5)); None if it hides nothing."""
-    for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").split("\n"):
-        _, path, _, options = (*line.split(" "), "", "", "", "")[:4]
-        match = re.search(r"\bhidepid=(\w+)", options) if path == "/proc" else None
-        if match and match[1] not in {"0", "off"}:
-            return match[1]
+    for option in proc.mount_options("/proc"):
+        name, _, value = option.partition("=")
+        if name == "hidepid" and value not in {"0", "off"}:
+            return value
     return None
 
 
@@ -98,28 +95,6 @@ def ptrace_scope() -> Iterator[Finding]:
         f"kernel.yama.ptrace_scope is {scope}: {_PTRACE_SCOPES[min(scope, 3)]}.",
         "Reading /proc/PID/maps, smaps and pagemap is not restricted.",
         values={"ptrace_scope": scope},
-    )
-
-
-def core_dumps() -> Iterator[Finding]:
-    """Check where core dumps go and what they contain (core(5), MADV_DONTDUMP in madvise(2))."""
-    pattern = proc.kernel_setting("core_pattern")
-    limit, advice = soft_limit(resource.RLIMIT_CORE, "-c")
-    values = {"core_pattern": pattern, "limit": limit}
-    piped = pattern.startswith("|")  # RLIMIT_CORE does not bound a dump to a program
-    contents = "They leave out regions (MADV_DONTDUMP), except those made by reserve(dump=True)."
-    if piped or limit is None:
-        target = f"the program {pattern[1:].split()[0]}" if piped else pattern
-        yield Finding("core dumps", "good", f"They go to {target}.", contents, values=values)
-        return
-    yield Finding(
-        "core dumps",
-        "limited",
-        f"RLIMIT_CORE (ulimit -c) is {format_size(limit)}; the target is {pattern}.",
-        contents if limit else "A crash leaves no core dump; reserve(dump=True) has no effect.",
-        effect="A crash leaves a core dump with the regions made by reserve(dump=True).",
-        values=values,
-        **{"risk": "The file contains the process's memory, including secrets.", **advice},
     )
 
 
@@ -231,7 +206,6 @@ def _installed(name: str) -> str | None:
 CHECKS = (
     ("other processes", other_processes),
     ("ptrace_scope", ptrace_scope),
-    ("core dumps", core_dumps),
     ("container", container),
     ("extras", extras),
 )

@@ -78,7 +78,7 @@ class TestMeasured:
         monkeypatch.setattr(
             pyreserve.costs, "measured_step", lambda *, huge_pages: steps[huge_pages]
         )
-        monkeypatch.setattr(pyreserve._region.owner, "transparent_huge_pages", lambda: setting)
+        monkeypatch.setattr(pyreserve._region.owner, "thp_setting", lambda: setting)
 
         assert as_step("measured", policy) == steps[huge]
 
@@ -110,7 +110,7 @@ class TestMeasured:
             return 4 * MiB
 
         monkeypatch.setattr(pyreserve.costs, "measured_step", measured_step)
-        monkeypatch.setattr(pyreserve._region.owner, "transparent_huge_pages", lambda: "madvise")
+        monkeypatch.setattr(pyreserve._region.owner, "thp_setting", lambda: "madvise")
         BumpArena(64 * MiB, step="measured", huge_pages="prefer")
         GrowableBuffer(64 * MiB, step="measured", huge_pages="prefer")
         GrowableBuffer(64 * MiB, step="measured", huge_pages="never")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import platform
 import re
 import resource
 import shutil
@@ -12,13 +11,15 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import pyreserve
 from pyreserve import PAGE_SIZE, KiB, MiB
-from pyreserve._system import proc
+from pyreserve._system import machine, proc
+from pyreserve._system.features import FEATURES, Feature
 from pyreserve.cli import doctor_screen
 from pyreserve.doctor import (
     STATES,
@@ -26,7 +27,7 @@ from pyreserve.doctor import (
     Finding,
     diagnose,
     features,
-    memory,
+    limits,
     pages,
     surroundings,
 )
@@ -77,6 +78,11 @@ def only(findings: Iterator[Finding]) -> Finding:
     """The single finding of a check."""
     (finding,) = findings
     return finding
+
+
+def check(topic: str) -> Iterator[Finding]:
+    """The findings about one limit."""
+    return iter(dict(limits.CHECKS)[topic]())
 
 
 class TestDiagnosis:
@@ -171,7 +177,7 @@ class TestFacts:
         """A feature is good exactly if its capability is true."""
         offered = pyreserve.capabilities()
 
-        for feature in features._FEATURES:
+        for feature in FEATURES:
             assert (here.about(feature.topic).state == "good") == getattr(offered, feature.field)
 
     def test_names_in_maps(self, here: Diagnosis) -> None:
@@ -283,7 +289,7 @@ class TestOtherMachines:
         monkeypatch.setattr(proc, "vm_setting", settings.__getitem__)
         monkeypatch.setattr(proc, "meminfo_kib", lambda: {**sizes, "SwapTotal": 0})
 
-        finding = only(memory.overcommit())
+        finding = only(check("overcommit"))
 
         assert finding.state == "limited"
         assert "at most 1 GiB more" in finding.allows
@@ -298,7 +304,7 @@ class TestOtherMachines:
         monkeypatch.setattr(proc, "vm_setting", lambda name: mode)
         monkeypatch.setattr(proc, "meminfo_kib", lambda: {**sizes, "MemTotal": 8 * MiB})
 
-        finding = only(memory.overcommit())
+        finding = only(check("overcommit"))
 
         assert (finding.state, finding.change) == ("good", None)
         assert words in finding.allows
@@ -334,7 +340,7 @@ class TestOtherMachines:
         ]
         monkeypatch.setattr(proc, "memory_cgroups", lambda: iter(groups))
 
-        findings = {finding.topic: finding for finding in memory.cgroup_limit()}
+        findings = {finding.topic: finding for finding in check("cgroup limit")}
 
         hard, file = findings["cgroup limit"], tmp_path / "outer" / limit
         assert hard.change == f"echo {'max' if version == 2 else -1} > {file}"
@@ -354,14 +360,14 @@ class TestOtherMachines:
             groups.append(proc.MemoryCgroup(str(tmp_path), limit, use, cache))
         monkeypatch.setattr(proc, "memory_cgroups", lambda: iter(groups))
 
-        assert only(memory.cgroup_limit()).state == "good"
+        assert only(check("cgroup limit")).state == "good"
 
     def test_locked_memory_without_the_capability(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """RLIMIT_MEMLOCK applies without CAP_IPC_LOCK."""
         monkeypatch.setattr(proc, "capable", lambda capability: False)
         monkeypatch.setattr(resource, "getrlimit", lambda which: (8 * MiB, 8 * MiB))
 
-        finding = only(memory.rlimit_memlock())
+        finding = only(check("RLIMIT_MEMLOCK"))
 
         assert finding.state == "limited"
         assert "8 MiB" in finding.fact
@@ -384,9 +390,8 @@ class TestOtherMachines:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """A missing feature is attributed to an old kernel, a filter or the configuration."""
-        offered = dataclasses.replace(pyreserve.capabilities(), mseal=False)
-        monkeypatch.setattr(features, "capabilities", lambda: offered)
-        monkeypatch.setattr(platform, "release", lambda: release)
+        monkeypatch.setattr(Feature, "works", lambda feature: feature.field != "mseal")
+        monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
         monkeypatch.setattr(proc, "status", lambda: {"Seccomp": seccomp})
 
         (finding,) = [item for item in features.features() if item.topic == "mseal"]
@@ -406,7 +411,7 @@ class TestOtherMachines:
             " ".join(f"[{w}]" if w == own else w for w in ("always", "inherit", "madvise", "never"))
         )
         (tmp_path / "defrag").write_text("always [madvise] never")
-        monkeypatch.setattr(pages, "_THP", tmp_path)
+        monkeypatch.setattr(machine, "THP", tmp_path)
 
         finding = pages._largest_thp("never", "never", 2 * MiB)
 

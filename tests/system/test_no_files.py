@@ -118,13 +118,12 @@ print(json.dumps(found))
 """
 # Where nobody may unmount anything: the names under which the package knows the two.
 RENAMED = """
-from pathlib import Path
 from pyreserve import capabilities as _
 from pyreserve._system import proc
-module = sys.modules["pyreserve._system.features"]
-proc._PROC = Path("/nowhere/proc")
+module = sys.modules["pyreserve._system.machine"]
+proc._PROC = "/nowhere/proc"
 proc._CGROUPS = ()
-module._HUGE, module._THP = Path("/nowhere/hugepages"), Path("/nowhere/transparent_hugepage")
+module.HUGETLB, module.THP = "/nowhere/hugepages", "/nowhere/transparent_hugepage"
 print(json.dumps(problems()))
 """
 MEASURES = """
@@ -375,11 +374,11 @@ class TestStrictOvercommit:
 
     def test_the_doctor_counts_it(self, machine: Any) -> None:
         """`left` is the number of bytes that the kernel allows."""
-        from pyreserve.doctor import memory
+        from pyreserve.doctor import limits as checks
 
         machine(vsz=1 << 40)
 
-        (finding,) = memory.overcommit()
+        (finding,) = dict(checks.CHECKS)["overcommit"]()
 
         assert "at most 888 MiB more" in finding.allows
         assert "of which the kernel keeps back 8 MiB for root" in finding.fact
