@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from pyreserve._native import lib
 from pyreserve._system import proc, tasks
-from pyreserve._system.readings import OWN, Process, Report, RlimitName, Use
+from pyreserve._system.readings import OWN, Process, Report, Use
 from pyreserve.errors import OutOfMemoryError, VMError
 from pyreserve.units import KiB, format_size
 
@@ -126,7 +126,7 @@ class Rlimit(Limit):
 
     def read(self, process: Process) -> int | None:
         """Read the limit in bytes; None if unlimited."""
-        return process.rlimit(RlimitName(self.number, self.row))
+        return process.rlimit(self.number, self.row)
 
     def use(self, process: Process) -> Use:
         """Read the limit and its use."""

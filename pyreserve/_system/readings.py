@@ -2,7 +2,7 @@
 
 import resource
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from pyreserve._system import proc
 from pyreserve.units import format_size
@@ -58,107 +58,97 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f} %"
 
 
-class RlimitName(NamedTuple):
-    """A resource limit: its number for getrlimit, and its name in /proc/PID/limits."""
+class Process:
+    """The readings of this process and its machine. Each raises one of `proc.UNREADABLE`."""
 
-    number: int
-    row: str
+    def rlimit(self, number: int, _row: str) -> int | None:
+        """Return a soft limit in bytes; None if unlimited.
 
-
-class Process(Protocol):
-    """The readings of a process and its machine. Each raises one of `proc.UNREADABLE`."""
-
-    def rlimit(self, name: RlimitName) -> int | None:
-        """Return a soft limit in bytes; None if unlimited."""
+        Args:
+            number: the limit for getrlimit.
+            _row: its name in /proc/PID/limits.
+        """
+        return rlimit(number)
 
     def status_kib(self, field: str) -> int:
         """Return a size of /proc/PID/status."""
-
-    def setting(self, name: str) -> int:
-        """Return the integer /proc/sys/vm/NAME."""
-
-    def meminfo_kib(self, field: str) -> int:
-        """Return a size of /proc/meminfo."""
-
-    def map_count(self) -> int:
-        """Return the number of mappings that vm.max_map_count limits."""
-
-    def cgroups(self) -> Iterable[tuple[int, int]]:
-        """Return limit and use in bytes of each limited memory cgroup."""
-
-    def pipes_core(self) -> bool:
-        """Return whether core dumps are piped to a program."""
-
-
-class _OwnProcess:
-    def rlimit(self, name: RlimitName) -> int | None:
-        return rlimit(name.number)
-
-    def status_kib(self, field: str) -> int:
         return proc.status_kib()[field]
 
     def setting(self, name: str) -> int:
+        """Return the integer /proc/sys/vm/NAME."""
         return proc.vm_setting(name)
 
     def meminfo_kib(self, field: str) -> int:
+        """Return a size of /proc/meminfo."""
         return proc.meminfo_kib()[field]
 
     def map_count(self) -> int:
+        """Return the number of mappings that vm.max_map_count limits."""
         return proc.map_count()
 
     def cgroups(self) -> Iterable[tuple[int, int]]:
+        """Return limit and use in bytes of each limited memory cgroup."""
         return proc.cgroup_memory()
 
     def pipes_core(self) -> bool:
+        """Return whether core dumps are piped to a program."""
         return proc.kernel_setting("core_pattern").startswith("|")
 
 
-OWN: Process = _OwnProcess()
+OWN = Process()
 """This process."""
 
 
-class CapturedProcess(NamedTuple):
-    """Another process, or one whose files were saved; a reading that is missing is a KeyError.
+class CapturedProcess(Process):
+    """The readings of another process, or of saved files; a missing one raises KeyError.
 
-    Attributes:
+    Args:
         limits: soft limits by their name in /proc/PID/limits; None is unlimited.
         status: the sizes of /proc/PID/status in KiB.
         machine: the integers of /proc/sys/vm, the sizes of /proc/meminfo in KiB, and
             ``core_piped``.
-        memory_cgroups: see `Process.cgroups`.
-        mappings: see `Process.map_count`.
+        cgroups: see `Process.cgroups`.
+        map_count: see `Process.map_count`.
     """
 
-    limits: Mapping[str, int | None]
-    status: Mapping[str, int]
-    machine: Mapping[str, int]
-    memory_cgroups: tuple[tuple[int, int], ...]
-    mappings: int
+    def __init__(
+        self,
+        limits: Mapping[str, int | None],
+        status: Mapping[str, int],
+        machine: Mapping[str, int],
+        cgroups: tuple[tuple[int, int], ...],
+        map_count: int,
+    ) -> None:
+        self._limits = limits
+        self._status = status
+        self._machine = machine
+        self._cgroups = cgroups
+        self._map_count = map_count
 
-    def rlimit(self, name: RlimitName) -> int | None:
-        """See `Process`; so for the other methods."""
-        return self.limits[name.row]
+    def rlimit(self, _number: int, row: str) -> int | None:
+        """See `Process`."""
+        return self._limits[row]
 
     def status_kib(self, field: str) -> int:
         """See `Process`."""
-        return self.status[field]
+        return self._status[field]
 
     def setting(self, name: str) -> int:
         """See `Process`."""
-        return self.machine[name]
+        return self._machine[name]
 
     def meminfo_kib(self, field: str) -> int:
         """See `Process`."""
-        return self.machine[field]
+        return self._machine[field]
 
     def map_count(self) -> int:
         """See `Process`."""
-        return self.mappings
+        return self._map_count
 
     def cgroups(self) -> Iterable[tuple[int, int]]:
         """See `Process`."""
-        return self.memory_cgroups
+        return self._cgroups
 
     def pipes_core(self) -> bool:
         """See `Process`."""
-        return bool(self.machine.get("core_piped"))
+        return bool(self._machine.get("core_piped"))

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -131,6 +132,35 @@ class TestDiagnosis:
         assert data["pid"] == os.getpid()
         assert data["counts"] == here.counts()
         assert tuple(Finding(**finding) for finding in data["findings"]) == here.findings
+
+    def test_the_text_has_all_of_it(self, here: Diagnosis) -> None:
+        """str() has a line for each finding with its state, and ends with the counts."""
+        lines = str(here).splitlines()
+
+        assert lines[0] == here.title()
+        for finding in here.findings:
+            line = f"{finding.state:9}{finding.topic}: {finding.fact} {finding.allows}"
+            at = lines.index(line)
+            consequences = [line.strip() for line in lines[at + 1 : at + 4]]
+            assert finding.change is None or f"change: {finding.change}" in consequences
+            assert finding.risk is None or f"risk: {finding.risk}" in consequences
+        assert lines[-1] == here.summary()
+
+    def test_a_notebook_shows_a_table(self) -> None:
+        """The HTML is well-formed, and texts of findings are escaped."""
+        findings = (
+            Finding("a", "limited", "1 < 2.", "No & so.", "echo 1 > /x", "More.", "<b>."),
+            Finding("b", "good", "It works.", "All."),
+        )
+        table = Diagnosis(None, "6.1", "x86_64", "3.12", 1, findings)._repr_html_()
+
+        cells = ElementTree.fromstring(table.replace("<br>", "<br/>")).findall("tbody/tr")
+        texts = ["".join(row.itertext()) for row in cells]
+        assert texts == [
+            "limiteda1 < 2. No & so.change: echo 1 > /xeffect: More.risk: <b>.",
+            "goodbIt works. All.",
+        ]
+        assert cells[0].find("td/code") is not None
 
     def test_a_finding_does_not_change(self, here: Diagnosis) -> None:
         """Findings are frozen and hashable."""

@@ -19,8 +19,8 @@ def warnings(capture: Capture, vsz: int, resident: int | None, mappings: int) ->
         limits=capture.limits,
         status={**capture.status, "VmSize": vsz},
         machine=capture.machine,
-        memory_cgroups=capture.cgroups,
-        mappings=mappings,
+        cgroups=capture.cgroups,
+        map_count=mappings,
     )
     return [
         *(warning for limit in LIMITS for warning in limit.warnings(process)),
