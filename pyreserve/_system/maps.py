@@ -30,12 +30,18 @@ FLAGS: dict[str, int] = {_codes[2 * i : 2 * i + 2]: 1 << i for i in range(len(_c
 """The bit of each code of VmFlags (proc(5)) in the column ``flags``."""
 
 
+_PERMS_TEXTS = [
+    ("r" if perms & READ else "-")
+    + ("w" if perms & WRITE else "-")
+    + ("x" if perms & EXECUTE else "-")
+    + ("s" if perms & SHARED else "p")
+    for perms in range(READ + WRITE + EXECUTE + SHARED + 1)
+]
+
+
 def perms_text(perms: int) -> str:
     """Return permissions as /proc/PID/maps has them, such as ``"rw-p"``."""
-    return "".join(
-        letter if perms & bit else "-"
-        for letter, bit in (("r", READ), ("w", WRITE), ("x", EXECUTE))
-    ) + ("s" if perms & SHARED else "p")
+    return _PERMS_TEXTS[perms]
 
 
 def escape_invalid_utf8(text: str) -> str:
