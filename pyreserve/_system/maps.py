@@ -65,6 +65,15 @@ class Sums(NamedTuple):
     mappings: int
 
 
+def _column(index: int) -> lazily[list[int]]:
+    """Return the lazy attribute for a column of C."""
+
+    def compute(table: "MapTable") -> list[int]:
+        return table.column(index)
+
+    return lazily(compute)
+
+
 class MapTable:
     """The contents of /proc/PID/maps or /proc/PID/smaps, in address order. Sizes in KiB.
 
@@ -174,7 +183,8 @@ class MapTable:
     def __len__(self) -> int:
         return int(self._table.count)
 
-    def _column(self, index: int) -> list[int]:
+    def column(self, index: int) -> list[int]:
+        """Return a column by its number in ``enum procmaps_column``."""
         count = int(self._table.count)
         if not count:
             return []
@@ -188,7 +198,7 @@ class MapTable:
 
         Bytes that are not UTF-8 are surrogate-escaped (PEP 383).
         """
-        start, length = self._column(lib.PROCMAPS_NAME), self._column(lib.PROCMAPS_NAME_LENGTH)
+        start, length = self.column(lib.PROCMAPS_NAME), self.column(lib.PROCMAPS_NAME_LENGTH)
         text = bytes(ffi.buffer(self._table.names, self._table.names_length))
         decoded: dict[tuple[int, int], str] = {}
         named = []
@@ -222,27 +232,27 @@ class MapTable:
         """Whether VmFlags were read: the kernel prints at least one for every mapping."""
         return any(self.flags)
 
-    start = lazily(partial(_column, index=lib.PROCMAPS_START))
-    end = lazily(partial(_column, index=lib.PROCMAPS_END))
-    perms = lazily(partial(_column, index=lib.PROCMAPS_PERMS))
-    offset = lazily(partial(_column, index=lib.PROCMAPS_OFFSET))
-    device = lazily(partial(_column, index=lib.PROCMAPS_DEVICE))
-    inode = lazily(partial(_column, index=lib.PROCMAPS_INODE))
-    flags = lazily(partial(_column, index=lib.PROCMAPS_FLAGS))
-    rss = lazily(partial(_column, index=lib.PROCMAPS_RSS))
-    pss = lazily(partial(_column, index=lib.PROCMAPS_PSS))
-    swap = lazily(partial(_column, index=lib.PROCMAPS_SWAP))
-    private_dirty = lazily(partial(_column, index=lib.PROCMAPS_PRIVATE_DIRTY))
-    shared_dirty = lazily(partial(_column, index=lib.PROCMAPS_SHARED_DIRTY))
-    private_hugetlb = lazily(partial(_column, index=lib.PROCMAPS_PRIVATE_HUGETLB))
-    shared_hugetlb = lazily(partial(_column, index=lib.PROCMAPS_SHARED_HUGETLB))
-    anonymous = lazily(partial(_column, index=lib.PROCMAPS_ANONYMOUS))
-    lazy_free = lazily(partial(_column, index=lib.PROCMAPS_LAZY_FREE))
-    anon_huge = lazily(partial(_column, index=lib.PROCMAPS_ANON_HUGE))
-    shmem_huge = lazily(partial(_column, index=lib.PROCMAPS_SHMEM_HUGE))
-    file_huge = lazily(partial(_column, index=lib.PROCMAPS_FILE_HUGE))
-    locked = lazily(partial(_column, index=lib.PROCMAPS_LOCKED))
-    size = lazily(partial(_column, index=lib.PROCMAPS_SIZE))
-    private = lazily(partial(_column, index=lib.PROCMAPS_PRIVATE))
-    shared = lazily(partial(_column, index=lib.PROCMAPS_SHARED_MEMORY))
-    rest = lazily(partial(_column, index=lib.PROCMAPS_REST))
+    start = _column(lib.PROCMAPS_START)
+    end = _column(lib.PROCMAPS_END)
+    perms = _column(lib.PROCMAPS_PERMS)
+    offset = _column(lib.PROCMAPS_OFFSET)
+    device = _column(lib.PROCMAPS_DEVICE)
+    inode = _column(lib.PROCMAPS_INODE)
+    flags = _column(lib.PROCMAPS_FLAGS)
+    rss = _column(lib.PROCMAPS_RSS)
+    pss = _column(lib.PROCMAPS_PSS)
+    swap = _column(lib.PROCMAPS_SWAP)
+    private_dirty = _column(lib.PROCMAPS_PRIVATE_DIRTY)
+    shared_dirty = _column(lib.PROCMAPS_SHARED_DIRTY)
+    private_hugetlb = _column(lib.PROCMAPS_PRIVATE_HUGETLB)
+    shared_hugetlb = _column(lib.PROCMAPS_SHARED_HUGETLB)
+    anonymous = _column(lib.PROCMAPS_ANONYMOUS)
+    lazy_free = _column(lib.PROCMAPS_LAZY_FREE)
+    anon_huge = _column(lib.PROCMAPS_ANON_HUGE)
+    shmem_huge = _column(lib.PROCMAPS_SHMEM_HUGE)
+    file_huge = _column(lib.PROCMAPS_FILE_HUGE)
+    locked = _column(lib.PROCMAPS_LOCKED)
+    size = _column(lib.PROCMAPS_SIZE)
+    private = _column(lib.PROCMAPS_PRIVATE)
+    shared = _column(lib.PROCMAPS_SHARED_MEMORY)
+    rest = _column(lib.PROCMAPS_REST)
