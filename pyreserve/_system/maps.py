@@ -6,7 +6,6 @@ All texts of /proc/PID/maps and smaps are parsed here, for `pyreserve._system.pr
 import errno
 from bisect import bisect_left
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple, Protocol
 
 from pyreserve._native import ffi, lib
