@@ -1,4 +1,4 @@
-"""The command ``pyreserve``. Needs the extra ``cli`` (typer, rich)."""
+"""The command ``pyreserve``. Needs the extra ``cli`` (click, rich)."""
 
 import sys
 
@@ -10,10 +10,10 @@ def main() -> None:
 
         app()
     except ModuleNotFoundError as missing:
-        if missing.name not in {"typer", "rich"}:
+        if missing.name not in {"click", "rich"}:
             raise
-        sys.exit("pyreserve: the command needs typer and rich: pip install 'pyreserve[cli]'")
-    except KeyboardInterrupt:  # before the command handles it itself
+        sys.exit("pyreserve: the command needs click and rich: pip install 'pyreserve[cli]'")
+    except KeyboardInterrupt:  # during the imports; later the command handles it
         sys.exit(130)
     except MemoryError:
         sys.exit("pyreserve: not enough memory to start; see ulimit -v")

@@ -1,454 +1,120 @@
-"""Options and exit statuses of all commands; their work and screens are in their own modules."""
+"""The group of all commands, and how it ends: exit statuses, errors, a closed pipe, Ctrl-C."""
 
-import math
 import os
+import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
 
-import typer
-from typer.core import TyperCommand
+import click
 
-from pyreserve import layouts, parse_size
-from pyreserve._arena.arena import WORD
+from pyreserve.cli.console import Group
 from pyreserve.errors import PyreserveError
-from pyreserve.units import GiB
 
-if TYPE_CHECKING:
-    from pyreserve.costs import CostTable
-
-_FULL_BUDGET = 600.0  # seconds
 _INTERRUPTED = 130  # the status that a shell reports after Ctrl-C
-_PICTURE = ("matplotlib", "plot")  # the package that --plot needs, and its extra
-
-app = typer.Typer(
-    help="Reserve virtual memory, measure its costs and explain address spaces.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-_BARE = {"--hold": "inf", "--watch": "1"}
-"""Options whose number may be omitted, and its default."""
+_COMMANDS = ("vsz", "explain", "costs", "doctor")
 
 
-class _BareOptions(TyperCommand):
-    """A command whose options in `_BARE` may be given without a number."""
+class _Commands(Group):
+    """Imports a command's module when the command is called or listed."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        complete: list[str] = []
-        for i, arg in enumerate(args):
-            complete.append(arg)
-            if arg in _BARE and not (i + 1 < len(args) and _is_number(args[i + 1])):
-                complete.append(_BARE[arg])
-        return super().parse_args(ctx, complete)
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(_COMMANDS)
 
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command: click.Command = import_module(f"pyreserve.cli.{cmd_name}").command
+        return command
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _touch_size(text: str) -> int:
-    return _size(f"{text}MiB" if _is_number(text) else text)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
-
+    def main(self, args: Sequence[str] | None = None, **options: Any) -> NoReturn:  # type: ignore[override]
+        """Run a command and exit; an error is one line on standard error."""
         try:
-            typer.echo(f"pyreserve {version('pyreserve')}")
-        except PackageNotFoundError:
-            typer.echo("pyreserve (not installed)")
-        raise typer.Exit
+            options |= {"prog_name": "pyreserve", "standalone_mode": False}
+            status = super().main(args, **options)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except click.ClickException as error:
+            error.show()
+            status = error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            status = _INTERRUPTED
+        except BrokenPipeError as error:
+            if error.filename is None:
+                _end_by_sigpipe()
+            status = _refuse(error)
+        except (PyreserveError, MemoryError, OSError) as error:
+            status = _refuse(error)
+        sys.exit(status)
 
 
-@app.callback()
-def _pyreserve(
-    _version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None: ...
+def _refuse(error: BaseException) -> int:
+    """Print an error as one line on standard error; return the status."""
+    message = getattr(error, "strerror", None) or str(error) or "out of memory"
+    path = getattr(error, "filename", None)
+    line = f"{f'{path}: ' if path else ''}{message}"
+    # A path may contain control characters.
+    line = "".join(char if char.isprintable() else "?" for char in line)
+    click.echo(f"pyreserve: {line}", err=True)
+    _discard_output()
+    return 1
 
 
-@app.command(cls=_BareOptions)
-def vsz(
-    *,
-    layout: Annotated[
-        str | None, typer.Option(help="The layout to reserve.", metavar="NAME")
-    ] = None,
-    list_layouts: Annotated[bool, typer.Option("--list", help="List all layouts.")] = False,
-    size: Annotated[
-        int | None,
-        typer.Option(parser=_size, metavar="SIZE", help="Size of the arena, with --layout native."),
-    ] = None,
-    touch: Annotated[
-        int | None,
-        typer.Option(
-            parser=_touch_size,
-            metavar="SIZE",
-            help="Commit and touch SIZE more of the arena than the runtime's first MiB. A plain "
-            "number counts MiB.",
-        ),
-    ] = None,
-    hold: Annotated[
-        float | None,
-        typer.Option(
-            metavar="[SECONDS]",
-            help="Keep the process alive for SECONDS, or until Ctrl-C, so that ps, top, smem and "
-            "/proc can show it.",
-        ),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a screen.")] = False,
-) -> None:
-    """Reserve a Go program's 136 GiB and explain its VSZ.
-
-    Prints this command's sizes before and after, and the mappings that make the difference.
-    """
-    from pyreserve.cli import screen  # noqa: PLC0415
-    from pyreserve.cli.report import VszRun  # noqa: PLC0415
-
-    if hold is not None and not hold >= 0:
-        msg = f"--hold must be at least 0 seconds, got {hold}"
-        raise typer.BadParameter(msg)
-    if list_layouts:
-        screen.list_layouts(as_json=json)
-        return
-    name = layouts.default_name(WORD) if layout is None else layout
-    try:
-        layouts.get(name, size=size, word=WORD)
-    except (KeyError, ValueError) as error:
-        raise typer.BadParameter(str(error.args[0])) from None
-    with _refusals():
-        with VszRun(name, size) as run:
-            report = run.measure(touch or 0, screen.progress)
-            if json:
-                typer.echo(report.to_json())
-            else:
-                screen.show(report)
-            if hold is not None:
-                _hold(hold)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+def _end_by_sigpipe() -> NoReturn:
+    """End as a program does that does not catch SIGPIPE: silently, killed by the signal."""
+    _discard_output()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGPIPE)
+    sys.exit(128 + signal.SIGPIPE)  # the signal is blocked
 
 
-@app.command()
-def costs(
-    *,
-    budget: Annotated[
-        float | None,
-        typer.Option(metavar="SECONDS", help="Time limit; 50 seconds by default."),
-    ] = None,
-    full: Annotated[
-        bool,
-        typer.Option(
-            "--full",
-            help="Measure all page kinds, modes, thread counts and powers of two; the time limit "
-            "is 600 seconds by default.",
-        ),
-    ] = False,
-    only: Annotated[
-        str | None,
-        typer.Option(
-            metavar="VERB,...",
-            help="Measure only these verbs: reserve, commit, grow, guard, unguard, touch, "
-            "populate, collapse, discard, decommit, release, retouch, recommit, fork.",
-        ),
-    ] = None,
-    longest: Annotated[
-        int | None,
-        typer.Option(
-            parser=_size,
-            metavar="SIZE",
-            help="Longest piece of memory; at most and by default 1GiB.",
-        ),
-    ] = None,
-    json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the results as JSON.")
-    ] = None,
-    csv: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the results as CSV, one line per cell."),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png|.svg", help="Draw cost against length.")
-    ] = None,
-    compare: Annotated[
-        Path | None,
-        typer.Option(metavar="OLD.json", help="Compare with a file written by --json."),
-    ] = None,
-) -> None:
-    """Measure the costs of memory operations and give advice.
-
-    Prints what commit, touch, discard, decommit and other verbs cost on this machine.
-    """
-    from pyreserve import costs as laboratory  # noqa: PLC0415
-    from pyreserve.cli import costs as command  # noqa: PLC0415
-
-    if budget is not None and not 0 < budget < math.inf:
-        msg = f"--budget must be a positive number of seconds, got {budget}"
-        raise typer.BadParameter(msg)
-    verbs = None if only is None else [verb.strip() for verb in only.split(",") if verb.strip()]
-    try:
-        plan = laboratory.plan(full=full, only=verbs, longest=GiB if longest is None else longest)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    requested = (
-        (command.write_json, json, None),
-        (command.write_csv, csv, None),
-        (command.write_plot, plot, _PICTURE),
-    )
-    outputs = []
-    for write, path, extra in requested:
-        if path is not None:
-            _check_output(path, extra)
-            outputs.append((write, path))
-    if plot is not None:
-        _check_picture(plot)
-    with _refusals():
-        run = command.CostsRun(
-            plan=plan,
-            budget=budget or (_FULL_BUDGET if full else laboratory.BUDGET),
-            outputs=tuple(outputs),
-            old=None if compare is None else (_load(compare), str(compare)),
-        )
-        complete = run.run()
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    if not complete:
-        raise typer.Exit(_INTERRUPTED)
-
-
-@app.command(cls=_BareOptions)
-def explain(
-    pid: Annotated[
-        int | None,
-        typer.Argument(
-            metavar="PID", help="The process to explain; by default this command itself."
-        ),
-    ] = None,
-    *,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a screen.")] = False,
-    top: Annotated[int, typer.Option(metavar="N", min=0, help="List the N largest mappings.")] = 10,
-    maps: Annotated[bool, typer.Option("--maps", help="List all mappings.")] = False,
-    watch: Annotated[
-        float | None,
-        typer.Option(
-            metavar="[SECONDS]",
-            help="Show VSZ, reserved, committed, RSS and PSS over time, every second by default. q "
-            "or Ctrl-C ends it.",
-        ),
-    ] = None,
-    csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --watch: write the samples to FILE.")
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.png|.svg", help="Draw the blocks of the address space."),
-    ] = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--from", metavar="DIR", help="Explain saved files of /proc/PID (maps, smaps, ...)."
-        ),
-    ] = None,
-    keep: Annotated[
-        Path | None,
-        typer.Option(
-            "--save", metavar="DIR", help="Save the files of /proc/PID in DIR, for --from."
-        ),
-    ] = None,
-    diff: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option(metavar="A.json B.json", help="Compare two files written by --json."),
-    ] = None,
-) -> None:
-    """Explain a process's address space.
-
-    Each byte of VSZ is counted in one class, by its cost, and for one owner, which reserved it.
-    Warnings name the limits that the process comes near.
-    """
-    from pyreserve.cli import explain as command  # noqa: PLC0415
-    from pyreserve.cli import explain_screen  # noqa: PLC0415
-
-    outputs = {
-        "--json": json,
-        "--maps": maps,
-        "--plot": plot is not None,
-        "--save": keep is not None,
-    }
-    _check_explain(
-        pid, watch, csv, folder, diff, [name for name, given in outputs.items() if given]
-    )
-    if plot is not None:
-        _check_picture(plot)
-        _check_output(plot, _PICTURE)
-    with _refusals():
-        if diff is not None:
-            try:
-                command.diff(*diff, as_json=json)
-            except ValueError as error:
-                raise typer.BadParameter(str(error)) from None
-        elif watch is not None and pid is not None:
-            _watch(pid, watch, csv)
-        else:
-            space = command.explained(pid, folder, keep)
-            if plot is not None:
-                command.draw(space, plot)
-            if json:
-                typer.echo(space.to_json())
-            else:
-                explain_screen.show(space, top, all_maps=maps)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-
-
-def _check_explain(
-    pid: int | None,
-    watch: float | None,
-    csv: Path | None,
-    folder: Path | None,
-    diff: tuple[Path, Path] | None,
-    outputs: list[str],
-) -> None:
-    """Refuse options that exclude each other; `outputs` are the given options that add output."""
-    subjects = {"PID": pid, "--from": folder, "--diff": diff}
-    given = [name for name, value in subjects.items() if value is not None]
-    if len(given) > 1:
-        msg = f"{' and '.join(given)} are mutually exclusive"
-    elif "--save" in outputs and (folder is not None or diff is not None):
-        msg = "--save needs a running process"
-    elif watch is not None and outputs:
-        msg = f"--watch can't be combined with {' and '.join(outputs)}"
-    elif diff is not None and {*outputs} - {"--json"}:
-        others = [option for option in outputs if option != "--json"]
-        msg = f"--diff can't be combined with {' and '.join(others)}"
-    elif pid is not None and pid <= 0:
-        msg = f"PID must be positive, got {pid}"
-    elif watch is not None and pid is None:
-        msg = "--watch needs a process: pyreserve explain PID --watch [SECONDS]"
-    elif watch is not None and not 0 < watch < math.inf:
-        msg = f"--watch must be a positive number of seconds, got {watch}"
-    elif csv is not None and watch is None:
-        msg = "--csv needs --watch"
-    else:
-        return
-    raise typer.BadParameter(msg)
-
-
-def _watch(pid: int, seconds: float, csv: Path | None) -> None:
-    from pyreserve.cli.watch import watch  # noqa: PLC0415
-
-    try:
-        watch(pid, seconds, csv=csv)
-    except KeyboardInterrupt:
-        raise typer.Exit(_INTERRUPTED) from None
-
-
-@app.command()
-def doctor(
-    *,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a screen.")] = False,
-) -> None:
-    """List what limits pyreserve on this machine, and how to change it.
-
-    Checks limits, kernel features and settings. Each finding has its consequence and, if it can be
-    changed, the command that does so with its effect and risk.
-    """
-    from pyreserve.cli import doctor_screen  # noqa: PLC0415
-    from pyreserve.doctor import diagnose  # noqa: PLC0415
-
-    with _refusals():
-        diagnosis = diagnose()
-        if json:
-            typer.echo(diagnosis.to_json())
-        else:
-            doctor_screen.show(diagnosis)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-
-
-def _load(path: Path) -> "CostTable":
-    from pyreserve.costs import CostTable  # noqa: PLC0415
-
-    try:
-        return CostTable.load(path)
-    except ValueError as error:
-        msg = f"--compare {path}: {error}"
-        raise typer.BadParameter(msg) from None
-
-
-def _check_picture(path: Path) -> None:
-    from pyreserve._system.pictures import check_suffix  # noqa: PLC0415
-
-    try:
-        check_suffix(path)
-    except ValueError:
-        msg = f"--plot needs a file name that ends in .png or .svg, got {path}"
-        raise typer.BadParameter(msg) from None
-
-
-def _check_output(path: Path, extra: tuple[str, str] | None) -> None:
-    """Refuse an unwritable file or a missing package before the work starts."""
-    if extra is not None and find_spec(extra[0]) is None:
-        typer.echo(
-            f"pyreserve: --{extra[1]} needs {extra[0]}: pip install 'pyreserve[{extra[1]}]'",
-            err=True,
-        )
-        raise typer.Exit(1)
-    from pyreserve._system.output import check_writable  # noqa: PLC0415
-
-    try:
-        check_writable(path)
-    except PermissionError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Print an error as one line on standard error and exit with status 1."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except (PyreserveError, MemoryError, OSError) as error:
-        message = getattr(error, "strerror", None) or str(error) or "out of memory"
-        path = getattr(error, "filename", None)
-        line = f"{f'{path}: ' if path else ''}{message}"
-        # A path may contain control characters.
-        line = "".join(char if char.isprintable() else "?" for char in line)
-        typer.echo(f"pyreserve: {line}", err=True)
-        raise typer.Exit(1) from None
-
-
-def _hold(seconds: float) -> None:
-    pid = os.getpid()
-    duration = "until Ctrl-C" if math.isinf(seconds) else f"for {seconds:g} s"
-    deadline = time.monotonic() + seconds
+def _discard_output() -> None:
+    """Redirect standard output to /dev/null if it fails, so that flushing it at exit does not."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-        typer.echo(
-            f"pid {pid} stays {duration}: ps -o vsz,rss,cmd -p {pid}; pyreserve explain {pid}",
-            err=True,
-        )
-        while (left := deadline - time.monotonic()) > 0:
-            time.sleep(min(left, 3600))
-    except KeyboardInterrupt:
-        typer.echo(err=True)
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from pyreserve._system.extras import own_version  # noqa: PLC0415
+
+        click.echo(f"pyreserve {own_version() or '(not installed)'}")
+        ctx.exit()
+
+
+@click.group(
+    cls=_Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    examples=(
+        ("pyreserve vsz", "a Go program's 136 GiB of VSZ, and why they cost nothing"),
+        ("pyreserve explain 1234", "what the address space of process 1234 holds"),
+        ("pyreserve explain 1234 --watch", "its sizes over time"),
+        ("pyreserve costs --budget 10", "what memory operations cost on this machine"),
+        ("pyreserve doctor", "what limits pyreserve here, and how to change it"),
+        ("pyreserve explain 1234 --json --output old.json", "results as JSON, in a file"),
+        (
+            'eval "$(_PYRESERVE_COMPLETE=bash_source pyreserve)"',
+            "completion of options, layouts, verbs and PIDs in bash; also zsh_source, fish_source",
+        ),
+    ),
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    callback=_version,
+    is_eager=True,
+    expose_value=False,
+    help="Show the version.",
+)
+@click.pass_context
+def app(ctx: click.Context) -> None:
+    """Reserve virtual memory, measure its costs and explain address spaces."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

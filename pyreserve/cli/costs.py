@@ -1,61 +1,551 @@
-"""The work of ``pyreserve costs`` behind its options."""
+"""``pyreserve costs``: measure what memory operations cost, with progress on standard error."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pyreserve._system.output import write_text
-from pyreserve.cli import costs_screen
-from pyreserve.costs import CostTable, Interrupted, Plan, compare, measure, recommend
+import click
 
-Writer = Callable[[CostTable, Path], None]
+import pyreserve
+from pyreserve.cli.console import (
+    Command,
+    Output,
+    Size,
+    check_output,
+    check_picture,
+    completions,
+    output_options,
+)
+from pyreserve.units import format_size, format_time
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    import pyreserve.costs.cells
+    from pyreserve.cli.screen import Screen
+    from pyreserve.costs import (
+        Cell,
+        Comparison,
+        CostModel,
+        CostTable,
+        Curve,
+        Fit,
+        Measured,
+        Plan,
+        Progress,
+        Recommendations,
+    )
+
+VERBS = (
+    "reserve",
+    "commit",
+    "grow",
+    "guard",
+    "unguard",
+    "touch",
+    "populate",
+    "collapse",
+    "discard",
+    "decommit",
+    "release",
+    "retouch",
+    "recommit",
+    "fork",
+)
+"""The verbs of `pyreserve.costs.GROUPS`, which help and completion name without importing it."""
+
+_FULL_BUDGET = 600.0  # seconds
+_INTERRUPTED = 130  # the status that a shell reports after Ctrl-C
+_BAR_REFRESH = 0.2  # seconds between two drawings of the bar, on a terminal
+_LINE_INTERVAL = 10.0  # seconds between two progress lines, elsewhere
 
 
-@dataclass(frozen=True, slots=True)
-class CostsRun:
-    """A run of the command, as its options describe it.
+def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> list[Any]:
+    """Complete the last verb of a list with commas."""
+    given, comma, _last = incomplete.rpartition(",")
+    return completions(((given + comma + verb, "") for verb in VERBS), incomplete)
 
-    Attributes:
-        plan: the cells to measure.
-        budget: the time limit in seconds.
-        outputs: the files to write, each with its writer.
-        old: a table to compare with, and the name of its file.
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("pyreserve costs", "measure for 50 seconds, and give advice"),
+        ("pyreserve costs --only commit,touch --budget 10", "two verbs, more quickly"),
+        ("pyreserve costs --plot costs.png", "also draw cost against length"),
+        ("pyreserve costs --json --output old.json", "keep the results"),
+        ("pyreserve costs --compare old.json", "and tell what changed since"),
+    ),
+)
+@click.option("--budget", type=float, metavar="SECONDS", help="Time limit; 50 seconds by default.")
+@click.option(
+    "--full",
+    is_flag=True,
+    help="Measure all page kinds, modes, thread counts and powers of two; the time limit is 600 "
+    "seconds by default.",
+)
+@click.option(
+    "--only",
+    metavar="VERB,...",
+    shell_complete=_complete_verbs,
+    help=f"Measure only these verbs: {', '.join(VERBS)}.",
+)
+@click.option(
+    "--longest",
+    type=Size(),
+    metavar="SIZE",
+    default="1GiB",
+    help="Longest piece of memory; at most and by default 1GiB.",
+)
+@click.option(
+    "--csv",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the results as CSV, one line per cell.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE.png|.svg",
+    help="Draw cost against length.",
+)
+@click.option(
+    "--compare",
+    type=click.Path(path_type=Path),
+    metavar="OLD.json",
+    help="Compare with a file written by --json --output.",
+)
+@output_options
+def command(
+    budget: float | None,
+    full: bool,
+    only: str | None,
+    longest: int,
+    csv: Path | None,
+    plot: Path | None,
+    compare: Path | None,
+    as_json: bool,
+    output_file: Path | None,
+) -> None:
+    """Measure the costs of memory operations and give advice.
+
+    Prints what commit, touch, discard, decommit and other verbs cost on this machine.
     """
+    costs = pyreserve.costs
+    if budget is not None and not 0 < budget < math.inf:
+        msg = f"--budget must be a positive number of seconds, got {budget}"
+        raise click.BadParameter(msg)
+    verbs = None if only is None else [verb.strip() for verb in only.split(",") if verb.strip()]
+    try:
+        plan = costs.plan(full=full, only=verbs, longest=longest)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    output = Output.checked(as_json, output_file)
+    if csv is not None:
+        check_output(csv, "--csv")
+    if plot is not None:
+        check_picture(plot)
+    old = None if compare is None else _load(compare)
+    plan.check_memory()
+    table = _measure(plan, budget or (_FULL_BUDGET if full else costs.BUDGET))
+    if csv is not None:
+        write_csv(table, csv)
+    if plot is not None:
+        write_plot(table, plot)
+    comparison = None if old is None else costs.compare(old, table)
 
-    plan: Plan
-    budget: float
-    outputs: tuple[tuple[Writer, Path], ...] = ()
-    old: tuple[CostTable, str] | None = None
+    def draw(screen: "Screen") -> None:
+        show(screen, table, costs.recommend(table))
+        if comparison is not None:
+            show_comparison(screen, comparison, str(compare))
 
-    def run(self) -> bool:
-        """Measure, write the files and show the screen; return False after Ctrl-C."""
-        self.plan.check_memory()
-        complete = True
-        with costs_screen.progress(self.plan, self.budget) as show:
-            try:
-                table = measure(self.plan, budget=self.budget, progress=show)
-            except Interrupted as interrupted:
-                table, complete = interrupted.table, False
-        for write, path in self.outputs:
-            write(table, path)
-        costs_screen.show(table, recommend(table))
-        if self.old is not None:
-            costs_screen.show_comparison(compare(self.old[0], table), self.old[1])
-        return complete
+    output.write(lambda: to_json(table, comparison), draw, width=120)
+    if not table.complete:
+        raise click.exceptions.Exit(_INTERRUPTED)
 
 
-def write_plot(table: CostTable, path: Path) -> None:
+def _load(path: Path) -> "CostTable":
+    try:
+        return pyreserve.costs.CostTable.load(path)
+    except ValueError as error:
+        msg = f"--compare {path}: {error}"
+        raise click.BadParameter(msg) from None
+
+
+def _measure(plan: "Plan", budget: float) -> "CostTable":
+    """Measure the plan; after Ctrl-C return the incomplete table."""
+    with progress(plan, budget) as show_progress:
+        try:
+            return pyreserve.costs.measure(plan, budget=budget, progress=show_progress)
+        except pyreserve.costs.Interrupted as interrupted:
+            return interrupted.table
+
+
+def write_plot(table: "CostTable", path: Path) -> None:
     """Draw cost against length."""
     from pyreserve.costs.plot import draw  # noqa: PLC0415
 
     draw(table, path)
 
 
-def write_json(table: CostTable, path: Path) -> None:
-    """Write the documented JSON."""
-    write_text(path, table.to_json() + "\n")
-
-
-def write_csv(table: CostTable, path: Path) -> None:
+def write_csv(table: "CostTable", path: Path) -> None:
     """Write CSV with a line per cell."""
+    from pyreserve._system.output import write_text  # noqa: PLC0415
+
     write_text(path, table.to_csv())
+
+
+def to_json(table: "CostTable", comparison: "Comparison | None" = None) -> str:
+    """Return the table's JSON; after a comparison, with its result as ``comparison``."""
+    if comparison is None:
+        return table.to_json()
+    cells = [
+        {
+            "verb": row.cell.verb,
+            "method": row.cell.method,
+            "page_kind": row.cell.page_kind,
+            "mode": row.cell.mode,
+            "bytes": row.cell.nbytes,
+            "threads": row.cell.threads,
+            "host": row.host,
+            "old_median_ns": row.old.median,
+            "new_median_ns": row.new.median,
+            "verdict": row.verdict,
+        }
+        for row in comparison.cells
+    ]
+    document = json.loads(table.to_json())
+    document["comparison"] = {
+        "noisy": comparison.noisy,
+        "machine_differences": [
+            {"name": name, "old": old, "new": new} for name, old, new in comparison.differences
+        ],
+        "cells": cells,
+        "only_old": comparison.only_old,
+        "only_new": comparison.only_new,
+    }
+    return json.dumps(document, indent=1)
+
+
+@contextmanager
+def progress(plan: "Plan", budget: float) -> "Iterator[Callable[[Progress], None]]":
+    """Report progress on standard error: a bar on a terminal, elsewhere a line every 10 s.
+
+    The caller's thread draws, between two answers of the measuring process.
+    """
+    click.echo(
+        f"pyreserve costs: measuring {len(plan.cells)} cells for at most {budget:g} s, in up to "
+        f"{format_size(plan.memory)} of memory; Ctrl-C ends the run and keeps its results",
+        err=True,
+    )
+    if sys.stderr is not None and sys.stderr.isatty():
+        with _bar(budget) as show:
+            yield show
+    else:
+        yield _progress_lines(budget)
+
+
+def _progress_lines(budget: float) -> "Callable[[Progress], None]":
+    printed = time.monotonic()
+
+    def show(now: "Progress") -> None:
+        nonlocal printed
+        if time.monotonic() - printed < _LINE_INTERVAL:
+            return
+        printed = time.monotonic()
+        click.echo(
+            f"{now.seconds:.0f} of {budget:g} s, pass {now.passes + 1}, {now.settled} of "
+            f"{now.cells} cells settled, now {now.doing}",
+            err=True,
+        )
+
+    return show
+
+
+@contextmanager
+def _bar(budget: float) -> "Iterator[Callable[[Progress], None]]":
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+    from rich.progress import Progress as Bar  # noqa: PLC0415
+
+    console = Console(stderr=True, highlight=False)
+    bar = Bar(
+        TextColumn("{task.fields[doing]}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("pass {task.fields[passes]}, {task.fields[settled]} cells settled"),
+        console=console,
+        auto_refresh=False,
+        transient=True,
+    )
+    task = bar.add_task("", total=budget, doing="", passes=1, settled=0)
+    drawn = time.monotonic()
+
+    def show(now: "Progress") -> None:
+        nonlocal drawn
+        if time.monotonic() - drawn < _BAR_REFRESH:
+            return
+        drawn = time.monotonic()
+        bar.update(
+            task,
+            completed=now.seconds,
+            doing=now.doing,
+            passes=now.passes + 1,
+            settled=now.settled,
+        )
+        bar.refresh()
+
+    bar.start()
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
+def show(screen: "Screen", table: "CostTable", recommendations: "Recommendations") -> None:
+    """Draw the machine, the costs, the cells that could not be measured and recommendations."""
+    _show_machine(screen, table)
+    screen.blank()
+    screen.widest(_costs(screen, table))
+    screen.text(_LEGEND, style="dim")
+    _show_cold(screen, table)
+    _show_unmeasured(screen, table)
+    screen.blank()
+    screen.text("Recommendations", style="bold")
+    for answer in recommendations.answers().values():
+        if answer.value is not None:
+            screen.text(answer.text, indent=2)
+            screen.text(answer.because, style="dim", indent=4)
+
+
+def _show_machine(screen: "Screen", table: "CostTable") -> None:
+    facts = table.machine
+    settings = {int(size): mode for size, mode in facts["transparent_huge_pages"].items()}
+    enabled = [f"{format_size(size)} {mode}" for size, mode in settings.items() if mode != "never"]
+    virtual = {"no": "not virtualised", "yes": "virtualised"}.get(
+        facts["virtualised"], f"virtualised ({facts['virtualised']})"
+    )
+    balloon = ", with a balloon" if facts["balloon"] else ""
+    screen.text(
+        ("pyreserve costs", "bold"),
+        f"  {facts['cpu'] or 'unknown CPU'}, {_count(facts['cpus'], 'CPU')}, "
+        f"{format_size(facts['memory'])}, Linux {facts['kernel']}, {virtual}{balloon}",
+    )
+    call = facts["system_call_ns"]
+    screen.text(
+        f"OS page {format_size(facts['page_size'])}; transparent huge pages: "
+        f"{', '.join(enabled) or 'never'} (defrag {facts['transparent_huge_pages_defrag']}); "
+        f"vm.overcommit_memory {facts['overcommit_memory']}"
+        + (f"; a system call {format_time(call)}" if call else "")
+    )
+    passes = max((row.times.passes for row in table.cells if row.times), default=0)
+    interrupted = "" if table.complete else "Interrupted after "
+    screen.text(f"{interrupted}{table.seconds:.1f} s, up to {_count(passes, 'pass', 'passes')}")
+    if table.disturbed is not None:
+        screen.text(
+            f"Noisy: {table.disturbed}; small differences are not significant.", style="yellow"
+        )
+
+
+def _count(n: int, noun: str, plural: str = "") -> str:
+    return f"{n} {noun if n == 1 else plural or noun + 's'}"
+
+
+_COLUMNS = ("", "pages", "fixed", "per page", "GiB/s", "at", "off", "outliers")
+_LEFT_ALIGNED = {"", "pages", "at", "outliers"}
+_LEGEND = (
+    "Medians, ± half of the 95 % interval. fixed: cost per call. per page: additional cost per OS "
+    "page. up to: not distinguishable from zero. GiB/s: of one thread, at the length in the next "
+    "column, where the cost per page dominates; a touch writes one byte per page. off: largest "
+    "deviation of a median from fixed + per page; large where the cost bends, for instance at a "
+    "cache's size. outliers: their share of the samples, and the worst as a multiple of the "
+    "median. pyreserve.costs.cells describes each verb and method."
+)
+
+
+def _costs(screen: "Screen", table: "CostTable") -> "Iterator[Table]":
+    """Yield the table of costs with fewer and fewer columns, for narrower and narrower screens."""
+    for last in range(len(_COLUMNS), 3, -1):
+        yield _costs_in(screen, table, last)
+    yield _costs_below_labels(screen, table)
+
+
+def _costs_in(screen: "Screen", table: "CostTable", columns: int) -> "Table":
+    shown = screen.new_table(1)
+    for name in _COLUMNS[:columns]:
+        shown.add_column(name, no_wrap=True, justify="left" if name in _LEFT_ALIGNED else "right")
+    for group, rows in _curves(table):
+        shown.add_row(screen.styled(group, "bold"))
+        last = None
+        for label, row in rows:
+            shown.add_row(*[f"  {label}" if label != last else "", *row][:columns])
+            last = label
+    return shown
+
+
+def _costs_below_labels(screen: "Screen", table: "CostTable") -> "Table":
+    """Return the table with verb and method on lines of their own."""
+    shown = screen.new_table(1)
+    for name in ("pages", "fixed", "per page"):
+        shown.add_column(name, no_wrap=True, justify="left" if name in _LEFT_ALIGNED else "right")
+    for group, rows in _curves(table):
+        shown.add_row(screen.styled(group, "bold"))
+        last = None
+        for label, (setting, *figures) in rows:
+            if label != last:
+                shown.add_row(f"  {label}")
+                last = label
+            shown.add_row(f"    {setting}", *figures[:2])
+    return shown
+
+
+def _curves(table: "CostTable") -> "Iterator[tuple[str, list[tuple[str, list[str]]]]]":
+    """Yield each group with its curves: a label and a row of `_COLUMNS` without the label."""
+    model, cells = table.model(), table.curves()
+    for group, verbs in pyreserve.costs.GROUPS.items():
+        fits = [fit for verb in verbs for fit in _sorted(model, verb)]
+        if fits:
+            yield (
+                group,
+                [
+                    (f"{fit.curve.verb} {fit.curve.method}", _row(fit, cells[fit.curve]))
+                    for fit in fits
+                ],
+            )
+
+
+def _sorted(model: "CostModel", verb: str) -> "list[Fit]":
+    def order(fit: "Fit") -> tuple[object, ...]:
+        curve = fit.curve
+        small = curve.page_kind == pyreserve.costs.cells.SMALL
+        method = pyreserve.costs.METHODS[verb].index(curve.method)
+        return (method, not small, curve.page_kind, curve.mode, curve.threads)
+
+    return sorted((fit for fit in model.fits.values() if fit.curve.verb == verb), key=order)
+
+
+def _row(fit: "Fit", cells: "list[Measured]") -> list[str]:
+    longest = cells[-1].cell
+    # A rate is meaningful only where the cost per page dominates.
+    paged = fit.ns_per_page > 1 and fit.ns_per_page * longest.pages > fit.fixed_ns
+    rate = fit.gib_per_second
+    return [
+        _setting(fit.curve),
+        _figure(fit.fixed_ns, fit.fixed_ci95),
+        _figure(fit.ns_per_page, fit.ns_per_page_ci95),
+        (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}") if paged else "",
+        format_size(longest.nbytes) if paged else "",
+        f"{fit.residual:.0%}",
+        _outliers(cells),
+    ]
+
+
+def _setting(curve: "Curve") -> str:
+    threads = f" {curve.threads} threads" if curve.threads > 1 else ""
+    return f"{curve.page_kind}{'' if curve.mode == 'charge' else f' {curve.mode}'}{threads}"
+
+
+def _figure(ns: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    half = (high - low) / 2
+    if ns < 0.001 and half < 0.001:
+        return "0 ns"
+    if ns < half:
+        return f"up to {format_time(high)}"
+    return f"{format_time(ns)} ±{half / ns:3.0%}"
+
+
+def _outliers(cells: "list[Measured]") -> str:
+    times = [row.times for row in cells if row.times is not None]
+    outliers, samples = sum(t.outliers for t in times), sum(t.samples for t in times)
+    if not outliers:
+        return ""
+    worst = max(t.max / t.median for t in times if t.median > 0)
+    return f"{outliers / samples:.1%}, to {worst:.0f}x"
+
+
+def _show_cold(screen: "Screen", table: "CostTable") -> None:
+    cold = [row for row in table.measured() if row.host == "cold"]
+    if not cold:
+        return
+    warm = {row.cell: row.times for row in table.cells if row.host == "warm"}
+    shown = screen.new_table(2, indent=2)
+    shown.add_column("cell")
+    for column in ("cold", "warm", "samples"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in cold:
+        usual = warm.get(row.cell)
+        if row.times is not None:
+            shown.add_row(
+                str(row.cell),
+                format_time(row.times.median),
+                format_time(usual.median) if usual else "",
+                f"{row.times.samples}",
+            )
+    screen.blank()
+    screen.text("Cold host", style="bold")
+    screen.text(
+        "Samples of idle memory that took far longer than others: the hypervisor had probably "
+        "reclaimed it. No figure above includes them.",
+        indent=2,
+    )
+    screen.table(shown)
+
+
+def _show_unmeasured(screen: "Screen", table: "CostTable") -> None:
+    reasons: dict[tuple[str, str], list[Cell]] = {}
+    for row in table.cells:
+        if row.times is None:
+            setting = _setting(pyreserve.costs.Curve.of(row.cell))
+            reasons.setdefault((row.why or "", setting), []).append(row.cell)
+    if reasons:
+        screen.blank()
+    for (reason, setting), cells in reasons.items():
+        verbs = dict.fromkeys(cell.verb for cell in cells)
+        lengths = sorted({cell.nbytes for cell in cells})
+        span = format_size(lengths[0])
+        span += f" to {format_size(lengths[-1])}" if len(lengths) > 1 else ""
+        group = f"{_count(len(cells), 'cell')} of {setting} pages, {span} ({', '.join(verbs)})"
+        screen.text(f"Not measured: {group}: {reason}", style="dim")
+
+
+def show_comparison(screen: "Screen", comparison: "Comparison", old: str) -> None:
+    """Draw the comparison with the run that the file `old` holds."""
+    screen.blank()
+    screen.text(f"Compared with {old}", style="bold")
+    for name, before, after in comparison.differences:
+        screen.text(f"machine differs: {name} was {_plain(before)}, is {_plain(after)}", indent=2)
+    changed = [row for row in comparison.cells if row.verdict not in {"same", "unsure"}]
+    if changed:
+        shown = screen.new_table(2, indent=2)
+        shown.add_column("cell")
+        for column in ("before", "now", "ratio"):
+            shown.add_column(column, justify="right", no_wrap=True)
+        shown.add_column("verdict", no_wrap=True)
+        for row in sorted(changed, key=lambda row: -abs(row.ratio - 1)):
+            cold = ", cold host" if row.host == "cold" else ""
+            shown.add_row(
+                f"{row.cell}{cold}",
+                format_time(row.old.median),
+                format_time(row.new.median),
+                f"{row.ratio:.2f}",
+                row.verdict,
+            )
+        screen.table(shown)
+    counts = {v: comparison.count(v) for v in ("same", "slower", "faster", "noisy", "unsure")}
+    summary = ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n or verdict == "same")
+    screen.text(f"{len(comparison.cells)} cells in both runs: {summary}")
+    if comparison.only_old or comparison.only_new:
+        screen.text(
+            f"{comparison.only_old} cells in the old run only, {comparison.only_new} in this only"
+        )
+    if comparison.noisy is not None:
+        screen.text(f"Noisy, so no change is reported: {comparison.noisy}", style="yellow")
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

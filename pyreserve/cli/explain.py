@@ -1,35 +1,453 @@
-"""The work of ``pyreserve explain`` behind its options."""
+"""``pyreserve explain``: explain an address space, live, saved, drawn, watched or compared."""
 
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyreserve.cli import explain_screen
-from pyreserve.procmem import AddressSpace, compare, explain, load, save
+import click
+
+import pyreserve
+from pyreserve.cli.console import (
+    Command,
+    Output,
+    check_output,
+    check_picture,
+    completions,
+    mutually_exclusive,
+    output_options,
+)
+from pyreserve.units import KiB, format_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    import pyreserve.procmem.judge.classes
+    import pyreserve.procmem.judge.owners
+    import pyreserve.procmem.show.picture
+    import pyreserve.procmem.space
+    from pyreserve.cli.screen import Screen
+    from pyreserve.procmem import AddressSpace, Change, Difference, Mapping
+
+_STYLES = ("dim yellow", "cyan", "bold red", "magenta", "blue", "red", "dim")
+_UNKNOWN_SIZE = "?"
+_BAR, _MIN_BAR = 20, 5  # columns
+_MIN_NAME = 12
+_GAP = 2
+_MAX_OWNERS = 12
 
 
-def explained(pid: int | None, folder: Path | None, keep: Path | None) -> AddressSpace:
-    """Explain a process (by default this one) or a folder of saved files.
+def _complete_pid(_: click.Context, __: click.Parameter, incomplete: str) -> list[Any]:
+    return completions(_processes(), incomplete)
 
-    With `keep` the files are saved there first and then explained, so that both agree.
+
+def _processes() -> Iterator[tuple[str, str]]:
+    """Yield the PID and name of each process that this user may read; kernel threads have none."""
+    with suppress(OSError):  # no /proc
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError):  # it has ended, or belongs to another user
+                with open(f"/proc/{pid}/maps", "rb") as maps:
+                    if not maps.read(1):
+                        continue
+                with open(f"/proc/{pid}/comm", "rb") as comm:
+                    yield pid, comm.read().decode(errors="replace").rstrip("\n")
+
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("pyreserve explain 1234", "what the address space of process 1234 holds"),
+        ("pyreserve explain 1234 --plot space.png", "also as a picture"),
+        ("pyreserve explain 1234 --watch 5 --csv sizes.csv", "its sizes, every 5 seconds"),
+        ("pyreserve explain 1234 --save kept", "keep its files; explain them anywhere:"),
+        ("pyreserve explain --from kept --maps", "all mappings of the saved process"),
+        ("pyreserve explain 1234 --json --output old.json", "the explanation for programs"),
+        ("pyreserve explain --diff old.json new.json", "what changed between two of them"),
+    ),
+)
+@click.argument("pid", type=int, required=False, metavar="[PID]", shell_complete=_complete_pid)
+@click.option(
+    "--top",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=10,
+    help="List the N largest mappings; by default 10.",
+)
+@click.option("--maps", is_flag=True, help="List all mappings.")
+@click.option(
+    "--watch",
+    "interval",
+    type=float,
+    is_flag=False,
+    flag_value="1",
+    metavar="[SECONDS]",
+    help="Show VSZ, reserved, committed, RSS and PSS over time, every second by default. q or "
+    "Ctrl-C ends it.",
+)
+@click.option("--csv", type=_FILE, metavar="FILE", help="With --watch: write the samples to FILE.")
+@click.option(
+    "--plot", type=_FILE, metavar="FILE.png|.svg", help="Draw the blocks of the address space."
+)
+@click.option(
+    "--from",
+    "folder",
+    type=_FILE,
+    metavar="DIR",
+    help="Explain saved files of /proc/PID (maps, smaps, ...).",
+)
+@click.option(
+    "--save", type=_FILE, metavar="DIR", help="Save the files of /proc/PID in DIR, for --from."
+)
+@click.option(
+    "--diff",
+    type=_FILE,
+    nargs=2,
+    metavar="A.json B.json",
+    help="Compare two files written by --json --output.",
+)
+@output_options
+def command(
+    pid: int | None,
+    top: int,
+    maps: bool,
+    interval: float | None,
+    csv: Path | None,
+    plot: Path | None,
+    folder: Path | None,
+    save: Path | None,
+    diff: tuple[Path, Path] | None,
+    as_json: bool,
+    output_file: Path | None,
+) -> None:
+    """Explain a process's address space.
+
+    PID is the process; by default this command itself. Each byte of VSZ is counted in one class, by
+    its cost, and for one owner, which reserved it. Warnings name the limits that the process comes
+    near.
     """
-    if keep is None:
-        return explain(pid, path=folder)
-    save(pid, keep)
-    return explain(path=keep)
+    outputs = {
+        "--json": as_json,
+        "--output": output_file is not None,
+        "--maps": maps,
+        "--plot": plot is not None,
+        "--save": save is not None,
+    }
+    given = [name for name, present in outputs.items() if present]
+    _check(pid, interval, csv, folder, diff, given)
+    output = Output.checked(as_json, output_file)
+    if csv is not None:
+        check_output(csv, "--csv")
+    if plot is not None:
+        check_picture(plot)
+    if diff is not None:
+        _compare(*diff, output)
+    elif interval is not None and pid is not None:
+        from pyreserve.cli.watch import watch  # noqa: PLC0415
 
-
-def draw(space: AddressSpace, path: Path) -> None:
-    """Draw the address space into a file."""
-    from pyreserve.procmem.show.picture import draw as plot  # noqa: PLC0415
-
-    plot(space, path)
-
-
-def diff(old: Path, new: Path, *, as_json: bool) -> None:
-    """Print the changes between two files of ``--json``."""
-    import json  # noqa: PLC0415
-
-    difference = compare(load(old), load(new))
-    if as_json:
-        print(json.dumps(difference.to_dict(), indent=2))
+        watch(pid, interval, csv=csv)
     else:
-        explain_screen.show_difference(difference)
+        _explain(pid, folder, save, plot, output, top=-1 if maps else top)
+
+
+def _check(
+    pid: int | None,
+    interval: float | None,
+    csv: Path | None,
+    folder: Path | None,
+    diff: tuple[Path, Path] | None,
+    outputs: list[str],
+) -> None:
+    """Refuse options that exclude each other; `outputs` are the given options that add output."""
+    subjects = {"PID": pid, "--from": folder, "--diff": diff}
+    given = [name for name, value in subjects.items() if value is not None]
+    no_diff = [option for option in outputs if option not in {"--json", "--output"}]
+    if len(given) > 1:
+        msg = mutually_exclusive(given)
+    elif "--save" in outputs and (folder is not None or diff is not None):
+        msg = "--save needs a running process"
+    elif interval is not None and outputs:
+        msg = f"--watch can't be combined with {' and '.join(outputs)}"
+    elif diff is not None and no_diff:
+        msg = f"--diff can't be combined with {' and '.join(no_diff)}"
+    elif pid is not None and pid <= 0:
+        msg = f"PID must be positive, got {pid}"
+    elif interval is not None and pid is None:
+        msg = "--watch needs a process: pyreserve explain PID --watch [SECONDS]"
+    elif interval is not None and not 0 < interval < math.inf:
+        msg = f"--watch must be a positive number of seconds, got {interval}"
+    elif csv is not None and interval is None:
+        msg = "--csv needs --watch"
+    else:
+        return
+    raise click.BadParameter(msg)
+
+
+def _compare(old: Path, new: Path, output: Output) -> None:
+    procmem = pyreserve.procmem
+    try:
+        difference = procmem.compare(procmem.load(old), procmem.load(new))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    output.write(
+        lambda: json.dumps(difference.to_dict(), indent=2),
+        lambda screen: show_difference(screen, difference),
+    )
+
+
+def _explain(
+    pid: int | None,
+    folder: Path | None,
+    save: Path | None,
+    plot: Path | None,
+    output: Output,
+    *,
+    top: int,
+) -> None:
+    procmem = pyreserve.procmem
+    if save is not None:
+        # Explain the saved files, so that both agree.
+        procmem.save(pid, save)
+        pid, folder = None, save
+    space = procmem.explain(pid, path=folder)
+    if plot is not None:
+        from pyreserve.procmem.show.picture import draw  # noqa: PLC0415
+
+        draw(space, plot)
+    output.write(space.to_json, lambda screen: show(screen, space, top))
+
+
+@cache
+def _classes() -> dict[str, tuple[str, str]]:
+    """Return the label and the style of each class."""
+    classes = pyreserve.procmem.judge.classes
+    labels = dict(
+        zip(classes.NAMES, zip(classes.WORDS, _STYLES, strict=True), strict=True),
+    )
+    labels[classes.ACCESSIBLE] = classes.ACCESSIBLE_WORDS, "cyan"
+    return labels
+
+
+def show(screen: "Screen", space: "AddressSpace", top: int) -> None:
+    """Draw the explanation, with the `top` largest mappings; a negative number lists all."""
+    pid = f"pid {space.pid} " if space.pid is not None else ""
+    name = screen.printable(space.name) or "?"
+    screen.text(("pyreserve explain", "bold"), f"  {pid}({name})")
+    screen.blank()
+    screen.text(screen.printable(space.verdict))
+    for warning in space.warnings:
+        screen.text(("warning: ", "bold yellow"), screen.printable(warning))
+    screen.blank()
+    screen.table(_by_class(screen, space))
+    screen.blank()
+    screen.text(
+        f"RSS {_kib(space.rss_kib)}, PSS {_kib(space.pss_kib)}, USS {_kib(space.uss_kib)}, "
+        f"swap {_kib(space.swap_kib)}, page tables {_kib(space.page_tables_kib)}"
+    )
+    _details(screen, space.details)
+    screen.blank()
+    screen.table(_by_owner(screen, space))
+    _evidence(screen, space)
+    if space.ranges:
+        screen.blank()
+        screen.widest(_ranges(screen, space, gap) for gap in (_GAP, 1))
+    mappings = space.maps() if top < 0 else space.top(top)
+    if mappings:
+        screen.blank()
+        title = "all mappings" if top < 0 else f"largest of {space.mappings:,} mappings"
+        title += ": addresses, access, size, in memory, class of the rest, owner"
+        screen.text(title, style="bold")
+        _mappings(screen, space, mappings)
+
+
+def show_difference(screen: "Screen", difference: "Difference") -> None:
+    """Draw the changes between two explanations."""
+    screen.text(screen.printable(difference.verdict))
+    if not difference.same_process:
+        screen.text("The two files describe different processes.", style="yellow")
+    for title, changes in (
+        ("totals", [change for change in difference.totals if change.by]),
+        ("by class", difference.classes),
+        ("addresses by owner", difference.owners),
+        ("memory by owner", difference.owners_resident),
+    ):
+        if changes:
+            screen.blank()
+            screen.table(_changes(screen, title, changes))
+
+
+def _kib(kib: int | None) -> str:
+    return _UNKNOWN_SIZE if kib is None else format_size(kib * KiB)
+
+
+def _share(part: int, whole: int) -> str:
+    share = 100 * part / whole if whole else 0.0
+    if part and share < 0.05:
+        return "< 0.1 %"
+    return "> 99.9 %" if part < whole and share >= 99.95 else f"{share:.1f} %"
+
+
+def _bar(part: int, whole: int, width: int, *, ascii_only: bool) -> str:
+    """Draw a bar in eighth blocks (in ASCII: #); any non-zero share shows at least one."""
+    blocks = "" if ascii_only else "▏▎▍▌▋▊▉█"
+    steps = len(blocks) or 1
+    full, rest = divmod(max(1, round(steps * width * part / whole)) if part and whole else 0, steps)
+    return (blocks[-1:] or "#") * full + (blocks[rest - 1] if rest else "")
+
+
+class _Row(NamedTuple):
+    """A row of `_shares`: a name, its size and the text of the last column."""
+
+    name: str
+    kib: int
+    note: str
+    style: str = ""
+    bar: str | None = None
+    """The style of the bar; None draws no bar."""
+
+
+def _shares(screen: "Screen", titles: tuple[str, str], rows: list[_Row], whole: int) -> "Table":
+    """Lay out sizes and shares. On a narrow screen first the bars get shorter, then the names."""
+    name_title, note_title = titles
+    headings = ("size", "share", note_title)
+    cells = [(_kib(row.kib), _share(row.kib, whole), row.note) for row in rows]
+    figures = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    left = screen.width - sum(figures) - _GAP * len(figures)
+    longest = max(len(name_title), *(len(row.name) for row in rows))
+    names = max(_MIN_NAME, min(longest, left))
+    bar = min(_BAR, left - longest - _GAP)
+    table = screen.new_table(_GAP)
+    table.add_column(name_title, no_wrap=True, width=names)
+    for title, width in zip(headings, figures, strict=True):
+        table.add_column(title, justify="right", no_wrap=True, width=width)
+    if bar >= _MIN_BAR:
+        table.add_column("", no_wrap=True, width=bar)
+    for row, (size, share, note) in zip(rows, cells, strict=True):
+        drawn = []
+        if row.bar is not None and bar >= _MIN_BAR:
+            blocks = _bar(row.kib, whole, bar, ascii_only=screen.ascii_only)
+            drawn.append(screen.styled(blocks, row.bar))
+        name = screen.styled(screen.shorten(row.name, names), row.bar or "")
+        table.add_row(name, size, share, note, *drawn, style=row.style)
+    return table
+
+
+def _by_class(screen: "Screen", space: "AddressSpace") -> "Table":
+    rows = [
+        _Row(_classes()[item.name][0], item.kib, f"{item.mappings:,}", bar=_classes()[item.name][1])
+        for item in space.classes
+        if item.kib
+    ]
+    total = _Row("VSZ", space.vsz_kib, f"{space.mappings:,}", style="bold")
+    return _shares(screen, ("by class", "mappings"), [*rows, total], space.vsz_kib)
+
+
+def _in_memory(space: "AddressSpace", kib: int) -> str:
+    return _UNKNOWN_SIZE if space.uss_kib is None else _kib(kib)
+
+
+def _by_owner(screen: "Screen", space: "AddressSpace") -> "Table":
+    unknown = pyreserve.procmem.judge.owners.UNKNOWN
+    rows = [
+        _Row(
+            screen.printable(owner.name),
+            owner.kib,
+            _in_memory(space, owner.rss_kib),
+            bar="dim" if owner.name == unknown else "green",
+        )
+        for owner in space.owners[:_MAX_OWNERS]
+    ]
+    rest = space.owners[len(rows) :]
+    if rest:
+        kib = sum(owner.kib for owner in rest)
+        resident = _in_memory(space, sum(owner.rss_kib for owner in rest))
+        rows.append(_Row(f"{len(rest)} more", kib, resident))
+    return _shares(screen, ("by owner", "in memory"), rows, space.vsz_kib)
+
+
+def _evidence(screen: "Screen", space: "AddressSpace") -> None:
+    """Print how the owners of at least 1 % of the addresses or of the memory were recognised."""
+    resident = sum(owner.rss_kib for owner in space.owners)
+    for owner in space.owners:
+        if owner.evidence and (
+            100 * owner.kib >= space.vsz_kib or 100 * owner.rss_kib >= max(1, resident)
+        ):
+            screen.text(screen.printable(f"{owner.name}: {owner.evidence}"), style="dim")
+
+
+def _details(screen: "Screen", details: dict[str, int]) -> None:
+    """Print how much memory is dirty, in huge pages and so on, omitting zeros."""
+    huge = sum(details.get(name, 0) for name in ("anon_huge", "shmem_huge", "file_huge"))
+    figures = (
+        (details.get("dirty", 0), "dirty"),
+        (huge, "in transparent huge pages"),
+        (details.get("hugetlb", 0), "in hugetlb pages"),
+        (details.get("lazy_free", 0), "lazily discarded"),
+        (details.get("locked", 0), "locked"),
+        (details.get("no_access_resident", 0), "without access"),
+        (details.get("stacks_resident", 0), "in stacks"),
+    )
+    parts = [f"{_kib(kib)} {label}" for kib, label in figures if kib]
+    if parts:
+        screen.text(f"Of the memory: {', '.join(parts)}")
+
+
+def _ranges(screen: "Screen", space: "AddressSpace", gap: int) -> "Table":
+    state = pyreserve.procmem.space.state
+    table = screen.new_table(gap, show_header=False)
+    for column in range(4):
+        table.add_column(justify="right" if column == 1 else "left", no_wrap=True)
+    for piece in space.ranges:
+        table.add_row(
+            f"{piece.start:08x}-{piece.end:08x}",
+            format_size(piece.end - piece.start),
+            piece.what,
+            state(piece),
+            style="dim yellow" if state(piece) == "reserved" else "green",
+        )
+    return table
+
+
+def _mappings(screen: "Screen", space: "AddressSpace", mappings: "list[Mapping]") -> None:
+    addresses = [f"{mapping.start:08x}-{mapping.end:08x}" for mapping in mappings]
+    width = max(map(len, addresses))
+    for address, mapping in zip(addresses, mappings, strict=True):
+        words, style = _classes()[mapping.class_name or "special_pfn"]
+        if mapping.rss_kib == mapping.kib:
+            words, style = "in memory", _classes()["resident_private"][1]
+        name = screen.printable(mapping.name)
+        screen.fields(
+            f"{address:{width}} {mapping.perms} {_kib(mapping.kib):>10} "
+            f"{_in_memory(space, mapping.rss_kib):>10}",
+            (f"{words:<23}", style),
+            screen.printable(mapping.owner),
+            *([name] if name else []),
+        )
+
+
+def _changes(screen: "Screen", title: str, changes: "Iterable[Change]") -> "Table":
+    rows = []
+    for change in changes:
+        form = "{:,}".format if change.name == "mappings" else _kib
+        name = _classes()[change.name][0] if change.name in _classes() else change.name
+        name = screen.printable(name.removesuffix("_kib").replace("_", " "))
+        by = f"{'+' if change.by > 0 else '-'}{form(abs(change.by))}"
+        style = "yellow" if change.by > 0 else "green"
+        rows.append(((name, form(change.old), form(change.new), by), style))
+    headings = (title, "before", "after", "change")
+    widths = [
+        max(map(len, column)) for column in zip(headings, *(row for row, _ in rows), strict=True)
+    ]
+    names = max(_MIN_NAME, min(widths[0], screen.width - sum(widths[1:]) - 3 * _GAP))
+    table = screen.new_table(_GAP)
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if column else "left", no_wrap=True)
+    for (name, *figures), style in rows:
+        table.add_row(screen.styled(screen.shorten(name, names), ""), *figures, style=style)
+    return table

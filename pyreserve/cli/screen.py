@@ -1,25 +1,17 @@
-"""The screen of ``pyreserve vsz``, and the helpers that all screens share."""
+"""The screens of all commands, drawn with rich."""
 
-import json
+import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable
+from typing import IO, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pyreserve import layouts
-from pyreserve._arena.arena import WORD
-from pyreserve.cli.report import VszReport
-from pyreserve.layouts import Piece
-from pyreserve.units import GiB, KiB, format_size
-
-_BAR_DELAY = 0.5  # seconds of work before a progress bar is drawn
-_BAR_REFRESH = 0.1  # seconds between two drawings
+Part = str | tuple[str, str]
+"""A text, or a text and its style."""
 
 
 class PlainTable(Table):
@@ -37,10 +29,14 @@ class PlainTable(Table):
         return (left if column_index > 0 else 0) + (0 if last else right)
 
 
-def console_for(width: int = 100) -> Console:
-    """Return a console on standard output, as wide as the terminal; elsewhere `width` columns."""
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    return Console(width=None if terminal else width, highlight=False)
+def console_for(width: int = 100, file: IO[str] | None = None) -> Console:
+    """Return a console on standard output or a file.
+
+    It is as wide as COLUMNS says, else as the terminal, else `width`.
+    """
+    terminal = file is None and sys.stdout is not None and sys.stdout.isatty()
+    known = terminal or os.environ.get("COLUMNS", "").isdigit()
+    return Console(file=file, width=None if known else width, highlight=False)
 
 
 def printable(text: str, console: Console) -> str:
@@ -49,177 +45,92 @@ def printable(text: str, console: Console) -> str:
     return harmless.encode(console.encoding, "replace").decode(console.encoding)
 
 
-def show(report: VszReport) -> None:
-    """Print the report; without a standard output print nothing."""
-    if sys.stdout is None:
-        return
-    console = console_for()
-    console.print(Text.assemble(("pyreserve vsz", "bold"), f"  {report.layout}, pid {report.pid}"))
-    if report.fell_back is not None:
-        console.print(
-            Text(
-                f"{report.requested_layout} fell back to the 32-bit layout, as Go's runtime does: "
-                f"{report.fell_back.because}",
-                "yellow",
-            )
-        )
-    console.print()
-    console.print(_sizes(report))
-    console.print()
-    console.print(_heading(report))
-    console.print(_maps(report))
-    console.print()
-    console.print(Text(verdict(report)), soft_wrap=False)
+class Screen:
+    """A console with the parts that screens are made of. Lines break between words only."""
 
+    def __init__(self, width: int = 100, file: IO[str] | None = None) -> None:
+        """See `console_for`."""
+        self.console = console_for(width, file)
+        # Elsewhere than on a terminal a row of a list stays one line, so that it can be searched.
+        self._breaks_rows = self.console.is_terminal or "COLUMNS" in os.environ
 
-def _heading(report: VszReport) -> str:
-    span = f"{report.start:x}-{report.end:x}, {format_size(report.end - report.start)}"
-    if report.strategy == "arenas":
-        return f"Mapped as whole arenas, with metadata elsewhere ({span}):"
-    if report.strategy == "probe":
-        return f"Mapped at a probed address, without a reservation ({span}):"
-    return f"Inside the reservation ({span}):"
+    @property
+    def width(self) -> int:
+        """The number of columns."""
+        return self.console.width
 
+    @property
+    def ascii_only(self) -> bool:
+        """Whether the output's encoding has no block characters."""
+        return self.console.options.ascii_only
 
-def _sizes(report: VszReport) -> Table:
-    table = PlainTable(3)
-    table.add_column("KiB")
-    for column in ("before", "after", "change"):
-        table.add_column(column, justify="right")
-    before, after = report.before, report.after
-    rows: list[tuple[str, int | None, int | None]] = [
-        ("VSZ", before.vm_size_kib, after.vm_size_kib),
-        ("RSS", before.vm_rss_kib, after.vm_rss_kib),
-        ("PSS", before.pss_kib, after.pss_kib),
-        ("Committed_AS (system)", before.committed_as_kib, after.committed_as_kib),
-    ]
-    if report.ps_before is not None and report.ps_after is not None:
-        rows += [
-            (f"ps says {name}", old, new)
-            for name, old, new in zip(
-                ("VSZ", "RSS"), report.ps_before, report.ps_after, strict=True
-            )
-        ]
-    for name, old, new in rows:
-        if old is None or new is None:
-            table.add_row(name, "?", "?", "smaps can't be read")
-            continue
-        change = f"{new - old:+,}" if old != new else "0"
-        style = "bold" if (new - old) * KiB > GiB else ""
-        table.add_row(name, f"{old:,}", f"{new:,}", change, style=style)
-    return table
+    def printable(self, text: str) -> str:
+        """Return the text as this output can show it."""
+        return printable(text, self.console)
 
+    def blank(self) -> None:
+        """Print an empty line."""
+        self.console.print()
 
-def _maps(report: VszReport) -> Table:
-    marked = [id(piece) for piece in _inaccessible(report)[:2]]
-    table = PlainTable(3, show_header=False)
-    for _ in range(6):
-        table.add_column(no_wrap=True)
-    table.columns[2].justify = "right"
-    for piece in report.maps:
-        reserved = piece.perms.startswith("---")
-        table.add_row(
-            f"{piece.start:08x}-{piece.end:08x}",
-            piece.perms,
-            format_size(piece.end - piece.start),
-            piece.what,
-            "reserved" if reserved else "committed",
-            "<- inaccessible" if id(piece) in marked else "",
-            style="bold yellow" if id(piece) in marked else "dim" if reserved else "green",
-        )
-    return table
+    def text(self, *parts: Part, style: str = "", indent: int = 0) -> None:
+        """Print a paragraph."""
+        text = Text.assemble(*parts, style=style)
+        self.console.print(Padding(text, (0, 0, 0, indent)) if indent else text)
 
+    def labelled(self, label: tuple[str, str], width: int, *parts: Part) -> None:
+        """Print a paragraph beside a label, which takes `width` columns."""
+        # Not a table: rich pads its lines with spaces, and a shell does not continue a line after
+        # a backslash and a space.
+        words, style = label
+        text = Text.assemble(*parts)
+        for line in text.wrap(self.console, max(width, self.width - width), overflow="fold"):
+            line.rstrip()
+            self.console.print(Text.assemble((words.ljust(width), style), line))
+            words = ""
 
-def _inaccessible(report: VszReport) -> list[Piece]:
-    """Return the reserved pieces, largest first."""
-    pieces = [piece for piece in report.maps if piece.perms.startswith("---")]
-    return sorted(pieces, key=lambda piece: piece.start - piece.end)
+    def line(self, text: Text) -> None:
+        """Print a line that is never broken."""
+        self.console.print(text, soft_wrap=True)
 
+    def fields(self, *fields: Part, gap: str = "  ") -> None:
+        """Print fields on one line; those that don't fit on further lines, indented."""
+        line = Text()
+        for i, field in enumerate(fields):
+            part = Text.assemble(field)
+            if i and self._breaks_rows and line.cell_len + len(gap + part.plain) > self.width:
+                self.line(line)
+                line = Text("  ")
+            elif i:
+                line.append(gap)
+            line.append_text(part)
+        self.line(line)
 
-def verdict(report: VszReport) -> str:
-    """Explain in a few sentences why the VSZ is not a leak."""
-    inaccessible = _inaccessible(report)
-    reserved = sum(piece.end - piece.start for piece in inaccessible)
-    touched = f", of which --touch took {format_size(report.touched)}" if report.touched else ""
-    memory = (
-        "RSS, the memory in use, grew by "
-        f"{report.after.vm_rss_kib - report.before.vm_rss_kib:,} KiB{touched}."
-    )
-    if report.strategy == "arenas":
-        return (
-            f"This is not a leak: {report.layout} maps whole arenas and their metadata, which take "
-            f"memory only where they are touched. {memory}"
-        )
-    if not inaccessible:
-        return (
-            f"This is not a leak, and VSZ stays small: {report.layout} maps each piece when it is "
-            f"used and reserves no other addresses. {memory}"
-        )
-    mappings = "the mapping" if len(inaccessible) == 1 else "the two mappings"
-    return (
-        f"This is not a leak: {format_size(reserved)} of VSZ is reserved address space (PROT_NONE, "
-        f"{mappings} marked above). It takes no memory, no swap and no commit charge. {memory} The "
-        "heap commits its addresses piece by piece as it uses them."
-    )
+    @staticmethod
+    def new_table(gap: int, *, indent: int = 0, **options: Any) -> Table:
+        """Return an empty table; see `PlainTable`."""
+        return PlainTable(gap, indent=indent, **options)
 
+    @staticmethod
+    def styled(text: str, style: str) -> Text:
+        """Return a cell of a table."""
+        return Text(text, style)
 
-def list_layouts(*, as_json: bool) -> None:
-    """Print all layouts with their descriptions."""
-    rows = [layouts.get(name, word=WORD) for name in layouts.names()]
-    if as_json:
-        entries = [
-            {
-                "name": layout.name,
-                "strategy": layout.strategy,
-                "total": layout.total(),
-                "describes": layouts.describe(layout),
-                "source": layout.source,
-            }
-            for layout in rows
-        ]
-        print(json.dumps(entries, indent=2))
-        return
-    table = PlainTable(3)
-    table.add_column("layout", no_wrap=True)
-    table.add_column("description")
-    for layout in rows:
-        table.add_row(layout.name, layouts.describe(layout))
-    console_for(width=140).print(table)
+    def table(self, table: Table) -> None:
+        """Print a table."""
+        self.console.print(table)
 
+    def widest(self, tables: Iterable[Table]) -> None:
+        """Print the first table that fits; if none does, the last."""
+        unbounded = self.console.options.update(max_width=1000)
+        for table in tables:
+            if self.console.measure(table, options=unbounded).maximum <= self.width:
+                break
+        self.console.print(table)
 
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Draw a progress bar on standard error, if it is a terminal, after `_BAR_DELAY` seconds.
-
-    Yields a function that takes the bytes done since its last call. The caller's thread draws:
-    a separate thread would add its stack and heap to VSZ.
-    """
-    bar = Progress(
-        TextColumn("touching"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        auto_refresh=False,
-        transient=True,
-    )
-    task = bar.add_task("touching", total=total)
-    begun = drawn = time.monotonic()
-    started = False
-
-    def advance(nbytes: int) -> None:
-        nonlocal started, drawn
-        now = time.monotonic()
-        bar.advance(task, nbytes)
-        if not started and now - begun > _BAR_DELAY and bar.console.is_terminal:
-            bar.start()
-            started = True
-        if started and now - drawn > _BAR_REFRESH:
-            bar.refresh()
-            drawn = now
-
-    try:
-        yield advance
-    finally:
-        if started:
-            bar.stop()
+    def shorten(self, text: str, width: int) -> str:
+        """Cut a text that is wider than `width` after a word, and mark the cut."""
+        if len(text) <= width:
+            return text
+        mark = "..." if self.ascii_only else "…"
+        words = text[: width + 1 - len(mark)].rpartition(" ")[0] or text[: width - len(mark)]
+        return words.rstrip(" ,") + mark

@@ -147,6 +147,7 @@ class TestJSON:
         report = json.loads(default_json())
 
         assert list(report) == [
+            "schema",
             "layout",
             "requested_layout",
             "strategy",
@@ -322,9 +323,11 @@ class TestChoosing:
         """--list --json prints every layout with its total."""
         done = run_forked("vsz", "--list", "--json")
 
-        entries = json.loads(done.stdout)
+        document = json.loads(done.stdout)
+        entries = document["layouts"]
+        assert document["schema"] == 1
         assert [entry["name"] for entry in entries] == layouts.names()
-        assert {entry["name"]: entry["total"] for entry in entries} == {
+        assert {entry["name"]: entry["total_bytes"] for entry in entries} == {
             name: layouts.get(name, word=WORD).total() for name in layouts.names()
         }
 
@@ -611,23 +614,23 @@ class TestWhatIsMissing:
         main()
         """
 
-    @pytest.mark.parametrize("missing", ["typer", "rich", "typer,rich"])
+    @pytest.mark.parametrize("missing", ["click", "rich", "click,rich"])
     @pytest.mark.parametrize(
         "arguments", [["vsz"], pytest.param(["vsz", "--list"], marks=pytest.mark.heavy)]
     )
     def test_the_extra_is_named(self, missing: str, arguments: list[str]) -> None:
-        """Without typer or rich the command names the extra in one line."""
+        """Without click or rich the command names the extra in one line."""
         done = python(self.WITHOUT, missing, *arguments)
 
         line = refused_in_one_line(done)
         assert "pip install 'pyreserve[cli]'" in line
 
     def test_a_module_that_python_was_told_to_block(self) -> None:
-        """A typer that is None in sys.modules counts as missing."""
+        """A click that is None in sys.modules counts as missing."""
         done = python(
             """
             import sys
-            sys.modules["typer"] = None
+            sys.modules["click"] = None
             from pyreserve.cli import main
             sys.argv = ["pyreserve", "vsz"]
             main()
@@ -644,7 +647,7 @@ class TestWhatIsMissing:
 
             class Full:
                 def find_spec(self, name, path=None, target=None):
-                    if name == "typer":
+                    if name == "click":
                         raise MemoryError
 
             sys.meta_path.insert(0, Full())
@@ -665,7 +668,7 @@ class TestWhatIsMissing:
 
 
 class TestImporting:
-    HEAVY = ("numpy", "rich", "typer", "click", "matplotlib", "hypothesis", "pytest")
+    HEAVY = ("numpy", "rich", "click", "matplotlib", "hypothesis", "pytest")
 
     @pytest.mark.parametrize("module", ["pyreserve", "pyreserve.cli"])
     def test_importing_is_cheap(self, module: str) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
+import pyreserve.costs
 from helpers import command, costs_tables
 from helpers.costs_tables import LOUD, USUAL, line
 from helpers.subjects import wait_until
 from helpers.witness import PATIENCE
 from pyreserve._system import proc
-from pyreserve.cli import app
-from pyreserve.cli import costs as costs_command
+from pyreserve.cli import console
 from pyreserve.costs import CostTable, Curve, Noise, measuring
 
 COMMAND = [sys.executable, "-m", "pyreserve", "costs"]
@@ -65,7 +65,7 @@ def run_measured(path: Path, *arguments: str | Path) -> subprocess.CompletedProc
     """Run the command with the results of a file in place of a measurement."""
 
     def replace() -> None:
-        vars(costs_command)["measure"] = lambda *_, **__: CostTable.load(path)
+        vars(pyreserve.costs)["measure"] = lambda *_, **__: CostTable.load(path)
 
     return command.run("costs", *arguments, env=environment(), prepare=replace)
 
@@ -95,9 +95,12 @@ def spent_by_children(pid: int) -> int:
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
     """Standard output and error of a quick run, and the folder of its files."""
     folder = tmp_path_factory.mktemp("quick")
-    ended = run_briefly("--json", folder / "a.json", "--csv", folder / "a.csv")
+    ended = run_briefly("--json", "--output", folder / "a.json", "--csv", folder / "a.csv")
     assert ended.returncode == 0, ended.stderr
-    return ended.stdout, ended.stderr, folder
+    assert ended.stdout == ""
+    shown = run_measured(folder / "a.json")
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout, ended.stderr, folder
 
 
 class TestScreen:
@@ -194,13 +197,15 @@ class TestFiles:
         assert (folder / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
 
     def test_standard_output_is_a_file_too(self, quick: tuple[str, str, Path]) -> None:
-        """``--json /dev/stdout`` writes to standard output."""
+        """``--output /dev/stdout`` writes to standard output, as no ``--output`` does."""
         _, _, folder = quick
 
-        ended = run_measured(folder / "a.json", "--json", "/dev/stdout")
+        ended = run_measured(folder / "a.json", "--json", "--output", "/dev/stdout")
+        plain = run_measured(folder / "a.json", "--json")
 
         assert ended.returncode == 0, ended.stderr
-        found, _ = json.JSONDecoder().raw_decode(ended.stdout)
+        found = json.loads(ended.stdout)
+        assert plain.stdout == ended.stdout
         assert found["schema"] == 1
 
     def test_a_picture(self, tmp_path: Path) -> None:
@@ -258,8 +263,8 @@ class TestRefusals:
             (("--longest", "1"), "at least an OS page"),
             (("--longest", "lots"), "not a size"),
             (("--plot", "a.gif"), ".png or .svg"),
-            (("--json", "/nowhere/a.json"), "can't be written"),
-            (("--json", "/"), "can't be written"),
+            (("--output", "/nowhere/a.json"), "can't be written"),
+            (("--output", "/"), "can't be written"),
         ],
     )
     def test_options_that_make_no_sense(self, arguments: tuple[str, str], message: str) -> None:
@@ -291,7 +296,7 @@ class TestRefusals:
         """A missing package for --plot is reported before the measurement."""
 
         def remove() -> None:
-            vars(app)["find_spec"] = lambda other: None if other == name else find_spec(other)
+            vars(console)["find_spec"] = lambda other: None if other == name else find_spec(other)
 
         path = tmp_path / "a.png"
         ended = command.run("costs", f"--{option}", path, env=environment(), prepare=remove)
@@ -321,7 +326,7 @@ class TestInterrupted:
         path = tmp_path / "a.json"
         arguments = ("--only", "commit,touch", "--longest", "1MiB", "--budget", "1000")
         process = subprocess.Popen(
-            [*COMMAND, *arguments, "--json", path],
+            [*COMMAND, *arguments, "--json", "--output", path],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -335,7 +340,10 @@ class TestInterrupted:
         out, err = process.communicate(timeout=PATIENCE)
 
         assert process.returncode == 130, err
-        assert "Interrupted after " in out
+        assert out == ""
+        shown = run_measured(path)
+        assert shown.returncode == 130
+        assert "Interrupted after " in shown.stdout
         found = json.loads(path.read_text())
         assert found["complete"] is False
         assert any(cell["ns"] for cell in found["cells"])

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from helpers import command
 from helpers.captures import FOLDER, NAMES, truth
 from helpers.witness import PATIENCE
-from pyreserve.cli import explain_screen
+from pyreserve.cli import explain as explain_command
+from pyreserve.cli.screen import Screen
 from pyreserve.errors import PyreserveError
 from pyreserve.procmem import explain, load
 
@@ -94,24 +94,19 @@ class TestScreen:
     @pytest.mark.parametrize("name", NAMES)
     def test_every_capture_fits(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
         """Except for the lists of mappings, no line is longer than 100 columns."""
-        explain_screen.show(explain(path=FOLDER / name), 0, all_maps=False)
+        explain_command.show(Screen(100), explain(path=FOLDER / name), 0)
 
         screen = capsys.readouterr().out
         assert max(map(len, screen.splitlines())) <= 100
         assert "mappings: addresses" not in screen
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_no_figure_is_cut(
-        self, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_no_figure_is_cut(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
         """In 80 and 50 columns bars and names are shortened, sizes and shares are not."""
         space = explain(path=FOLDER / name)
         figures = re.compile(r"(\d|\.\d+) ([KMGT]i)?B +[<>]? ?\d+\.\d % +\d[^…]*$")
         for width in (80, 50):
-            console = Console(width=width, highlight=False)
-            monkeypatch.setattr(explain_screen, "console_for", lambda console=console: console)
-
-            explain_screen.show(space, 0, all_maps=False)
+            explain_command.show(Screen(width), space, 0)
 
             screen = capsys.readouterr().out
             tables = re.findall(r"^by (?:class|owner) .*\n((?:.* % .*\n)+)", screen, re.M)
@@ -368,7 +363,7 @@ class TestRefusals:
         """Another user's process is reported in one line with status 1."""
         # Import first: the user nobody may have no access to the interpreter's files.
         code = (
-            "import os, sys; from pyreserve.cli import app, explain, explain_screen\n"
+            "import os, sys; from pyreserve.cli import app, explain, screen\n"
             "try: app.app(['explain', '4194304'])\n"
             "except SystemExit: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
             "app.app(['explain', sys.argv[1]])"

@@ -23,11 +23,10 @@ import pytest
 from rich.console import Console
 
 from helpers.witness import PATIENCE
-from pyreserve.cli import watched
 from pyreserve.cli.screen import printable
-from pyreserve.cli.sparkline import ASCII, BLOCKS, sparkline
-from pyreserve.cli.watch import watch
-from pyreserve.cli.watched import COLUMNS, Watched
+from pyreserve.cli.watch import watch, watched
+from pyreserve.cli.watch.sparkline import ASCII, BLOCKS, sparkline
+from pyreserve.cli.watch.watched import COLUMNS, Watched
 from pyreserve.procmem import Sample
 
 LEAVE, ENTER = b"\x1b[?1049l", b"\x1b[?1049h"

@@ -22,6 +22,7 @@ from PIL import Image
 from pyreserve import GiB, KiB, MiB
 from pyreserve._system.output import check_writable, write_bytes, write_text
 from pyreserve.cli import costs as command
+from pyreserve.cli.console import Output
 from pyreserve.costs import GROUPS, METHODS, Cell, CostTable, Curve, Measured, Noise
 from pyreserve.costs import plot as module
 from pyreserve.costs.plot import draw, figure, spread
@@ -457,6 +458,11 @@ def test_missing_extra(
         call(table(line(Curve("fork", "inherit"), 9, 1)))
 
 
+def write_json(costs: CostTable, path: Path) -> None:
+    """Write a table as ``pyreserve costs --json --output FILE`` does."""
+    Output(True, path).write(costs.to_json, lambda _: None)
+
+
 class TestWritingWhole:
     @pytest.fixture
     def broken(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -472,13 +478,13 @@ class TestWritingWhole:
     @pytest.mark.parametrize(
         ("write", "suffix"),
         [
-            (command.write_json, ".json"),
+            (write_json, ".json"),
             (command.write_csv, ".csv"),
             (command.write_plot, ".svg"),
         ],
     )
     def test_a_failed_write_leaves_the_old_file(
-        self, tmp_path: Path, write: command.Writer, suffix: str, broken: None
+        self, tmp_path: Path, write: Callable[[CostTable, Path], None], suffix: str, broken: None
     ) -> None:
         """A failed write leaves the old file as it was, and no other file."""
         path = tmp_path / f"costs{suffix}"

@@ -21,7 +21,8 @@ import pyreserve
 from pyreserve import PAGE_SIZE, KiB, MiB
 from pyreserve._system import machine, proc
 from pyreserve._system.features import FEATURES, Feature
-from pyreserve.cli import doctor_screen
+from pyreserve.cli import doctor as doctor_command
+from pyreserve.cli.screen import Screen
 from pyreserve.doctor import (
     STATES,
     Diagnosis,
@@ -508,7 +509,7 @@ class TestScreen:
     @pytest.fixture
     def shown(self, here: Diagnosis, capsys: pytest.CaptureFixture[str]) -> str:
         """The screen of the diagnosis, written to a pipe."""
-        doctor_screen.show(here)
+        doctor_command.show(Screen(80), here)
         return capsys.readouterr().out
 
     def test_nothing_is_cut_at_80_columns(self, here: Diagnosis, shown: str) -> None:
@@ -531,7 +532,7 @@ class TestScreen:
         """A shell reads a command that is broken over lines as the original one."""
         words = [f"word-{n}" for n in range(40)]
         finding = Finding("a", "limited", "It is.", "No.", f"echo {' '.join(words)}", "More.")
-        doctor_screen.show(Diagnosis(None, "6.1", "x86_64", "3.12", 1, (finding,)))
+        doctor_command.show(Screen(80), Diagnosis(None, "6.1", "x86_64", "3.12", 1, (finding,)))
         out = capsys.readouterr().out
 
         command = re.search(r"^change(.*)^effect", out, re.MULTILINE | re.DOTALL)

@@ -13,17 +13,14 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, NoReturn
-
-from typer.main import get_command
+from typing import NoReturn
 
 from helpers.witness import PATIENCE
-from pyreserve.cli import app as _app
-from pyreserve.cli import costs, doctor_screen, explain, explain_screen, main, screen  # noqa: F401
+from pyreserve import costs as _costs  # noqa: F401
+from pyreserve import procmem  # noqa: F401
+from pyreserve.cli import app, costs, doctor, explain, main, screen, vsz  # noqa: F401
 
-# What the children need is imported once, by the parent, and so is what typer imports to parse.
-_commands: Any = get_command(_app.app)
-_commands.commands["explain"].make_context("explain", [])
+# The parent imports what its children need, so that they don't.
 
 
 def run(

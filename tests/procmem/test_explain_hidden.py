@@ -182,7 +182,7 @@ class TestNoRollup:
                 f"""
                 import json
                 from pathlib import Path
-                from pyreserve.cli.watched import Watched
+                from pyreserve.cli.watch.watched import Watched
                 from pyreserve.procmem import sample
                 with Watched({pid}, 1.0, sample, Path({str(record)!r})) as watched:
                     watched.sample()
@@ -266,7 +266,7 @@ class TestNoSmaps:
             import json, os
             from prometheus_client import CollectorRegistry, generate_latest
             from pyreserve import prometheus
-            from pyreserve.cli.watched import Watched
+            from pyreserve.cli.watch.watched import Watched
             from pyreserve.procmem import sample
             with Watched(os.getpid(), 1.0, sample, None) as watched:
                 watched.sample()

@@ -14,9 +14,9 @@ from rich.live import Live
 
 from pyreserve._system.output import check_writable
 from pyreserve.cli.screen import console_for
-from pyreserve.cli.terminal import keys, signals
-from pyreserve.cli.watch_screen import frame
-from pyreserve.cli.watched import COLUMNS, Watched
+from pyreserve.cli.watch.frame import frame
+from pyreserve.cli.watch.terminal import keys, signals
+from pyreserve.cli.watch.watched import COLUMNS, Watched
 from pyreserve.procmem import Sample, sample
 
 _CLOCK_TICK = 1.0  # seconds between two updates of the elapsed time

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pyreserve.cli.screen import PlainTable, printable
-from pyreserve.cli.sparkline import ASCII, BLOCKS, sparkline
-from pyreserve.cli.watched import Series, Watched
+from pyreserve.cli.watch.sparkline import ASCII, BLOCKS, sparkline
+from pyreserve.cli.watch.watched import Series, Watched
 from pyreserve.units import KiB, format_size
 
 _WIDE = 100  # columns; wider consoles also show the change per second
