@@ -1,19 +1,31 @@
 """The group of all commands, and how it ends: exit statuses, errors, a closed pipe, Ctrl-C."""
 
-import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
 
 import click
 
-from pyreserve.cli.console import Group
+from pyreserve.cli.console import Group, discard_output
 from pyreserve.errors import PyreserveError
 
 _INTERRUPTED = 130  # the status that a shell reports after Ctrl-C
 _COMMANDS = ("vsz", "explain", "costs", "doctor")
+
+
+class _PipeClosedError(Exception):
+    """The reader of a pipe has gone; for click, which exits with 1 after a BrokenPipeError."""
+
+
+@contextmanager
+def _closed_pipe_passes_click() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise _PipeClosedError from None
 
 
 class _Commands(Group):
@@ -28,25 +40,38 @@ class _Commands(Group):
         command: click.Command = import_module(f"pyreserve.cli.{cmd_name}").command
         return command
 
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        with _closed_pipe_passes_click():  # --help and --version print here
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _closed_pipe_passes_click():
+            return super().invoke(ctx)
+
     def main(self, args: Sequence[str] | None = None, **options: Any) -> NoReturn:  # type: ignore[override]
         """Run a command and exit; an error is one line on standard error."""
+        options |= {"prog_name": "pyreserve", "standalone_mode": False}
         try:
-            options |= {"prog_name": "pyreserve", "standalone_mode": False}
+            status = self._status(args, options)
+        except (_PipeClosedError, BrokenPipeError):
+            _end_by_sigpipe()
+        sys.exit(status)
+
+    def _status(self, args: Sequence[str] | None, options: dict[str, Any]) -> int:
+        try:
             status = super().main(args, **options)
             if sys.stdout is not None:
                 sys.stdout.flush()
         except click.ClickException as error:
             error.show()
-            status = error.exit_code
+            return error.exit_code
         except (click.Abort, KeyboardInterrupt):
-            status = _INTERRUPTED
-        except BrokenPipeError as error:
-            if error.filename is None:
-                _end_by_sigpipe()
-            status = _refuse(error)
+            return _INTERRUPTED
+        except BrokenPipeError:
+            raise
         except (PyreserveError, MemoryError, OSError) as error:
-            status = _refuse(error)
-        sys.exit(status)
+            return _refuse(error)
+        return status or 0  # None unless a command exits by itself
 
 
 def _refuse(error: BaseException) -> int:
@@ -57,27 +82,16 @@ def _refuse(error: BaseException) -> int:
     # A path may contain control characters.
     line = "".join(char if char.isprintable() else "?" for char in line)
     click.echo(f"pyreserve: {line}", err=True)
-    _discard_output()
+    discard_output()
     return 1
 
 
 def _end_by_sigpipe() -> NoReturn:
     """End as a program does that does not catch SIGPIPE: silently, killed by the signal."""
-    _discard_output()
+    discard_output()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.raise_signal(signal.SIGPIPE)
     sys.exit(128 + signal.SIGPIPE)  # the signal is blocked
-
-
-def _discard_output() -> None:
-    """Redirect standard output to /dev/null if it fails, so that flushing it at exit does not."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
 
 
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

@@ -1,6 +1,7 @@
 """What the commands share: help, types of options, and where results go. Does not import rich."""
 
 import io
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -197,6 +198,17 @@ def check_picture(path: Path) -> None:
         )
         raise click.exceptions.Exit(1)
     check_output(path, "--plot")
+
+
+def discard_output() -> None:
+    """Redirect standard output to /dev/null if it fails, so that flushing it at exit does not."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def completions(values: Iterable[tuple[str, str]], incomplete: str) -> list[Any]:

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,10 +135,10 @@ def command(
 
     Prints what commit, touch, discard, decommit and other verbs cost on this machine.
     """
-    costs = pyreserve.costs
     if budget is not None and not 0 < budget < math.inf:
         msg = f"--budget must be a positive number of seconds, got {budget}"
         raise click.BadParameter(msg)
+    costs = pyreserve.costs
     verbs = None if only is None else [verb.strip() for verb in only.split(",") if verb.strip()]
     try:
         plan = costs.plan(full=full, only=verbs, longest=longest)
@@ -310,7 +310,7 @@ def show(screen: "Screen", table: "CostTable", recommendations: "Recommendations
     """Draw the machine, the costs, the cells that could not be measured and recommendations."""
     _show_machine(screen, table)
     screen.blank()
-    screen.widest(_costs(screen, table))
+    _show_costs(screen, table)
     screen.text(_LEGEND, style="dim")
     _show_cold(screen, table)
     _show_unmeasured(screen, table)
@@ -367,11 +367,31 @@ _LEGEND = (
 )
 
 
-def _costs(screen: "Screen", table: "CostTable") -> "Iterator[Table]":
-    """Yield the table of costs with fewer and fewer columns, for narrower and narrower screens."""
+def _show_costs(screen: "Screen", table: "CostTable") -> None:
+    """Draw the costs with as many columns as fit; on a narrow screen below their labels."""
     for last in range(len(_COLUMNS), 3, -1):
-        yield _costs_in(screen, table, last)
-    yield _costs_below_labels(screen, table)
+        shown = _costs_in(screen, table, last)
+        if screen.fits(shown):
+            screen.table(shown)
+            return
+    headings = ("pages", "fixed", "per page")
+    rows = [row[: len(headings)] for _, curves in _curves(table) for _, row in curves]
+    setting, *figures = (max(map(len, column)) for column in zip(headings, *rows, strict=True))
+
+    def show(cells: Sequence[str]) -> None:
+        first, *rest = cells
+        aligned = (f"{cell:>{width}}" for cell, width in zip(rest, figures, strict=True))
+        screen.text(" ".join((first.ljust(setting), *aligned)), indent=4)
+
+    show(headings)
+    for group, curves in _curves(table):
+        screen.text(group, style="bold")
+        last_label = None
+        for label, row in curves:
+            if label != last_label:
+                screen.text(label, indent=2)
+            show(row[: len(headings)])
+            last_label = label
 
 
 def _costs_in(screen: "Screen", table: "CostTable", columns: int) -> "Table":
@@ -384,22 +404,6 @@ def _costs_in(screen: "Screen", table: "CostTable", columns: int) -> "Table":
         for label, row in rows:
             shown.add_row(*[f"  {label}" if label != last else "", *row][:columns])
             last = label
-    return shown
-
-
-def _costs_below_labels(screen: "Screen", table: "CostTable") -> "Table":
-    """Return the table with verb and method on lines of their own."""
-    shown = screen.new_table(1)
-    for name in ("pages", "fixed", "per page"):
-        shown.add_column(name, no_wrap=True, justify="left" if name in _LEFT_ALIGNED else "right")
-    for group, rows in _curves(table):
-        shown.add_row(screen.styled(group, "bold"))
-        last = None
-        for label, (setting, *figures) in rows:
-            if label != last:
-                shown.add_row(f"  {label}")
-                last = label
-            shown.add_row(f"    {setting}", *figures[:2])
     return shown
 
 

@@ -1,12 +1,12 @@
 """The screens of all commands, drawn with rich."""
 
 import os
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -29,6 +29,12 @@ class PlainTable(Table):
         return (left if column_index > 0 else 0) + (0 if last else right)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Raise, where rich from 13.8 on exits with status 1."""
+        raise BrokenPipeError
+
+
 def console_for(width: int = 100, file: IO[str] | None = None) -> Console:
     """Return a console on standard output or a file.
 
@@ -36,13 +42,31 @@ def console_for(width: int = 100, file: IO[str] | None = None) -> Console:
     """
     terminal = file is None and sys.stdout is not None and sys.stdout.isatty()
     known = terminal or os.environ.get("COLUMNS", "").isdigit()
-    return Console(file=file, width=None if known else width, highlight=False)
+    return _Console(
+        file=file,
+        force_terminal=None if file is None else False,  # whatever FORCE_COLOR says
+        width=None if known else width,
+        highlight=False,
+    )
 
 
 def printable(text: str, console: Console) -> str:
     """Replace control characters, and characters that the console can't show, by ``?``."""
     harmless = "".join(char if char.isprintable() else "?" for char in text)
     return harmless.encode(console.encoding, "replace").decode(console.encoding)
+
+
+def _wrap(text: Text, width: int) -> Iterator[Text]:
+    """Break lines between words; rich breaks words that are longer than a line."""
+    for paragraph in text.split("\n"):
+        start, offsets = 0, []
+        for word in re.finditer(r"\S+", paragraph.plain):
+            if word.end() - start > width and paragraph.plain[start : word.start()].strip():
+                start = word.start()
+                offsets.append(start)
+        for line in paragraph.divide(offsets):
+            line.rstrip()
+            yield line
 
 
 class Screen:
@@ -74,18 +98,16 @@ class Screen:
 
     def text(self, *parts: Part, style: str = "", indent: int = 0) -> None:
         """Print a paragraph."""
-        text = Text.assemble(*parts, style=style)
-        self.console.print(Padding(text, (0, 0, 0, indent)) if indent else text)
+        for line in _wrap(Text.assemble(*parts, style=style), self.width - indent):
+            self.line(Text(" " * indent).append_text(line))
 
     def labelled(self, label: tuple[str, str], width: int, *parts: Part) -> None:
         """Print a paragraph beside a label, which takes `width` columns."""
         # Not a table: rich pads its lines with spaces, and a shell does not continue a line after
         # a backslash and a space.
         words, style = label
-        text = Text.assemble(*parts)
-        for line in text.wrap(self.console, max(width, self.width - width), overflow="fold"):
-            line.rstrip()
-            self.console.print(Text.assemble((words.ljust(width), style), line))
+        for line in _wrap(Text.assemble(*parts), max(width, self.width - width)):
+            self.line(Text.assemble((words.ljust(width), style), line))
             words = ""
 
     def line(self, text: Text) -> None:
@@ -121,11 +143,15 @@ class Screen:
 
     def widest(self, tables: Iterable[Table]) -> None:
         """Print the first table that fits; if none does, the last."""
-        unbounded = self.console.options.update(max_width=1000)
         for table in tables:
-            if self.console.measure(table, options=unbounded).maximum <= self.width:
+            if self.fits(table):
                 break
-        self.console.print(table)
+        self.table(table)
+
+    def fits(self, table: Table) -> bool:
+        """Whether the table fits without shortening a cell."""
+        unbounded = self.console.options.update(max_width=1000)
+        return self.console.measure(table, options=unbounded).maximum <= self.width
 
     def shorten(self, text: str, width: int) -> str:
         """Cut a text that is wider than `width` after a word, and mark the cut."""

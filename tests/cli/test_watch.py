@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from helpers.processes import COMMAND
 from helpers.witness import PATIENCE
 from pyreserve.cli.screen import printable
 from pyreserve.cli.watch import watch, watched
@@ -586,15 +587,21 @@ class TestLines:
         assert process.returncode == 130
 
     def test_nobody_reads(self, child: Child) -> None:
-        """A closed pipe ends the watcher silently."""
-        process = self.start(child, 0.02)
+        """A closed pipe ends the command silently, by SIGPIPE."""
+        process = subprocess.Popen(
+            [*COMMAND, "explain", str(child.pid), "--watch", "0.02"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
         assert process.stdout is not None
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr is not None
         err = process.stderr.read()
 
-        assert (process.wait(PATIENCE), err) == (0, "")
+        assert (process.wait(PATIENCE), err) == (-signal.SIGPIPE, "")
         process.stderr.close()
 
 

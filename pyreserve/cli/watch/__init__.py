@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 
 from pyreserve._system.output import check_writable
+from pyreserve.cli.console import discard_output
 from pyreserve.cli.screen import console_for
 from pyreserve.cli.watch.frame import frame
 from pyreserve.cli.watch.terminal import keys, signals
@@ -34,14 +35,15 @@ def watch(
     """Show a process's memory every `interval` seconds, until q is pressed or the process ends.
 
     On a terminal this uses the alternate screen; the last state then stays on the normal screen.
-    Elsewhere it prints a line per sample, until the reader closes the pipe. Each sample is written
-    to the file `csv` before it is shown.
+    Elsewhere it prints a line per sample. Each sample is written to the file `csv` before it is
+    shown.
 
     Raises:
         ValueError: `interval` is not a positive, finite number of seconds.
         KeyboardInterrupt: Ctrl-C, after the terminal is restored and the last state shown.
         ProcessLookupError: there is no such process at the start; its later end is no error.
         PermissionError: the process can't be read, or `csv` can't be written.
+        BrokenPipeError: the reader closed the pipe.
         OSError: writing `csv` failed.
     """
     if not 0 < interval < math.inf:
@@ -62,9 +64,9 @@ def watch(
             else:
                 _in_lines(watched)
         except OSError as error:
-            if error.filename is not None or error.errno not in {errno.EPIPE, errno.EIO}:
+            if error.filename is not None or error.errno != errno.EIO:
                 raise
-            _discard_output()  # the pipe or the terminal was closed
+            discard_output()  # the terminal was closed
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     if number is not None:
@@ -82,13 +84,6 @@ def _in_lines(watched: Watched) -> None:
         watched.wait(until=watched.due)
         if watched.sample_when_due():
             show(watched.row)
-
-
-def _discard_output() -> None:
-    """Redirect standard output to /dev/null, so that flushing it at exit does not fail again."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)
 
 
 def _on_a_screen(watched: Watched, console: Console) -> int | None:
