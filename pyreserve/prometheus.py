@@ -22,7 +22,6 @@ from pyreserve._region.region import Region, resident
 from pyreserve._system import forks, proc
 from pyreserve._system.extras import import_extra
 from pyreserve.errors import PyreserveError, ReleasedError
-from pyreserve.units import KiB
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -219,18 +218,18 @@ def _read_process(process: _Process) -> list[_Sample]:
     except (OSError, PyreserveError):
         return [("up", (), 0)]
     totals = (
-        ("resident_bytes", space.rss_kib),
-        ("proportional_bytes", space.pss_kib),
-        ("unique_bytes", space.uss_kib),
-        ("swap_bytes", space.swap_kib),
-        ("page_tables_bytes", space.page_tables_kib),
+        ("resident_bytes", space.rss),
+        ("proportional_bytes", space.pss),
+        ("unique_bytes", space.uss),
+        ("swap_bytes", space.swap),
+        ("page_tables_bytes", space.page_tables),
     )
     return [
         ("up", (), 1),
-        *(("address_space_bytes", (cls.name,), KiB * cls.kib) for cls in space.classes),
+        *(("address_space_bytes", (cls.name,), cls.size) for cls in space.classes),
         *(("mappings", (cls.name,), cls.mappings) for cls in space.classes),
         ("map_entries", (), space.mappings),
-        *((metric, (), KiB * kib) for metric, kib in totals if kib is not None),
+        *((metric, (), size) for metric, size in totals if size is not None),
     ]
 
 

@@ -440,15 +440,15 @@ def explained(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
 def space() -> SimpleNamespace:
     """An address space as `explain` returns it."""
     return SimpleNamespace(
-        vsz_kib=600,
-        rss_kib=11,
-        pss_kib=12,
-        uss_kib=13,
-        swap_kib=14,
-        page_tables_kib=15,
+        vsz=600 * KiB,
+        rss=11 * KiB,
+        pss=12 * KiB,
+        uss=13 * KiB,
+        swap=14 * KiB,
+        page_tables=15 * KiB,
         mappings=16,
         classes=tuple(
-            SimpleNamespace(name=name, kib=100 * i, mappings=i)
+            SimpleNamespace(name=name, size=100 * i * KiB, mappings=i)
             for i, name in enumerate(CLASSES, start=1)
         ),
     )
@@ -480,11 +480,11 @@ class TestProcesses:
     @pytest.mark.parametrize(
         ("figure", "metric"),
         [
-            ("rss_kib", "resident_bytes"),
-            ("pss_kib", "proportional_bytes"),
-            ("uss_kib", "unique_bytes"),
-            ("swap_kib", "swap_bytes"),
-            ("page_tables_kib", "page_tables_bytes"),
+            ("rss", "resident_bytes"),
+            ("pss", "proportional_bytes"),
+            ("uss", "unique_bytes"),
+            ("swap", "swap_bytes"),
+            ("page_tables", "page_tables_bytes"),
         ],
     )
     def test_what_is_not_known(

@@ -4,7 +4,7 @@ All texts of /proc/PID/maps and smaps are parsed here, for `pyreserve._system.pr
 """
 
 import errno
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -230,6 +230,23 @@ class MapTable:
     def knows_flags(self) -> bool:
         """Whether VmFlags were read: the kernel prints at least one for every mapping."""
         return any(self.flags)
+
+    def mapping_at(self, address: int) -> int | None:
+        """Return the mapping that contains an address, or None."""
+        i = bisect_right(self.start, address) - 1
+        return i if i >= 0 and address < self.end[i] else None
+
+    def mappings_in(self, low: int, high: int) -> range:
+        """Return the mappings that overlap [low, high)."""
+        first = last = bisect_right(self.end, low)
+        while last < len(self.start) and self.start[last] < high:
+            last += 1
+        return range(first, last)
+
+    def mapping_after(self, i: int) -> int | None:
+        """Return the mapping that begins where this one ends, or None."""
+        j = i + 1
+        return j if j < len(self.start) and self.start[j] == self.end[i] else None
 
     start = _column(lib.PROCMAPS_START)
     end = _column(lib.PROCMAPS_END)

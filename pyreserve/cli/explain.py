@@ -21,7 +21,7 @@ from pyreserve.cli.console import (
     mutually_exclusive,
     output_options,
 )
-from pyreserve.units import KiB, format_size
+from pyreserve.units import format_size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import pyreserve.procmem.judge.classes
     import pyreserve.procmem.judge.owners
     import pyreserve.procmem.show.picture
-    import pyreserve.procmem.space
     from pyreserve.cli.screen import Screen
     from pyreserve.procmem import AddressSpace, Change, Difference, Mapping
 
@@ -247,8 +246,8 @@ def show(screen: "Screen", space: "AddressSpace", top: int) -> None:
     screen.table(_by_class(screen, space))
     screen.blank()
     screen.text(
-        f"RSS {_kib(space.rss_kib)}, PSS {_kib(space.pss_kib)}, USS {_kib(space.uss_kib)}, "
-        f"swap {_kib(space.swap_kib)}, page tables {_kib(space.page_tables_kib)}"
+        f"RSS {_size(space.rss)}, PSS {_size(space.pss)}, USS {_size(space.uss)}, "
+        f"swap {_size(space.swap)}, page tables {_size(space.page_tables)}"
     )
     _details(screen, space.details)
     screen.blank()
@@ -282,8 +281,8 @@ def show_difference(screen: "Screen", difference: "Difference") -> None:
             screen.table(_changes(screen, title, changes))
 
 
-def _kib(kib: int | None) -> str:
-    return _UNKNOWN_SIZE if kib is None else format_size(kib * KiB)
+def _size(nbytes: int | None) -> str:
+    return _UNKNOWN_SIZE if nbytes is None else format_size(nbytes)
 
 
 def _share(part: int, whole: int) -> str:
@@ -305,7 +304,7 @@ class _Row(NamedTuple):
     """A row of `_shares`: a name, its size and the text of the last column."""
 
     name: str
-    kib: int
+    size: int
     note: str
     style: str = ""
     bar: str | None = None
@@ -316,7 +315,7 @@ def _shares(screen: "Screen", titles: tuple[str, str], rows: list[_Row], whole: 
     """Lay out sizes and shares. On a narrow screen first the bars get shorter, then the names."""
     name_title, note_title = titles
     headings = ("size", "share", note_title)
-    cells = [(_kib(row.kib), _share(row.kib, whole), row.note) for row in rows]
+    cells = [(_size(row.size), _share(row.size, whole), row.note) for row in rows]
     figures = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     left = screen.width - sum(figures) - _GAP * len(figures)
     longest = max(len(name_title), *(len(row.name) for row in rows))
@@ -331,7 +330,7 @@ def _shares(screen: "Screen", titles: tuple[str, str], rows: list[_Row], whole: 
     for row, (size, share, note) in zip(rows, cells, strict=True):
         drawn = []
         if row.bar is not None and bar >= _MIN_BAR:
-            blocks = _bar(row.kib, whole, bar, ascii_only=screen.ascii_only)
+            blocks = _bar(row.size, whole, bar, ascii_only=screen.ascii_only)
             drawn.append(screen.styled(blocks, row.bar))
         name = screen.styled(screen.shorten(row.name, names), row.bar or "")
         table.add_row(name, size, share, note, *drawn, style=row.style)
@@ -340,16 +339,18 @@ def _shares(screen: "Screen", titles: tuple[str, str], rows: list[_Row], whole: 
 
 def _by_class(screen: "Screen", space: "AddressSpace") -> "Table":
     rows = [
-        _Row(_classes()[item.name][0], item.kib, f"{item.mappings:,}", bar=_classes()[item.name][1])
+        _Row(
+            _classes()[item.name][0], item.size, f"{item.mappings:,}", bar=_classes()[item.name][1]
+        )
         for item in space.classes
-        if item.kib
+        if item.size
     ]
-    total = _Row("VSZ", space.vsz_kib, f"{space.mappings:,}", style="bold")
-    return _shares(screen, ("by class", "mappings"), [*rows, total], space.vsz_kib)
+    total = _Row("VSZ", space.vsz, f"{space.mappings:,}", style="bold")
+    return _shares(screen, ("by class", "mappings"), [*rows, total], space.vsz)
 
 
-def _in_memory(space: "AddressSpace", kib: int) -> str:
-    return _UNKNOWN_SIZE if space.uss_kib is None else _kib(kib)
+def _in_memory(space: "AddressSpace", nbytes: int) -> str:
+    return _UNKNOWN_SIZE if space.uss is None else _size(nbytes)
 
 
 def _by_owner(screen: "Screen", space: "AddressSpace") -> "Table":
@@ -357,26 +358,26 @@ def _by_owner(screen: "Screen", space: "AddressSpace") -> "Table":
     rows = [
         _Row(
             screen.printable(owner.name),
-            owner.kib,
-            _in_memory(space, owner.rss_kib),
+            owner.size,
+            _in_memory(space, owner.rss),
             bar="dim" if owner.name == unknown else "green",
         )
         for owner in space.owners[:_MAX_OWNERS]
     ]
     rest = space.owners[len(rows) :]
     if rest:
-        kib = sum(owner.kib for owner in rest)
-        resident = _in_memory(space, sum(owner.rss_kib for owner in rest))
-        rows.append(_Row(f"{len(rest)} more", kib, resident))
-    return _shares(screen, ("by owner", "in memory"), rows, space.vsz_kib)
+        size = sum(owner.size for owner in rest)
+        resident = _in_memory(space, sum(owner.rss for owner in rest))
+        rows.append(_Row(f"{len(rest)} more", size, resident))
+    return _shares(screen, ("by owner", "in memory"), rows, space.vsz)
 
 
 def _evidence(screen: "Screen", space: "AddressSpace") -> None:
     """Print how the owners of at least 1 % of the addresses or of the memory were recognised."""
-    resident = sum(owner.rss_kib for owner in space.owners)
+    resident = sum(owner.rss for owner in space.owners)
     for owner in space.owners:
         if owner.evidence and (
-            100 * owner.kib >= space.vsz_kib or 100 * owner.rss_kib >= max(1, resident)
+            100 * owner.size >= space.vsz or 100 * owner.rss >= max(1, resident)
         ):
             screen.text(screen.printable(f"{owner.name}: {owner.evidence}"), style="dim")
 
@@ -393,23 +394,22 @@ def _details(screen: "Screen", details: dict[str, int]) -> None:
         (details.get("no_access_resident", 0), "without access"),
         (details.get("stacks_resident", 0), "in stacks"),
     )
-    parts = [f"{_kib(kib)} {label}" for kib, label in figures if kib]
+    parts = [f"{_size(nbytes)} {label}" for nbytes, label in figures if nbytes]
     if parts:
         screen.text(f"Of the memory: {', '.join(parts)}")
 
 
 def _ranges(screen: "Screen", space: "AddressSpace", gap: int) -> "Table":
-    state = pyreserve.procmem.space.state
     table = screen.new_table(gap, show_header=False)
     for column in range(4):
         table.add_column(justify="right" if column == 1 else "left", no_wrap=True)
-    for piece in space.ranges:
+    for named in space.ranges:
         table.add_row(
-            f"{piece.start:08x}-{piece.end:08x}",
-            format_size(piece.end - piece.start),
-            piece.what,
-            state(piece),
-            style="dim yellow" if state(piece) == "reserved" else "green",
+            f"{named.start:08x}-{named.end:08x}",
+            format_size(named.size),
+            named.name,
+            named.state,
+            style="dim yellow" if named.state == "reserved" else "green",
         )
     return table
 
@@ -419,12 +419,12 @@ def _mappings(screen: "Screen", space: "AddressSpace", mappings: "list[Mapping]"
     width = max(map(len, addresses))
     for address, mapping in zip(addresses, mappings, strict=True):
         words, style = _classes()[mapping.class_name or "special_pfn"]
-        if mapping.rss_kib == mapping.kib:
+        if mapping.rss == mapping.size:
             words, style = "in memory", _classes()["resident_private"][1]
         name = screen.printable(mapping.name)
         screen.fields(
-            f"{address:{width}} {mapping.perms} {_kib(mapping.kib):>10} "
-            f"{_in_memory(space, mapping.rss_kib):>10}",
+            f"{address:{width}} {mapping.perms} {_size(mapping.size):>10} "
+            f"{_in_memory(space, mapping.rss):>10}",
             (f"{words:<23}", style),
             screen.printable(mapping.owner),
             *([name] if name else []),
@@ -434,9 +434,9 @@ def _mappings(screen: "Screen", space: "AddressSpace", mappings: "list[Mapping]"
 def _changes(screen: "Screen", title: str, changes: "Iterable[Change]") -> "Table":
     rows = []
     for change in changes:
-        form = "{:,}".format if change.name == "mappings" else _kib
+        form = "{:,}".format if change.name == "mappings" else _size
         name = _classes()[change.name][0] if change.name in _classes() else change.name
-        name = screen.printable(name.removesuffix("_kib").replace("_", " "))
+        name = screen.printable(name.replace("_", " "))
         by = f"{'+' if change.by > 0 else '-'}{form(abs(change.by))}"
         style = "yellow" if change.by > 0 else "green"
         rows.append(((name, form(change.old), form(change.new), by), style))

@@ -136,8 +136,9 @@ class Sizes(NamedTuple):
     def read(cls) -> "Sizes":
         """Read /proc."""
         sample = pyreserve.procmem.sample()
+        pss = None if sample.pss is None else sample.pss // KiB
         committed_as = proc.meminfo_kib()["Committed_AS"]
-        return cls(sample.vsz_kib, sample.rss_kib, sample.pss_kib, committed_as)
+        return cls(sample.vsz // KiB, sample.rss // KiB, pss, committed_as)
 
     def to_dict(self) -> dict[str, int | None]:
         """Return the sizes under their names in /proc, with the unit added."""

@@ -8,10 +8,11 @@ in this process, and `sample` reads a process's sizes quickly.
 
 from pyreserve.procmem.comparison import Change, Difference, compare, load
 from pyreserve.procmem.judge.classes import MemoryClass
-from pyreserve.procmem.judge.owners import Owner
+from pyreserve.procmem.judge.owners import NamedRange, Owner, Part
+from pyreserve.procmem.mappings import Mapping
 from pyreserve.procmem.read.sampling import Sample, sample, track
 from pyreserve.procmem.read.sources import save
-from pyreserve.procmem.space import AddressSpace, Mapping, explain
+from pyreserve.procmem.space import AddressSpace, explain
 
 __all__ = [
     "AddressSpace",
@@ -19,7 +20,9 @@ __all__ = [
     "Difference",
     "Mapping",
     "MemoryClass",
+    "NamedRange",
     "Owner",
+    "Part",
     "Sample",
     "compare",
     "explain",

@@ -4,16 +4,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyreserve.procmem.space import SCHEMA
+from pyreserve._system.report import Report, Table
+from pyreserve.procmem.show.explained import CLASS_WORDS
+from pyreserve.procmem.space import SCHEMA, AddressSpace
 from pyreserve.units import KiB, format_size
 
-_OPTIONAL = {"rss_kib", "pss_kib", "uss_kib", "swap_kib", "page_tables_kib"}
-_TOTALS = ("vsz_kib", "rss_kib", "pss_kib", "uss_kib", "swap_kib", "page_tables_kib", "mappings")
+_TOTALS = ("vsz", "rss", "pss", "uss", "swap", "page_tables", "mappings")
+_REQUIRED = {"vsz", "mappings"}
+
+
+def _key(name: str) -> str:
+    """Return the JSON key of a total."""
+    return name if name == "mappings" else f"{name}_kib"
+
+
+def _unit(name: str) -> int:
+    """Return the unit of a total in JSON."""
+    return 1 if name == "mappings" else KiB
+
+
+def _totals(data: dict[str, Any]) -> dict[str, int]:
+    """Return the known totals, sizes in bytes."""
+    totals = {name: data[_key(name)] for name in _TOTALS}
+    return {name: total * _unit(name) for name, total in totals.items() if total is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One figure before and after, in KiB; the total ``mappings`` is a number."""
+    """One figure before and after, in bytes; the total ``mappings`` is a number."""
 
     name: str
     old: int
@@ -27,7 +45,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The result of `compare`. Unchanged owners and classes are omitted; largest change first."""
+    """The result of `compare`. Unchanged owners and classes are omitted; largest change first.
+
+    ``str()`` gives the verdict and tables of the changes, in a notebook as HTML.
+    """
 
     same_process: bool
     totals: tuple[Change, ...]
@@ -39,22 +60,48 @@ class Difference:
     def verdict(self) -> str:
         """A summary of the largest changes, in one or two sentences."""
         by = {change.name: change.by for change in self.totals}
-        text = f"VSZ {_change_text(by['vsz_kib'])}, memory (RSS) {_change_text(by.get('rss_kib'))}."
+        text = f"VSZ {_change_text(by['vsz'])}, memory (RSS) {_change_text(by.get('rss'))}."
         for resource, changes in (("addresses", self.owners), ("memory", self.owners_resident)):
             grew = next((change for change in changes if change.by > 0), None)
             if grew is not None:
-                text += f" Most {resource} went to {grew.name}: {format_size(grew.by * KiB)}."
+                text += f" Most {resource} went to {grew.name}: {format_size(grew.by)}."
         return text
+
+    def __str__(self) -> str:
+        return self._report().text()
+
+    def _repr_html_(self) -> str:
+        return self._report().html()
+
+    def _report(self) -> Report:
+        totals = [change for change in self.totals if change.by]
+        tables = (
+            ("totals", totals),
+            ("by class", self.classes),
+            ("addresses by owner", self.owners),
+            ("memory by owner", self.owners_resident),
+        )
+        return Report(
+            self.verdict,
+            () if self.same_process else ("These are two different processes.",),
+            tuple(
+                Table((title, "before", "after", "change"), list(map(_row, changes)))
+                for title, changes in tables
+                if changes
+            ),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as ``pyreserve explain --diff A B --json`` writes it."""
         return {
             "schema": SCHEMA,
             "same_process": self.same_process,
-            "totals": _to_dicts(self.totals),
-            "classes": _to_dicts(self.classes),
-            "owners": _to_dicts(self.owners),
-            "owners_resident": _to_dicts(self.owners_resident),
+            "totals": [
+                _to_dict(change, _key(change.name), _unit(change.name)) for change in self.totals
+            ],
+            "classes": [_to_dict(change, change.name) for change in self.classes],
+            "owners": [_to_dict(change, change.name) for change in self.owners],
+            "owners_resident": [_to_dict(change, change.name) for change in self.owners_resident],
             "verdict": self.verdict,
         }
 
@@ -86,7 +133,8 @@ def _check(data: Any) -> None:
     """Raise KeyError, TypeError or AttributeError unless the fields of `compare` are valid."""
     if data["schema"] != SCHEMA:
         raise KeyError
-    numbers = [data[name] for name in _TOTALS if name not in _OPTIONAL or data[name] is not None]
+    totals = {name: data[_key(name)] for name in _TOTALS}
+    numbers = [total for name, total in totals.items() if name in _REQUIRED or total is not None]
     for entry in (*data["classes"], *data["owners"]):
         numbers += [entry["kib"], entry.get("rss_kib") or 0]
         entry["name"].strip()
@@ -94,17 +142,19 @@ def _check(data: Any) -> None:
         raise TypeError
 
 
-def compare(old: dict[str, Any], new: dict[str, Any]) -> Difference:
-    """Compare two explanations, as `AddressSpace.to_dict` or `load` returns them.
+def compare(old: AddressSpace | dict[str, Any], new: AddressSpace | dict[str, Any]) -> Difference:
+    """Compare two explanations, or what `AddressSpace.to_dict` or `load` returned.
 
     Totals that one of them does not know are omitted.
     """
+    old, new = (data.to_dict() if isinstance(data, AddressSpace) else data for data in (old, new))
+    before, after = _totals(old), _totals(new)
     return Difference(
         same_process=(old.get("pid"), old.get("name")) == (new.get("pid"), new.get("name")),
         totals=tuple(
-            Change(name, old[name], new[name])
+            Change(name, before[name], after[name])
             for name in _TOTALS
-            if old[name] is not None and new[name] is not None
+            if name in before and name in after
         ),
         classes=_changes(old["classes"], new["classes"], "kib"),
         owners=_changes(old["owners"], new["owners"], "kib"),
@@ -117,8 +167,8 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Difference:
 
 
 def _changes(old: list[dict[str, Any]], new: list[dict[str, Any]], key: str) -> tuple[Change, ...]:
-    before = {entry["name"]: entry[key] for entry in old}
-    after = {entry["name"]: entry[key] for entry in new}
+    before = {entry["name"]: entry[key] * KiB for entry in old}
+    after = {entry["name"]: entry[key] * KiB for entry in new}
     changes = [
         Change(name, before.get(name, 0), after.get(name, 0)) for name in {**before, **after}
     ]
@@ -130,16 +180,21 @@ def _changes(old: list[dict[str, Any]], new: list[dict[str, Any]], key: str) -> 
     )
 
 
-def _change_text(kib: int | None) -> str:
-    if kib is None:
+def _change_text(growth: int | None) -> str:
+    if growth is None:
         return "can't be compared"
-    if not kib:
+    if not growth:
         return "is as it was"
-    return f"{'grew' if kib > 0 else 'shrank'} by {format_size(abs(kib) * KiB)}"
+    return f"{'grew' if growth > 0 else 'shrank'} by {format_size(abs(growth))}"
 
 
-def _to_dicts(changes: tuple[Change, ...]) -> list[dict[str, Any]]:
-    return [
-        {"name": change.name, "old": change.old, "new": change.new, "change": change.by}
-        for change in changes
-    ]
+def _row(change: Change) -> tuple[str, ...]:
+    form = "{:,}".format if change.name == "mappings" else format_size
+    name = CLASS_WORDS.get(change.name, change.name.replace("_", " "))
+    sign = "+" if change.by > 0 else ""
+    return name, form(change.old), form(change.new), f"{sign}{form(change.by)}"
+
+
+def _to_dict(change: Change, key: str, unit: int = KiB) -> dict[str, Any]:
+    old, new, growth = (figure // unit for figure in (change.old, change.new, change.by))
+    return {"name": key, "old": old, "new": new, "change": growth}

@@ -2,63 +2,46 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from pyreserve._system.maps import escape_invalid_utf8, perms_text
-from pyreserve.layouts import Piece
+from pyreserve._system.maps import escape_invalid_utf8
 from pyreserve.procmem.judge import classes, details
 from pyreserve.procmem.judge import warnings as concerns
 from pyreserve.procmem.judge.classes import MemoryClass
-from pyreserve.procmem.judge.owners import UNKNOWN, Owner, ProcessMappings, recognise
+from pyreserve.procmem.judge.owners import UNKNOWN, NamedRange, Owner, owners, recognise
+from pyreserve.procmem.mappings import Mapping, Mappings
 from pyreserve.procmem.read.snapshot import Capture, capture
 from pyreserve.procmem.read.sources import LiveSource, SavedSource, name_exhausted_limit
+from pyreserve.procmem.show.explained import report
 from pyreserve.units import KiB, format_size
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCHEMA = 1
 
 
-class Mapping(NamedTuple):
-    """One mapping. Addresses in bytes, sizes in KiB.
-
-    Attributes:
-        start, end: addresses [start, end).
-        perms: as in /proc/PID/maps, such as ``"rw-p"``.
-        name: path of a file, or the name given by kernel or program; may be empty.
-        kib: size.
-        rss_kib: resident size, pages of huge page pools included; 0 if not known.
-        class_name: class of the bytes outside memory; see `pyreserve.procmem.judge.classes`.
-        owner: owner of the mapping, or of its largest part.
-    """
-
-    start: int
-    end: int
-    perms: str
-    name: str
-    kib: int
-    rss_kib: int
-    class_name: str
-    owner: str
-
-
 @dataclass(frozen=True)
 class AddressSpace:
-    r"""The explanation of a process's address space; see `explain`. Sizes in KiB.
+    r"""The explanation of a process's address space; see `explain`. Sizes in bytes.
+
+    ``str()`` gives a summary with tables of classes and owners, in a notebook as HTML.
 
     Attributes:
         pid: process number; None if saved files do not have it.
         name: command name (``comm``); bytes that are not UTF-8 as ``\xNN``.
-        vsz_kib: virtual size (VmSize): the sum of ``classes``.
-        rss_kib: resident size (Rss, or else VmRSS); None if none of smaps, smaps_rollup and status
+        vsz: virtual size (VmSize): the sum of ``classes``.
+        rss: resident size (Rss, or else VmRSS); None if none of smaps, smaps_rollup and status
             is readable.
-        pss_kib: resident size, shared pages divided by their number of users (Pss); None if not
+        pss: resident size, shared pages divided by their number of users (Pss); None if not
             known.
-        uss_kib: resident size of this process alone, pages of huge page pools included (Private);
+        uss: resident size of this process alone, pages of huge page pools included (Private);
             None if not known.
-        swap_kib: size in swap (Swap, or else VmSwap); None in the same case as ``rss_kib``.
-        page_tables_kib: size of the page tables, in no other figure (VmPTE); None if status is not
+        swap: size in swap (Swap, or else VmSwap); None in the same case as ``rss``.
+        page_tables: size of the page tables, in no other figure (VmPTE); None if status is not
             readable.
         mappings: number of mappings, as vm.max_map_count counts them.
-        classes: the classes of all bytes of ``vsz_kib``; see `pyreserve.procmem.judge.classes`.
+        classes: the classes of all bytes of ``vsz``; see `pyreserve.procmem.judge.classes`.
         owners: the owners of all bytes, largest first; unrecognised bytes have ``"unknown"``.
         details: finer figures; see `pyreserve.procmem.judge.details`. Figures of pages are missing
             if pages were counted instead of smaps.
@@ -72,32 +55,31 @@ class AddressSpace:
 
     pid: int | None
     name: str
-    vsz_kib: int
-    rss_kib: int | None
-    pss_kib: int | None
-    uss_kib: int | None
-    swap_kib: int | None
-    page_tables_kib: int | None
+    vsz: int
+    rss: int | None
+    pss: int | None
+    uss: int | None
+    swap: int | None
+    page_tables: int | None
     mappings: int
     classes: tuple[MemoryClass, ...]
     owners: tuple[Owner, ...]
     details: dict[str, int]
-    ranges: tuple[Piece, ...]
+    ranges: tuple[NamedRange, ...]
     warnings: tuple[str, ...]
     settled: bool
     missing: tuple[str, ...]
-    _process: ProcessMappings = field(repr=False, compare=False)
-    _rest_classes: list[int | None] = field(repr=False, compare=False)
+    _mappings: Mappings = field(repr=False, compare=False)
 
-    def class_kib(self, name: str) -> int:
-        """Return the size of a class in KiB.
+    def class_size(self, name: str) -> int:
+        """Return the size of a class in bytes.
 
         Raises:
             KeyError: there is no class of that name.
         """
         for memory_class in self.classes:
             if memory_class.name == name:
-                return memory_class.kib
+                return memory_class.size
         raise KeyError(name)
 
     @property
@@ -107,30 +89,30 @@ class AddressSpace:
 
     def maps(self) -> list[Mapping]:
         """List all mappings in address order."""
-        return [self._mapping(i) for i in range(len(self._rest_classes))]
+        return list(self._mappings)
 
     def top(self, n: int) -> list[Mapping]:
         """List the `n` largest mappings, largest first."""
-        size = self._process.table.size
-        user = (i for i, kind in enumerate(self._rest_classes) if kind is not None)
-        return [self._mapping(i) for i in sorted(user, key=lambda i: (-size[i], i))[: max(0, n)]]
+        return self._mappings.largest(n)
 
-    def _mapping(self, i: int) -> Mapping:
-        process, table = self._process, self._process.table
-        kind = self._rest_classes[i]
-        class_name = "" if kind is None else classes.NAMES[kind]
-        if not process.capture.knows_memory and kind in {classes.UNTOUCHED, classes.FILE}:
-            class_name = classes.ACCESSIBLE
-        return Mapping(
-            start=table.start[i],
-            end=table.end[i],
-            perms=perms_text(table.perms[i]),
-            name=table.names[i],
-            kib=(table.end[i] - table.start[i]) // KiB,
-            rss_kib=table.private[i] + table.shared[i],
-            class_name=class_name,
-            owner="kernel" if kind is None else process.owner_of(i),
-        )
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Draw the picture of ``pyreserve explain --plot``; also write it to a file if given.
+
+        Raises:
+            ImportError: matplotlib is missing (extra ``plot``).
+            MapsError: it is not known which mappings are resident (smaps can't be read).
+            ValueError: the suffix of `path` is neither ``.png`` nor ``.svg``.
+            OSError: the file can't be written.
+        """
+        from pyreserve.procmem.show.picture import draw  # noqa: PLC0415 - slow to import
+
+        return draw(self, None if path is None else Path(path))
+
+    def __str__(self) -> str:
+        return report(self).text()
+
+    def _repr_html_(self) -> str:
+        return report(self).html()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the explanation as plain data, as `to_json` writes it."""
@@ -140,20 +122,23 @@ class AddressSpace:
             "name": self.name,
             "settled": self.settled,
             "missing": list(self.missing),
-            "vsz_kib": self.vsz_kib,
-            "rss_kib": self.rss_kib,
-            "pss_kib": self.pss_kib,
-            "uss_kib": self.uss_kib,
-            "swap_kib": self.swap_kib,
-            "page_tables_kib": self.page_tables_kib,
+            "vsz_kib": self.vsz // KiB,
+            "rss_kib": _kib(self.rss),
+            "pss_kib": _kib(self.pss),
+            "uss_kib": _kib(self.uss),
+            "swap_kib": _kib(self.swap),
+            "page_tables_kib": _kib(self.page_tables),
             "mappings": self.mappings,
-            "classes": [memory_class._asdict() for memory_class in self.classes],
+            "classes": [
+                {"name": name, "kib": size // KiB, "mappings": mappings}
+                for name, size, mappings in self.classes
+            ],
             "owners": [
                 {
                     "name": owner.name,
-                    "kib": owner.kib,
-                    "rss_kib": None if self.uss_kib is None else owner.rss_kib,
-                    "no_access_kib": owner.no_access_kib,
+                    "kib": owner.size // KiB,
+                    "rss_kib": None if self.uss is None else owner.rss // KiB,
+                    "no_access_kib": owner.no_access // KiB,
                     "mappings": owner.mappings,
                     "evidence": owner.evidence,
                 }
@@ -161,16 +146,16 @@ class AddressSpace:
             ],
             "ranges": [
                 {
-                    "start": f"{piece.start:x}",
-                    "end": f"{piece.end:x}",
-                    "perms": piece.perms,
-                    "name": piece.what,
-                    "state": state(piece),
-                    "kib": (piece.end - piece.start) // KiB,
+                    "start": f"{named.start:x}",
+                    "end": f"{named.end:x}",
+                    "perms": named.perms,
+                    "name": named.name,
+                    "state": named.state,
+                    "kib": named.size // KiB,
                 }
-                for piece in self.ranges
+                for named in self.ranges
             ],
-            "details_kib": self.details,
+            "details_kib": {name: size // KiB for name, size in self.details.items()},
             "warnings": list(self.warnings),
             "verdict": self.verdict,
         }
@@ -217,83 +202,85 @@ def explain(pid: int | None = None, *, path: str | Path | None = None) -> Addres
 
 def explained(snapshot: Capture) -> AddressSpace:
     """Explain a snapshot."""
-    known = snapshot.knows_memory
-    rest_classes = classes.rest_classes(snapshot.table)
-    totals = classes.totals(snapshot.table, rest_classes, knows_memory=known)
-    process = recognise(snapshot)
-    owners = tuple(process.summary())
-    vsz = sum(memory_class.kib for memory_class in totals)
-    uss = sum(snapshot.table.private)
-    resident = uss + sum(snapshot.table.shared) if known else snapshot.rss
-    mappings = snapshot.table.user_mappings
+    table, known = snapshot.table, snapshot.knows_memory
+    rest_classes = classes.rest_classes(table)
+    totals = classes.totals(table, rest_classes, knows_memory=known)
+    claims = recognise(snapshot)
+    all_owners = owners(table, claims)
+    vsz = sum(memory_class.size for memory_class in totals)
+    rss = _bytes(snapshot.rss)
+    uss = sum(table.private) * KiB
+    resident = uss + sum(table.shared) * KiB if known else rss
     return AddressSpace(
         pid=snapshot.pid,
         name=escape_invalid_utf8(snapshot.facts.get("Name", "")),
-        vsz_kib=vsz,
-        rss_kib=snapshot.rss,
-        pss_kib=snapshot.pss,
-        uss_kib=uss if known else None,
-        swap_kib=snapshot.swap,
-        page_tables_kib=snapshot.status.get("VmPTE"),
-        mappings=mappings,
+        vsz=vsz,
+        rss=rss,
+        pss=_bytes(snapshot.pss),
+        uss=uss if known else None,
+        swap=_bytes(snapshot.swap),
+        page_tables=_bytes(snapshot.status.get("VmPTE")),
+        mappings=table.user_mappings,
         classes=totals,
-        owners=owners,
+        owners=all_owners,
         details={
-            **(details.page_figures(snapshot.table) if snapshot.table.knows_flags else {}),
-            **(details.address_figures(snapshot.table, rest_classes) if known else {}),
-            **details.stack_figures(owners, knows_memory=known),
+            **(details.page_figures(table) if table.knows_flags else {}),
+            **(details.address_figures(table, rest_classes) if known else {}),
+            **details.stack_figures(all_owners, knows_memory=known),
         },
-        ranges=tuple(process.ranges),
-        warnings=tuple(concerns.warnings(snapshot, vsz, resident, mappings)),
+        ranges=tuple(claims.ranges),
+        warnings=tuple(concerns.warnings(snapshot, vsz, resident, table.user_mappings)),
         settled=snapshot.settled,
         missing=snapshot.missing,
-        _process=process,
-        _rest_classes=rest_classes,
+        _mappings=Mappings(table, claims, rest_classes, knows_memory=known),
     )
 
 
-def state(piece: Piece) -> str:
-    """Return the state of a named range: ``"committed"`` or ``"reserved"``."""
-    return "reserved" if piece.perms.startswith("---") else "committed"
+def _bytes(kib: int | None) -> int | None:
+    return None if kib is None else kib * KiB
+
+
+def _kib(nbytes: int | None) -> int | None:
+    return None if nbytes is None else nbytes // KiB
 
 
 def verdict(space: AddressSpace) -> str:
     """Return the text of `AddressSpace.verdict`."""
-    kib = {memory_class.name: memory_class.kib for memory_class in space.classes}
+    sizes = {memory_class.name: memory_class.size for memory_class in space.classes}
     parts = [
-        f"{format_size(kib[name] * KiB)} {text}"
+        f"{format_size(sizes[name])} {text}"
         for name, text, min_percent in (
             ("no_access_reserved", "is reserved address space that costs nothing", 1),
             ("accessible_untouched", "may be used and is not, and becomes memory at first use", 10),
             ("file_not_resident", "is of files, read when used", 10),
             ("swapped", "is in swap", 0),
         )
-        if kib.get(name) and 100 * kib[name] >= min_percent * space.vsz_kib
+        if sizes.get(name) and 100 * sizes[name] >= min_percent * space.vsz
     ]
     rss_note = ""
-    if space.rss_kib is None:
+    if space.rss is None:
         rss_note = (
             "; how much of it is memory is not known (none of smaps, smaps_rollup and status can "
             "be read)"
         )
-    elif classes.ACCESSIBLE in kib:
-        unknown = "USS" if space.pss_kib is not None else "PSS, USS"
+    elif classes.ACCESSIBLE in sizes:
+        unknown = "USS" if space.pss is not None else "PSS, USS"
         parts.append(
-            f"{format_size(space.rss_kib * KiB)} is memory (smaps can't be read: {unknown} and "
+            f"{format_size(space.rss)} is memory (smaps can't be read: {unknown} and "
             "which mappings it is in are not known)"
         )
     else:
-        shared = kib["resident_shared"]
-        memory = f"{format_size((kib['resident_private'] + shared) * KiB)} is memory"
+        shared = sizes["resident_shared"]
+        memory = f"{format_size(sizes['resident_private'] + shared)} is memory"
         if shared:
-            memory += f", {format_size(shared * KiB)} of it shared"
+            memory += f", {format_size(shared)} of it shared"
         parts.append(memory)
-    largest = max(space.owners, key=lambda owner: owner.kib, default=None)
-    text = f"VSZ is {format_size(space.vsz_kib * KiB)}"
+    largest = max(space.owners, key=lambda owner: owner.size, default=None)
+    text = f"VSZ is {format_size(space.vsz)}"
     text += f"{', of which ' if parts else ''}{'; '.join(parts)}{rss_note}."
-    if largest is not None and largest.name != UNKNOWN and 2 * largest.kib >= space.vsz_kib:
-        text += f" {100 * largest.kib / space.vsz_kib:.0f} % is {largest.name}."
-    if not space.warnings and not space._process.capture.limits:
+    if largest is not None and largest.name != UNKNOWN and 2 * largest.size >= space.vsz:
+        text += f" {100 * largest.size / space.vsz:.0f} % is {largest.name}."
+    if not space.warnings and "limits" in space.missing:
         return f"{text} Whether it comes near a limit is not known: no limits were saved with it."
     if not space.warnings:
         return f"{text} No reason to worry: nothing comes near a limit."

@@ -57,13 +57,13 @@ def take(pid):
         raise ProcessLookupError(pid)
     if FAILS and Path(FAILS).exists():
         raise PermissionError("no longer yours")
-    reserved = sum(m.end - m.start for m in mappings if m.perms.startswith("---")) // 1024
+    reserved = sum(m.end - m.start for m in mappings if m.perms.startswith("---"))
     return SimpleNamespace(
-        vsz_kib=status["VmSize"],
-        reserved_kib=reserved,
-        committed_kib=status["VmSize"] - reserved,
-        rss_kib=status["VmRSS"],
-        pss_kib=status["VmRSS"] // 2,
+        vsz=status["VmSize"] << 10,
+        reserved=reserved,
+        committed=(status["VmSize"] << 10) - reserved,
+        rss=status["VmRSS"] << 10,
+        pss=status["VmRSS"] << 9,
         mappings=len(mappings),
     )
 
@@ -321,7 +321,8 @@ class TestSampling:
             self.taken.append(self.now)
             self.now += next(lasts)
             size = -len(self.taken)
-            return Sample(**dict.fromkeys(COLUMNS[1:], size))
+            nbytes = size << 10
+            return Sample(nbytes, nbytes, nbytes, nbytes, nbytes, size)
 
         monkeypatch.setattr(watched, "time", SimpleNamespace(monotonic=lambda: self.now))
         return Watched(os.getpid(), interval, take, None)

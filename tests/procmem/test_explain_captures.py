@@ -16,10 +16,12 @@ from helpers.captures import FOLDER, NAMES, truth
 from pyreserve._system.maps import MapTable
 from pyreserve.errors import MapsError
 from pyreserve.procmem import AddressSpace, compare, explain
-from pyreserve.procmem.judge.owners import ProcessMappings, allocators
+from pyreserve.procmem.judge.owners import allocators
+from pyreserve.procmem.judge.owners.process import ProcessMappings
+from pyreserve.procmem.read import sources
 from pyreserve.procmem.read.snapshot import capture
 from pyreserve.procmem.read.sources import SavedSource
-from pyreserve.units import KiB
+from pyreserve.units import KiB, MiB
 
 # The right owner names for each owner in truth.json; others have none.
 RIGHT = (
@@ -74,22 +76,23 @@ class TestTotals:
         """Every class has the size in truth.json, and the sizes sum to VmSize."""
         space, true = explained(name), truth(name)
 
-        assert {memory_class.name: memory_class.kib for memory_class in space.classes} == true[
-            "classes_kib"
-        ]
+        assert {
+            memory_class.name: memory_class.size // KiB for memory_class in space.classes
+        } == true["classes_kib"]
         assert (
-            sum(memory_class.kib for memory_class in space.classes)
-            == space.vsz_kib
-            == true["vsz_kib"]
+            sum(memory_class.size for memory_class in space.classes)
+            == space.vsz
+            == true["vsz_kib"] * KiB
         )
 
     def test_rss_pss_uss(self, name: str) -> None:
         """RSS and USS are exact; PSS is the kernel's sum, rounded once and not for each mapping."""
         space, true = explained(name), truth(name)
 
-        assert space.rss_kib == true["rss_kib"]
-        assert space.uss_kib == true["uss_kib"]
-        assert 0 <= space.pss_kib - true["pss_kib"] <= space.mappings
+        assert space.rss == true["rss_kib"] * KiB
+        assert space.uss == true["uss_kib"] * KiB
+        assert space.pss is not None
+        assert 0 <= space.pss // KiB - true["pss_kib"] <= space.mappings
         assert space.settled
 
     def test_details(self, name: str) -> None:
@@ -97,7 +100,7 @@ class TestTotals:
         true = truth(name).get("classes_detail_kib")
         if true is None:
             pytest.skip("no such figures of this capture")
-        details = explained(name).details
+        details = {name: size // KiB for name, size in explained(name).details.items()}
 
         assert details["no_access_file"] == true["no_access_file"]
         assert details["no_access_resident"] == true["no_access_resident"]
@@ -111,10 +114,10 @@ class TestTotals:
         """Owners sum to VSZ, and their resident sizes to the resident classes."""
         space = explained(name)
 
-        assert sum(owner.kib for owner in space.owners) == space.vsz_kib
-        assert sum(owner.rss_kib for owner in space.owners) == space.class_kib(
+        assert sum(owner.size for owner in space.owners) == space.vsz
+        assert sum(owner.rss for owner in space.owners) == space.class_size(
             "resident_private"
-        ) + space.class_kib("resident_shared")
+        ) + space.class_size("resident_shared")
         assert all(owner.evidence for owner in space.owners)
         assert len({owner.name for owner in space.owners}) == len(space.owners)
 
@@ -127,16 +130,8 @@ def right_names(owner: str) -> list[str]:
 
 
 def named_ranges(space: AddressSpace) -> list[tuple[int, int, str]]:
-    """Ranges (start, end, owner) of all bytes, from the claims."""
-    claims = space._process.claims
-    ranges = []
-    for i, mapping in enumerate(space.maps()):
-        start = mapping.start
-        for low, high, name in sorted(claims.parts.get(i, [])):
-            ranges += [(start, low, "unknown"), (low, high, name)]
-            start = high
-        ranges.append((start, mapping.end, claims.whole[i] or "unknown"))
-    return [(low, high, name) for low, high, name in ranges if low < high]
+    """Ranges (start, end, owner) of all bytes."""
+    return [part for mapping in space.maps() for part in mapping.parts]
 
 
 OWNED = [
@@ -215,7 +210,7 @@ class TestOwners:
     )
     def test_known_sizes(self, name: str, owner: str, kib: int) -> None:
         """The sizes of traced owners are exact to the KiB."""
-        assert {owner.name: owner.kib for owner in explained(name).owners}.get(owner) == kib
+        assert {owner.name: owner.size // KiB for owner in explained(name).owners}.get(owner) == kib
 
     def test_the_ranges_of_gos_layout_of_2014(self) -> None:
         """Spans, bitmap and arena are separate ranges inside mappings, committed and reserved."""
@@ -254,7 +249,7 @@ def test_a_gigabyte_reserved_is_not_gos(tmp_path: Path) -> None:
     assert {owner.name for owner in explain(path=tmp_path).owners} == {"unknown", "mapped files"}
 
 
-def test_a_shadow_of_terabytes(tmp_path: Path) -> None:
+def test_a_shadow_of_terabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mapping of many terabytes is examined once, not for each possible heap."""
     (tmp_path / "smaps").write_text(
         "".join(
@@ -265,7 +260,7 @@ def test_a_shadow_of_terabytes(tmp_path: Path) -> None:
     )
     looked = []
 
-    class Counting(ProcessMappings):
+    class Counting(MapTable):
         def mapping_at(self, address: int) -> int | None:
             looked.append(address)
             return super().mapping_at(address)
@@ -274,8 +269,11 @@ def test_a_shadow_of_terabytes(tmp_path: Path) -> None:
             looked.append(low)
             return super().mappings_in(low, high)
 
-    allocators.glibc_arenas(Counting(capture(SavedSource(tmp_path))))
+    monkeypatch.setattr(sources, "MapTable", Counting)
+    process = ProcessMappings(capture(SavedSource(tmp_path)))
+    allocators.glibc_arenas(process)
 
+    assert isinstance(process.table, Counting)
     assert len(looked) < 10_000
 
 
@@ -323,7 +321,7 @@ def test_the_smallest_arena(tmp_path: Path, used: int, owner: str) -> None:
 
     owners = explain(path=tmp_path).owners
 
-    assert [(owner.name, owner.kib) for owner in owners] == [(owner, 64 * KiB)]
+    assert [(owner.name, owner.size) for owner in owners] == [(owner, 64 * MiB)]
 
 
 LIBC = "7f0000000000-7f0000001000 r-xp 00000000 00:01 5 /lib/x86_64-linux-gnu/libc.so.6\n"
@@ -341,7 +339,7 @@ def owners_of(folder: Path, *pieces: tuple[int, int, str, int, str], rest: str) 
         )
         + rest
     )
-    return {owner.name: owner.kib for owner in explain(path=folder).owners}
+    return {owner.name: owner.size // KiB for owner in explain(path=folder).owners}
 
 
 HEAD, TAIL = "rd wr mr mw me ac", "mr mw me"
@@ -526,7 +524,7 @@ def test_stacks_of_older_kernels(tmp_path: Path, mark: str) -> None:
 
     stacks = explain(path=tmp_path).owners[0]
 
-    assert (stacks.name, stacks.kib) == ("thread stacks", 8196)
+    assert (stacks.name, stacks.size) == ("thread stacks", 8196 * KiB)
     assert ("(nh)" in stacks.evidence) == bool(mark)
 
 
@@ -546,9 +544,10 @@ class TestWithout:
 
         space = explain(path=folder)
 
-        assert (space.vsz_kib, space.rss_kib, space.uss_kib) == (140_696, 79_056, 72_780)
+        sizes = [140_696, 79_056, 72_780]
+        assert [space.vsz, space.rss, space.uss] == [size * KiB for size in sizes]
         assert space.pid is None
-        assert space.pss_kib == 75_007  # the mappings' sum, each rounded down
+        assert space.pss == 75_007 * KiB  # the mappings' sum, each rounded down
 
     def test_compressed_or_not(self, folder: Path) -> None:
         """Each file may be plain or .gz."""
@@ -568,12 +567,12 @@ class TestWithout:
         space = explain(path=folder)
 
         assert space.missing == ("smaps",)
-        assert (space.vsz_kib, space.mappings) == (whole.vsz_kib, whole.mappings)
-        assert (space.rss_kib, space.pss_kib, space.uss_kib) == (79_056, whole.pss_kib, None)
-        classes = {memory_class.name: memory_class.kib for memory_class in space.classes}
+        assert (space.vsz, space.mappings) == (whole.vsz, whole.mappings)
+        assert (space.rss, space.pss, space.uss) == (79_056 * KiB, whole.pss, None)
+        classes = {memory_class.name: memory_class.size for memory_class in space.classes}
         assert classes.keys() == {"no_access_reserved", "accessible", "special_pfn"}
-        assert sum(classes.values()) == space.vsz_kib
-        assert classes["no_access_reserved"] == whole.class_kib("no_access_reserved")
+        assert sum(classes.values()) == space.vsz
+        assert classes["no_access_reserved"] == whole.class_size("no_access_reserved")
         assert (
             "77.2 MiB is memory (smaps can't be read: USS and which mappings it is in are not "
             "known)." in space.verdict
@@ -590,7 +589,7 @@ class TestWithout:
         assert plain["missing"] == ["smaps", "smaps_rollup"]
         assert (plain["rss_kib"], plain["pss_kib"], plain["uss_kib"]) == (79_056, None, None)
         assert {owner["rss_kib"] for owner in plain["owners"]} == {None}
-        assert sum(owner["kib"] for owner in plain["owners"]) == space.vsz_kib
+        assert sum(owner["kib"] for owner in plain["owners"]) == space.vsz // KiB
         assert "stacks" in plain["details_kib"]
         assert "stacks_resident" not in plain["details_kib"]
         assert {mapping.class_name for mapping in space.maps()} <= {
@@ -598,7 +597,7 @@ class TestWithout:
             *(c.name for c in space.classes),
         }
         with pytest.raises(KeyError):
-            space.class_kib("resident_private")
+            space.class_size("resident_private")
 
     @pytest.mark.parametrize(
         ("hidden", "rss", "swap", "page_tables"),
@@ -631,7 +630,8 @@ class TestWithout:
         plain = json.loads(space.to_json())
 
         assert plain["missing"] == hidden.split()
-        assert (space.rss_kib, space.swap_kib, space.page_tables_kib) == (rss, swap, page_tables)
+        expected = [None if size is None else size * KiB for size in (rss, swap, page_tables)]
+        assert [space.rss, space.swap, space.page_tables] == expected
         assert [plain[key] for key in ("rss_kib", "swap_kib", "page_tables_kib")] == [
             rss,
             swap,
@@ -672,7 +672,7 @@ class TestWithout:
         space = explain(path=folder)
 
         assert any("page tables take" in warning for warning in warned.warnings)
-        assert (space.rss_kib, space.page_tables_kib, space.warnings) == (None, 99_999, ())
+        assert (space.rss, space.page_tables, space.warnings) == (None, 99_999 * KiB, ())
 
     def test_what_is_not_known_is_not_compared(self, folder: Path) -> None:
         """A figure that is unknown in one explanation is no change."""
@@ -681,8 +681,8 @@ class TestWithout:
 
         difference = compare(whole, explain(path=folder).to_dict())
 
-        assert {change.name for change in difference.totals} >= {"vsz_kib", "pss_kib"}
-        assert "uss_kib" not in {change.name for change in difference.totals}
+        assert {change.name for change in difference.totals} >= {"vsz", "pss"}
+        assert "uss" not in {change.name for change in difference.totals}
         assert difference.owners_resident == ()
 
     def test_totals_that_are_not_known_are_not_compared(self, folder: Path) -> None:
@@ -695,7 +695,7 @@ class TestWithout:
         for old, new in ((whole, maps), (maps, whole), (maps, maps)):
             difference = compare(old, new)
 
-            assert {change.name for change in difference.totals} == {"vsz_kib", "mappings"}
+            assert {change.name for change in difference.totals} == {"vsz", "mappings"}
             assert "memory (RSS) can't be compared." in difference.verdict
 
     def test_neither_smaps_nor_maps(self, folder: Path) -> None:
@@ -780,7 +780,7 @@ class TestWithout:
 
         assert not space.settled
         assert "not read at one moment" in space.warnings[-1]
-        assert space.rss_kib == 79_056
+        assert space.rss == 79_056 * KiB
 
     @pytest.mark.parametrize("name", [n for n in NAMES if (FOLDER / n / "maps.gz").exists()])
     def test_maps_and_smaps_name_the_same_mappings(self, name: str) -> None:

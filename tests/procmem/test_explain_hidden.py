@@ -303,7 +303,7 @@ class TestNoSmaps:
                 sample()
             except PermissionError as error:
                 space = explain()
-                figures = space.rss_kib, space.swap_kib, space.page_tables_kib
+                figures = space.rss, space.swap, space.page_tables
                 print(json.dumps([str(error), space.missing, figures]))
             """
         )

@@ -67,18 +67,18 @@ def assert_agree(both: Callable[[], tuple[Figures, Figures]]) -> None:
 
 def figures(space: AddressSpace) -> tuple[int, int, int]:
     """RSS, PSS and USS in KiB."""
-    assert space.rss_kib is not None
-    assert space.pss_kib is not None
-    assert space.uss_kib is not None
-    return space.rss_kib, space.pss_kib, space.uss_kib
+    assert space.rss is not None
+    assert space.pss is not None
+    assert space.uss is not None
+    return space.rss // KiB, space.pss // KiB, space.uss // KiB
 
 
 def kib_by_class(space: AddressSpace) -> dict[str, int]:
-    return {memory_class.name: memory_class.kib for memory_class in space.classes}
+    return {memory_class.name: memory_class.size // KiB for memory_class in space.classes}
 
 
 def kib_by_owner(space: AddressSpace) -> dict[str, int]:
-    return {owner.name: owner.kib for owner in space.owners}
+    return {owner.name: owner.size // KiB for owner in space.owners}
 
 
 @every_subject
@@ -90,11 +90,11 @@ class TestAgreement:
         space = explain(stopped(name))
 
         assert (
-            sum(memory_class.kib for memory_class in space.classes)
-            == kib_of(space.pid, "status")["VmSize"]
+            sum(memory_class.size for memory_class in space.classes)
+            == kib_of(space.pid, "status")["VmSize"] * KiB
         )
-        assert sum(owner.kib for owner in space.owners) == space.vsz_kib
-        assert sum(mapping.kib for mapping in space.maps() if mapping.class_name) == space.vsz_kib
+        assert sum(owner.size for owner in space.owners) == space.vsz
+        assert sum(mapping.size for mapping in space.maps() if mapping.class_name) == space.vsz
         assert len([mapping for mapping in space.maps() if mapping.class_name]) == space.mappings
 
     def test_the_figures_are_the_kernels(self, stopped: Stopped, name: str) -> None:
@@ -112,9 +112,9 @@ class TestAgreement:
         """The resident sizes of owners and of mappings sum to those of the classes."""
         space = explain(stopped(name))
 
-        resident = space.class_kib("resident_private") + space.class_kib("resident_shared")
-        assert sum(owner.rss_kib for owner in space.owners) == resident
-        assert sum(mapping.rss_kib for mapping in space.maps()) == resident
+        resident = space.class_size("resident_private") + space.class_size("resident_shared")
+        assert sum(owner.rss for owner in space.owners) == resident
+        assert sum(mapping.rss for mapping in space.maps()) == resident
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # psutil is renaming it
     def test_psutil_says_the_same(self, stopped: Stopped, name: str) -> None:
@@ -126,7 +126,7 @@ class TestAgreement:
 
         def both() -> tuple[object, object]:
             space, theirs = explain(pid), psutil.Process(pid).memory_full_info()
-            return (space.uss_kib, space.pss_kib, space.rss_kib if exact else 0, space.vsz_kib), (
+            return (space.uss, space.pss, space.rss if exact else 0, space.vsz), (
                 theirs.uss // KiB,
                 theirs.pss // KiB,
                 theirs.rss // KiB if exact else 0,
@@ -163,8 +163,8 @@ class TestAgreement:
             near = 0 <= figures(whole)[1] - pss <= space.mappings
             return [pid, uss, pss, rss, rss, uss, True], [
                 *map(int, done.stdout.split()),
-                whole.rss_kib,
-                whole.uss_kib,
+                whole.rss,
+                whole.uss,
                 near,
             ]
 
@@ -220,11 +220,11 @@ class TestOwners:
         space = explain(stopped("numpy"))
 
         owners = {owner.name: owner for owner in space.owners}
-        assert owners["unknown"].rss_kib >= 64 * 1024
+        assert owners["unknown"].rss >= 64 * MiB
         assert "anonymous mapping" in owners["unknown"].evidence
-        assert owners["mapped files"].kib > 10 * 1024
+        assert owners["mapped files"].size > 10 * MiB
         assert any("/numpy/" in mapping.name for mapping in space.maps())
-        assert space.class_kib("resident_private") >= 64 * 1024
+        assert space.class_size("resident_private") >= 64 * MiB
 
     @only_x86_64
     def test_node(self, stopped: Stopped) -> None:
@@ -232,10 +232,10 @@ class TestOwners:
         owners = {owner.name: owner for owner in explain(stopped("node")).owners}
 
         wasm = owners["V8 WebAssembly memories and guards"]
-        assert 8 * GiB <= wasm.kib * KiB <= 17 * GiB
-        assert 0 <= wasm.kib - wasm.no_access_kib <= 1024
-        assert owners["V8 heap"].rss_kib > 1024
-        assert owners["mapped files"].rss_kib > 1024
+        assert 8 * GiB <= wasm.size <= 17 * GiB
+        assert 0 <= wasm.size - wasm.no_access <= MiB
+        assert owners["V8 heap"].rss > MiB
+        assert owners["mapped files"].rss > MiB
 
     @only_64_bit
     def test_java(self, stopped: Stopped) -> None:
@@ -253,12 +253,12 @@ class TestOwners:
 
         owners = {owner.name: owner for owner in space.owners}
         shadow = owners["AddressSanitizer shadow"]
-        assert 0 <= shadow.kib * KiB - 14 * TiB <= MiB
-        assert shadow.no_access_kib == 0
+        assert 0 <= shadow.size - 14 * TiB <= MiB
+        assert shadow.no_access == 0
         gap = owners["AddressSanitizer shadow gap"]
-        assert (gap.kib * KiB, gap.no_access_kib * KiB) == (2 * TiB, 2 * TiB)
-        assert owners["AddressSanitizer allocator"].kib * KiB >= 4 * TiB
-        assert space.class_kib("accessible_untouched") > 14 * TiB // KiB - 1024
+        assert (gap.size, gap.no_access) == (2 * TiB, 2 * TiB)
+        assert owners["AddressSanitizer allocator"].size >= 4 * TiB
+        assert space.class_size("accessible_untouched") > 14 * TiB - MiB
 
     @only_64_bit
     def test_threads_and_their_arenas(self, stopped: Stopped) -> None:
@@ -270,23 +270,22 @@ class TestOwners:
 
         owners = {owner.name: owner for owner in space.owners}
         stacks, arenas = owners["thread stacks"], owners["glibc malloc arenas"]
-        assert stacks.kib == subjects.THREADS * (subjects.STACK_KIB + PAGE_SIZE // KiB)
+        assert stacks.size == subjects.THREADS * (subjects.STACK_KIB * KiB + PAGE_SIZE)
         hidden = "MADV_GUARD_INSTALL" in stacks.evidence
-        assert stacks.no_access_kib == (0 if hidden else subjects.THREADS * PAGE_SIZE // KiB)
-        assert arenas.kib * KiB == subjects.THREADS * 64 * MiB
+        assert stacks.no_access == (0 if hidden else subjects.THREADS * PAGE_SIZE)
+        assert arenas.size == subjects.THREADS * 64 * MiB
         assert arenas.mappings == 2 * subjects.THREADS
-        assert space.details["stacks"] == stacks.kib + owners["main stack"].kib
+        assert space.details["stacks"] == stacks.size + owners["main stack"].size
 
     def test_many_mappings(self, stopped: Stopped) -> None:
         """Every mapping of alternately writable pages is counted."""
         space = explain(stopped("mappings"))
 
         unknown = next(owner for owner in space.owners if owner.name == "unknown")
-        page = PAGE_SIZE // KiB
         assert subjects.PIECES <= unknown.mappings <= subjects.PIECES + 10
         assert space.mappings == len(space.maps()) - (space.maps()[-1].name == "[vsyscall]")
-        assert unknown.no_access_kib == subjects.PIECES // 2 * page
-        assert unknown.rss_kib >= -(-subjects.PIECES // 6) * page
+        assert unknown.no_access == subjects.PIECES // 2 * PAGE_SIZE
+        assert unknown.rss >= -(-subjects.PIECES // 6) * PAGE_SIZE
 
     def test_pages_are_counted_as_smaps_does(
         self, stopped: Stopped, monkeypatch: pytest.MonkeyPatch
@@ -359,7 +358,7 @@ def end(process: "subprocess.Popen[bytes]", *, reaped: bool) -> None:
 
 def consistent(space: AddressSpace) -> bool:
     return (
-        0 < sum(memory_class.kib for memory_class in space.classes) == space.vsz_kib
+        0 < sum(memory_class.size for memory_class in space.classes) == space.vsz
         and 0 < figures(space)[2] <= figures(space)[0]
         and space.mappings > 0
     )
@@ -451,8 +450,8 @@ class TestEnds:
                 kill_before_read(which, process, patch, reaped=False)
                 with suppress(NoAddressSpaceError):
                     found = sample(process.pid)
-                    assert found.pss_kib is not None
-                    assert min(found.vsz_kib, found.rss_kib, found.pss_kib, found.mappings) > 0
+                    assert found.pss is not None
+                    assert min(found.vsz, found.rss, found.pss, found.mappings) > 0
                 if not ended(process):
                     break
 
@@ -630,7 +629,7 @@ class TestKinds:
         with subjects.running(program) as pid:
             for number in range(200):
                 assert explain(pid).pid == pid
-                assert sample(pid).vsz_kib > 0
+                assert sample(pid).vsz > 0
                 if number % 20 == 0:
                     save(pid, tmp_path / str(number))
 
@@ -668,7 +667,7 @@ class TestKinds:
             save(pid, tmp_path / "saved")
 
             assert (space.pid, space.name, space.settled) == (pid, "simple", True)
-            assert space.vsz_kib == kib_of(pid, "status")["VmSize"]
+            assert space.vsz == kib_of(pid, "status")["VmSize"] * KiB
             assert explain(path=tmp_path / "saved").pid == pid
 
     def test_this_process_names_its_regions(self) -> None:
@@ -680,7 +679,7 @@ class TestKinds:
 
             def regions():
                 owners = [o for o in explain().owners if o.name == "pyreserve regions"]
-                return [(o.kib, o.rss_kib, o.no_access_kib, o.evidence) for o in owners]
+                return [(o.size >> 10, o.rss >> 10, o.no_access >> 10, o.evidence) for o in owners]
 
             found = {"none": regions()}
             first = reserve(3 * GiB)
@@ -725,8 +724,8 @@ class TestKinds:
             owners = {owner.name: owner for owner in explain(pid).owners}
 
             smaps = Path(f"/proc/{pid}/smaps").read_text()
-            assert (regions := owners["pyreserve regions"]).kib == 8 << 10
-            assert regions.no_access_kib == 7 << 10
+            assert (regions := owners["pyreserve regions"]).size == 8 * MiB
+            assert regions.no_access == 7 * MiB
             assert "dd" in regions.evidence
             droppable = len(re.findall(r"^VmFlags:.* wf .*dd .*dp", smaps, re.MULTILINE))
             assert owners.get("vDSO getrandom state", Owner("")).mappings == droppable
@@ -899,7 +898,7 @@ class TestStrangeNames:
 
         found = {mapping.name for mapping in space.maps() if "/strange0/" in mapping.name}
         assert found == names
-        assert space.vsz_kib == kib_of(pid, "status")["VmSize"]
+        assert space.vsz == kib_of(pid, "status")["VmSize"] * KiB
         assert space.settled
         starts = [mapping.start for mapping in space.maps()]
         lines = Path(f"/proc/{pid}/maps").read_bytes().split(b"\n")[:-1]
@@ -1094,18 +1093,18 @@ class TestTrack:
                 addresses, perms, *_ = line.split()
                 start, _, end = addresses.partition("-")
                 if "[vsyscall]" not in line:
-                    found.append((perms, (int(end, 16) - int(start, 16)) // KiB))
+                    found.append((perms, int(end, 16) - int(start, 16)))
             return sample(pid), Sample(
-                vsz_kib=sum(kib for _, kib in found),
-                reserved_kib=sum(kib for perms, kib in found if perms[:3] == "---"),
-                committed_kib=sum(kib for perms, kib in found if perms[1::2] == "wp"),
-                rss_kib=kernel["Rss"],
-                pss_kib=kernel["Pss"],
+                vsz=sum(size for _, size in found),
+                reserved=sum(size for perms, size in found if perms[:3] == "---"),
+                committed=sum(size for perms, size in found if perms[1::2] == "wp"),
+                rss=kernel["Rss"] * KiB,
+                pss=kernel["Pss"] * KiB,
                 mappings=len(found),
             )
 
         assert_agree(both)
-        assert sample(pid).vsz_kib == kib_of(pid, "status")["VmSize"]
+        assert sample(pid).vsz == kib_of(pid, "status")["VmSize"] * KiB
 
 
 class TestSave:
@@ -1213,10 +1212,10 @@ class TestDiff:
         resident = {change.name: change.by for change in difference.owners_resident}
         classes = {change.name: change.by for change in difference.classes}
         totals = {change.name: change.by for change in difference.totals}
-        assert owners["pyreserve regions"] == 1 << 20
-        assert resident["pyreserve regions"] == 2048
-        assert classes["no_access_reserved"] == (1 << 20) - 4096
-        assert totals["vsz_kib"] == sum(classes.values()) == sum(owners.values())
+        assert owners["pyreserve regions"] == GiB
+        assert resident["pyreserve regions"] == 2 * MiB
+        assert classes["no_access_reserved"] == GiB - 4 * MiB
+        assert totals["vsz"] == sum(classes.values()) == sum(owners.values())
         assert difference.owners[0].name == "pyreserve regions"
         assert "Most addresses went to pyreserve regions: 1 GiB." in difference.verdict
 

@@ -18,7 +18,8 @@ from PIL import Image
 
 from pyreserve import GiB, KiB, MiB, TiB, reserve
 from pyreserve.procmem import AddressSpace, explain
-from pyreserve.procmem.show.blocks import MAX_BLOCKS, Block, _parts, blocks, holes, label, shorten
+from pyreserve.procmem.judge.owners.claims import fill
+from pyreserve.procmem.show.blocks import MAX_BLOCKS, Block, blocks, holes, label, shorten
 from pyreserve.procmem.show.picture import draw, figure
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -115,23 +116,23 @@ def labels(picture: Figure) -> list[str]:
 
 def agree(space: AddressSpace) -> None:
     """Assert that the blocks contain each byte of the process once, in order."""
-    found = blocks(space)
+    found = blocks(space.maps())
     mapped = [m for m in space.maps() if m.class_name]
-    assert sum(block.size_kib for block in found) == space.vsz_kib
-    assert tuple(map(sum, zip(*(block.kib for block in found), strict=True))) == tuple(
-        memory_class.kib for memory_class in space.classes
+    assert sum(block.size for block in found) == space.vsz
+    assert tuple(map(sum, zip(*(block.sizes for block in found), strict=True))) == tuple(
+        memory_class.size for memory_class in space.classes
     )
     assert all(gap >= 0 for gap in holes(found))
     assert len(found) <= MAX_BLOCKS
     for block in found:
         inside = [m for m in mapped if m.start < block.end and m.end > block.start]
         size = sum(min(m.end, block.end) - max(m.start, block.start) for m in inside)
-        assert size == block.size_kib * KiB
-        assert sum(block.owners.values()) == block.size_kib
+        assert size == block.size
+        assert sum(block.owners.values()) == block.size
     owners: dict[str, int] = {}
-    for name, kib in itertools.chain.from_iterable(block.owners.items() for block in found):
-        owners[name] = owners.get(name, 0) + kib
-    assert owners == {owner.name: owner.kib for owner in space.owners}
+    for name, size in itertools.chain.from_iterable(block.owners.items() for block in found):
+        owners[name] = owners.get(name, 0) + size
+    assert owners == {owner.name: owner.size for owner in space.owners}
 
 
 class TestBlocks:
@@ -147,11 +148,11 @@ class TestBlocks:
 
     def test_a_large_reservation_is_a_block(self, tmp_path: Path) -> None:
         """A large reservation is a block of its own, with its addresses."""
-        found = blocks(saved(tmp_path, ordinary()))
+        found = blocks(saved(tmp_path, ordinary()).maps())
 
-        largest = max(found, key=lambda block: block.size_kib)
+        largest = max(found, key=lambda block: block.size)
         assert (largest.start, largest.end) == (HIGH, HIGH + 65 * GiB)
-        assert largest.memory_kib == 30 * 1024
+        assert largest.memory == 30 * MiB
 
     def test_a_mapping_of_two_owners_is_divided(self, tmp_path: Path) -> None:
         """A block ends where Go's spans end, although no mapping ends there."""
@@ -172,10 +173,10 @@ class TestBlocks:
             ],
         )
 
-        found = {name: block for block in blocks(space) for name in block.owners}
+        found = {name: block for block in blocks(space.maps()) for name in block.owners}
         assert (found["Go spans"].start, found["Go spans"].end) == (start, start + 128 * MiB)
         assert (found["Go bitmap"].start, found["Go bitmap"].end) == (start + 128 * MiB, arena)
-        assert found["Go arena"].memory_kib + found["Go bitmap"].memory_kib == 17 * 1024
+        assert found["Go arena"].memory + found["Go bitmap"].memory == 17 * MiB
         agree(space)
 
     @given(
@@ -183,7 +184,7 @@ class TestBlocks:
     )
     def test_claims_that_overlap(self, claimed: list[tuple[int, int, str]]) -> None:
         """For any claims, the parts of a mapping are adjacent and cover it."""
-        parts = list(_parts(10, 50, claimed))
+        parts = list(fill(10, 50, claimed))
 
         assert [low for low, _, _ in parts] + [50] == [10] + [high for _, high, _ in parts]
         assert all(low < high for low, high, _ in parts)
@@ -202,13 +203,15 @@ class TestBlocks:
         found = _merge(made, 64 * MiB, most)
 
         assert 1 <= len(found) <= max(most, 1)
-        assert sum(block.size_kib for block in found) == 8 * len(gaps)
+        assert sum(block.size for block in found) == 8 * len(gaps)
         assert [block.start for block in found] == sorted(block.start for block in found)
 
     def test_pieces_of_one_owner_far_apart(self, tmp_path: Path) -> None:
         """Small scattered mappings are merged; the blocks count all places."""
         scattered = [mapping(i * TiB, 64 * KiB, "rwxp", private=4) for i in range(1, 30)]
-        found = blocks(saved(tmp_path, [*scattered, mapping(STACK, GiB, private=GiB // KiB)]))
+        found = blocks(
+            saved(tmp_path, [*scattered, mapping(STACK, GiB, private=GiB // KiB)]).maps()
+        )
 
         assert len(found) < MAX_BLOCKS
         assert sum(block.places for block in found) == 30
@@ -217,7 +220,7 @@ class TestBlocks:
         """A process with only the vsyscall page has no block, and still a picture."""
         space = saved(tmp_path, ordinary()[-1:])
 
-        assert blocks(space) == []
+        assert blocks(space.maps()) == []
         assert labels(figure(space)) == []
 
 
@@ -293,7 +296,7 @@ class TestThePicture:
         picture = figure(space)
 
         named = [text for text in picture.texts if str(text.get_gid()).startswith("label-")]
-        assert len(named) == len(blocks(space))
+        assert len(named) == len(blocks(space.maps()))
         heights = [text.get_position()[1] for text in named]
         assert heights == sorted(heights, reverse=True)
 
@@ -394,11 +397,11 @@ class TestTheFile:
         """A process with the maximum number of mappings has an ordinary picture."""
         space = saved(tmp_path / "process", many(30_000))
 
-        agree_most = blocks(space)
+        agree_most = blocks(space.maps())
         draw(space, tmp_path / "one.png")
 
         assert len(agree_most) <= MAX_BLOCKS
-        assert sum(block.size_kib for block in agree_most) == space.vsz_kib
+        assert sum(block.size for block in agree_most) == space.vsz
         with Image.open(tmp_path / "one.png") as picture:
             assert picture.height < 2400
 

@@ -17,6 +17,7 @@ from pyreserve.procmem import AddressSpace, explain
 from pyreserve.procmem.judge.owners import recognise
 from pyreserve.procmem.read.snapshot import capture
 from pyreserve.procmem.read.sources import SavedSource
+from pyreserve.units import KiB
 
 LINE = b"7fdbc9300000-7fdbc9400000 rw-s 00001000 fe:1a 2714305                    /tmp/a b\n"
 SMAPS = {
@@ -271,9 +272,9 @@ class TestNames:
             tmp_path, f"1000-3000 {perms} 0 0:0 {inode} [{name}]", "Private_Dirty: 4 kB"
         )
 
-        assert sum(memory_class.kib for memory_class in space.classes) == space.vsz_kib == 8
-        assert sum(owner.kib for owner in space.owners) == 8
-        assert (space.uss_kib, space.mappings) == (4, 1)
+        assert sum(memory_class.size for memory_class in space.classes) == space.vsz == 8 * KiB
+        assert sum(owner.size for owner in space.owners) == 8 * KiB
+        assert (space.uss, space.mappings) == (4 * KiB, 1)
 
     def test_the_kernels_half(self, tmp_path: Path) -> None:
         """A mapping in the kernel's half is in no class and not in VmSize, whatever its name."""
@@ -287,10 +288,10 @@ class TestNames:
                 "Private_Dirty: 4 kB",
             )
 
-            assert sum(memory_class.kib for memory_class in space.classes) == space.vsz_kib == 4
-            assert [(owner.name, owner.kib) for owner in space.owners] == [("unknown", 4)]
-            assert (space.rss_kib, space.uss_kib, space.mappings) == (0, 0, 1)
-            assert [mapping.kib for mapping in space.maps()] == [4, 4]
+            assert sum(memory_class.size for memory_class in space.classes) == space.vsz == 4 * KiB
+            assert [(owner.name, owner.size) for owner in space.owners] == [("unknown", 4 * KiB)]
+            assert (space.rss, space.uss, space.mappings) == (0, 0, 1)
+            assert [mapping.size for mapping in space.maps()] == [4 * KiB, 4 * KiB]
             assert space.maps()[1].owner == "kernel"
 
     @pytest.mark.parametrize("name", ["[stack]", "[heap]", "[vdso]", "[vvar]", "[anon:v8]"])
@@ -300,13 +301,13 @@ class TestNames:
             space = self.explain(tmp_path, line)
 
             assert [owner.name for owner in space.owners] == ["unknown"]
-            assert space.class_kib("special_pfn") == 0
+            assert space.class_size("special_pfn") == 0
 
     def test_writable_vvar(self, tmp_path: Path) -> None:
         """The kernel's data pages are read-only."""
         space = self.explain(tmp_path, "1000-3000 rw-p 0 0:0 0 [vvar]")
 
-        assert space.class_kib("special_pfn") == 0
+        assert space.class_size("special_pfn") == 0
         assert [owner.name for owner in space.owners] == ["unknown"]
 
 
@@ -384,12 +385,12 @@ class TestFuzzed:
             space = explain(path=folder)
         except MapsError:
             return
-        assert sum(memory_class.kib for memory_class in space.classes) == space.vsz_kib
-        assert sum(owner.kib for owner in space.owners) == space.vsz_kib
-        assert all(owner.kib >= 0 and owner.rss_kib >= 0 for owner in space.owners)
+        assert sum(memory_class.size for memory_class in space.classes) == space.vsz
+        assert sum(owner.size for owner in space.owners) == space.vsz
+        assert all(owner.size >= 0 and owner.rss >= 0 for owner in space.owners)
         assert space.to_json()
         assert len(space.maps()) >= space.mappings
-        parts = recognise(capture(SavedSource(folder))).claims.parts
+        parts = recognise(capture(SavedSource(folder))).parts
         for pieces in parts.values():
             ordered = sorted(piece[:2] for piece in pieces)
             assert all(a[1] <= b[0] for a, b in pairwise(ordered))

@@ -208,8 +208,8 @@ class TestWarnings:
             cgroups=(),
         )
 
-        near = warnings(files, GiB // KiB, None, 9)
-        far = warnings(files, GiB // KiB // 2, None, 8)
+        near = warnings(files, GiB, None, 9)
+        far = warnings(files, GiB // 2, None, 8)
 
         assert [warning[:13] for warning in near] == ["VSZ is 100 % ", "it has 9 mapp"]
         assert far == []

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from pyreserve.procmem import Sample
+from pyreserve.units import KiB
 
 FIGURES = {
     "VSZ": "vsz_kib",
@@ -83,7 +84,7 @@ class Watched:
         with suppress(OSError):  # read again each time: exec changes the name
             self.name = Path(f"/proc/{self.pid}/comm").read_text(errors="replace").rstrip("\n")
         values: dict[str, int | None] = {
-            name: getattr(sample, key) for name, key in FIGURES.items()
+            name: _in_unit(sample, key) for name, key in FIGURES.items()
         }
         for name, value in values.items():
             if value is not None:
@@ -126,6 +127,12 @@ class Watched:
         except ProcessLookupError:
             self.ended = True
         return not self.ended
+
+
+def _in_unit(sample: Sample, key: str) -> int | None:
+    """Return a figure of a sample in the unit that its key names."""
+    value: int | None = getattr(sample, key.removesuffix("_kib"))
+    return value // KiB if value is not None and key.endswith("_kib") else value
 
 
 def _csv_line(row: Iterable[str]) -> bytes:

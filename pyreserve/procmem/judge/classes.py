@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from pyreserve._system.maps import EXECUTE, FLAGS, READ, WRITE, MapTable
 from pyreserve._system.maps import SHARED as SHARED_BIT
+from pyreserve.units import KiB
 
 NAMES = (
     "no_access_reserved",
@@ -56,10 +57,10 @@ _SHARED_MEMORY = ("/dev/zero", "/memfd:", "/SYSV", "/dev/shm/", "/anon_hugepage"
 
 
 class MemoryClass(NamedTuple):
-    """The size of one class in KiB, and the number of mappings that have bytes in it."""
+    """The size of one class in bytes, and the number of mappings that have bytes in it."""
 
     name: str
-    kib: int
+    size: int
     mappings: int
 
 
@@ -121,7 +122,10 @@ def totals(
         ]
         kib[index] += sum(sizes)
         mappings[index] += len(sizes)
-    return tuple(map(MemoryClass, NAMES, kib, mappings))
+    return tuple(
+        MemoryClass(name, size * KiB, count)
+        for name, size, count in zip(NAMES, kib, mappings, strict=True)
+    )
 
 
 def _totals_without_memory(table: MapTable, rest: list[int | None]) -> tuple[MemoryClass, ...]:
@@ -135,5 +139,5 @@ def _totals_without_memory(table: MapTable, rest: list[int | None]) -> tuple[Mem
         sizes = [
             size for size, rest_class in zip(table.size, rest, strict=True) if rest_class in members
         ]
-        totals.append(MemoryClass(name, sum(sizes), len(sizes)))
+        totals.append(MemoryClass(name, sum(sizes) * KiB, len(sizes)))
     return tuple(totals)

@@ -3,13 +3,14 @@
 from pyreserve._system.maps import EXECUTE, FLAGS, READ, WRITE, MapTable
 from pyreserve.procmem.judge.classes import NO_ACCESS, SPECIAL, UNTOUCHED, is_shared_memory
 from pyreserve.procmem.judge.owners import Owner
+from pyreserve.units import KiB
 
 _ACCESS = READ | WRITE | EXECUTE
 _NR, _DEVICE = FLAGS["nr"], FLAGS["pf"] | FLAGS["io"]
 
 
 def page_figures(table: MapTable) -> dict[str, int]:
-    """Return the figures of smaps that are not classes, in KiB (proc(5)).
+    """Return the figures of smaps that are not classes, in bytes (proc(5)).
 
     ``dirty`` and ``clean`` sum to RSS; ``lazy_free`` was given back with MADV_FREE and stays
     resident until the kernel needs memory; ``*_huge`` is in transparent huge pages, ``hugetlb`` in
@@ -17,7 +18,7 @@ def page_figures(table: MapTable) -> dict[str, int]:
     """
     hugetlb = sum(table.private_hugetlb) + sum(table.shared_hugetlb)
     dirty = sum(table.private_dirty) + sum(table.shared_dirty)
-    return {
+    kib = {
         "dirty": dirty,
         "clean": sum(table.rss) - dirty,
         "anonymous": sum(table.anonymous),
@@ -28,10 +29,11 @@ def page_figures(table: MapTable) -> dict[str, int]:
         "hugetlb": hugetlb,
         "locked": sum(table.locked),
     }
+    return {name: size * KiB for name, size in kib.items()}
 
 
 def address_figures(table: MapTable, rest_class: list[int | None]) -> dict[str, int]:
-    """Return figures of addresses by access and flags, in KiB.
+    """Return figures of addresses by access and flags, in bytes.
 
     ``no_access_resident`` is resident memory without access (used, then protected);
     ``no_access_file`` is between a library's segments; ``untouched_noreserve`` is never charged as
@@ -46,10 +48,10 @@ def address_figures(table: MapTable, rest_class: list[int | None]) -> dict[str, 
     rest, perms, inode = table.rest, table.perms, table.inode
     named = [i for i, _ in table.named if inode[i]]
     files = [i for i in named if not is_shared_memory(table.names[i])]
-    return {
+    kib = {
         "no_access_file": sum(rest[i] for i in files if not perms[i] & _ACCESS),
         "no_access_resident": sum(
-            [kib for kib, perm in zip(table.rss, perms, strict=True) if not perm & _ACCESS]
+            [size for size, perm in zip(table.rss, perms, strict=True) if not perm & _ACCESS]
         ),
         "untouched_noreserve": sum(
             rest[i]
@@ -63,12 +65,13 @@ def address_figures(table: MapTable, rest_class: list[int | None]) -> dict[str, 
         ),
         "untouched_shared": sum(rest[i] for i in named if rest_class[i] == UNTOUCHED),
     }
+    return {name: size * KiB for name, size in kib.items()}
 
 
 def stack_figures(owners: tuple[Owner, ...], *, knows_memory: bool) -> dict[str, int]:
-    """Return the size and the resident memory of all stacks, in KiB."""
+    """Return the size and the resident memory of all stacks, in bytes."""
     stacks = [owner for owner in owners if owner.name in {"main stack", "thread stacks"}]
-    figures = {"stacks": sum(owner.kib for owner in stacks)}
+    figures = {"stacks": sum(owner.size for owner in stacks)}
     if knows_memory:
-        figures["stacks_resident"] = sum(owner.rss_kib for owner in stacks)
+        figures["stacks_resident"] = sum(owner.rss for owner in stacks)
     return figures

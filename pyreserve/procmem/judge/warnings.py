@@ -9,15 +9,15 @@ from pyreserve.procmem.read.snapshot import Capture
 from pyreserve.units import GiB, KiB, format_size
 
 # Any process has some page tables: a few KiB are no reason for a warning.
-_PAGE_TABLE_SHARE, _MIN_PAGE_TABLES_KIB = 0.1, 128
+_PAGE_TABLE_SHARE, _MIN_PAGE_TABLES = 0.1, 128 * KiB
 _MIN_DUMP_WALK = GiB
 
 
 def warnings(capture: Capture, vsz: int, resident: int | None, mappings: int) -> list[str]:
-    """Return the warnings about a process; `vsz` and `resident` in KiB, None if not known."""
+    """Return the warnings about a process; `vsz` and `resident` in bytes, None if not known."""
     process = CapturedProcess(
         limits=capture.limits,
-        status={**capture.status, "VmSize": vsz},
+        status={**capture.status, "VmSize": vsz // KiB},
         machine=capture.machine,
         cgroups=capture.cgroups,
         map_count=mappings,
@@ -31,11 +31,11 @@ def warnings(capture: Capture, vsz: int, resident: int | None, mappings: int) ->
 
 
 def _page_tables(capture: Capture, resident: int | None) -> Iterator[str]:
-    tables = capture.status.get("VmPTE", 0)
-    if resident and tables >= _MIN_PAGE_TABLES_KIB and tables > _PAGE_TABLE_SHARE * resident:
+    tables = capture.status.get("VmPTE", 0) * KiB
+    if resident and tables >= _MIN_PAGE_TABLES and tables > _PAGE_TABLE_SHARE * resident:
         yield (
-            f"page tables take {format_size(tables * KiB)}, {percent(tables, resident)} of "
-            "resident memory: pages are used far apart, or were used and given back"
+            f"page tables take {format_size(tables)}, {percent(tables, resident)} of resident "
+            "memory: pages are used far apart, or were used and given back"
         )
 
 

@@ -15,24 +15,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The sizes of a process at one moment, in KiB.
+    """The sizes of a process at one moment, in bytes.
 
     Attributes:
-        vsz_kib: virtual size (VmSize).
-        reserved_kib: the part of VSZ that is neither readable nor writable nor executable.
-        committed_kib: the part of VSZ that is private and writable.
-        rss_kib: resident memory (Rss; VmRSS if neither smaps_rollup nor smaps can be read).
-        pss_kib: resident memory, shared pages divided by the number of their users (Pss); None if
+        vsz: virtual size (VmSize).
+        reserved: the part of VSZ that is neither readable nor writable nor executable.
+        committed: the part of VSZ that is private and writable.
+        rss: resident memory (Rss; VmRSS if neither smaps_rollup nor smaps can be read).
+        pss: resident memory, shared pages divided by the number of their users (Pss); None if
             neither smaps_rollup nor smaps can be read.
         mappings: number of mappings, as vm.max_map_count counts them.
     """
 
-    vsz_kib: int
-    reserved_kib: int
-    committed_kib: int
-    rss_kib: int
-    pss_kib: int | None
+    vsz: int
+    reserved: int
+    committed: int
+    rss: int
+    pss: int | None
     mappings: int
+
+    def since(self, before: "Sample") -> "Sample":
+        """Return the change of each figure; ``pss`` is None unless both samples know it."""
+        known = self.pss is not None and before.pss is not None
+        return Sample(
+            vsz=self.vsz - before.vsz,
+            reserved=self.reserved - before.reserved,
+            committed=self.committed - before.committed,
+            rss=self.rss - before.rss,
+            pss=(self.pss or 0) - (before.pss or 0) if known else None,
+            mappings=self.mappings - before.mappings,
+        )
 
 
 def sample(pid: int | None = None) -> Sample:
@@ -49,30 +61,23 @@ def sample(pid: int | None = None) -> Sample:
     source = LiveSource(pid)
     with name_exhausted_limit():
         sums, (rss, pss) = source.retry_after_exec(lambda: (source.sums(), resident(source)))
-    return Sample(
-        vsz_kib=sums.size // KiB,
-        reserved_kib=sums.reserved // KiB,
-        committed_kib=sums.committed // KiB,
-        rss_kib=rss,
-        pss_kib=pss,
-        mappings=sums.mappings,
-    )
+    return Sample(sums.size, sums.reserved, sums.committed, rss, pss, sums.mappings)
 
 
 def resident(source: LiveSource) -> tuple[int, int | None]:
-    """Return a process's Rss and Pss in KiB; Pss is None if it can't be read."""
+    """Return a process's Rss and Pss in bytes; Pss is None if it can't be read."""
     text = source.text("smaps_rollup")
     if text is not None:
         rollup = dict(proc.parse_kib(text))
-        return rollup.get("Rss", 0), rollup.get("Pss", 0)
+        return rollup.get("Rss", 0) * KiB, rollup.get("Pss", 0) * KiB
     smaps = source.smaps()
     if smaps is not None:
-        return sum(smaps.rss), sum(smaps.pss)
+        return sum(smaps.rss) * KiB, sum(smaps.pss) * KiB
     status = dict(proc.parse_kib(source.text("status") or ""))
     if "VmRSS" not in status:
         msg = "resident memory is not known: none of smaps_rollup, smaps and status can be read"
         raise AccessError(errno.EACCES, msg)
-    return status["VmRSS"], None
+    return status["VmRSS"] * KiB, None
 
 
 class track:  # noqa: N801 - used like a function
@@ -121,43 +126,32 @@ class track:  # noqa: N801 - used like a function
 
     def _change(self) -> Sample:
         """Return the change of each figure, up to now or to the end of the block."""
-        after = sample() if self.after is None else self.after
-        before = self.before
-        known = after.pss_kib is not None and before.pss_kib is not None
-        return Sample(
-            vsz_kib=after.vsz_kib - before.vsz_kib,
-            reserved_kib=after.reserved_kib - before.reserved_kib,
-            committed_kib=after.committed_kib - before.committed_kib,
-            rss_kib=after.rss_kib - before.rss_kib,
-            pss_kib=(after.pss_kib or 0) - (before.pss_kib or 0) if known else None,
-            mappings=after.mappings - before.mappings,
-        )
+        return (sample() if self.after is None else self.after).since(self.before)
 
     @property
     def vsz(self) -> int:
         """Change of VSZ in bytes."""
-        return self._change().vsz_kib * KiB
+        return self._change().vsz
 
     @property
     def reserved(self) -> int:
         """Change of the reserved size (no access), in bytes."""
-        return self._change().reserved_kib * KiB
+        return self._change().reserved
 
     @property
     def committed(self) -> int:
         """Change of the private writable size, in bytes."""
-        return self._change().committed_kib * KiB
+        return self._change().committed
 
     @property
     def rss(self) -> int:
         """Change of RSS in bytes."""
-        return self._change().rss_kib * KiB
+        return self._change().rss
 
     @property
     def pss(self) -> int | None:
         """Change of PSS in bytes; None if not known."""
-        kib = self._change().pss_kib
-        return None if kib is None else kib * KiB
+        return self._change().pss
 
     @property
     def mappings(self) -> int:
@@ -166,18 +160,16 @@ class track:  # noqa: N801 - used like a function
 
     def __str__(self) -> str:
         change = self._change()
-        sizes_kib = (
-            ("VSZ", change.vsz_kib),
-            ("reserved", change.reserved_kib),
-            ("committed", change.committed_kib),
-            ("RSS", change.rss_kib),
+        sizes = (
+            ("VSZ", change.vsz),
+            ("reserved", change.reserved),
+            ("committed", change.committed),
+            ("RSS", change.rss),
         )
-        words = [
-            f"{name} {'+' if kib > 0 else ''}{format_size(kib * KiB)}" for name, kib in sizes_kib
-        ]
+        words = [f"{name} {'+' if size > 0 else ''}{format_size(size)}" for name, size in sizes]
         mappings = change.mappings
         words.append(f"mappings {mappings:+}" if mappings else "mappings 0")
-        if change.pss_kib is None:
+        if change.pss is None:
             words.append("PSS not known (smaps can't be read)")
         return ", ".join(words)
 

@@ -72,12 +72,12 @@ def capture(source: LiveSource | SavedSource) -> Capture:
     table, rollup = files.table, files.rollup or {}
     status = dict(proc.parse_kib(files.status or ""))
     facts = proc.parse_status(files.status or "")
-    limits = source.text("limits")
+    limits = _parse_limits(source.text("limits") or "")
     readable = {
         "smaps": files.has_smaps,
         "smaps_rollup": files.rollup is not None,
         "status": files.status is not None,
-        "limits": limits is not None,
+        "limits": bool(limits),
     }
     rss, pss, swap = (
         (sum(table.rss), rollup.get("Pss", sum(table.pss)), sum(table.swap))
@@ -96,7 +96,7 @@ def capture(source: LiveSource | SavedSource) -> Capture:
         settled=settled,
         status=status,
         facts=facts,
-        limits=_parse_limits(limits or ""),
+        limits=limits,
         machine=_read_machine(source),
         cgroups=_parse_cgroups(source.text("cgroup_memory") or ""),
         live=isinstance(source, LiveSource),

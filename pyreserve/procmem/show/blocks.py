@@ -4,14 +4,11 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from pyreserve._system.report import printable
 from pyreserve.procmem.judge.classes import NAMES, PRIVATE, SHARED, SWAPPED
-from pyreserve.procmem.judge.owners import UNKNOWN
-from pyreserve.units import KiB, MiB
-
-if TYPE_CHECKING:
-    from pyreserve.procmem.space import AddressSpace
+from pyreserve.procmem.mappings import Mapping
+from pyreserve.units import MiB
 
 MAX_BLOCKS = 18
 """Maximum number of blocks in a picture."""
@@ -32,35 +29,35 @@ class Block:
 
     Attributes:
         start, end: addresses [start, end); the other figures exclude holes between mappings.
-        kib: KiB by class, in the order of `pyreserve.procmem.judge.classes.NAMES`.
-        owners: KiB by owner.
-        files: KiB by file name.
+        sizes: bytes by class, in the order of `pyreserve.procmem.judge.classes.NAMES`.
+        owners: bytes by owner.
+        files: bytes by file name.
         places: number of groups of mappings, with large holes between them.
     """
 
     start: int
     end: int
-    kib: list[int]
+    sizes: list[int]
     owners: dict[str, int] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     places: int = 1
 
     @property
-    def size_kib(self) -> int:
-        """Mapped size."""
-        return sum(self.kib)
+    def size(self) -> int:
+        """Mapped bytes."""
+        return sum(self.sizes)
 
     @property
-    def memory_kib(self) -> int:
-        """Resident size."""
-        return self.kib[PRIVATE] + self.kib[SHARED]
+    def memory(self) -> int:
+        """Resident bytes."""
+        return self.sizes[PRIVATE] + self.sizes[SHARED]
 
     def merge(self, other: "Block", large_hole: int) -> None:
         """Append the next block, as a new place after a hole of more than `large_hole` bytes."""
         is_apart = other.start - self.end > large_hole
         self.places += other.places - (not is_apart)
         self.end = other.end
-        self.kib = [a + b for a, b in zip(self.kib, other.kib, strict=True)]
+        self.sizes = [a + b for a, b in zip(self.sizes, other.sizes, strict=True)]
         self.owners = _sum(self.owners, other.owners)
         self.files = _sum(self.files, other.files)
 
@@ -69,8 +66,8 @@ def _sum(sizes: dict[str, int], other: dict[str, int]) -> dict[str, int]:
     """Add the smaller dict to the larger one, in place: copies would make merging quadratic."""
     if len(sizes) < len(other):
         sizes, other = other, sizes
-    for name, kib in other.items():
-        sizes[name] = sizes.get(name, 0) + kib
+    for name, size in other.items():
+        sizes[name] = sizes.get(name, 0) + size
     return sizes
 
 
@@ -81,13 +78,13 @@ def min_large_hole(in_order: list[Block]) -> int:
     return max(_LARGE_HOLE, int((in_order[-1].end - in_order[0].start) * _LARGE_HOLE_SHARE))
 
 
-def blocks(space: "AddressSpace", most: int = MAX_BLOCKS) -> list[Block]:
-    """Divide an address space into at most `most` blocks in address order.
+def blocks(mappings: Iterable[Mapping], most: int = MAX_BLOCKS) -> list[Block]:
+    """Divide a process's mappings into at most `most` blocks in address order.
 
     A block begins where the owner changes or a large hole ends. Blocks that are small in size and
     resident memory are merged with adjacent ones, and more until at most `most` are left.
     """
-    pieces = list(_pieces(space))
+    pieces = list(_pieces(mappings))
     large_hole = min_large_hole(pieces)
     runs: list[Block] = []
     for piece in pieces:
@@ -103,57 +100,38 @@ def blocks(space: "AddressSpace", most: int = MAX_BLOCKS) -> list[Block]:
     return _merge(runs, large_hole, most)
 
 
-def _pieces(space: "AddressSpace") -> Iterator[Block]:
+def _pieces(mappings: Iterable[Mapping]) -> Iterator[Block]:
     """Yield a block for each mapping, or for each owner's part of a divided one."""
-    process, table = space._process, space._process.table
-    whole, divided = process.claims.whole, process.claims.parts
-    private, shared, swap, rest = table.private, table.shared, table.swap, table.rest
-    for i, rest_class in enumerate(space._rest_classes):
-        if rest_class is None:  # [vsyscall] is not in VSZ
+    for mapping in mappings:
+        if not mapping.class_name:  # [vsyscall] is not in VSZ
             continue
-        kib = [0] * len(NAMES)
-        kib[PRIVATE], kib[SHARED], kib[SWAPPED] = private[i], shared[i], swap[i]
-        kib[rest_class] += rest[i]
-        start, end, name = table.start[i], table.end[i], table.names[i]
-        files = {name: table.size[i]} if name.startswith("/") else {}
-        if i in divided:
-            parts = list(_parts(start, end, divided[i]))
-            yield from _divide(parts, kib, rest_class)
+        rest_class = NAMES.index(mapping.class_name)
+        sizes = [0] * len(NAMES)
+        sizes[PRIVATE], sizes[SHARED] = mapping.private, mapping.shared
+        sizes[SWAPPED] = mapping.swap
+        sizes[rest_class] += mapping.size - sum(sizes)
+        if len(mapping.parts) > 1:
+            yield from _divide(mapping, sizes, rest_class)
         else:
-            yield Block(start, end, kib, {whole[i] or UNKNOWN: table.size[i]}, files)
+            files = {mapping.name: mapping.size} if mapping.name.startswith("/") else {}
+            yield Block(mapping.start, mapping.end, sizes, {mapping.owner: mapping.size}, files)
 
 
-def _parts(
-    start: int, end: int, claimed: Iterable[tuple[int, int, str]]
-) -> Iterator[tuple[int, int, str]]:
-    """Yield the claimed ranges in [start, end), and the ranges between them as unknown."""
-    for low, high, owner in sorted(claimed):
-        low, high = max(low, start), min(high, end)  # noqa: PLW2901
-        if low >= high:
-            continue
-        if start < low:
-            yield start, low, UNKNOWN
-        yield low, high, owner
-        start = high
-    if start < end:
-        yield start, end, UNKNOWN
-
-
-def _divide(parts: list[tuple[int, int, str]], kib: list[int], rest_class: int) -> Iterator[Block]:
+def _divide(mapping: Mapping, sizes: list[int], rest_class: int) -> Iterator[Block]:
     """Yield a block for each part of a mapping; bytes in memory or swap go to the largest parts.
 
     Their actual place in the mapping is not known.
     """
-    left = [0 if index == rest_class else size for index, size in enumerate(kib)]
-    divided = [Block(low, high, [0] * len(NAMES), {owner: 0}) for low, high, owner in parts]
+    left = [0 if index == rest_class else size for index, size in enumerate(sizes)]
+    divided = [Block(low, high, [0] * len(NAMES), {owner: 0}) for low, high, owner in mapping.parts]
     for block in sorted(divided, key=lambda block: block.start - block.end):
         [owner] = block.owners
-        free_kib = block.owners[owner] = (block.end - block.start) // KiB
+        free = block.owners[owner] = block.end - block.start
         for index, size in enumerate(left):
-            block.kib[index] = moved = min(size, free_kib)
+            block.sizes[index] = moved = min(size, free)
             left[index] -= moved
-            free_kib -= moved
-        block.kib[rest_class] += free_kib
+            free -= moved
+        block.sizes[rest_class] += free
     yield from divided
 
 
@@ -163,14 +141,14 @@ def _is_of_files(block: Block) -> bool:
 
 def _merge(runs: list[Block], large_hole: int, most: int) -> list[Block]:
     """Merge adjacent blocks, cheapest merge first."""
-    size = sum(block.size_kib for block in runs) or 1
-    memory = sum(block.memory_kib for block in runs) or 1
+    size = sum(block.size for block in runs) or 1
+    memory = sum(block.memory for block in runs) or 1
     before, after = list(range(-1, len(runs) - 1)), list(range(1, len(runs) + 1))
     version = [0] * len(runs)  # counts merges, to recognise outdated entries of the queue
     count = len(runs)
 
     def weight(i: int) -> float:
-        return runs[i].size_kib / size + _MEMORY * runs[i].memory_kib / memory
+        return runs[i].size / size + _MEMORY * runs[i].memory / memory
 
     def offer(i: int, j: int) -> tuple[float, int, int, int]:
         low, high = runs[i], runs[j]
@@ -259,15 +237,3 @@ def _shortened_lists(names: list[str]) -> list[str]:
         else:
             texts.append(" and ".join(filter(None, [", ".join(names[:-1]), names[-1]])))
     return texts
-
-
-def printable(text: str) -> str:
-    r"""Escape unprintable characters as in source code, surrogate-escaped bytes as ``\xNN``."""
-    return "".join(char if char.isprintable() else _escape(char) for char in text)
-
-
-def _escape(char: str) -> str:
-    code = ord(char)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8 (PEP 383)
-        return f"\\x{code - 0xDC00:02x}"
-    return char.encode("unicode_escape").decode("ascii")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyreserve._system.pictures import check_suffix, own_settings, write_picture
+from pyreserve._system.report import printable
 from pyreserve.errors import MapsError
 from pyreserve.procmem.judge.classes import (
     FILE,
@@ -26,16 +27,14 @@ from pyreserve.procmem.show.blocks import (
     holes,
     label,
     min_large_hole,
-    printable,
     shorten,
 )
+from pyreserve.procmem.show.explained import Explained
 from pyreserve.units import KiB, format_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
-
-    from pyreserve.procmem.space import AddressSpace
 
 _DPI = 200
 # Inches and points. At 900 pixels for 9 inches, 8-point text is 11 pixels high.
@@ -74,19 +73,23 @@ _STYLES: dict[int, dict[str, Any]] = {
 }
 
 
-def draw(space: "AddressSpace", path: Path) -> None:
-    """Write the picture to a file, completely or not at all; the suffix selects the format.
+def draw(space: Explained, path: Path | None = None) -> "Figure":
+    """Draw the picture; also write it to a file if given, in the format of the suffix.
 
     Raises:
         ValueError: the suffix is neither ``.png`` nor ``.svg``; `MapsError`: see `figure`.
         ImportError: matplotlib is missing (extra ``plot``).
         OSError: the file can't be written.
     """
-    check_suffix(path)
-    write_picture(figure(space), path)
+    if path is not None:
+        check_suffix(path)
+    picture = figure(space)
+    if path is not None:
+        write_picture(picture, path)
+    return picture
 
 
-def figure(space: "AddressSpace") -> "Figure":
+def figure(space: Explained) -> "Figure":
     """Draw the classes to scale, and the blocks in address order on a logarithmic scale.
 
     Artists have names (``get_gid``), which become ids in an SVG: block ``block-7`` has the label
@@ -96,7 +99,7 @@ def figure(space: "AddressSpace") -> "Figure":
         ImportError: matplotlib is missing (extra ``plot``).
         MapsError: it is not known which mappings are resident (smaps can't be read).
     """
-    if space.uss_kib is None:
+    if space.uss is None:
         msg = "the picture needs to know which mappings are in memory, but smaps can't be read"
         raise MapsError(msg)
     with own_settings():
@@ -106,13 +109,13 @@ def figure(space: "AddressSpace") -> "Figure":
 class _Picture:
     """A picture during drawing. Positions are inches from the left and from the top."""
 
-    def __init__(self, space: "AddressSpace") -> None:
+    def __init__(self, space: Explained) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415
 
         self.space = space
-        self.blocks = blocks(space)
-        self.memory = sum(block.memory_kib for block in self.blocks)
+        self.blocks = blocks(space.maps())
+        self.memory = sum(block.memory for block in self.blocks)
         self.figure = Figure((_WIDTH, 1), dpi=_DPI, facecolor="white")
         # Any: the methods of the canvas have no types.
         canvas: Any = FigureCanvasAgg(self.figure)
@@ -179,8 +182,8 @@ class _Picture:
         process = printable(space.name) or "a process"
         title = (
             f"{process}{f', pid {space.pid}' if space.pid is not None else ''}: "
-            f"{format_size(space.vsz_kib * KiB)} of addresses, "
-            f"{format_size(self.memory * KiB)} of memory"
+            f"{format_size(space.vsz)} of addresses, "
+            f"{format_size(self.memory)} of memory"
         )
         title = shorten(title, lambda text: self.text_width(text, _TITLE, "bold") <= width)
         self.text(_MARGIN, y, title, _TITLE, weight="bold", gid="title")
@@ -199,28 +202,28 @@ class _Picture:
     def totals(self, y: float) -> float:
         """Draw VSZ and resident memory to scale, with a legend."""
         space = self.space
-        kib = [memory_class.kib for memory_class in space.classes]
-        vsz = max(1, space.vsz_kib)
+        sizes = [memory_class.size for memory_class in space.classes]
+        vsz = max(1, space.vsz)
         y = self.caption(y, "To scale", "linear, with a minimum width for memory")
         width = _SIZES - 0.75 - _LEFT
-        in_memory = [size if index in _IN_MEMORY else 0 for index, size in enumerate(kib)]
-        for name, amount, sizes in (("VSZ", vsz, kib), ("memory", self.memory, in_memory)):
+        in_memory = [size if index in _IN_MEMORY else 0 for index, size in enumerate(sizes)]
+        for name, amount, bar in (("VSZ", vsz, sizes), ("memory", self.memory, in_memory)):
             style: dict[str, Any] = {"va": "center_baseline"}
             self.text(_LEFT - 0.08, y + _BAR / 2, name, ha="right", weight="bold", **style)
-            bar_width = self.shares(_LEFT, y, width * amount / vsz, _BAR, sizes)
+            bar_width = self.shares(_LEFT, y, width * amount / vsz, _BAR, bar)
             share = "" if name == "VSZ" else f" ({_percent(amount, vsz)} of VSZ)"
-            words = f"{format_size(amount * KiB)}{share}"
+            words = f"{format_size(amount)}{share}"
             self.text(_LEFT + bar_width + 0.08, y + _BAR / 2, words, **style)
             y += _BAR + 0.07
         y += 0.06
-        shown = [index for index in _ORDER if kib[index]]
+        shown = [index for index in _ORDER if sizes[index]]
         columns = [_LEFT + i * (_MEMORY - _LEFT) / 3 for i in range(3)]
         rows = math.ceil(len(shown) / 3)
         for i, index in enumerate(shown):
             x, line = columns[i // rows], y + i % rows * 0.2
             self.box(x, line, 0.26, 0.14, **_STYLES[index])
             self.box(x, line, 0.26, 0.14, facecolor="none", edgecolor=_FRAME, linewidth=0.5)
-            words = f"{WORDS[index]}: {format_size(kib[index] * KiB)}"
+            words = f"{WORDS[index]}: {format_size(sizes[index])}"
             self.text(x + 0.33, line + 0.07, words, va="center")
         return y + rows * 0.2
 
@@ -237,18 +240,20 @@ class _Picture:
         y: float,
         width: float,
         height: float,
-        kib: list[int],
+        sizes: list[int],
         gid: str | None = None,
     ) -> float:
         """Draw a bar divided by class; return its width, at least what visible memory needs."""
-        total = sum(kib) or 1
-        memory = sum(kib[index] for index in _IN_MEMORY)
+        total = sum(sizes) or 1
+        memory = sum(sizes[index] for index in _IN_MEMORY)
         memory_width = max(width * memory / total, _MIN_MEMORY_WIDTH if memory else 0)
         other_scale = (max(width, memory_width) - memory_width) / ((total - memory) or 1)
         at = x
         for index in _ORDER:
-            if kib[index]:
-                part = kib[index] * (memory_width / memory if index in _IN_MEMORY else other_scale)
+            if sizes[index]:
+                part = sizes[index] * (
+                    memory_width / memory if index in _IN_MEMORY else other_scale
+                )
                 self.box(at, y, part, height, **_STYLES[index])
                 at += part
         frame = {"facecolor": "none", "edgecolor": _FRAME, "linewidth": 0.6, "gid": gid}
@@ -272,7 +277,7 @@ class _Picture:
         y += 0.17
         gaps = holes(self.blocks)
         large = min_large_hole(self.blocks)
-        doublings = [math.log2(max(4, block.size_kib) / 4) for block in self.blocks]
+        doublings = [math.log2(max(4 * KiB, block.size) / (4 * KiB)) for block in self.blocks]
         fixed = _MIN_HEIGHT * len(doublings) + sum(_HOLE for gap in gaps if gap > large)
         doubling = min(_DOUBLING, max(0.006, (_MAX_HEIGHT - fixed) / (sum(doublings) or 1)))
         for i, (block, power) in enumerate(zip(self.blocks, doublings, strict=True)):
@@ -293,10 +298,10 @@ class _Picture:
 
     def block(self, i: int, block: Block, y: float, height: float) -> None:
         self.box(_LEFT, y, _MEMORY - _LEFT, 0.006, facecolor=_LINES)
-        self.shares(_LEFT, y, _STRIP, height, block.kib, f"block-{i}")
+        self.shares(_LEFT, y, _STRIP, height, block.sizes, f"block-{i}")
         self.address(block.start, y)
-        size, memory = block.size_kib, block.memory_kib
-        weight = "bold" if 100 * size >= _BOLD_PERCENT * self.space.vsz_kib else "normal"
+        size, memory = block.size, block.memory
+        weight = "bold" if 100 * size >= _BOLD_PERCENT * self.space.vsz else "normal"
         width = _SIZES - 0.75 - _NAMES
         name = label(block, lambda text: self.text_width(text, _TEXT, weight) <= width)
         detail = _detail(block) if height >= _TWO_LINES else ""
@@ -306,9 +311,9 @@ class _Picture:
         self.text(_NAMES, middle, name, gid=f"label-{i}", weight=weight, **style)
         if detail:
             self.text(_NAMES, middle + 0.145, detail, _SMALL, _GREY, **style)
-        self.text(_SIZES, middle, format_size(size * KiB), ha="right", weight=weight, **style)
+        self.text(_SIZES, middle, format_size(size), ha="right", weight=weight, **style)
         style["weight"] = "bold" if 100 * memory >= _BOLD_PERCENT * self.memory > 0 else "normal"
-        words = format_size(memory * KiB) if memory else "0"
+        words = format_size(memory) if memory else "0"
         self.text(_MEMORY, middle, words, ha="right", **style)
 
     def address(self, address: int, y: float) -> None:
@@ -321,12 +326,10 @@ class _Picture:
 
 def _detail(block: Block) -> str:
     """Return the sizes of a block's classes outside memory, largest first."""
-    kib = block.kib
-    order = sorted((index for index in _ORDER if kib[index]), key=lambda index: -kib[index])
+    sizes = block.sizes
+    order = sorted((index for index in _ORDER if sizes[index]), key=lambda index: -sizes[index])
     parts = [
-        f"{_SHORT[index]} {format_size(kib[index] * KiB)}"
-        for index in order
-        if index not in _IN_MEMORY
+        f"{_SHORT[index]} {format_size(sizes[index])}" for index in order if index not in _IN_MEMORY
     ]
     return ", ".join(parts)
 

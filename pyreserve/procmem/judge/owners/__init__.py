@@ -6,10 +6,12 @@ share stays unknown.
 """
 
 from pyreserve.procmem.judge.owners import allocators, ghc, go, jvm, ours, plain, v8
-from pyreserve.procmem.judge.owners.process import UNKNOWN, Owner, ProcessMappings
+from pyreserve.procmem.judge.owners.claims import UNKNOWN, Claims, NamedRange, Part
+from pyreserve.procmem.judge.owners.process import ProcessMappings
+from pyreserve.procmem.judge.owners.summary import Owner, owners
 from pyreserve.procmem.read.snapshot import Capture
 
-__all__ = ["UNKNOWN", "Owner", "ProcessMappings", "recognise"]
+__all__ = ["UNKNOWN", "Claims", "NamedRange", "Owner", "Part", "owners", "recognise"]
 
 _RECOGNISERS = (
     plain.kernel_pages,
@@ -34,9 +36,9 @@ _RECOGNISERS = (
 )
 
 
-def recognise(capture: Capture) -> ProcessMappings:
+def recognise(capture: Capture) -> Claims:
     """Run all recognisers over a process's mappings."""
     process = ProcessMappings(capture)
     for recogniser in _RECOGNISERS:
         recogniser(process)
-    return process
+    return process.claims

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from pyreserve import layouts
 from pyreserve.layouts import Layout, Piece, Placement
+from pyreserve.procmem.judge.owners.claims import NamedRange
 from pyreserve.procmem.judge.owners.process import NONE, RW, ProcessMappings
 from pyreserve.units import MiB, format_size
 
@@ -87,7 +88,7 @@ def _contiguous_heap(process: ProcessMappings, hinted: list[int]) -> bool:
                 f"{runtime} {part}",
                 f"{span}: {evidence}" if part == "arena" else f"{span} of the arena's layout",
             )
-        process.ranges += expected
+        process.claims.ranges += [NamedRange(*piece) for piece in expected]
         return True
     return False
 

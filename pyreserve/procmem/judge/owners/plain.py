@@ -4,7 +4,8 @@ import re
 
 from pyreserve._system.maps import FLAGS, WRITE, escape_invalid_utf8
 from pyreserve.procmem.judge.classes import is_shared_memory
-from pyreserve.procmem.judge.owners.process import NONE, RW, UNKNOWN, ProcessMappings, plural
+from pyreserve.procmem.judge.owners.claims import UNKNOWN
+from pyreserve.procmem.judge.owners.process import NONE, RW, ProcessMappings, plural
 from pyreserve.procmem.read.snapshot import MIN_STACK
 from pyreserve.units import GiB, KiB, MiB, format_size
 
