@@ -1,8 +1,7 @@
 """Compare two explanations, as ``pyreserve explain --json`` writes them."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyreserve._system.report import Report, Table
 from pyreserve.procmem.show.explained import CLASS_WORDS
@@ -29,8 +28,7 @@ def _totals(data: dict[str, Any]) -> dict[str, int]:
     return {name: total * _unit(name) for name, total in totals.items() if total is not None}
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """One figure before and after, in bytes; the total ``mappings`` is a number."""
 
     name: str
@@ -43,8 +41,7 @@ class Change:
         return self.new - self.old
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(NamedTuple):
     """The result of `compare`. Unchanged owners and classes are omitted; largest change first.
 
     ``str()`` gives the verdict and tables of the changes, in a notebook as HTML.

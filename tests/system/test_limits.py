@@ -1,6 +1,5 @@
 """The table of limits: it is read alike for this process, another one and saved files."""
 
-import dataclasses
 import errno
 import resource
 from pathlib import Path
@@ -201,8 +200,7 @@ class TestWarnings:
 
     def test_figures_of_explain(self) -> None:
         """The warnings count VSZ and mappings as explain does, not as status says."""
-        files = dataclasses.replace(
-            capture(LiveSource(None)),
+        files = capture(LiveSource(None))._replace(
             limits={"address space": GiB},
             machine={"max_map_count": 10},
             cgroups=(),

@@ -1,8 +1,7 @@
 """Sample the sizes of a process, and measure what a block of code changes."""
 
 import errno
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyreserve._system import proc
 from pyreserve.errors import AccessError
@@ -13,8 +12,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """The sizes of a process at one moment, in bytes.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE
@@ -18,8 +18,7 @@ MIN_STACK = 16 * KiB  # PTHREAD_STACK_MIN
 _MEMINFO_KEYS = {"CommitLimit", "Committed_AS", "MemAvailable", "MemTotal"}
 
 
-@dataclass(frozen=True, slots=True)
-class Capture:
+class Capture(NamedTuple):
     """The parsed files of a process. Sizes in KiB unless stated.
 
     Attributes:
@@ -51,14 +50,14 @@ class Capture:
     settled: bool
     status: dict[str, int]
     facts: dict[str, str]
-    limits: dict[str, int | None] = field(default_factory=dict)
-    machine: dict[str, int] = field(default_factory=dict)
-    cgroups: tuple[tuple[int, int], ...] = ()
-    live: bool = True
-    pid: int | None = None
-    missing: tuple[str, ...] = ()
-    knows_memory: bool = True
-    guarded: frozenset[int] = frozenset()
+    limits: dict[str, int | None]
+    machine: dict[str, int]
+    cgroups: tuple[tuple[int, int], ...]
+    live: bool
+    pid: int | None
+    missing: tuple[str, ...]
+    knows_memory: bool
+    guarded: frozenset[int]
 
 
 def capture(source: LiveSource | SavedSource) -> Capture:
@@ -107,8 +106,7 @@ def capture(source: LiveSource | SavedSource) -> Capture:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
+class _Files(NamedTuple):
     """Files read in one go; None for a file that can't be read."""
 
     table: MapTable

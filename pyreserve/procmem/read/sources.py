@@ -3,11 +3,11 @@
 import errno
 import io
 import os
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from operator import index
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol, TypeVar
 
 from pyreserve._system import proc
@@ -63,13 +63,21 @@ def name_exhausted_limit() -> Iterator[None]:
         raise
     except MemoryError as error:
         ran_out = True
-        traceback.clear_frames(error.__traceback__)  # frees what was read so far
+        _clear_frames(error.__traceback__)  # frees what was read so far
     if ran_out:
         try:
             nbytes = proc.map_count() * ROW_BYTES
         except (OSError, MemoryError):
             nbytes = ROW_BYTES
         raise refusal("map", errno.ENOMEM, nbytes)
+
+
+def _clear_frames(trace: TracebackType | None) -> None:
+    """Like `traceback.clear_frames`, whose module is slow to import."""
+    while trace is not None:
+        with suppress(RuntimeError):  # a frame that still runs
+            trace.tb_frame.clear()
+        trace = trace.tb_next
 
 
 class Source(Protocol):

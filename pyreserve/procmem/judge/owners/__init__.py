@@ -1,11 +1,13 @@
 """Recognise the owner of each mapping by the shape of the maps, with the evidence, or "unknown".
 
-Recognisers run in order; each claims mappings that it is sure of and that no earlier one has
-claimed. The shapes come from processes whose every mmap and brk was traced; a shape that two owners
-share stays unknown.
+Recognisers are rows of the table `rules`, or functions. They run in order; each claims mappings
+that it is sure of and that no earlier one has claimed. The shapes come from processes whose every
+mmap and brk was traced; a shape that two owners share stays unknown.
 """
 
-from pyreserve.procmem.judge.owners import allocators, ghc, go, jvm, ours, plain, v8
+from collections.abc import Callable
+
+from pyreserve.procmem.judge.owners import allocators, ghc, go, jvm, ours, plain, rules, v8
 from pyreserve.procmem.judge.owners.claims import UNKNOWN, Claims, NamedRange, Part
 from pyreserve.procmem.judge.owners.process import ProcessMappings
 from pyreserve.procmem.judge.owners.summary import Owner, owners
@@ -13,11 +15,11 @@ from pyreserve.procmem.read.snapshot import Capture
 
 __all__ = ["UNKNOWN", "Claims", "NamedRange", "Owner", "Part", "owners", "recognise"]
 
-_RECOGNISERS = (
-    plain.kernel_pages,
+_RECOGNISERS: tuple[rules.Rule | Callable[[ProcessMappings], None], ...] = (
+    *rules.KERNEL,
     ours.own_regions,
     plain.named_by_program,
-    plain.getrandom_state,
+    *rules.GETRANDOM,
     plain.bss,
     plain.stacks,
     go.go,
@@ -26,11 +28,10 @@ _RECOGNISERS = (
     allocators.address_sanitizer,
     allocators.glibc_arenas,
     jvm.jvm,
-    allocators.mimalloc,
-    allocators.jemalloc,
+    *rules.ALLOCATORS,
     v8.v8,
-    plain.shared_memory,
-    plain.heap,
+    *rules.SHARED_MEMORY,
+    *rules.BRK_HEAP,
     plain.files,
     plain.describe_unknown,
 )
@@ -40,5 +41,8 @@ def recognise(capture: Capture) -> Claims:
     """Run all recognisers over a process's mappings."""
     process = ProcessMappings(capture)
     for recogniser in _RECOGNISERS:
-        recogniser(process)
+        if isinstance(recogniser, rules.Rule):
+            recogniser.claim(process)
+        else:
+            recogniser(process)
     return process.claims

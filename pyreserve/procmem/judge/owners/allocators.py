@@ -1,4 +1,4 @@
-"""Allocators: glibc's arenas, jemalloc, mimalloc, AddressSanitizer."""
+"""Allocators: glibc's arenas, AddressSanitizer."""
 
 from collections.abc import Iterator
 
@@ -143,42 +143,6 @@ def _heap_tail(
     writable = (high - low - tail) // KiB
     share = 4 if not tail else 32 if writable > MiB // KiB else writable
     return tail if used * share >= writable else None
-
-
-def mimalloc(process: ProcessMappings) -> None:
-    """Claim mimalloc's memory: never charged, or in its range of hints if flags are not known.
-
-    mimalloc src/os.c asks for addresses from 2 TiB to 30 TiB.
-    """
-    library = process.runs_code_of(r"libmimalloc")
-    if library is None:
-        return
-    process.claim(
-        (
-            i
-            for i in process.unclaimed()
-            if (
-                process.is_never_charged(i)
-                if process.knows_flags
-                else 2 * TiB <= process.start[i] < 30 * TiB
-            )
-        ),
-        "mimalloc",
-        f"{library} is mapped, and these are "
-        + ("never charged (nr)" if process.knows_flags else "where it asks for addresses"),
-    )
-
-
-def jemalloc(process: ProcessMappings) -> None:
-    """Claim jemalloc's extents: readable, writable and MAP_NORESERVE."""
-    library = process.runs_code_of(r"libjemalloc")
-    if library is None or not process.knows_flags:
-        return
-    process.claim(
-        (i for i in process.unclaimed() if process.perms[i] == RW and process.is_never_charged(i)),
-        "jemalloc",
-        f"{library} is mapped, and these are readable, writable and never charged (nr)",
-    )
 
 
 # Ranges of the shadow and addresses of the allocator (compiler-rt/lib/asan/asan_mapping.h,

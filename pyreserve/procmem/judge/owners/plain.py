@@ -1,68 +1,20 @@
-"""Owners in any process: files, shared memory, stacks, the brk heap, the kernel."""
+"""Owners in any process: files, stacks, zeroed data, mappings named by their program."""
 
 import re
 
-from pyreserve._system.maps import FLAGS, WRITE, escape_invalid_utf8
+from pyreserve._system.maps import FLAGS, escape_invalid_utf8
 from pyreserve.procmem.judge.classes import is_shared_memory
 from pyreserve.procmem.judge.owners.claims import UNKNOWN
 from pyreserve.procmem.judge.owners.process import NONE, RW, ProcessMappings, plural
+from pyreserve.procmem.judge.owners.rules import owner_named
 from pyreserve.procmem.read.snapshot import MIN_STACK
 from pyreserve.units import GiB, KiB, MiB, format_size
 
 _MAX_BSS, _SMALL_BSS = 8 * MiB, 256 * KiB
 _MAX_GUARD = 64 * KiB
-_MAX_GETRANDOM_STATE = MiB  # 144 bytes for each thread
-
-
-def kernel_pages(process: ProcessMappings) -> None:
-    """Claim the pages that the kernel maps into every process, and the main stack."""
-    pages = process.named_by_kernel("[vdso", "[vvar", "[uprobes", "[sigpage", "[vectors")
-    process.claim(
-        (i for i in pages if not process.perms[i] & WRITE),
-        "kernel pages (vdso, vvar)",
-        "read-only, with a name that the kernel gives",
-    )
-    stack = (i for i in process.named_by_kernel("[stack]") if process.perms[i] & RW == RW)
-    process.claim(stack, "main stack", "the kernel names it [stack]")
-
-
-def getrandom_state(process: ProcessMappings) -> None:
-    """Claim glibc's state pages for the vDSO's getrandom (glibc 2.41, Linux 6.11).
-
-    Small MAP_DROPPABLE mappings (``dp``), which always have ``wf dd nr`` too.
-    """
-    if process.libc is None or not process.named_by_kernel("[vdso]"):
-        return
-    process.claim(
-        (
-            i
-            for i in process.unclaimed()
-            if process.perms[i] == RW
-            and process.has_flags(i, "wf dd nr dp")
-            and process.size(i) <= _MAX_GETRANDOM_STATE
-        ),
-        "vDSO getrandom state",
-        f"droppable pages (dp), wiped on fork (wf); [vdso] and {process.libc} are mapped",
-    )
 
 
 _ANON_NAME = re.compile(r"\[anon(?:_shmem)?:(.*)\]", re.DOTALL)
-_LABELS = tuple(
-    (re.compile(pattern), owner)
-    for pattern, owner in (
-        (r"glibc: malloc arena", "glibc malloc arenas"),
-        (r"glibc: (loader )?malloc", "glibc malloc"),
-        (r"glibc: pthread (user )?stack", "thread stacks"),
-        (r"[Gg]o: heap", "Go heap arenas"),
-        (r"[Gg]o: ", "Go runtime tables"),
-        (r"jemalloc", "jemalloc"),
-        (r"mimalloc", "mimalloc"),
-        (r"tcmalloc", "tcmalloc"),
-        (r"(cpython|pymalloc).*(pymalloc|arena)|pymalloc", "pymalloc arenas"),
-        (r"partition_alloc", "PartitionAlloc"),
-        (r"v8", "V8"),
-    )
-)
 
 
 def named_by_program(process: ProcessMappings) -> None:
@@ -74,8 +26,7 @@ def named_by_program(process: ProcessMappings) -> None:
             continue
         label = escape_invalid_utf8(match[1].strip())
         if label not in owners:
-            known = (owner for pattern, owner in _LABELS if pattern.match(label))
-            owners[label] = next(known, f"named {label}")
+            owners[label] = owner_named(label)
         process.claim([i], owners[label], f"the program named it [anon:{label}]")
 
 
@@ -171,49 +122,6 @@ def _stacks_above_guards(process: ProcessMappings) -> None:
         f"writable right above it ({largest})"
         + (", both mapped for a stack (nh)" if all_marked else ""),
     )
-
-
-def heap(process: ProcessMappings) -> None:
-    """Claim the brk heap, ``[heap]``, for the allocator in use."""
-    brk = [i for i in process.named_by_kernel("[heap]") if process.perms[i] == RW]
-    tcmalloc = process.runs_code_of(r"libtcmalloc")
-    others = tcmalloc or process.runs_code_of(r"libjemalloc|libmimalloc|libpypy|ld-musl|libhoard")
-    if tcmalloc:
-        process.claim(
-            brk, "tcmalloc (brk heap)", f"the kernel names it [heap], {tcmalloc} is mapped"
-        )
-    elif process.libc and not others:
-        evidence = f"the kernel names it [heap], {process.libc} is mapped"
-        process.claim(brk, "glibc malloc main heap", evidence)
-    else:
-        process.claim(brk, "main heap (brk)", "the kernel names it [heap]")
-
-
-def shared_memory(process: ProcessMappings) -> None:
-    """Claim shared memory: mappings with an inode but no file."""
-    postgres = process.runs_code_of(r"postgres$|postmaster$")
-    kinds = (
-        ("/SYSV", "System V shared memory"),
-        ("/dev/shm/", "POSIX shared memory"),
-        ("/memfd:", "memfd"),
-        ("/anon_hugepage", "huge pages (hugetlb)"),
-        ("anon_inode:", "anonymous inodes"),
-        ("/dev/zero", "shared anonymous memory"),
-    )
-    for i, name in process.named:
-        if not process.inode[i] or not name.startswith(tuple(start for start, _ in kinds)):
-            continue
-        for start, owner in kinds:
-            if name.startswith(start):
-                if postgres and start in {"/dev/zero", "/dev/shm/", "/SYSV"}:
-                    process.claim(
-                        [i],
-                        "PostgreSQL shared memory",
-                        f"{postgres} is mapped and shares {name.removesuffix(' (deleted)')}",
-                    )
-                else:
-                    process.claim([i], owner, f"the kernel names it {start}")
-                break
 
 
 def files(process: ProcessMappings) -> None:

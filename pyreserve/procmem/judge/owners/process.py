@@ -12,6 +12,8 @@ from pyreserve.procmem.read.snapshot import Capture
 RW = READ | WRITE
 RWX = READ | WRITE | EXECUTE
 NONE = 0  # private, no access
+LIBC = r"libc(\.so\.6|-2\.\d+\.so)$"
+"""Pattern of the file name of glibc."""
 
 
 class ProcessMappings:
@@ -29,6 +31,7 @@ class ProcessMappings:
         self.named, self.knows_flags = table.named, table.knows_flags
         self.mapping_at, self.mappings_in = table.mapping_at, table.mappings_in
         self.mapping_after = table.mapping_after
+        self._code: dict[str, str | None] = {}
         self.claims = claims = Claims(table)
         self.claim, self.claim_range = claims.claim, claims.claim_range
         self.is_unclaimed = claims.is_unclaimed
@@ -45,15 +48,16 @@ class ProcessMappings:
 
     def runs_code_of(self, pattern: str) -> str | None:
         """Return the path of the first code file whose file name matches, or None."""
-        for path in self.code_files:
-            if re.match(pattern, path.rpartition("/")[2]):
-                return path
-        return None
+        if pattern not in self._code:
+            match = re.compile(pattern).match
+            paths = (path for path in self.code_files if match(path.rpartition("/")[2]))
+            self._code[pattern] = next(paths, None)
+        return self._code[pattern]
 
     @lazily
     def libc(self) -> str | None:
         """Glibc's path, if its code is mapped."""
-        return self.runs_code_of(r"libc(\.so\.6|-2\.\d+\.so)$")
+        return self.runs_code_of(LIBC)
 
     @lazily
     def is_static(self) -> bool:
