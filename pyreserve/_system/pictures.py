@@ -1,18 +1,82 @@
-"""Figures as files, reproducible: the user's matplotlib settings are ignored."""
+"""Figures in inches, and as files: reproducible, the user's matplotlib settings are ignored."""
 
+import functools
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyreserve._system.extras import import_extra
 from pyreserve._system.output import write_bytes
+from pyreserve._system.report import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
+DPI = 200
+HEADING = 10.5  # points
+LINE = 1.3  # line height over font size
+INK, GREY = "#222222", "#595959"
 _SUFFIXES = (".png", ".svg")
+
+
+class Sheet:
+    """A white figure whose texts are placed in inches from its lower left corner."""
+
+    def __init__(self, width: float, height: float) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+        from matplotlib.figure import Figure  # noqa: PLC0415
+
+        self.figure = Figure((width, height), dpi=DPI, facecolor="white")
+        # Any: the methods of the canvas have no types.
+        canvas: Any = FigureCanvasAgg(self.figure)
+        self._renderer = canvas.get_renderer()
+
+    def text(
+        self, x: float, y: float, text: str, size: float, colour: str = INK, **style: Any
+    ) -> "Text":
+        """Write a text of `size` points with its upper left corner at (x, y)."""
+        # parse_math: a name may contain dollar signs.
+        options: dict[str, Any] = {"va": "top", "parse_math": False} | style
+        inches = self.figure.dpi_scale_trans
+        return self.figure.text(
+            x, y, _replace_missing(text), fontsize=size, color=colour, transform=inches, **options
+        )
+
+    def text_width(self, text: str, size: float, weight: str = "normal") -> float:
+        """Return the width of a text in inches."""
+        from matplotlib.font_manager import FontProperties  # noqa: PLC0415
+
+        font = FontProperties(size=size, weight=weight)
+        extent = self._renderer.get_text_width_height_descent(_replace_missing(text), font, False)
+        return float(extent[0]) / DPI
+
+    def wrapped(self, text: str, size: float, width: float) -> list[str]:
+        """Break a text into lines of at most `width` inches at its spaces."""
+        lines = [""]
+        for word in map(printable, text.split()):
+            longer = f"{lines[-1]} {word}".strip()
+            if lines[-1] and self.text_width(longer, size) > width:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+        return lines
+
+
+def _replace_missing(text: str) -> str:
+    """Replace characters that are missing in the font by question marks."""
+    known = _font_characters()
+    return "".join(char if ord(char) in known or char == "\n" else "?" for char in text)
+
+
+@functools.cache
+def _font_characters() -> frozenset[int]:
+    """Return the code points in the font."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font  # noqa: PLC0415
+
+    return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
 
 
 def check_suffix(path: Path) -> None:

@@ -9,7 +9,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pyreserve._system.pictures import check_suffix, own_settings, write_picture
+from pyreserve._system.pictures import (
+    GREY,
+    HEADING,
+    LINE,
+    Sheet,
+    check_suffix,
+    own_settings,
+    write_picture,
+)
 from pyreserve.costs.cells import GROUPS, Curve
 from pyreserve.costs.plot_choice import NEAR, Chosen, Line, choose, kinds, label
 from pyreserve.costs.results import Measured
@@ -18,21 +26,18 @@ from pyreserve.units import format_size, format_time, parse_size
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
 
 Point = tuple[float, float]
 
 # A band needs this many passes and at most this ratio of its ends; others carry no information.
 _PASSES, _SPAN = 3, 3.0
 
-_DPI = 200
 # Inches and points. Shown 1000 pixels wide, text of 8 points is 11 pixels high.
 _CELL, _MARGIN, _TICKS, _GUTTER, _LABELS = 5.2, 0.12, 0.50, 0.28, 1.70
 _TOP, _PANEL, _ABOVE, _BELOW = 0.72, 3.7, 0.32, 0.38
 _AXES = (_CELL - 2 * _MARGIN - _TICKS - _GUTTER - _LABELS, _PANEL - _ABOVE - _BELOW)
-_SMALL_TEXT, _TEXT, _HEADING, _TITLE = 7.6, 8.0, 10.5, 14.0
-_LINE = 1.3  # line height, as a multiple of the text size
-_INK, _GREY, _FRAME, _GRID = "#222222", "#595959", "#9a9a9a", "#e6e6e6"
+_SMALL_TEXT, _TEXT, _TITLE = 7.6, 8.0, 14.0
+_FRAME, _GRID = "#9a9a9a", "#e6e6e6"
 # Dark enough for text; the markers distinguish the lines without colours.
 _COLOURS = ["#0b5394", "#b04a00", "#1b7a47", "#a3163a", "#6a3d9a", "#00707a", "#6f5500", "#a82f78"]
 _COLOURS += ["#3f3f3f"]
@@ -98,12 +103,10 @@ def figure(table: Drawable) -> "Figure":
         return _Picture(table).figure
 
 
-class _Picture:
+class _Picture(Sheet):
     """A picture being drawn. Positions are inches from the left and from the bottom."""
 
     def __init__(self, table: Drawable) -> None:
-        from matplotlib.figure import Figure  # noqa: PLC0415
-
         curves = {curve: _drawable(cells) for curve, cells in table.curves().items()}
         curves = {curve: cells for curve, cells in curves.items() if cells}
         panels = {group: choose(curves, verbs) for group, verbs in GROUPS.items()}
@@ -116,32 +119,22 @@ class _Picture:
         left, space = (_CELL + _TICKS, _CELL - _TICKS) if odd else (0.0, 2 * _CELL)
         notes = self.notes(table, list(panels.values()), huge)
         wrapped = [line for note in notes for line in _wrap(note, space - 2 * _MARGIN, 0.53)]
-        strip = 0.0 if odd else _MARGIN + len(wrapped) * _LINE * 1.2 * _TEXT / 72
+        strip = 0.0 if odd else _MARGIN + len(wrapped) * LINE * 1.2 * _TEXT / 72
         width, height = 2 * _CELL, _TOP + rows * _PANEL + strip
-        self.figure = Figure((width, height), dpi=_DPI, facecolor="white")
+        super().__init__(width, height)
         title, top = _title(table), height - _MARGIN
         size = min(_TITLE, (width - 2 * _MARGIN) * 72 / (0.7 * len(title)))
         self.text(_MARGIN, top, title, size, weight="bold").set_gid("title")
         subtitle = "Time of a call against the length of the memory: medians with 95 % bands"
-        self.text(_MARGIN, top - 0.29, subtitle, _TEXT + 1, _GREY)
+        self.text(_MARGIN, top - 0.29, subtitle, _TEXT + 1, GREY)
         for i, (group, chosen) in enumerate(panels.items()):
             self.panel(group, chosen, i % 2 * _CELL, height - _TOP - i // 2 * _PANEL)
         top = _PANEL - _ABOVE if odd else strip
-        self.text(left + _MARGIN, top, "\n".join(wrapped), _TEXT, _GREY, linespacing=_LINE)
-
-    def text(
-        self, left: float, y: float, text: str, size: float, colour: str = _INK, **rest: Any
-    ) -> "Text":
-        # The name of a CPU may contain dollar signs.
-        style: dict[str, Any] = {"va": "top", "parse_math": False} | rest
-        inches = self.figure.dpi_scale_trans
-        return self.figure.text(
-            left, y, text, fontsize=size, color=colour, transform=inches, **style
-        )
+        self.text(left + _MARGIN, top, "\n".join(wrapped), _TEXT, GREY, linespacing=LINE)
 
     def panel(self, group: str, chosen: Chosen, left: float, top: float) -> None:
         """Draw a panel whose upper left corner is at (left, top)."""
-        self.text(left + _MARGIN, top - _ABOVE + 0.25, group, _HEADING, weight="bold")
+        self.text(left + _MARGIN, top - _ABOVE + 0.25, group, HEADING, weight="bold")
         (page_wide, page_high), (wide, high) = self.figure.get_size_inches(), _AXES
         left, bottom = left + _MARGIN + _TICKS, top - _ABOVE - high
         right = left + wide
@@ -161,7 +154,7 @@ class _Picture:
         names = [_wrap(label(line.curve, self.small), _LABELS, 0.57) for line in chosen.lines]
         ends = axes.transData.transform([_point(line.cells[-1]) for line in chosen.lines])
         ends /= self.figure.dpi
-        heights = [len(name) * _LINE * _TEXT / 72 for name in names]
+        heights = [len(name) * LINE * _TEXT / 72 for name in names]
         places = spread([y for _, y in ends], heights, bottom, bottom + high)
         for name, style, (x, y), place in zip(names, styles, ends, places, strict=True):
             # A thin connector from the end of the line to its label.
@@ -223,7 +216,7 @@ def _scale(axes: "Axes", lines: Iterable[Line], cold: Iterable[Point]) -> None:
     axes.set_xticks(sizes, [format_size(int(size)) for size in sizes])
     # `format_time` writes 1000 s and more with an exponent.
     axes.set_yticks(times, [format_time(ns) if ns < 1e12 else f"{ns / 1e9:.0f} s" for ns in times])
-    axes.tick_params(labelsize=_SMALL_TEXT, labelcolor=_GREY, color=_FRAME, length=3)
+    axes.tick_params(labelsize=_SMALL_TEXT, labelcolor=GREY, color=_FRAME, length=3)
     axes.grid(visible=True, color=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

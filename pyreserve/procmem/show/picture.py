@@ -3,12 +3,20 @@
 `pyreserve.procmem.show.blocks` chooses the blocks and their labels.
 """
 
-import functools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyreserve._system.pictures import check_suffix, own_settings, write_picture
+from pyreserve._system.pictures import (
+    GREY,
+    HEADING,
+    INK,
+    LINE,
+    Sheet,
+    check_suffix,
+    own_settings,
+    write_picture,
+)
 from pyreserve._system.report import printable
 from pyreserve.errors import MapsError
 from pyreserve.procmem.judge.classes import (
@@ -36,20 +44,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-_DPI = 200
 # Inches and points. At 900 pixels for 9 inches, 8-point text is 11 pixels high.
 _WIDTH, _MARGIN = 9.0, 0.15
 _LEFT, _STRIP, _NAMES = 1.02, 2.2, 3.38  # left edge of bars, width of the strip, left edge of names
 _SIZES, _MEMORY = 7.95, _WIDTH - _MARGIN  # right edges of the two columns of figures
-_SMALL, _TEXT, _HEADING, _TITLE = 7.2, 8.2, 10.5, 13.0
-_LINE = 1.3  # line height over font size
+_SMALL, _TEXT, _TITLE = 7.2, 8.2, 13.0
 _BAR = 0.2
 # Heights in the strip: a 4 KiB block, each doubling, the maximum of all blocks, holes.
 _MIN_HEIGHT, _DOUBLING, _MAX_HEIGHT = 0.16, 0.032, 6.0
 _HOLE, _BREAK = 0.19, 0.05
 _TWO_LINES = 0.32
 _MIN_MEMORY_WIDTH = 0.03
-_INK, _GREY, _FRAME, _LINES = "#222222", "#595959", "#8a8a8a", "#dddddd"
+_FRAME, _LINES = "#8a8a8a", "#dddddd"
 _BOLD_PERCENT = 20  # share of the total from which a figure is bold
 
 # From classes that cost memory, dark, to those that cost nothing, pale: readable in grey too.
@@ -106,20 +112,14 @@ def figure(space: Explained) -> "Figure":
         return _Picture(space).figure
 
 
-class _Picture:
+class _Picture(Sheet):
     """A picture during drawing. Positions are inches from the left and from the top."""
 
     def __init__(self, space: Explained) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-        from matplotlib.figure import Figure  # noqa: PLC0415
-
+        super().__init__(_WIDTH, 1)
         self.space = space
         self.blocks = blocks(space.maps())
         self.memory = sum(block.memory for block in self.blocks)
-        self.figure = Figure((_WIDTH, 1), dpi=_DPI, facecolor="white")
-        # Any: the methods of the canvas have no types.
-        canvas: Any = FigureCanvasAgg(self.figure)
-        self.renderer = canvas.get_renderer()
         self.placed: list[tuple[Any, float]] = []
         y = self.heading(_MARGIN)
         y = self.totals(y + 0.12)
@@ -133,14 +133,10 @@ class _Picture:
             artist.set_y(height - y)
 
     def text(
-        self, x: float, y: float, text: str, size: float = _TEXT, colour: str = _INK, **rest: Any
+        self, x: float, y: float, text: str, size: float = _TEXT, colour: str = INK, **style: Any
     ) -> "Text":
-        # parse_math: a name may contain dollar signs.
-        options: dict[str, Any] = {"va": "top", "parse_math": False} | rest
-        inches = self.figure.dpi_scale_trans
-        artist = self.figure.text(
-            x, 0, _replace_missing(text), fontsize=size, color=colour, transform=inches, **options
-        )
+        """Write a text with its upper left corner at (x, y)."""
+        artist = super().text(x, 0, text, size, colour, **style)
         self.placed.append((artist, y))
         return artist
 
@@ -152,29 +148,6 @@ class _Picture:
         artist = Rectangle((x, 0), width, height, transform=self.figure.dpi_scale_trans, **options)
         self.figure.add_artist(artist)
         self.placed.append((artist, y + height))
-
-    def text_width(self, text: str, size: float, weight: str = "normal") -> float:
-        """Return the width of a text in inches."""
-        from matplotlib.font_manager import FontProperties  # noqa: PLC0415
-
-        font = FontProperties(size=size, weight=weight)
-        return (
-            float(
-                self.renderer.get_text_width_height_descent(_replace_missing(text), font, False)[0]
-            )
-            / _DPI
-        )
-
-    def wrapped(self, text: str, size: float, width: float) -> list[str]:
-        """Break a text into lines of at most `width` inches at its spaces."""
-        lines = [""]
-        for word in map(printable, text.split()):
-            longer = f"{lines[-1]} {word}".strip()
-            if lines[-1] and self.text_width(longer, size) > width:
-                lines.append(word)
-            else:
-                lines[-1] = longer
-        return lines
 
     def heading(self, y: float) -> float:
         space = self.space
@@ -196,8 +169,8 @@ class _Picture:
             )
             for line in self.wrapped(text, _TEXT + 0.6, width)
         ]
-        self.text(_MARGIN, y, "\n".join(lines), _TEXT + 0.6, linespacing=_LINE, gid="verdict")
-        return y + len(lines) * (_TEXT + 0.6) * 1.25 * _LINE / 72
+        self.text(_MARGIN, y, "\n".join(lines), _TEXT + 0.6, linespacing=LINE, gid="verdict")
+        return y + len(lines) * (_TEXT + 0.6) * 1.25 * LINE / 72
 
     def totals(self, y: float) -> float:
         """Draw VSZ and resident memory to scale, with a legend."""
@@ -229,9 +202,9 @@ class _Picture:
 
     def caption(self, y: float, title: str, words: str) -> float:
         """Write the title of a part of the picture and how to read it."""
-        self.text(_MARGIN, y, title, _HEADING, weight="bold")
-        left = _MARGIN + self.text_width(title, _HEADING, "bold") + 0.12
-        self.text(left, y + 0.034, words, _SMALL, _GREY)
+        self.text(_MARGIN, y, title, HEADING, weight="bold")
+        left = _MARGIN + self.text_width(title, HEADING, "bold") + 0.12
+        self.text(left, y + 0.034, words, _SMALL, GREY)
         return y + 0.27
 
     def shares(
@@ -273,7 +246,7 @@ class _Picture:
             (_SIZES, "size", "right"),
             (_MEMORY, "in memory", "right"),
         ):
-            self.text(x, y, name, _SMALL, _GREY, ha=ha)
+            self.text(x, y, name, _SMALL, GREY, ha=ha)
         y += 0.17
         gaps = holes(self.blocks)
         large = min_large_hole(self.blocks)
@@ -290,7 +263,7 @@ class _Picture:
             if gap > large:
                 middle = _LEFT + _STRIP / 2
                 words = f"hole of {format_size(gap)}"
-                self.text(middle, y + _HOLE / 2, words, _SMALL, _GREY, ha="center", va="center")
+                self.text(middle, y + _HOLE / 2, words, _SMALL, GREY, ha="center", va="center")
                 y += _HOLE
             elif gap:
                 y += _BREAK
@@ -310,7 +283,7 @@ class _Picture:
         style: dict[str, Any] = {"va": "center_baseline"}
         self.text(_NAMES, middle, name, gid=f"label-{i}", weight=weight, **style)
         if detail:
-            self.text(_NAMES, middle + 0.145, detail, _SMALL, _GREY, **style)
+            self.text(_NAMES, middle + 0.145, detail, _SMALL, GREY, **style)
         self.text(_SIZES, middle, format_size(size), ha="right", weight=weight, **style)
         style["weight"] = "bold" if 100 * memory >= _BOLD_PERCENT * self.memory > 0 else "normal"
         words = format_size(memory) if memory else "0"
@@ -320,7 +293,7 @@ class _Picture:
         """Write an address under the border that it belongs to."""
         self.box(_LEFT - 0.06, y, 0.06, 0.008, facecolor=_FRAME)
         self.text(
-            _LEFT - 0.08, y, f"{address:x}", _SMALL - 0.2, _GREY, ha="right", family="monospace"
+            _LEFT - 0.08, y, f"{address:x}", _SMALL - 0.2, GREY, ha="right", family="monospace"
         )
 
 
@@ -337,18 +310,3 @@ def _detail(block: Block) -> str:
 def _percent(part: int, whole: int) -> str:
     share = 100 * part / whole
     return f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"
-
-
-def _replace_missing(text: str) -> str:
-    """Replace characters that are missing in the font by question marks."""
-    return "".join(
-        char if ord(char) in _font_characters() or char == "\n" else "?" for char in text
-    )
-
-
-@functools.cache
-def _font_characters() -> frozenset[int]:
-    """Return the code points in the font."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font  # noqa: PLC0415
-
-    return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
