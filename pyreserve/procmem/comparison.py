@@ -103,7 +103,7 @@ class Difference(NamedTuple):
         }
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: str | Path) -> dict[str, Any]:
     """Read a file that ``pyreserve explain --json`` wrote.
 
     Raises:
@@ -113,7 +113,7 @@ def load(path: Path) -> dict[str, Any]:
     import json  # noqa: PLC0415
 
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         msg = f"{path} is not JSON: {error}"
         raise ValueError(msg) from None

@@ -10,7 +10,7 @@ from helpers.captures import FOLDER
 from pyreserve import GiB, KiB, explain, reserve
 from pyreserve._system.report import Report, Table
 from pyreserve.errors import MapsError
-from pyreserve.procmem import NamedRange, Sample, compare
+from pyreserve.procmem import NamedRange, Sample, compare, load, save
 
 HOSTILE = "<script>alert('1')</script>&\n\x1b[31m\udcff"
 
@@ -113,6 +113,16 @@ class TestPlot:
         with pytest.raises(MapsError, match="smaps can't be read"):
             explain(path=tmp_path).plot(tmp_path / "a.png")
         assert [path.name for path in tmp_path.iterdir()] == ["maps"]
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_paths_as_text(tmp_path: Path, kind: type) -> None:
+    """`save`, `explain` and `load` take a path or its text."""
+    save(None, kind(tmp_path / "saved"))
+    space = explain(path=kind(tmp_path / "saved"))
+    (tmp_path / "a.json").write_text(space.to_json())
+
+    assert load(kind(tmp_path / "a.json")) == space.to_dict()
 
 
 def test_a_named_range() -> None:

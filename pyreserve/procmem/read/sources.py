@@ -306,7 +306,7 @@ class SavedSource:
             return text.decode(errors="surrogateescape")
 
 
-def save(pid: int | None, folder: Path) -> None:
+def save(pid: int | None, folder: str | Path) -> None:
     """Write the files of a process into a folder, for ``explain(path=folder)`` on any machine.
 
     The folder is created if necessary. A failed call leaves no files.
@@ -317,6 +317,7 @@ def save(pid: int | None, folder: Path) -> None:
         OSError: a file can't be written.
         OutOfMemoryError: memory ran out; the error names the limit.
     """
+    folder = Path(folder)
     for name in SAVED:
         if (folder / name).exists() or (folder / f"{name}.gz").exists():
             raise FileExistsError(errno.EEXIST, f"{name} exists already", str(folder))
