@@ -192,10 +192,7 @@ def check_picture(path: Path) -> None:
         msg = f"--plot needs a file name that ends in .png or .svg, got {path}"
         raise click.BadParameter(msg) from None
     if find_spec("matplotlib") is None:
-        click.echo(
-            "pyreserve: --plot needs matplotlib: pip install 'pyreserve[plot]'",
-            err=True,
-        )
+        click.echo("pyreserve: --plot needs matplotlib: pip install 'pyreserve[plot]'", err=True)
         raise click.exceptions.Exit(1)
     check_output(path, "--plot")
 
@@ -220,8 +217,3 @@ def completions(values: Iterable[tuple[str, str]], incomplete: str) -> list[Any]
         for value, description in values
         if value.startswith(incomplete)
     ]
-
-
-def mutually_exclusive(names: Sequence[str]) -> str:
-    """Word the refusal of options that exclude each other."""
-    return f"{' and '.join(names)} are mutually exclusive"

@@ -18,7 +18,6 @@ from pyreserve.cli.console import (
     check_output,
     check_picture,
     completions,
-    mutually_exclusive,
     output_options,
 )
 from pyreserve.units import format_size
@@ -168,7 +167,7 @@ def _check(
     given = [name for name, value in subjects.items() if value is not None]
     no_diff = [option for option in outputs if option not in {"--json", "--output"}]
     if len(given) > 1:
-        msg = mutually_exclusive(given)
+        msg = f"{' and '.join(given)} are mutually exclusive"
     elif "--save" in outputs and (folder is not None or diff is not None):
         msg = "--save needs a running process"
     elif interval is not None and outputs:

@@ -41,13 +41,18 @@ def console_for(width: int = 100, file: IO[str] | None = None) -> Console:
     It is as wide as COLUMNS says, else as the terminal, else `width`.
     """
     terminal = file is None and sys.stdout is not None and sys.stdout.isatty()
-    known = terminal or os.environ.get("COLUMNS", "").isdigit()
     return _Console(
         file=file,
         force_terminal=None if file is None else False,  # whatever FORCE_COLOR says
-        width=None if known else width,
+        width=_columns() or (None if terminal else width),
         highlight=False,
     )
+
+
+def _columns() -> int:
+    """Return the width that COLUMNS sets, or 0."""
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdecimal() and columns.isascii() else 0
 
 
 def printable(text: str, console: Console) -> str:
@@ -76,7 +81,7 @@ class Screen:
         """See `console_for`."""
         self.console = console_for(width, file)
         # Elsewhere than on a terminal a row of a list stays one line, so that it can be searched.
-        self._breaks_rows = self.console.is_terminal or "COLUMNS" in os.environ
+        self._breaks_rows = self.console.is_terminal or _columns() > 0
 
     @property
     def width(self) -> int:

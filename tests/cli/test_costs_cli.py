@@ -17,6 +17,7 @@ import pytest
 import pyreserve.costs
 from helpers import command, costs_tables
 from helpers.costs_tables import LOUD, USUAL, line
+from helpers.processes import environment
 from helpers.subjects import wait_until
 from helpers.witness import PATIENCE
 from pyreserve._system import proc
@@ -37,12 +38,6 @@ sys.argv[0] = "pyreserve"
 from pyreserve.cli import main
 main()
 """
-
-
-def environment() -> dict[str, str]:
-    """The environment without variables that change terminal output."""
-    excluded = ("COLOR", "COLUMNS", "LINES", "TTY", "TERM", "GITHUB_ACTIONS")
-    return {k: v for k, v in os.environ.items() if not any(word in k for word in excluded)}
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -243,6 +238,21 @@ class TestCompare:
 
         assert "machine differs: cpu was Imaginary 9000" in out
         assert re.search(r"touch write.* slower", out)
+
+    def test_as_json(self, tmp_path: Path) -> None:
+        """With --json the document has the comparison, and CostTable.load still reads it."""
+        old, new, path = tmp_path / "old.json", tmp_path / "new.json", tmp_path / "out.json"
+        old.write_text(costs_tables.table({TOUCH: line(0, 0.5)}).to_json())
+        new.write_text(imaginary(costs_tables.table({TOUCH: line(0, 500)})).to_json())
+
+        ended = run_measured(new, "--compare", old, "--json", "--output", path)
+
+        assert (ended.returncode, ended.stdout) == (0, "")
+        comparison = json.loads(path.read_text())["comparison"]
+        assert {cell["verdict"] for cell in comparison["cells"]} == {"slower"}
+        assert all(cell["old_median_ns"] < cell["new_median_ns"] for cell in comparison["cells"])
+        assert {"name": "balloon", "old": None, "new": False} in comparison["machine_differences"]
+        assert CostTable.load(path).cells == CostTable.load(new).cells
 
     def test_a_disturbed_run_invents_nothing(self, tmp_path: Path) -> None:
         """Against a run under load no change is reported."""

@@ -189,6 +189,16 @@ class TestOutput:
 
         assert 55 < max(len(line) for line in lines if "/" not in line) <= 60
 
+    def test_a_mapping_is_one_line_in_a_pipe(self) -> None:
+        """Without COLUMNS each mapping is one line of a pipe; with it, it has lines that fit."""
+        arguments = ("explain", "--from", str(FOLDER / "java21_g1"), "--maps")
+
+        searched = [line for line in run(*arguments).stdout.splitlines() if "JVM heap" in line]
+        narrow = run(*arguments, COLUMNS="60").stdout.splitlines()
+
+        assert any(re.match(r"[0-9a-f]+-[0-9a-f]+ +rw-p .*  JVM heap$", line) for line in searched)
+        assert "  accessible, untouched    JVM heap" in narrow
+
     @pytest.mark.parametrize("arguments", [["vsz"], ["vsz", "--list"], ["explain"], ["doctor"]])
     def test_a_screen_in_a_file(self, arguments: list[str], tmp_path: Path) -> None:
         """--output writes the screen without colours, and nothing to standard output."""
