@@ -562,7 +562,7 @@ class TestGrowthOf32Bits:
             hole = round_up(end, MiB) + 16 * MiB
             _steer(arena, lambda request: _to(request, above) if request.committed else None)
             first = arena.grow(MiB)
-            arena._placement = _steered(
+            arena._engine.placement = _steered(
                 arena.placement, lambda request: _to(request, hole) if request.committed else None
             )
 
@@ -591,7 +591,7 @@ class TestGrowthOf32Bits:
 
             assert live(outside, outside + GiB) == []
             assert (plain(arena), arena.region.reserved) == before
-            arena._placement = plan
+            arena._engine.placement = plan
             assert arena.grow(MiB) == plan.arena_start + 512 * MiB
 
     @needs_low_addresses
@@ -643,7 +643,7 @@ def _steered(plan: Placement, steer: Callable[[Request], Request | None]) -> Pla
 
 
 def _steer(arena: Arena, steer: Callable[[Request], Request | None]) -> None:
-    arena._placement = _steered(arena.placement, steer)
+    arena._engine.placement = _steered(arena.placement, steer)
 
 
 REFUSE_IN_THE_MIDDLE = """

@@ -16,6 +16,7 @@ from helpers import witness
 from helpers.arenas import PAGE, check, fill, holds, layout_names, needs_64_bits
 from helpers.subjects import wait_until
 from pyreserve import Arena, FreeError, KiB, MiB, OutOfMemoryError, RangeError, ViewError
+from pyreserve._arena.heap import Heap
 
 LAYOUTS = [name for name in layout_names() if name in {"native", "go1.4/amd64", "go1.11/amd64"}]
 
@@ -264,15 +265,15 @@ class TestScavenger:
         self, arena: Arena, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It tries again after it was refused."""
-        scavenge, refused = Arena._scavenge, threading.Event()
+        give_back, refused = Heap.give_back, threading.Event()
 
         def observed(*arguments: Any) -> tuple[int, list[Exception]]:
-            total, refusals = scavenge(*arguments)
+            total, refusals = give_back(*arguments)
             if any(isinstance(refusal, ViewError) for refusal in refusals):
                 refused.set()
             return total, refusals
 
-        monkeypatch.setattr(Arena, "_scavenge", observed)
+        monkeypatch.setattr(Heap, "give_back", observed)
         block = arena.alloc(MiB)
         fill(block, 1)
         offset = block.offset
@@ -441,12 +442,12 @@ class TestOneThread:
             arena = Arena("native", size=GiB)
             arena.alloc(8)
             scavenger = arena.start_scavenger(0.001)
-            waits, wait = [], type(arena)._acquire_while
+            waits, wait = [], type(arena.heap)._acquire_while
             def lock_while(self, wanted):
                 waits.append(1)
                 try: return wait(self, wanted)
                 finally: waits.pop()
-            type(arena)._acquire_while = lock_while
+            type(arena.heap)._acquire_while = lock_while
             done = []
             def handler(*_):
                 while not waits: time.sleep(0.001)  # until the thread waits for the lock

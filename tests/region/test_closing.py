@@ -536,7 +536,7 @@ class TestBlock:
 
         assert errors == []
         assert arena.in_use == 0
-        assert arena._closed_blocks == {}
+        assert arena._heap._closed_blocks == {}
         arena.release()
 
 
@@ -678,7 +678,7 @@ for _ in range(1500): strike(act)
 signal.signal(signal.SIGALRM, signal.SIG_IGN)
 gc.collect()
 for block in list(arena.blocks()): block.free()  # struck before the block was closed
-print(json.dumps([arena.in_use, len(arena._closed_blocks), is_free(arena._lock)]))
+print(json.dumps([arena.in_use, len(arena._heap._closed_blocks), is_free(arena._lock)]))
 """
         )
 

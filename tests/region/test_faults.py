@@ -224,7 +224,7 @@ class ArenaScene(Scene):
             "blocks": [(block.address, block.nbytes) for block in arena.blocks()],
             "placement": arena.placement,
             "in use": arena.in_use,
-            "elsewhere": [(region.base, region.size) for region in arena._metadata_regions],
+            "elsewhere": [(region.base, region.size) for region in arena._engine.metadata],
             **_region(arena.region),
         }
 

@@ -100,8 +100,8 @@ class TestTracemalloc:
         tracemalloc.start()
         arena = Arena()
         blocks = [arena.alloc(100 * 1024) for _ in range(50)]
-        tables = 0 if arena._tables is None else arena._tables.committed
-        elsewhere = sum(region.committed for region in arena._metadata_regions)
+        tables = 0 if arena._heap.tables is None else arena._heap.tables.committed
+        elsewhere = sum(region.committed for region in arena._engine.metadata)
         assert traced() == arena.region.committed + tables + elsewhere > 5_000_000
 
         before = traced()
