@@ -16,7 +16,7 @@ MARKED, POINTER = 1 << 1, 2 << 2
 def new(arena: Arena, *pointers: int) -> int:
     """Allocate an object that holds `pointers` and a final zero; return its address."""
     bits, block = arena.heap_bitmap, arena.alloc((len(pointers) + 1) * arena.layout.word, zero=True)
-    words, first = block.view.cast("P"), bits.index(block.address)
+    words, first = block.view().cast("P"), bits.index(block.address)
     for i, pointer in enumerate(pointers):
         words[i] = pointer
         bits[first + i] |= POINTER
@@ -30,7 +30,7 @@ def mark(arena: Arena, roots: list[int]) -> int:
     while grey:
         block = arena.block_at(grey.pop())
         assert block is not None, "a pointer to outside the heap"
-        first, words = bits.index(block.address), block.view.cast("P")
+        first, words = bits.index(block.address), block.view().cast("P")
         if not bits[first] & MARKED:
             bits[first] |= MARKED
             grey += (word for i, word in enumerate(words) if bits[first + i] & POINTER)

@@ -26,15 +26,15 @@ def work(arena: Arena, number: int) -> int:
     mine: list[tuple[Block, bytes]] = []
     for step in range(STEPS):
         block = arena.alloc(chance.randint(1, 128 * KiB), zero=True)
-        assert not any(block.view[:: 4 * KiB]), "zero=True must clear the block"
+        assert not any(block.view()[:: 4 * KiB]), "zero=True must clear the block"
         mine.append((block, b"thread %d, step %d; " % (number, step)))
-        block.view[:] = times(mine[-1][1], len(block))
+        block.view()[:] = times(mine[-1][1], len(block))
         if len(mine) == MAX_BLOCKS or step == STEPS - 1:
             chance.shuffle(mine)
             done, mine = mine[MAX_BLOCKS // 4 :], mine[: MAX_BLOCKS // 4]
-            good += sum(block.view == times(pattern, len(block)) for block, pattern in done)
+            good += sum(block.view() == times(pattern, len(block)) for block, pattern in done)
             arena.free_many(block for block, _ in done)
-    good += sum(block.view == times(pattern, len(block)) for block, pattern in mine)
+    good += sum(block.view() == times(pattern, len(block)) for block, pattern in mine)
     arena.free_many(block for block, _ in mine)
     return good
 

@@ -105,7 +105,7 @@ def arena() -> Iterator[Arena]:
     with Arena("native", size=64 * MiB) as made:
         kept, idle = made.alloc(100 * KiB), made.alloc(3 * MiB)
         for block in (kept, idle):
-            block.view[:] = b"x" * block.nbytes
+            block.view()[:] = b"x" * block.nbytes
         idle.free()
         made.scavenge(MiB)
         yield made

@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, overload
 
 from pyreserve._arena.heap import ZEROED, Heap
 from pyreserve._native import ffi
+from pyreserve._region.arrays import array_over
 from pyreserve._region.region import Region
+from pyreserve.errors import RangeError
 from pyreserve.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import numpy as np
+    import numpy.typing as npt
     from typing_extensions import Self
 
 
@@ -98,9 +102,8 @@ class Block:
         """Whether the block was freed or closed, or its arena released or closed."""
         return not self._arena.heap.is_live(self._handle)
 
-    @property
     def view(self) -> memoryview:
-        """A new writable memoryview of the bytes: format ``"B"``, shape ``(nbytes,)``.
+        """Return a new writable memoryview of the bytes: format ``"B"``, shape ``(nbytes,)``.
 
         The block cannot be freed while the view, or an object made from it, is alive.
 
@@ -110,6 +113,36 @@ class Block:
             RuntimeError: see `pyreserve.Region.view`.
         """
         return self._arena.heap.view(self._handle, self._nbytes)
+
+    def ndarray(
+        self,
+        shape: int | Sequence[int],
+        dtype: "npt.DTypeLike" = "uint8",
+        *,
+        readonly: bool = False,
+    ) -> "np.ndarray[Any, Any]":
+        """Return a new C-ordered ndarray of `shape` and `dtype` over the first bytes.
+
+        It protects the block as a `view` does, unless it has no items: then it is over no memory.
+
+        Args:
+            shape: length of each side, an int or a tuple or list of them.
+            dtype: type of the items.
+            readonly: return an array that cannot be written to.
+
+        Raises:
+            ImportError: numpy is missing (extra ``numpy``).
+            RangeError: the items take more than `nbytes`, or a side is negative.
+            FreeError, ReleasedError, RuntimeError: as for `view`.
+        """
+        self._arena.heap.nbytes(self._handle)
+        return array_over(self._view_start, shape, dtype, readonly=readonly)
+
+    def _view_start(self, nbytes: int) -> memoryview:
+        if nbytes > self._nbytes:
+            msg = f"shape and dtype must fit into the block of {self._nbytes} bytes, got {nbytes}"
+            raise RangeError(msg)
+        return self.view()[:nbytes]
 
     def __buffer__(self, flags: int, /) -> memoryview:
         """Export the bytes as a buffer (PEP 688), pinned as long as this object lives.

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,10 +100,10 @@ class TestAlloc:
         """Address, offset, size and view are of the same bytes."""
         for nbytes in SIZES:
             block = arena.alloc(nbytes)
-            block.view[nbytes - 1] = 0xA5
+            block.view()[nbytes - 1] = 0xA5
 
             assert block.arena is arena
-            assert block.nbytes == len(block) == len(block.view) == nbytes
+            assert block.nbytes == len(block) == len(block.view()) == nbytes
             assert block.address == arena.region.base + block.offset
             assert block.address % PAGE == 0
             assert arena.region.view(block.offset, nbytes)[nbytes - 1] == 0xA5
@@ -210,7 +211,7 @@ class TestFree:
 
         other = arena.alloc(3 * PAGE)
         assert other.address == block.address
-        for refused in (block.free, lambda: block.view, lambda: arena.free_many([block])):
+        for refused in (block.free, block.view, lambda: arena.free_many([block])):
             with pytest.raises(FreeError):
                 refused()
         assert not other.freed
@@ -243,7 +244,7 @@ class TestFree:
             "ndarray": lambda view: np.frombuffer(view, dtype=np.uint8)[5:],
             "raw ndarray": lambda view: np.ndarray((4,), dtype=np.uint8, buffer=view),
         }
-        held = made[kind](block.view)
+        held = made[kind](block.view())
         before = books(arena)
 
         for refused in (block.free, lambda: arena.free_many([other, block])):
@@ -396,6 +397,66 @@ class TestFind:
         assert high > low
 
 
+class TestArrays:
+    @pytest.mark.parametrize("shape", [12, (3, 4), [3, 4], (2, 3, 2)])
+    def test_of_the_first_bytes(self, small: Arena, shape: int | tuple[int, ...]) -> None:
+        """An array has the shape and type asked for, over the first bytes of the block."""
+        block = small.alloc(PAGE)
+        array = block.ndarray(shape, "float64")
+        array[:] = 1.5
+
+        assert array.shape == (tuple(shape) if isinstance(shape, tuple | list) else (shape,))
+        assert array.ctypes.data == block.address
+        assert bytes(block.view()) == np.full(12, 1.5).tobytes() + bytes(PAGE - 96)
+        assert block.ndarray(PAGE).dtype == np.uint8
+
+    def test_it_holds_the_block(self, small: Arena) -> None:
+        """The block cannot be freed while the array, or a part of it, is alive."""
+        block = small.alloc(PAGE)
+        part = block.ndarray((4, 4), "int32")[1:, ::2]
+
+        with pytest.raises(ViewError):
+            block.free()
+        del part
+        block.free()
+
+    def test_readonly(self, small: Arena) -> None:
+        """A read-only array shows the bytes and refuses writes, also if it is empty."""
+        block = small.alloc(8)
+        block.view()[0] = 7
+        array = block.ndarray(8, readonly=True)
+
+        assert array[0] == 7
+        for shown in (array, block.ndarray(0, readonly=True)):
+            assert not shown.flags.writeable
+
+    @pytest.mark.parametrize("shape", [0, (0,), [3, 0], (0, 5)])
+    def test_of_nothing(self, small: Arena, shape: int | tuple[int, ...]) -> None:
+        """An array without items has its shape and does not hold the block."""
+        block = small.alloc(8)
+        array = block.ndarray(shape, "int16")
+        block.free()
+
+        assert array.shape == (tuple(shape) if isinstance(shape, tuple | list) else (shape,))
+        assert array.dtype == np.int16
+        with pytest.raises(FreeError):
+            block.ndarray(shape)
+
+    @pytest.mark.parametrize("shape", [9, (3, 3), -1, (-2, -4), (2, 1 << 62)])
+    def test_that_does_not_fit(self, small: Arena, shape: int | tuple[int, ...]) -> None:
+        """More items than the block has bytes for, and negative sides, are refused."""
+        block = small.alloc(8)
+        with pytest.raises(RangeError, match="shape"):
+            block.ndarray(shape)
+        block.free()
+
+    @pytest.mark.parametrize("shape", [1.0, "8", None, (1, 2.0)])
+    def test_of_no_shape(self, small: Arena, shape: Any) -> None:
+        """A shape is an integer or a tuple or list of integers."""
+        with pytest.raises(TypeError):
+            small.alloc(8).ndarray(shape)
+
+
 class TestProtocols:
     def test_equal_and_hashed_by_the_block(self, small: Arena) -> None:
         """Two objects for one block are equal."""
@@ -419,7 +480,7 @@ class TestProtocols:
         """A block is a buffer, and then pinned as long as its object lives."""
         block = small.alloc(PAGE)
         memoryview(block)[0] = 9
-        assert block.view[0] == 9
+        assert block.view()[0] == 9
 
         with pytest.raises(ViewError):
             block.free()
@@ -450,7 +511,7 @@ class TestTheEnd:
             lambda: arena.alloc_many([8]),
             block.free,
             blocks.free,
-            lambda: block.view,
+            block.view,
             lambda: block.address,
             lambda: blocks[0],
             lambda: list(arena.blocks()),
@@ -466,7 +527,7 @@ class TestTheEnd:
         """What shows a block's bytes keeps them mapped."""
         arena = Arena("native", size=MiB)
         block = arena.alloc(PAGE)
-        view, address = block.view, block.address
+        view, address = block.view(), block.address
         view[:3] = b"abc"
         del arena, block
         gc.collect()
@@ -562,16 +623,16 @@ class TestThreads:
                     blocks = arena.alloc_many([random.choice(SIZES[:5]) for _ in range(batch)])
                     some = random.sample(range(batch), 20)
                     for i in some:
-                        view = blocks[i].view
+                        view = blocks[i].view()
                         view[0] = view[-1] = number
                         del view
                     single = arena.alloc(random.choice(SIZES[:5]))
-                    single.view[0] = number
+                    single.view()[0] = number
                     for i in some:
-                        view = blocks[i].view
+                        view = blocks[i].view()
                         assert view[0] == view[-1] == number
                         del view
-                    assert single.view[0] == number
+                    assert single.view()[0] == number
                     single.free()
                     blocks.free()
             except BaseException as failure:

@@ -101,7 +101,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def look(self, data: st.DataObject) -> None:
         address = self.pick(data)
-        self.views[address] = self.live[address][0].view[:1]
+        self.views[address] = self.live[address][0].view()[:1]
 
     @precondition(lambda self: self.views)
     @rule(data=st.data())

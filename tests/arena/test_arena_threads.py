@@ -205,10 +205,10 @@ for _ in range(4000):
 """
 FACTS["a free frees nothing that a handler has made a view of"] = """
 held = []
-def look(): held.append(block.view)
+def look(): held.append(block.view())
 for _ in range(6000):
     block = arena.alloc(P)
-    block.view
+    block.view()
     interrupt(look, 1, block.free)
     assert not (held and block.freed), "a live view of a freed block"
     held.clear()
@@ -216,10 +216,10 @@ for _ in range(6000):
 """
 FACTS["a free of many frees nothing that a handler has made a view of"] = """
 held = []
-def look(): held.append(blocks[40].view)
+def look(): held.append(blocks[40].view())
 for _ in range(3000):
     blocks = arena.alloc_many([P] * 64)
-    blocks[0].view
+    blocks[0].view()
     interrupt(look, 1, blocks.free)
     gone = not list(arena.blocks())
     assert not (held and gone), "a live view of a freed block"
@@ -230,7 +230,7 @@ FACTS["blocks that a handler takes inside any call overlap no others"] = """
 live, inside = {}, []
 def put(block):
     byte = rng.randrange(1, 256)
-    with block.view as view: view[0] = view[-1] = byte
+    with block.view() as view: view[0] = view[-1] = byte
     live[block] = byte
 def work():
     step = rng.randrange(6)
@@ -248,7 +248,7 @@ for _ in range(8):
     interrupt(work, 700, work)
     places = sorted((block.address, block.address + block.nbytes) for block in arena.blocks())
     assert all(a[1] <= b[0] for a, b in zip(places, places[1:]))
-    for block, byte in live.items(): assert block.view[0] == block.view[-1] == byte
+    for block, byte in live.items(): assert block.view()[0] == block.view()[-1] == byte
     arena.free_many(list(arena.blocks())); live.clear()
 stats = arena.memstats()
 assert stats.heap_objects == stats.heap_inuse == stats.heap_alloc == 0, stats
@@ -262,7 +262,7 @@ class Cycle:
         ended += 1
         try:
             block = arena.alloc(3 * P)
-            with block.view as view: view[0] = view[-1] = 7
+            with block.view() as view: view[0] = view[-1] = 7
             kept.append(block)
             arena.free_many([arena.alloc(P)])
             arena.scavenge(8 * P)
@@ -271,10 +271,10 @@ gc.set_threshold(1)
 for _ in range(1500):
     Cycle()
     blocks = list(arena.alloc_many([P, 100, 3 * MiB]))
-    with blocks[2].view as view: view[0] = view[-1] = 9
+    with blocks[2].view() as view: view[0] = view[-1] = 9
     arena.free_many(blocks)
     while len(kept) > 20: kept.pop(0).free()
-    for block in kept: assert block.view[0] == block.view[-1] == 7
+    for block in kept: assert block.view()[0] == block.view()[-1] == 7
     places = [(block.address, block.address + block.nbytes) for block in arena.blocks()]
     assert all(a[1] <= b[0] for a, b in zip(places, places[1:]))
 gc.set_threshold(700); gc.collect()

@@ -503,7 +503,7 @@ builtins.last = last = Last()
 last.block = arena.alloc(100)
 blocks = arena.alloc_many([64 * KiB] * 2000)
 for block in blocks[::2]:
-    block.view[0] = 1
+    block.view()[0] = 1
     block.free()
 arena.start_scavenger(0.001)
 time.sleep(float(sys.argv[1]))

@@ -106,12 +106,12 @@ def relative(ranges: list[list[Any]], base: int) -> list[tuple[int, int, str]]:
 
 def fill(block: Block, byte: int) -> None:
     """Fill a block with a byte."""
-    np.frombuffer(block.view, dtype=np.uint8)[:] = byte
+    np.frombuffer(block.view(), dtype=np.uint8)[:] = byte
 
 
 def holds(block: Block, byte: int) -> bool:
     """Whether all bytes of a block have this value."""
-    return bool((np.frombuffer(block.view, dtype=np.uint8) == byte).all())
+    return bool((np.frombuffer(block.view(), dtype=np.uint8) == byte).all())
 
 
 def check(stats: MemStats) -> None:

@@ -85,8 +85,8 @@ for i in range(400):
     a.release()
 """
 FACTS["no view is made between the look for views and what takes the bytes away"] = """
-a=Arena("native",size=64<<20); keep=a.alloc(8); v=keep.view
-b=a.alloc(2<<20); off=b.offset; w=b.view; w[0]=1; del w; r=a.region; look=Region._refuse_views
+a=Arena("native",size=64<<20); keep=a.alloc(8); v=keep.view()
+b=a.alloc(2<<20); off=b.offset; w=b.view(); w[0]=1; del w; r=a.region; look=Region._refuse_views
 made=[]
 def late(self,*arguments):
     look(self,*arguments)

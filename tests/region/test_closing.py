@@ -83,7 +83,7 @@ KINDS = {
     **{
         f"Arena {name}": Kind(
             lambda name=name: Arena(name, size=GiB if name == "native" else None),  # type: ignore[misc]
-            lambda a: a.alloc(800).view,
+            lambda a: a.alloc(800).view(),
             lambda a: a.alloc(8),
             lambda a: a.region,
         )
@@ -375,7 +375,7 @@ class TestFinalisers:
         block = arena.alloc(8)
         arena.region.__del__()
 
-        block.view[:] = b"12345678"
+        block.view()[:] = b"12345678"
         assert arena.alloc(MiB).nbytes == MiB
         arena.release()
 
@@ -400,14 +400,14 @@ class TestBlock:
     def test_freed_with_the_last_view(self, arena: Arena) -> None:
         """A block closed under views is gone at once for users, and freed with the last view."""
         with arena.alloc(MiB) as block:
-            views = [block.view, block.view[5:10]]
+            views = [block.view(), block.view()[5:10]]
             offset = block.offset
 
         assert block.freed
         assert arena.block_at(arena.region.base + offset) is None
         assert list(arena.blocks()) == []
         assert arena.memstats().heap_inuse == MiB
-        for use in (block.free, lambda: block.view, lambda: arena.free_many([block])):
+        for use in (block.free, block.view, lambda: arena.free_many([block])):
             with pytest.raises(FreeError):
                 use()
         assert arena.alloc(MiB).offset > offset
@@ -441,7 +441,7 @@ class TestBlock:
         arrays = []
         for i in range(50):
             with arena.alloc(PAGE_SIZE) as block:
-                arrays.append(np.frombuffer(block.view, np.uint8))
+                arrays.append(np.frombuffer(block.view(), np.uint8))
                 arrays[-1][:] = i
         assert arena.in_use == 50 * max(arena.layout.page, PAGE_SIZE)
         assert [int(array[-1]) for array in arrays] == list(range(50))
@@ -453,7 +453,7 @@ class TestBlock:
     def test_a_view_of_the_region_counts(self, arena: Arena) -> None:
         """Bytes that a view got from the arena's region shows are not handed out again either."""
         with arena.alloc(8) as block:
-            view = block.view
+            view = block.view()
             offset = block.offset
             other = arena.region.view(offset, 8)
         late = arena.region.view(offset, 8)
@@ -465,7 +465,7 @@ class TestBlock:
     def test_a_busy_arena_frees_at_its_next_call(self, arena: Arena) -> None:
         """A view that dies while another thread has the lock waits for nobody."""
         with arena.alloc(8) as block:
-            views = [block.view]
+            views = [block.view()]
             offset = block.offset
         inside, leave = threading.Event(), threading.Event()
 
@@ -488,7 +488,7 @@ class TestBlock:
         for end in (lambda a: a.close(), lambda a: None):
             arena = Arena("native", size=16 * MiB)
             with arena.alloc(8) as block:
-                view = block.view
+                view = block.view()
             where = address(view)
             end(arena)
             del arena, block
@@ -508,8 +508,8 @@ class TestBlock:
             try:
                 for i in range(2000):
                     with arena.alloc(64 + i % 5 * 8192) as block:
-                        block.view[0] = i & 255
-                        pile.append(block.view)
+                        block.view()[0] = i & 255
+                        pile.append(block.view())
             except BaseException as error:  # noqa: BLE001, RUF100
                 errors.append(error)
 
@@ -590,7 +590,7 @@ class TestMessages:
     def test_a_blocks(self, arena: Arena) -> None:
         """A block under a view says what to use instead."""
         block = arena.alloc(8)
-        view = block.view
+        view = block.view()
         with pytest.raises(ViewError, match=r"or call the block's close\(\)"):
             block.free()
         del view
@@ -670,7 +670,7 @@ def is_free(lock):
             """
 arena = Arena("native", size=GiB)
 def act():
-    with arena.alloc(100) as block: view = block.view
+    with arena.alloc(100) as block: view = block.view()
     arena.scavenge()
 import sys
 sys.unraisablehook = lambda *_: None

@@ -244,7 +244,7 @@ def work(number):
             region.commit(at, MiB); view = region.view(at, 8); view[0] = 1
             del view
             region.decommit(at, MiB)
-            with arena.alloc(100) as block: block.view[0] = 1
+            with arena.alloc(100) as block: block.view()[0] = 1
             pool.free(pool.alloc()); bits.set(number); pages.free(pages.alloc(2), 2)
             with reserve(MiB) as other: other.commit(0, MiB)
     except BaseException as error: errors.append(repr(error))

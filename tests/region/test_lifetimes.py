@@ -73,7 +73,7 @@ def _region() -> None:
 def _arena(name: str) -> None:
     arena = Arena(name, size=GiB if name == "native" else None)
     blocks = arena.alloc_many([8 * KiB] * 100)
-    view = blocks[3].view
+    view = blocks[3].view()
     for refused in (blocks.free, blocks[3].free, lambda: arena.alloc(1 << 61), arena.release):
         with contextlib.suppress(pyreserve.PyreserveError):
             refused()
@@ -83,7 +83,7 @@ def _arena(name: str) -> None:
     with contextlib.suppress(pyreserve.ViewError):
         arena.scavenge()
     with arena.alloc(8) as block:
-        late = block.view
+        late = block.view()
     del view, held, late
     arena.start_scavenger(60)
     arena.memstats()
