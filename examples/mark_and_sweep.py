@@ -58,7 +58,7 @@ def main() -> None:
             objects.append(new(arena, known[0], known[-1] + arena.layout.word // 2))
         for roots in ([objects[1500]], []):
             before, reached, dead = arena.memstats(), mark(arena, roots), sweep(arena)
-            given, after = format_size(arena.scavenge()), arena.memstats()
+            given, after = format_size(arena.trim()), arena.memstats()
             print(
                 f"{len(roots)} roots: {reached} objects reached, {dead} freed; {given} given back"
             )

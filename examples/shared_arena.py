@@ -55,8 +55,8 @@ def main() -> None:
         print(f"{good} of {arena.memstats().mallocs} blocks held their patterns to the end")
         print(f"the scavenger gave back {format_size(scavenger.given_back)}")
         show("when the threads ended", arena)
-        arena.scavenge()
-        show("after a last scavenge", arena)
+        arena.trim()
+        show("after a trim", arena)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def arena() -> Iterator[Arena]:
         for block in (kept, idle):
             block.view()[:] = b"x" * block.nbytes
         idle.free()
-        made.scavenge(MiB)
+        made.trim(MiB)
         yield made
 
 
@@ -166,7 +166,7 @@ class TestArenas:
             while not done.is_set():
                 blocks = [arena.alloc(100_000) for _ in range(20)]
                 arena.free_many(blocks)
-                arena.scavenge()
+                arena.trim()
 
         threads = [threading.Thread(target=work) for _ in range(2)]
         for thread in threads:

@@ -183,7 +183,7 @@ class Arena:
         return Block(self, handle, nbytes)
 
     def free(self, block: Block) -> None:
-        """Free a block. Its memory stays committed for later blocks until `scavenge`.
+        """Free a block. Its memory stays committed for later blocks until `trim`.
 
         Raises:
             FreeError: the block was already freed or closed.
@@ -291,8 +291,12 @@ class Arena:
 
     # -- give back ----------------------------------------------------------------------------
 
-    def scavenge(
-        self, nbytes: int | None = None, older_than: float | None = None, lazy: bool = False
+    def trim(
+        self,
+        nbytes: int | None = None,
+        *,
+        older_than: float | None = None,
+        lazy: bool = False,
     ) -> int:
         """Give the memory of free pages back to the system, highest addresses first.
 
@@ -340,7 +344,7 @@ class Arena:
 
         Args:
             older_than: seconds; five minutes by default, as in Go.
-            lazy: as for `scavenge`.
+            lazy: as for `trim`.
 
         Raises:
             RangeError: `older_than` is negative.

@@ -339,7 +339,7 @@ class Heap:
                 with region._taking_away() as interrupting:
                     if region._views is not None:
                         low = address - self._base
-                        region._refuse_views("scavenge", low, low + nbytes, interrupting)
+                        region._refuse_views("trim", low, low + nbytes, interrupting)
                     given = int(lib.heap_give_back(self.handle, runs + i, lazy))
             except ViewError as held:
                 if not refusals:

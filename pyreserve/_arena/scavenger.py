@@ -19,7 +19,7 @@ _JOIN_POLL_SECONDS = 0.1  # seconds between checks while waiting for the thread 
 
 
 class Scavenger:
-    """Calls ``arena.scavenge(older_than=...)`` periodically until it is stopped.
+    """Gives the memory of free pages back periodically, as `Arena.trim` does, until it is stopped.
 
     It also ends when the arena is released, closed or dropped, when a new scavenger is started for
     the arena, and when the interpreter exits. It does not keep the arena alive. A forked child has
@@ -40,7 +40,7 @@ class Scavenger:
 
     @property
     def lazy(self) -> bool:
-        """Whether memory is given back lazily (MADV_FREE); see `Arena.scavenge`."""
+        """Whether memory is given back lazily (MADV_FREE); see `Arena.trim`."""
         return self._lazy
 
     @property

@@ -516,7 +516,7 @@ class TestTheEnd:
             lambda: blocks[0],
             lambda: list(arena.blocks()),
             lambda: arena.block_at(8),
-            arena.scavenge,
+            arena.trim,
             arena.memstats,
             arena.start_scavenger,
         ):

@@ -109,9 +109,9 @@ class ArenaMachine(RuleBasedStateMachine):
         del self.views[data.draw(st.sampled_from(sorted(self.views)))]
 
     @rule(nbytes=st.one_of(st.none(), st.integers(0, 4 * MiB)), lazy=st.booleans())
-    def scavenge(self, nbytes: int | None, lazy: bool) -> None:
+    def trim(self, nbytes: int | None, lazy: bool) -> None:
         before = self.arena.memstats()
-        given = self.arena.scavenge(nbytes, lazy=lazy)
+        given = self.arena.trim(nbytes, lazy=lazy)
         after = self.arena.memstats()
         assert before.heap_released <= after.heap_released <= before.heap_released + given
         assert nbytes is None or given < nbytes + PAGE
@@ -245,7 +245,7 @@ class PagesMachine(RuleBasedStateMachine):
     @rule(
         pages=st.one_of(st.none(), st.integers(0, 200)), odd=st.integers(0, 1), lazy=st.booleans()
     )
-    def scavenge(self, pages: int | None, odd: int, lazy: bool) -> None:
+    def trim(self, pages: int | None, odd: int, lazy: bool) -> None:
         idle = [
             page
             for page in range(len(self.used) - 1, -1, -1)
@@ -254,7 +254,7 @@ class PagesMachine(RuleBasedStateMachine):
         nbytes = None if pages is None else max(pages * PAGE - odd, 0)
         chosen = idle if pages is None else idle[:pages]
 
-        assert self.arena.scavenge(nbytes, lazy=lazy) == len(chosen) * PAGE
+        assert self.arena.trim(nbytes, lazy=lazy) == len(chosen) * PAGE
 
         for page in chosen:
             self.released[page] = 1
@@ -263,7 +263,7 @@ class PagesMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.MAYBE in self.dirty)
     @rule()
     def scavenge_all(self) -> None:
-        self.arena.scavenge()
+        self.arena.trim()
         for page, used in enumerate(self.used):
             if not used and self.dirty[page]:
                 self.released[page] = self.dirty[page] == self.DIRTY or self.MAYBE

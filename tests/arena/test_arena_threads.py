@@ -59,7 +59,7 @@ class Traffic:
                 fill(one, number)
                 fill(many[3], number)
                 if random.random() < 0.1:
-                    self.arena.scavenge(MiB, lazy=random.random() < 0.5)
+                    self.arena.trim(MiB, lazy=random.random() < 0.5)
                 assert holds(one, number)
                 assert holds(many[3], number)
                 one.free()
@@ -86,7 +86,7 @@ class TestFork:
             assert all(end <= place[0] for end, place in zip(ends, places[1:], strict=False))
             assert all(holds(block, number + 1) for number, block in enumerate(blocks))
             arena.free_many(blocks)
-            arena.scavenge()
+            arena.trim()
             check(arena.memstats())
             return holds(kept, 0x5A)
 
@@ -105,7 +105,7 @@ class TestFork:
         def child() -> bool:
             fill(block, 2)
             block.free()
-            return arena.scavenge() == MiB
+            return arena.trim() == MiB
 
         assert witness.in_child(child)
         assert holds(block, 1)
@@ -199,7 +199,7 @@ def look(): held.append(arena.region.view(low, n))
 for _ in range(4000):
     blocks = arena.alloc_many([2 * MiB] * 16)
     blocks.free()
-    interrupt(look, 1, arena.scavenge)
+    interrupt(look, 1, arena.trim)
     if held: assert arena.region.is_committed(low, n), "a live view over decommitted bytes"
     held.clear()
 """
@@ -240,7 +240,7 @@ def work():
     if step == 2 and live:
         block, _ = live.popitem()
         arena.free(block)
-    if step == 3: arena.scavenge(lazy=rng.random() < .3)
+    if step == 3: arena.trim(lazy=rng.random() < .3)
     if step == 4: arena.memstats(), arena.block_at(arena.placement.arena_start)
     if step == 5 and len(live) > 9:
         arena.free_many([live.popitem()[0] for _ in range(5)])
@@ -265,7 +265,7 @@ class Cycle:
             with block.view() as view: view[0] = view[-1] = 7
             kept.append(block)
             arena.free_many([arena.alloc(P)])
-            arena.scavenge(8 * P)
+            arena.trim(8 * P)
         except (RuntimeError, MemoryError): pass  # a block may be left without an object
 gc.set_threshold(1)
 for _ in range(1500):

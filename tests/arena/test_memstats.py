@@ -34,7 +34,7 @@ REFUSE = """
             with block.view() as view:
                 view[:] = b"k" * len(view)
         used.free()
-        given = arena.scavenge()
+        given = arena.trim()
         before = books()
         alone = [refusal(lambda: arena.alloc(wish)) for _ in range(3)]
         after = books()

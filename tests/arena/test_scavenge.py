@@ -45,14 +45,14 @@ class TestScavenge:
         block.free()
         committed = arena.region.committed
 
-        assert arena.scavenge() == 8 * MiB
+        assert arena.trim() == 8 * MiB
 
         assert arena.memstats().heap_released == 8 * MiB
         assert rss(arena) == arena.memstats().resident == PAGE
         assert holds(keep, 2)
         given_back = 8 * MiB if arena.region.mode == "charge" else 0
         assert arena.region.committed == committed - given_back
-        assert arena.scavenge() == 0
+        assert arena.trim() == 0
 
     def test_highest_first(self, arena: Arena) -> None:
         """A part of what is idle goes from the top down."""
@@ -61,7 +61,7 @@ class TestScavenge:
             fill(block, 1)
         blocks[::2].free()
 
-        assert arena.scavenge(MiB + 1) == MiB + PAGE
+        assert arena.trim(MiB + 1) == MiB + PAGE
 
         base = arena.region.base
         assert witness.total_kib(base + 2 * MiB, MiB, "Rss") in {0, rss(arena) // KiB}
@@ -75,7 +75,7 @@ class TestScavenge:
         block = arena.alloc(4 * MiB)
         fill(block, 1)
         block.free()
-        arena.scavenge()
+        arena.trim()
 
         again = arena.alloc(3 * MiB)
 
@@ -97,15 +97,15 @@ class TestScavenge:
             freed_at = time.monotonic()
             young.free()
 
-            of_an_hour = arena.scavenge(older_than=3600)
-            given_back = arena.scavenge(older_than=age)
+            of_an_hour = arena.trim(older_than=3600)
+            given_back = arena.trim(older_than=age)
             young_age = time.monotonic() - freed_at
-            rest = arena.scavenge(older_than=0)
+            rest = arena.trim(older_than=0)
             assert of_an_hour == 0
             assert given_back + rest == 3 * MiB
             assert not fence.freed
             fence.free()
-            arena.scavenge()
+            arena.trim()
 
         assert given_back == MiB
 
@@ -115,8 +115,8 @@ class TestScavenge:
         fill(block, 1)
         block.free()
 
-        assert arena.scavenge(lazy=True) == 2 * MiB
-        assert arena.scavenge(lazy=True) == 0
+        assert arena.trim(lazy=True) == 2 * MiB
+        assert arena.trim(lazy=True) == 0
         assert arena.memstats().heap_released == 2 * MiB
         part = arena.alloc(MiB)
         assert not part.zeroed
@@ -125,7 +125,7 @@ class TestScavenge:
         assert holds(cleared, 0)
         part.free()
         cleared.free()
-        assert arena.scavenge() == 2 * MiB
+        assert arena.trim() == 2 * MiB
         assert rss(arena) == 0
 
     def test_not_under_a_view(self, arena: Arena) -> None:
@@ -136,19 +136,19 @@ class TestScavenge:
         block.free()
         view = arena.region.view(offset + PAGE, 8)
 
-        with pytest.raises(ViewError, match="cannot scavenge"):
-            arena.scavenge()
+        with pytest.raises(ViewError, match="cannot trim"):
+            arena.trim()
 
         assert view[0] == 1
         assert arena.memstats().heap_released == 0
         del view
-        assert arena.scavenge() == MiB
+        assert arena.trim() == MiB
 
     @pytest.mark.parametrize("wrong", [{"nbytes": -1}, {"older_than": -0.1}])
     def test_negative_numbers(self, arena: Arena, wrong: dict[str, float]) -> None:
         """Neither bytes nor ages are negative."""
         with pytest.raises(RangeError):
-            arena.scavenge(**wrong)  # type: ignore[arg-type]
+            arena.trim(**wrong)  # type: ignore[arg-type]
 
     def test_many_small_holes_take_no_mappings(self, arena: Arena) -> None:
         """Scattered pages are discarded where they are: no mapping is split for them."""
@@ -157,7 +157,7 @@ class TestScavenge:
             fill(block, 1)
         arena.free_many(blocks[::2])
 
-        assert arena.scavenge() == 2000 * PAGE
+        assert arena.trim() == 2000 * PAGE
 
         assert len(witness.spans(arena.region.base, arena.region.size)) <= 2
         assert rss(arena) == 2000 * PAGE
@@ -190,7 +190,7 @@ BURST = """
     ctypes.memset(first, 1, last - first)
     during, vsz = now(), witness.status("VmSize")
     blocks.free()
-    given = arena.scavenge()
+    given = arena.trim()
     del blocks
     print(json.dumps([before, during, now(), given, vsz - witness.status("VmSize")]))
 """
@@ -336,7 +336,7 @@ class TestMemStats:
                 elif step < 0.9 and live:
                     live.pop(random.randrange(len(live))).free()
                 else:
-                    arena.scavenge(random.randrange(MiB), lazy=random.random() < 0.5)
+                    arena.trim(random.randrange(MiB), lazy=random.random() < 0.5)
                 stats = arena.memstats()
                 check(stats)
                 pages = sum(-(-block.nbytes // PAGE) * PAGE for block in live)
@@ -367,7 +367,7 @@ class TestMemStats:
                     fill(blocks[0], 1)
                     blocks[:7].free()
                     if random.random() < 0.2:
-                        arena.scavenge(MiB)
+                        arena.trim(MiB)
                     blocks[7:].free()
             except (OutOfMemoryError, FreeError, ViewError, AssertionError) as failure:
                 failures.append(failure)

@@ -94,7 +94,7 @@ def late(self,*arguments):
     except RuntimeError: made.append(None)
 Region._refuse_views=late
 b.free(); assert made==[None], made
-a.scavenge(); assert set(made)=={None} and len(made)>1, made
+a.trim(); assert set(made)=={None} and len(made)>1, made
 """
 FACTS["a block that is found and freed while it is cleared does no harm"] = """
 a=Arena("native",size=256<<20); a.alloc(100<<20).free(); stop=False; errors=[]
@@ -103,7 +103,7 @@ def thief():
         for b in a.blocks():
             try: b.free()
             except ValueError: pass
-        a.scavenge()
+        a.trim()
 for _ in range(3): fill=a.alloc(60<<20); fill.free()
 t=threading.Thread(target=thief); t.start()
 for _ in range(40):

@@ -131,8 +131,8 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any, Make], Any]]] = {
     "Arena.grow": (_arena, lambda it, i: it.grow(i(100)) > 0),
     "Arena.grow(huge)": (_arena, lambda it, i: it.grow(i(HUGE))),
     "Arena.block_at": (_arena, lambda it, i: it.block_at(i(100))),
-    "Arena.scavenge": (_arena, lambda it, i: it.scavenge(i(100), i(1))),
-    "Arena.scavenge(bad)": (_arena, lambda it, i: it.scavenge(i(100), i(-1))),
+    "Arena.trim": (_arena, lambda it, i: it.trim(i(100), older_than=i(1))),
+    "Arena.trim(bad)": (_arena, lambda it, i: it.trim(i(100), older_than=i(-1))),
     "Arena.start_scavenger": (_arena, lambda it, i: it.start_scavenger(i(-1))),
     "Blocks[]": (_arena, lambda it, i: it.alloc_many([1, 2])[i(1)].nbytes),
     "heap_bitmap[]": (_bits, lambda it, i: it[i(0)]),
@@ -250,7 +250,7 @@ def test_a_number_that_cannot_be_read(name: str) -> None:
 
 
 TAKES_WORDS = {"Arena", "Arena(bad step)", "BumpArena"}
-TAKES_FLOATS = {"Arena.scavenge", "Arena.start_scavenger", "costs.measure", "costs.estimate"}
+TAKES_FLOATS = {"Arena.trim", "Arena.start_scavenger", "costs.measure", "costs.estimate"}
 
 
 @pytest.mark.parametrize("kind", [float, decimal.Decimal, str])

@@ -671,7 +671,7 @@ def is_free(lock):
 arena = Arena("native", size=GiB)
 def act():
     with arena.alloc(100) as block: view = block.view()
-    arena.scavenge()
+    arena.trim()
 import sys
 sys.unraisablehook = lambda *_: None
 for _ in range(1500): strike(act)

@@ -272,7 +272,7 @@ class Recommit(ArenaScene):
         super().prepare()
         ctypes.memset(lost.address, 9, lost.nbytes)
         lost.free()
-        assert self.arena.scavenge() >= 6 * MiB
+        assert self.arena.trim() >= 6 * MiB
 
     def act(self) -> None:
         super().act()
@@ -318,7 +318,7 @@ class Scavenge(ArenaScene):
         self.given = 0
 
     def act(self) -> None:
-        self.given = self.arena.scavenge(lazy=self.lazy)
+        self.given = self.arena.trim(lazy=self.lazy)
         assert 0 < self.given <= self.free
 
     def is_intact(self) -> bool:
@@ -328,7 +328,7 @@ class Scavenge(ArenaScene):
     def undo(self) -> None:
         # What was not given back by the first call is by the next.
         if self.given < self.free:
-            assert self.arena.scavenge(lazy=self.lazy) == self.free - self.given
+            assert self.arena.trim(lazy=self.lazy) == self.free - self.given
             self.given = self.free
         assert self.arena.memstats().heap_released == self.free
 

@@ -81,7 +81,7 @@ def _arena(name: str) -> None:
     blocks[5].free()
     held = arena.region.view(offset, 8)
     with contextlib.suppress(pyreserve.ViewError):
-        arena.scavenge()
+        arena.trim()
     with arena.alloc(8) as block:
         late = block.view()
     del view, held, late

@@ -51,7 +51,7 @@ def arena(name):
         arena.memstats()
         arena.start_scavenger(100)
         arena.stop_scavenger()
-        arena.scavenge()
+        arena.trim()
 
 def pool():
     with Pool(64) as pool:
