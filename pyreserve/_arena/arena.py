@@ -95,8 +95,8 @@ class Arena(Engine):
             super().release()
             msg = f"step must be a multiple of the layout's page ({self._page}), got {nbytes}"
             raise RangeError(msg)
-        self._region._owner = "an arena"
-        self._base = self._region.base
+        self._region.exports.owner = "an arena"
+        self._base, self._exports = self._region.base, self._region.exports
         if scavenge_after is not None:
             self.start_scavenger(scavenge_after)
 
@@ -167,16 +167,14 @@ class Arena(Engine):
                 raise _not_of_this_arena(block)
         except AttributeError:
             raise _not_a_block("free", block) from None
-        region = self._region
+        exports = self._exports
         with self._lock:
-            interrupting, region._busy = region._busy, True
-            try:
-                if region._views is not None and _nbytes(self._heap, block._handle) > 0:
-                    low = int(_address(self._heap, block._handle)) - self._base
-                    region._refuse_views("free", low, low + block._nbytes, interrupting)
+            if exports.viewed and _nbytes(self._heap, block._handle) > 0:
+                low = int(_address(self._heap, block._handle)) - self._base
+                high = low + block._nbytes
+                freed = exports.remove("free", low, high, _free, self._heap, block._handle)
+            else:
                 freed = _free(self._heap, block._handle)
-            finally:
-                region._busy = interrupting
         if freed < 0:
             self._alive()
             raise already_freed()
@@ -235,7 +233,7 @@ class Arena(Engine):
         if foreign is not None:
             raise _not_of_this_arena(foreign)
         failed = ffi.new("size_t *")
-        with self._lock, self._region._taking_away():
+        with self._lock, self._exports.removal():
             self._alive()
             self._free_closed()
             if self._heap is None:
@@ -500,13 +498,12 @@ class Arena(Engine):
             RuntimeError: a finaliser or signal handler called this during a growth.
         """
         region = self._region
-        with self._lock, region._taking_away() as interrupting:
+        with self._lock, self._exports.removal():
             self._alive()
             if self._undo_log is not None:
                 msg = "release called from inside a growth of the same arena"
                 raise RuntimeError(msg)
-            if region._views is not None:
-                region._refuse_views("release", 0, region.size, interrupting)
+            self._exports.refuse("release", 0, region.size)
             try:
                 # First refuse the calls that do not take the lock.
                 if self._heap is not None:
@@ -532,7 +529,7 @@ class Arena(Engine):
 
     def _close_block(self, block: Block) -> None:
         with self._lock:
-            if not self._region._released:
+            if not self._exports.released:
                 # Recorded first, so that an interruption cannot lose the block.
                 closed = _ClosedBlock(self, block._nbytes)
                 self._unviewed_blocks.append(closed)
@@ -556,13 +553,13 @@ class Arena(Engine):
 
     def _free_unless_viewed(self, closed: "_ClosedBlock") -> None:
         """Free a closed block, or watch its views: the last one to go queues it again."""
-        handle, views = closed.handle[0], self._region._views
+        handle, exports = closed.handle[0], self._exports
         if handle < 0:  # freed or closed before
             return
         self._closed_blocks[handle] = closed
-        if views is not None:
+        if exports.viewed:
             low = int(_address(self._heap, handle)) - self._base
-            held = views.live(low, low + closed.nbytes, prune=False)
+            held = exports.live(low, low + closed.nbytes)
             if closed.watch([anchor for entry in held if (anchor := entry[0]()) is not None]):
                 return
         _free(self._heap, handle)
@@ -692,7 +689,7 @@ class Arena(Engine):
             ffi.cast("void *", tables.base),
             capacity,
             own_spans,
-            self._region._handle,
+            self._region.exports.handle,
             metadata,
         )
         # This cdata keeps all memory of the heap alive. The collector does not track it and calls
@@ -702,7 +699,7 @@ class Arena(Engine):
         # A signal handler or finaliser may have created a heap with blocks: keep that one.
         if self._heap is None:
             self._tables, self._heap = tables, heap
-        if self._region._released:  # by a handler that interrupted this call
+        if self._exports.released:  # by a handler that interrupted this call
             lib.heap_close(self._heap, True)
 
     @property
@@ -738,22 +735,19 @@ class Arena(Engine):
                 self._alive()
                 raise already_freed()
             if pin:
-                block._pin = self._region._pinned(offset, nbytes)
+                block._pin = view.obj
         return view
 
     def _refuse_viewed_blocks(self, handles: Any) -> None:
         """Raise ViewError if a live view shows bytes of one of the blocks."""
-        region = self._region
-        if region._views is None:
-            return
-        held = region._views.live(0, region.size, prune=False)
+        held = self._exports.live(0, self._region.size)
         wanted = {handle & ~_ZEROED for handle in handles} if held else set()
         for _, low, high in held:
             at = low
             while at < high:
                 handle = int(_find(self._heap, self._base + at))
                 if handle in wanted:
-                    region._refuse_views("free", low, high, True)
+                    self._exports.refuse("free", low, high)
                 at += self._page - at % self._page
                 if handle >= 0:
                     end = int(_address(self._heap, handle)) + int(_nbytes(self._heap, handle))
@@ -763,16 +757,23 @@ class Arena(Engine):
         """Give `n` runs of free pages back; return the bytes and add a refusal to `refusals`."""
         if n < 0:
             self._alive()
-        region, total = self._region, 0
+        exports, total = self._exports, 0
         for i in range(n):
             address = int(lib.heap_page_address(self._heap, runs[i].start))
             nbytes = (runs[i].stop - runs[i].start) * self._page
             try:
-                with region._taking_away() as interrupting:
-                    if region._views is not None:
-                        low = address - self._base
-                        region._refuse_views("scavenge", low, low + nbytes, interrupting)
-                    given = int(lib.heap_give_back(self._heap, runs + i, lazy))
+                low = address - self._base
+                given = int(
+                    exports.remove(
+                        "scavenge",
+                        low,
+                        low + nbytes,
+                        lib.heap_give_back,
+                        self._heap,
+                        runs + i,
+                        lazy,
+                    )
+                )
             except ViewError as held:
                 if not refusals:
                     refusals.append(held.with_traceback(None))

@@ -70,7 +70,7 @@ class Engine:
         if self._fell_back is not None:
             assert fallback is not None
             self._layout, self._region = fallback, self._open(fallback)
-        self._lock = self._region._make_lock()
+        self._lock = self._region.exports.lock
 
     # -- properties ---------------------------------------------------------------------------
 
@@ -107,7 +107,8 @@ class Engine:
         """
         with self._lock:
             base, placement = self._region.base, self._placement
-            owned = [(base + at, base + at + n) for at, n in self._region._runs("reserved")]
+            reserved = self._region.exports.runs(committed=False)
+            owned = [(base + at, base + at + n) for at, n in reserved]
         pieces = []
         for mapping in proc.read_maps():
             for low, high in owned:
@@ -155,15 +156,14 @@ class Engine:
 
         An exception from `use` undoes the growth, unless the heap has taken the pages.
         """
-        with self._lock:
+        # No view may be created of bytes that a rollback would decommit.
+        with self._lock, self._region.exports.removal():
             self._alive()
             if self._undo_log is not None:
                 msg = "grow called from inside another growth of the same arena"
                 raise RuntimeError(msg)
             heap_bytes = self._heap_bytes()
             self._undo_log = []
-            # No view may be created of bytes that a rollback would decommit.
-            self._region._busy, busy = True, self._region._busy
             try:
                 grown, address = self._commit_growth(nbytes)
                 use(address)
@@ -174,15 +174,15 @@ class Engine:
                     raise
                 for step, *arguments in reversed(self._undo_log):
                     step(*arguments)
-                if self._region._released:  # closed by a handler that interrupted the growth
+                if self._region.released:  # closed by a handler that interrupted the growth
                     self._close_metadata()
                 raise
             finally:
-                self._undo_log, self._region._busy = None, busy
+                self._undo_log = None
             # No signal handler runs between `use` and here: there is no call or backward jump.
             self._placement = grown
             self._taken_total += nbytes
-            if self._region._released:
+            if self._region.released:
                 self._close_metadata()
         return address
 
@@ -207,7 +207,7 @@ class Engine:
 
     def _extend_arena(self, nbytes: int) -> layouts.Answer:
         """Request more addresses by the layout's rules; return the extended placement."""
-        handle = self._region._handle
+        handle = self._region.exports.handle
         refusals: list[VMError] = []
         reason = None
         for request in self._placement.growth(nbytes):
@@ -243,7 +243,7 @@ class Engine:
 
     def _request_addresses(self, request: Request) -> tuple[int, int]:
         """Claim the addresses of a request; return an errno and the first address."""
-        handle, access = self._region._handle, lib.VM_COMMITTED if request.committed else 0
+        handle, access = self._region.exports.handle, lib.VM_COMMITTED if request.committed else 0
         size = round_up(request.size, PAGE_SIZE)
         if size >> (8 * WORD - 1):
             return errno.ENOMEM, 0
@@ -260,7 +260,7 @@ class Engine:
 
         The strategy *arenas* claims its ranges readable and writable: nothing is left to do.
         """
-        handle, err, verb = self._region._handle, 0, "commit"
+        handle, err, verb = self._region.exports.handle, 0, "commit"
         if self._layout.strategy == "reserve":
             base = self._region.base
             committed = [(base + at, base + at + n) for at, n in self._region.committed_runs()]
@@ -322,7 +322,7 @@ class Engine:
             ReleasedError: the arena was already released or closed.
         """
         try:
-            self._region._release()
+            self._region.exports.release()
         finally:
             if self._region.released:
                 self._close_metadata()
@@ -333,13 +333,13 @@ class Engine:
         See `Region.close`.
         """
         with self._lock:
-            self._region._close()
+            self._region.exports.close()
             if self._undo_log is None:  # a growth under way still needs the metadata
                 self._close_metadata()
 
     def _close_metadata(self) -> None:
         for metadata in self._metadata_regions:
-            metadata._close()
+            metadata.exports.close()
 
     def __reduce__(self) -> NoReturn:
         msg = "an Arena can't be pickled or copied: its memory belongs to this process"
@@ -373,7 +373,7 @@ def _window_region(start: int, size: int, mode: Mode) -> Region:
     mode, accounting = effective_mode(mode)
     region = Region(size, mode, "copy", None)
     try:
-        err = lib.region_window(region._handle, start, size, accounting, lib.VM_NO_DUMP)
+        err = lib.region_window(region.exports.handle, start, size, accounting, lib.VM_NO_DUMP)
     except OverflowError:
         err = errno.ENOMEM
     if err:
@@ -443,7 +443,7 @@ def _reserve_in_window(layout: Layout, arena: int, mode: Mode) -> tuple[Region, 
     top = 1 << address_bits()
     for base in _window_bases(layout, metadata + layout.window):
         region = _window_region(base, min(metadata + layout.window, top - base), mode)
-        err = lib.region_claim(region._handle, 0, total, lib.VM_RESERVED)
+        err = lib.region_claim(region.exports.handle, 0, total, lib.VM_RESERVED)
         if err == 0:
             return region, layout.place(base, arena)
         if err != errno.EEXIST:
