@@ -192,7 +192,7 @@ def _read_arena(arena: Arena) -> list[_Sample]:
 
 def _read_region(thing: _OnRegion) -> list[_Sample]:
     region = thing if isinstance(thing, Region) else thing._region
-    with region._lock or region._make_lock():
+    with region.exports.lock:
         samples: list[_Sample] = [
             ("reserved_bytes", (), region.reserved),
             ("committed_bytes", (), region.committed),

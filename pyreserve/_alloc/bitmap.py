@@ -50,8 +50,8 @@ class Bitmap:
             raise RangeError(msg)
         self._nbits = nbits
         self._region = reserve((nbits + 7) // 8, name=name)
-        self._handle = self._region._handle
-        self._lock = self._region._make_lock()
+        self._handle = self._region.exports.handle
+        self._lock = self._region.exports.lock
 
     @property
     def nbits(self) -> int:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from operator import index as _index
 from typing import Literal, TypeVar
 
-from pyreserve._region.exports import Entry, view_error
+from pyreserve._region.holders import view_error
 from pyreserve._region.owner import InSteps, as_step
 from pyreserve._region.region import HugePages, Mode, Region, reserve
+from pyreserve._region.viewtable import Entry
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError, PyreserveError, RangeError, ViewError, VMError
 from pyreserve.units import KiB, MiB, format_size, round_up
@@ -288,11 +289,8 @@ class BumpArena(InSteps):
 
     def _live_views(self, offset: int) -> list[Entry]:
         """Return the live views of the region, windows included, that reach above `offset`."""
-        region = self._region
-        with region._taking_away() as interrupting:
-            if region._views is None or offset == region.size:
-                return []
-            return region._views.live(offset, region.size, prune=not interrupting)
+        size = self._region.size
+        return [] if offset == size else self._exports.live(offset, size)
 
     # -- the end ------------------------------------------------------------------------------
 

@@ -130,10 +130,9 @@ class _Growable(InSteps):
         if length < 0:
             msg = f"length must not be negative, got {length // self._itemsize}"
             raise RangeError(msg)
-        region = self._region
-        with region._taking_away() as interrupting:
-            if region._views is not None:
-                region._refuse_views("cut off", length, self._length, interrupting)
+        with self._exports.removal():
+            if length < self._length:
+                self._exports.refuse("cut off", length, self._length)
             self._length = length
 
     def _append_bytes(self, source: Any, nbytes: int) -> None:
@@ -143,7 +142,7 @@ class _Growable(InSteps):
         start, end = self._length, self._length + nbytes
         self._grow_to(end)
         self._dirty_end = max(self._dirty_end, end)
-        _memmove(self._region._anchor(start), source, nbytes)
+        _memmove(self._exports.address(start), source, nbytes)
         self._length = end
 
     def _grow_to(self, end: int) -> None:
@@ -164,7 +163,7 @@ class _Growable(InSteps):
         for low, high in ((start, first), (last, end)):
             for at in range(low, high, len(_ZEROS)):
                 nbytes = min(high - at, len(_ZEROS))
-                _memmove(self._region._anchor(at), _ZEROS, nbytes)
+                _memmove(self._exports.address(at), _ZEROS, nbytes)
 
 
 class GrowableBuffer(_Growable):

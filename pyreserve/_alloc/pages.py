@@ -69,7 +69,7 @@ class PageAllocator:
         tables = reserve_tables(lib.pagealloc_bytes(limit))
         # A call into C keeps this cdata alive. The garbage collector does not track it, so it dies
         # after the last finaliser that could still use it.
-        self._handle = lib.pagealloc_open(tables._handle.base, limit)
+        self._handle = lib.pagealloc_open(tables.exports.handle.base, limit)
         close_with(self._handle, tables)
         self._capacity = limit
         forks.register_tables(self._handle, self._handle)
@@ -336,11 +336,11 @@ def close_with(cdata: Any, tables: Region, heap_of: Region | None = None, *kept:
     Until then the region `heap_of`, if given, counts one more C heap that uses its handle.
     """
     if heap_of is not None:
-        heap_of._in_heap += 1
+        heap_of.exports.heaps += 1
     weakref.finalize(cdata, _close, tables, heap_of, *kept).atexit = False
 
 
 def _close(tables: Region, heap_of: Region | None, *_: object) -> None:
-    lib.pagealloc_close(ffi.cast("struct pagealloc *", tables._handle.base))
+    lib.pagealloc_close(ffi.cast("struct pagealloc *", tables.exports.handle.base))
     if heap_of is not None:
-        heap_of._in_heap -= 1
+        heap_of.exports.heaps -= 1

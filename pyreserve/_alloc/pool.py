@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 from pyreserve._alloc.integers import integers
 from pyreserve._alloc.pages import PageAllocator
 from pyreserve._native import ffi, lib
-from pyreserve._region.exports import view_error
+from pyreserve._region.holders import view_error
 from pyreserve._region.owner import as_step
 from pyreserve._region.region import Mode, reserve
 from pyreserve._system.limits import PAGE_SIZE
@@ -84,7 +84,8 @@ class Pool:
         # Steps must end on multiples of their own size to be backed with huge pages.
         base_align = max(align, step & -step)
         self._region = reserve(nslots * stride, align=base_align, mode=mode)
-        self._lock = self._region._make_lock()
+        self._exports = self._region.exports
+        self._lock = self._exports.lock
         self._item_size, self._stride, self._capacity, self._step = size, stride, nslots, step
         self._committed = 0
         self._clearing = False  # a call is writing zeros to slots
@@ -140,17 +141,20 @@ class Pool:
             ViewError: live views hold some of its bytes.
         """
         slot = _index(slot)
-        region = self._region
+        exports = self._exports
         with self._lock:
-            interrupting, region._busy = region._busy, True
+            if exports.released:
+                self._alive()
             try:
-                if region._views is not None or region._released:
-                    self._check_views((slot,), interrupting)
-                err = _free(self._handle, slot, 1)
+                if exports.viewed and 0 <= slot < self._capacity:
+                    low = slot * self._stride
+                    err = exports.remove(
+                        f"free slot {slot}", low, low + self._stride, _free, self._handle, slot, 1
+                    )
+                else:
+                    err = _free(self._handle, slot, 1)
             except OverflowError:
                 err = lib.PAGEALLOC_OUTSIDE
-            finally:
-                region._busy = interrupting
         if err:
             self._refuse_slot(slot, err)
 
@@ -175,8 +179,8 @@ class Pool:
         """
         numbers, length = integers(slots, "slots"), integers(1, "lengths", allow_scalar=True)
         count, failed = len(numbers.values), ffi.new("size_t *")
-        with self._lock, self._region._taking_away() as interrupting:
-            self._check_views(numbers.values, interrupting)
+        with self._lock, self._exports.removal():
+            self._check_views(numbers.values)
             err = lib.pagealloc_free_many(
                 self._handle, length.struct, numbers.struct, count, failed
             )
@@ -248,7 +252,7 @@ class Pool:
             if self._clearing:
                 msg = "release called from inside another call on the same pool"
                 raise RuntimeError(msg)
-            self._region.release()
+            self._exports.release()
             self._dirty_end = 0  # makes every `alloc` check whether the pool was released
 
     def close(self) -> None:
@@ -257,10 +261,10 @@ class Pool:
         The table of slots is freed with this object.
         """
         with self._lock:
-            self._region._retire()
+            self._exports.retire()
             self._dirty_end = 0
             if not self._clearing:  # else the interrupted call still needs the memory
-                self._region._close()
+                self._exports.close()
 
     # -- Python's protocols -------------------------------------------------------------------
 
@@ -335,7 +339,7 @@ class Pool:
                     if slot < self._dirty_end:
                         self._clear(slot * self._stride, self._item_size)
             self._dirty_end = max(self._dirty_end, end)
-            if self._region._released:  # by a call that interrupted this one
+            if self._exports.released:  # by a call that interrupted this one
                 self._dirty_end = 0
                 self._alive()
         except BaseException:
@@ -359,11 +363,11 @@ class Pool:
         interrupting, self._clearing = self._clearing, True
         try:
             self._alive()
-            ffi.memmove(self._region._anchor(offset), bytes(nbytes), nbytes)
+            ffi.memmove(self._exports.address(offset), bytes(nbytes), nbytes)
         finally:
             self._clearing = interrupting
-            if not interrupting and self._region._released:  # closed by a call that interrupted
-                self._region._close()
+            if not interrupting and self._exports.released:  # closed by a call that interrupted
+                self._exports.close()
 
     def _alloc_tail(self) -> tuple[int, int]:
         """Allocate all slots above the highest in use; return the first of them and its offset."""
@@ -382,14 +386,10 @@ class Pool:
             self._refuse_slot(slot, lib.PAGEALLOC_NOT_IN_USE)
         return slot * self._stride
 
-    def _check_views(self, slots: Sequence[int], interrupting: bool) -> None:
+    def _check_views(self, slots: Sequence[int]) -> None:
         """Refuse to free slots that live views hold."""
         self._alive()
-        views = self._region._views
-        if views is None:
-            return
-        low, n = (slots[0] * self._stride, 1) if len(slots) == 1 else (0, self._capacity)
-        live = views.live(low, low + n * self._stride, prune=not interrupting)
+        live = self._exports.live(0, self._region.size)
         held = {lo // self._stride for _, lo, _ in live}.intersection(slots) if live else ()
         if held:
             slot = min(held)

@@ -80,8 +80,8 @@ class Arena:
             msg = f"step must be a multiple of the layout's page ({engine.page}), got {step_bytes}"
             raise RangeError(msg)
         self._region, self._lock = engine.region, engine.lock
-        self._region._owner = "an arena"
-        self._base = self._region.base
+        self._base, self._exports = engine.region.base, engine.region.exports
+        self._exports.owner = "an arena"
         self._heap = Heap(engine, growth)
         self._worker: Worker | None = None
         if scavenge_after is not None:
@@ -197,16 +197,13 @@ class Arena:
                 raise _not_of_this_arena(block)
         except AttributeError:
             raise _not_a_block("free", block) from None
-        region, heap = self._region, self._heap.handle
+        exports, heap, handle = self._exports, self._heap.handle, block._handle
         with self._lock:
-            interrupting, region._busy = region._busy, True
-            try:
-                if region._views is not None and _nbytes(heap, block._handle) > 0:
-                    low = int(_address(heap, block._handle)) - self._base
-                    region._refuse_views("free", low, low + block._nbytes, interrupting)
-                freed = _free(heap, block._handle)
-            finally:
-                region._busy = interrupting
+            if exports.viewed and _nbytes(heap, handle) > 0:
+                low = int(_address(heap, handle)) - self._base
+                freed = exports.remove("free", low, low + block._nbytes, _free, heap, handle)
+            else:
+                freed = _free(heap, handle)
         if freed < 0:
             self._engine.check_alive()
             raise already_freed()
@@ -438,13 +435,12 @@ class Arena:
             RuntimeError: a finaliser or signal handler called this during a growth.
         """
         region, heap = self._region, self._heap
-        with self._lock, region._taking_away() as interrupting:
+        with self._lock, self._exports.removal():
             self._engine.check_alive()
             if self._engine.growing:
                 msg = "release called from inside a growth of the same arena"
                 raise RuntimeError(msg)
-            if region._views is not None:
-                region._refuse_views("release", 0, region.size, interrupting)
+            self._exports.refuse("release", 0, region.size)
             try:
                 # First refuse the calls that do not take the lock.
                 heap.set_closed(True)

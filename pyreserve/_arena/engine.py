@@ -78,7 +78,7 @@ class Engine:
         if self.fell_back is not None:
             assert fallback is not None
             self.layout, self.region = fallback, self._open(fallback)
-        self.lock = self.region._make_lock()
+        self.lock = self.region.exports.lock
 
     @property
     def page(self) -> int:
@@ -114,7 +114,8 @@ class Engine:
         """Return the mappings in /proc/self/maps within the arena's addresses, lowest first."""
         with self.lock:
             base, placement = self.region.base, self.placement
-            owned = [(base + at, base + at + n) for at, n in self.region._runs("reserved")]
+            reserved = self.region.exports.runs(committed=False)
+            owned = [(base + at, base + at + n) for at, n in reserved]
         pieces = []
         for mapping in proc.read_maps():
             for low, high in owned:
@@ -145,15 +146,14 @@ class Engine:
         An exception from `use` undoes the growth, unless `used`, the bytes of arena that the heap
         allocates from, has changed: then the heap has taken the pages.
         """
-        with self.lock:
+        # No view may be created of bytes that a rollback would decommit.
+        with self.lock, self.region.exports.removal():
             self.check_alive()
             if self._undo_log is not None:
                 msg = "grow called from inside another growth of the same arena"
                 raise RuntimeError(msg)
             used_before = used()
             self._undo_log = []
-            # No view may be created of bytes that a rollback would decommit.
-            self.region._busy, busy = True, self.region._busy
             try:
                 grown, address = self._commit_growth(nbytes)
                 use(address)
@@ -164,15 +164,15 @@ class Engine:
                     raise
                 for step, *arguments in reversed(self._undo_log):
                     step(*arguments)
-                if self.region._released:  # closed by a handler that interrupted the growth
+                if self.region.released:  # closed by a handler that interrupted the growth
                     self._close_metadata()
                 raise
             finally:
-                self._undo_log, self.region._busy = None, busy
+                self._undo_log = None
             # No signal handler runs between `use` and here: there is no call or backward jump.
             self.placement = grown
             self.taken += nbytes
-            if self.region._released:
+            if self.region.released:
                 self._close_metadata()
         return address
 
@@ -193,7 +193,7 @@ class Engine:
 
     def _extend_arena(self, nbytes: int) -> layouts.Answer:
         """Request more addresses by the layout's rules; return the extended placement."""
-        handle = self.region._handle
+        handle = self.region.exports.handle
         refusals: list[VMError] = []
         reason = None
         for request in self.placement.growth(nbytes):
@@ -229,7 +229,7 @@ class Engine:
 
     def _request_addresses(self, request: Request) -> tuple[int, int]:
         """Claim the addresses of a request; return an errno and the first address."""
-        handle, access = self.region._handle, lib.VM_COMMITTED if request.committed else 0
+        handle, access = self.region.exports.handle, lib.VM_COMMITTED if request.committed else 0
         size = round_up(request.size, PAGE_SIZE)
         if size >> (8 * WORD - 1):
             return errno.ENOMEM, 0
@@ -246,7 +246,7 @@ class Engine:
 
         The strategy *arenas* claims its ranges readable and writable: nothing is left to do.
         """
-        handle, err, verb = self.region._handle, 0, "commit"
+        handle, err, verb = self.region.exports.handle, 0, "commit"
         if self.layout.strategy == "reserve":
             base = self.region.base
             committed = [(base + at, base + at + n) for at, n in self.region.committed_runs()]
@@ -303,7 +303,7 @@ class Engine:
     def release(self) -> None:
         """Release all addresses. Raises as `Region.release`; nothing was released then."""
         try:
-            self.region._release()
+            self.region.exports.release()
         finally:
             if self.region.released:
                 self._close_metadata()
@@ -311,13 +311,13 @@ class Engine:
     def close(self) -> None:
         """Refuse new calls; release the addresses when the last view is gone."""
         with self.lock:
-            self.region._close()
+            self.region.exports.close()
             if self._undo_log is None:  # a growth under way still needs the metadata
                 self._close_metadata()
 
     def _close_metadata(self) -> None:
         for metadata in self.metadata:
-            metadata._close()
+            metadata.exports.close()
 
     def check_alive(self) -> None:
         """Raise ReleasedError if the arena was released or closed."""
@@ -341,7 +341,7 @@ def _window_region(start: int, size: int, mode: Mode) -> Region:
     mode, accounting = effective_mode(mode)
     region = Region(size, mode, "copy", None)
     try:
-        err = lib.region_window(region._handle, start, size, accounting, lib.VM_NO_DUMP)
+        err = lib.region_window(region.exports.handle, start, size, accounting, lib.VM_NO_DUMP)
     except OverflowError:
         err = errno.ENOMEM
     if err:
@@ -411,7 +411,7 @@ def _reserve_in_window(layout: Layout, arena: int, mode: Mode) -> tuple[Region, 
     top = 1 << address_bits()
     for base in _window_bases(layout, metadata + layout.window):
         region = _window_region(base, min(metadata + layout.window, top - base), mode)
-        err = lib.region_claim(region._handle, 0, total, lib.VM_RESERVED)
+        err = lib.region_claim(region.exports.handle, 0, total, lib.VM_RESERVED)
         if err == 0:
             return region, layout.place(base, arena)
         if err != errno.EEXIST:

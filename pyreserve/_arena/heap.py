@@ -51,6 +51,7 @@ class Heap:
         "_base",
         "_closed_blocks",
         "_engine",
+        "_exports",
         "_lock",
         "_page",
         "_region",
@@ -63,7 +64,8 @@ class Heap:
     def __init__(self, engine: Engine, step: int) -> None:
         """Called by `Arena` alone."""
         self._engine, self._region, self._lock = engine, engine.region, engine.lock
-        self._base, self._page, self._step = engine.region.base, engine.page, step
+        self._base, self._exports = engine.region.base, engine.region.exports
+        self._page, self._step = engine.page, step
         self.handle: Any = None
         self.tables: Region | None = None
         # Closed blocks by their new handle. The callback of a view cannot take the lock, so it
@@ -128,7 +130,7 @@ class Heap:
     def free_many(self, handles: Any) -> None:
         """Free blocks by a cdata array of handles, all or none."""
         failed = ffi.new("size_t *")
-        with self._lock, self._region._taking_away():
+        with self._lock, self._exports.removal():
             self._engine.check_alive()
             self.free_closed()
             if self.handle is None:
@@ -140,17 +142,14 @@ class Heap:
 
     def _refuse_viewed(self, handles: Any) -> None:
         """Raise ViewError if a live view shows bytes of one of the blocks."""
-        region = self._region
-        if region._views is None:
-            return
-        held = region._views.live(0, region.size, prune=False)
+        held = self._exports.live(0, self._region.size)
         wanted = {handle & ~ZEROED for handle in handles} if held else set()
         for _, low, high in held:
             at = low
             while at < high:
                 handle = int(_find(self.handle, self._base + at))
                 if handle in wanted:
-                    region._refuse_views("free", low, high, True)
+                    self._exports.refuse("free", low, high)
                 at += self._page - at % self._page
                 if handle >= 0:
                     end = int(_address(self.handle, handle)) + int(_nbytes(self.handle, handle))
@@ -222,16 +221,15 @@ class Heap:
 
     def pinned_view(self, handle: int, nbytes: int) -> tuple[memoryview, Any]:
         """Return a new view of a block, and an object that protects its bytes while it is alive."""
-        with self._lock:
-            view = self.view(handle, nbytes)
-            return view, self._region._pinned(self.offset(handle), nbytes)
+        view = self.view(handle, nbytes)
+        return view, view.obj
 
     # -- closed blocks with live views --------------------------------------------------------
 
     def close_block(self, handle: int, nbytes: int) -> None:
         """Make a handle stale; free its block when the last view is gone."""
         with self._lock:
-            if not self._region._released:
+            if not self._exports.released:
                 # Recorded first, so that an interruption cannot lose the block.
                 closed = _ClosedBlock(self, nbytes)
                 self.unviewed.append(closed)
@@ -255,13 +253,13 @@ class Heap:
 
     def _free_unless_viewed(self, closed: "_ClosedBlock") -> None:
         """Free a closed block, or watch its views: the last one to go queues it again."""
-        handle, views = closed.handle[0], self._region._views
+        handle, exports = closed.handle[0], self._exports
         if handle < 0:  # freed or closed before
             return
         self._closed_blocks[handle] = closed
-        if views is not None:
+        if exports.viewed:
             low = int(_address(self.handle, handle)) - self._base
-            held = views.live(low, low + closed.nbytes, prune=False)
+            held = exports.live(low, low + closed.nbytes)
             if closed.watch([anchor for entry in held if (anchor := entry[0]()) is not None]):
                 return
         _free(self.handle, handle)
@@ -331,16 +329,15 @@ class Heap:
         """Give `n` runs of free pages back; return the bytes and add a refusal to `refusals`."""
         if n < 0:
             self._engine.check_alive()
-        region, total = self._region, 0
+        total = 0
         for i in range(n):
             address = int(lib.heap_page_address(self.handle, runs[i].start))
             nbytes = (runs[i].stop - runs[i].start) * self._page
             try:
-                with region._taking_away() as interrupting:
-                    if region._views is not None:
-                        low = address - self._base
-                        region._refuse_views("trim", low, low + nbytes, interrupting)
-                    given = int(lib.heap_give_back(self.handle, runs + i, lazy))
+                low = address - self._base
+                given = self._exports.remove(
+                    "trim", low, low + nbytes, lib.heap_give_back, self.handle, runs + i, lazy
+                )
             except ViewError as held:
                 if not refusals:
                     refusals.append(held.with_traceback(None))
@@ -407,7 +404,7 @@ class Heap:
             ffi.cast("void *", tables.base),
             capacity,
             own_spans,
-            self._region._handle,
+            self._exports.handle,
             metadata,
         )
         # This cdata keeps all memory of the heap alive. The collector does not track it and calls
@@ -417,7 +414,7 @@ class Heap:
         # A signal handler or finaliser may have created a heap with blocks: keep that one.
         if self.handle is None:
             self.tables, self.handle = tables, heap
-        if self._region._released:  # by a handler that interrupted this call
+        if self._exports.released:  # by a handler that interrupted this call
             lib.heap_close(self.handle, True)
 
     def _grow_for_sizes(self, refused: int, sizes: IntegersForC, done: int) -> None:

@@ -57,7 +57,8 @@ class InSteps:
 
     def __init__(self, region: Region, step: int, *, small_first: bool) -> None:
         self._region, self._step = region, step
-        self._lock, self._base = region._make_lock(), region.base
+        self._exports, self._base = region.exports, region.base
+        self._lock = self._exports.lock
         small = max(64 * KiB, PAGE_SIZE)
         self._first = small if small < step and small_first else 0
         # Bytes below _end are committed; bytes above may be, and committing them again is harmless.
@@ -114,11 +115,11 @@ class InSteps:
                 return do(*arguments)
             finally:
                 self._busy = False
-                if self._region._released:  # closed by an interrupting call
+                if self._exports.released:  # closed by an interrupting call
                     self._let_go()
 
     def _alive(self) -> None:
-        if self._region._released:
+        if self._exports.released:
             msg = f"the {self._what} was released or closed"
             raise ReleasedError(msg)
 
@@ -134,17 +135,17 @@ class InSteps:
         self._alone(self._release)
 
     def _release(self) -> None:
-        self._region.release()
+        self._exports.release()
 
     def close(self) -> None:
         """Refuse new use; release the addresses when the last view is gone. See `Region.close`."""
         with self._lock:
-            self._region._retire()
+            self._exports.retire()
             if not self._busy:  # otherwise the call in progress still needs the memory
                 self._let_go()
 
     def _let_go(self) -> None:
-        self._region._close()
+        self._exports.close()
 
     def __enter__(self) -> "Self":
         self._alive()

@@ -29,7 +29,7 @@ from pyreserve import (
     VMError,
 )
 from pyreserve._alloc.bump import _FAST_ALIGN, BumpArena, Mark
-from pyreserve._region.exports import Entry
+from pyreserve._region.viewtable import Entry
 
 FIRST = max(64 * KiB, PAGE_SIZE)
 STEP = 2 * MiB
@@ -439,7 +439,7 @@ class TestMarks:
             arena.alloc(8)
             arena.reset(mark)
 
-        table = arena.region._views
+        table = arena.region.exports._table
         assert table is not None
         assert len(table.anchors()) == 0
         assert sum(len(b.entries) for level in table._levels for b in level.values()) < 600

@@ -693,7 +693,7 @@ print(json.dumps([arena.in_use, len(arena._heap._closed_blocks), is_free(arena._
 import sys
 sys.unraisablehook = lambda *_: None
 from pyreserve._system import proc
-from pyreserve._region.region import _sweep_outliving
+from pyreserve._region.exports import sweep_outliving as _sweep_outliving
 view = None
 def act():
     global view

@@ -184,11 +184,11 @@ def _perms(base: int, size: int) -> list[tuple[int, int, str]]:
 def _region(region: Region) -> dict[str, object]:
     if region.released:
         return {"released": True}
-    owned = [(region.base + at, n) for at, n in region._runs("reserved")]
+    owned = [(region.base + at, n) for at, n in region.exports.runs(committed=False)]
     return {
         "released": False,
         "committed": region.committed_runs(),
-        "reserved": region._runs("reserved"),
+        "reserved": region.exports.runs(committed=False),
         "shown": [
             (base + at - region.base, n)
             for base, size in owned

@@ -24,7 +24,7 @@ from pyreserve import *
 region = reserve(MiB); region.commit(0, 4096)
 busy, leave = threading.Event(), threading.Event()
 def hold():
-    with region._lock:
+    with region.exports.lock:
         busy.set(); leave.wait()
 thread = threading.Thread(target=hold); thread.start(); busy.wait()
 """

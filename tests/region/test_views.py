@@ -17,8 +17,8 @@ import pyreserve
 from helpers import witness
 from helpers.profiles import examples
 from pyreserve import PAGE_SIZE, GiB, KiB, MiB, RangeError, Region, ViewError
-from pyreserve._region import exports as views
-from pyreserve._region.exports import ViewTable
+from pyreserve._region import viewtable as views
+from pyreserve._region.viewtable import ViewTable
 
 
 class Exported:
@@ -30,7 +30,11 @@ def buckets(table: ViewTable) -> int:
 
 
 def live(table: ViewTable, lo: int, hi: int, *, prune: bool) -> list[tuple[int, int]]:
-    return [(low, high) for _, low, high in table.live(lo, hi, prune=prune)]
+    table._active = not prune  # as if this interrupted a call
+    live = [(low, high) for _, low, high in table.live(lo, hi)]
+    assert table._active is not prune
+    table._active = False
+    return live
 
 
 def entries(table: ViewTable) -> int:
@@ -38,8 +42,9 @@ def entries(table: ViewTable) -> int:
 
 
 def table_of(region: Region) -> ViewTable:
-    assert region._views is not None
-    return region._views
+    table = region.exports._table
+    assert table is not None
+    return table
 
 
 class TestView:
