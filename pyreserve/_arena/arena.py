@@ -16,7 +16,8 @@ from pyreserve._arena.memstats import MemStats
 from pyreserve._arena.scavenger import FIVE_MINUTES, Scavenger, Worker
 from pyreserve._native import ffi, lib
 from pyreserve._region.owner import as_step
-from pyreserve._region.region import Mode, Region, resident
+from pyreserve._region.policies import Mode
+from pyreserve._region.region import Region, resident
 from pyreserve._system import forks
 from pyreserve._system.limits import PAGE_SIZE, refusal
 from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError, ViewError
