@@ -6,7 +6,7 @@ from operator import index as _index
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from pyreserve._native import ffi, lib
-from pyreserve._region.region import reserve
+from pyreserve._region.reserve import reserve
 from pyreserve._system.limits import refusal
 from pyreserve.errors import RangeError, ReleasedError
 

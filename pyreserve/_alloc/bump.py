@@ -16,7 +16,9 @@ from typing import Literal, TypeVar
 
 from pyreserve._region.holders import view_error
 from pyreserve._region.owner import InSteps, as_step
-from pyreserve._region.region import HugePages, Mode, Region, reserve
+from pyreserve._region.policies import HugePages, Mode
+from pyreserve._region.region import Region
+from pyreserve._region.reserve import reserve
 from pyreserve._region.viewtable import Entry
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError, PyreserveError, RangeError, ViewError, VMError

@@ -10,8 +10,10 @@ from operator import index as _index
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pyreserve._native import ffi
+from pyreserve._region.arrays import import_numpy
 from pyreserve._region.owner import InSteps, as_step
-from pyreserve._region.region import Fork, HugePages, Mode, import_numpy, reserve
+from pyreserve._region.policies import Fork, HugePages, Mode
+from pyreserve._region.reserve import reserve
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError, RangeError
 from pyreserve.units import KiB, MiB, format_size, round_up

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from pyreserve._alloc.integers import integers, item_width, same_count, wrap_bytes
 from pyreserve._native import ffi, lib
-from pyreserve._region.region import Region, reserve
+from pyreserve._region.region import Region
+from pyreserve._region.reserve import reserve
 from pyreserve._system import forks
 from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, VMError
 

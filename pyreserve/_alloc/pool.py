@@ -12,7 +12,8 @@ from pyreserve._alloc.pages import PageAllocator
 from pyreserve._native import ffi, lib
 from pyreserve._region.holders import view_error
 from pyreserve._region.owner import as_step
-from pyreserve._region.region import Mode, reserve
+from pyreserve._region.policies import Mode
+from pyreserve._region.reserve import reserve
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError
 from pyreserve.units import GiB, MiB, format_size, round_up

@@ -13,7 +13,8 @@ from pyreserve._arena.memstats import MemStats
 from pyreserve._arena.scavenger import FIVE_MINUTES, Scavenger, Worker
 from pyreserve._native import ffi, lib
 from pyreserve._region.owner import as_step
-from pyreserve._region.region import Mode, Region, resident
+from pyreserve._region.policies import Mode
+from pyreserve._region.region import Region, resident
 from pyreserve.errors import RangeError
 from pyreserve.layouts import Layout, Piece, Placement
 from pyreserve.units import as_float, format_size, round_up

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 from pyreserve import layouts
 from pyreserve._native import ffi, lib
-from pyreserve._region.region import Mode, Region, effective_mode, reserve
+from pyreserve._region.policies import Mode
+from pyreserve._region.region import Region
+from pyreserve._region.reserve import reserve, window
 from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE, address_bits, refusal
 from pyreserve.errors import OutOfMemoryError, ReleasedError, VMError
@@ -337,16 +339,7 @@ def _reserve_committed(nbytes: int, mode: Mode) -> Region:
 
 def _window_region(start: int, size: int, mode: Mode) -> Region:
     """Create a region over free addresses, of which ranges are claimed later."""
-    size &= -PAGE_SIZE
-    mode, accounting = effective_mode(mode)
-    region = Region(size, mode, "copy", None)
-    try:
-        err = lib.region_window(region.exports.handle, start, size, accounting, lib.VM_NO_DUMP)
-    except OverflowError:
-        err = errno.ENOMEM
-    if err:
-        raise refusal("reserve", err, size, start)
-    return region
+    return window(start, size, mode=mode)
 
 
 def _open_reserved(layout: Layout, mode: Mode) -> tuple[Region, Placement]:

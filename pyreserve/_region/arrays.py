@@ -1,4 +1,4 @@
-"""ndarrays over views: the arguments that the ``ndarray`` methods have in common."""
+"""Numpy arrays over views, for the ``ndarray`` methods."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,6 +11,16 @@ from pyreserve.errors import RangeError
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+
+def import_numpy(user: str) -> Any:
+    """Import numpy at first use; importing pyreserve does not import it.
+
+    Raises:
+        ImportError: numpy is missing (extra ``numpy``), the message names `user`; or raised by
+            numpy itself.
+    """
+    return import_extra("numpy", "numpy", user)
 
 
 def array_over(
@@ -29,7 +39,7 @@ def array_over(
         RangeError: a side is negative.
         ValueError: `dtype` holds references to objects.
     """
-    numpy = import_extra("numpy", "numpy", "ndarray")
+    numpy = import_numpy("ndarray")
     item_type = numpy.dtype(dtype)
     sides = tuple(map(_index, shape)) if isinstance(shape, tuple | list) else (_index(shape),)  # type: ignore[arg-type]
     if min(sides, default=0) < 0:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from operator import index as _index
 from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn, TypeVar
 
-from pyreserve._region.region import HugePages, Region
+from pyreserve._region.policies import HugePages
+from pyreserve._region.region import Region
 from pyreserve._system.features import transparent_huge_pages
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError

@@ -14,20 +14,18 @@ release  give the addresses back                               ``munmap``
 Sizes, offsets and lengths are in bytes. Verbs take whole OS pages (`pyreserve.PAGE_SIZE`).
 """
 
-import errno
 import math
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyreserve._native import ffi, lib
 from pyreserve._region import handles
+from pyreserve._region.arrays import import_numpy
 from pyreserve._region.exports import ENDED, Exports
+from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.refusals import outside, refused, released
-from pyreserve._system import proc
-from pyreserve._system.extras import import_extra
-from pyreserve._system.features import thp_size
 from pyreserve._system.forks import registry_lock as _registry_lock
-from pyreserve._system.limits import PAGE_SIZE, refusal
+from pyreserve._system.limits import refusal
 from pyreserve.errors import RangeError
 from pyreserve.units import format_size
 
@@ -36,34 +34,13 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Self
 
-Mode = Literal["charge", "noreserve"]
-Fork = Literal["copy", "wipe"]
-HugePages = Literal["default", "prefer", "never"]
-
-_MODES = {"charge": 0, "noreserve": lib.VM_NORESERVE}
-_FORKS = {"copy": 0, "wipe": lib.VM_WIPE_ON_FORK}
-_HUGE = {"default": 0, "prefer": lib.VM_HUGE_PREFER, "never": lib.VM_HUGE_NEVER}
-_POLICIES = {
-    (mode, fork, huge, no_dump): (
-        accounting,
-        fork_flag | huge_flag | (lib.VM_NO_DUMP if no_dump else 0),
-    )
-    for mode, accounting in _MODES.items()
-    for fork, fork_flag in _FORKS.items()
-    for huge, huge_flag in _HUGE.items()
-    for no_dump in (False, True)
-}
-
 # The tracemalloc domain of committed bytes, for tracemalloc.DomainFilter.
 TRACEMALLOC_DOMAIN: int = lib.TRACING_DOMAIN
-_ADDRESS_LIMIT = 1 << (8 * ffi.sizeof("size_t"))
 # Bound once: an attribute lookup on the library costs a third of an empty call.
 _commit = lib.region_commit
 _is_committed = lib.region_is_committed
 _end = lib.region_end
 _release = lib.region_release
-_reserve = lib.region_reserve
-_NULL = ffi.NULL
 
 
 class Region:
@@ -87,15 +64,24 @@ class Region:
         "_exports",
         "_fork",
         "_handle",
+        "_huge_pages",
         "_mode",
         "_name",
         "_size",
         "_unused",
     )
 
-    def __init__(self, size: int, mode: Mode, fork: Fork, name: str | None) -> None:
-        """Create a region without addresses; only `reserve` calls this."""
-        self._handle = handles.take()
+    def __init__(
+        self,
+        handle: Any,
+        size: int,
+        mode: Mode,
+        fork: Fork,
+        huge_pages: HugePages,
+        name: str | None,
+    ) -> None:
+        """Called by `reserve` alone, which then opens the handle."""
+        self._handle = handle
         # `del self._unused` succeeds exactly once, so it elects either the creator of the Exports
         # or a release that needs none.
         self._unused = None
@@ -103,6 +89,7 @@ class Region:
         self._size = size
         self._mode: Mode = mode
         self._fork: Fork = fork
+        self._huge_pages: HugePages = huge_pages
         self._name = name
 
     def __del__(self) -> None:
@@ -130,6 +117,11 @@ class Region:
     def fork(self) -> Fork:
         """Contents in a forked child: ``"copy"`` or ``"wipe"``; see `reserve`."""
         return self._fork
+
+    @property
+    def huge_pages(self) -> HugePages:
+        """Policy of huge pages: ``"default"``, ``"prefer"`` or ``"never"``; see `reserve`."""
+        return self._huge_pages
 
     @property
     def name(self) -> str | None:
@@ -436,87 +428,6 @@ class Region:
         raise refused(self._handle, self._size, verb, err, offset, length)
 
 
-def reserve(
-    size: int,
-    *,
-    at: int | None = None,
-    hint: int | None = None,
-    align: int | None = None,
-    mode: Mode = "charge",
-    dump: bool = False,
-    fork: Fork = "copy",
-    huge_pages: HugePages = "default",
-    guard: bool = False,
-    name: str | None = None,
-    seal: bool = False,
-) -> Region:
-    """Reserve `size` bytes of addresses, rounded up to whole OS pages: no memory, no charge.
-
-    Args:
-        size: bytes, positive.
-        at: reserve exactly at this address; an existing mapping is never replaced.
-        hint: reserve near this address if it is free, else anywhere.
-        align: alignment of the base in bytes, a power of two.
-        mode: ``"charge"``: a commit is charged against the commit limit, a decommit refunds it.
-            ``"noreserve"``: never charged (MAP_NORESERVE), except under
-            ``vm.overcommit_memory=2``, where the kernel ignores the flag and ``Region.mode``
-            is ``"charge"``. There a reservation is not charged, but 1/32 of a process's
-            addresses, at most vm.user_reserve_kbytes (128 MiB), is unavailable to its commits.
-        dump: include the region in core dumps (default: MADV_DONTDUMP).
-        fork: contents in a forked child: ``"copy"``, or ``"wipe"``: zeros (MADV_WIPEONFORK),
-            which copies no page tables. In mode ``"charge"`` the child is charged for the
-            committed bytes either way (``dup_mmap``, Linux kernel/fork.c).
-        huge_pages: ``"prefer"`` (MADV_HUGEPAGE, the base aligned to a huge page), ``"never"``
-            (MADV_NOHUGEPAGE), or ``"default"``: the system's setting.
-        guard: add an OS page that is never accessible at each end, in addition to `size`.
-        name: shown in /proc/PID/maps as ``[anon:NAME]`` if the kernel has CONFIG_ANON_VMA_NAME
-            (prctl(2), PR_SET_VMA_ANON_NAME); 1 to 79 printable ASCII characters except brackets,
-            backslash, dollar sign and backquote.
-        seal: commit the whole region and forbid unmapping it or changing its access until the
-            process ends (mseal, Linux 6.10): it can be discarded, never decommitted or released.
-
-    Raises:
-        TypeError: a number is not an integer, or `name` not a string.
-        ValueError: an invalid or conflicting argument (`RangeError` for sizes and addresses).
-        OutOfMemoryError: refused; ``limit`` names the limit, such as ``"address space"``.
-        VMError: `at` is occupied (EEXIST), or this kernel lacks a policy.
-    """
-    size, guard = _index(size), bool(guard)
-    at = None if at is None else _index(at)
-    hint = None if hint is None else _index(hint)
-    align = None if align is None else _index(align)
-    if size <= 0:
-        msg = f"size must be positive, got {size}"
-        raise RangeError(msg)
-    if size % PAGE_SIZE:
-        size += PAGE_SIZE - size % PAGE_SIZE
-    try:
-        accounting, advice = _POLICIES[mode, fork, huge_pages, not dump]
-    except (KeyError, TypeError):
-        raise _unknown_word(mode, fork, huge_pages) from None
-    if accounting:
-        mode, accounting = effective_mode(mode)
-    if huge_pages == "prefer" and align is None and at is None:
-        align = thp_size()
-    if at is None and hint is None and align is None and not guard and name is None:
-        options = _NULL
-    else:
-        options = _placement_options(at, hint, align, guard, name)
-    region = Region(size, mode, fork, name)
-    try:
-        err = _reserve(region._handle, size, accounting, advice, options)
-    except OverflowError:  # size does not fit in size_t
-        err = errno.ENOMEM
-    if err:
-        raise refusal("reserve", err, size + (align or 0) + 2 * PAGE_SIZE * bool(guard), at)
-    if seal:
-        err = lib.region_seal(region._handle)
-        if err:
-            region.release()
-            raise refusal("seal", err, size)
-    return region
-
-
 def resident(region: Region) -> int:
     """Return the number of bytes of a region that are resident, as counted by mincore(2)."""
     total, nbytes = 0, ffi.new("size_t *")
@@ -526,83 +437,3 @@ def resident(region: Region) -> int:
             raise refusal("inspect", err, length, region.base + offset)
         total += int(nbytes[0])
     return total
-
-
-def import_numpy(user: str) -> Any:
-    """Import numpy at first use; importing pyreserve does not import it.
-
-    Raises:
-        ImportError: numpy is missing (extra ``numpy``), the message names `user`; or raised by
-            numpy itself.
-    """
-    return import_extra("numpy", "numpy", user)
-
-
-def effective_mode(mode: Mode) -> tuple[Mode, int]:
-    """Return the mode that takes effect, and its accounting flag of ``csrc/region.h``.
-
-    If /proc is unreadable, vm.overcommit_memory counts as 0, the kernel's default.
-
-    Raises:
-        ValueError: `mode` is not a mode.
-    """
-    if mode not in _MODES:
-        raise _unknown_word(mode, "copy", "default")
-    if mode == "noreserve" and proc.setting_or_default("overcommit_memory") == 2:
-        mode = "charge"
-    return mode, _MODES[mode]
-
-
-def _placement_options(
-    at: int | None, hint: int | None, align: int | None, guard: bool, name: str | None
-) -> Any:
-    """Check the placement arguments of `reserve` and return them as a C struct."""
-    options = ffi.new("struct region_options *")
-    if at is not None and hint is not None:
-        msg = "at and hint are mutually exclusive"
-        raise ValueError(msg)
-    if at is not None or hint is not None:
-        argument, address = ("hint", hint) if at is None else ("at", at)
-        assert address is not None
-        if not 0 < address < _ADDRESS_LIMIT or address % PAGE_SIZE:
-            msg = (
-                f"{argument} must be a positive address that is a multiple of the OS page "
-                f"({PAGE_SIZE}), got {address:#x}"
-            )
-            raise RangeError(msg)
-        options.address, options.exact = address, at is not None
-    if align is not None:
-        if not 0 < align < _ADDRESS_LIMIT or align & (align - 1):
-            msg = f"align must be a power of two, got {align}"
-            raise RangeError(msg)
-        if at is not None and at % align:
-            msg = f"at must be a multiple of align ({align:#x}), got {at:#x}"
-            raise RangeError(msg)
-        options.align = align
-    if guard:
-        options.guard = PAGE_SIZE
-        if at is not None and at <= PAGE_SIZE:
-            msg = f"at must be above {PAGE_SIZE:#x} with a guard, got {at:#x}"
-            raise RangeError(msg)
-    if name is not None:
-        options.name = _checked_name(name)
-    return options
-
-
-def _checked_name(name: str) -> bytes:
-    if not isinstance(name, str):
-        msg = f"name must be a string, got {type(name).__name__}"
-        raise TypeError(msg)
-    name = str.__str__(name)  # a subclass may override any method
-    # The kernel's own rule (prctl(2), PR_SET_VMA_ANON_NAME).
-    if not 0 < len(name) < 80 or any(not " " <= c <= "~" or c in "[]\\$`" for c in name):
-        msg = f"name must be 1 to 79 printable ASCII characters without []\\$`, got {name!r}"
-        raise ValueError(msg)
-    return name.encode("ascii")
-
-
-def _unknown_word(mode: object, fork: object, huge_pages: object) -> ValueError:
-    for argument, value, words in (("mode", mode, _MODES), ("fork", fork, _FORKS)):
-        if value not in list(words):
-            return ValueError(f"{argument} must be one of {', '.join(words)}, got {value!r}")
-    return ValueError(f"huge_pages must be one of {', '.join(_HUGE)}, got {huge_pages!r}")

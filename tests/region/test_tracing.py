@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pyreserve
 from helpers import witness
 from pyreserve import (
     PAGE_SIZE,
@@ -28,6 +27,7 @@ from pyreserve import (
     _native,
     reserve,
 )
+from pyreserve._region.policies import Mode
 
 PAGES = 24
 
@@ -204,7 +204,7 @@ _STEPS = st.one_of(
 class Model:
     """Pages of a region: committed, and of those the ones that tracemalloc was told of."""
 
-    def __init__(self, mode: pyreserve._region.region.Mode) -> None:
+    def __init__(self, mode: Mode) -> None:
         self.mode = mode
         self.region: Region = reserve(PAGES * PAGE_SIZE, mode=mode)
         self.committed: set[int] = set()
@@ -240,7 +240,7 @@ class Model:
 @settings(deadline=None)
 @given(st.sampled_from(["charge", "noreserve"]), st.lists(_STEPS, max_size=40))
 def test_totals_are_exact_whatever_happens(
-    mode: pyreserve._region.region.Mode, steps: list[tuple[str, tuple[int, int]]]
+    mode: Mode, steps: list[tuple[str, tuple[int, int]]]
 ) -> None:
     """The domain's bytes are those committed in this session and still so, after every step."""
     tracemalloc.start()
