@@ -48,7 +48,7 @@ def show(when: str, arena: Arena) -> None:
 
 def main() -> None:
     """Run the threads, and print the memory that is left."""
-    with Arena("native", size=256 * MiB) as arena, ThreadPoolExecutor(THREADS) as threads:
+    with Arena(256 * MiB) as arena, ThreadPoolExecutor(THREADS) as threads:
         scavenger = arena.start_scavenger(older_than=0.02)
         good = sum(threads.map(work, repeat(arena), range(THREADS)))
         arena.stop_scavenger()

@@ -106,8 +106,8 @@ def register(
 
     Args:
         thing: an Arena, a Region, or a BumpArena, Pool, Bitmap, GrowableBuffer or GrowableArray.
-        name: value of the label; None: the layout of an arena, the name of a region, or the type
-            in lower case.
+        name: value of the label; None: the object's own name, else the layout of an arena, or the
+            type in lower case.
         registry: the registry; None: ``prometheus_client.REGISTRY``.
 
     Raises:
@@ -118,7 +118,7 @@ def register(
         ReleasedError: the object is released or closed.
     """
     if isinstance(thing, Arena):
-        region, default = thing.region, thing.layout.name
+        region, default = thing.region, thing.name or str(thing.layout.name)
         source = _Source("arena", default if name is None else name, ref(thing), _read_arena)
     elif isinstance(thing, _OnRegion):
         region = thing if isinstance(thing, Region) else thing._region

@@ -2,22 +2,23 @@
 
 from collections.abc import Iterable, Iterator
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from pyreserve import layouts
 from pyreserve._alloc.integers import integers
 from pyreserve._arena.blocks import Block, Blocks
-from pyreserve._arena.engine import WORD, Engine, FellBack
+from pyreserve._arena.engine import WORD, Engine, FellBack, Policies
 from pyreserve._arena.heap import Heap, already_freed
 from pyreserve._arena.heapbitmap import HeapBitmap
 from pyreserve._arena.memstats import MemStats
 from pyreserve._arena.scavenger import FIVE_MINUTES, Scavenger, Worker
 from pyreserve._native import ffi, lib
 from pyreserve._region.owner import as_step
-from pyreserve._region.policies import Mode
+from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.region import Region, resident
 from pyreserve.errors import RangeError
-from pyreserve.layouts import Layout, Piece, Placement
-from pyreserve.units import as_float, format_size, round_up
+from pyreserve.layouts import Layout, LayoutName, Piece, Placement
+from pyreserve.units import as_bytes, as_float, format_size, round_up
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,16 +40,20 @@ class Arena:
     same time for all sizes of arenas and blocks: the tables have a few bytes for each page.
 
     Args:
-        layout: a name from `pyreserve.layouts.names`; None: Go's layout of December 2014 for this
-            interpreter's word size (`pyreserve.layouts.default_name`).
-        size: bytes of arena, for the layout ``"native"`` only.
-        mode: how commits are accounted, as for `pyreserve.reserve`.
+        size: bytes of arena, or a size such as ``"4GiB"``; for the layout ``"native"`` only. None:
+            128 GiB, or 512 MiB on 32 bits.
+        layout: a name from `pyreserve.layouts.names`. ``"native"`` is one arena of `size` bytes at
+            any address; the others are Go's.
+        mode: how commits are accounted, as for `pyreserve.reserve`; so are the next three.
+        huge_pages: policy of the memory.
+        fork: contents in a forked child. With ``"wipe"`` blocks read zero there; in Go's layouts,
+            which keep spans between the blocks' addresses, the child finds and frees no old block.
+        name: shown in /proc/PID/maps, of 1 to 79 printable ASCII characters.
+        step: minimum growth, bytes or a size: a multiple of the layout's page and of the OS page.
+            None: the layout's rule, 1 MiB in Go's and 2 MiB in ``"native"``.
+            `pyreserve.costs.measured_step` returns a step that suits this machine.
         scavenge_after: if given, a thread gives memory back that was idle for this many seconds
             (`start_scavenger`).
-        step: minimum growth of the arena in bytes, a multiple of the layout's page and of the OS
-            page. None: the layout's rule, 1 MiB in Go's and 2 MiB in ``"native"``. ``"measured"``:
-            a step that suits this machine, from `pyreserve.costs.measured_step`, which takes up to
-            two seconds once in a process.
 
     A 64-bit Go layout whose reservation is refused falls back to the 32-bit mechanism, as Go's
     runtime did. `layout` then differs from `requested_layout`, and `fell_back` has the reason.
@@ -58,25 +63,32 @@ class Arena:
 
     Raises:
         KeyError: no layout has this name.
-        RangeError: `size` or `step` is out of range.
-        ValueError, OSError: `step` is another string, or could not be measured; see
-            `pyreserve.costs.measured_step`.
+        RangeError: `size` or `step` is out of range, `size` is the name of a layout, or was given
+            for another layout than ``"native"``.
+        ValueError: an unknown policy, or a string that is not a size.
         OutOfMemoryError: the addresses were refused; its ``limit`` names the limit.
+        VMError: this kernel lacks a policy.
     """
 
     def __init__(
         self,
-        layout: str | None = None,
+        size: int | str | None = None,
         *,
-        size: int | None = None,
+        layout: LayoutName = "native",
         mode: Mode = "charge",
+        huge_pages: HugePages = "default",
+        fork: Fork = "copy",
+        name: str | None = None,
+        step: int | str | None = None,
         scavenge_after: float | None = None,
-        step: int | Literal["measured"] | None = None,
     ) -> None:
-        step_bytes = None if step is None else as_step(step)
-        self._engine = engine = Engine(layout, size, mode)
+        if isinstance(size, str) and size in layouts.names():
+            msg = f"size must be a number of bytes, got the name of a layout: use layout={size!r}"
+            raise RangeError(msg)
+        step_bytes = None if step is None else as_step(as_bytes(step))
+        self._engine = engine = Engine(layout, size, Policies(mode, huge_pages, fork, name))
         growth = round_up(step_bytes or engine.layout.growth, engine.page)
-        if step_bytes not in {None, growth} and step != "measured":
+        if step_bytes not in {None, growth}:
             engine.release()
             msg = f"step must be a multiple of the layout's page ({engine.page}), got {step_bytes}"
             raise RangeError(msg)
@@ -127,8 +139,23 @@ class Arena:
         return self._heap.counts()[1]
 
     @property
+    def name(self) -> str | None:
+        """The name given to the constructor; None if none."""
+        return self._region.name
+
+    @property
+    def base(self) -> int:
+        """Address of the first byte of `region`. Access through it is at your own risk."""
+        return self._region.base
+
+    @property
+    def reserved(self) -> int:
+        """Reserved bytes of `region`. Exact."""
+        return self._region.reserved
+
+    @property
     def committed(self) -> int:
-        """Committed bytes of `region`: arena, spans and bitmap."""
+        """Committed bytes of `region`: arena, spans and bitmap. Exact."""
         return self._region.committed
 
     @property
@@ -137,29 +164,23 @@ class Arena:
         return self._region.released
 
     @property
-    def heap_bitmap(self) -> HeapBitmap:
-        """The heap bitmap of the arena.
-
-        Raises:
-            ValueError: the layout has no heap bitmap.
-        """
-        if not self.layout.bitmap_bits:
-            msg = f"the layout {self.layout.name} has no heap bitmap"
-            raise ValueError(msg)
-        return HeapBitmap(self._engine)
+    def heap_bitmap(self) -> HeapBitmap | None:
+        """The heap bitmap of the arena; None if the layout has none."""
+        return HeapBitmap(self._engine) if self.layout.bitmap_bits else None
 
     # -- allocate and free --------------------------------------------------------------------
 
-    def alloc(self, nbytes: int, align: int = 1, *, zero: bool = False) -> Block:
+    def alloc(self, nbytes: int | str, *, align: int | str = 1, zero: bool = False) -> Block:
         """Allocate a block of `nbytes` bytes.
 
         If no free run is long enough, the arena grows by its step, or by what the block needs if
         that is more. If the kernel refuses the step, the arena grows by just what the block needs.
 
         Args:
-            nbytes: size of the block in bytes.
-            align: the address is a multiple of it, and of the arena's page in any case. A power of
-                two; in layouts with separate arenas (Go 1.11) at most the size of one, 64 MiB.
+            nbytes: size of the block, bytes or a size such as ``"64KiB"``.
+            align: bytes or a size, a power of two: the address is a multiple of it, and of the
+                arena's page in any case. In layouts with separate arenas (Go 1.11) at most the size
+                of one, 64 MiB.
             zero: clear the bytes that are not known to be zero. Bytes never used before read zero
                 in any case; `Block.zeroed` is True if the whole block was known to be zero.
 
@@ -171,7 +192,10 @@ class Arena:
             RuntimeError: a finaliser or signal handler called this during a growth, and the arena
                 has to grow again.
         """
-        nbytes = _index(nbytes)
+        try:
+            nbytes = _index(nbytes)  # type: ignore[arg-type]
+        except TypeError:
+            nbytes = as_bytes(nbytes)
         heap = self._heap
         if heap.unviewed:
             heap.free_closed()
@@ -180,7 +204,7 @@ class Arena:
         except (OverflowError, TypeError):  # no heap yet, or an argument that C does not take
             handle = _CLOSED
         if handle < 0:
-            handle = heap.alloc_slow(nbytes, _index(align), bool(zero))
+            handle = heap.alloc_slow(nbytes, as_bytes(align), bool(zero))
         return Block(self, handle, nbytes)
 
     def free(self, block: Block) -> None:
@@ -265,7 +289,7 @@ class Arena:
         """
         return (Block(self, handle, nbytes) for handle, nbytes in self._heap.blocks())
 
-    def grow(self, nbytes: int) -> int:
+    def grow(self, nbytes: int | str) -> int:
         """Take the next `nbytes` bytes of the arena; commit them and their metadata.
 
         The size is rounded up to whole pages of the layout. When the arena is used up, the layout's
@@ -281,7 +305,7 @@ class Arena:
             ReleasedError: the arena was released or closed.
             RuntimeError: a finaliser or signal handler called this during another growth.
         """
-        nbytes = _index(nbytes)
+        nbytes = as_bytes(nbytes)
         if nbytes <= 0:
             msg = f"nbytes must be positive, got {nbytes}"
             raise RangeError(msg)
@@ -291,7 +315,7 @@ class Arena:
 
     def trim(
         self,
-        nbytes: int | None = None,
+        nbytes: int | str | None = None,
         *,
         older_than: float | None = None,
         lazy: bool = False,
@@ -305,7 +329,8 @@ class Arena:
         page fault, and a commit if the page was decommitted.
 
         Args:
-            nbytes: maximum to give back, rounded up to whole pages; None: no maximum.
+            nbytes: maximum to give back, bytes or a size, rounded up to whole pages; None: no
+                maximum.
             older_than: give back only pages that were free for this many seconds; None: all.
             lazy: let the kernel take the memory under memory pressure (MADV_FREE). This is cheaper,
                 but until then RSS includes the pages, and their contents are not known to be zero.
@@ -320,7 +345,7 @@ class Arena:
             VMError: nothing was given back, because the kernel refused.
             ReleasedError: the arena was released or closed.
         """
-        max_bytes = None if nbytes is None else _index(nbytes)
+        max_bytes = None if nbytes is None else as_bytes(nbytes)
         seconds = 0.0 if older_than is None else as_float(older_than)
         if max_bytes is not None and max_bytes < 0:
             msg = f"nbytes must not be negative, got {max_bytes}"

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 from pyreserve import layouts
 from pyreserve._native import ffi, lib
-from pyreserve._region.policies import Mode
+from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.region import Region
 from pyreserve._region.reserve import reserve, window
 from pyreserve._system import proc
+from pyreserve._system.features import thp_size
 from pyreserve._system.limits import PAGE_SIZE, address_bits, refusal
 from pyreserve.errors import OutOfMemoryError, ReleasedError, VMError
-from pyreserve.layouts import Layout, Piece, Placement, Request
+from pyreserve.layouts import Layout, LayoutName, Piece, Placement, Request
 from pyreserve.units import GiB, KiB, MiB, format_size, round_up
 
 WORD: int = ffi.sizeof("void *")
@@ -34,15 +35,24 @@ class FellBack(NamedTuple):
     limit: str | None
 
 
+class Policies(NamedTuple):
+    """The policies of an arena's memory, as for `pyreserve.reserve`."""
+
+    mode: Mode = "charge"
+    huge_pages: HugePages = "default"
+    fork: Fork = "copy"
+    name: str | None = None
+
+
 class Engine:
     """A layout at its addresses: reserves them, commits arena and metadata, and undoes failures.
 
     It knows nothing about blocks. Other modules only read its attributes.
 
     Args:
-        layout: name of a layout; None: Go's of December 2014 for this interpreter's word size.
-        size: bytes of arena, for the layout ``"native"`` only.
-        mode: how commits are accounted, as for `pyreserve.reserve`.
+        layout: name of a layout.
+        size: bytes of arena or a size, for the layout ``"native"`` only.
+        policies: the policies of the memory.
 
     Attributes:
         requested_layout: the layout named in the constructor.
@@ -62,13 +72,12 @@ class Engine:
 
     placement: Placement
 
-    def __init__(self, layout: str | None, size: int | None, mode: Mode) -> None:
-        name = layouts.default_name(WORD) if layout is None else layout
-        self.requested_layout = self.layout = layouts.get(name, size=size, word=WORD)
+    def __init__(self, layout: LayoutName, size: int | str | None, policies: Policies) -> None:
+        self.requested_layout = self.layout = layouts.get(layout, size=size, word=WORD)
         self.fell_back: FellBack | None = None
         self.metadata: list[Region] = []
         self.taken = self.taken_by_grow = 0
-        self._mode: Mode = mode
+        self._policies = policies
         self._undo_log: list[tuple[Any, ...]] | None = None  # None: no growth under way
         fallback = layouts.fallback_of(self.layout)
         try:
@@ -274,7 +283,7 @@ class Engine:
         units = [at // unit for low, high in grown.arenas for at in range(low, high, unit)]
         index = ffi.cast("uintptr_t *", self.metadata[0].base)
         for number in units[len(self.metadata) - 1 :]:
-            metadata = _reserve_committed(self.layout.arena_metadata, self._mode)
+            metadata = _reserve_metadata(self.layout.arena_metadata, self._policies)
             self.metadata.append(metadata)
             self._log_undo(self.metadata.pop)
             index[number] = metadata.base
@@ -288,16 +297,16 @@ class Engine:
     def _open(self, layout: Layout) -> Region:
         """Reserve or probe the first addresses of a layout; set the placement."""
         if layout.window:
-            region, self.placement = _open_window(layout, self._mode)
+            region, self.placement = _open_window(layout, self._policies)
         elif layout.strategy == "reserve":
-            region, self.placement = _open_reserved(layout, self._mode)
+            region, self.placement = _open_reserved(layout, self._policies)
         elif layout.strategy == "probe":
-            region, self.placement = _open_probed(layout, self._mode)
+            region, self.placement = _open_probed(layout, self._policies)
         else:
-            self.metadata = [_reserve_committed(layout.index, self._mode)]
+            self.metadata = [_reserve_metadata(layout.index, self._policies)]
             start = layout.hints[0]
             self.placement = layout.place(start)
-            region = _window_region(start, (1 << address_bits()) - start, self._mode)
+            region = window(start, (1 << address_bits()) - start, **self._policies._asdict())
         return region
 
     # -- the end ------------------------------------------------------------------------------
@@ -331,28 +340,28 @@ class Engine:
 # -- opening a layout: its first addresses ----------------------------------------------------
 
 
-def _reserve_committed(nbytes: int, mode: Mode) -> Region:
-    region = reserve(nbytes, mode=mode)
+def _reserve_metadata(nbytes: int, policies: Policies) -> Region:
+    """Reserve and commit metadata outside the arena's region."""
+    # A forked child keeps it in any case: C reads addresses from the index of arenas.
+    region = reserve(nbytes, **policies._replace(fork="copy")._asdict())
     region.commit(0, region.size)
     return region
 
 
-def _window_region(start: int, size: int, mode: Mode) -> Region:
-    """Create a region over free addresses, of which ranges are claimed later."""
-    return window(start, size, mode=mode)
-
-
-def _open_reserved(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
+def _open_reserved(layout: Layout, policies: Policies) -> tuple[Region, Placement]:
     """Reserve a whole layout near the first hint that the kernel accepts."""
     refusals: list[VMError] = []
+    align = None if layout.slack else max(layout.page, PAGE_SIZE)
+    if align is not None and policies.huge_pages == "prefer":
+        align = max(align, thp_size() or 0)
     for hint in layout.hints or (None,):
         fits = hint is None or hint >> (8 * WORD) == 0
         try:
             region = reserve(
                 layout.total(),
-                mode=mode,
                 hint=hint if fits else None,
-                align=None if layout.slack else max(layout.page, PAGE_SIZE),
+                align=align,
+                **policies._asdict(),
             )
         except OutOfMemoryError as refused:
             refusals = [refused]  # the last refusal is raised
@@ -361,7 +370,7 @@ def _open_reserved(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
     raise refusals.pop()
 
 
-def _open_probed(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
+def _open_probed(layout: Layout, policies: Policies) -> tuple[Region, Placement]:
     """Place a layout at the first hint where `_PROBE_SIZE` bytes are free; own none of them."""
     err = errno.ENOMEM
     for hint in layout.hints:
@@ -372,11 +381,11 @@ def _open_probed(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
             err = lib.vm_release(hint, _PROBE_SIZE)
             if err:
                 raise refusal("release", err, _PROBE_SIZE, hint)
-            return _window_region(hint, layout.total(), mode), layout.place(hint)
+            return window(hint, layout.total(), **policies._asdict()), layout.place(hint)
     raise refusal("reserve", err, layout.total())
 
 
-def _open_window(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
+def _open_window(layout: Layout, policies: Policies) -> tuple[Region, Placement]:
     """Reserve the first range of the 32-bit mechanism, with a free window above it if possible.
 
     Smaller arenas are tried in turn when the kernel refuses.
@@ -384,7 +393,7 @@ def _open_window(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
     refusals: list[VMError] = []
     for arena in layout.arena_sizes:
         try:
-            return _reserve_in_window(layout, arena, mode)
+            return _reserve_in_window(layout, arena, policies)
         except VMError as error:
             refusals = [error.with_traceback(None)]
     refused = refusals.pop()
@@ -398,12 +407,13 @@ def _open_window(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
     ) from refused
 
 
-def _reserve_in_window(layout: Layout, arena: int, mode: Mode) -> tuple[Region, Placement]:
+def _reserve_in_window(layout: Layout, arena: int, policies: Policies) -> tuple[Region, Placement]:
     total = round_up(layout.total(arena), PAGE_SIZE)
     metadata = layout.spans + layout.bitmap + layout.page
     top = 1 << address_bits()
     for base in _window_bases(layout, metadata + layout.window):
-        region = _window_region(base, min(metadata + layout.window, top - base), mode)
+        size = min(metadata + layout.window, top - base)
+        region = window(base, size, **policies._asdict())
         err = lib.region_claim(region.exports.handle, 0, total, lib.VM_RESERVED)
         if err == 0:
             return region, layout.place(base, arena)

@@ -114,16 +114,18 @@ def window(
     mode: Mode = "charge",
     fork: Fork = "copy",
     huge_pages: HugePages = "default",
+    name: str | None = None,
 ) -> Region:
     """Create a region over the free addresses from `start`, of which it owns none at first.
 
     `size` is rounded down to whole OS pages. `lib.region_claim` claims ranges later.
 
     Raises:
-        ValueError: an unknown policy.
+        ValueError: an unknown policy, or a name as for `reserve`.
         OutOfMemoryError: the addresses do not exist.
     """
     size &= -PAGE_SIZE
+    shown_name = _NULL if name is None else _checked_name(name)
     try:
         accounting, advice = POLICIES[mode, fork, huge_pages, True]
     except (KeyError, TypeError):
@@ -131,9 +133,9 @@ def window(
     if accounting:
         mode, accounting = effective_mode(mode)
     handle = handles.take()
-    region = Region(handle, size, mode, fork, huge_pages, None)
+    region = Region(handle, size, mode, fork, huge_pages, name)
     try:
-        err = lib.region_window(handle, start, size, accounting, advice)
+        err = lib.region_window(handle, start, size, accounting, advice, shown_name)
     except OverflowError:
         err = errno.ENOMEM
     if err:

@@ -128,7 +128,7 @@ def vsz(
         return
     name = layouts.default_name(WORD) if layout is None else layout
     try:
-        layouts.get(name, size=size, word=WORD)
+        name = layouts.get(name, size=size, word=WORD).name
     except (KeyError, ValueError) as error:
         raise typer.BadParameter(str(error.args[0])) from None
     with _refusals():

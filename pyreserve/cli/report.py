@@ -15,7 +15,7 @@ from pyreserve._arena.arena import Arena, FellBack
 from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError
-from pyreserve.layouts import GO_PAGE, Piece
+from pyreserve.layouts import GO_PAGE, LayoutName, Piece
 from pyreserve.units import MiB, format_size, round_up
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class VszReport:
 class VszRun:
     """A layout, made for as long as the ``with`` block lasts."""
 
-    def __init__(self, layout: str, size: int | None) -> None:
+    def __init__(self, layout: LayoutName, size: int | None) -> None:
         """Choose what to reserve; see `pyreserve.Arena`."""
         self._layout, self._size = layout, size
         self._arena: Arena | None = None
@@ -129,7 +129,7 @@ class VszRun:
         self._rehearse()
         ps_before = ps(os.getpid())
         before = Snapshot.take()
-        arena = self._arena = Arena(self._layout, size=self._size)
+        arena = self._arena = Arena(self._size, layout=self._layout)
         arena.grow(MiB)
         _touch(arena, touch, progress)
         after = Snapshot.take()
@@ -156,7 +156,7 @@ class VszRun:
         """Do it all once, so that the interpreter's own memory does not grow in between."""
         for _ in range(2):
             Snapshot.take()
-            with Arena(self._layout, size=self._size) as arena:
+            with Arena(self._size, layout=self._layout) as arena:
                 arena.grow(MiB)
             ps(os.getpid())
         gc.collect()

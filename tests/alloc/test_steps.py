@@ -19,7 +19,9 @@ from pyreserve import (
     MiB,
     Pool,
     RangeError,
+    layouts,
 )
+from pyreserve._arena.arena import WORD
 from pyreserve._region.owner import as_step
 
 
@@ -90,17 +92,14 @@ class TestMeasured:
         bump, pool = BumpArena(64 * MiB, step="measured"), Pool(PAGE_SIZE, step="measured")
         buffer = GrowableBuffer(64 * MiB, step="measured")
         array = GrowableArray("u1", 64 * MiB, step="measured")
-        arena = Arena("native", size=64 * MiB, step="measured")
 
         for use in (bump.alloc, buffer.resize, array.resize):
             use(9 * step - 5)
         for _ in range(9 * step // PAGE_SIZE - 1):
             pool.alloc()
-        arena.alloc(PAGE_SIZE)
 
         assert buffer.committed == array.committed == pool.committed == 9 * step
         assert (bump.base + bump.committed) % step == 0
-        assert arena.memstats().heap_sys == step
 
     def test_huge_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """With huge pages preferred, the step is measured for huge pages."""
@@ -157,7 +156,7 @@ class TestMeasured:
 class TestArenas:
     def test_the_layouts_own(self) -> None:
         """Without a step, an arena grows as its layout says."""
-        with Arena("native", size=64 * MiB) as arena:
+        with Arena(64 * MiB) as arena:
             arena.alloc(1)
 
             assert arena.memstats().heap_sys == arena.layout.growth == 2 * MiB
@@ -165,7 +164,7 @@ class TestArenas:
     @pytest.mark.parametrize("step", [64 * KiB, 192 * KiB, 8 * MiB])
     def test_another(self, step: int) -> None:
         """An arena grows by at least a step, and by more if a block needs more."""
-        with Arena("native", size=64 * MiB, step=step) as arena:
+        with Arena(64 * MiB, step=step) as arena:
             arena.alloc(1)
             assert arena.memstats().heap_sys == step
 
@@ -174,14 +173,14 @@ class TestArenas:
 
     def test_in_a_layout_of_gos(self) -> None:
         """The Go layouts accept a step too."""
-        with Arena(step=256 * KiB) as arena:
+        with Arena(layout=layouts.default_name(WORD), step=256 * KiB) as arena:
             arena.alloc(1)
 
             assert arena.memstats().heap_sys == 256 * KiB
 
     def test_one_that_is_too_large(self) -> None:
         """If no whole step is left, the arena grows by what the block needs."""
-        with Arena("native", size=64 * MiB, step=GiB) as arena:
+        with Arena(64 * MiB, step=GiB) as arena:
             block = arena.alloc(MiB)
 
             assert block.nbytes == arena.memstats().heap_sys == MiB
@@ -195,12 +194,3 @@ class TestArenas:
                 Arena(step=step)
 
         assert witness.status("VmSize") < before + GiB
-
-    def test_a_measured_one_is_rounded_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A measured step, in OS pages, is rounded up to pages of the layout."""
-        monkeypatch.setattr(pyreserve.costs, "measured_step", lambda *, huge_pages: PAGE_SIZE)
-
-        with Arena(step="measured") as arena:
-            arena.alloc(1)
-
-            assert arena.memstats().heap_sys == max(arena.layout.page, PAGE_SIZE)

@@ -23,7 +23,7 @@ LAYOUTS = [
 @pytest.fixture(params=LAYOUTS)
 def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
     """An arena of each mechanism, released at the end."""
-    made = Arena(request.param)
+    made = Arena(layout=request.param)
     yield made
     made.release()
 
@@ -117,7 +117,7 @@ class TestThreads:
         """A block that was freed is never equal to a later one, also where lists were refused."""
         blocks: list[Block] = []
         stop = threading.Event()
-        with Arena("native", size=4 * MiB) as arena:
+        with Arena(4 * MiB) as arena:
             arena.alloc(2 * MiB)
 
             def be_refused() -> None:
@@ -171,7 +171,7 @@ import gc, random, signal, sys
 from pyreserve import *
 P = max(8192, PAGE_SIZE)
 name, rng, armed = sys.argv[1], random.Random(6), False
-arena = Arena(name, size=64 * MiB if name == "native" else None)
+arena = Arena(64 * MiB if name == "native" else None, layout=name)
 arena.alloc(1).free()
 def interrupt(handler, rounds, call):
     "Do `call` again and again, a signal somewhere inside."
@@ -234,7 +234,7 @@ def put(block):
     live[block] = byte
 def work():
     step = rng.randrange(6)
-    if step == 0: put(arena.alloc(rng.randrange(1, 100_000), rng.choice([1, 1 << 16])))
+    if step == 0: put(arena.alloc(rng.randrange(1, 100_000), align=rng.choice([1, 1 << 16])))
     if step == 1:
         for block in arena.alloc_many([rng.randrange(1, 50_000) for _ in range(5)]): put(block)
     if step == 2 and live:
@@ -302,7 +302,7 @@ class TestInterrupted:
     def test_a_first_block_inside_a_first_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A handler that allocates while the tables are being made has a block like any other."""
         interrupting: list[Block] = []
-        with Arena("native", size=8 * MiB) as arena:
+        with Arena(8 * MiB) as arena:
 
             def interrupted(*args: Any, **kwargs: Any) -> Region:
                 monkeypatch.undo()

@@ -27,7 +27,7 @@ REFUSE = """
         finally:
             limit(which, None)
 
-    with Arena(name) as arena:
+    with Arena(layout=name) as arena:
         arena.alloc(8 * MiB)
         used, kept = arena.alloc(20 * MiB), arena.alloc(MiB)
         for block in (used, kept):

@@ -17,6 +17,7 @@ from helpers.arenas import PAGE, check, fill, holds, layout_names, needs_64_bits
 from helpers.subjects import wait_until
 from pyreserve import Arena, FreeError, KiB, MiB, OutOfMemoryError, RangeError, ViewError
 from pyreserve._arena.heap import Heap
+from pyreserve.layouts import LayoutName
 
 LAYOUTS = [name for name in layout_names() if name in {"native", "go1.4/amd64", "go1.11/amd64"}]
 
@@ -24,7 +25,7 @@ LAYOUTS = [name for name in layout_names() if name in {"native", "go1.4/amd64", 
 @pytest.fixture(params=["charge", "noreserve"])
 def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
     """A native arena in each of the two ways to account."""
-    made = Arena("native", size=64 * MiB, mode=request.param)
+    made = Arena(64 * MiB, mode=request.param)
     yield made
     gc.collect()
     if not made.region.released:
@@ -179,7 +180,7 @@ BURST = """
         with open("/proc/self/maps") as maps:
             entries = sum(1 for _ in maps)
         return [witness.status("VmRSS"), charge(), entries]
-    arena = Arena(layout, mode=mode)
+    arena = Arena(layout=layout, mode=mode)
     arena.alloc_many([size] * 64).free()
     arena.alloc(10).free()
     keep = arena.alloc(5000)
@@ -231,7 +232,7 @@ class TestBurst:
 class TestScavenger:
     def test_it_gives_back_what_is_idle(self) -> None:
         """The thread does it by itself, and ends with the arena."""
-        arena = Arena("native")
+        arena = Arena()
         scavenger = arena.start_scavenger(0.05)
         block = arena.alloc(MiB)
         fill(block, 1)
@@ -254,7 +255,7 @@ class TestScavenger:
 
     def test_it_lets_the_arena_go(self) -> None:
         """A dropped arena takes its thread with it."""
-        arena = Arena("native", size=MiB)
+        arena = Arena(MiB)
         scavenger, base = arena.start_scavenger(0.01), arena.region.base
         del arena
 
@@ -306,7 +307,7 @@ class TestScavenger:
         """A process ends cleanly while the thread is at work."""
         script = """
 import pyreserve
-arena = pyreserve.Arena("native", scavenge_after=0.001)
+arena = pyreserve.Arena(scavenge_after=0.001)
 for _ in range(200): arena.alloc(1 << 20).free()
 """
         done = subprocess.run(
@@ -322,10 +323,10 @@ for _ in range(200): arena.alloc(1 << 20).free()
 
 class TestMemStats:
     @pytest.mark.parametrize("name", layout_names())
-    def test_invariants(self, name: str) -> None:
+    def test_invariants(self, name: LayoutName) -> None:
         """They hold after every step, and the counters are those of the steps."""
         random, live, mallocs = Random(5), [], 0
-        with Arena(name) as arena:
+        with Arena(layout=name) as arena:
             check(arena.memstats())
             by_hand = arena.grow(100 * KiB) and -(-100 * KiB // PAGE) * PAGE
             for _ in range(300):
@@ -355,9 +356,9 @@ class TestMemStats:
         assert stats.resident == rss(arena)
 
     @pytest.mark.parametrize("name", LAYOUTS)
-    def test_at_every_moment(self, name: str) -> None:
+    def test_at_every_moment(self, name: LayoutName) -> None:
         """They hold while threads allocate, free and scavenge."""
-        arena, stop, failures = Arena(name), threading.Event(), []
+        arena, stop, failures = Arena(layout=name), threading.Event(), []
 
         def work(number: int) -> None:
             random = Random(number)
@@ -416,7 +417,7 @@ class TestOneThread:
 
     def test_given_when_the_arena_is_made(self) -> None:
         """`scavenge_after` starts it at once."""
-        with Arena("native", size=16 * MiB, scavenge_after=0.01) as arena:
+        with Arena(16 * MiB, scavenge_after=0.01) as arena:
             block = arena.alloc(MiB)
             fill(block, 1)
             block.free()
@@ -439,7 +440,7 @@ class TestOneThread:
             f"""
             import json, signal, time
             from pyreserve import *
-            arena = Arena("native", size=GiB)
+            arena = Arena(GiB)
             arena.alloc(8)
             scavenger = arena.start_scavenger(0.001)
             waits, wait = [], type(arena.heap)._acquire_while
@@ -474,7 +475,7 @@ class TestOneThread:
             def handler(*_): arenas[-1].{end}()
             signal.signal(signal.SIGALRM, handler)
             for _ in range(400):
-                arenas[:] = [Arena("native", size=MiB)]
+                arenas[:] = [Arena(MiB)]
                 try:
                     signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 4e-4))
                     scavenger = arenas[-1].start_scavenger(100)
@@ -494,7 +495,7 @@ class TestOneThread:
         script = """
 import builtins, sys, time
 from pyreserve import *
-arena = Arena("native", size=4 * GiB)
+arena = Arena(4 * GiB)
 class Last:
     def __del__(self):
         self.block.free()
@@ -532,7 +533,7 @@ def late():
     except RuntimeError as error: print(error)
 atexit.register(late)
 from pyreserve import *
-box.append(Arena("native", size=MiB))
+box.append(Arena(MiB))
 """,
             ],
             capture_output=True,

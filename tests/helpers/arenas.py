@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from helpers import golden
-from pyreserve import PAGE_SIZE, Block, KiB, MemStats, layouts
+from pyreserve import PAGE_SIZE, Arena, Block, HeapBitmap, KiB, MemStats, layouts
 from pyreserve._arena.arena import WORD
+from pyreserve.layouts import LayoutName
 
 PAGE = max(8 * KiB, PAGE_SIZE)
 
@@ -90,7 +91,7 @@ def in_child(script: str, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def layout_names() -> list[str]:
+def layout_names() -> list[LayoutName]:
     """Names of the layouts that this interpreter can reserve."""
     return [
         name
@@ -102,6 +103,13 @@ def layout_names() -> list[str]:
 def relative(ranges: list[list[Any]], base: int) -> list[tuple[int, int, str]]:
     """Ranges relative to `base`, the address of the layout."""
     return [(start - base, end - base, perms) for start, end, perms in ranges]
+
+
+def heap_bitmap(arena: Arena) -> HeapBitmap:
+    """The heap bitmap of an arena whose layout has one."""
+    bitmap = arena.heap_bitmap
+    assert bitmap is not None
+    return bitmap
 
 
 def fill(block: Block, byte: int) -> None:

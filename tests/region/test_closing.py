@@ -82,7 +82,7 @@ KINDS = {
     ),
     **{
         f"Arena {name}": Kind(
-            lambda name=name: Arena(name, size=GiB if name == "native" else None),  # type: ignore[misc]
+            lambda name=name: Arena(GiB if name == "native" else None, layout=name),  # type: ignore[misc]
             lambda a: a.alloc(800).view(),
             lambda a: a.alloc(8),
             lambda a: a.region,
@@ -301,7 +301,7 @@ class TestRegion:
 
     def test_part_of_an_arena(self) -> None:
         """The region of an arena is closed by the arena alone."""
-        with Arena("native", size=MiB) as arena:
+        with Arena(MiB) as arena:
             with pytest.raises(pyreserve.RangeError, match="part of an arena"):
                 arena.region.close()
             with pytest.raises(pyreserve.RangeError, match="part of an arena"), arena.region:
@@ -371,7 +371,7 @@ class TestFinalisers:
 
     def test_called_by_hand_on_an_arenas_region(self) -> None:
         """The blocks of an arena outlive a __del__ of its region by hand."""
-        arena = Arena("native", size=16 * MiB)
+        arena = Arena(16 * MiB)
         block = arena.alloc(8)
         arena.region.__del__()
 
@@ -381,7 +381,7 @@ class TestFinalisers:
 
     def test_called_by_hand_before_the_first_block(self) -> None:
         """An arena whose region was ended by hand is a released one."""
-        arena = Arena("native", size=16 * MiB)
+        arena = Arena(16 * MiB)
         arena.region.__del__()
 
         assert arena.released
@@ -392,7 +392,7 @@ class TestFinalisers:
 @pytest.fixture
 def arena() -> Iterator[Arena]:
     """A native arena, closed at the end."""
-    with Arena("native", size=GiB) as made:
+    with Arena(GiB) as made:
         yield made
 
 
@@ -486,7 +486,7 @@ class TestBlock:
     def test_the_arena_ends_first(self) -> None:
         """An arena that is closed or dropped while blocks wait for their views keeps the bytes."""
         for end in (lambda a: a.close(), lambda a: None):
-            arena = Arena("native", size=16 * MiB)
+            arena = Arena(16 * MiB)
             with arena.alloc(8) as block:
                 view = block.view()
             where = address(view)
@@ -499,7 +499,7 @@ class TestBlock:
 
     def test_many_threads(self) -> None:
         """Threads that close blocks under views of other threads leave nothing in use."""
-        arena = Arena("native", size=GiB)
+        arena = Arena(GiB)
         pile: list[memoryview] = []
         errors: list[BaseException] = []
         stop = threading.Event()
@@ -668,7 +668,7 @@ def is_free(lock):
         """Blocks that are closed under views are all freed in the end, and the lock is free."""
         in_use, left, is_free = self.struck(
             """
-arena = Arena("native", size=GiB)
+arena = Arena(GiB)
 def act():
     with arena.alloc(100) as block: view = block.view()
     arena.trim()

@@ -37,6 +37,7 @@ from pyreserve import (
     reserve,
 )
 from pyreserve._native import ffi, lib
+from pyreserve.layouts import LayoutName
 from pyreserve.units import KiB, MiB
 
 pytestmark = [
@@ -201,10 +202,10 @@ def _region(region: Region) -> dict[str, object]:
 class ArenaScene(Scene):
     """An arena with two blocks, and one more taken."""
 
-    def __init__(self, layout: str, *, nbytes: int = 5 * MiB, mode: Any = "charge") -> None:
+    def __init__(self, layout: LayoutName, *, nbytes: int = 5 * MiB, mode: Any = "charge") -> None:
         super().__init__()
         self.nbytes = nbytes
-        self.arena = Arena(layout, mode=mode)
+        self.arena = Arena(layout=layout, mode=mode)
         self.made: list[Block] = []
         self.prepare()
 
@@ -347,13 +348,13 @@ class ScavengeLazily(Scavenge):
 class Open(Scene):
     """An arena that is to be made."""
 
-    def __init__(self, layout: str) -> None:
+    def __init__(self, layout: LayoutName) -> None:
         super().__init__()
         self.layout = layout
         self.arena: Arena | None = None
 
     def act(self) -> None:
-        self.arena = Arena(self.layout)
+        self.arena = Arena(layout=self.layout)
 
     def is_intact(self) -> bool:
         try:
@@ -727,14 +728,14 @@ def _operation(make: Callable[[], Scene], copes: Callable[[Fault], bool] = _neve
     return Operation(make, copes)
 
 
-_GROWS = {
+_GROWS: dict[LayoutName, Callable[[Fault], bool]] = {
     "go-tip-2014-12/amd64": _grows,
     "go1.4/amd64": _grows,
     "go1.11/amd64": _finds_addresses,
     "fallback": _grows,
     "native": _grows,
 }
-_MAKES = {
+_MAKES: dict[LayoutName, Callable[[Fault], bool]] = {
     "go-tip-2014-12/amd64": _falls_back,
     "go1.4/amd64": _falls_back,
     "go1.11/amd64": _never,

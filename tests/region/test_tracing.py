@@ -25,8 +25,10 @@ from pyreserve import (
     Pool,
     Region,
     _native,
+    layouts,
     reserve,
 )
+from pyreserve._arena.arena import WORD
 from pyreserve._region.policies import Mode
 
 PAGES = 24
@@ -98,7 +100,7 @@ class TestTracemalloc:
         """A heap's growth, its tables, a bitmap's storage: all that regions have committed."""
         gc.collect()
         tracemalloc.start()
-        arena = Arena()
+        arena = Arena(layout=layouts.default_name(WORD))
         blocks = [arena.alloc(100 * 1024) for _ in range(50)]
         tables = 0 if arena._heap.tables is None else arena._heap.tables.committed
         elsewhere = sum(region.committed for region in arena._engine.metadata)
