@@ -6,9 +6,11 @@ from operator import index as _index
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from pyreserve._native import ffi, lib
+from pyreserve._region.owner import OnRegion
+from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.reserve import reserve
 from pyreserve._system.limits import refusal
-from pyreserve.errors import RangeError, ReleasedError
+from pyreserve.errors import RangeError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
@@ -23,7 +25,7 @@ _count = lib.lazybitmap_count
 _find = lib.lazybitmap_find
 
 
-class Bitmap:
+class Bitmap(OnRegion):
     """`nbits` bits, initially clear. A word is committed when its first bit is set.
 
     Ranges are half-open, ``[start, stop)``, with ``0 <= start <= stop <= nbits``. If `stop` is None
@@ -40,18 +42,32 @@ class Bitmap:
         TypeError: an argument is not an integer.
     """
 
-    __slots__ = ("_handle", "_lock", "_nbits", "_region")
+    __slots__ = ("_handle", "_nbits")
 
-    def __init__(self, nbits: int, *, name: str | None = None) -> None:
-        """Reserve a bitmap of `nbits` (positive) clear bits; `name` as for `pyreserve.reserve`."""
+    _noun = "bitmap"
+
+    def __init__(
+        self,
+        nbits: int,
+        *,
+        mode: Mode = "charge",
+        huge_pages: HugePages = "default",
+        fork: Fork = "copy",
+        name: str | None = None,
+    ) -> None:
+        """Reserve a bitmap of `nbits` (positive) clear bits.
+
+        The other arguments are as for `pyreserve.reserve`, whose exceptions apply too.
+        """
         nbits = _index(nbits)
         if nbits <= 0:
             msg = f"nbits must be positive, got {nbits}"
             raise RangeError(msg)
         self._nbits = nbits
-        self._region = reserve((nbits + 7) // 8, name=name)
-        self._handle = self._region.exports.handle
-        self._lock = self._region.exports.lock
+        super().__init__(
+            reserve((nbits + 7) // 8, mode=mode, huge_pages=huge_pages, fork=fork, name=name)
+        )
+        self._handle = self._exports.handle
 
     @property
     def nbits(self) -> int:
@@ -200,29 +216,6 @@ class Bitmap:
             for offset, length in self._region.committed_runs()
         ]
 
-    @property
-    def committed(self) -> int:
-        """Committed bytes. Exact."""
-        return self._region.committed
-
-    @property
-    def released(self) -> bool:
-        """Whether the bitmap was released or closed."""
-        return self._region.released
-
-    def release(self) -> None:
-        """Release the addresses and the memory of the words.
-
-        Raises:
-            ViewError: a view from `words` is alive.
-            ReleasedError: the bitmap was released or closed.
-        """
-        self._region.release()
-
-    def close(self) -> None:
-        """Refuse new use; release the addresses with the last view. See `Region.close`."""
-        self._region.close()
-
     # -- Python's protocols -------------------------------------------------------------------
 
     def __len__(self) -> int:
@@ -271,28 +264,16 @@ class Bitmap:
         index = _index(index)
         return 0 <= index < self._nbits and self.test(index)
 
-    def __enter__(self) -> "Self":
-        self._alive()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         if self._region.released:
             return f"<Bitmap of {self._nbits:,} bits, released>"
         return f"<Bitmap of {self._nbits:,} bits: {self.committed:,} bytes of words committed>"
 
     def __reduce__(self) -> NoReturn:
-        msg = "a Bitmap can't be pickled: its memory belongs to this process; use to_bytes()"
+        msg = "Bitmap cannot be pickled: it owns addresses of this process; use to_bytes()"
         raise TypeError(msg)
 
     # -- inside -------------------------------------------------------------------------------
-
-    def _alive(self) -> None:
-        if self._region.released:
-            msg = "the bitmap was released or closed"
-            raise ReleasedError(msg)
 
     def _range(self, start: int, stop: int | None) -> tuple[int, int]:
         start = _index(start)

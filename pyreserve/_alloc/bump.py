@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import index as _index
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from pyreserve._region.holders import view_error
-from pyreserve._region.owner import InSteps, as_step
-from pyreserve._region.policies import HugePages, Mode
-from pyreserve._region.region import Region
+from pyreserve._region.owner import Exclusive, as_step
+from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.reserve import reserve
 from pyreserve._region.viewtable import Entry
 from pyreserve._system.limits import PAGE_SIZE
@@ -48,46 +47,45 @@ class Mark:
     _depth: int
 
 
-class BumpArena(InSteps):
+class BumpArena(Exclusive):
     """An arena of `size` bytes that commits memory in place as its blocks need it.
 
     The first commit is 64 KiB, in small pages. Each later one ends at an address that is a multiple
     of `step`, so that the kernel can use huge pages, or at the end of the arena.
 
     Any thread may allocate blocks. Marks and resets form one stack, to be used by one thread at a
-    time. A finaliser or signal handler that interrupts a call may get RuntimeError, never bytes of
+    time. A finaliser or signal handler that interrupts a call may get StateError, never bytes of
     another block. A block's ``obj`` is the buffer of its window, which neighbouring blocks share; a
     ViewError names the window.
 
     Args:
         size: bytes to reserve, rounded up to whole OS pages: the capacity of the arena.
-        step: bytes to commit at a time, whole OS pages; or ``"measured"``: the best step on this
-            machine, which `pyreserve.costs.measured_step` finds in up to two seconds, once in a
-            process.
-        mode, huge_pages, name: as for `pyreserve.reserve`, whose exceptions apply too.
+        step: bytes to commit at a time, a multiple of the OS page; see
+            `pyreserve.costs.measured_step` for the best one on this machine.
+        mode, huge_pages, fork, name: as for `pyreserve.reserve`, whose exceptions apply too.
 
     Raises:
         RangeError: `size` is not positive, or `step` not a positive multiple of the OS page.
-        ValueError: an unknown word.
-        ValueError, OSError: ``"measured"`` failed, see `pyreserve.costs.measured_step`.
+        ValueError: an unknown policy, or a string that is not a size.
 
     After `release` or `close`, everything raises `ReleasedError`, a ValueError.
     """
 
-    _what = "arena"
+    _noun = "arena"
 
     def __init__(
         self,
-        size: int,
+        size: int | str,
         *,
+        step: int | str = 2 * MiB,
         mode: Mode = "charge",
-        step: int | Literal["measured"] = 2 * MiB,
         huge_pages: HugePages = "default",
+        fork: Fork = "copy",
         name: str | None = None,
     ) -> None:
-        small_first, step = huge_pages != "prefer", as_step(step, huge_pages)
-        region = reserve(size, mode=mode, huge_pages=huge_pages, name=name)
-        super().__init__(region, step, small_first=small_first)
+        step = as_step(step)
+        region = reserve(size, mode=mode, huge_pages=huge_pages, fork=fork, name=name)
+        super().__init__(region, step, small_first=huge_pages != "prefer")
         self._marks: list[Mark] = []
         self._window = _EMPTY
         # Offset of the window.
@@ -102,16 +100,6 @@ class BumpArena(InSteps):
         self._limit = 0
 
     # -- state --------------------------------------------------------------------------------
-
-    @property
-    def region(self) -> Region:
-        """The region under the arena. Bytes that you decommit there can't be allocated any more."""
-        return self._region
-
-    @property
-    def size(self) -> int:
-        """Reserved bytes."""
-        return self._region.size
 
     @property
     def in_use(self) -> int:
@@ -130,10 +118,10 @@ class BumpArena(InSteps):
 
         Raises:
             RangeError: `nbytes` is not positive, or `align` not a power of two.
-            OutOfMemoryError: the capacity is used up (``limit="layout"``), or the kernel refused
+            OutOfMemoryError: the capacity is used up (``limit="capacity"``), or the kernel refused
                 memory; nothing has changed.
             ReleasedError: the arena was released or closed.
-            RuntimeError: called by a finaliser or signal handler inside another call.
+            StateError: called by a finaliser or signal handler inside another call.
         """
         # Read, check and store on one line: a tracer may run code between two lines.
         # fmt: off
@@ -179,7 +167,7 @@ class BumpArena(InSteps):
 
     def _capacity_error(self, nbytes: int, used: int) -> OutOfMemoryError:
         msg = f"cannot allocate {nbytes} bytes: {used} of {self._region.size} are in use"
-        return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit="layout")
+        return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit="capacity")
 
     # -- marks --------------------------------------------------------------------------------
 
@@ -202,7 +190,7 @@ class BumpArena(InSteps):
             ViewError: live views show blocks above the mark; nothing has changed. Views in
                 reference cycles, or in the frames of a traceback, are alive.
             VMError: refused; the blocks stay in use, their contents are undefined.
-            ReleasedError, RuntimeError: as for `alloc`.
+            ReleasedError, StateError: as for `alloc`.
         """
         self._alone(self._reset, mark, keep)
 
@@ -219,7 +207,7 @@ class BumpArena(InSteps):
             yield
         finally:
             # A live view or a refused decommit must not hide an exception of the block.
-            with suppress(PyreserveError, RuntimeError):
+            with suppress(PyreserveError):
                 self._alone(self._end_scope, mark, keep)
             with self._lock:
                 if self._is_valid(mark):
@@ -276,9 +264,9 @@ class BumpArena(InSteps):
         if pinned_end < end:
             # Lower _end first: if this call is interrupted, committing again is harmless.
             self._end = min(self._end, pinned_end)
-            self._region.decommit(pinned_end, end - pinned_end)
+            self._exports.decommit(pinned_end, end - pinned_end)
         if start < pinned_end:
-            self._region.discard(start, pinned_end - start)
+            self._exports.discard(start, pinned_end - start)
         self._dirty_end = min(self._dirty_end, start)
 
     def _is_valid(self, mark: Mark) -> bool:

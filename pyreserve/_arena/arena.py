@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import index as _index
-from typing import Any, Literal
+from typing import Any
 
 from pyreserve._alloc.integers import IntegersForC, integers
 from pyreserve._alloc.pages import close_with, reserve_tables
@@ -54,9 +54,7 @@ class Arena(Engine):
         scavenge_after: if given, a thread gives memory back that was idle for this many seconds
             (`start_scavenger`).
         step: minimum growth of the arena in bytes, a multiple of the layout's page and of the OS
-            page. None: the layout's rule, 1 MiB in Go's and 2 MiB in ``"native"``. ``"measured"``:
-            a step that suits this machine, from `pyreserve.costs.measured_step`, which takes up to
-            two seconds once in a process.
+            page. None: the layout's rule, 1 MiB in Go's and 2 MiB in ``"native"``.
 
     A 64-bit Go layout whose reservation is refused falls back to the 32-bit mechanism, as Go's
     runtime did. `layout` then differs from `requested_layout`, and `fell_back` has the reason.
@@ -67,8 +65,7 @@ class Arena(Engine):
     Raises:
         KeyError: no layout has this name.
         RangeError: `size` or `step` is out of range.
-        ValueError, OSError: `step` is another string, or could not be measured; see
-            `pyreserve.costs.measured_step`.
+        ValueError: `step` is a string that is not a size.
         OutOfMemoryError: the addresses were refused; its ``limit`` names the limit.
     """
 
@@ -79,7 +76,7 @@ class Arena(Engine):
         size: int | None = None,
         mode: Mode = "charge",
         scavenge_after: float | None = None,
-        step: int | Literal["measured"] | None = None,
+        step: int | str | None = None,
     ) -> None:
         nbytes = None if step is None else as_step(step)
         # The C heap and its tables; None until the first allocation.
@@ -92,7 +89,7 @@ class Arena(Engine):
         self._unviewed_blocks: list[_ClosedBlock] = []
         super().__init__(layout, size, mode)
         self._step = self.layout.growth if nbytes is None else round_up(nbytes, self._page)
-        if nbytes not in {None, self._step} and step != "measured":
+        if nbytes not in {None, self._step}:
             super().release()
             msg = f"step must be a multiple of the layout's page ({self._page}), got {nbytes}"
             raise RangeError(msg)

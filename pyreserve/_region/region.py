@@ -26,7 +26,7 @@ from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.refusals import outside, refused, released
 from pyreserve._system.forks import registry_lock as _registry_lock
 from pyreserve._system.limits import refusal
-from pyreserve.errors import RangeError
+from pyreserve.errors import StateError
 from pyreserve.units import format_size
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Region:
 
     All methods are thread-safe. After a fork the child has its own copy, see `fork`. A finaliser or
     signal handler that interrupts a call on a region may call all methods of that region except
-    `view` and `ndarray`, which raise RuntimeError there.
+    `view` and `ndarray`, which raise StateError there.
 
     After `release` or `close`, methods raise `ReleasedError`, a ValueError. `committed` and
     `reserved` of a closed region stay exact while views keep its addresses.
@@ -244,8 +244,8 @@ class Region:
         under live views.
 
         Raises:
-            RangeError: the range is not whole OS pages inside the region, or not all committed; or
-                the region is part of an arena.
+            RangeError: the range is not whole OS pages inside the region, or not all committed.
+            StateError: the region is part of an arena or another object, which alone may do this.
             VMError: the kernel refused (before Linux 5.18: memory locked by mlock).
             ReleasedError: the region is released or closed.
         """
@@ -261,8 +261,8 @@ class Region:
         Bytes that are not committed are left as they are.
 
         Raises:
-            RangeError: the range is not whole OS pages inside the region, or the region is part of
-                an arena.
+            RangeError: the range is not whole OS pages inside the region.
+            StateError: the region is part of an arena or another object, which alone may do this.
             ViewError: live views show some of the bytes.
             VMError: refused (max_map_count: a hole splits a mapping), or the region is sealed. Also
                 if the kernel refuses the region's policies for the new mapping; only then are the
@@ -281,7 +281,7 @@ class Region:
         Raises:
             ViewError: live views show some of the bytes.
             VMError: refused (max_map_count), or the region is sealed.
-            RangeError: the region is part of an arena: release the arena.
+            StateError: the region is part of an arena or another object: release that.
             ReleasedError: the region is already released or closed.
         """
         try:
@@ -306,7 +306,7 @@ class Region:
         call does nothing. A sealed region keeps its addresses until the process ends.
 
         Raises:
-            RangeError: the region is part of an arena: close the arena.
+            StateError: the region is part of an arena or another object: close that.
         """
         try:
             del self._unused
@@ -338,7 +338,7 @@ class Region:
         Raises:
             RangeError: the range is outside the region, or not all committed.
             ReleasedError: the region is released or closed.
-            RuntimeError: called by a finaliser or signal handler inside another call on the region.
+            StateError: called by a finaliser or signal handler inside another call on the region.
         """
         offset, length = _index(offset), _index(length)
         if offset < 0 or length <= 0 or offset + length > self._size:
@@ -361,7 +361,7 @@ class Region:
 
         Raises:
             ImportError: numpy is missing (extra ``numpy``).
-            RangeError, ReleasedError, RuntimeError: as for `view`.
+            RangeError, ReleasedError, StateError: as for `view`.
         """
         numpy = import_numpy("ndarray")
         item_type = numpy.dtype(dtype)
@@ -422,7 +422,7 @@ class Region:
     def _refuse_owned(self, verb: str, owner: str) -> NoReturn:
         self._alive()
         msg = f"cannot {verb} a region that is part of {owner}: use the owner's methods"
-        raise RangeError(msg)
+        raise StateError(msg)
 
     def _fail(self, verb: str, err: int, offset: int, length: int) -> NoReturn:
         raise refused(self._handle, self._size, verb, err, offset, length)

@@ -143,10 +143,10 @@ class GrowableMachine(RuleBasedStateMachine):
                 thing.resize(items)
 
     @rule()
-    def shrink_to_fit(self) -> None:
+    def trim(self) -> None:
         for thing in self.both:
             before = thing.committed
-            given = thing.shrink_to_fit()
+            given = thing.trim()
             assert before - given == thing.committed
             assert thing.committed == -(-len(self.model) // PAGE_SIZE) * PAGE_SIZE
 

@@ -173,7 +173,7 @@ class TestSlots:
 
         with pytest.raises(OutOfMemoryError, match=r"0 of 100 are free") as caught:
             pool.alloc()
-        assert caught.value.limit == "layout"
+        assert caught.value.limit == "capacity"
 
         pool.free(50)
         assert pool.alloc() == 50

@@ -34,6 +34,7 @@ from pyreserve import (
     OutOfMemoryError,
     RangeError,
     ReleasedError,
+    StateError,
     ViewError,
 )
 
@@ -486,7 +487,7 @@ class TestTheEnd:
             arena.region.release,
         ]
         for verb in verbs:
-            with pytest.raises(RangeError, match="part of an arena"):
+            with pytest.raises(StateError, match="part of an arena"):
                 verb()
 
 

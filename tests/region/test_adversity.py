@@ -68,7 +68,7 @@ a=Arena(); b=a.alloc(1<<20); hb=a.heap_bitmap; lo,hi=a.placement.mapped_bitmap()
 for take in (lambda: a.region.decommit(lo-a.region.base, hi-lo), a.region.release,
              lambda: a.region.discard(lo-a.region.base, hi-lo), lambda: a.region.__exit__()):
     try: take(); assert 0
-    except ValueError as e: assert "part of an arena" in str(e), e
+    except StateError as e: assert "part of an arena" in str(e), e
 assert hb.at(b.address)==1; b.free(); a.release()
 """
 FACTS["an arena that is interrupted while it opens its heap has one heap"] = """
