@@ -11,16 +11,16 @@ decommit back to reserved; memory and charge given back        ``mmap(MAP_FIXED,
 release  give the addresses back                               ``munmap``
 ======== ===================================================== =====================================
 
-Sizes, offsets and lengths are in bytes. Verbs take whole OS pages (`pyreserve.PAGE_SIZE`).
+Sizes, offsets and lengths are in bytes. Verbs take whole OS pages (`pyreserve.PAGE_SIZE`). A length
+of None reaches to the end of the region.
 """
 
-import math
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyreserve._native import ffi, lib
 from pyreserve._region import handles
-from pyreserve._region.arrays import import_numpy
+from pyreserve._region.arrays import plan_array
 from pyreserve._region.exports import ENDED, Exports
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.refusals import outside, refused, released
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from typing_extensions import Self
+
+    from pyreserve._region.arrays import Shape
 
 # The tracemalloc domain of committed bytes, for tracemalloc.DomainFilter.
 TRACEMALLOC_DOMAIN: int = lib.TRACING_DOMAIN
@@ -199,7 +201,7 @@ class Region:
 
     # -- verbs --------------------------------------------------------------------------------
 
-    def commit(self, offset: int, length: int) -> None:
+    def commit(self, offset: int = 0, length: int | None = None) -> None:
         """Make [offset, offset + length) readable and writable.
 
         Newly committed bytes read zero; bytes that were already committed keep their contents. In
@@ -210,7 +212,8 @@ class Region:
             OutOfMemoryError: refused; ``limit`` names the limit.
             ReleasedError: the region is released or closed.
         """
-        offset, length = _index(offset), _index(length)
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
         with (self._exports or self._open_exports()).lock:
             try:
                 err = _commit(self._handle, offset, length)
@@ -219,7 +222,7 @@ class Region:
         if err:
             self._fail("commit", err, offset, length)
 
-    def populate(self, offset: int, length: int) -> None:
+    def populate(self, offset: int = 0, length: int | None = None) -> None:
         """Back committed bytes with pages now instead of at first touch; keep their contents.
 
         Raises:
@@ -227,7 +230,8 @@ class Region:
             VMError: the kernel refused.
             ReleasedError: the region is released or closed.
         """
-        offset, length = _index(offset), _index(length)
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
         with (self._exports or self._open_exports()).lock:
             try:
                 err = lib.region_populate(self._handle, offset, length)
@@ -236,7 +240,7 @@ class Region:
         if err:
             self._fail("populate", err, offset, length)
 
-    def discard(self, offset: int, length: int, lazy: bool = False) -> None:
+    def discard(self, offset: int = 0, length: int | None = None, *, lazy: bool = False) -> None:
         """Drop the contents of committed bytes; they stay committed and read zero afterwards.
 
         With `lazy` the kernel drops the contents only under memory pressure: until then reads
@@ -249,13 +253,15 @@ class Region:
             VMError: the kernel refused (before Linux 5.18: memory locked by mlock).
             ReleasedError: the region is released or closed.
         """
-        offset, length, lazy = _index(offset), _index(length), bool(lazy)
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
+        lazy = bool(lazy)
         exports = self._exports or self._open_exports()
         if exports.owner is not None:
             self._refuse_owned("discard", exports.owner)
         exports.discard(offset, length, lazy=lazy)
 
-    def decommit(self, offset: int, length: int) -> None:
+    def decommit(self, offset: int = 0, length: int | None = None) -> None:
         """Return [offset, offset + length) to reserved: no access; memory and charge given back.
 
         Bytes that are not committed are left as they are.
@@ -269,7 +275,8 @@ class Region:
                 bytes decommitted nevertheless.
             ReleasedError: the region is released or closed.
         """
-        offset, length = _index(offset), _index(length)
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
         exports = self._exports or self._open_exports()
         if exports.owner is not None:
             self._refuse_owned("decommit", exports.owner)
@@ -327,7 +334,9 @@ class Region:
 
     # -- views --------------------------------------------------------------------------------
 
-    def view(self, offset: int, length: int, *, readonly: bool = False) -> memoryview:
+    def view(
+        self, offset: int = 0, length: int | None = None, *, readonly: bool = False
+    ) -> memoryview:
         """Return a memoryview of committed bytes, format ``"B"``, shape (length,). Any alignment.
 
         The bytes stay committed while the view, or an object made from it, is alive: slices, casts,
@@ -340,7 +349,8 @@ class Region:
             ReleasedError: the region is released or closed.
             StateError: called by a finaliser or signal handler inside another call on the region.
         """
-        offset, length = _index(offset), _index(length)
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
         if offset < 0 or length <= 0 or offset + length > self._size:
             self._alive()
             raise outside("view", offset, length, self._size)
@@ -350,28 +360,35 @@ class Region:
     def ndarray(
         self,
         offset: int,
-        shape: int | tuple[int, ...],
+        shape: "Shape",
         dtype: "npt.DTypeLike" = "uint8",
         *,
         readonly: bool = False,
     ) -> "np.ndarray[Any, Any]":
         """Return a C-ordered ndarray of `shape` and `dtype` over committed bytes, from `offset`.
 
-        It protects its bytes as a `view` does.
+        `shape` is an int, or a tuple or list of ints. The array protects its bytes as a `view`
+        does; an array without items protects nothing.
 
         Raises:
             ImportError: numpy is missing (extra ``numpy``).
+            ValueError: the items hold references to objects.
             RangeError, ReleasedError, StateError: as for `view`.
         """
-        numpy = import_numpy("ndarray")
-        item_type = numpy.dtype(dtype)
-        sides = tuple(_index(side) for side in (shape if isinstance(shape, tuple) else (shape,)))
-        nbytes = math.prod(sides, start=item_type.itemsize)
-        view = self.view(offset, nbytes, readonly=readonly)
-        array: np.ndarray[Any, Any] = numpy.frombuffer(view, dtype=item_type).reshape(sides)
-        return array
+        plan = plan_array(shape, dtype)
+        if plan.nbytes:
+            return plan.over(self.view(offset, plan.nbytes, readonly=readonly))
+        offset = _index(offset)
+        self._alive()
+        if not 0 <= offset <= self._size:
+            raise outside("view", offset, 0, self._size)
+        return plan.empty(readonly=readonly)
 
     # -- Python protocols ---------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Return the size in bytes, also after the end of the region."""
+        return self._size
 
     def __enter__(self) -> "Self":
         self._alive()

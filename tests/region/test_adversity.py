@@ -123,7 +123,7 @@ r=reserve(1<<16); r.commit(0,P)
 class L:
     def __bool__(s):
         r.release(); n=reserve(1<<16); n.commit(0,P); n.view(0,P)[0]=99; o.append(n); return False
-try: r.discard(0,P,L())
+try: r.discard(0,P,lazy=L())
 except ValueError: pass
 assert o[0].view(0,1)[0]==99
 """
