@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from operator import index as _index
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pyreserve._region.arrays import plan_array
 from pyreserve._region.holders import view_error
 from pyreserve._region.owner import Exclusive, as_step
 from pyreserve._region.policies import Fork, HugePages, Mode
@@ -21,7 +21,13 @@ from pyreserve._region.reserve import reserve
 from pyreserve._region.viewtable import Entry
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError, PyreserveError, RangeError, ViewError, VMError
-from pyreserve.units import KiB, MiB, format_size, round_up
+from pyreserve.units import KiB, MiB, as_bytes, format_size, round_up
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from pyreserve._region.arrays import Shape
 
 _T = TypeVar("_T")
 
@@ -59,7 +65,8 @@ class BumpArena(Exclusive):
     ViewError names the window.
 
     Args:
-        size: bytes to reserve, rounded up to whole OS pages: the capacity of the arena.
+        size: bytes to reserve, or a size such as ``"1GiB"``; rounded up to whole OS pages. The
+            capacity of the arena.
         step: bytes to commit at a time, a multiple of the OS page; see
             `pyreserve.costs.measured_step` for the best one on this machine.
         mode, huge_pages, fork, name: as for `pyreserve.reserve`, whose exceptions apply too.
@@ -110,7 +117,7 @@ class BumpArena(Exclusive):
 
     # -- blocks -------------------------------------------------------------------------------
 
-    def alloc(self, nbytes: int, align: int = 8, *, zero: bool = False) -> memoryview:
+    def alloc(self, nbytes: int | str, *, align: int | str = 8, zero: bool = False) -> memoryview:
         """Allocate the next `nbytes` bytes, writable, at an address that is a multiple of `align`.
 
         Bytes that were never allocated before are zero, and with `zero` all are; else they are
@@ -128,7 +135,7 @@ class BumpArena(Exclusive):
         if (align is _FAST_ALIGN and not zero and type(nbytes) is int
             and (lo := self._at + 7 & -8) < (hi := lo + nbytes) <= self._limit): self._at = hi; return self._window[lo:hi]  # noqa: E501, E701, E702
         # fmt: on
-        nbytes, align = _index(nbytes), _index(align)
+        nbytes, align = as_bytes(nbytes), as_bytes(align)
         if nbytes <= 0:
             msg = f"nbytes must be positive, got {nbytes}"
             raise RangeError(msg)
@@ -136,6 +143,32 @@ class BumpArena(Exclusive):
             msg = f"align must be a power of two, got {align}"
             raise RangeError(msg)
         return self._alone(self._take, nbytes, align, zero)
+
+    def ndarray(
+        self,
+        shape: "Shape",
+        dtype: "npt.DTypeLike" = "uint8",
+        *,
+        align: int | str | None = None,
+        zero: bool = False,
+    ) -> "np.ndarray[Any, Any]":
+        """Allocate a C-ordered ndarray of `shape` and `dtype`, as `alloc` allocates a block.
+
+        `shape` is an int, or a tuple or list of ints. `align` is at least 8 and what the dtype
+        needs by default. An array without items allocates nothing.
+
+        Raises:
+            ImportError: numpy is missing (extra ``numpy``).
+            ValueError: the items hold references to objects.
+            RangeError, OutOfMemoryError, ReleasedError, StateError: as for `alloc`; RangeError
+                also if a side is negative.
+        """
+        plan = plan_array(shape, dtype)
+        if plan.nbytes:
+            alignment = max(8, plan.dtype.alignment) if align is None else align
+            return plan.over(self.alloc(plan.nbytes, align=alignment, zero=zero))
+        self._alive()
+        return plan.empty()
 
     def _take(self, nbytes: int, align: int, zero: bool) -> memoryview:
         # No local variable holds the window: the traceback of an exception would keep it alive.
@@ -212,6 +245,27 @@ class BumpArena(Exclusive):
             with self._lock:
                 if self._is_valid(mark):
                     del self._marks[mark._depth :]
+
+    def trim(self) -> int:
+        """Decommit the whole OS pages above the last block; return the bytes given back.
+
+        Pages in a window with a live block below them are discarded instead, if they may hold data:
+        this gives back their memory but not their commit charge.
+
+        Raises:
+            VMError: refused; no block has changed.
+            ReleasedError, StateError: as for `alloc`.
+        """
+        return self._alone(self._trim)
+
+    def _trim(self) -> int:
+        self._retry_scope()
+        self._end_window()
+        start, before = round_up(self._start, PAGE_SIZE), self._region.committed
+        pinned_end = max((hi for *_, hi in self._live_views(self._start)), default=0)
+        stale_end = min(round_up(max(self._dirty_end, start), PAGE_SIZE), pinned_end)
+        self._return_memory(start, pinned_end)
+        return before - self._region.committed + max(stale_end - start, 0)
 
     def _end_scope(self, mark: Mark, keep: bool) -> None:
         if self._is_valid(mark):  # else a reset to below it has ended the scope

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pyreserve._alloc.integers import integers
 from pyreserve._alloc.pages import PageAllocator
 from pyreserve._native import ffi, lib
+from pyreserve._region.arrays import plan_array
 from pyreserve._region.owner import InSteps, as_step
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.reserve import reserve
@@ -19,7 +20,11 @@ from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, StateError
 from pyreserve.units import GiB, MiB, as_bytes, format_size, round_up
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from pyreserve._alloc.integers import Integers
+    from pyreserve._region.arrays import Shape
 
 _alloc = lib.pagealloc_alloc
 _free = lib.pagealloc_free
@@ -211,6 +216,35 @@ class Pool(InSteps):
             view = self._region.view(self._offset_in_use(slot), self._item_size, readonly=readonly)
             self._offset_in_use(slot)  # raises if a signal handler has freed the slot since
         return view
+
+    def ndarray(
+        self,
+        slot: int,
+        shape: "Shape",
+        dtype: "npt.DTypeLike" = "uint8",
+        *,
+        readonly: bool = False,
+    ) -> "np.ndarray[Any, Any]":
+        """Return a C-ordered ndarray of `shape` and `dtype` over the first bytes of a slot in use.
+
+        `shape` is an int, or a tuple or list of ints. The array protects the slot as a `view`
+        does; an array without items protects nothing.
+
+        Raises:
+            ImportError: numpy is missing (extra ``numpy``).
+            ValueError: the items hold references to objects.
+            RangeError: the array is larger than `item_size`, or a side is negative.
+            FreeError, StateError: as for `view`.
+        """
+        plan = plan_array(shape, dtype)
+        if plan.nbytes > self._item_size:
+            msg = f"shape must fit a slot of {self._item_size} bytes, got {plan.nbytes} bytes"
+            raise RangeError(msg)
+        if plan.nbytes:
+            return plan.over(self.view(slot, readonly=readonly)[: plan.nbytes])
+        with self._lock:
+            self._offset_in_use(slot)
+        return plan.empty(readonly=readonly)
 
     def address(self, slot: int) -> int:
         """Return the address of a slot in use. Touching memory through it is at your own risk.
