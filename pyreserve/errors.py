@@ -33,7 +33,8 @@ class VMError(PyreserveError, OSError):
         address: the address requested; None for any address (int or None).
         limit: the limit that refused, if known: ``"RLIMIT_AS"``, ``"RLIMIT_DATA"``,
             ``"RLIMIT_MEMLOCK"``, ``"overcommit"``, ``"max_map_count"``, ``"mmap_min_addr"``,
-            ``"address space"``, ``"layout"`` (the end of an arena's layout); else None.
+            ``"address space"``, ``"capacity"`` (the object is full), ``"layout"`` (the bounds of a
+            Go layout); else None.
     """
 
     def __init__(  # OSError takes its errno from the first two arguments

@@ -226,18 +226,18 @@ class Bitmap(OnRegion):
     @overload
     def __getitem__(self, key: slice) -> "Bitmap": ...
     def __getitem__(self, key: int | slice) -> "bool | Bitmap":
-        """Return a bool for ``bitmap[i]``, a new Bitmap (not empty) for ``bitmap[a:b:step]``."""
+        """Return a bool for ``bitmap[i]``, a new Bitmap (not empty) for ``bitmap[a:b]``."""
         if not isinstance(key, slice):
             return self.test(self._item(key))
         start, step, n = self._slice(key)
+        self._check_step(step)
         if n == 0:
             msg = "a Bitmap must have at least one bit, got an empty slice"
             raise RangeError(msg)
         bitmap = Bitmap(n)
         with self._lock:
             self._alive()
-            low, stride, reverse = _ascending(start, step, n)
-            err = lib.lazybitmap_copy(bitmap._handle, 0, self._handle, low, stride, n, reverse)
+            err = lib.lazybitmap_copy(bitmap._handle, 0, self._handle, start, 1, n, False)
         if err < 0:
             bitmap._refuse_commit(err, 0, n)
         return bitmap
@@ -255,9 +255,9 @@ class Bitmap(OnRegion):
             msg = f"value must be True, False or a Bitmap, got {value!r}"
             raise TypeError(msg)
         elif n > 0:
-            low, stride, _ = _ascending(start, step, n)
-            stop = low + (n - 1) * stride + 1
-            self._change_bits(_set if value else _clear, low, stop, stride)
+            low, high = sorted((start, start + (n - 1) * step))
+            stride = abs(step) if n > 1 else 1
+            self._change_bits(_set if value else _clear, low, high + 1, stride)
 
     def __contains__(self, index: int) -> bool:
         """Tell whether bit `index` is set; False for an index outside the bitmap."""
@@ -297,6 +297,12 @@ class Bitmap(OnRegion):
         # len(range(...)) would raise OverflowError above sys.maxsize.
         n = (stop - start + step - (1 if step > 0 else -1)) // step
         return start, step, max(0, n)
+
+    @staticmethod
+    def _check_step(step: int) -> None:
+        if step != 1:
+            msg = f"a slice that copies bits must have step 1, got {step}"
+            raise RangeError(msg)
 
     def _change(self, change: Any, start: int, stop: int | None) -> int:
         start, stop = self._range(start, _index(start) + 1 if stop is None else stop)
@@ -355,9 +361,7 @@ class Bitmap(OnRegion):
         return self
 
     def _assign(self, start: int, step: int, n: int, bits: "Bitmap") -> None:
-        if step != 1:
-            msg = f"a slice must have step 1 to assign a Bitmap, got step {step}"
-            raise RangeError(msg)
+        self._check_step(step)
         if bits._nbits != n:
             msg = f"a Bitmap assigned to a slice must have its length ({n}), got {bits._nbits} bits"
             raise RangeError(msg)
@@ -371,10 +375,3 @@ class Bitmap(OnRegion):
     def _refuse_commit(self, err: int, start: int, stop: int) -> NoReturn:
         self._alive()
         raise refusal("commit", -err, (stop - start + 7) // 8, self._region.base + start // 8)
-
-
-def _ascending(start: int, step: int, n: int) -> tuple[int, int, bool]:
-    """Return the lowest index of a slice, its stride made positive, and whether it descends."""
-    if n == 1:
-        return start, 1, False
-    return (start, step, False) if step > 0 else (start + step * (n - 1), -step, True)
