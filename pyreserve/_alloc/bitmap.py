@@ -10,7 +10,7 @@ from pyreserve._region.owner import OnRegion
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.reserve import reserve
 from pyreserve._system.limits import refusal
-from pyreserve.errors import RangeError
+from pyreserve.errors import RangeError, ReleasedError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
@@ -147,12 +147,12 @@ class Bitmap(OnRegion):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Bitmap):
             return NotImplemented
-        if self._nbits != other._nbits:
-            self._alive()
-            other._alive()
+        if self._nbits != other.nbits:
+            _check_alive(self)
+            _check_alive(other)
             return False
         with self._both_locked(other):
-            return bool(lib.lazybitmap_equal(self._handle, other._handle, self._nbits))
+            return bool(lib.lazybitmap_equal(self._handle, _handle(other), self._nbits))
 
     __hash__ = None  # type: ignore[assignment]  # a bitmap is mutable
 
@@ -183,9 +183,9 @@ class Bitmap(OnRegion):
             msg = f"nbits is {nbits}, but data holds only {8 * len(bytes_)} bits"
             raise RangeError(msg)
         bitmap = cls(nbits)
-        err = lib.lazybitmap_write(bitmap._handle, 0, nbits, ffi.from_buffer(bytes_))
+        err = lib.lazybitmap_write(_handle(bitmap), 0, nbits, ffi.from_buffer(bytes_))
         if err < 0:
-            bitmap._refuse_commit(err, 0, nbits)
+            _refuse_commit(bitmap, err, 0, nbits)
         return bitmap
 
     def words(
@@ -237,9 +237,9 @@ class Bitmap(OnRegion):
         bitmap = Bitmap(n)
         with self._lock:
             self._alive()
-            err = lib.lazybitmap_copy(bitmap._handle, 0, self._handle, start, 1, n, False)
+            err = lib.lazybitmap_copy(_handle(bitmap), 0, self._handle, start, 1, n, False)
         if err < 0:
-            bitmap._refuse_commit(err, 0, n)
+            _refuse_commit(bitmap, err, 0, n)
         return bitmap
 
     def __setitem__(self, key: int | slice, value: "bool | Bitmap") -> None:
@@ -313,7 +313,7 @@ class Bitmap(OnRegion):
             self._alive()
             changed = change(self._handle, start, stop, step)
         if changed < 0:
-            self._refuse_commit(changed, start, stop)
+            _refuse_commit(self, changed, start, stop)
         return int(changed)
 
     def _search(self, start: int, stop: int | None, run: int, *, value: bool) -> int | None:
@@ -344,34 +344,45 @@ class Bitmap(OnRegion):
         """Lock two bitmaps, in an order that two threads agree on, so that they can't deadlock."""
         with ExitStack() as stack:
             for bitmap in sorted((self, other), key=id):
-                stack.enter_context(bitmap._lock)
-                bitmap._alive()
+                stack.enter_context(bitmap.region.exports.lock)
+                _check_alive(bitmap)
             return stack.pop_all()
 
     def _combine(self, other: "Bitmap", operation: int) -> "Self":
         if not isinstance(other, Bitmap):
             return NotImplemented
-        if self._nbits != other._nbits:
-            msg = f"bitmaps must be of equal length, got {self._nbits} and {other._nbits} bits"
+        if self._nbits != other.nbits:
+            msg = f"bitmaps must be of equal length, got {self._nbits} and {other.nbits} bits"
             raise RangeError(msg)
         with self._both_locked(other):
-            err = lib.lazybitmap_combine(self._handle, other._handle, self._nbits, operation)
+            err = lib.lazybitmap_combine(self._handle, _handle(other), self._nbits, operation)
         if err < 0:
-            self._refuse_commit(err, 0, self._nbits)
+            _refuse_commit(self, err, 0, self._nbits)
         return self
 
     def _assign(self, start: int, step: int, n: int, bits: "Bitmap") -> None:
         self._check_step(step)
-        if bits._nbits != n:
-            msg = f"a Bitmap assigned to a slice must have its length ({n}), got {bits._nbits} bits"
+        if bits.nbits != n:
+            msg = f"a Bitmap assigned to a slice must have its length ({n}), got {bits.nbits} bits"
             raise RangeError(msg)
         if bits is self:
             return
         with self._both_locked(bits):
-            err = lib.lazybitmap_copy(self._handle, start, bits._handle, 0, 1, n, False)
+            err = lib.lazybitmap_copy(self._handle, start, _handle(bits), 0, 1, n, False)
         if err < 0:
-            self._refuse_commit(err, start, start + n)
+            _refuse_commit(self, err, start, start + n)
 
-    def _refuse_commit(self, err: int, start: int, stop: int) -> NoReturn:
-        self._alive()
-        raise refusal("commit", -err, (stop - start + 7) // 8, self._region.base + start // 8)
+
+def _handle(bitmap: Bitmap) -> Any:
+    return bitmap.region.exports.handle
+
+
+def _check_alive(bitmap: Bitmap) -> None:
+    if bitmap.released:
+        msg = "the bitmap was released or closed"
+        raise ReleasedError(msg)
+
+
+def _refuse_commit(bitmap: Bitmap, err: int, start: int, stop: int) -> NoReturn:
+    _check_alive(bitmap)
+    raise refusal("commit", -err, (stop - start + 7) // 8, bitmap.base + start // 8)

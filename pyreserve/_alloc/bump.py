@@ -47,10 +47,11 @@ class Mark:
 
     Attributes:
         offset: bytes from the arena's base.
+        depth: number of marks below it.
     """
 
     offset: int
-    _depth: int
+    depth: int
 
 
 class BumpArena(Exclusive):
@@ -244,7 +245,7 @@ class BumpArena(Exclusive):
                 self._alone(self._end_scope, mark, keep)
             with self._lock:
                 if self._is_valid(mark):
-                    del self._marks[mark._depth :]
+                    del self._marks[mark.depth :]
 
     def trim(self) -> int:
         """Decommit the whole OS pages above the last block; return the bytes given back.
@@ -324,7 +325,7 @@ class BumpArena(Exclusive):
         self._dirty_end = min(self._dirty_end, start)
 
     def _is_valid(self, mark: Mark) -> bool:
-        return isinstance(mark, Mark) and self._marks[mark._depth : mark._depth + 1] == [mark]
+        return isinstance(mark, Mark) and self._marks[mark.depth : mark.depth + 1] == [mark]
 
     def _end_window(self) -> None:
         """End the window at its last block; the next block opens a window above this point."""

@@ -7,7 +7,7 @@ bytes above the length, so these may be written or decommitted at any time.
 import errno
 from collections.abc import Iterator
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
 from pyreserve._native import ffi
 from pyreserve._region.arrays import import_numpy
@@ -21,6 +21,8 @@ from pyreserve.units import KiB, MiB, as_bytes, format_size, round_up
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+_Item = TypeVar("_Item", bound="np.generic")
 
 _from_buffer = ffi.from_buffer
 _memmove = ffi.memmove
@@ -238,11 +240,12 @@ class GrowableBuffer(_Growable):
         return memoryview(b"" if readonly else bytearray())
 
 
-class GrowableArray(_Growable):
+class GrowableArray(_Growable, Generic[_Item]):
     """A numpy array of up to `capacity` items that grows in place; one dtype, initially empty.
 
     Growing never moves an item: earlier ndarrays stay valid and share memory with later ones.
-    Sizes, memory and threads are as for `GrowableBuffer`.
+    Sizes, memory and threads are as for `GrowableBuffer`. The class is generic in the type of its
+    items, such as ``GrowableArray[np.float64]``; numpy's type of the dtype determines it.
 
     Args:
         dtype: numpy dtype of the items: no references, a fixed size, no shape of its own.
@@ -259,9 +262,33 @@ class GrowableArray(_Growable):
 
     _noun, _unit = "array", "items"
 
+    @overload
     def __init__(
         self,
+        dtype: "np.dtype[_Item] | type[_Item]",
+        capacity: int,
+        *,
+        step: int | str = ...,
+        mode: Mode = ...,
+        fork: Fork = ...,
+        huge_pages: HugePages = ...,
+        name: str | None = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "GrowableArray[Any]",
         dtype: "npt.DTypeLike",
+        capacity: int,
+        *,
+        step: int | str = ...,
+        mode: Mode = ...,
+        fork: Fork = ...,
+        huge_pages: HugePages = ...,
+        name: str | None = ...,
+    ) -> None: ...
+    def __init__(
+        self,
+        dtype: Any,
         capacity: int,
         *,
         step: int | str = 2 * MiB,
@@ -282,12 +309,12 @@ class GrowableArray(_Growable):
         super().__init__(_index(capacity) * self._itemsize, step, mode, fork, huge_pages, name)
 
     @property
-    def dtype(self) -> "np.dtype[Any]":
+    def dtype(self) -> "np.dtype[_Item]":
         """The dtype of the items."""
         return self._dtype  # type: ignore[no-any-return]
 
     @property
-    def array(self) -> "np.ndarray[Any, Any]":
+    def array(self) -> "npt.NDArray[_Item]":
         """An ndarray over the current items, without a copy.
 
         It keeps its length when this array grows. While it, or anything made from it, is alive, its

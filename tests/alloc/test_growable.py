@@ -32,7 +32,7 @@ from pyreserve import (
 FIRST = max(64 * KiB, PAGE_SIZE)
 STEP = 2 * MiB
 
-Growable = GrowableBuffer | GrowableArray
+Growable = GrowableBuffer | GrowableArray[Any]
 Calls = tuple[Callable[[], object], ...]
 
 
