@@ -37,6 +37,7 @@ from pyreserve.errors import (
     PyreserveError,
     RangeError,
     ReleasedError,
+    StateError,
     ViewError,
     VMError,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "Region",
     "ReleasedError",
     "Scavenger",
+    "StateError",
     "TiB",
     "VMError",
     "ViewError",

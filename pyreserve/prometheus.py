@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary, ref
 
 from pyreserve._alloc.bitmap import Bitmap
 from pyreserve._alloc.bump import BumpArena
-from pyreserve._alloc.growable import GrowableArray, GrowableBuffer
 from pyreserve._alloc.pool import Pool
 from pyreserve._arena.arena import Arena
+from pyreserve._region.owner import OnRegion
 from pyreserve._region.region import Region, resident
 from pyreserve._system import forks, proc
 from pyreserve._system.extras import import_extra
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Registration", "register", "register_process"]
 
-_OnRegion = Region | BumpArena | Pool | Bitmap | GrowableBuffer | GrowableArray
+_OnRegion = Region | OnRegion
 _Sample = tuple[str, tuple[str, ...], int]  # metric, labels besides the name, value
 
 # Metric suffixes and their HELP texts. Those of an arena are the fields of `MemStats`.
@@ -121,7 +121,7 @@ def register(
         region, default = thing.region, thing.name or str(thing.layout.name)
         source = _Source("arena", default if name is None else name, ref(thing), _read_arena)
     elif isinstance(thing, _OnRegion):
-        region = thing if isinstance(thing, Region) else thing._region
+        region = thing if isinstance(thing, Region) else thing.region
         default = region.name or type(thing).__name__.lower()
         # A Bitmap has no weak references; its region lives as long.
         find = ref(region if isinstance(thing, Bitmap) else thing)
@@ -191,7 +191,7 @@ def _read_arena(arena: Arena) -> list[_Sample]:
 
 
 def _read_region(thing: _OnRegion) -> list[_Sample]:
-    region = thing if isinstance(thing, Region) else thing._region
+    region = thing if isinstance(thing, Region) else thing.region
     with region.exports.lock:
         samples: list[_Sample] = [
             ("reserved_bytes", (), region.reserved),

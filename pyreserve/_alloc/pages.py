@@ -15,7 +15,7 @@ from pyreserve._native import ffi, lib
 from pyreserve._region.region import Region
 from pyreserve._region.reserve import reserve
 from pyreserve._system import forks
-from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, VMError
+from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, StateError, VMError
 
 if TYPE_CHECKING:
     from pyreserve._alloc.integers import Integers
@@ -130,7 +130,7 @@ class PageAllocator:
         enough but misaligned, the result may not be the lowest aligned run.
 
         Raises:
-            OutOfMemoryError: no run is long enough; ``limit`` is ``"layout"``, ``nbytes`` 0.
+            OutOfMemoryError: no run is long enough; ``limit`` is ``"capacity"``, ``nbytes`` 0.
         """
         n, align = _index(n), _index(align)
         try:
@@ -145,7 +145,7 @@ class PageAllocator:
         """Allocate the pages [page, page + n).
 
         Raises:
-            VMError: some of them are in use (errno EEXIST, as for ``reserve(at=...)``).
+            StateError: some of them are in use.
         """
         page, n = _index(page), _index(n)
         try:
@@ -300,11 +300,12 @@ class PageAllocator:
                 errno.ENOMEM,
                 f"{prefix}: {self.free_pages} are free, the longest run is {self.longest_free}",
                 verb=verb,
-                limit="layout",
+                limit="capacity",
             )
         if err == lib.PAGEALLOC_IN_USE:
             in_use = "already in use" if n == 1 else "some are in use"
-            raise VMError(errno.EEXIST, f"{prefix}: {in_use}", verb=verb)
+            msg = f"{prefix}: {in_use}"
+            raise StateError(msg)
         if err == lib.PAGEALLOC_NO_MEMORY:
             raise OutOfMemoryError(errno.ENOMEM, f"{prefix}: the C heap is exhausted", verb=verb)
         if err == lib.PAGEALLOC_NOT_IN_USE:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from pyreserve import layouts
 from pyreserve._alloc.integers import integers
@@ -13,15 +13,12 @@ from pyreserve._arena.heapbitmap import HeapBitmap
 from pyreserve._arena.memstats import MemStats
 from pyreserve._arena.scavenger import FIVE_MINUTES, Scavenger, Worker
 from pyreserve._native import ffi, lib
-from pyreserve._region.owner import as_step
+from pyreserve._region.owner import OnRegion, as_step
 from pyreserve._region.policies import Fork, HugePages, Mode
-from pyreserve._region.region import Region, resident
-from pyreserve.errors import RangeError
+from pyreserve._region.region import resident
+from pyreserve.errors import RangeError, StateError
 from pyreserve.layouts import Layout, LayoutName, Piece, Placement
 from pyreserve.units import as_bytes, as_float, format_size, round_up
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["WORD", "Arena", "FellBack"]
 
@@ -32,7 +29,7 @@ _address = lib.heap_address
 _CLOSED: int = lib.HEAP_CLOSED
 
 
-class Arena:
+class Arena(OnRegion):
     """A heap of blocks: reserves the addresses of a layout and commits memory as blocks need it.
 
     A block occupies whole pages of the layout (8 KiB in Go's). Placement is address-ordered first
@@ -70,6 +67,8 @@ class Arena:
         VMError: this kernel lacks a policy.
     """
 
+    _noun = "arena"
+
     def __init__(
         self,
         size: int | str | None = None,
@@ -85,16 +84,15 @@ class Arena:
         if isinstance(size, str) and size in layouts.names():
             msg = f"size must be a number of bytes, got the name of a layout: use layout={size!r}"
             raise RangeError(msg)
-        step_bytes = None if step is None else as_step(as_bytes(step))
+        step_bytes = None if step is None else as_step(step)
         self._engine = engine = Engine(layout, size, Policies(mode, huge_pages, fork, name))
         growth = round_up(step_bytes or engine.layout.growth, engine.page)
         if step_bytes not in {None, growth}:
             engine.release()
             msg = f"step must be a multiple of the layout's page ({engine.page}), got {step_bytes}"
             raise RangeError(msg)
-        self._region, self._lock = engine.region, engine.lock
-        self._base, self._exports = engine.region.base, engine.region.exports
-        self._exports.owner = "an arena"
+        super().__init__(engine.region)
+        self._base = engine.region.base
         self._heap = Heap(engine, growth)
         self._worker: Worker | None = None
         if scavenge_after is not None:
@@ -123,11 +121,6 @@ class Arena:
         return self._engine.placement
 
     @property
-    def region(self) -> Region:
-        """The region that contains spans, bitmap and arena."""
-        return self._region
-
-    @property
     def heap(self) -> Heap:
         """The C heap of the arena; for its blocks alone."""
         return self._heap
@@ -137,31 +130,6 @@ class Arena:
         """Bytes in use: the whole pages of all blocks, and the ranges from `grow`."""
         self._heap.free_closed(sweep=True)
         return self._heap.counts()[1]
-
-    @property
-    def name(self) -> str | None:
-        """The name given to the constructor; None if none."""
-        return self._region.name
-
-    @property
-    def base(self) -> int:
-        """Address of the first byte of `region`. Access through it is at your own risk."""
-        return self._region.base
-
-    @property
-    def reserved(self) -> int:
-        """Reserved bytes of `region`. Exact."""
-        return self._region.reserved
-
-    @property
-    def committed(self) -> int:
-        """Committed bytes of `region`: arena, spans and bitmap. Exact."""
-        return self._region.committed
-
-    @property
-    def released(self) -> bool:
-        """Whether the arena was released or closed."""
-        return self._region.released
 
     @property
     def heap_bitmap(self) -> HeapBitmap | None:
@@ -189,7 +157,7 @@ class Arena:
             OutOfMemoryError: the layout is used up, or the kernel refused. The message has the
                 bytes requested, in use and reserved. Nothing has changed.
             ReleasedError: the arena was released or closed.
-            RuntimeError: a finaliser or signal handler called this during a growth, and the arena
+            StateError: a finaliser or signal handler called this during a growth, and the arena
                 has to grow again.
         """
         try:
@@ -230,7 +198,7 @@ class Arena:
             else:
                 freed = _free(heap, handle)
         if freed < 0:
-            self._engine.check_alive()
+            self._alive()
             raise already_freed()
 
     def alloc_many(self, sizes: Any) -> Blocks:
@@ -303,7 +271,7 @@ class Arena:
             OutOfMemoryError: the layout is used up, or the kernel refused.
             VMError: another mapping occupies addresses that were only probed (EEXIST).
             ReleasedError: the arena was released or closed.
-            RuntimeError: a finaliser or signal handler called this during another growth.
+            StateError: a finaliser or signal handler called this during another growth.
         """
         nbytes = as_bytes(nbytes)
         if nbytes <= 0:
@@ -379,13 +347,13 @@ class Arena:
             msg = f"older_than must be at least 0 seconds, got {older_than}"
             raise RangeError(msg)
         with self._lock:
-            self._engine.check_alive()
+            self._alive()
             if self._worker is None:
                 self._worker = Worker(self._heap)
         scavenger = self._worker.start(older_than, bool(lazy))
         if self._region.released:  # by another thread
             scavenger.stop()
-            self._engine.check_alive()
+            self._alive()
         return scavenger
 
     def stop_scavenger(self) -> None:
@@ -458,14 +426,14 @@ class Arena:
         Raises:
             ViewError: live views show some of the bytes; nothing was released.
             ReleasedError: the arena was already released or closed.
-            RuntimeError: a finaliser or signal handler called this during a growth.
+            StateError: a finaliser or signal handler called this during a growth.
         """
         region, heap = self._region, self._heap
         with self._lock, self._exports.removal():
-            self._engine.check_alive()
+            self._alive()
             if self._engine.growing:
                 msg = "release called from inside a growth of the same arena"
-                raise RuntimeError(msg)
+                raise StateError(msg)
             self._exports.refuse("release", 0, region.size)
             try:
                 # First refuse the calls that do not take the lock.
@@ -485,17 +453,6 @@ class Arena:
             self._heap.set_closed(True)
             self._engine.close()
         self.stop_scavenger()
-
-    def __enter__(self) -> "Self":
-        self._engine.check_alive()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def __reduce__(self) -> NoReturn:
-        msg = "an Arena can't be pickled or copied: its memory belongs to this process"
-        raise TypeError(msg)
 
 
 def _not_a_block(verb: str, block: object) -> TypeError:

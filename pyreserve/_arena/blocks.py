@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, overload
 
 from pyreserve._arena.heap import ZEROED, Heap
 from pyreserve._native import ffi
-from pyreserve._region.arrays import array_over
+from pyreserve._region.arrays import plan_array
 from pyreserve._region.region import Region
 from pyreserve.errors import RangeError
 from pyreserve.units import format_size
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from typing_extensions import Self
+
+    from pyreserve._region.arrays import Shape
 
 
 class BlockArena(Protocol):
@@ -110,13 +112,13 @@ class Block:
         Raises:
             FreeError: the block was freed or closed.
             ReleasedError: the arena was released or closed.
-            RuntimeError: see `pyreserve.Region.view`.
+            StateError: see `pyreserve.Region.view`.
         """
         return self._arena.heap.view(self._handle, self._nbytes)
 
     def ndarray(
         self,
-        shape: int | Sequence[int],
+        shape: "Shape",
         dtype: "npt.DTypeLike" = "uint8",
         *,
         readonly: bool = False,
@@ -133,16 +135,18 @@ class Block:
         Raises:
             ImportError: numpy is missing (extra ``numpy``).
             RangeError: the items take more than `nbytes`, or a side is negative.
-            FreeError, ReleasedError, RuntimeError: as for `view`.
+            TypeError, ValueError: a side or dtype is of another kind, or dtype holds references.
+            FreeError, ReleasedError, StateError: as for `view`.
         """
-        self._arena.heap.nbytes(self._handle)
-        return array_over(self._view_start, shape, dtype, readonly=readonly)
-
-    def _view_start(self, nbytes: int) -> memoryview:
-        if nbytes > self._nbytes:
-            msg = f"shape and dtype must fit into the block of {self._nbytes} bytes, got {nbytes}"
+        plan = plan_array(shape, dtype)
+        if plan.nbytes > self._nbytes:
+            msg = f"shape and dtype must fit into {self._nbytes} bytes, got {plan.nbytes}"
             raise RangeError(msg)
-        return self.view()[:nbytes]
+        if not plan.nbytes:
+            self._arena.heap.nbytes(self._handle)
+            return plan.empty(readonly=readonly)
+        view = self.view()[: plan.nbytes]
+        return plan.over(view.toreadonly() if readonly else view)
 
     def __buffer__(self, flags: int, /) -> memoryview:
         """Export the bytes as a buffer (PEP 688), pinned as long as this object lives.

@@ -12,7 +12,7 @@ from pyreserve._region.reserve import reserve, window
 from pyreserve._system import proc
 from pyreserve._system.features import thp_size
 from pyreserve._system.limits import PAGE_SIZE, address_bits, refusal
-from pyreserve.errors import OutOfMemoryError, ReleasedError, VMError
+from pyreserve.errors import OutOfMemoryError, ReleasedError, StateError, VMError
 from pyreserve.layouts import Layout, LayoutName, Piece, Placement, Request
 from pyreserve.units import GiB, KiB, MiB, format_size, round_up
 
@@ -97,6 +97,11 @@ class Engine:
         return max(self.layout.page, PAGE_SIZE)
 
     @property
+    def limit(self) -> str:
+        """The ``limit`` of an error at the end of the arena: its own size, or Go's layout."""
+        return "capacity" if self.layout.name == "native" else "layout"
+
+    @property
     def growing(self) -> bool:
         """Whether a growth is under way."""
         return self._undo_log is not None
@@ -162,7 +167,7 @@ class Engine:
             self.check_alive()
             if self._undo_log is not None:
                 msg = "grow called from inside another growth of the same arena"
-                raise RuntimeError(msg)
+                raise StateError(msg)
             used_before = used()
             self._undo_log = []
             try:
@@ -232,7 +237,7 @@ class Engine:
             f"{reason}: cannot allocate {nbytes}-byte block ({self.taken} in use), "
             f"{reserved} reserved"
         )
-        raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit="layout")
+        raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit=self.limit)
 
     def _log_undo(self, *step: Any) -> None:
         assert self._undo_log is not None

@@ -95,7 +95,9 @@ class Heap:
             self._open()
             need = nbytes + (align if align > self._page else 0)
             if need >= _NO_MAXIMUM:
-                raise self._out_of_memory(nbytes, "larger than any address space")
+                raise self._out_of_memory(
+                    nbytes, "larger than any address space", self._engine.limit
+                )
             handle = int(_alloc(self.handle, nbytes, align, zero, True))
             if handle == lib.PAGEALLOC_FULL:
                 self._grow(need, need, nbytes)
@@ -473,13 +475,17 @@ class Heap:
         if refused == lib.HEAP_CLOSED:
             return ReleasedError("the arena was released or closed")
         if refused == lib.HEAP_SCATTERED:
-            return self._out_of_memory(nbytes, "the arenas are in too many separate ranges")
+            return self._out_of_memory(
+                nbytes, "the arenas are in too many separate ranges", "layout"
+            )
         if refused == lib.PAGEALLOC_OUTSIDE:
-            return self._out_of_memory(nbytes, "the allocator's tables are full")
-        return self._out_of_memory(nbytes, "no free run is long enough")
+            return self._out_of_memory(
+                nbytes, "the allocator's tables are full", self._engine.limit
+            )
+        return self._out_of_memory(nbytes, "no free run is long enough", self._engine.limit)
 
     def _out_of_memory(
-        self, nbytes: int, because: str, limit: str | None = "layout"
+        self, nbytes: int, because: str, limit: str | None = None
     ) -> OutOfMemoryError:
         _, in_use = self.counts()
         msg = (

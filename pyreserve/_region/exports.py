@@ -16,6 +16,7 @@ from pyreserve._region.holders import view_error
 from pyreserve._region.refusals import refused, released
 from pyreserve._region.viewtable import Entry, ViewTable
 from pyreserve._system import forks
+from pyreserve.errors import StateError
 
 _T = TypeVar("_T")
 
@@ -33,7 +34,7 @@ class Exports:
     Low-level, for containers built on a region. A container holds `lock` around each call on its
     own state, and takes bytes away by `remove` or inside `removal`: both look for live views first,
     and refuse new views until the bytes are gone. A finaliser or signal handler that interrupts
-    them may call everything here except `view`, which raises RuntimeError.
+    them may call everything here except `view`, which raises StateError.
 
     Offsets and lengths are in bytes. The verbs do not check `owner`.
 
@@ -87,12 +88,12 @@ class Exports:
         Raises:
             RangeError: not all of the range is committed.
             ReleasedError: the region is released or closed.
-            RuntimeError: called by a finaliser or signal handler inside another call on the region.
+            StateError: called by a finaliser or signal handler inside another call on the region.
         """
         with self.lock:
             if self._depth:
                 msg = "view cannot be called from inside another call on the same region"
-                raise RuntimeError(msg)
+                raise StateError(msg)
             if self.released:
                 raise released()
             self._depth = 1

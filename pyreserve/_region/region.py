@@ -11,28 +11,30 @@ decommit back to reserved; memory and charge given back        ``mmap(MAP_FIXED,
 release  give the addresses back                               ``munmap``
 ======== ===================================================== =====================================
 
-Sizes, offsets and lengths are in bytes. Verbs take whole OS pages (`pyreserve.PAGE_SIZE`).
+Sizes, offsets and lengths are in bytes. Verbs take whole OS pages (`pyreserve.PAGE_SIZE`). A length
+of None reaches to the end of the region.
 """
 
-import math
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyreserve._native import ffi, lib
 from pyreserve._region import handles
-from pyreserve._region.arrays import import_numpy
+from pyreserve._region.arrays import plan_array
 from pyreserve._region.exports import ENDED, Exports
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.refusals import outside, refused, released
 from pyreserve._system.forks import registry_lock as _registry_lock
 from pyreserve._system.limits import refusal
-from pyreserve.errors import RangeError
+from pyreserve.errors import StateError
 from pyreserve.units import format_size
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from typing_extensions import Self
+
+    from pyreserve._region.arrays import Shape
 
 # The tracemalloc domain of committed bytes, for tracemalloc.DomainFilter.
 TRACEMALLOC_DOMAIN: int = lib.TRACING_DOMAIN
@@ -53,7 +55,7 @@ class Region:
 
     All methods are thread-safe. After a fork the child has its own copy, see `fork`. A finaliser or
     signal handler that interrupts a call on a region may call all methods of that region except
-    `view` and `ndarray`, which raise RuntimeError there.
+    `view` and `ndarray`, which raise StateError there.
 
     After `release` or `close`, methods raise `ReleasedError`, a ValueError. `committed` and
     `reserved` of a closed region stay exact while views keep its addresses.
@@ -199,7 +201,7 @@ class Region:
 
     # -- verbs --------------------------------------------------------------------------------
 
-    def commit(self, offset: int, length: int) -> None:
+    def commit(self, offset: int = 0, length: int | None = None) -> None:
         """Make [offset, offset + length) readable and writable.
 
         Newly committed bytes read zero; bytes that were already committed keep their contents. In
@@ -210,7 +212,8 @@ class Region:
             OutOfMemoryError: refused; ``limit`` names the limit.
             ReleasedError: the region is released or closed.
         """
-        offset, length = _index(offset), _index(length)
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
         with (self._exports or self._open_exports()).lock:
             try:
                 err = _commit(self._handle, offset, length)
@@ -219,7 +222,7 @@ class Region:
         if err:
             self._fail("commit", err, offset, length)
 
-    def populate(self, offset: int, length: int) -> None:
+    def populate(self, offset: int = 0, length: int | None = None) -> None:
         """Back committed bytes with pages now instead of at first touch; keep their contents.
 
         Raises:
@@ -227,7 +230,8 @@ class Region:
             VMError: the kernel refused.
             ReleasedError: the region is released or closed.
         """
-        offset, length = _index(offset), _index(length)
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
         with (self._exports or self._open_exports()).lock:
             try:
                 err = lib.region_populate(self._handle, offset, length)
@@ -236,7 +240,7 @@ class Region:
         if err:
             self._fail("populate", err, offset, length)
 
-    def discard(self, offset: int, length: int, lazy: bool = False) -> None:
+    def discard(self, offset: int = 0, length: int | None = None, *, lazy: bool = False) -> None:
         """Drop the contents of committed bytes; they stay committed and read zero afterwards.
 
         With `lazy` the kernel drops the contents only under memory pressure: until then reads
@@ -244,32 +248,35 @@ class Region:
         under live views.
 
         Raises:
-            RangeError: the range is not whole OS pages inside the region, or not all committed; or
-                the region is part of an arena.
+            RangeError: the range is not whole OS pages inside the region, or not all committed.
+            StateError: the region is part of an arena or another object, which alone may do this.
             VMError: the kernel refused (before Linux 5.18: memory locked by mlock).
             ReleasedError: the region is released or closed.
         """
-        offset, length, lazy = _index(offset), _index(length), bool(lazy)
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
+        lazy = bool(lazy)
         exports = self._exports or self._open_exports()
         if exports.owner is not None:
             self._refuse_owned("discard", exports.owner)
         exports.discard(offset, length, lazy=lazy)
 
-    def decommit(self, offset: int, length: int) -> None:
+    def decommit(self, offset: int = 0, length: int | None = None) -> None:
         """Return [offset, offset + length) to reserved: no access; memory and charge given back.
 
         Bytes that are not committed are left as they are.
 
         Raises:
-            RangeError: the range is not whole OS pages inside the region, or the region is part of
-                an arena.
+            RangeError: the range is not whole OS pages inside the region.
+            StateError: the region is part of an arena or another object, which alone may do this.
             ViewError: live views show some of the bytes.
             VMError: refused (max_map_count: a hole splits a mapping), or the region is sealed. Also
                 if the kernel refuses the region's policies for the new mapping; only then are the
                 bytes decommitted nevertheless.
             ReleasedError: the region is released or closed.
         """
-        offset, length = _index(offset), _index(length)
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
         exports = self._exports or self._open_exports()
         if exports.owner is not None:
             self._refuse_owned("decommit", exports.owner)
@@ -281,7 +288,7 @@ class Region:
         Raises:
             ViewError: live views show some of the bytes.
             VMError: refused (max_map_count), or the region is sealed.
-            RangeError: the region is part of an arena: release the arena.
+            StateError: the region is part of an arena or another object: release that.
             ReleasedError: the region is already released or closed.
         """
         try:
@@ -306,7 +313,7 @@ class Region:
         call does nothing. A sealed region keeps its addresses until the process ends.
 
         Raises:
-            RangeError: the region is part of an arena: close the arena.
+            StateError: the region is part of an arena or another object: close that.
         """
         try:
             del self._unused
@@ -327,7 +334,9 @@ class Region:
 
     # -- views --------------------------------------------------------------------------------
 
-    def view(self, offset: int, length: int, *, readonly: bool = False) -> memoryview:
+    def view(
+        self, offset: int = 0, length: int | None = None, *, readonly: bool = False
+    ) -> memoryview:
         """Return a memoryview of committed bytes, format ``"B"``, shape (length,). Any alignment.
 
         The bytes stay committed while the view, or an object made from it, is alive: slices, casts,
@@ -338,9 +347,10 @@ class Region:
         Raises:
             RangeError: the range is outside the region, or not all committed.
             ReleasedError: the region is released or closed.
-            RuntimeError: called by a finaliser or signal handler inside another call on the region.
+            StateError: called by a finaliser or signal handler inside another call on the region.
         """
-        offset, length = _index(offset), _index(length)
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
         if offset < 0 or length <= 0 or offset + length > self._size:
             self._alive()
             raise outside("view", offset, length, self._size)
@@ -350,28 +360,35 @@ class Region:
     def ndarray(
         self,
         offset: int,
-        shape: int | tuple[int, ...],
+        shape: "Shape",
         dtype: "npt.DTypeLike" = "uint8",
         *,
         readonly: bool = False,
     ) -> "np.ndarray[Any, Any]":
         """Return a C-ordered ndarray of `shape` and `dtype` over committed bytes, from `offset`.
 
-        It protects its bytes as a `view` does.
+        `shape` is an int, or a tuple or list of ints. The array protects its bytes as a `view`
+        does; an array without items protects nothing.
 
         Raises:
             ImportError: numpy is missing (extra ``numpy``).
-            RangeError, ReleasedError, RuntimeError: as for `view`.
+            ValueError: the items hold references to objects.
+            RangeError, ReleasedError, StateError: as for `view`.
         """
-        numpy = import_numpy("ndarray")
-        item_type = numpy.dtype(dtype)
-        sides = tuple(_index(side) for side in (shape if isinstance(shape, tuple) else (shape,)))
-        nbytes = math.prod(sides, start=item_type.itemsize)
-        view = self.view(offset, nbytes, readonly=readonly)
-        array: np.ndarray[Any, Any] = numpy.frombuffer(view, dtype=item_type).reshape(sides)
-        return array
+        plan = plan_array(shape, dtype)
+        if plan.nbytes:
+            return plan.over(self.view(offset, plan.nbytes, readonly=readonly))
+        offset = _index(offset)
+        self._alive()
+        if not 0 <= offset <= self._size:
+            raise outside("view", offset, 0, self._size)
+        return plan.empty(readonly=readonly)
 
     # -- Python protocols ---------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Return the size in bytes, also after the end of the region."""
+        return self._size
 
     def __enter__(self) -> "Self":
         self._alive()
@@ -422,7 +439,7 @@ class Region:
     def _refuse_owned(self, verb: str, owner: str) -> NoReturn:
         self._alive()
         msg = f"cannot {verb} a region that is part of {owner}: use the owner's methods"
-        raise RangeError(msg)
+        raise StateError(msg)
 
     def _fail(self, verb: str, err: int, offset: int, length: int) -> NoReturn:
         raise refused(self._handle, self._size, verb, err, offset, length)

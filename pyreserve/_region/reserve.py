@@ -18,6 +18,7 @@ from pyreserve._region.region import Region
 from pyreserve._system.features import thp_size
 from pyreserve._system.limits import PAGE_SIZE, refusal
 from pyreserve.errors import RangeError
+from pyreserve.units import as_bytes
 
 _ADDRESS_LIMIT = 1 << (8 * ffi.sizeof("size_t"))
 # Bound once: an attribute lookup on the library costs a third of an empty call.
@@ -26,11 +27,11 @@ _NULL = ffi.NULL
 
 
 def reserve(
-    size: int,
+    size: int | str,
     *,
     at: int | None = None,
     hint: int | None = None,
-    align: int | None = None,
+    align: int | str | None = None,
     mode: Mode = "charge",
     dump: bool = False,
     fork: Fork = "copy",
@@ -42,10 +43,10 @@ def reserve(
     """Reserve `size` bytes of addresses, rounded up to whole OS pages: no memory, no charge.
 
     Args:
-        size: bytes, positive.
+        size: bytes, or a size such as ``"64GiB"``; positive.
         at: reserve exactly at this address; an existing mapping is never replaced.
         hint: reserve near this address if it is free, else anywhere.
-        align: alignment of the base in bytes, a power of two.
+        align: alignment of the base, bytes or a size; a power of two.
         mode: ``"charge"``: a commit is charged against the commit limit, a decommit refunds it.
             ``"noreserve"``: never charged (MAP_NORESERVE), except under
             ``vm.overcommit_memory=2``, where the kernel ignores the flag and ``Region.mode``
@@ -70,10 +71,10 @@ def reserve(
         OutOfMemoryError: refused; ``limit`` names the limit, such as ``"address space"``.
         VMError: `at` is occupied (EEXIST), or this kernel lacks a policy.
     """
-    size, guard = _index(size), bool(guard)
+    size, guard = as_bytes(size), bool(guard)
     at = None if at is None else _index(at)
     hint = None if hint is None else _index(hint)
-    align = None if align is None else _index(align)
+    align = None if align is None else as_bytes(align)
     if size <= 0:
         msg = f"size must be positive, got {size}"
         raise RangeError(msg)

@@ -489,7 +489,7 @@ class TestGrowth:
             ) as caught:
                 arena.grow(1)
 
-            assert (caught.value.limit, caught.value.verb) == ("layout", "grow")
+            assert (caught.value.limit, caught.value.verb) == ("capacity", "grow")
             assert arena.in_use == MiB
 
     @needs_64_bits

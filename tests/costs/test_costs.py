@@ -592,7 +592,7 @@ class TestRecommendations:
         assert found.lazy_above.text.startswith("Discard eagerly")
 
     def test_a_file_is_used(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """PYRESERVE_COSTS names a file to take the figures from, for step="measured" too."""
+        """PYRESERVE_COSTS names a file to take the figures from."""
         path = tmp_path / "costs.json"
         path.write_text(costs_tables.table(USUAL, jitter=1e-4).to_json())
         monkeypatch.setenv("PYRESERVE_COSTS", str(path))
@@ -600,7 +600,7 @@ class TestRecommendations:
         assert recommend().step_bytes.value == 64 * PAGE_SIZE
         assert costs.measured_step() == 64 * PAGE_SIZE
         assert costs.measured_step(huge_pages=True) == 4 * MiB
-        with BumpArena(MiB, step="measured") as arena:
+        with BumpArena(MiB, step=costs.measured_step()) as arena:
             arena.alloc(1)
 
     def test_a_wrong_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ hb=a.heap_bitmap; lo,hi=a.placement.mapped_bitmap()
 for take in (lambda: a.region.decommit(lo-a.region.base, hi-lo), a.region.release,
              lambda: a.region.discard(lo-a.region.base, hi-lo), lambda: a.region.__exit__()):
     try: take(); assert 0
-    except ValueError as e: assert "part of an arena" in str(e), e
+    except StateError as e: assert "part of an arena" in str(e), e
 assert hb.at(b.address)==1; b.free(); a.release()
 """
 FACTS["an arena that is interrupted while it opens its heap has one heap"] = """
@@ -124,7 +124,7 @@ r=reserve(1<<16); r.commit(0,P)
 class L:
     def __bool__(s):
         r.release(); n=reserve(1<<16); n.commit(0,P); n.view(0,P)[0]=99; o.append(n); return False
-try: r.discard(0,P,L())
+try: r.discard(0,P,lazy=L())
 except ValueError: pass
 assert o[0].view(0,1)[0]==99
 """
@@ -188,9 +188,6 @@ try:
 except MemoryError as e: assert e.limit=="max_map_count"
 assert r.committed == (1 << 30) - P * ((i - 1) // 2)
 r.release()
-"""
-FACTS["a stepped slice of a sparse bitmap skips what was never set"] = """
-b=Bitmap(2**40); b.set(2**39); assert b[::2].count()==1; assert b[::-1].count()==1
 """
 FACTS["odd arguments meet the documented exceptions"] = """
 for f in (lambda: reserve(10**400), lambda: Arena(10**400)):

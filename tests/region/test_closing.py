@@ -302,9 +302,9 @@ class TestRegion:
     def test_part_of_an_arena(self) -> None:
         """The region of an arena is closed by the arena alone."""
         with Arena(MiB) as arena:
-            with pytest.raises(pyreserve.RangeError, match="part of an arena"):
+            with pytest.raises(pyreserve.StateError, match="part of an arena"):
                 arena.region.close()
-            with pytest.raises(pyreserve.RangeError, match="part of an arena"), arena.region:
+            with pytest.raises(pyreserve.StateError, match="part of an arena"), arena.region:
                 pass
             assert not arena.released
 

@@ -457,7 +457,7 @@ class PoolScene(Scene):
         return {
             "slots": list(self.pool),
             "len": len(self.pool),
-            "books": self.pool._committed,
+            "books": self.pool._end,
             **_region(self.pool._region),
         }
 

@@ -147,7 +147,7 @@ def _growable(make: Callable[[], Any]) -> None:
         with contextlib.suppress(pyreserve.PyreserveError):
             refused()
     del held
-    thing.shrink_to_fit()
+    thing.trim()
 
 
 ACTS: dict[str, Callable[[], object]] = {
