@@ -15,7 +15,16 @@ import pytest
 from helpers import witness
 from helpers.arenas import PAGE, check, fill, holds, layout_names, needs_64_bits
 from helpers.subjects import wait_until
-from pyreserve import Arena, FreeError, KiB, MiB, OutOfMemoryError, RangeError, ViewError
+from pyreserve import (
+    Arena,
+    FreeError,
+    KiB,
+    MiB,
+    OutOfMemoryError,
+    RangeError,
+    ViewError,
+    format_size,
+)
 from pyreserve._arena.heap import Heap
 from pyreserve.layouts import LayoutName
 
@@ -354,6 +363,21 @@ class TestMemStats:
         assert stats.reserved == size
         assert stats.committed == witness.nbytes(base, size)
         assert stats.resident == rss(arena)
+
+    def test_as_text(self) -> None:
+        """Text and HTML have every field, sizes with units and counts as numbers."""
+        with Arena(64 * MiB) as arena:
+            arena.alloc_many([MiB] * 3)[0].free()
+            stats = arena.memstats()
+            lines = dict(line.split(None, 1) for line in str(stats).splitlines() if line)
+            html = stats._repr_html_()
+
+            assert lines["Arena:"] == "2 MiB in use of 3 MiB"
+            assert (lines["heap_inuse"], lines["mallocs"], lines["frees"]) == ("2 MiB", "3", "1")
+            assert lines["committed"] == format_size(stats.committed)
+            for name in type(stats).__slots__:
+                assert f">{name}</td>" in html
+                assert name in lines
 
     @pytest.mark.parametrize("name", LAYOUTS)
     def test_at_every_moment(self, name: LayoutName) -> None:
