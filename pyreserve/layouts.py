@@ -49,6 +49,7 @@ LayoutName = Literal[
     "go1.8/amd64",
     "go1.9/amd64",
 ]
+"""The name of a layout: `names` lists all."""
 
 GO_PAGE = 8 * KiB
 _HINTS_64 = tuple(i << 40 | 0x00C0 << 32 for i in range(0x80))

@@ -41,11 +41,12 @@ class Arena(OnRegion):
             128 GiB, or 512 MiB on 32 bits.
         layout: a name from `pyreserve.layouts.names`. ``"native"`` is one arena of `size` bytes at
             any address; the others are Go's.
-        mode: how commits are accounted, as for `pyreserve.reserve`; so are the next three.
-        huge_pages: policy of the memory.
-        fork: contents in a forked child. With ``"wipe"`` blocks read zero there; in Go's layouts,
-            which keep spans between the blocks' addresses, the child finds and frees no old block.
-        name: shown in /proc/PID/maps, of 1 to 79 printable ASCII characters.
+        mode: how commits are accounted, as for `pyreserve.reserve`.
+        huge_pages: policy of all memory of the arena, as for `pyreserve.reserve`.
+        fork: contents in a forked child, as for `pyreserve.reserve`. With ``"wipe"`` blocks read
+            zero there. In Go's layouts up to 1.10 the spans are wiped too: the child finds no block
+            that its parent allocated, and cannot free it.
+        name: name of all memory of the arena, as for `pyreserve.reserve`.
         step: minimum growth, bytes or a size: a multiple of the layout's page and of the OS page.
             None: the layout's rule, 1 MiB in Go's and 2 MiB in ``"native"``.
             `pyreserve.costs.measured_step` returns a step that suits this machine.
@@ -154,8 +155,9 @@ class Arena(OnRegion):
 
         Raises:
             RangeError: `nbytes` is not positive, or `align` is not allowed.
-            OutOfMemoryError: the layout is used up, or the kernel refused. The message has the
-                bytes requested, in use and reserved. Nothing has changed.
+            OutOfMemoryError: the arena is used up (``limit`` is ``"capacity"``, or ``"layout"`` in
+                Go's layouts), or the kernel refused. The message has the bytes requested, in use
+                and reserved. Nothing has changed.
             ReleasedError: the arena was released or closed.
             StateError: a finaliser or signal handler called this during a growth, and the arena
                 has to grow again.
