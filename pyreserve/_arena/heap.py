@@ -132,13 +132,17 @@ class Heap:
     def free_many(self, handles: Any) -> None:
         """Free blocks by a cdata array of handles, all or none."""
         failed = ffi.new("size_t *")
-        with self._lock, self._exports.removal():
+        with self._lock:
             self._engine.check_alive()
             self.free_closed()
             if self.handle is None:
                 return
-            self._refuse_viewed(handles)
-            freed = lib.heap_free_many(self.handle, handles, len(handles), False, failed)
+            if self._exports.viewed:
+                with self._exports.removal():
+                    self._refuse_viewed(handles)
+                    freed = lib.heap_free_many(self.handle, handles, len(handles), False, failed)
+            else:
+                freed = lib.heap_free_many(self.handle, handles, len(handles), False, failed)
         if freed < 0:
             raise already_freed(f"blocks[{failed[0]}]")
 
