@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pyreserve._region.arrays import plan_array
+from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.holders import view_error
 from pyreserve._region.owner import Exclusive, as_step
 from pyreserve._region.policies import Fork, HugePages, Mode
@@ -164,7 +164,7 @@ class BumpArena(Exclusive):
             RangeError, OutOfMemoryError, ReleasedError, StateError: as for `alloc`; RangeError
                 also if a side is negative.
         """
-        plan = plan_array(shape, dtype)
+        plan = ArrayPlan(shape, dtype)
         if plan.nbytes:
             alignment = max(8, plan.dtype.alignment) if align is None else align
             return plan.over(self.alloc(plan.nbytes, align=alignment, zero=zero))

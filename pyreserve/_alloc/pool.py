@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pyreserve._alloc.integers import integers
 from pyreserve._alloc.pages import PageAllocator
 from pyreserve._native import ffi, lib
-from pyreserve._region.arrays import plan_array
+from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.owner import InSteps, as_step
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.reserve import reserve
@@ -236,7 +236,7 @@ class Pool(InSteps):
             RangeError: the array is larger than `item_size`, or a side is negative.
             FreeError, StateError: as for `view`.
         """
-        plan = plan_array(shape, dtype)
+        plan = ArrayPlan(shape, dtype)
         if plan.nbytes > self._item_size:
             msg = f"shape must fit a slot of {self._item_size} bytes, got {plan.nbytes} bytes"
             raise RangeError(msg)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, overload
 
 from pyreserve._arena.heap import ZEROED, Heap
 from pyreserve._native import ffi
-from pyreserve._region.arrays import plan_array
+from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.region import Region
 from pyreserve.errors import RangeError
 from pyreserve.units import format_size
@@ -138,7 +138,7 @@ class Block:
             TypeError, ValueError: a side or dtype is of another kind, or dtype holds references.
             FreeError, ReleasedError, StateError: as for `view`.
         """
-        plan = plan_array(shape, dtype)
+        plan = ArrayPlan(shape, dtype)
         if plan.nbytes > self._nbytes:
             msg = f"shape and dtype must fit into {self._nbytes} bytes, got {plan.nbytes}"
             raise RangeError(msg)

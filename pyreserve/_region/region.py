@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyreserve._native import ffi, lib
 from pyreserve._region import handles
-from pyreserve._region.arrays import plan_array
+from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.exports import ENDED, Exports
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.refusals import outside, refused, released
@@ -375,7 +375,7 @@ class Region:
             ValueError: the items hold references to objects.
             RangeError, ReleasedError, StateError: as for `view`.
         """
-        plan = plan_array(shape, dtype)
+        plan = ArrayPlan(shape, dtype)
         if plan.nbytes:
             return plan.over(self.view(offset, plan.nbytes, readonly=readonly))
         offset = _index(offset)
