@@ -30,7 +30,7 @@ def layout(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def arena(layout: Any) -> Iterator[Arena]:
     # Some machines refuse to charge 8 GiB of blocks.
-    with Arena(layout, mode="noreserve") as arena:
+    with Arena(layout=layout, mode="noreserve") as arena:
         yield arena
 
 
@@ -138,7 +138,7 @@ def bench_alloc_many_fresh(run: "Run", layout: Any) -> None:
     def before() -> tuple[Arena]:
         while arenas:
             arenas.pop().release()
-        arenas.append(Arena(layout, mode="noreserve"))
+        arenas.append(Arena(layout=layout, mode="noreserve"))
         return (arenas[0],)
 
     def alloc_many(arena: Arena) -> None:

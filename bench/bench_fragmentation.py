@@ -73,7 +73,7 @@ def bench_trace_of_pages(
 def bench_trace(run: "Run", trace: Trace, benchmark: Any) -> None:
     operations, sizes = trace.operations.tolist(), trace.sizes.tolist()
     blocks: dict[int, Any] = {}
-    with Arena("native") as arena:
+    with Arena(layout="go-tip-2014-12/amd64") as arena:
 
         def replay() -> None:
             alloc, free, take = arena.alloc, arena.free, blocks.pop

@@ -159,8 +159,10 @@ int region_reserve(struct region *region, size_t size, int accounting, int advic
 }
 
 int region_window(struct region *region, uintptr_t address, size_t size, int accounting,
-                  int advice) {
+                  int advice, const char *name) {
     initialise(region, size, accounting, advice);
+    if (name != NULL)
+        strncpy(region->name, name, sizeof region->name - 1);
     if (address == 0 || size == 0 || size > UINTPTR_MAX - address ||
         ((address | size) & (region->page - 1)))
         return EINVAL;

@@ -26,15 +26,15 @@ def work(arena: Arena, number: int) -> int:
     mine: list[tuple[Block, bytes]] = []
     for step in range(STEPS):
         block = arena.alloc(chance.randint(1, 128 * KiB), zero=True)
-        assert not any(block.view[:: 4 * KiB]), "zero=True must clear the block"
+        assert not any(block.view()[:: 4 * KiB]), "zero=True must clear the block"
         mine.append((block, b"thread %d, step %d; " % (number, step)))
-        block.view[:] = times(mine[-1][1], len(block))
+        block.view()[:] = times(mine[-1][1], len(block))
         if len(mine) == MAX_BLOCKS or step == STEPS - 1:
             chance.shuffle(mine)
             done, mine = mine[MAX_BLOCKS // 4 :], mine[: MAX_BLOCKS // 4]
-            good += sum(block.view == times(pattern, len(block)) for block, pattern in done)
+            good += sum(block.view() == times(pattern, len(block)) for block, pattern in done)
             arena.free_many(block for block, _ in done)
-    good += sum(block.view == times(pattern, len(block)) for block, pattern in mine)
+    good += sum(block.view() == times(pattern, len(block)) for block, pattern in mine)
     arena.free_many(block for block, _ in mine)
     return good
 
@@ -48,15 +48,15 @@ def show(when: str, arena: Arena) -> None:
 
 def main() -> None:
     """Run the threads, and print the memory that is left."""
-    with Arena("native", size=256 * MiB) as arena, ThreadPoolExecutor(THREADS) as threads:
+    with Arena(256 * MiB) as arena, ThreadPoolExecutor(THREADS) as threads:
         scavenger = arena.start_scavenger(older_than=0.02)
         good = sum(threads.map(work, repeat(arena), range(THREADS)))
         arena.stop_scavenger()
         print(f"{good} of {arena.memstats().mallocs} blocks held their patterns to the end")
         print(f"the scavenger gave back {format_size(scavenger.given_back)}")
         show("when the threads ended", arena)
-        arena.scavenge()
-        show("after a last scavenge", arena)
+        arena.trim()
+        show("after a trim", arena)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from pyreserve._arena.blocks import Block, Blocks
 from pyreserve._arena.heapbitmap import HeapBitmap
 from pyreserve._arena.memstats import MemStats
 from pyreserve._arena.scavenger import Scavenger
-from pyreserve._region.region import TRACEMALLOC_DOMAIN, Region, reserve
+from pyreserve._region.region import TRACEMALLOC_DOMAIN, Region
+from pyreserve._region.reserve import reserve
 from pyreserve._system.features import Capabilities, capabilities
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import (
@@ -36,6 +37,7 @@ from pyreserve.errors import (
     PyreserveError,
     RangeError,
     ReleasedError,
+    StateError,
     ViewError,
     VMError,
 )
@@ -77,6 +79,7 @@ __all__ = [
     "Region",
     "ReleasedError",
     "Scavenger",
+    "StateError",
     "TiB",
     "VMError",
     "ViewError",

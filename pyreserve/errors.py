@@ -8,6 +8,7 @@ class                  also a                means
 `RangeError`           `ValueError`          an invalid offset, length, size or address
 `ReleasedError`        `ValueError`          the object is released or closed
 `FreeError`            `ValueError`          already freed or closed, or never allocated here
+`StateError`           `RuntimeError`        the object's state does not allow the call
 `ViewError`            `BufferError`         live views show the bytes
 `MapsError`            `ValueError`          malformed text of /proc/PID files, live or saved
 `NoAddressSpaceError`  `ProcessLookupError`  no such process, a zombie, a kernel thread
@@ -32,7 +33,8 @@ class VMError(PyreserveError, OSError):
         address: the address requested; None for any address (int or None).
         limit: the limit that refused, if known: ``"RLIMIT_AS"``, ``"RLIMIT_DATA"``,
             ``"RLIMIT_MEMLOCK"``, ``"overcommit"``, ``"max_map_count"``, ``"mmap_min_addr"``,
-            ``"address space"``, ``"layout"`` (the end of an arena's layout); else None.
+            ``"address space"``, ``"capacity"`` (the object is full), ``"layout"`` (the bounds of a
+            Go layout); else None.
     """
 
     def __init__(  # OSError takes its errno from the first two arguments
@@ -90,6 +92,14 @@ class FreeError(PyreserveError, ValueError):
     """A page, slot or block is already freed or closed, or was never allocated.
 
     Nothing has changed.
+    """
+
+
+class StateError(PyreserveError, RuntimeError):
+    """The object is in a state that does not allow the call; nothing has changed.
+
+    It is part of an arena or another object, a page is already in use, or a finaliser or signal
+    handler made the call inside another call on the same object.
     """
 
 

@@ -26,12 +26,30 @@ against /proc/PID/maps of binaries built with these.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from operator import index as _index
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from pyreserve.errors import RangeError
-from pyreserve.units import GiB, KiB, MiB, format_size, round_up
+from pyreserve.units import GiB, KiB, MiB, as_bytes, format_size, round_up
 
 Strategy = Literal["reserve", "probe", "arenas"]
+LayoutName = Literal[
+    "go-tip-2014-12/amd64",
+    "go1.4/amd64",
+    "go1.5/amd64",
+    "go1.10/amd64",
+    "go1.11/amd64",
+    "go-tip-2014-12/386",
+    "go1.4/386",
+    "go1.5/386",
+    "fallback",
+    "native",
+    "go1.3/amd64",
+    "go1.6/amd64",
+    "go1.7/amd64",
+    "go1.8/amd64",
+    "go1.9/amd64",
+]
+"""The name of a layout: `names` lists all."""
 
 GO_PAGE = 8 * KiB
 _HINTS_64 = tuple(i << 40 | 0x00C0 << 32 for i in range(0x80))
@@ -64,7 +82,7 @@ class Layout:
         source: Go version and files that the facts are from.
     """
 
-    name: str
+    name: LayoutName
     strategy: Strategy
     word: int
     arena_sizes: tuple[int, ...]
@@ -321,7 +339,9 @@ def without(whole: tuple[int, int], taken: Iterable[tuple[int, int]]) -> Iterato
 # -- the table --------------------------------------------------------------------------------
 
 
-def _go64(name: str, strategy: Strategy, arena: int, bitmap: int, bits: int, source: str) -> Layout:
+def _go64(
+    name: LayoutName, strategy: Strategy, arena: int, bitmap: int, bits: int, source: str
+) -> Layout:
     return Layout(
         name=name,
         strategy=strategy,
@@ -337,7 +357,7 @@ def _go64(name: str, strategy: Strategy, arena: int, bitmap: int, bits: int, sou
 
 
 def _go32(
-    name: str, word: int, base: int, sizes: tuple[int, ...], bits: int, source: str
+    name: LayoutName, word: int, base: int, sizes: tuple[int, ...], bits: int, source: str
 ) -> Layout:
     return Layout(
         name=name,
@@ -392,7 +412,7 @@ _TABLE = (
 )
 _BY_NAME = {layout.name: layout for layout in _TABLE}
 # Releases with the same layout as another one.
-_ALIASES = {
+_ALIASES: dict[LayoutName, LayoutName] = {
     "go1.3/amd64": "go1.4/amd64",
     "go1.6/amd64": "go1.5/amd64",
     "go1.7/amd64": "go1.10/amd64",
@@ -403,23 +423,34 @@ _NATIVE_SIZE_64 = 128 * GiB
 _NATIVE_SIZE_32 = 512 * MiB
 
 
-def names() -> list[str]:
+def names() -> list[LayoutName]:
     """Return the names of all layouts."""
-    return [*_BY_NAME, "native", *_ALIASES]
+    return list(get_args(LayoutName))
 
 
-def get(name: str, *, size: int | None = None, word: int = 8) -> Layout:
+def get(name: str, *, size: int | str | None = None, word: int = 8) -> Layout:
     """Return a layout by name.
 
-    ``"native"`` is pyreserve's own layout: one arena of `size` bytes (default 128 GiB; 512 MiB if
-    `word` is 4) at any address, without metadata, window or slack.
+    ``"native"`` is pyreserve's own layout: one arena of `size` bytes at any address, without
+    metadata, window or slack.
+
+    Args:
+        name: one of `names`.
+        size: bytes, or a size such as ``"4GiB"``, for ``"native"`` only. None: 128 GiB, or 512 MiB
+            if `word` is 4.
+        word: pointer size of the target in bytes, for ``"native"`` only.
 
     Raises:
         KeyError: no layout has this name.
         RangeError: `size` is not positive, or was given for another layout than ``"native"``.
+        ValueError: `size` is a string that is not a size.
     """
-    size, word = None if size is None else _index(size), _index(word)
-    if name == "native":
+    size, word = None if size is None else as_bytes(size), _index(word)
+    known = next((known for known in names() if known == name), None)
+    if known is None:
+        msg = f"no layout {name!r}; layouts: {', '.join(names())}"
+        raise KeyError(msg)
+    if known == "native":
         size = (_NATIVE_SIZE_64 if word == 8 else _NATIVE_SIZE_32) if size is None else size
         if size <= 0:
             msg = f"size must be positive, got {size}"
@@ -440,11 +471,8 @@ def get(name: str, *, size: int | None = None, word: int = 8) -> Layout:
     if size is not None:
         msg = f"size is valid for the layout native only, got {size} for {name}"
         raise RangeError(msg)
-    layout = _BY_NAME.get(_ALIASES.get(name, name))
-    if layout is None:
-        msg = f"no layout {name!r}; layouts: {', '.join(names())}"
-        raise KeyError(msg)
-    return layout if layout.name == name else replace(layout, name=name)
+    layout = _BY_NAME[_ALIASES.get(known, known)]
+    return layout if layout.name == known else replace(layout, name=known)
 
 
 def fallback_of(layout: Layout) -> Layout | None:
@@ -455,7 +483,7 @@ def fallback_of(layout: Layout) -> Layout | None:
     return _BY_NAME["fallback"] if is_go64 else None
 
 
-def default_name(word: int) -> str:
+def default_name(word: int) -> LayoutName:
     """Return the name of the layout behind "136 GiB of VSZ", for pointers of `word` bytes."""
     return "go-tip-2014-12/amd64" if word == 8 else "go-tip-2014-12/386"
 

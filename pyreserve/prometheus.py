@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary, ref
 
 from pyreserve._alloc.bitmap import Bitmap
 from pyreserve._alloc.bump import BumpArena
-from pyreserve._alloc.growable import GrowableArray, GrowableBuffer
 from pyreserve._alloc.pool import Pool
 from pyreserve._arena.arena import Arena
+from pyreserve._region.owner import OnRegion
 from pyreserve._region.region import Region, resident
 from pyreserve._system import forks, proc
 from pyreserve._system.extras import import_extra
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Registration", "register", "register_process"]
 
-_OnRegion = Region | BumpArena | Pool | Bitmap | GrowableBuffer | GrowableArray
+_OnRegion = Region | OnRegion
 _Sample = tuple[str, tuple[str, ...], int]  # metric, labels besides the name, value
 
 # Metric suffixes and their HELP texts. Those of an arena are the fields of `MemStats`.
@@ -105,8 +105,8 @@ def register(
 
     Args:
         thing: an Arena, a Region, or a BumpArena, Pool, Bitmap, GrowableBuffer or GrowableArray.
-        name: value of the label; None: the layout of an arena, the name of a region, or the type
-            in lower case.
+        name: value of the label; None: the object's own name, else the layout of an arena, or the
+            type in lower case.
         registry: the registry; None: ``prometheus_client.REGISTRY``.
 
     Raises:
@@ -117,10 +117,10 @@ def register(
         ReleasedError: the object is released or closed.
     """
     if isinstance(thing, Arena):
-        region, default = thing.region, thing.layout.name
+        region, default = thing.region, thing.name or str(thing.layout.name)
         source = _Source("arena", default if name is None else name, ref(thing), _read_arena)
     elif isinstance(thing, _OnRegion):
-        region = thing if isinstance(thing, Region) else thing._region
+        region = thing if isinstance(thing, Region) else thing.region
         default = region.name or type(thing).__name__.lower()
         # A Bitmap has no weak references; its region lives as long.
         find = ref(region if isinstance(thing, Bitmap) else thing)
@@ -190,8 +190,8 @@ def _read_arena(arena: Arena) -> list[_Sample]:
 
 
 def _read_region(thing: _OnRegion) -> list[_Sample]:
-    region = thing if isinstance(thing, Region) else thing._region
-    with region._lock or region._make_lock():
+    region = thing if isinstance(thing, Region) else thing.region
+    with region.exports.lock:
         samples: list[_Sample] = [
             ("reserved_bytes", (), region.reserved),
             ("committed_bytes", (), region.committed),

@@ -54,6 +54,16 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def as_bytes(size: int | str) -> int:
+    """Return a size in bytes: an integer as it is, a string as `parse_size` reads it.
+
+    Raises:
+        TypeError: `size` is neither an integer nor a string.
+        ValueError: the string is not a size, or not a whole number of bytes.
+    """
+    return parse_size(size) if isinstance(size, str) else _index(size)
+
+
 def format_size(nbytes: int) -> str:
     """Format a number of bytes with four significant digits and a binary unit: ``136.1 GiB``."""
     nbytes = _index(nbytes)

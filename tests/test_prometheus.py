@@ -102,12 +102,12 @@ def scrape(get: Get) -> Scrape:
 @pytest.fixture
 def arena() -> Iterator[Arena]:
     """An arena with bytes in use, idle, given back and resident."""
-    with Arena("native", size=64 * MiB) as made:
+    with Arena(64 * MiB) as made:
         kept, idle = made.alloc(100 * KiB), made.alloc(3 * MiB)
         for block in (kept, idle):
-            block.view[:] = b"x" * block.nbytes
+            block.view()[:] = b"x" * block.nbytes
         idle.free()
-        made.scavenge(MiB)
+        made.trim(MiB)
         yield made
 
 
@@ -148,7 +148,7 @@ class TestArenas:
 
     def test_several(self, registry: CollectorRegistry, scrape: Scrape, arena: Arena) -> None:
         """Two arenas share the metrics, told apart by their names."""
-        with Arena("native", size=MiB) as other:
+        with Arena(MiB) as other:
             register(arena, "heap", registry=registry)
             register(other, "other", registry=registry)
 
@@ -166,7 +166,7 @@ class TestArenas:
             while not done.is_set():
                 blocks = [arena.alloc(100_000) for _ in range(20)]
                 arena.free_many(blocks)
-                arena.scavenge()
+                arena.trim()
 
         threads = [threading.Thread(target=work) for _ in range(2)]
         for thread in threads:
@@ -291,7 +291,7 @@ class TestNames:
 
     def test_refusals(self, registry: CollectorRegistry, scrape: Scrape, region: Region) -> None:
         """An object without metrics, an invalid name or a released object is refused."""
-        gone, heap = reserve(PAGE_SIZE), Arena("native", size=MiB)
+        gone, heap = reserve(PAGE_SIZE), Arena(MiB)
         gone.release()
         heap.release()
 
@@ -313,7 +313,7 @@ class TestEnds:
         self, registry: CollectorRegistry, get: Get, scrape: Scrape, region: Region
     ) -> None:
         """A released object is no longer exposed; the others still are."""
-        gone = Arena("native", size=MiB)
+        gone = Arena(MiB)
         register(gone, "gone", registry=registry)
         register(region, "stays", registry=registry)
 
@@ -327,7 +327,7 @@ class TestEnds:
         self, registry: CollectorRegistry, scrape: Scrape, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An object released in the middle of a scrape does not break the scrape."""
-        arena = Arena("native", size=MiB)
+        arena = Arena(MiB)
         memstats = Arena.memstats
 
         def late(self: Arena) -> MemStats:
@@ -343,7 +343,7 @@ class TestEnds:
         "make",
         [
             lambda: reserve(PAGE_SIZE),
-            lambda: Arena("native", size=MiB),
+            lambda: Arena(MiB),
             lambda: Pool(8),
             lambda: BumpArena(MiB),
             lambda: Bitmap(100),

@@ -6,7 +6,9 @@ from operator import index as _index
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from pyreserve._native import ffi, lib
-from pyreserve._region.region import reserve
+from pyreserve._region.owner import OnRegion
+from pyreserve._region.policies import Fork, HugePages, Mode
+from pyreserve._region.reserve import reserve
 from pyreserve._system.limits import refusal
 from pyreserve.errors import RangeError, ReleasedError
 
@@ -23,7 +25,7 @@ _count = lib.lazybitmap_count
 _find = lib.lazybitmap_find
 
 
-class Bitmap:
+class Bitmap(OnRegion):
     """`nbits` bits, initially clear. A word is committed when its first bit is set.
 
     Ranges are half-open, ``[start, stop)``, with ``0 <= start <= stop <= nbits``. If `stop` is None
@@ -40,18 +42,32 @@ class Bitmap:
         TypeError: an argument is not an integer.
     """
 
-    __slots__ = ("_handle", "_lock", "_nbits", "_region")
+    __slots__ = ("_handle", "_nbits")
 
-    def __init__(self, nbits: int, *, name: str | None = None) -> None:
-        """Reserve a bitmap of `nbits` (positive) clear bits; `name` as for `pyreserve.reserve`."""
+    _noun = "bitmap"
+
+    def __init__(
+        self,
+        nbits: int,
+        *,
+        mode: Mode = "charge",
+        huge_pages: HugePages = "default",
+        fork: Fork = "copy",
+        name: str | None = None,
+    ) -> None:
+        """Reserve a bitmap of `nbits` (positive) clear bits.
+
+        The other arguments are as for `pyreserve.reserve`, whose exceptions apply too.
+        """
         nbits = _index(nbits)
         if nbits <= 0:
             msg = f"nbits must be positive, got {nbits}"
             raise RangeError(msg)
         self._nbits = nbits
-        self._region = reserve((nbits + 7) // 8, name=name)
-        self._handle = self._region._handle
-        self._lock = self._region._make_lock()
+        super().__init__(
+            reserve((nbits + 7) // 8, mode=mode, huge_pages=huge_pages, fork=fork, name=name)
+        )
+        self._handle = self._exports.handle
 
     @property
     def nbits(self) -> int:
@@ -131,12 +147,12 @@ class Bitmap:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Bitmap):
             return NotImplemented
-        if self._nbits != other._nbits:
-            self._alive()
-            other._alive()
+        if self._nbits != other.nbits:
+            _check_alive(self)
+            _check_alive(other)
             return False
         with self._both_locked(other):
-            return bool(lib.lazybitmap_equal(self._handle, other._handle, self._nbits))
+            return bool(lib.lazybitmap_equal(self._handle, _handle(other), self._nbits))
 
     __hash__ = None  # type: ignore[assignment]  # a bitmap is mutable
 
@@ -167,9 +183,9 @@ class Bitmap:
             msg = f"nbits is {nbits}, but data holds only {8 * len(bytes_)} bits"
             raise RangeError(msg)
         bitmap = cls(nbits)
-        err = lib.lazybitmap_write(bitmap._handle, 0, nbits, ffi.from_buffer(bytes_))
+        err = lib.lazybitmap_write(_handle(bitmap), 0, nbits, ffi.from_buffer(bytes_))
         if err < 0:
-            bitmap._refuse_commit(err, 0, nbits)
+            _refuse_commit(bitmap, err, 0, nbits)
         return bitmap
 
     def words(
@@ -200,29 +216,6 @@ class Bitmap:
             for offset, length in self._region.committed_runs()
         ]
 
-    @property
-    def committed(self) -> int:
-        """Committed bytes. Exact."""
-        return self._region.committed
-
-    @property
-    def released(self) -> bool:
-        """Whether the bitmap was released or closed."""
-        return self._region.released
-
-    def release(self) -> None:
-        """Release the addresses and the memory of the words.
-
-        Raises:
-            ViewError: a view from `words` is alive.
-            ReleasedError: the bitmap was released or closed.
-        """
-        self._region.release()
-
-    def close(self) -> None:
-        """Refuse new use; release the addresses with the last view. See `Region.close`."""
-        self._region.close()
-
     # -- Python's protocols -------------------------------------------------------------------
 
     def __len__(self) -> int:
@@ -233,20 +226,20 @@ class Bitmap:
     @overload
     def __getitem__(self, key: slice) -> "Bitmap": ...
     def __getitem__(self, key: int | slice) -> "bool | Bitmap":
-        """Return a bool for ``bitmap[i]``, a new Bitmap (not empty) for ``bitmap[a:b:step]``."""
+        """Return a bool for ``bitmap[i]``, a new Bitmap (not empty) for ``bitmap[a:b]``."""
         if not isinstance(key, slice):
             return self.test(self._item(key))
         start, step, n = self._slice(key)
+        self._check_step(step)
         if n == 0:
             msg = "a Bitmap must have at least one bit, got an empty slice"
             raise RangeError(msg)
         bitmap = Bitmap(n)
         with self._lock:
             self._alive()
-            low, stride, reverse = _ascending(start, step, n)
-            err = lib.lazybitmap_copy(bitmap._handle, 0, self._handle, low, stride, n, reverse)
+            err = lib.lazybitmap_copy(_handle(bitmap), 0, self._handle, start, 1, n, False)
         if err < 0:
-            bitmap._refuse_commit(err, 0, n)
+            _refuse_commit(bitmap, err, 0, n)
         return bitmap
 
     def __setitem__(self, key: int | slice, value: "bool | Bitmap") -> None:
@@ -262,21 +255,14 @@ class Bitmap:
             msg = f"value must be True, False or a Bitmap, got {value!r}"
             raise TypeError(msg)
         elif n > 0:
-            low, stride, _ = _ascending(start, step, n)
-            stop = low + (n - 1) * stride + 1
-            self._change_bits(_set if value else _clear, low, stop, stride)
+            low, high = sorted((start, start + (n - 1) * step))
+            stride = abs(step) if n > 1 else 1
+            self._change_bits(_set if value else _clear, low, high + 1, stride)
 
     def __contains__(self, index: int) -> bool:
         """Tell whether bit `index` is set; False for an index outside the bitmap."""
         index = _index(index)
         return 0 <= index < self._nbits and self.test(index)
-
-    def __enter__(self) -> "Self":
-        self._alive()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         if self._region.released:
@@ -284,15 +270,10 @@ class Bitmap:
         return f"<Bitmap of {self._nbits:,} bits: {self.committed:,} bytes of words committed>"
 
     def __reduce__(self) -> NoReturn:
-        msg = "a Bitmap can't be pickled: its memory belongs to this process; use to_bytes()"
+        msg = "Bitmap cannot be pickled: it owns addresses of this process; use to_bytes()"
         raise TypeError(msg)
 
     # -- inside -------------------------------------------------------------------------------
-
-    def _alive(self) -> None:
-        if self._region.released:
-            msg = "the bitmap was released or closed"
-            raise ReleasedError(msg)
 
     def _range(self, start: int, stop: int | None) -> tuple[int, int]:
         start = _index(start)
@@ -317,6 +298,12 @@ class Bitmap:
         n = (stop - start + step - (1 if step > 0 else -1)) // step
         return start, step, max(0, n)
 
+    @staticmethod
+    def _check_step(step: int) -> None:
+        if step != 1:
+            msg = f"a slice that copies bits must have step 1, got {step}"
+            raise RangeError(msg)
+
     def _change(self, change: Any, start: int, stop: int | None) -> int:
         start, stop = self._range(start, _index(start) + 1 if stop is None else stop)
         return self._change_bits(change, start, stop, 1)
@@ -326,7 +313,7 @@ class Bitmap:
             self._alive()
             changed = change(self._handle, start, stop, step)
         if changed < 0:
-            self._refuse_commit(changed, start, stop)
+            _refuse_commit(self, changed, start, stop)
         return int(changed)
 
     def _search(self, start: int, stop: int | None, run: int, *, value: bool) -> int | None:
@@ -357,43 +344,45 @@ class Bitmap:
         """Lock two bitmaps, in an order that two threads agree on, so that they can't deadlock."""
         with ExitStack() as stack:
             for bitmap in sorted((self, other), key=id):
-                stack.enter_context(bitmap._lock)
-                bitmap._alive()
+                stack.enter_context(bitmap.region.exports.lock)
+                _check_alive(bitmap)
             return stack.pop_all()
 
     def _combine(self, other: "Bitmap", operation: int) -> "Self":
         if not isinstance(other, Bitmap):
             return NotImplemented
-        if self._nbits != other._nbits:
-            msg = f"bitmaps must be of equal length, got {self._nbits} and {other._nbits} bits"
+        if self._nbits != other.nbits:
+            msg = f"bitmaps must be of equal length, got {self._nbits} and {other.nbits} bits"
             raise RangeError(msg)
         with self._both_locked(other):
-            err = lib.lazybitmap_combine(self._handle, other._handle, self._nbits, operation)
+            err = lib.lazybitmap_combine(self._handle, _handle(other), self._nbits, operation)
         if err < 0:
-            self._refuse_commit(err, 0, self._nbits)
+            _refuse_commit(self, err, 0, self._nbits)
         return self
 
     def _assign(self, start: int, step: int, n: int, bits: "Bitmap") -> None:
-        if step != 1:
-            msg = f"a slice must have step 1 to assign a Bitmap, got step {step}"
-            raise RangeError(msg)
-        if bits._nbits != n:
-            msg = f"a Bitmap assigned to a slice must have its length ({n}), got {bits._nbits} bits"
+        self._check_step(step)
+        if bits.nbits != n:
+            msg = f"a Bitmap assigned to a slice must have its length ({n}), got {bits.nbits} bits"
             raise RangeError(msg)
         if bits is self:
             return
         with self._both_locked(bits):
-            err = lib.lazybitmap_copy(self._handle, start, bits._handle, 0, 1, n, False)
+            err = lib.lazybitmap_copy(self._handle, start, _handle(bits), 0, 1, n, False)
         if err < 0:
-            self._refuse_commit(err, start, start + n)
-
-    def _refuse_commit(self, err: int, start: int, stop: int) -> NoReturn:
-        self._alive()
-        raise refusal("commit", -err, (stop - start + 7) // 8, self._region.base + start // 8)
+            _refuse_commit(self, err, start, start + n)
 
 
-def _ascending(start: int, step: int, n: int) -> tuple[int, int, bool]:
-    """Return the lowest index of a slice, its stride made positive, and whether it descends."""
-    if n == 1:
-        return start, 1, False
-    return (start, step, False) if step > 0 else (start + step * (n - 1), -step, True)
+def _handle(bitmap: Bitmap) -> Any:
+    return bitmap.region.exports.handle
+
+
+def _check_alive(bitmap: Bitmap) -> None:
+    if bitmap.released:
+        msg = "the bitmap was released or closed"
+        raise ReleasedError(msg)
+
+
+def _refuse_commit(bitmap: Bitmap, err: int, start: int, stop: int) -> NoReturn:
+    _check_alive(bitmap)
+    raise refusal("commit", -err, (stop - start + 7) // 8, bitmap.base + start // 8)

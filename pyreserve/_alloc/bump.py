@@ -11,15 +11,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from operator import index as _index
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pyreserve._region.exports import Entry, view_error
-from pyreserve._region.owner import InSteps, as_step
-from pyreserve._region.region import HugePages, Mode, Region, reserve
+from pyreserve._region.arrays import ArrayPlan
+from pyreserve._region.holders import view_error
+from pyreserve._region.owner import Exclusive, as_step
+from pyreserve._region.policies import Fork, HugePages, Mode
+from pyreserve._region.reserve import reserve
+from pyreserve._region.viewtable import Entry
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError, PyreserveError, RangeError, ViewError, VMError
-from pyreserve.units import KiB, MiB, format_size, round_up
+from pyreserve.units import KiB, MiB, as_bytes, format_size, round_up
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from pyreserve._region.arrays import Shape
 
 _T = TypeVar("_T")
 
@@ -39,52 +47,53 @@ class Mark:
 
     Attributes:
         offset: bytes from the arena's base.
+        depth: number of marks below it.
     """
 
     offset: int
-    _depth: int
+    depth: int
 
 
-class BumpArena(InSteps):
+class BumpArena(Exclusive):
     """An arena of `size` bytes that commits memory in place as its blocks need it.
 
     The first commit is 64 KiB, in small pages. Each later one ends at an address that is a multiple
     of `step`, so that the kernel can use huge pages, or at the end of the arena.
 
     Any thread may allocate blocks. Marks and resets form one stack, to be used by one thread at a
-    time. A finaliser or signal handler that interrupts a call may get RuntimeError, never bytes of
+    time. A finaliser or signal handler that interrupts a call may get StateError, never bytes of
     another block. A block's ``obj`` is the buffer of its window, which neighbouring blocks share; a
     ViewError names the window.
 
     Args:
-        size: bytes to reserve, rounded up to whole OS pages: the capacity of the arena.
-        step: bytes to commit at a time, whole OS pages; or ``"measured"``: the best step on this
-            machine, which `pyreserve.costs.measured_step` finds in up to two seconds, once in a
-            process.
-        mode, huge_pages, name: as for `pyreserve.reserve`, whose exceptions apply too.
+        size: bytes to reserve, or a size such as ``"1GiB"``; rounded up to whole OS pages. The
+            capacity of the arena.
+        step: bytes to commit at a time, a multiple of the OS page; see
+            `pyreserve.costs.measured_step` for the best one on this machine.
+        mode, huge_pages, fork, name: as for `pyreserve.reserve`, whose exceptions apply too.
 
     Raises:
         RangeError: `size` is not positive, or `step` not a positive multiple of the OS page.
-        ValueError: an unknown word.
-        ValueError, OSError: ``"measured"`` failed, see `pyreserve.costs.measured_step`.
+        ValueError: an unknown policy, or a string that is not a size.
 
     After `release` or `close`, everything raises `ReleasedError`, a ValueError.
     """
 
-    _what = "arena"
+    _noun = "arena"
 
     def __init__(
         self,
-        size: int,
+        size: int | str,
         *,
+        step: int | str = 2 * MiB,
         mode: Mode = "charge",
-        step: int | Literal["measured"] = 2 * MiB,
         huge_pages: HugePages = "default",
+        fork: Fork = "copy",
         name: str | None = None,
     ) -> None:
-        small_first, step = huge_pages != "prefer", as_step(step, huge_pages)
-        region = reserve(size, mode=mode, huge_pages=huge_pages, name=name)
-        super().__init__(region, step, small_first=small_first)
+        step = as_step(step)
+        region = reserve(size, mode=mode, huge_pages=huge_pages, fork=fork, name=name)
+        super().__init__(region, step, small_first=huge_pages != "prefer")
         self._marks: list[Mark] = []
         self._window = _EMPTY
         # Offset of the window.
@@ -101,16 +110,6 @@ class BumpArena(InSteps):
     # -- state --------------------------------------------------------------------------------
 
     @property
-    def region(self) -> Region:
-        """The region under the arena. Bytes that you decommit there can't be allocated any more."""
-        return self._region
-
-    @property
-    def size(self) -> int:
-        """Reserved bytes."""
-        return self._region.size
-
-    @property
     def in_use(self) -> int:
         """Bytes up to the end of the last block, including gaps between blocks."""
         with self._lock:
@@ -119,7 +118,7 @@ class BumpArena(InSteps):
 
     # -- blocks -------------------------------------------------------------------------------
 
-    def alloc(self, nbytes: int, align: int = 8, *, zero: bool = False) -> memoryview:
+    def alloc(self, nbytes: int | str, *, align: int | str = 8, zero: bool = False) -> memoryview:
         """Allocate the next `nbytes` bytes, writable, at an address that is a multiple of `align`.
 
         Bytes that were never allocated before are zero, and with `zero` all are; else they are
@@ -127,17 +126,17 @@ class BumpArena(InSteps):
 
         Raises:
             RangeError: `nbytes` is not positive, or `align` not a power of two.
-            OutOfMemoryError: the capacity is used up (``limit="layout"``), or the kernel refused
+            OutOfMemoryError: the capacity is used up (``limit="capacity"``), or the kernel refused
                 memory; nothing has changed.
             ReleasedError: the arena was released or closed.
-            RuntimeError: called by a finaliser or signal handler inside another call.
+            StateError: called by a finaliser or signal handler inside another call.
         """
         # Read, check and store on one line: a tracer may run code between two lines.
         # fmt: off
         if (align is _FAST_ALIGN and not zero and type(nbytes) is int
             and (lo := self._at + 7 & -8) < (hi := lo + nbytes) <= self._limit): self._at = hi; return self._window[lo:hi]  # noqa: E501, E701, E702
         # fmt: on
-        nbytes, align = _index(nbytes), _index(align)
+        nbytes, align = as_bytes(nbytes), as_bytes(align)
         if nbytes <= 0:
             msg = f"nbytes must be positive, got {nbytes}"
             raise RangeError(msg)
@@ -145,6 +144,32 @@ class BumpArena(InSteps):
             msg = f"align must be a power of two, got {align}"
             raise RangeError(msg)
         return self._alone(self._take, nbytes, align, zero)
+
+    def ndarray(
+        self,
+        shape: "Shape",
+        dtype: "npt.DTypeLike" = "uint8",
+        *,
+        align: int | str | None = None,
+        zero: bool = False,
+    ) -> "np.ndarray[Any, Any]":
+        """Allocate a C-ordered ndarray of `shape` and `dtype`, as `alloc` allocates a block.
+
+        `shape` is an int, or a tuple or list of ints. `align` is at least 8 and what the dtype
+        needs by default. An array without items allocates nothing.
+
+        Raises:
+            ImportError: numpy is missing (extra ``numpy``).
+            ValueError: the items hold references to objects.
+            RangeError, OutOfMemoryError, ReleasedError, StateError: as for `alloc`; RangeError
+                also if a side is negative.
+        """
+        plan = ArrayPlan(shape, dtype)
+        if plan.nbytes:
+            alignment = max(8, plan.dtype.alignment) if align is None else align
+            return plan.over(self.alloc(plan.nbytes, align=alignment, zero=zero))
+        self._alive()
+        return plan.empty()
 
     def _take(self, nbytes: int, align: int, zero: bool) -> memoryview:
         # No local variable holds the window: the traceback of an exception would keep it alive.
@@ -176,7 +201,7 @@ class BumpArena(InSteps):
 
     def _capacity_error(self, nbytes: int, used: int) -> OutOfMemoryError:
         msg = f"cannot allocate {nbytes} bytes: {used} of {self._region.size} are in use"
-        return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit="layout")
+        return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit="capacity")
 
     # -- marks --------------------------------------------------------------------------------
 
@@ -199,7 +224,7 @@ class BumpArena(InSteps):
             ViewError: live views show blocks above the mark; nothing has changed. Views in
                 reference cycles, or in the frames of a traceback, are alive.
             VMError: refused; the blocks stay in use, their contents are undefined.
-            ReleasedError, RuntimeError: as for `alloc`.
+            ReleasedError, StateError: as for `alloc`.
         """
         self._alone(self._reset, mark, keep)
 
@@ -216,11 +241,32 @@ class BumpArena(InSteps):
             yield
         finally:
             # A live view or a refused decommit must not hide an exception of the block.
-            with suppress(PyreserveError, RuntimeError):
+            with suppress(PyreserveError):
                 self._alone(self._end_scope, mark, keep)
             with self._lock:
                 if self._is_valid(mark):
-                    del self._marks[mark._depth :]
+                    del self._marks[mark.depth :]
+
+    def trim(self) -> int:
+        """Decommit the whole OS pages above the last block; return the bytes given back.
+
+        Pages in a window with a live block below them are discarded instead, if they may hold data:
+        this gives back their memory but not their commit charge.
+
+        Raises:
+            VMError: refused; no block has changed.
+            ReleasedError, StateError: as for `alloc`.
+        """
+        return self._alone(self._trim)
+
+    def _trim(self) -> int:
+        self._retry_scope()
+        self._end_window()
+        start, before = round_up(self._start, PAGE_SIZE), self._region.committed
+        pinned_end = max((hi for *_, hi in self._live_views(self._start)), default=0)
+        stale_end = min(round_up(max(self._dirty_end, start), PAGE_SIZE), pinned_end)
+        self._return_memory(start, pinned_end)
+        return before - self._region.committed + max(stale_end - start, 0)
 
     def _end_scope(self, mark: Mark, keep: bool) -> None:
         if self._is_valid(mark):  # else a reset to below it has ended the scope
@@ -273,13 +319,13 @@ class BumpArena(InSteps):
         if pinned_end < end:
             # Lower _end first: if this call is interrupted, committing again is harmless.
             self._end = min(self._end, pinned_end)
-            self._region.decommit(pinned_end, end - pinned_end)
+            self._exports.decommit(pinned_end, end - pinned_end)
         if start < pinned_end:
-            self._region.discard(start, pinned_end - start)
+            self._exports.discard(start, pinned_end - start)
         self._dirty_end = min(self._dirty_end, start)
 
     def _is_valid(self, mark: Mark) -> bool:
-        return isinstance(mark, Mark) and self._marks[mark._depth : mark._depth + 1] == [mark]
+        return isinstance(mark, Mark) and self._marks[mark.depth : mark.depth + 1] == [mark]
 
     def _end_window(self) -> None:
         """End the window at its last block; the next block opens a window above this point."""
@@ -288,11 +334,8 @@ class BumpArena(InSteps):
 
     def _live_views(self, offset: int) -> list[Entry]:
         """Return the live views of the region, windows included, that reach above `offset`."""
-        region = self._region
-        with region._taking_away() as interrupting:
-            if region._views is None or offset == region.size:
-                return []
-            return region._views.live(offset, region.size, prune=not interrupting)
+        size = self._region.size
+        return [] if offset == size else self._exports.live(offset, size)
 
     # -- the end ------------------------------------------------------------------------------
 

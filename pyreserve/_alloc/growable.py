@@ -7,20 +7,22 @@ bytes above the length, so these may be written or decommitted at any time.
 import errno
 from collections.abc import Iterator
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
 from pyreserve._native import ffi
-from pyreserve._region.owner import InSteps, as_step
-from pyreserve._region.region import Fork, HugePages, Mode, import_numpy, reserve
+from pyreserve._region.arrays import import_numpy
+from pyreserve._region.owner import Exclusive, as_step
+from pyreserve._region.policies import Fork, HugePages, Mode
+from pyreserve._region.reserve import reserve
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError, RangeError
-from pyreserve.units import KiB, MiB, format_size, round_up
+from pyreserve.units import KiB, MiB, as_bytes, format_size, round_up
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-_Step = int | Literal["measured"]
+_Item = TypeVar("_Item", bound="np.generic")
 
 _from_buffer = ffi.from_buffer
 _memmove = ffi.memmove
@@ -34,7 +36,7 @@ _ZEROS = bytes(64 * KiB)
 _PLAIN_KINDS = frozenset("biufcmMSUV")
 
 
-class _Growable(InSteps):
+class _Growable(Exclusive):
     """Items from the start of a region up: the base of GrowableBuffer and GrowableArray."""
 
     _unit: ClassVar[str]  # plural of the item, for messages
@@ -43,14 +45,14 @@ class _Growable(InSteps):
     def __init__(
         self,
         size: int,
-        step: _Step,
+        step: int | str,
         mode: Mode,
         fork: Fork,
         huge_pages: HugePages,
         name: str | None,
     ) -> None:
         prefer = huge_pages == "prefer"
-        step = as_step(step, huge_pages)
+        step = as_step(step)
         # Align the base to the step, or for a small capacity to a power of two that holds it. With
         # huge_pages="prefer", `reserve` aligns.
         align = None if prefer else min(step & -step, 1 << max(size - 1, 0).bit_length())
@@ -71,12 +73,12 @@ class _Growable(InSteps):
         Raises:
             RangeError: `length` is negative.
             ViewError: live views show bytes above the new length; nothing has changed.
-            OutOfMemoryError: `length` exceeds the capacity (``limit="layout"``), or the kernel
+            OutOfMemoryError: `length` exceeds the capacity (``limit="capacity"``), or the kernel
                 refused memory; nothing has changed.
             VMError: bytes used before can't be discarded (before Linux 5.18: memory locked by
                 mlock); the length has not changed.
             ReleasedError: it was released or closed.
-            RuntimeError: called by a finaliser or signal handler inside another call.
+            StateError: called by a finaliser or signal handler inside another call.
         """
         self._alone(self._resize, _index(length) * self._itemsize)
 
@@ -84,13 +86,13 @@ class _Growable(InSteps):
         """Set the length to 0, as ``resize(0)`` does."""
         self._alone(self._resize, 0)
 
-    def shrink_to_fit(self) -> int:
+    def trim(self) -> int:
         """Decommit the whole OS pages above the length; return their bytes.
 
         Raises:
             VMError: refused; the pages are still committed, unless the kernel refused only the
                 policies of the fresh addresses: see `Region.decommit`.
-            ReleasedError, RuntimeError: as for `resize`.
+            ReleasedError, StateError: as for `resize`.
         """
         return self._alone(self._decommit_tail)
 
@@ -113,7 +115,7 @@ class _Growable(InSteps):
         if cut < before:
             # Lower _end first: if this call is interrupted, committing again is harmless.
             self._end = min(self._end, cut)
-            region.decommit(cut, region.size - cut)
+            self._exports.decommit(cut, region.size - cut)
             self._dirty_end = min(self._dirty_end, cut)
         return before - region.committed
 
@@ -130,10 +132,9 @@ class _Growable(InSteps):
         if length < 0:
             msg = f"length must not be negative, got {length // self._itemsize}"
             raise RangeError(msg)
-        region = self._region
-        with region._taking_away() as interrupting:
-            if region._views is not None:
-                region._refuse_views("cut off", length, self._length, interrupting)
+        with self._exports.removal():
+            if length < self._length:
+                self._exports.refuse("cut off", length, self._length)
             self._length = length
 
     def _append_bytes(self, source: Any, nbytes: int) -> None:
@@ -143,7 +144,7 @@ class _Growable(InSteps):
         start, end = self._length, self._length + nbytes
         self._grow_to(end)
         self._dirty_end = max(self._dirty_end, end)
-        _memmove(self._region._anchor(start), source, nbytes)
+        _memmove(self._exports.address(start), source, nbytes)
         self._length = end
 
     def _grow_to(self, end: int) -> None:
@@ -151,7 +152,7 @@ class _Growable(InSteps):
         if end > self._size:
             items, length = end // self._itemsize, self._length // self._itemsize
             msg = f"cannot grow to {items} {self._unit}: {length} of {self.capacity} are in use"
-            raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=end, limit="layout")
+            raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=end, limit="capacity")
         self._commit(end)
 
     def _clear(self, start: int, end: int) -> None:
@@ -160,11 +161,11 @@ class _Growable(InSteps):
         if last - first < _DISCARD_FROM:
             first = last = end
         else:
-            self._region.discard(first, last - first)
+            self._exports.discard(first, last - first)
         for low, high in ((start, first), (last, end)):
             for at in range(low, high, len(_ZEROS)):
                 nbytes = min(high - at, len(_ZEROS))
-                _memmove(self._region._anchor(at), _ZEROS, nbytes)
+                _memmove(self._exports.address(at), _ZEROS, nbytes)
 
 
 class GrowableBuffer(_Growable):
@@ -176,36 +177,34 @@ class GrowableBuffer(_Growable):
     small pages, unless huge pages are preferred.
 
     Any thread may call it. A finaliser or signal handler that interrupts a call may get
-    RuntimeError, but never sees a half-done change.
+    StateError, but never sees a half-done change.
 
     Args:
-        capacity: bytes to reserve: the maximum length.
-        step: bytes to commit at a time, whole OS pages; or ``"measured"``: the best step on this
-            machine, which `pyreserve.costs.measured_step` finds in up to two seconds, once in a
-            process.
+        capacity: bytes to reserve, or a size such as ``"1GiB"``: the maximum length.
+        step: bytes to commit at a time, a multiple of the OS page; see
+            `pyreserve.costs.measured_step` for the best one on this machine.
         mode, fork, huge_pages, name: as for `pyreserve.reserve`, whose exceptions apply too.
 
     Raises:
         RangeError: `capacity` is not positive, or `step` not a positive multiple of the OS page.
-        ValueError: an unknown word.
-        ValueError, OSError: ``"measured"`` failed, see `pyreserve.costs.measured_step`.
+        ValueError: an unknown policy, or a string that is not a size.
 
     After `release` or `close`, everything raises `ReleasedError`, a ValueError.
     """
 
-    _what, _unit = "buffer", "bytes"
+    _noun, _unit = "buffer", "bytes"
 
     def __init__(
         self,
-        capacity: int,
+        capacity: int | str,
         *,
-        step: int | Literal["measured"] = 2 * MiB,
+        step: int | str = 2 * MiB,
         mode: Mode = "charge",
         fork: Fork = "copy",
         huge_pages: HugePages = "default",
         name: str | None = None,
     ) -> None:
-        super().__init__(_index(capacity), step, mode, fork, huge_pages, name)
+        super().__init__(as_bytes(capacity), step, mode, fork, huge_pages, name)
 
     def extend(self, data: Any) -> None:
         """Append the bytes of a C-contiguous buffer, which may be a view of this one. One copy.
@@ -213,7 +212,7 @@ class GrowableBuffer(_Growable):
         Raises:
             TypeError: `data` is not a buffer.
             BufferError, ValueError: `data` is not contiguous.
-            OutOfMemoryError, ReleasedError, RuntimeError: as for `resize`.
+            OutOfMemoryError, ReleasedError, StateError: as for `resize`.
         """
         with _from_buffer(data) as source:
             self._alone(self._append_bytes, source, len(source))
@@ -226,7 +225,7 @@ class GrowableBuffer(_Growable):
 
         Raises:
             RangeError: not ``0 <= lo <= hi <= len(buffer)``.
-            ReleasedError, RuntimeError: as for `resize`.
+            ReleasedError, StateError: as for `resize`.
         """
         lo, hi = _index(lo), None if hi is None else _index(hi)
         return self._alone(self._view, lo, hi, bool(readonly))
@@ -241,11 +240,12 @@ class GrowableBuffer(_Growable):
         return memoryview(b"" if readonly else bytearray())
 
 
-class GrowableArray(_Growable):
+class GrowableArray(_Growable, Generic[_Item]):
     """A numpy array of up to `capacity` items that grows in place; one dtype, initially empty.
 
     Growing never moves an item: earlier ndarrays stay valid and share memory with later ones.
-    Sizes, memory and threads are as for `GrowableBuffer`.
+    Sizes, memory and threads are as for `GrowableBuffer`. The class is generic in the type of its
+    items, such as ``GrowableArray[np.float64]``; numpy's type of the dtype determines it.
 
     Args:
         dtype: numpy dtype of the items: no references, a fixed size, no shape of its own.
@@ -255,19 +255,43 @@ class GrowableArray(_Growable):
     Raises:
         ImportError: numpy is missing (extra ``numpy``).
         TypeError: a dtype with references, without a size, or with a shape of its own.
-        RangeError, ValueError, OSError: as for `GrowableBuffer`.
+        RangeError, ValueError: as for `GrowableBuffer`.
 
     After `release` or `close`, everything raises `ReleasedError`, a ValueError.
     """
 
-    _what, _unit = "array", "items"
+    _noun, _unit = "array", "items"
 
+    @overload
     def __init__(
         self,
+        dtype: "np.dtype[_Item] | type[_Item]",
+        capacity: int,
+        *,
+        step: int | str = ...,
+        mode: Mode = ...,
+        fork: Fork = ...,
+        huge_pages: HugePages = ...,
+        name: str | None = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "GrowableArray[Any]",
         dtype: "npt.DTypeLike",
         capacity: int,
         *,
-        step: int | Literal["measured"] = 2 * MiB,
+        step: int | str = ...,
+        mode: Mode = ...,
+        fork: Fork = ...,
+        huge_pages: HugePages = ...,
+        name: str | None = ...,
+    ) -> None: ...
+    def __init__(
+        self,
+        dtype: Any,
+        capacity: int,
+        *,
+        step: int | str = 2 * MiB,
         mode: Mode = "charge",
         fork: Fork = "copy",
         huge_pages: HugePages = "default",
@@ -285,19 +309,19 @@ class GrowableArray(_Growable):
         super().__init__(_index(capacity) * self._itemsize, step, mode, fork, huge_pages, name)
 
     @property
-    def dtype(self) -> "np.dtype[Any]":
+    def dtype(self) -> "np.dtype[_Item]":
         """The dtype of the items."""
         return self._dtype  # type: ignore[no-any-return]
 
     @property
-    def array(self) -> "np.ndarray[Any, Any]":
+    def array(self) -> "npt.NDArray[_Item]":
         """An ndarray over the current items, without a copy.
 
         It keeps its length when this array grows. While it, or anything made from it, is alive, its
         items can't be cut off.
 
         Raises:
-            ReleasedError, RuntimeError: as for `resize`.
+            ReleasedError, StateError: as for `resize`.
         """
         return self._alone(self._as_array)
 
@@ -306,7 +330,7 @@ class GrowableArray(_Growable):
 
         Raises:
             TypeError, ValueError, OverflowError: raised by numpy, or `value` is not a single item.
-            OutOfMemoryError, ReleasedError, RuntimeError: as for `resize`.
+            OutOfMemoryError, ReleasedError, StateError: as for `resize`.
         """
         item = self._numpy.array(value, dtype=self._dtype)
         if item.ndim:
@@ -320,7 +344,7 @@ class GrowableArray(_Growable):
         Raises:
             TypeError, ValueError, OverflowError: raised by numpy, or `values` is not
                 one-dimensional.
-            OutOfMemoryError, ReleasedError, RuntimeError: as for `resize`.
+            OutOfMemoryError, ReleasedError, StateError: as for `resize`.
         """
         items = self._numpy.asarray(values, dtype=self._dtype, order="C")
         if items.ndim != 1:

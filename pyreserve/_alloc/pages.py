@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from pyreserve._alloc.integers import integers, item_width, same_count, wrap_bytes
 from pyreserve._native import ffi, lib
-from pyreserve._region.region import Region, reserve
+from pyreserve._region.region import Region
+from pyreserve._region.reserve import reserve
 from pyreserve._system import forks
-from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, VMError
+from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, StateError, VMError
 
 if TYPE_CHECKING:
     from pyreserve._alloc.integers import Integers
@@ -69,7 +70,7 @@ class PageAllocator:
         tables = reserve_tables(lib.pagealloc_bytes(limit))
         # A call into C keeps this cdata alive. The garbage collector does not track it, so it dies
         # after the last finaliser that could still use it.
-        self._handle = lib.pagealloc_open(tables._handle.base, limit)
+        self._handle = lib.pagealloc_open(tables.exports.handle.base, limit)
         close_with(self._handle, tables)
         self._capacity = limit
         forks.register_tables(self._handle, self._handle)
@@ -129,7 +130,7 @@ class PageAllocator:
         enough but misaligned, the result may not be the lowest aligned run.
 
         Raises:
-            OutOfMemoryError: no run is long enough; ``limit`` is ``"layout"``, ``nbytes`` 0.
+            OutOfMemoryError: no run is long enough; ``limit`` is ``"capacity"``, ``nbytes`` 0.
         """
         n, align = _index(n), _index(align)
         try:
@@ -144,7 +145,7 @@ class PageAllocator:
         """Allocate the pages [page, page + n).
 
         Raises:
-            VMError: some of them are in use (errno EEXIST, as for ``reserve(at=...)``).
+            StateError: some of them are in use.
         """
         page, n = _index(page), _index(n)
         try:
@@ -299,11 +300,12 @@ class PageAllocator:
                 errno.ENOMEM,
                 f"{prefix}: {self.free_pages} are free, the longest run is {self.longest_free}",
                 verb=verb,
-                limit="layout",
+                limit="capacity",
             )
         if err == lib.PAGEALLOC_IN_USE:
             in_use = "already in use" if n == 1 else "some are in use"
-            raise VMError(errno.EEXIST, f"{prefix}: {in_use}", verb=verb)
+            msg = f"{prefix}: {in_use}"
+            raise StateError(msg)
         if err == lib.PAGEALLOC_NO_MEMORY:
             raise OutOfMemoryError(errno.ENOMEM, f"{prefix}: the C heap is exhausted", verb=verb)
         if err == lib.PAGEALLOC_NOT_IN_USE:
@@ -336,11 +338,11 @@ def close_with(cdata: Any, tables: Region, heap_of: Region | None = None, *kept:
     Until then the region `heap_of`, if given, counts one more C heap that uses its handle.
     """
     if heap_of is not None:
-        heap_of._in_heap += 1
+        heap_of.exports.heaps += 1
     weakref.finalize(cdata, _close, tables, heap_of, *kept).atexit = False
 
 
 def _close(tables: Region, heap_of: Region | None, *_: object) -> None:
-    lib.pagealloc_close(ffi.cast("struct pagealloc *", tables._handle.base))
+    lib.pagealloc_close(ffi.cast("struct pagealloc *", tables.exports.handle.base))
     if heap_of is not None:
-        heap_of._in_heap -= 1
+        heap_of.exports.heaps -= 1

@@ -5,28 +5,43 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import index as _index
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyreserve._alloc.integers import integers
 from pyreserve._alloc.pages import PageAllocator
 from pyreserve._native import ffi, lib
-from pyreserve._region.exports import view_error
-from pyreserve._region.owner import as_step
-from pyreserve._region.region import Mode, reserve
+from pyreserve._region.arrays import ArrayPlan
+from pyreserve._region.owner import InSteps, as_step
+from pyreserve._region.policies import Fork, HugePages, Mode
+from pyreserve._region.reserve import reserve
 from pyreserve._system.limits import PAGE_SIZE
-from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError
-from pyreserve.units import GiB, MiB, format_size, round_up
+from pyreserve._system.machine import thp_size
+from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, StateError
+from pyreserve.units import GiB, MiB, as_bytes, format_size, round_up
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    import numpy as np
+    import numpy.typing as npt
 
     from pyreserve._alloc.integers import Integers
+    from pyreserve._region.arrays import Shape
 
 _alloc = lib.pagealloc_alloc
 _free = lib.pagealloc_free
 
 
-class Pool:
+class _Slots(PageAllocator):
+    """The slots of a pool, as pages."""
+
+    __slots__ = ()
+
+    @property
+    def handle(self) -> Any:
+        """The ``struct pagealloc *``, for calls of C."""
+        return self._handle
+
+
+class Pool(InSteps):
     """Slots of `item_size` bytes, numbered from 0, at addresses that never change.
 
     All addresses are reserved at once; memory is committed `step` bytes at a time. `alloc` takes
@@ -34,38 +49,42 @@ class Pool:
     number of slots, since a `PageAllocator` keeps track of them.
 
     Args:
-        item_size: bytes of a slot.
+        item_size: bytes of a slot, or a size such as ``"64KiB"``.
         capacity: the maximum number of slots; None: as many as fit in 1 GiB of addresses.
         align: a power of two, in bytes. Slots begin at multiples of it; the distance between them
             is `item_size` rounded up to it. None: the next power of two that holds a slot, at
             most 16.
-        mode: how commits are accounted, as for `pyreserve.reserve`.
-        step: bytes to commit at a time, whole OS pages; or ``"measured"``: the best step on this
-            machine, which `pyreserve.costs.measured_step` finds in up to two seconds, once in a
-            process.
+        step: bytes to commit at a time, a multiple of the OS page; see
+            `pyreserve.costs.measured_step` for the best one on this machine.
+        mode, huge_pages, fork, name: as for `pyreserve.reserve`, whose exceptions apply too.
 
     Any number of threads may use a pool. A forked child has its own copy.
 
     Raises (all methods):
         TypeError: an argument is not an integer.
         RangeError: an argument is out of range, or not a slot of this pool.
-        OutOfMemoryError: no free slot (``limit`` is ``"layout"``), or the kernel refused memory;
+        OutOfMemoryError: no free slot (``limit`` is ``"capacity"``), or the kernel refused memory;
             nothing has changed.
         ReleasedError: the pool was released or closed.
     """
 
+    _noun = "pool"
+
     def __init__(
         self,
-        item_size: int,
+        item_size: int | str,
         *,
         capacity: int | None = None,
-        align: int | None = None,
+        align: int | str | None = None,
+        step: int | str = 2 * MiB,
         mode: Mode = "charge",
-        step: int | Literal["measured"] = 2 * MiB,
+        huge_pages: HugePages = "default",
+        fork: Fork = "copy",
+        name: str | None = None,
     ) -> None:
         """Reserve the addresses."""
-        size = _index(item_size)
-        align = min(1 << max(size - 1, 0).bit_length(), 16) if align is None else _index(align)
+        size = as_bytes(item_size)
+        align = min(1 << max(size - 1, 0).bit_length(), 16) if align is None else as_bytes(align)
         if size <= 0:
             msg = f"item_size must be positive, got {size}"
             raise RangeError(msg)
@@ -79,14 +98,20 @@ class Pool:
             raise RangeError(msg)
         step = as_step(step)
         # Slots are the pages of this allocator.
-        self._slots = PageAllocator(nslots, capacity=nslots)
-        self._handle = self._slots._handle
+        self._slots = _Slots(nslots, capacity=nslots)
+        self._handle = self._slots.handle
         # Steps must end on multiples of their own size to be backed with huge pages.
-        base_align = max(align, step & -step)
-        self._region = reserve(nslots * stride, align=base_align, mode=mode)
-        self._lock = self._region._make_lock()
-        self._item_size, self._stride, self._capacity, self._step = size, stride, nslots, step
-        self._committed = 0
+        base_align = max(align, step & -step, thp_size() or 1 if huge_pages == "prefer" else 1)
+        region = reserve(
+            nslots * stride,
+            align=base_align,
+            mode=mode,
+            huge_pages=huge_pages,
+            fork=fork,
+            name=name,
+        )
+        super().__init__(region, step, small_first=False)
+        self._item_size, self._stride, self._capacity = size, stride, nslots
         self._clearing = False  # a call is writing zeros to slots
         # Slots below this number were allocated before: committed, and maybe not zero.
         self._dirty_end = 0
@@ -107,16 +132,6 @@ class Pool:
     def in_use(self) -> int:
         """Bytes of the slots in use, including the padding between slots."""
         return len(self) * self._stride
-
-    @property
-    def committed(self) -> int:
-        """Committed bytes. Exact."""
-        return self._region.committed
-
-    @property
-    def released(self) -> bool:
-        """Whether the pool was released or closed."""
-        return self._region.released
 
     # -- slots --------------------------------------------------------------------------------
 
@@ -140,17 +155,20 @@ class Pool:
             ViewError: live views hold some of its bytes.
         """
         slot = _index(slot)
-        region = self._region
+        exports = self._exports
         with self._lock:
-            interrupting, region._busy = region._busy, True
+            if exports.released:
+                self._alive()
             try:
-                if region._views is not None or region._released:
-                    self._check_views((slot,), interrupting)
-                err = _free(self._handle, slot, 1)
+                if exports.viewed and 0 <= slot < self._capacity:
+                    low = slot * self._stride
+                    err = exports.remove(
+                        f"free slot {slot}", low, low + self._stride, _free, self._handle, slot, 1
+                    )
+                else:
+                    err = _free(self._handle, slot, 1)
             except OverflowError:
                 err = lib.PAGEALLOC_OUTSIDE
-            finally:
-                region._busy = interrupting
         if err:
             self._refuse_slot(slot, err)
 
@@ -175,8 +193,8 @@ class Pool:
         """
         numbers, length = integers(slots, "slots"), integers(1, "lengths", allow_scalar=True)
         count, failed = len(numbers.values), ffi.new("size_t *")
-        with self._lock, self._region._taking_away() as interrupting:
-            self._check_views(numbers.values, interrupting)
+        with self._lock, self._exports.removal():
+            self._check_views(numbers.values)
             err = lib.pagealloc_free_many(
                 self._handle, length.struct, numbers.struct, count, failed
             )
@@ -191,13 +209,42 @@ class Pool:
 
         Raises:
             FreeError: the slot is free.
-            RuntimeError: called by a finaliser or signal handler inside another call.
+            StateError: called by a finaliser or signal handler inside another call.
         """
         slot = _index(slot)
         with self._lock:
             view = self._region.view(self._offset_in_use(slot), self._item_size, readonly=readonly)
             self._offset_in_use(slot)  # raises if a signal handler has freed the slot since
         return view
+
+    def ndarray(
+        self,
+        slot: int,
+        shape: "Shape",
+        dtype: "npt.DTypeLike" = "uint8",
+        *,
+        readonly: bool = False,
+    ) -> "np.ndarray[Any, Any]":
+        """Return a C-ordered ndarray of `shape` and `dtype` over the first bytes of a slot in use.
+
+        `shape` is an int, or a tuple or list of ints. The array protects the slot as a `view`
+        does; an array without items protects nothing.
+
+        Raises:
+            ImportError: numpy is missing (extra ``numpy``).
+            ValueError: the items hold references to objects.
+            RangeError: the array is larger than `item_size`, or a side is negative.
+            FreeError, StateError: as for `view`.
+        """
+        plan = ArrayPlan(shape, dtype)
+        if plan.nbytes > self._item_size:
+            msg = f"shape must fit a slot of {self._item_size} bytes, got {plan.nbytes} bytes"
+            raise RangeError(msg)
+        if plan.nbytes:
+            return plan.over(self.view(slot, readonly=readonly)[: plan.nbytes])
+        with self._lock:
+            self._offset_in_use(slot)
+        return plan.empty(readonly=readonly)
 
     def address(self, slot: int) -> int:
         """Return the address of a slot in use. Touching memory through it is at your own risk.
@@ -221,16 +268,16 @@ class Pool:
             self._alive()
             # While the tail is allocated, no interrupting call can allocate slots of it.
             first, low = self._alloc_tail()
-            cut = min(round_up(low, PAGE_SIZE), self._committed)
-            nbytes = self._committed - cut
+            cut = min(round_up(low, PAGE_SIZE), self._end)
+            nbytes = self._end - cut
             try:
                 if low < cut:
                     self._clear(low, cut - low)
                 if nbytes:
-                    self._region.decommit(cut, nbytes)
+                    self._exports.decommit(cut, nbytes)
             finally:
                 if not nbytes or not self._region.is_committed(cut, nbytes):
-                    self._committed, self._dirty_end = cut, min(self._dirty_end, first)
+                    self._end, self._dirty_end = cut, min(self._dirty_end, first)
                 if first < self._capacity:
                     _free(self._handle, first, self._capacity - first)
         return nbytes
@@ -241,14 +288,14 @@ class Pool:
         Raises:
             ViewError: live views hold some of the bytes; nothing has changed.
             ReleasedError: the pool was released or closed.
-            RuntimeError: called by a finaliser or signal handler inside another call.
+            StateError: called by a finaliser or signal handler inside another call.
         """
         with self._lock:
             self._alive()
             if self._clearing:
                 msg = "release called from inside another call on the same pool"
-                raise RuntimeError(msg)
-            self._region.release()
+                raise StateError(msg)
+            self._exports.release()
             self._dirty_end = 0  # makes every `alloc` check whether the pool was released
 
     def close(self) -> None:
@@ -257,10 +304,10 @@ class Pool:
         The table of slots is freed with this object.
         """
         with self._lock:
-            self._region._retire()
+            self._exports.retire()
             self._dirty_end = 0
             if not self._clearing:  # else the interrupted call still needs the memory
-                self._region._close()
+                self._exports.close()
 
     # -- Python's protocols -------------------------------------------------------------------
 
@@ -283,13 +330,6 @@ class Pool:
             runs = list(self._slots.used_runs())
         return chain.from_iterable(range(start, stop) for start, stop in runs)
 
-    def __enter__(self) -> "Self":
-        self._alive()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         with self._lock:
             if self.released:
@@ -299,16 +339,7 @@ class Pool:
                 f"use, {format_size(self.committed)} committed>"
             )
 
-    def __reduce__(self) -> NoReturn:
-        msg = "a Pool can't be pickled or copied: its memory belongs to this process"
-        raise TypeError(msg)
-
     # -- inside -------------------------------------------------------------------------------
-
-    def _alive(self) -> None:
-        if self._region.released:
-            msg = "the pool was released or closed"
-            raise ReleasedError(msg)
 
     def _capacity_error(self, n: int) -> RangeError | OutOfMemoryError:
         if n < 0:
@@ -316,7 +347,7 @@ class Pool:
         slots = "a slot" if n == 1 else f"{n} slots"
         msg = f"cannot allocate {slots}: {self._slots.free_pages} of {self._capacity} are free"
         nbytes = n * self._stride
-        return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit="layout")
+        return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit="capacity")
 
     def _commit_and_clear(self, slots: Sequence[int], zero: bool) -> None:
         """Commit newly allocated slots, in rising order; clear dirty ones if `zero`.
@@ -328,42 +359,28 @@ class Pool:
             raise self._capacity_error(1)
         try:
             end = slots[-1] + 1
-            if end * self._stride > self._committed:
-                self._commit(end * self._stride)
+            self._commit(end * self._stride)
             if zero:
                 for slot in slots:
                     if slot < self._dirty_end:
                         self._clear(slot * self._stride, self._item_size)
             self._dirty_end = max(self._dirty_end, end)
-            if self._region._released:  # by a call that interrupted this one
+            if self._exports.released:  # by a call that interrupted this one
                 self._dirty_end = 0
                 self._alive()
         except BaseException:
             self._slots.free_many(slots)
             raise
 
-    def _commit(self, end: int) -> None:
-        """Commit up to the end of a step; if that is refused, only up to `end`."""
-        begin, need = self._committed, round_up(end, PAGE_SIZE)
-        ahead = min(round_up(end, self._step), self._region.size)
-        try:
-            self._region.commit(begin, ahead - begin)
-        except OutOfMemoryError:
-            if ahead == need:
-                raise
-            self._region.commit(begin, need - begin)
-            ahead = need
-        self._committed = max(self._committed, ahead)
-
     def _clear(self, offset: int, nbytes: int) -> None:
         interrupting, self._clearing = self._clearing, True
         try:
             self._alive()
-            ffi.memmove(self._region._anchor(offset), bytes(nbytes), nbytes)
+            ffi.memmove(self._exports.address(offset), bytes(nbytes), nbytes)
         finally:
             self._clearing = interrupting
-            if not interrupting and self._region._released:  # closed by a call that interrupted
-                self._region._close()
+            if not interrupting and self._exports.released:  # closed by a call that interrupted
+                self._exports.close()
 
     def _alloc_tail(self) -> tuple[int, int]:
         """Allocate all slots above the highest in use; return the first of them and its offset."""
@@ -382,21 +399,21 @@ class Pool:
             self._refuse_slot(slot, lib.PAGEALLOC_NOT_IN_USE)
         return slot * self._stride
 
-    def _check_views(self, slots: Sequence[int], interrupting: bool) -> None:
+    def _check_views(self, slots: Sequence[int]) -> None:
         """Refuse to free slots that live views hold."""
         self._alive()
-        views = self._region._views
-        if views is None:
-            return
-        low, n = (slots[0] * self._stride, 1) if len(slots) == 1 else (0, self._capacity)
-        live = views.live(low, low + n * self._stride, prune=not interrupting)
-        held = {lo // self._stride for _, lo, _ in live}.intersection(slots) if live else ()
+        live = self._exports.live(0, self._region.size)
+        wanted, stride = set(slots) if live else set(), self._stride
+        held = [
+            slot
+            for _, lo, hi in live
+            for slot in range(lo // stride, (hi - 1) // stride + 1)
+            if slot in wanted
+        ]
         if held:
             slot = min(held)
-            raise view_error(
-                f"cannot free slot {slot}",
-                [entry for entry in live if entry[1] // self._stride == slot],
-            )
+            low, high = slot * stride, (slot + 1) * stride
+            self._exports.refuse(f"free slot {slot}", low, high)
 
     def _refuse_slot(self, slot: int, err: int) -> NoReturn:
         if err == lib.PAGEALLOC_NOT_IN_USE and 0 <= slot < self._capacity:

@@ -1,44 +1,35 @@
 """Arena: a heap of blocks in an address-space layout, which gives idle memory back."""
 
-import errno
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from operator import index as _index
-from typing import Any, Literal
+from typing import Any
 
-from pyreserve._alloc.integers import IntegersForC, integers
-from pyreserve._alloc.pages import close_with, reserve_tables
-from pyreserve._arena.blocks import Block, Blocks, already_freed
-from pyreserve._arena.engine import WORD, Engine, FellBack
+from pyreserve import layouts
+from pyreserve._alloc.integers import integers
+from pyreserve._arena.blocks import Block, Blocks
+from pyreserve._arena.engine import WORD, Engine, FellBack, Policies
+from pyreserve._arena.heap import Heap, already_freed
 from pyreserve._arena.heapbitmap import HeapBitmap
 from pyreserve._arena.memstats import MemStats
 from pyreserve._arena.scavenger import FIVE_MINUTES, Scavenger, Worker
 from pyreserve._native import ffi, lib
-from pyreserve._region.owner import as_step
-from pyreserve._region.region import Mode, Region, resident
-from pyreserve._system import forks
-from pyreserve._system.limits import PAGE_SIZE, refusal
-from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError, ViewError
-from pyreserve.units import MiB, TiB, as_float, format_size, round_up
+from pyreserve._region.owner import OnRegion, as_step
+from pyreserve._region.policies import Fork, HugePages, Mode
+from pyreserve._region.region import resident
+from pyreserve.errors import RangeError, StateError
+from pyreserve.layouts import Layout, LayoutName, Piece, Placement
+from pyreserve.units import as_bytes, as_float, format_size, round_up
 
 __all__ = ["WORD", "Arena", "FellBack"]
 
 _alloc = lib.heap_alloc
 _free = lib.heap_free
-_find = lib.heap_find
 _nbytes = lib.heap_nbytes
 _address = lib.heap_address
-_ZEROED = 1 << lib.HEAP_PAGE_BITS
-_BLOCKS_PER_CALL = 256
-_RUNS_PER_CALL = 256
-_MAX_RUN_BYTES = 64 * MiB  # given back in one system call: bounds how long the lock is held
-# Seconds that a scavenger waits for the lock before it checks whether it was stopped.
-_LOCK_POLL_SECONDS = 0.05
-_SPREAD_BYTES = TiB  # the tables' capacity where each arena is mapped separately (Go 1.11)
+_CLOSED: int = lib.HEAP_CLOSED
 
 
-class Arena(Engine):
+class Arena(OnRegion):
     """A heap of blocks: reserves the addresses of a layout and commits memory as blocks need it.
 
     A block occupies whole pages of the layout (8 KiB in Go's). Placement is address-ordered first
@@ -46,16 +37,21 @@ class Arena(Engine):
     same time for all sizes of arenas and blocks: the tables have a few bytes for each page.
 
     Args:
-        layout: a name from `pyreserve.layouts.names`; None: Go's layout of December 2014 for this
-            interpreter's word size (`pyreserve.layouts.default_name`).
-        size: bytes of arena, for the layout ``"native"`` only.
+        size: bytes of arena, or a size such as ``"4GiB"``; for the layout ``"native"`` only. None:
+            128 GiB, or 512 MiB on 32 bits.
+        layout: a name from `pyreserve.layouts.names`. ``"native"`` is one arena of `size` bytes at
+            any address; the others are Go's.
         mode: how commits are accounted, as for `pyreserve.reserve`.
+        huge_pages: policy of all memory of the arena, as for `pyreserve.reserve`.
+        fork: contents in a forked child, as for `pyreserve.reserve`. With ``"wipe"`` blocks read
+            zero there. In Go's layouts up to 1.10 the spans are wiped too: the child finds no block
+            that its parent allocated, and cannot free it.
+        name: name of all memory of the arena, as for `pyreserve.reserve`.
+        step: minimum growth, bytes or a size: a multiple of the layout's page and of the OS page.
+            None: the layout's rule, 1 MiB in Go's and 2 MiB in ``"native"``.
+            `pyreserve.costs.measured_step` returns a step that suits this machine.
         scavenge_after: if given, a thread gives memory back that was idle for this many seconds
             (`start_scavenger`).
-        step: minimum growth of the arena in bytes, a multiple of the layout's page and of the OS
-            page. None: the layout's rule, 1 MiB in Go's and 2 MiB in ``"native"``. ``"measured"``:
-            a step that suits this machine, from `pyreserve.costs.measured_step`, which takes up to
-            two seconds once in a process.
 
     A 64-bit Go layout whose reservation is refused falls back to the 32-bit mechanism, as Go's
     runtime did. `layout` then differs from `requested_layout`, and `fell_back` has the reason.
@@ -65,95 +61,124 @@ class Arena(Engine):
 
     Raises:
         KeyError: no layout has this name.
-        RangeError: `size` or `step` is out of range.
-        ValueError, OSError: `step` is another string, or could not be measured; see
-            `pyreserve.costs.measured_step`.
+        RangeError: `size` or `step` is out of range, `size` is the name of a layout, or was given
+            for another layout than ``"native"``.
+        ValueError: an unknown policy, or a string that is not a size.
         OutOfMemoryError: the addresses were refused; its ``limit`` names the limit.
+        VMError: this kernel lacks a policy.
     """
+
+    _noun = "arena"
 
     def __init__(
         self,
-        layout: str | None = None,
+        size: int | str | None = None,
         *,
-        size: int | None = None,
+        layout: LayoutName = "native",
         mode: Mode = "charge",
+        huge_pages: HugePages = "default",
+        fork: Fork = "copy",
+        name: str | None = None,
+        step: int | str | None = None,
         scavenge_after: float | None = None,
-        step: int | Literal["measured"] | None = None,
     ) -> None:
-        nbytes = None if step is None else as_step(step)
-        # The C heap and its tables; None until the first allocation.
-        self._heap: Any = None
-        self._tables: Region | None = None
-        self._worker: Worker | None = None
-        # Closed blocks by their new handle, and those whose last view is gone, to be freed. The
-        # callback of a view cannot take the lock, so it only appends to the list.
-        self._closed_blocks: dict[int, _ClosedBlock] = {}
-        self._unviewed_blocks: list[_ClosedBlock] = []
-        super().__init__(layout, size, mode)
-        self._step = self.layout.growth if nbytes is None else round_up(nbytes, self._page)
-        if nbytes not in {None, self._step} and step != "measured":
-            super().release()
-            msg = f"step must be a multiple of the layout's page ({self._page}), got {nbytes}"
+        if isinstance(size, str) and size in layouts.names():
+            msg = f"size must be a number of bytes, got the name of a layout: use layout={size!r}"
             raise RangeError(msg)
-        self._region._owner = "an arena"
-        self._base = self._region.base
+        step_bytes = None if step is None else as_step(step)
+        self._engine = engine = Engine(layout, size, Policies(mode, huge_pages, fork, name))
+        growth = round_up(step_bytes or engine.layout.growth, engine.page)
+        if step_bytes not in {None, growth}:
+            engine.release()
+            msg = f"step must be a multiple of the layout's page ({engine.page}), got {step_bytes}"
+            raise RangeError(msg)
+        super().__init__(engine.region)
+        self._base = engine.region.base
+        self._heap = Heap(engine, growth)
+        self._worker: Worker | None = None
         if scavenge_after is not None:
             self.start_scavenger(scavenge_after)
 
     # -- properties ---------------------------------------------------------------------------
 
     @property
+    def requested_layout(self) -> Layout:
+        """The layout named in the constructor."""
+        return self._engine.requested_layout
+
+    @property
+    def layout(self) -> Layout:
+        """The layout in use; the fallback if `requested_layout` was refused."""
+        return self._engine.layout
+
+    @property
+    def fell_back(self) -> FellBack | None:
+        """Why the requested layout was refused; None if it was not."""
+        return self._engine.fell_back
+
+    @property
+    def placement(self) -> Placement:
+        """Current address ranges of spans, bitmap and arena."""
+        return self._engine.placement
+
+    @property
+    def heap(self) -> Heap:
+        """The C heap of the arena; for its blocks alone."""
+        return self._heap
+
+    @property
     def in_use(self) -> int:
         """Bytes in use: the whole pages of all blocks, and the ranges from `grow`."""
-        self._free_closed(sweep=True)
-        return self._counts()[1]
+        self._heap.free_closed(sweep=True)
+        return self._heap.counts()[1]
 
     @property
-    def committed(self) -> int:
-        """Committed bytes of `region`: arena, spans and bitmap."""
-        return self._region.committed
-
-    @property
-    def released(self) -> bool:
-        """Whether the arena was released or closed."""
-        return self._region.released
+    def heap_bitmap(self) -> HeapBitmap | None:
+        """The heap bitmap of the arena; None if the layout has none."""
+        return HeapBitmap(self._engine) if self.layout.bitmap_bits else None
 
     # -- allocate and free --------------------------------------------------------------------
 
-    def alloc(self, nbytes: int, align: int = 1, *, zero: bool = False) -> Block:
+    def alloc(self, nbytes: int | str, *, align: int | str = 1, zero: bool = False) -> Block:
         """Allocate a block of `nbytes` bytes.
 
         If no free run is long enough, the arena grows by its step, or by what the block needs if
         that is more. If the kernel refuses the step, the arena grows by just what the block needs.
 
         Args:
-            nbytes: size of the block in bytes.
-            align: the address is a multiple of it, and of the arena's page in any case. A power of
-                two; in layouts with separate arenas (Go 1.11) at most the size of one, 64 MiB.
+            nbytes: size of the block, bytes or a size such as ``"64KiB"``.
+            align: bytes or a size, a power of two: the address is a multiple of it, and of the
+                arena's page in any case. In layouts with separate arenas (Go 1.11) at most the size
+                of one, 64 MiB.
             zero: clear the bytes that are not known to be zero. Bytes never used before read zero
                 in any case; `Block.zeroed` is True if the whole block was known to be zero.
 
         Raises:
             RangeError: `nbytes` is not positive, or `align` is not allowed.
-            OutOfMemoryError: the layout is used up, or the kernel refused. The message has the
-                bytes requested, in use and reserved. Nothing has changed.
+            OutOfMemoryError: the arena is used up (``limit`` is ``"capacity"``, or ``"layout"`` in
+                Go's layouts), or the kernel refused. The message has the bytes requested, in use
+                and reserved. Nothing has changed.
             ReleasedError: the arena was released or closed.
-            RuntimeError: a finaliser or signal handler called this during a growth, and the arena
+            StateError: a finaliser or signal handler called this during a growth, and the arena
                 has to grow again.
         """
-        nbytes = _index(nbytes)
-        if self._unviewed_blocks:
-            self._free_closed()
         try:
-            handle = _alloc(self._heap, nbytes, align, zero, False)
+            nbytes = _index(nbytes)  # type: ignore[arg-type]
+        except TypeError:
+            nbytes = as_bytes(nbytes)
+        heap = self._heap
+        if heap.unviewed:
+            heap.free_closed()
+        try:
+            handle = _alloc(heap.handle, nbytes, align, zero, False)
         except (OverflowError, TypeError):  # no heap yet, or an argument that C does not take
-            handle = lib.HEAP_CLOSED
+            handle = _CLOSED
         if handle < 0:
-            handle = self._alloc_slow_path(nbytes, _index(align), bool(zero))
+            handle = heap.alloc_slow(nbytes, as_bytes(align), bool(zero))
         return Block(self, handle, nbytes)
 
     def free(self, block: Block) -> None:
-        """Free a block. Its memory stays committed for later blocks until `scavenge`.
+        """Free a block. Its memory stays committed for later blocks until `trim`.
 
         Raises:
             FreeError: the block was already freed or closed.
@@ -167,16 +192,13 @@ class Arena(Engine):
                 raise _not_of_this_arena(block)
         except AttributeError:
             raise _not_a_block("free", block) from None
-        region = self._region
+        exports, heap, handle = self._exports, self._heap.handle, block._handle
         with self._lock:
-            interrupting, region._busy = region._busy, True
-            try:
-                if region._views is not None and _nbytes(self._heap, block._handle) > 0:
-                    low = int(_address(self._heap, block._handle)) - self._base
-                    region._refuse_views("free", low, low + block._nbytes, interrupting)
-                freed = _free(self._heap, block._handle)
-            finally:
-                region._busy = interrupting
+            if exports.viewed and _nbytes(heap, handle) > 0:
+                low = int(_address(heap, handle)) - self._base
+                freed = exports.remove("free", low, low + block._nbytes, _free, heap, handle)
+            else:
+                freed = _free(heap, handle)
         if freed < 0:
             self._alive()
             raise already_freed()
@@ -191,26 +213,7 @@ class Arena(Engine):
             As `alloc`, for the first size that is refused. No block was allocated then, but the
             arena may have grown.
         """
-        wanted = integers(sizes, "sizes")
-        count = len(wanted.values)
-        handles = ffi.new("int64_t[]", count)
-        refused = ffi.new("int64_t *")
-        with self._lock:
-            self._alive()
-            self._free_closed()
-            self._open_heap()
-            done = 0
-            try:
-                while True:
-                    done += lib.heap_alloc_many(
-                        self._heap, wanted.struct, handles, done, count, True, refused
-                    )
-                    if done == count:
-                        break
-                    self._grow_for_sizes(int(refused[0]), wanted, done)
-            except BaseException:
-                lib.heap_free_many(self._heap, handles, done, True, ffi.new("size_t *"))
-                raise
+        handles = self._heap.alloc_many(integers(sizes, "sizes"))
         return Blocks(self, handles)
 
     def free_many(self, blocks: Iterable[Block]) -> None:
@@ -234,16 +237,7 @@ class Arena(Engine):
             handles = ffi.new("int64_t[]", [block._handle for block in listed])
         if foreign is not None:
             raise _not_of_this_arena(foreign)
-        failed = ffi.new("size_t *")
-        with self._lock, self._region._taking_away():
-            self._alive()
-            self._free_closed()
-            if self._heap is None:
-                return
-            self._refuse_viewed_blocks(handles)
-            freed = lib.heap_free_many(self._heap, handles, len(handles), False, failed)
-        if freed < 0:
-            raise already_freed(f"blocks[{failed[0]}]")
+        self._heap.free_many(handles)
 
     def block_at(self, address: int) -> Block | None:
         """Return the block that contains `address`, from the spans; None if no block does.
@@ -251,13 +245,8 @@ class Arena(Engine):
         Raises:
             ReleasedError: the arena was released or closed.
         """
-        address = _index(address)
-        self._alive()
-        if self._heap is None or not 0 <= address < 1 << (8 * WORD):
-            return None
-        handle = int(_find(self._heap, address))
-        nbytes = int(_nbytes(self._heap, handle)) if handle >= 0 else handle
-        return Block(self, handle, nbytes) if nbytes > 0 and not self._is_closed(handle) else None
+        handle_and_size = self._heap.find(_index(address))
+        return None if handle_and_size is None else Block(self, *handle_and_size)
 
     def blocks(self) -> Iterator[Block]:
         """Iterate over all blocks, lowest address first.
@@ -268,25 +257,38 @@ class Arena(Engine):
         Raises:
             ReleasedError: the arena was released or closed; also by ``next``.
         """
-        self._alive()
-        return self._iter_blocks()
+        return (Block(self, handle, nbytes) for handle, nbytes in self._heap.blocks())
 
-    @property
-    def heap_bitmap(self) -> HeapBitmap:
-        """The heap bitmap of the arena.
+    def grow(self, nbytes: int | str) -> int:
+        """Take the next `nbytes` bytes of the arena; commit them and their metadata.
+
+        The size is rounded up to whole pages of the layout. When the arena is used up, the layout's
+        rules decide which addresses are requested from the kernel. A failed call changes nothing.
+
+        Returns:
+            The address of the first new byte. The new bytes read zero.
 
         Raises:
-            ValueError: the layout has no heap bitmap.
+            RangeError: `nbytes` is not positive.
+            OutOfMemoryError: the layout is used up, or the kernel refused.
+            VMError: another mapping occupies addresses that were only probed (EEXIST).
+            ReleasedError: the arena was released or closed.
+            StateError: a finaliser or signal handler called this during another growth.
         """
-        if not self.layout.bitmap_bits:
-            msg = f"the layout {self.layout.name} has no heap bitmap"
-            raise ValueError(msg)
-        return HeapBitmap(self)
+        nbytes = as_bytes(nbytes)
+        if nbytes <= 0:
+            msg = f"nbytes must be positive, got {nbytes}"
+            raise RangeError(msg)
+        return self._engine.grow(nbytes)
 
     # -- give back ----------------------------------------------------------------------------
 
-    def scavenge(
-        self, nbytes: int | None = None, older_than: float | None = None, lazy: bool = False
+    def trim(
+        self,
+        nbytes: int | str | None = None,
+        *,
+        older_than: float | None = None,
+        lazy: bool = False,
     ) -> int:
         """Give the memory of free pages back to the system, highest addresses first.
 
@@ -297,7 +299,8 @@ class Arena(Engine):
         page fault, and a commit if the page was decommitted.
 
         Args:
-            nbytes: maximum to give back, rounded up to whole pages; None: no maximum.
+            nbytes: maximum to give back, bytes or a size, rounded up to whole pages; None: no
+                maximum.
             older_than: give back only pages that were free for this many seconds; None: all.
             lazy: let the kernel take the memory under memory pressure (MADV_FREE). This is cheaper,
                 but until then RSS includes the pages, and their contents are not known to be zero.
@@ -312,78 +315,18 @@ class Arena(Engine):
             VMError: nothing was given back, because the kernel refused.
             ReleasedError: the arena was released or closed.
         """
-        max_bytes = 1 << 62 if nbytes is None else _index(nbytes)
+        max_bytes = None if nbytes is None else as_bytes(nbytes)
         seconds = 0.0 if older_than is None else as_float(older_than)
-        if max_bytes < 0:
+        if max_bytes is not None and max_bytes < 0:
             msg = f"nbytes must not be negative, got {max_bytes}"
             raise RangeError(msg)
         if not seconds >= 0:
             msg = f"older_than must be at least 0 seconds, got {seconds}"
             raise RangeError(msg)
-        total, refusals = self._scavenge(max_bytes, seconds, bool(lazy), None)
+        total, refusals = self._heap.give_back(max_bytes, seconds, bool(lazy))
         if refusals and total == 0:
             raise refusals.pop()
         return total
-
-    def scavenge_for(self, scavenger: Scavenger, wanted: Callable[[], bool]) -> None:
-        """Scavenge once for the thread of `start_scavenger`, until `wanted` returns False."""
-        total, _ = self._scavenge(1 << 62, scavenger.older_than, scavenger.lazy, wanted)
-        scavenger.add(total)
-
-    def _scavenge(
-        self, max_bytes: int, older_than: float, lazy: bool, wanted: Callable[[], bool] | None
-    ) -> tuple[int, list[Exception]]:
-        """Give back up to `max_bytes`; return the bytes given back and at most one refusal.
-
-        The scavenger's thread passes `wanted`, and stops when that returns False.
-        """
-        age = int(min(older_than * 1000, (1 << 32) - 1))
-        left, below, total, n = -(-max_bytes // self._page), 1 << 62, 0, _RUNS_PER_CALL
-        refusals: list[Exception] = []
-        runs = ffi.new("struct pagealloc_run[]", _RUNS_PER_CALL)
-        while n == _RUNS_PER_CALL and left > 0:
-            if wanted is None:
-                with self._lock:
-                    n, given = self._scavenge_batch(runs, left, below, age, lazy, refusals)
-            elif self._acquire_while(wanted):
-                try:
-                    n, given = self._scavenge_batch(runs, left, below, age, lazy, refusals)
-                finally:
-                    self._lock.release()
-            else:
-                break
-            total += given
-            if n > 0:
-                below = runs[n - 1].start
-                left -= sum(runs[i].stop - runs[i].start for i in range(n))
-        return total, refusals
-
-    def _scavenge_batch(
-        self, runs: Any, left: int, below: int, age: int, lazy: bool, refusals: list[Exception]
-    ) -> tuple[int, int]:
-        """Give back up to `left` pages below page `below`; return the number of runs and bytes."""
-        self._alive()
-        self._free_closed()
-        if self._heap is None:
-            return 0, 0
-        longest = _MAX_RUN_BYTES // self._page
-        n = int(
-            lib.heap_idle(
-                self._heap, below, min(left, 1 << 62), longest, age, lazy, runs, _RUNS_PER_CALL
-            )
-        )
-        return n, self._give_back_runs(runs, n, lazy, refusals)
-
-    def _acquire_while(self, wanted: Callable[[], bool]) -> bool:
-        """Take the lock, or return False when `wanted` does: its owner may wait for this thread.
-
-        For the scavenger's thread alone. In the main thread a signal handler could raise between
-        the return and the ``try`` whose ``finally`` releases the lock.
-        """
-        while wanted():
-            if self._lock.acquire(timeout=_LOCK_POLL_SECONDS):
-                return True
-        return False
 
     def start_scavenger(self, older_than: float = FIVE_MINUTES, *, lazy: bool = False) -> Scavenger:
         """Start a thread that gives back pages that were free for `older_than` seconds.
@@ -394,7 +337,7 @@ class Arena(Engine):
 
         Args:
             older_than: seconds; five minutes by default, as in Go.
-            lazy: as for `scavenge`.
+            lazy: as for `trim`.
 
         Raises:
             RangeError: `older_than` is negative.
@@ -408,7 +351,7 @@ class Arena(Engine):
         with self._lock:
             self._alive()
             if self._worker is None:
-                self._worker = Worker(self)
+                self._worker = Worker(self._heap)
         scavenger = self._worker.start(older_than, bool(lazy))
         if self._region.released:  # by another thread
             scavenger.stop()
@@ -433,50 +376,38 @@ class Arena(Engine):
         Raises:
             ReleasedError: the arena was released or closed.
         """
+        engine, heap = self._engine, self._heap
         with self._lock:
-            self._alive()
-            self._free_closed(sweep=True)
-            heap_sys = sum(high - low for low, high in self.placement.arenas)
-            stats, inuse = self._counts()
-            gc_sys, other_sys = self._metadata_mapped()
+            engine.check_alive()
+            heap.free_closed(sweep=True)
+            heap_sys = sum(high - low for low, high in engine.placement.arenas)
+            stats, inuse = heap.counts()
+            gc_sys, other_sys = engine.metadata_mapped()
             return MemStats(
                 sys=heap_sys + gc_sys + other_sys,
                 heap_sys=heap_sys,
                 heap_idle=heap_sys - inuse,
                 heap_inuse=inuse,
                 heap_released=stats.released,
-                heap_alloc=stats.requested + self._taken_by_grow,
+                heap_alloc=stats.requested + engine.taken_by_grow,
                 heap_objects=stats.mallocs - stats.frees,
                 mallocs=stats.mallocs,
                 frees=stats.frees,
                 gc_sys=gc_sys,
                 other_sys=other_sys,
-                reserved=self._region.reserved + sum(r.size for r in self._metadata_regions),
-                committed=self._region.committed + sum(r.size for r in self._metadata_regions),
-                resident=sum(resident(r) for r in (self._region, *self._metadata_regions)),
-                tables=self._tables.size if self._tables is not None else 0,
+                reserved=self._region.reserved + sum(r.size for r in engine.metadata),
+                committed=self._region.committed + sum(r.size for r in engine.metadata),
+                resident=sum(resident(r) for r in (self._region, *engine.metadata)),
+                tables=heap.tables.size if heap.tables is not None else 0,
             )
 
-    def _heap_bytes(self) -> int:
-        return int(self._counts()[0].arena)
+    def maps(self) -> list[Piece]:
+        """Return the mappings in /proc/self/maps within the arena's addresses, lowest first.
 
-    def _counts(self) -> tuple[Any, int]:
-        """Return the statistics of the C heap, and the bytes in use including those of `grow`."""
-        stats = ffi.new("struct heap_stats *")
-        with self._lock:
-            if self._heap is not None:
-                lib.heap_measure(self._heap, stats)
-            return stats, int(stats.in_use) + self._taken_by_grow
-
-    def _metadata_mapped(self) -> tuple[int, int]:
-        """Return the mapped bytes of the heap bitmap, and those of spans and index."""
-        layout, placement = self.layout, self.placement
-        if layout.arena_metadata:
-            arenas = len(self._metadata_regions) - 1
-            return self._unit_bitmap * arenas, layout.index + self._unit_spans * arenas
-        bitmap = placement.mapped_bitmap(PAGE_SIZE) if layout.bitmap else (0, 0)
-        spans = placement.mapped_spans(PAGE_SIZE)
-        return bitmap[1] - bitmap[0], spans[1] - spans[0]
+        Raises:
+            OSError: /proc/self/maps cannot be read.
+        """
+        return self._engine.maps()
 
     def __repr__(self) -> str:
         if self.released:
@@ -484,7 +415,7 @@ class Arena(Engine):
         low, high = self.placement.arena
         return (
             f"<Arena {self.layout.name} {low:#x}-{high:#x} of {format_size(high - low)}: "
-            f"{format_size(self.in_use)} in use of {format_size(self._taken_total)} taken so far>"
+            f"{format_size(self.in_use)} in use of {format_size(self._engine.taken)} taken so far>"
         )
 
     # -- the end ------------------------------------------------------------------------------
@@ -497,24 +428,22 @@ class Arena(Engine):
         Raises:
             ViewError: live views show some of the bytes; nothing was released.
             ReleasedError: the arena was already released or closed.
-            RuntimeError: a finaliser or signal handler called this during a growth.
+            StateError: a finaliser or signal handler called this during a growth.
         """
-        region = self._region
-        with self._lock, region._taking_away() as interrupting:
+        region, heap = self._region, self._heap
+        with self._lock, self._exports.removal():
             self._alive()
-            if self._undo_log is not None:
+            if self._engine.growing:
                 msg = "release called from inside a growth of the same arena"
-                raise RuntimeError(msg)
-            if region._views is not None:
-                region._refuse_views("release", 0, region.size, interrupting)
+                raise StateError(msg)
+            self._exports.refuse("release", 0, region.size)
             try:
                 # First refuse the calls that do not take the lock.
-                if self._heap is not None:
-                    lib.heap_close(self._heap, True)
-                super().release()
+                heap.set_closed(True)
+                self._engine.release()
             finally:
-                if self._heap is not None and not region.released:
-                    lib.heap_close(self._heap, False)
+                if not region.released:
+                    heap.set_closed(False)
         self.stop_scavenger()
 
     def close(self) -> None:
@@ -523,298 +452,9 @@ class Arena(Engine):
         The allocator's own tables are released with this object. See `Region.close`.
         """
         with self._lock:
-            if self._heap is not None:
-                lib.heap_close(self._heap, True)
-            super().close()
+            self._heap.set_closed(True)
+            self._engine.close()
         self.stop_scavenger()
-
-    # -- closed blocks with live views --------------------------------------------------------
-
-    def _close_block(self, block: Block) -> None:
-        with self._lock:
-            if not self._region._released:
-                # Recorded first, so that an interruption cannot lose the block.
-                closed = _ClosedBlock(self, block._nbytes)
-                self._unviewed_blocks.append(closed)
-                lib.heap_rename(self._heap, block._handle, closed.handle)
-                self._free_closed()
-
-    def _free_closed(self, *, sweep: bool = False) -> None:
-        """Free the closed blocks in `_unviewed_blocks`; with `sweep`, check all closed blocks.
-
-        A signal handler that raises can keep a block out of `_unviewed_blocks`.
-        """
-        if not self._unviewed_blocks and not (sweep and self._closed_blocks):
-            return
-        with self._lock:
-            for closed in list(self._closed_blocks.values()) if sweep else ():
-                self._free_unless_viewed(closed)
-            while self._unviewed_blocks:
-                closed = self._unviewed_blocks[-1]
-                self._free_unless_viewed(closed)
-                self._unviewed_blocks.remove(closed)
-
-    def _free_unless_viewed(self, closed: "_ClosedBlock") -> None:
-        """Free a closed block, or watch its views: the last one to go queues it again."""
-        handle, views = closed.handle[0], self._region._views
-        if handle < 0:  # freed or closed before
-            return
-        self._closed_blocks[handle] = closed
-        if views is not None:
-            low = int(_address(self._heap, handle)) - self._base
-            held = views.live(low, low + closed.nbytes, prune=False)
-            if closed.watch([anchor for entry in held if (anchor := entry[0]()) is not None]):
-                return
-        _free(self._heap, handle)
-        self._closed_blocks.pop(handle, None)
-
-    def _is_closed(self, handle: int) -> bool:
-        return handle & ~_ZEROED in self._closed_blocks
-
-    # -- the C heap ---------------------------------------------------------------------------
-
-    def _alloc_slow_path(self, nbytes: int, align: int, zero: bool) -> int:
-        """Check the arguments, and allocate with a new heap, a commit or a growth if needed."""
-        if nbytes <= 0:
-            msg = f"nbytes must be positive, got {nbytes}"
-            raise RangeError(msg)
-        if align <= 0 or align & (align - 1):
-            msg = f"align must be a power of two, got {align}"
-            raise RangeError(msg)
-        if self.layout.arena_metadata and align > self.layout.unit:
-            msg = f"align must be at most the size of an arena ({self.layout.unit}), got {align}"
-            raise RangeError(msg)
-        with self._lock:
-            self._alive()
-            self._open_heap()
-            need = nbytes + (align if align > self._page else 0)
-            if need >= 1 << 62:
-                raise self._out_of_memory(nbytes, "larger than any address space")
-            handle = int(_alloc(self._heap, nbytes, align, zero, True))
-            if handle == lib.PAGEALLOC_FULL:
-                self._grow_heap(need, need, nbytes)
-                handle = int(_alloc(self._heap, nbytes, align, zero, True))
-            if handle < 0:
-                raise self._alloc_error(handle, nbytes)
-        return handle
-
-    def _grow_for_sizes(self, refused: int, wanted: IntegersForC, done: int) -> None:
-        """Grow for the sizes from index `done` on; raise if growing cannot help."""
-        nbytes = wanted.item(done)
-        if nbytes <= 0:
-            msg = f"sizes[{done}] must be positive, got {nbytes}"
-            raise RangeError(msg)
-        need = int(lib.heap_need(self._heap, wanted.struct, done, len(wanted.values)))
-        if refused != lib.PAGEALLOC_FULL or nbytes >= 1 << 62:
-            raise self._alloc_error(refused, nbytes, need)
-        self._grow_heap(need, nbytes, nbytes)
-
-    def _grow_heap(self, wanted_bytes: int, need: int, nbytes: int) -> None:
-        """Grow by `wanted_bytes`, at least a step; if the kernel refuses, by smaller sizes.
-
-        The smallest is what `need` lacks beyond the free pages at the end of the heap.
-        """
-        self._free_closed(sweep=True)
-        page, step = self._page, self._step
-        refusals: list[OutOfMemoryError] = []
-        lacking = need - int(lib.heap_tail(self._heap))
-        for nbytes_asked in (max(wanted_bytes, step), max(need, step), need, lacking):
-            size = -(-nbytes_asked // page) * page
-            if size <= 0:
-                continue
-            try:
-                self._take_pages(size, partial(self._add_to_heap, size))
-            except OutOfMemoryError as refused:
-                refusals.append(refused.with_traceback(None))
-            else:
-                return
-        first = refusals[0]
-        raise self._out_of_memory(nbytes, first.strerror or "", first.limit) from first
-
-    def _add_to_heap(self, nbytes: int, address: int) -> None:
-        err = lib.heap_add(self._heap, address, nbytes)
-        if err:
-            raise self._alloc_error(err, nbytes)
-
-    def _alloc_error(self, refused: int, nbytes: int, wanted: int = 0) -> Exception:
-        """Create the exception for a negative result of the C heap.
-
-        The refused block has `nbytes`; a call for many blocks needs `wanted` bytes in total.
-        """
-        if refused <= lib.HEAP_ERRNO:
-            error = refusal("commit", lib.HEAP_ERRNO - refused, wanted or nbytes)
-            if not isinstance(error, OutOfMemoryError):
-                return error
-            return self._out_of_memory(nbytes, error.strerror or "", error.limit)
-        if refused == lib.HEAP_CLOSED:
-            return ReleasedError("the arena was released or closed")
-        if refused == lib.HEAP_SCATTERED:
-            return self._out_of_memory(nbytes, "the arenas are in too many separate ranges")
-        if refused == lib.PAGEALLOC_OUTSIDE:
-            return self._out_of_memory(nbytes, "the allocator's tables are full")
-        return self._out_of_memory(nbytes, "no free run is long enough")
-
-    def _out_of_memory(
-        self, nbytes: int, because: str, limit: str | None = "layout"
-    ) -> OutOfMemoryError:
-        _, in_use = self._counts()
-        msg = (
-            f"cannot allocate {nbytes}-byte block: {in_use} in use, "
-            f"{self._taken_total - in_use} idle, {self._region.reserved} reserved: {because}"
-        )
-        return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit=limit)
-
-    def _open_heap(self) -> None:
-        """Create the C heap; its tables are a reservation that gets memory where it is touched."""
-        if self._heap is not None:
-            return
-        layout, placement = self.layout, self.placement
-        own_spans = not layout.spans and not layout.arena_metadata
-        if layout.arena_metadata:
-            arena_bytes = _SPREAD_BYTES
-        else:
-            arena_bytes = placement.window_end - placement.arena_start
-        capacity = min(arena_bytes // self._page, 1 << lib.HEAP_PAGE_BITS)
-        tables = reserve_tables(lib.heap_bytes(capacity, own_spans))
-        metadata = ffi.new("struct heap_metadata *")
-        metadata.page = self._page
-        metadata.word = layout.word
-        metadata.bitmap_bits = layout.bitmap_bits
-        metadata.start = placement.arena_start
-        metadata.spans = ffi.cast("void *", placement.spans[0] if layout.spans else 0)
-        if layout.arena_metadata:
-            metadata.index = ffi.cast("uintptr_t *", self._metadata_regions[0].base)
-            metadata.unit = layout.unit
-            metadata.unit_bitmap = self._unit_bitmap
-        heap = ffi.new("struct heap *")
-        lib.heap_open(
-            heap,
-            ffi.cast("void *", tables.base),
-            capacity,
-            own_spans,
-            self._region._handle,
-            metadata,
-        )
-        # This cdata keeps all memory of the heap alive. The collector does not track it and calls
-        # hold a reference, so it outlives every finaliser that may still use the arena.
-        close_with(heap, tables, self._region, self._metadata_regions)
-        forks.register_tables(heap, heap.pages)
-        # A signal handler or finaliser may have created a heap with blocks: keep that one.
-        if self._heap is None:
-            self._tables, self._heap = tables, heap
-        if self._region._released:  # by a handler that interrupted this call
-            lib.heap_close(self._heap, True)
-
-    @property
-    def _unit_spans(self) -> int:
-        """Bytes of spans of one arena, in layouts with separate arenas."""
-        return self.layout.unit // self.layout.page * self.layout.word
-
-    @property
-    def _unit_bitmap(self) -> int:
-        """Bytes of heap bitmap of one arena, in layouts with separate arenas."""
-        return self.layout.arena_metadata - self._unit_spans
-
-    def _address(self, handle: int) -> int:
-        self._alive()
-        return int(_address(self._heap, handle))
-
-    def _block(self, handle: int) -> Block:
-        nbytes = int(_nbytes(self._heap, handle))
-        if nbytes < 0:
-            self._alive()
-            raise already_freed()
-        return Block(self, handle, nbytes)
-
-    def _view(self, block: Block, *, pin: bool = False) -> memoryview:
-        with self._lock:
-            self._alive()
-            if _nbytes(self._heap, block._handle) < 0:
-                self._alive()
-                raise already_freed()
-            offset, nbytes = int(_address(self._heap, block._handle)) - self._base, block._nbytes
-            view = self._region.view(offset, nbytes)
-            if _nbytes(self._heap, block._handle) < 0:  # freed by a signal handler
-                self._alive()
-                raise already_freed()
-            if pin:
-                block._pin = self._region._pinned(offset, nbytes)
-        return view
-
-    def _refuse_viewed_blocks(self, handles: Any) -> None:
-        """Raise ViewError if a live view shows bytes of one of the blocks."""
-        region = self._region
-        if region._views is None:
-            return
-        held = region._views.live(0, region.size, prune=False)
-        wanted = {handle & ~_ZEROED for handle in handles} if held else set()
-        for _, low, high in held:
-            at = low
-            while at < high:
-                handle = int(_find(self._heap, self._base + at))
-                if handle in wanted:
-                    region._refuse_views("free", low, high, True)
-                at += self._page - at % self._page
-                if handle >= 0:
-                    end = int(_address(self._heap, handle)) + int(_nbytes(self._heap, handle))
-                    at = max(at, end - self._base)
-
-    def _give_back_runs(self, runs: Any, n: int, lazy: bool, refusals: list[Exception]) -> int:
-        """Give `n` runs of free pages back; return the bytes and add a refusal to `refusals`."""
-        if n < 0:
-            self._alive()
-        region, total = self._region, 0
-        for i in range(n):
-            address = int(lib.heap_page_address(self._heap, runs[i].start))
-            nbytes = (runs[i].stop - runs[i].start) * self._page
-            try:
-                with region._taking_away() as interrupting:
-                    if region._views is not None:
-                        low = address - self._base
-                        region._refuse_views("scavenge", low, low + nbytes, interrupting)
-                    given = int(lib.heap_give_back(self._heap, runs + i, lazy))
-            except ViewError as held:
-                if not refusals:
-                    refusals.append(held.with_traceback(None))
-                continue
-            if given < 0:
-                refusals[:] = [refusal("discard", lib.HEAP_ERRNO - given, nbytes, address)]
-            total += max(given, 0)
-        return total
-
-    def _iter_blocks(self) -> Iterator[Block]:
-        at = ffi.new("uint64_t *")
-        handles = ffi.new("int64_t[]", _BLOCKS_PER_CALL)
-        n = _BLOCKS_PER_CALL
-        while n == _BLOCKS_PER_CALL and self._heap is not None:
-            n = int(lib.heap_blocks(self._heap, at, handles, _BLOCKS_PER_CALL))
-            self._alive()
-            for handle in ffi.unpack(handles, max(n, 0)):
-                nbytes = int(_nbytes(self._heap, handle))
-                if nbytes > 0 and not self._is_closed(handle):
-                    yield Block(self, handle, nbytes)
-
-
-class _ClosedBlock:
-    """A closed block, freed when its last view is gone. Its new handle makes the Block's stale."""
-
-    def __init__(self, arena: Arena, nbytes: int) -> None:
-        self.handle, self.nbytes = ffi.new("int64_t *", -1), nbytes
-        self._arena = weakref.ref(arena)
-        self._anchors: dict[int, weakref.ref[Any]] = {}
-
-    def watch(self, anchors: list[Any]) -> bool:
-        """Queue the block when all anchors are gone; return False if there is none."""
-        refs = [weakref.ref(anchor, self._on_view_gone) for anchor in anchors]
-        self._anchors = {id(ref): ref for ref in refs}
-        return bool(refs)
-
-    def _on_view_gone(self, ref: "weakref.ref[Any]") -> None:
-        # A view may die anywhere, so this callback takes no lock.
-        self._anchors.pop(id(ref), None)
-        arena = self._arena()
-        if not self._anchors and arena is not None:
-            arena._unviewed_blocks.append(self)
 
 
 def _not_a_block(verb: str, block: object) -> TypeError:

@@ -2,19 +2,41 @@
 
 from collections.abc import Iterator, Sequence
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, overload
 
-from pyreserve._native import ffi, lib
-from pyreserve.errors import FreeError
+from pyreserve._arena.heap import ZEROED, Heap
+from pyreserve._native import ffi
+from pyreserve._region.arrays import ArrayPlan
+from pyreserve._region.region import Region
+from pyreserve.errors import RangeError
 from pyreserve.units import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy as np
+    import numpy.typing as npt
     from typing_extensions import Self
 
-    from pyreserve._arena.arena import Arena
+    from pyreserve._region.arrays import Shape
 
-_ZEROED = 1 << lib.HEAP_PAGE_BITS
-_nbytes = lib.heap_nbytes
+
+class BlockArena(Protocol):
+    """The arena of a block, as this module knows it. `pyreserve.Arena` is the only one."""
+
+    @property
+    def heap(self) -> Heap:
+        """The heap that the blocks are from."""
+
+    @property
+    def region(self) -> Region:
+        """The region that contains the blocks."""
+
+    def free(self, block: "Block") -> None:
+        """Free a block."""
+
+    def free_many(self, blocks: "Iterable[Block]") -> None:
+        """Free blocks, all or none."""
 
 
 class Block:
@@ -33,14 +55,14 @@ class Block:
 
     _pin: Any
 
-    def __init__(self, arena: "Arena", handle: int, nbytes: int) -> None:
+    def __init__(self, arena: BlockArena, handle: int, nbytes: int) -> None:
         """Called by `Arena` alone."""
         self._arena = arena
         self._handle = handle
         self._nbytes = nbytes
 
     @property
-    def arena(self) -> "Arena":
+    def arena(self) -> BlockArena:
         """The arena that the block belongs to."""
         return self._arena
 
@@ -58,7 +80,7 @@ class Block:
         Raises:
             ReleasedError: the arena was released or closed.
         """
-        return self._arena._address(self._handle)
+        return self._arena.heap.address(self._handle)
 
     @property
     def offset(self) -> int:
@@ -67,7 +89,7 @@ class Block:
         Raises:
             ReleasedError: the arena was released or closed.
         """
-        return self.address - self._arena.region.base
+        return self._arena.heap.offset(self._handle)
 
     @property
     def zeroed(self) -> bool:
@@ -75,32 +97,64 @@ class Block:
 
         Always False for a Block from `Arena.block_at` or `Arena.blocks`, which do not know.
         """
-        return bool(self._handle & _ZEROED)
+        return bool(self._handle & ZEROED)
 
     @property
     def freed(self) -> bool:
         """Whether the block was freed or closed, or its arena released or closed."""
-        return bool(_nbytes(self._arena._heap, self._handle) < 0)
+        return not self._arena.heap.is_live(self._handle)
 
-    @property
     def view(self) -> memoryview:
-        """A new writable memoryview of the bytes: format ``"B"``, shape ``(nbytes,)``.
+        """Return a new writable memoryview of the bytes: format ``"B"``, shape ``(nbytes,)``.
 
         The block cannot be freed while the view, or an object made from it, is alive.
 
         Raises:
             FreeError: the block was freed or closed.
             ReleasedError: the arena was released or closed.
-            RuntimeError: see `pyreserve.Region.view`.
+            StateError: see `pyreserve.Region.view`.
         """
-        return self._arena._view(self)
+        return self._arena.heap.view(self._handle, self._nbytes)
+
+    def ndarray(
+        self,
+        shape: "Shape",
+        dtype: "npt.DTypeLike" = "uint8",
+        *,
+        readonly: bool = False,
+    ) -> "np.ndarray[Any, Any]":
+        """Return a new C-ordered ndarray of `shape` and `dtype` over the first bytes.
+
+        It protects the block as a `view` does, unless it has no items: then it is over no memory.
+
+        Args:
+            shape: length of each side, an int or a tuple or list of them.
+            dtype: type of the items.
+            readonly: return an array that cannot be written to.
+
+        Raises:
+            ImportError: numpy is missing (extra ``numpy``).
+            RangeError: the items take more than `nbytes`, or a side is negative.
+            TypeError, ValueError: a side or dtype is of another kind, or dtype holds references.
+            FreeError, ReleasedError, StateError: as for `view`.
+        """
+        plan = ArrayPlan(shape, dtype)
+        if plan.nbytes > self._nbytes:
+            msg = f"shape and dtype must fit into {self._nbytes} bytes, got {plan.nbytes}"
+            raise RangeError(msg)
+        if not plan.nbytes:
+            self._arena.heap.nbytes(self._handle)
+            return plan.empty(readonly=readonly)
+        view = self.view()[: plan.nbytes]
+        return plan.over(view.toreadonly() if readonly else view)
 
     def __buffer__(self, flags: int, /) -> memoryview:
         """Export the bytes as a buffer (PEP 688), pinned as long as this object lives.
 
         Raises: as `view`.
         """
-        return self._arena._view(self, pin=True)
+        view, self._pin = self._arena.heap.pinned_view(self._handle, self._nbytes)
+        return view
 
     def free(self) -> None:
         """Free the block. Raises as `Arena.free`."""
@@ -113,7 +167,7 @@ class Block:
         when the last view dies, the arena's next call frees the block. Leaving a ``with`` block
         calls this method; see `Region.close`.
         """
-        self._arena._close_block(self)
+        self._arena.heap.close_block(self._handle, self._nbytes)
 
     def __enter__(self) -> "Self":
         return self
@@ -127,10 +181,10 @@ class Block:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Block):
             return NotImplemented
-        return self._arena is other._arena and not (self._handle ^ other._handle) & ~_ZEROED
+        return self._arena is other._arena and not (self._handle ^ other._handle) & ~ZEROED
 
     def __hash__(self) -> int:
-        return hash((id(self._arena), self._handle & ~_ZEROED))
+        return hash((id(self._arena), self._handle & ~ZEROED))
 
     def __repr__(self) -> str:
         state = ", freed" if self.freed else f" at {self.address:#x}"
@@ -154,13 +208,13 @@ class Blocks(Sequence[Block]):
 
     __slots__ = ("_arena", "_handles")
 
-    def __init__(self, arena: "Arena", handles: Any) -> None:
+    def __init__(self, arena: BlockArena, handles: Any) -> None:
         """Called by `Arena` alone. `handles` is a cdata array of ``int64_t``."""
         self._arena = arena
         self._handles = handles
 
     @property
-    def arena(self) -> "Arena":
+    def arena(self) -> BlockArena:
         """The arena that the blocks belong to."""
         return self._arena
 
@@ -179,14 +233,16 @@ class Blocks(Sequence[Block]):
         """Return a Block for an index, and a new Blocks for a slice."""
         if isinstance(key, slice):
             indices = range(*key.indices(len(self)))
-            return Blocks(self._arena, ffi.new("int64_t[]", [self._handles[i] for i in indices]))
+            handles = ffi.new("int64_t[]", [self._handles[i] for i in indices])
+            return Blocks(self._arena, handles)
         i = _index(key)
         if i < 0:
             i += len(self)
         if not 0 <= i < len(self):
             msg = f"index {key} is out of range for {len(self)} blocks"
             raise IndexError(msg)
-        return self._arena._block(self._handles[i])
+        handle = self._handles[i]
+        return Block(self._arena, handle, self._arena.heap.nbytes(handle))
 
     def __iter__(self) -> Iterator[Block]:
         return (self[i] for i in range(len(self)))
@@ -197,8 +253,3 @@ class Blocks(Sequence[Block]):
     def __reduce__(self) -> NoReturn:
         msg = "Blocks can't be pickled or copied: their memory belongs to this process"
         raise TypeError(msg)
-
-
-def already_freed(name: str = "the block") -> FreeError:
-    """Create the exception for a block that was freed or closed before."""
-    return FreeError(f"{name} was already freed or closed")

@@ -2,20 +2,19 @@
 
 import errno
 from collections.abc import Callable, Iterator
-from operator import index as _index
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from pyreserve import layouts
 from pyreserve._native import ffi, lib
-from pyreserve._region.region import Mode, Region, effective_mode, reserve
+from pyreserve._region.policies import Fork, HugePages, Mode
+from pyreserve._region.region import Region
+from pyreserve._region.reserve import reserve, window
 from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE, address_bits, refusal
-from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError, VMError
-from pyreserve.layouts import Layout, Piece, Placement, Request
+from pyreserve._system.machine import thp_size
+from pyreserve.errors import OutOfMemoryError, ReleasedError, StateError, VMError
+from pyreserve.layouts import Layout, LayoutName, Piece, Placement, Request
 from pyreserve.units import GiB, KiB, MiB, format_size, round_up
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 WORD: int = ffi.sizeof("void *")
 _PROBE_SIZE = 64 * KiB  # mapped to test whether an address is free (Go src/runtime/mem_linux.c)
@@ -36,78 +35,103 @@ class FellBack(NamedTuple):
     limit: str | None
 
 
+class Policies(NamedTuple):
+    """The policies of an arena's memory, as for `pyreserve.reserve`."""
+
+    mode: Mode = "charge"
+    huge_pages: HugePages = "default"
+    fork: Fork = "copy"
+    name: str | None = None
+
+
 class Engine:
     """A layout at its addresses: reserves them, commits arena and metadata, and undoes failures.
 
-    It knows nothing about blocks.
+    It knows nothing about blocks. Other modules only read its attributes.
 
     Args:
-        layout: name of a layout; None: Go's of December 2014 for this interpreter's word size.
-        size: bytes of arena, for the layout ``"native"`` only.
-        mode: how commits are accounted, as for `pyreserve.reserve`.
+        layout: name of a layout.
+        size: bytes of arena or a size, for the layout ``"native"`` only.
+        policies: the policies of the memory.
+
+    Attributes:
+        requested_layout: the layout named in the constructor.
+        layout: the layout in use; the fallback if `requested_layout` was refused.
+        fell_back: why the requested layout was refused; None if it was not.
+        placement: current address ranges of spans, bitmap and arena.
+        region: the region that contains them.
+        lock: the lock of `region`, which guards the engine too.
+        metadata: regions outside `region`, in layouts with separate arenas: the index of arenas,
+            then the metadata of each arena.
+        taken: bytes of arena taken so far.
+        taken_by_grow: bytes of them taken by `grow`, which no heap allocates from.
 
     Raises:
         KeyError, RangeError, OutOfMemoryError: as for `pyreserve.Arena`.
     """
 
-    def __init__(self, layout: str | None, size: int | None, mode: Mode) -> None:
-        name = layouts.default_name(WORD) if layout is None else layout
-        self._requested_layout = self._layout = layouts.get(name, size=size, word=WORD)
-        self._mode: Mode = mode
-        self._fell_back: FellBack | None = None
-        # Go 1.11: the index of arenas, then the metadata of each arena.
-        self._metadata_regions: list[Region] = []
-        self._taken_total = self._taken_by_grow = 0  # bytes of arena
+    placement: Placement
+
+    def __init__(self, layout: LayoutName, size: int | str | None, policies: Policies) -> None:
+        self.requested_layout = self.layout = layouts.get(layout, size=size, word=WORD)
+        self.fell_back: FellBack | None = None
+        self.metadata: list[Region] = []
+        self.taken = self.taken_by_grow = 0
+        self._policies = policies
         self._undo_log: list[tuple[Any, ...]] | None = None  # None: no growth under way
-        self._placement: Placement
-        fallback = layouts.fallback_of(self._layout)
+        fallback = layouts.fallback_of(self.layout)
         try:
-            self._region = self._open(self._layout)
+            self.region = self._open(self.layout)
         except VMError as refused:
             if fallback is None:
                 raise
-            self._fell_back = FellBack(refused.strerror or str(refused), refused.limit)
-        if self._fell_back is not None:
+            self.fell_back = FellBack(refused.strerror or str(refused), refused.limit)
+        if self.fell_back is not None:
             assert fallback is not None
-            self._layout, self._region = fallback, self._open(fallback)
-        self._lock = self._region._make_lock()
-
-    # -- properties ---------------------------------------------------------------------------
+            self.layout, self.region = fallback, self._open(fallback)
+        self.lock = self.region.exports.lock
 
     @property
-    def requested_layout(self) -> Layout:
-        """The layout named in the constructor."""
-        return self._requested_layout
+    def page(self) -> int:
+        """Page size of the arena in bytes: the layout's, or the OS page if that is larger."""
+        return max(self.layout.page, PAGE_SIZE)
 
     @property
-    def layout(self) -> Layout:
-        """The layout in use; the fallback if `requested_layout` was refused."""
-        return self._layout
+    def limit(self) -> str:
+        """The ``limit`` of an error at the end of the arena: its own size, or Go's layout."""
+        return "capacity" if self.layout.name == "native" else "layout"
 
     @property
-    def fell_back(self) -> FellBack | None:
-        """Why the requested layout was refused; None if it was not."""
-        return self._fell_back
+    def growing(self) -> bool:
+        """Whether a growth is under way."""
+        return self._undo_log is not None
 
     @property
-    def placement(self) -> Placement:
-        """Current address ranges of spans, bitmap and arena."""
-        return self._placement
+    def unit_bitmap(self) -> int:
+        """Bytes of heap bitmap of one arena, in layouts with separate arenas."""
+        return self.layout.arena_metadata - self._unit_spans
 
     @property
-    def region(self) -> Region:
-        """The region that contains spans, bitmap and arena."""
-        return self._region
+    def _unit_spans(self) -> int:
+        """Bytes of spans of one arena, in layouts with separate arenas."""
+        return self.layout.unit // self.layout.page * self.layout.word
+
+    def metadata_mapped(self) -> tuple[int, int]:
+        """Return the mapped bytes of the heap bitmap, and those of spans and index."""
+        layout, placement = self.layout, self.placement
+        if layout.arena_metadata:
+            arenas = len(self.metadata) - 1
+            return self.unit_bitmap * arenas, layout.index + self._unit_spans * arenas
+        bitmap = placement.mapped_bitmap(PAGE_SIZE) if layout.bitmap else (0, 0)
+        spans = placement.mapped_spans(PAGE_SIZE)
+        return bitmap[1] - bitmap[0], spans[1] - spans[0]
 
     def maps(self) -> list[Piece]:
-        """Return the mappings in /proc/self/maps within the arena's addresses, lowest first.
-
-        Raises:
-            OSError: /proc/self/maps cannot be read.
-        """
-        with self._lock:
-            base, placement = self._region.base, self._placement
-            owned = [(base + at, base + at + n) for at, n in self._region._runs("reserved")]
+        """Return the mappings in /proc/self/maps within the arena's addresses, lowest first."""
+        with self.lock:
+            base, placement = self.region.base, self.placement
+            reserved = self.region.exports.runs(committed=False)
+            owned = [(base + at, base + at + n) for at, n in reserved]
         pieces = []
         for mapping in proc.read_maps():
             for low, high in owned:
@@ -120,122 +144,100 @@ class Engine:
     # -- growth -------------------------------------------------------------------------------
 
     def grow(self, nbytes: int) -> int:
-        """Take the next `nbytes` bytes of the arena; commit them and their metadata.
-
-        The size is rounded up to whole pages of the layout. When the arena is used up, the layout's
-        rules decide which addresses are requested from the kernel. A failed call changes nothing.
-
-        Returns:
-            The address of the first new byte. The new bytes read zero.
-
-        Raises:
-            RangeError: `nbytes` is not positive.
-            OutOfMemoryError: the layout is used up, or the kernel refused.
-            VMError: another mapping occupies addresses that were only probed (EEXIST).
-            ReleasedError: the arena was released or closed.
-            RuntimeError: a finaliser or signal handler called this during another growth.
-        """
-        nbytes = _index(nbytes)
-        if nbytes <= 0:
-            msg = f"nbytes must be positive, got {nbytes}"
-            raise RangeError(msg)
-        with self._lock:
-            nbytes = round_up(nbytes, self._page)
-            address = self._take_pages(nbytes, lambda _: None)
-            self._taken_by_grow += nbytes
+        """Take `nbytes` bytes, rounded up to whole pages; return their address."""
+        with self.lock:
+            nbytes = round_up(nbytes, self.page)
+            address = self.take_pages(nbytes)
+            self.taken_by_grow += nbytes
         return address
 
-    @property
-    def _page(self) -> int:
-        """Page size of the arena in bytes: the layout's, or the OS page if that is larger."""
-        return max(self._layout.page, PAGE_SIZE)
-
-    def _take_pages(self, nbytes: int, use: Callable[[int], None]) -> int:
+    def take_pages(
+        self,
+        nbytes: int,
+        use: Callable[[int], None] = lambda _: None,
+        used: Callable[[], int] = lambda: 0,
+    ) -> int:
         """Grow by whole pages, call `use` with their address, and return it.
 
-        An exception from `use` undoes the growth, unless the heap has taken the pages.
+        An exception from `use` undoes the growth, unless `used`, the bytes of arena that the heap
+        allocates from, has changed: then the heap has taken the pages.
         """
-        with self._lock:
-            self._alive()
+        # No view may be created of bytes that a rollback would decommit.
+        with self.lock, self.region.exports.removal():
+            self.check_alive()
             if self._undo_log is not None:
                 msg = "grow called from inside another growth of the same arena"
-                raise RuntimeError(msg)
-            heap_bytes = self._heap_bytes()
+                raise StateError(msg)
+            used_before = used()
             self._undo_log = []
-            # No view may be created of bytes that a rollback would decommit.
-            self._region._busy, busy = True, self._region._busy
             try:
                 grown, address = self._commit_growth(nbytes)
                 use(address)
             except BaseException:
-                if self._heap_bytes() != heap_bytes:
+                if used() != used_before:
                     # A signal handler raised after the heap had taken the pages: keep the growth.
-                    self._placement, self._taken_total = grown, self._taken_total + nbytes
+                    self.placement, self.taken = grown, self.taken + nbytes
                     raise
                 for step, *arguments in reversed(self._undo_log):
                     step(*arguments)
-                if self._region._released:  # closed by a handler that interrupted the growth
+                if self.region.released:  # closed by a handler that interrupted the growth
                     self._close_metadata()
                 raise
             finally:
-                self._undo_log, self._region._busy = None, busy
+                self._undo_log = None
             # No signal handler runs between `use` and here: there is no call or backward jump.
-            self._placement = grown
-            self._taken_total += nbytes
-            if self._region._released:
+            self.placement = grown
+            self.taken += nbytes
+            if self.region.released:
                 self._close_metadata()
         return address
 
-    def _heap_bytes(self) -> int:
-        """Return the bytes of arena that the heap allocates from."""
-        return 0
-
     def _commit_growth(self, nbytes: int) -> tuple[Placement, int]:
         """Commit the next `nbytes` and their metadata; log in `_undo_log` how to undo each step."""
-        grown, address = self._placement, None
+        grown, address = self.placement, None
         if not grown.fits(nbytes):
             grown, address = self._extend_arena(nbytes)
         if address is None:
             address, grown = grown.arena_used, grown.advanced(nbytes)
-        mapped = self._placement.mapped(PAGE_SIZE)
+        mapped = self.placement.mapped(PAGE_SIZE)
         for addresses in grown.mapped(PAGE_SIZE):
             for low, high in layouts.without(addresses, mapped):
                 self._commit_range(low, high)
-        if self._layout.arena_metadata:
+        if self.layout.arena_metadata:
             self._map_arena_metadata(grown)
         return grown, address
 
     def _extend_arena(self, nbytes: int) -> layouts.Answer:
         """Request more addresses by the layout's rules; return the extended placement."""
-        handle = self._region._handle
+        handle = self.region.exports.handle
         refusals: list[VMError] = []
         reason = None
-        for request in self._placement.growth(nbytes):
+        for request in self.placement.growth(nbytes):
             err, address = self._request_addresses(request)
             if err == errno.ERANGE:
-                reason = self._placement.out_of_range(address)
+                reason = self.placement.out_of_range(address)
             elif err in {errno.ENOMEM, errno.EAGAIN} and not refusals:
                 refusals.append(refusal("map", err, request.size))
             if err:
                 continue
             claimed = self._offset_and_length(address, address + round_up(request.size, PAGE_SIZE))
-            answer = self._placement.granted(request, address, nbytes)
+            answer = self.placement.granted(request, address, nbytes)
             if answer is not None:
                 self._log_undo(lib.region_disclaim, handle, *claimed)
                 return answer
             lib.region_disclaim(handle, *claimed)
-            reason = self._placement.out_of_range(address)
+            reason = self.placement.out_of_range(address)
         if refusals:
             raise refusals.pop()
         if reason is None:
-            low, high = self._placement.arena
+            low, high = self.placement.arena
             reason = f"the arena of {format_size(high - low)} is used up"
-        reserved = self._region.reserved
+        reserved = self.region.reserved
         msg = (
-            f"{reason}: cannot allocate {nbytes}-byte block ({self._taken_total} in use), "
+            f"{reason}: cannot allocate {nbytes}-byte block ({self.taken} in use), "
             f"{reserved} reserved"
         )
-        raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit="layout")
+        raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit=self.limit)
 
     def _log_undo(self, *step: Any) -> None:
         assert self._undo_log is not None
@@ -243,15 +245,15 @@ class Engine:
 
     def _request_addresses(self, request: Request) -> tuple[int, int]:
         """Claim the addresses of a request; return an errno and the first address."""
-        handle, access = self._region._handle, lib.VM_COMMITTED if request.committed else 0
+        handle, access = self.region.exports.handle, lib.VM_COMMITTED if request.committed else 0
         size = round_up(request.size, PAGE_SIZE)
         if size >> (8 * WORD - 1):
             return errno.ENOMEM, 0
         if request.exact:
-            err = lib.region_claim(handle, request.hint - self._region.base, size, access)
+            err = lib.region_claim(handle, request.hint - self.region.base, size, access)
             return err, request.hint
         address = ffi.new("uintptr_t *")
-        floor = self._placement.arena_start - self._region.base
+        floor = self.placement.arena_start - self.region.base
         err = lib.region_claim_near(handle, floor, request.hint, size, access, address)
         return err, int(address[0])
 
@@ -260,14 +262,14 @@ class Engine:
 
         The strategy *arenas* claims its ranges readable and writable: nothing is left to do.
         """
-        handle, err, verb = self._region._handle, 0, "commit"
-        if self._layout.strategy == "reserve":
-            base = self._region.base
-            committed = [(base + at, base + at + n) for at, n in self._region.committed_runs()]
+        handle, err, verb = self.region.exports.handle, 0, "commit"
+        if self.layout.strategy == "reserve":
+            base = self.region.base
+            committed = [(base + at, base + at + n) for at, n in self.region.committed_runs()]
             for gap in layouts.without((low, high), committed):
                 self._log_undo(lib.region_decommit, handle, *self._offset_and_length(*gap))
             err = lib.region_commit(handle, *self._offset_and_length(low, high))
-        elif self._layout.strategy == "probe":
+        elif self.layout.strategy == "probe":
             verb = "map"
             self._log_undo(lib.region_disclaim, handle, *self._offset_and_length(low, high))
             err = lib.region_claim(handle, *self._offset_and_length(low, high), lib.VM_COMMITTED)
@@ -275,123 +277,96 @@ class Engine:
                 assert self._undo_log is not None
                 self._undo_log.pop()
         if err:
-            self._alive()
+            self.check_alive()
             conflict = "address space conflict: another mapping was created since the probe"
             reason = conflict if err == errno.EEXIST else None
             raise refusal(verb, err, high - low, low, reason)
 
     def _map_arena_metadata(self, grown: Placement) -> None:
         """Map the metadata of each new arena and store its address in the index."""
-        unit = self._layout.unit
+        unit = self.layout.unit
         units = [at // unit for low, high in grown.arenas for at in range(low, high, unit)]
-        index = ffi.cast("uintptr_t *", self._metadata_regions[0].base)
-        for number in units[len(self._metadata_regions) - 1 :]:
-            metadata = _reserve_committed(self._layout.arena_metadata, self._mode)
-            self._metadata_regions.append(metadata)
-            self._log_undo(self._metadata_regions.pop)
+        index = ffi.cast("uintptr_t *", self.metadata[0].base)
+        for number in units[len(self.metadata) - 1 :]:
+            metadata = _reserve_metadata(self.layout.arena_metadata, self._policies)
+            self.metadata.append(metadata)
+            self._log_undo(self.metadata.pop)
             index[number] = metadata.base
             self._log_undo(index.__setitem__, number, 0)
 
     def _offset_and_length(self, low: int, high: int) -> tuple[int, int]:
-        return low - self._region.base, high - low
+        return low - self.region.base, high - low
 
     # -- opening ------------------------------------------------------------------------------
 
     def _open(self, layout: Layout) -> Region:
         """Reserve or probe the first addresses of a layout; set the placement."""
         if layout.window:
-            region, self._placement = _open_window(layout, self._mode)
+            region, self.placement = _open_window(layout, self._policies)
         elif layout.strategy == "reserve":
-            region, self._placement = _open_reserved(layout, self._mode)
+            region, self.placement = _open_reserved(layout, self._policies)
         elif layout.strategy == "probe":
-            region, self._placement = _open_probed(layout, self._mode)
+            region, self.placement = _open_probed(layout, self._policies)
         else:
-            self._metadata_regions = [_reserve_committed(layout.index, self._mode)]
+            self.metadata = [_reserve_metadata(layout.index, self._policies)]
             start = layout.hints[0]
-            self._placement = layout.place(start)
-            region = _window_region(start, (1 << address_bits()) - start, self._mode)
+            self.placement = layout.place(start)
+            region = window(start, (1 << address_bits()) - start, **self._policies._asdict())
         return region
 
     # -- the end ------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Release all addresses.
-
-        Raises:
-            ViewError: live views show some of the bytes; nothing was released.
-            ReleasedError: the arena was already released or closed.
-        """
+        """Release all addresses. Raises as `Region.release`; nothing was released then."""
         try:
-            self._region._release()
+            self.region.exports.release()
         finally:
-            if self._region.released:
+            if self.region.released:
                 self._close_metadata()
 
     def close(self) -> None:
-        """Refuse new calls; release the addresses when the last view is gone.
-
-        See `Region.close`.
-        """
-        with self._lock:
-            self._region._close()
+        """Refuse new calls; release the addresses when the last view is gone."""
+        with self.lock:
+            self.region.exports.close()
             if self._undo_log is None:  # a growth under way still needs the metadata
                 self._close_metadata()
 
     def _close_metadata(self) -> None:
-        for metadata in self._metadata_regions:
-            metadata._close()
+        for metadata in self.metadata:
+            metadata.exports.close()
 
-    def __reduce__(self) -> NoReturn:
-        msg = "an Arena can't be pickled or copied: its memory belongs to this process"
-        raise TypeError(msg)
-
-    def _alive(self) -> None:
-        if self._region.released:
+    def check_alive(self) -> None:
+        """Raise ReleasedError if the arena was released or closed."""
+        if self.region.released:
             msg = "the arena was released or closed"
             raise ReleasedError(msg)
-
-    def __enter__(self) -> "Self":
-        self._alive()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 # -- opening a layout: its first addresses ----------------------------------------------------
 
 
-def _reserve_committed(nbytes: int, mode: Mode) -> Region:
-    region = reserve(nbytes, mode=mode)
+def _reserve_metadata(nbytes: int, policies: Policies) -> Region:
+    """Reserve and commit metadata outside the arena's region."""
+    # A forked child keeps it in any case: C reads addresses from the index of arenas.
+    region = reserve(nbytes, **policies._replace(fork="copy")._asdict())
     region.commit(0, region.size)
     return region
 
 
-def _window_region(start: int, size: int, mode: Mode) -> Region:
-    """Create a region over free addresses, of which ranges are claimed later."""
-    size &= -PAGE_SIZE
-    mode, accounting = effective_mode(mode)
-    region = Region(size, mode, "copy", None)
-    try:
-        err = lib.region_window(region._handle, start, size, accounting, lib.VM_NO_DUMP)
-    except OverflowError:
-        err = errno.ENOMEM
-    if err:
-        raise refusal("reserve", err, size, start)
-    return region
-
-
-def _open_reserved(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
+def _open_reserved(layout: Layout, policies: Policies) -> tuple[Region, Placement]:
     """Reserve a whole layout near the first hint that the kernel accepts."""
     refusals: list[VMError] = []
+    align = None if layout.slack else max(layout.page, PAGE_SIZE)
+    if align is not None and policies.huge_pages == "prefer":
+        align = max(align, thp_size() or 0)
     for hint in layout.hints or (None,):
         fits = hint is None or hint >> (8 * WORD) == 0
         try:
             region = reserve(
                 layout.total(),
-                mode=mode,
                 hint=hint if fits else None,
-                align=None if layout.slack else max(layout.page, PAGE_SIZE),
+                align=align,
+                **policies._asdict(),
             )
         except OutOfMemoryError as refused:
             refusals = [refused]  # the last refusal is raised
@@ -400,7 +375,7 @@ def _open_reserved(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
     raise refusals.pop()
 
 
-def _open_probed(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
+def _open_probed(layout: Layout, policies: Policies) -> tuple[Region, Placement]:
     """Place a layout at the first hint where `_PROBE_SIZE` bytes are free; own none of them."""
     err = errno.ENOMEM
     for hint in layout.hints:
@@ -411,11 +386,11 @@ def _open_probed(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
             err = lib.vm_release(hint, _PROBE_SIZE)
             if err:
                 raise refusal("release", err, _PROBE_SIZE, hint)
-            return _window_region(hint, layout.total(), mode), layout.place(hint)
+            return window(hint, layout.total(), **policies._asdict()), layout.place(hint)
     raise refusal("reserve", err, layout.total())
 
 
-def _open_window(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
+def _open_window(layout: Layout, policies: Policies) -> tuple[Region, Placement]:
     """Reserve the first range of the 32-bit mechanism, with a free window above it if possible.
 
     Smaller arenas are tried in turn when the kernel refuses.
@@ -423,7 +398,7 @@ def _open_window(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
     refusals: list[VMError] = []
     for arena in layout.arena_sizes:
         try:
-            return _reserve_in_window(layout, arena, mode)
+            return _reserve_in_window(layout, arena, policies)
         except VMError as error:
             refusals = [error.with_traceback(None)]
     refused = refusals.pop()
@@ -437,13 +412,14 @@ def _open_window(layout: Layout, mode: Mode) -> tuple[Region, Placement]:
     ) from refused
 
 
-def _reserve_in_window(layout: Layout, arena: int, mode: Mode) -> tuple[Region, Placement]:
+def _reserve_in_window(layout: Layout, arena: int, policies: Policies) -> tuple[Region, Placement]:
     total = round_up(layout.total(arena), PAGE_SIZE)
     metadata = layout.spans + layout.bitmap + layout.page
     top = 1 << address_bits()
     for base in _window_bases(layout, metadata + layout.window):
-        region = _window_region(base, min(metadata + layout.window, top - base), mode)
-        err = lib.region_claim(region._handle, 0, total, lib.VM_RESERVED)
+        size = min(metadata + layout.window, top - base)
+        region = window(base, size, **policies._asdict())
+        err = lib.region_claim(region.exports.handle, 0, total, lib.VM_RESERVED)
         if err == 0:
             return region, layout.place(base, arena)
         if err != errno.EEXIST:

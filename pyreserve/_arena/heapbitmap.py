@@ -31,22 +31,22 @@ class HeapBitmap:
         ReleasedError: the arena was released or closed.
     """
 
-    __slots__ = ("_arena", "_bits", "_layout")
+    __slots__ = ("_bits", "_engine", "_layout")
 
-    def __init__(self, arena: Engine) -> None:
+    def __init__(self, engine: Engine) -> None:
         """Called by `Arena.heap_bitmap` alone."""
-        self._arena = arena
-        self._layout = arena.layout
-        self._bits = arena.layout.bitmap_bits
+        self._engine = engine
+        self._layout = engine.layout
+        self._bits = engine.layout.bitmap_bits
 
     def __len__(self) -> int:
         """Return the number of words that have entries."""
-        self._arena._alive()
-        return self._arena.placement.used // self._layout.word
+        self._engine.check_alive()
+        return self._engine.placement.used // self._layout.word
 
     def index(self, address: int) -> int:
         """Return the index of the word that holds `address`."""
-        word = (_index(address) - self._arena.placement.arena_start) // self._layout.word
+        word = (_index(address) - self._engine.placement.arena_start) // self._layout.word
         self._check(word)
         return word
 
@@ -59,9 +59,9 @@ class HeapBitmap:
         self[self.index(address)] = value
 
     def __getitem__(self, word: int) -> int:
-        with self._arena._lock:
+        with self._engine.lock:
             region, offset, shifts = self._entry(_index(word))
-            byte = self._checked(lib.region_load(region._handle, offset))
+            byte = self._checked(lib.region_load(region.exports.handle, offset))
         return sum((byte >> shift & 1) << bit for bit, shift in enumerate(shifts))
 
     def __setitem__(self, word: int, value: int) -> None:
@@ -69,12 +69,12 @@ class HeapBitmap:
         if not 0 <= value < 1 << self._bits:
             msg = f"value must be between 0 and {(1 << self._bits) - 1}, got {value}"
             raise RangeError(msg)
-        with self._arena._lock:
+        with self._engine.lock:
             region, offset, shifts = self._entry(_index(word))
-            byte = self._checked(lib.region_load(region._handle, offset))
+            byte = self._checked(lib.region_load(region.exports.handle, offset))
             for bit, shift in enumerate(shifts):
                 byte = byte & ~(1 << shift) | (value >> bit & 1) << shift
-            self._checked(lib.region_store(region._handle, offset, byte))
+            self._checked(lib.region_store(region.exports.handle, offset, byte))
 
     def __iter__(self) -> Iterator[int]:
         return (self[word] for word in range(len(self)))
@@ -87,7 +87,7 @@ class HeapBitmap:
     def _checked(self, result: int) -> int:
         """Return the result of region_load or region_store; raise if the byte is not committed."""
         if result < 0:
-            self._arena._alive()
+            self._engine.check_alive()
             msg = "this part of the heap bitmap was decommitted"
             raise RangeError(msg)
         return result
@@ -101,18 +101,18 @@ class HeapBitmap:
         if self._layout.arena_metadata:
             region, arena_word = self._arena_bitmap(word)
             return region, arena_word // per_byte, shifts
-        region = self._arena.region
-        return region, self._arena.placement.arena_start - region.base - 1 - byte, shifts
+        region = self._engine.region
+        return region, self._engine.placement.arena_start - region.base - 1 - byte, shifts
 
     def _arena_bitmap(self, word: int) -> tuple[Region, int]:
         """Return the bitmap of the arena that holds a word, and the word's index in that arena."""
-        placement, unit = self._arena.placement, self._layout.unit
+        placement, unit = self._engine.placement, self._layout.unit
         address = placement.arena_start + word * self._layout.word
         bytes_below = 0
         for low, high in placement.arenas:
             if low <= address < high:
                 arena, offset = divmod(address - low, unit)
-                metadata = self._arena._metadata_regions[1 + bytes_below // unit + arena]
+                metadata = self._engine.metadata[1 + bytes_below // unit + arena]
                 return metadata, offset // self._layout.word
             bytes_below += high - low
         msg = f"word {word} has no heap bitmap entry: it is in the gap between two arenas"

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+from pyreserve._system.report import Report, Table
+from pyreserve.units import format_size
+
+_COUNTS = ("heap_objects", "mallocs", "frees")
+
 
 @dataclass(frozen=True, slots=True)
 class MemStats:
@@ -15,7 +20,8 @@ class MemStats:
         heap_alloc <= heap_inuse
         heap_objects == mallocs - frees
 
-    All fields are exact except `resident`: the kernel may change it while it is read.
+    All fields are exact except `resident`: the kernel may change it while it is read. ``str()``
+    and notebooks show the fields as a table with readable sizes.
 
     Attributes:
         sys: bytes obtained from the system; the sum of the ``_sys`` fields.
@@ -53,3 +59,18 @@ class MemStats:
     committed: int
     resident: int
     tables: int
+
+    def __str__(self) -> str:
+        return self._report().text()
+
+    def _repr_html_(self) -> str:
+        return self._report().html()
+
+    def _report(self) -> Report:
+        heading = f"Arena: {format_size(self.heap_inuse)} in use of {format_size(self.heap_sys)}"
+        fields = ((name, getattr(self, name)) for name in self.__slots__)
+        rows: list[tuple[str, ...]] = [
+            (name, f"{value:,}" if name in _COUNTS else format_size(value))
+            for name, value in fields
+        ]
+        return Report(heading, (), (Table(("field", "value"), rows),))

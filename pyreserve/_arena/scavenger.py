@@ -5,13 +5,10 @@ import contextlib
 import threading
 import weakref
 from _thread import RLock, allocate_lock
-from typing import TYPE_CHECKING
 
+from pyreserve._arena.heap import Heap
 from pyreserve._system import forks
 from pyreserve.errors import ReleasedError
-
-if TYPE_CHECKING:
-    from pyreserve._arena.arena import Arena
 
 FIVE_MINUTES = 300.0
 """Seconds that Go keeps idle memory (Go 1.4 src/runtime/mheap1.c, ``limit``)."""
@@ -22,7 +19,7 @@ _JOIN_POLL_SECONDS = 0.1  # seconds between checks while waiting for the thread 
 
 
 class Scavenger:
-    """Calls ``arena.scavenge(older_than=...)`` periodically until it is stopped.
+    """Gives the memory of free pages back periodically, as `Arena.trim` does, until it is stopped.
 
     It also ends when the arena is released, closed or dropped, when a new scavenger is started for
     the arena, and when the interpreter exits. It does not keep the arena alive. A forked child has
@@ -43,7 +40,7 @@ class Scavenger:
 
     @property
     def lazy(self) -> bool:
-        """Whether memory is given back lazily (MADV_FREE); see `Arena.scavenge`."""
+        """Whether memory is given back lazily (MADV_FREE); see `Arena.trim`."""
         return self._lazy
 
     @property
@@ -75,7 +72,7 @@ class Worker:
     While the lock is held no other lock is awaited, except to join a thread that takes none.
     """
 
-    def __init__(self, arena: "Arena") -> None:
+    def __init__(self, heap: Heap) -> None:
         """Called by `Arena` alone. Starts no thread."""
         self._lock = RLock()
         forks.register(self._lock)
@@ -86,7 +83,7 @@ class Worker:
         self._scavenger: Scavenger | None = None
         self._thread: threading.Thread | None = None
         self._ended: threading.Thread | None = None  # finished its work, not yet exited
-        self._arena = weakref.ref(arena, self._request_stop)
+        self._heap = weakref.ref(heap, self._request_stop)
         _workers.add(self)
 
     def start(self, older_than: float, lazy: bool) -> Scavenger:
@@ -166,12 +163,16 @@ class Worker:
             return self._scavenger
 
     def _scavenge(self, scavenger: Scavenger) -> None:
-        arena = self._arena()
-        if arena is not None:
+        heap = self._heap()
+        if heap is not None:
             try:
-                arena.scavenge_for(scavenger, lambda: self._scavenger is scavenger)
+                total, _ = heap.give_back(
+                    None, scavenger.older_than, scavenger.lazy, lambda: self._scavenger is scavenger
+                )
             except ReleasedError:
                 self._request_stop()
+            else:
+                scavenger.add(total)
 
 
 _workers: "weakref.WeakSet[Worker]" = weakref.WeakSet()

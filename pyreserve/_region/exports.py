@@ -1,273 +1,326 @@
-"""The live buffers of a region, with a lookup by range whose time does not grow with their number.
+"""Exports: the lock of a region, its live views, and the taking away of bytes.
 
-A buffer is represented by a weak reference to its anchor: its address as a plain cdata, which its
-``ffi.buffer`` object keeps alive. Every consumer keeps that object alive: memoryviews and their
-slices, ndarrays, and consumers that release the Py_buffer and keep only the object, which an export
-counter misses. The reference is to the anchor because the garbage collector clears weak references
-to objects that it tracks before it runs finalisers, which may still use the buffer; it does not
-track a plain cdata. There are no weakref callbacks: dead references are removed when a lookup meets
-them, and all at once when twice as many buffers were added as were alive at the last sweep.
+A region creates its Exports at first use. Containers on the region use it too, as `Region.exports`.
 """
 
-import gc
 import sys
 import weakref
-from operator import itemgetter
-from typing import Any
+from _thread import RLock
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
-from pyreserve._native import ffi
-from pyreserve.errors import ViewError
+from pyreserve._native import ffi, lib
+from pyreserve._region import handles
+from pyreserve._region.holders import view_error
+from pyreserve._region.refusals import refused, released
+from pyreserve._region.viewtable import Entry, ViewTable
+from pyreserve._system import forks
+from pyreserve.errors import StateError
 
-# A bucket of level k covers 2**(16 + 3k) bytes. A buffer is in a bucket at least as long as itself,
-# the one where it begins, so it overlaps at most the next bucket too. Parents are linked before
-# their children and removed after them, so an exception from a signal handler loses no bucket;
-# indices of removed children may remain until the next sweep.
-_FIRST_SHIFT = 16
-_STEP = 3
-_SWEEP_MIN = 256
+_T = TypeVar("_T")
 
-# The anchor of a buffer, and the offsets of its start and end.
-Entry = tuple["weakref.ref[Any]", int, int]
-
-
-class _Bucket:
-    __slots__ = ("children", "entries")
-
-    def __init__(self) -> None:
-        self.entries: list[Entry] = []
-        self.children: set[int] = set()
+# Bound once: an attribute lookup on the library costs a third of an empty call.
+_buffer = ffi.buffer
+_decommit = lib.region_decommit
+_discard = lib.region_discard
+_is_committed = lib.region_is_committed
+_MAX_INDEX = sys.maxsize
 
 
-class ViewTable:
-    """The live buffers of one region.
+class Exports:
+    """The lock of one region, its live views, and the calls that take bytes away.
 
-    Not synchronised: the region holds its lock around each call. A finaliser or signal handler that
-    interrupts a call may only read.
+    Low-level, for containers built on a region. A container holds `lock` around each call on its
+    own state, and takes bytes away by `remove` or inside `removal`: both look for live views first,
+    and refuse new views until the bytes are gone. A finaliser or signal handler that interrupts
+    them may call everything here except `view`, which raises StateError.
+
+    Offsets and lengths are in bytes. The verbs do not check `owner`.
+
+    Attributes:
+        handle: the ``struct region *`` of the region, for calls of C.
+        lock: re-entrant, held across forks.
+        owner: the object that alone may discard, decommit, release and close, for messages; None
+            if the region has no such owner.
+        released: whether the region is released or closed.
+        viewed: whether a view was ever made. While this is False, a caller that holds `lock` may
+            take bytes away by one call of C without `remove`.
+        heaps: number of C heaps that use `handle`. While there is one, the region does not end with
+            the Region object.
     """
 
-    __slots__ = ("_filled", "_levels", "_until_sweep")
+    __slots__ = (
+        "_closed",
+        "_depth",
+        "_size",
+        "_table",
+        "handle",
+        "heaps",
+        "lock",
+        "owner",
+        "released",
+        "viewed",
+    )
 
-    def __init__(self, size: int) -> None:
-        top = max(0, -(-(size.bit_length() - _FIRST_SHIFT) // _STEP))
-        self._levels: list[dict[int, _Bucket]] = [{} for _ in range(top + 1)]
-        self._filled: list[int] = []  # levels with entries
-        self._until_sweep = _SWEEP_MIN
+    def __init__(self, handle: Any, size: int) -> None:
+        """Called by `Region` alone."""
+        self.handle = handle
+        self.lock = RLock()
+        self.owner: str | None = None
+        self.released = self.viewed = False
+        self.heaps = 0
+        self._size = size
+        self._table: ViewTable | None = None
+        # Number of nested calls during which no view may be made.
+        self._depth = 0
+        # The addresses are released, or kept only for live views.
+        self._closed = False
+        forks.register(self.lock)
 
-    def add(self, anchor: Any, lo: int, hi: int) -> None:
-        """Add the buffer over [lo, hi) with this anchor."""
-        if self._until_sweep == 0:
-            self._sweep()
-        self._until_sweep -= 1
-        self._insert((weakref.ref(anchor), lo, hi))
+    # -- views --------------------------------------------------------------------------------
 
-    def live(self, lo: int, hi: int, *, prune: bool) -> list[Entry]:
-        """Return every live buffer that overlaps [lo, hi).
+    def view(self, offset: int, length: int) -> memoryview:
+        """Return a writable memoryview of committed bytes; see `Region.view`, which checks more.
 
-        `prune` removes the dead references that it meets; without it the table is only read.
+        The range must lie within the region.
+
+        Raises:
+            RangeError: not all of the range is committed.
+            ReleasedError: the region is released or closed.
+            StateError: called by a finaliser or signal handler inside another call on the region.
         """
-        overlapping: list[Entry] = []
-        # From the level where the range spans at most three buckets, look buckets up by index;
-        # below it, visit only the buckets that exist.
-        start = self._level_of(hi - lo)
-        below = False
-        for level in self._filled:
-            if level < start:
-                below = True
-                continue
-            shift = _FIRST_SHIFT + _STEP * level
-            buckets = self._levels[level]
-            for index in range((lo >> shift) - 1, ((hi - 1) >> shift) + 1):
-                if index in buckets:
-                    self._scan(buckets[index], lo, hi, overlapping, prune)
-        if below:
-            for bucket in self._spanned(start, lo, hi):
-                self._descend(bucket, start, lo, hi, overlapping, prune)
-        return overlapping
-
-    def anchors(self) -> list[Any]:
-        """Return the anchors of all live buffers."""
-        anchors = (
-            entry[0]()
-            for buckets in self._levels
-            for bucket in buckets.values()
-            for entry in bucket.entries
-        )
-        return [anchor for anchor in anchors if anchor is not None]
-
-    def _level_of(self, length: int) -> int:
-        bits = (length - 1).bit_length() - _FIRST_SHIFT
-        return 0 if bits <= 0 else min(-(-bits // _STEP), len(self._levels) - 1)
-
-    def _spanned(self, level: int, lo: int, hi: int) -> list[_Bucket]:
-        """Return the buckets of a level whose entries may overlap [lo, hi)."""
-        shift = _FIRST_SHIFT + _STEP * level
-        buckets = self._levels[level]
-        return [
-            buckets[index]
-            for index in range((lo >> shift) - 1, ((hi - 1) >> shift) + 1)
-            if index in buckets
-        ]
-
-    def _insert(self, entry: Entry) -> None:
-        level = self._level_of(entry[2] - entry[1])
-        index = entry[1] >> (_FIRST_SHIFT + _STEP * level)
-        bucket = self._levels[level].get(index)
-        if bucket is None:
-            bucket = self._new_bucket(level, index)
-        if level not in self._filled:
-            self._filled.append(level)
-        bucket.entries.append(entry)
-
-    def _new_bucket(self, level: int, index: int) -> _Bucket:
-        if level + 1 < len(self._levels):
-            above = index >> _STEP
-            parent = self._levels[level + 1].get(above) or self._new_bucket(level + 1, above)
-            parent.children.add(index)
-        bucket = self._levels[level][index] = _Bucket()
-        return bucket
-
-    def _descend(
-        self,
-        bucket: _Bucket,
-        level: int,
-        lo: int,
-        hi: int,
-        overlapping: list[Entry],
-        prune: bool,
-    ) -> None:
-        shift = _FIRST_SHIFT + _STEP * (level - 1)
-        for index in bucket.children:
-            if (index << shift) < hi and ((index + 2) << shift) > lo:
-                child = self._levels[level - 1].get(index)
-                if child is not None:
-                    self._scan(child, lo, hi, overlapping, prune)
-                    self._descend(child, level - 1, lo, hi, overlapping, prune)
-
-    @staticmethod
-    def _scan(bucket: _Bucket, lo: int, hi: int, overlapping: list[Entry], prune: bool) -> None:
-        entries = bucket.entries
-        if entries:
-            alive = [entry for entry in entries if entry[0]() is not None]
-            if prune and len(alive) < len(entries):
-                bucket.entries = alive
-            overlapping.extend(entry for entry in alive if entry[1] < hi and entry[2] > lo)
-
-    def _sweep(self) -> None:
-        alive, filled = 0, []
-        for level, buckets in enumerate(self._levels):
-            below = alive
-            for bucket in buckets.values():
-                if bucket.entries:
-                    bucket.entries = [entry for entry in bucket.entries if entry[0]() is not None]
-                    alive += len(bucket.entries)
-                if bucket.children:
-                    bucket.children = {i for i in bucket.children if i in self._levels[level - 1]}
-            for index in [i for i, b in buckets.items() if not b.entries and not b.children]:
-                del buckets[index]
-            if alive > below:
-                filled.append(level)
-        self._filled = filled
-        self._until_sweep = 2 * alive + _SWEEP_MIN
-
-
-# -- holders of views -------------------------------------------------------------------------
-
-_NAMED = 3  # views listed in a message
-_BATCH = 10_000  # objects examined at a time
-_LONGEST_CHAIN = 100  # maximum number of nested arrays and memoryviews
-_ADVICE = {
-    "release": "delete the holder, or call close(), which defers the release to the last view",
-    "free": "delete the holder, or call the block's close(), which frees it with the last view",
-}
-
-
-def view_error(prefix: str, held: list[Entry], verb: str = "") -> ViewError:
-    """Return the ViewError for `verb`; the message starts with `prefix`."""
-    held = sorted(held, key=itemgetter(1, 2))
-    some = ", ".join(f"[{lo:#x}, {hi:#x})" for _, lo, hi in held[:_NAMED])
-    more = ", ..." if len(held) > _NAMED else ""
-    views = "1 live view holds" if len(held) == 1 else f"{len(held)} live views hold"
-    advice = _ADVICE.get(verb, "delete the holder first")
-    text = f"{prefix}: {views} bytes of it: {some}{more}; {advice}"
-    return ViewError(text, _Holders(held[:_NAMED]))
-
-
-class _Holders:
-    """Find and describe the holders of views when called: scanning all objects is slow."""
-
-    def __init__(self, entries: list[Entry]) -> None:
-        self._entries = entries
-
-    def __call__(self) -> list[str]:
-        alive = {
-            id(anchor): (int(ffi.cast("uintptr_t", anchor)), hi - lo)
-            for ref, lo, hi in self._entries
-            if (anchor := ref()) is not None
-        }
-        types: dict[int, set[str]] = {}
-        for holder in _find_holders() if alive else ():
-            types.setdefault(id(_anchor_behind(holder)), set()).add(type(holder).__name__)
-        return [
-            f"{' and '.join(sorted(types[key]))} over {address:#x}-{address + nbytes:#x}"
-            for key, (address, nbytes) in alive.items()
-            if key in types
-        ]
-
-
-def _find_holders() -> list[Any]:
-    """Return the memoryviews and ndarrays that variables, containers and attributes refer to.
-
-    A memoryview stands for an array that was not found. Examines every object that the garbage
-    collector tracks.
-    """
-    numpy = sys.modules.get("numpy")
-    kinds = (memoryview,) if numpy is None else (memoryview, numpy.ndarray)
-    holders: list[Any] = []
-    memoryviews = []
-    objects = gc.get_objects()
-    for start in range(0, len(objects), _BATCH):
-        batch = objects[start : start + _BATCH]
-        holders += [obj for obj in gc.get_referents(*batch) if issubclass(type(obj), kinds)]
-        memoryviews += [obj for obj in batch if type(obj) is memoryview]
-    holders += [obj for obj in _variables() if issubclass(type(obj), kinds)]
-    seen = {id(_anchor_behind(holder)) for holder in holders}
-    return holders + [view for view in memoryviews if id(_anchor_behind(view)) not in seen]
-
-
-def _variables() -> list[Any]:
-    """Return the values of the local variables of running functions; none before Python 3.13.
-
-    Before 3.13, reading f_locals keeps the values alive.
-    """
-    values: list[Any] = []
-    frames = list(sys._current_frames().values()) if sys.version_info >= (3, 13) else []
-    try:
-        while frames:
-            frame = frames.pop()
-            if frame.f_globals is not globals():
-                values += frame.f_locals.values()
-            frames += [] if frame.f_back is None else [frame.f_back]
-        return values
-    finally:
-        frame = values = frames = None  # type: ignore[assignment]  # this frame is in `frames`
-
-
-def _anchor_behind(holder: Any) -> Any:
-    """Return the anchor of the buffer behind a memoryview or ndarray; None for other objects.
-
-    Runs no code of the objects.
-    """
-    numpy = sys.modules.get("numpy")
-    for _ in range(_LONGEST_CHAIN):
-        if type(holder) is ffi.buffer:
-            return next(iter(gc.get_referents(holder)), None)
-        if type(holder) is memoryview:
+        with self.lock:
+            if self._depth:
+                msg = "view cannot be called from inside another call on the same region"
+                raise StateError(msg)
+            if self.released:
+                raise released()
+            self._depth = 1
             try:
-                holder = holder.obj
-            except ValueError:  # a released memoryview
-                return None
-        elif numpy is not None and issubclass(type(holder), numpy.ndarray):
-            holder = numpy.ndarray.base.__get__(holder)
-        else:
-            return None
-    return None
+                table = self._table
+                if table is None:
+                    table = self._make_table()
+                base = self.handle.base
+                # A new cdata for each view: it lives exactly as long as the buffer made from it.
+                anchor = base + offset if offset <= _MAX_INDEX else self.address(offset)
+                exported = _buffer(anchor, length)
+                # Register first, then check: a later decommit is refused, an earlier one is seen.
+                table.add(anchor, offset, offset + length)
+                committed = _is_committed(self.handle, offset, length)
+                if committed != 1:
+                    err = committed or lib.REGION_NOT_COMMITTED
+                    raise refused(self.handle, self._size, "view", err, offset, length)
+                return memoryview(exported)
+            finally:
+                self._depth = 0
+
+    def live(self, lo: int, hi: int) -> list[Entry]:
+        """Return the live views that show bytes of [lo, hi), each as (weak reference, start, end).
+
+        The reference is to an object that lives as long as the view. The caller holds `lock`.
+        """
+        if self._table is None:
+            return []
+        before, self._depth = self._depth, self._depth + 1
+        try:
+            return self._table.live(lo, hi)
+        finally:
+            self._depth = before
+
+    def address(self, offset: int) -> Any:
+        """Return the address of a byte as a ``char *``. Access through it is at your own risk."""
+        if offset <= _MAX_INDEX:
+            return self.handle.base + offset
+        return ffi.cast("char *", int(ffi.cast("uintptr_t", self.handle.base)) + offset)
+
+    def _make_table(self) -> ViewTable:
+        self.viewed = True
+        _tables[id(self)] = self._table = table = ViewTable(self._size)
+        return table
+
+    def runs(self, *, committed: bool) -> list[tuple[int, int]]:
+        """Return the committed, else the reserved ranges as (offset, length), lowest first.
+
+        They are copied out by one C call, so they are consistent.
+        """
+        with self.lock:
+            if self.released:
+                raise released()
+            capacity, count = 0, 1
+            while count > capacity:
+                capacity = 2 * count
+                runs = ffi.new("struct run[]", capacity)
+                count = lib.region_runs(self.handle, committed, runs, capacity)
+            if self.released:  # by a finaliser
+                raise released()
+        return [(runs[i].lo, runs[i].hi - runs[i].lo) for i in range(count)]
+
+    # -- taking bytes away --------------------------------------------------------------------
+
+    def remove(self, verb: str, lo: int, hi: int, act: Callable[..., _T], *arguments: object) -> _T:
+        """Return ``act(*arguments)``, which takes the bytes [lo, hi) away.
+
+        The caller holds `lock`.
+
+        Raises:
+            ViewError: live views show some of the bytes; `act` was not called. The message names
+                `verb`.
+        """
+        before, self._depth = self._depth, self._depth + 1
+        try:
+            if self.viewed:
+                self.refuse(verb, lo, hi)
+            return act(*arguments)
+        finally:
+            self._depth = before
+
+    @contextmanager
+    def removal(self) -> Iterator[None]:
+        """Refuse new views inside the ``with`` block. The caller holds `lock`.
+
+        Inside, `refuse` looks for live views, and the bytes may be taken away in several steps.
+        """
+        before, self._depth = self._depth, self._depth + 1
+        try:
+            yield
+        finally:
+            self._depth = before
+
+    def refuse(self, verb: str, lo: int, hi: int) -> None:
+        """Raise `ViewError` if live views show bytes of [lo, hi). Called inside `removal`."""
+        held = None if self._table is None else self._table.live(lo, hi)
+        if held:
+            raise view_error(f"cannot {verb} [{lo:#x}, {hi:#x})", held, verb)
+
+    def decommit(self, offset: int, length: int) -> None:
+        """Return [offset, offset + length) to reserved; see `Region.decommit`."""
+        with self.lock:
+            try:
+                if self.viewed and offset >= 0 < length <= self._size - offset:
+                    end = offset + length
+                    err = self.remove(
+                        "decommit", offset, end, _decommit, self.handle, offset, length
+                    )
+                else:
+                    err = _decommit(self.handle, offset, length)
+            except OverflowError:
+                err = lib.REGION_OUTSIDE
+        if err:
+            raise refused(self.handle, self._size, "decommit", err, offset, length)
+
+    def discard(self, offset: int, length: int, *, lazy: bool = False) -> None:
+        """Drop the contents of committed bytes; see `Region.discard`."""
+        with self.lock:
+            try:
+                err = _discard(self.handle, offset, length, lazy)
+            except OverflowError:
+                err = lib.REGION_OUTSIDE
+        if err:
+            raise refused(self.handle, self._size, "discard", err, offset, length)
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Give the addresses back; see `Region.release`."""
+        with self.lock:
+            if self.released:
+                raise released()
+            err = self.remove("release", 0, self._size, self._release)
+        if err:
+            raise refused(self.handle, self._size, "release", err, 0, self._size)
+
+    def _release(self) -> int:
+        err: int = lib.region_release(self.handle)
+        self.released = not err
+        return err
+
+    def close(self) -> None:
+        """Refuse new use; release the addresses when the last view is gone.
+
+        See `Region.close`. A second call does nothing.
+        """
+        with self.lock:
+            if self._closed or not self.handle.base:
+                return
+            self.retire()
+            if not _leave_to_views(self.handle, self._table):
+                lib.region_end(self.handle)
+            self._closed = True
+
+    def retire(self) -> None:
+        """Refuse new use but keep the addresses.
+
+        The caller holds `lock`, and calls `close` later.
+        """
+        self.released = True
+        lib.region_retire(self.handle)
+
+    def drop(self) -> bool:
+        """End the region whose Region object is garbage; return False if C heaps still use it."""
+        with self.lock:
+            handle = self.handle
+            if self.heaps:
+                return False
+            if handle is not handles.CLOSED:
+                self.handle, self.released = handles.CLOSED, True
+                _tables.pop(id(self), None)
+                kept = self._closed or handles.reuse(handle)
+                if not kept and not _leave_to_views(handle, self._table):
+                    lib.region_end(handle)
+            return True
+
+
+ENDED = Exports(handles.CLOSED, 0)
+"""The Exports of every region that was released, closed or dropped before its first use."""
+ENDED.released = True
+
+# -- views that outlive their region ----------------------------------------------------------
+
+# The view tables by id of their Exports. An object that only a garbage region refers to loses its
+# weak references before finalisers run; a view table must not, so it is referenced from here.
+_tables: dict[int, ViewTable] = {}
+
+# Addresses to unmap when the last anchor is gone.
+_outliving: dict[int, "_Outlived"] = {}
+_FIRST_SWEEP = 16
+_sweep_at = _FIRST_SWEEP
+
+
+class _Outlived:
+    """The addresses of a closed or garbage region that live views still show."""
+
+    def __init__(self, handle: Any, anchors: list[Any]) -> None:
+        self.handle = handle
+        self.anchors = {id(ref): ref for ref in (weakref.ref(a, self._gone) for a in anchors)}
+
+    def _gone(self, ref: "weakref.ref[Any]") -> None:
+        self.anchors.pop(id(ref), None)
+        if not self.anchors:
+            self.unmap_if_unseen()
+
+    def unmap_if_unseen(self) -> None:
+        """Unmap unless a view is alive. A second call is harmless: the handle is not shared."""
+        if all(ref() is None for ref in list(self.anchors.values())):
+            lib.region_end(self.handle)
+            _outliving.pop(id(self), None)
+
+
+def _leave_to_views(handle: Any, views: ViewTable | None) -> bool:
+    """Arrange to unmap a region when its last view is gone; return False if it has no views."""
+    anchors = [] if views is None else views.anchors()
+    if not anchors:
+        return False
+    outlived = _Outlived(handle, anchors)
+    _outliving[id(outlived)] = outlived
+    if len(_outliving) >= _sweep_at:
+        sweep_outliving()
+    return True
+
+
+def sweep_outliving() -> None:
+    """Unmap regions that stayed because a signal handler raised inside `_Outlived._gone`."""
+    global _sweep_at  # noqa: PLW0603
+    for outlived in list(_outliving.values()):
+        outlived.unmap_if_unseen()
+    _sweep_at = 2 * len(_outliving) + _FIRST_SWEEP

@@ -1,14 +1,12 @@
-"""Base class of objects on one region that is committed from its start, in steps."""
+"""OnRegion: the base class of everything that stands on one region."""
 
 from collections.abc import Callable
-from operator import index as _index
-from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NoReturn, TypeVar
 
-from pyreserve._region.region import HugePages, Region
+from pyreserve._region.region import Region
 from pyreserve._system.limits import PAGE_SIZE
-from pyreserve._system.machine import thp_setting
-from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError
-from pyreserve.units import KiB, round_up
+from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError, StateError
+from pyreserve.units import KiB, as_bytes, round_up
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -16,59 +14,58 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-def as_step(step: int | Literal["measured"], huge_pages: HugePages = "default") -> int:
+def as_step(step: int | str) -> int:
     """Check a commit step and return it in bytes.
 
     Args:
-        step: bytes, a positive multiple of the OS page; or ``"measured"``: the best step on this
-            machine. `pyreserve.costs.measured_step` measures it once in a process, in at most two
-            seconds.
-        huge_pages: policy of the memory, as for `pyreserve.reserve`.
+        step: bytes, or a size such as ``"2MiB"``; a positive multiple of the OS page.
 
     Raises:
         TypeError: `step` is neither an integer nor a string.
         RangeError: `step` is not a positive multiple of the OS page.
-        ValueError: another string, or raised by `pyreserve.costs.measured_step`.
-        OSError: raised by `pyreserve.costs.measured_step`.
+        ValueError: the string is not a size.
     """
-    if isinstance(step, str):
-        if step != "measured":
-            msg = f"step must be a number of bytes or 'measured', got {step!r}"
-            raise ValueError(msg)
-        from pyreserve.costs import measured_step  # noqa: PLC0415  # slow to import
-
-        always = huge_pages == "default" and thp_setting() == "always"
-        step = measured_step(huge_pages=always or huge_pages == "prefer")
-    nbytes = _index(step)
+    nbytes = as_bytes(step)
     if nbytes <= 0 or nbytes % PAGE_SIZE:
         msg = f"step must be a positive multiple of the OS page ({PAGE_SIZE}), got {nbytes}"
         raise RangeError(msg)
     return nbytes
 
 
-class InSteps:
-    """A region that is committed from its start on, by one call at a time.
+class OnRegion:
+    """An object on a region of its own, whose memory it alone gives back.
 
-    The first commit is 64 KiB of small pages, unless huge pages are preferred: many small objects
-    never need more. Later commits end at addresses that are multiples of the step.
+    Subclasses set `_noun`, the kind of object, for messages.
     """
 
-    _what: ClassVar[str]  # the kind of object, for messages
+    __slots__ = ("_exports", "_lock", "_region")
 
-    def __init__(self, region: Region, step: int, *, small_first: bool) -> None:
-        self._region, self._step = region, step
-        self._lock, self._base = region._make_lock(), region.base
-        small = max(64 * KiB, PAGE_SIZE)
-        self._first = small if small < step and small_first else 0
-        # Bytes below _end are committed; bytes above may be, and committing them again is harmless.
-        self._end = 0
-        # A call is in progress: a finaliser or signal handler that interrupts it is refused.
-        self._busy = False
+    _noun: ClassVar[str]
+
+    def __init__(self, region: Region) -> None:
+        self._region, self._exports = region, region.exports
+        self._lock = self._exports.lock
+        self._exports.owner = f"{'an' if self._noun[0] in 'aeiou' else 'a'} {self._noun}"
+
+    @property
+    def region(self) -> Region:
+        """The region that holds the bytes. Only this object may decommit, discard or release it."""
+        return self._region
+
+    @property
+    def name(self) -> str | None:
+        """The name given to the constructor; None if none."""
+        return self._region.name
 
     @property
     def base(self) -> int:
         """Address of the first byte. Access through raw addresses is at your own risk."""
         return self._region.base
+
+    @property
+    def reserved(self) -> int:
+        """Number of reserved bytes. Exact."""
+        return self._region.reserved
 
     @property
     def committed(self) -> int:
@@ -78,49 +75,7 @@ class InSteps:
     @property
     def released(self) -> bool:
         """Whether the object is released or closed."""
-        return self._region.released
-
-    def _commit(self, end: int) -> None:
-        """Commit to the end of a step; if that is refused, only up to `end`."""
-        if end <= self._end:
-            return
-        size, ahead = self._region.size, self._first
-        if self._end or end > ahead:
-            ahead = round_up(self._base + end, self._step) - self._base
-        need, ahead = round_up(end, PAGE_SIZE), min(ahead, size)
-        try:
-            self._region.commit(self._end, ahead - self._end)
-        except OutOfMemoryError:
-            if ahead == need:
-                raise
-            self._region.commit(self._end, need - self._end)
-            ahead = need
-        self._end = ahead
-
-    def _alone(self, do: Callable[..., _T], *arguments: object) -> _T:
-        """Call `do` exclusively: other threads wait, calls that interrupt it are refused.
-
-        Raises:
-            RuntimeError: called by a finaliser or signal handler inside another call.
-            ReleasedError: the object is released or closed.
-        """
-        with self._lock:
-            if self._busy:
-                msg = f"called from inside another call on the same {self._what}"
-                raise RuntimeError(msg)
-            self._alive()
-            self._busy = True
-            try:
-                return do(*arguments)
-            finally:
-                self._busy = False
-                if self._region._released:  # closed by an interrupting call
-                    self._let_go()
-
-    def _alive(self) -> None:
-        if self._region._released:
-            msg = f"the {self._what} was released or closed"
-            raise ReleasedError(msg)
+        return self._exports.released
 
     def release(self) -> None:
         """Release all addresses.
@@ -129,22 +84,18 @@ class InSteps:
             ViewError: live views show some of the bytes; nothing has changed.
             VMError: as for `Region.release`.
             ReleasedError: already released or closed.
-            RuntimeError: called by a finaliser or signal handler inside another call.
+            StateError: called by a finaliser or signal handler inside another call.
         """
-        self._alone(self._release)
-
-    def _release(self) -> None:
-        self._region.release()
+        self._exports.release()
 
     def close(self) -> None:
         """Refuse new use; release the addresses when the last view is gone. See `Region.close`."""
-        with self._lock:
-            self._region._retire()
-            if not self._busy:  # otherwise the call in progress still needs the memory
-                self._let_go()
+        self._exports.close()
 
-    def _let_go(self) -> None:
-        self._region._close()
+    def _alive(self) -> None:
+        if self._exports.released:
+            msg = f"the {self._noun} was released or closed"
+            raise ReleasedError(msg)
 
     def __enter__(self) -> "Self":
         self._alive()
@@ -158,3 +109,81 @@ class InSteps:
             f"{type(self).__name__} cannot be pickled or copied: it owns addresses of this process"
         )
         raise TypeError(msg)
+
+
+class InSteps(OnRegion):
+    """An object that commits its region from the start on, in steps.
+
+    Commits end at addresses that are multiples of the step. With `small_first` the first one is
+    64 KiB of small pages: many small objects never need more.
+    """
+
+    def __init__(self, region: Region, step: int, *, small_first: bool) -> None:
+        super().__init__(region)
+        self._step, self._base = step, region.base
+        small = max(64 * KiB, PAGE_SIZE)
+        self._first = small if small < step and small_first else 0
+        # Bytes below _end are committed; bytes above may be, and committing them again is harmless.
+        self._end = 0
+
+    def _commit(self, end: int) -> None:
+        """Commit to the end of a step; if that is refused, only up to `end`. Holds the lock."""
+        begin = self._end
+        if end <= begin:
+            return
+        size, ahead = self._region.size, self._first
+        if begin or end > ahead:
+            ahead = round_up(self._base + end, self._step) - self._base
+        need, ahead = round_up(end, PAGE_SIZE), min(ahead, size)
+        try:
+            self._region.commit(begin, ahead - begin)
+        except OutOfMemoryError:
+            if ahead == need:
+                raise
+            self._region.commit(begin, need - begin)
+            ahead = need
+        self._end = max(self._end, ahead)  # an interrupting call may have committed more
+
+
+class Exclusive(InSteps):
+    """An object in steps with one call at a time: a call that interrupts another is refused."""
+
+    def __init__(self, region: Region, step: int, *, small_first: bool) -> None:
+        super().__init__(region, step, small_first=small_first)
+        # A call is in progress: a finaliser or signal handler that interrupts it is refused.
+        self._busy = False
+
+    def _alone(self, do: Callable[..., _T], *arguments: object) -> _T:
+        """Call `do` exclusively: other threads wait, calls that interrupt it are refused.
+
+        Raises:
+            StateError: called by a finaliser or signal handler inside another call.
+            ReleasedError: the object is released or closed.
+        """
+        with self._lock:
+            if self._busy:
+                msg = f"called from inside another call on the same {self._noun}"
+                raise StateError(msg)
+            self._alive()
+            self._busy = True
+            try:
+                return do(*arguments)
+            finally:
+                self._busy = False
+                if self._exports.released:  # closed by an interrupting call
+                    self._let_go()
+
+    def release(self) -> None:  # as OnRegion.release
+        self._alone(self._release)
+
+    def _release(self) -> None:
+        self._exports.release()
+
+    def close(self) -> None:  # as OnRegion.close
+        with self._lock:
+            self._exports.retire()
+            if not self._busy:  # otherwise the call in progress still needs the memory
+                self._let_go()
+
+    def _let_go(self) -> None:
+        self._exports.close()

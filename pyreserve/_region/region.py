@@ -11,27 +11,22 @@ decommit back to reserved; memory and charge given back        ``mmap(MAP_FIXED,
 release  give the addresses back                               ``munmap``
 ======== ===================================================== =====================================
 
-Sizes, offsets and lengths are in bytes. Verbs take whole OS pages (`pyreserve.PAGE_SIZE`).
+Sizes, offsets and lengths are in bytes. Verbs take whole OS pages (`pyreserve.PAGE_SIZE`). A length
+of None reaches to the end of the region.
 """
 
-import errno
-import math
-import sys
-import weakref
-from _thread import RLock
-from collections.abc import Iterator
-from contextlib import contextmanager
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyreserve._native import ffi, lib
-from pyreserve._region.exports import ViewTable, view_error
-from pyreserve._system import forks, proc
-from pyreserve._system.extras import import_extra
+from pyreserve._region import handles
+from pyreserve._region.arrays import ArrayPlan
+from pyreserve._region.exports import ENDED, Exports
+from pyreserve._region.policies import Fork, HugePages, Mode
+from pyreserve._region.refusals import outside, refused, released
 from pyreserve._system.forks import registry_lock as _registry_lock
-from pyreserve._system.limits import PAGE_SIZE, refusal
-from pyreserve._system.machine import thp_size
-from pyreserve.errors import RangeError, ReleasedError, VMError
+from pyreserve._system.limits import refusal
+from pyreserve.errors import StateError
 from pyreserve.units import format_size
 
 if TYPE_CHECKING:
@@ -39,42 +34,15 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Self
 
-Mode = Literal["charge", "noreserve"]
-Fork = Literal["copy", "wipe"]
-HugePages = Literal["default", "prefer", "never"]
-
-_MODES = {"charge": 0, "noreserve": lib.VM_NORESERVE}
-_FORKS = {"copy": 0, "wipe": lib.VM_WIPE_ON_FORK}
-_HUGE = {"default": 0, "prefer": lib.VM_HUGE_PREFER, "never": lib.VM_HUGE_NEVER}
-_POLICIES = {
-    (mode, fork, huge, no_dump): (
-        accounting,
-        fork_flag | huge_flag | (lib.VM_NO_DUMP if no_dump else 0),
-    )
-    for mode, accounting in _MODES.items()
-    for fork, fork_flag in _FORKS.items()
-    for huge, huge_flag in _HUGE.items()
-    for no_dump in (False, True)
-}
+    from pyreserve._region.arrays import Shape
 
 # The tracemalloc domain of committed bytes, for tracemalloc.DomainFilter.
 TRACEMALLOC_DOMAIN: int = lib.TRACING_DOMAIN
-_ADDRESS_LIMIT = 1 << (8 * ffi.sizeof("size_t"))
 # Bound once: an attribute lookup on the library costs a third of an empty call.
-_buffer = ffi.buffer
 _commit = lib.region_commit
-_decommit = lib.region_decommit
 _is_committed = lib.region_is_committed
 _end = lib.region_end
 _release = lib.region_release
-_reserve = lib.region_reserve
-_NULL = ffi.NULL
-# The handle of a region after its end, and handles that later regions reuse.
-_CLOSED = ffi.new("struct region *")
-_spare_handles: list[Any] = []
-_SPARES = 16
-# Weak references to all handles by id; a handle stays here while regions reuse it.
-_handles: dict[int, "weakref.ref[Any]"] = {}
 
 
 class Region:
@@ -87,7 +55,7 @@ class Region:
 
     All methods are thread-safe. After a fork the child has its own copy, see `fork`. A finaliser or
     signal handler that interrupts a call on a region may call all methods of that region except
-    `view` and `ndarray`, which raise RuntimeError there.
+    `view` and `ndarray`, which raise StateError there.
 
     After `release` or `close`, methods raise `ReleasedError`, a ValueError. `committed` and
     `reserved` of a closed region stay exact while views keep its addresses.
@@ -95,68 +63,45 @@ class Region:
 
     __slots__ = (
         "__weakref__",
-        "_busy",
-        "_closed",
+        "_exports",
         "_fork",
         "_handle",
-        "_in_heap",
-        "_lock",
+        "_huge_pages",
         "_mode",
         "_name",
-        "_owner",
-        "_released",
         "_size",
         "_unused",
-        "_views",
     )
 
-    def __init__(self, size: int, mode: Mode, fork: Fork, name: str | None) -> None:
-        """Create a region without addresses; only `reserve` calls this."""
-        try:
-            self._handle = _spare_handles.pop()
-        except IndexError:
-            self._handle = _new_handle()
-        # `del self._unused` succeeds exactly once, so it elects either the creator of the lock or a
-        # release that needs no lock.
+    def __init__(
+        self,
+        handle: Any,
+        size: int,
+        mode: Mode,
+        fork: Fork,
+        huge_pages: HugePages,
+        name: str | None,
+    ) -> None:
+        """Called by `reserve` alone, which then opens the handle."""
+        self._handle = handle
+        # `del self._unused` succeeds exactly once, so it elects either the creator of the Exports
+        # or a release that needs none.
         self._unused = None
-        self._lock: RLock | None = None
-        self._views: ViewTable | None = None
-        # A call is in progress during which no view may be created.
-        self._busy = False
-        self._released = False
-        # The addresses are released, or kept only for live views.
-        self._closed = False
-        # Number of C heaps that use the handle; they keep this object alive.
-        self._in_heap = 0
+        self._exports: Exports | None = None
         self._size = size
         self._mode: Mode = mode
         self._fork: Fork = fork
+        self._huge_pages: HugePages = huge_pages
         self._name = name
-        # Name of the object that alone may discard, decommit or release, for messages.
-        self._owner: str | None = None
 
     def __del__(self) -> None:
-        # Another thread can hold the lock only if __del__ is called explicitly.
-        if self._lock is None:
-            self._drop()
-        else:
-            with self._lock:
-                self._drop()
-
-    def _drop(self) -> None:
-        handle = self._handle
-        if handle is _CLOSED or self._in_heap:
-            return
-        self._handle, was_closed, self._released = _CLOSED, self._closed, True
-        if self._views is not None:
-            del _view_tables[id(self)]
-        if was_closed:
-            return
-        if not handle.base and len(_spare_handles) < _SPARES:
-            # The handle is unused: keep it for the next region.
-            _spare_handles.append(handle)
-        elif not _leave_to_views(handle, self._views):
-            _end(handle)
+        exports = self._exports
+        if exports is None or exports is ENDED:
+            handle, self._handle, self._exports = self._handle, handles.CLOSED, ENDED
+            if handle is not handles.CLOSED and not handles.reuse(handle):
+                _end(handle)
+        elif exports.drop():
+            self._handle = handles.CLOSED
 
     # -- properties ---------------------------------------------------------------------------
 
@@ -176,6 +121,11 @@ class Region:
         return self._fork
 
     @property
+    def huge_pages(self) -> HugePages:
+        """Policy of huge pages: ``"default"``, ``"prefer"`` or ``"never"``; see `reserve`."""
+        return self._huge_pages
+
+    @property
     def name(self) -> str | None:
         """The name given to `reserve`, whether or not the kernel shows it; None if none."""
         return self._name
@@ -183,35 +133,43 @@ class Region:
     @property
     def released(self) -> bool:
         """Whether the region is released or closed."""
-        return self._released
+        return self._exports is not None and self._exports.released
+
+    @property
+    def exports(self) -> Exports:
+        """The lock, the live views and the unchecked verbs of the region: low-level.
+
+        For containers that are built on a region.
+        """
+        return self._exports or self._open_exports()
 
     @property
     def base(self) -> int:
         """Address of the first byte. Access through raw addresses is at your own risk."""
-        with self._lock or self._make_lock():
+        with (self._exports or self._open_exports()).lock:
             self._alive()
             return int(ffi.cast("uintptr_t", self._handle.base))
 
     @property
     def committed(self) -> int:
         """Number of committed bytes. Exact."""
-        with self._lock or self._make_lock():
+        with (self._exports or self._open_exports()).lock:
             if not self._handle.base:
-                raise _released()
+                raise released()
             return int(self._handle.committed.total)
 
     @property
     def reserved(self) -> int:
         """Number of bytes that the region owns: `size`, without guards."""
-        with self._lock or self._make_lock():
+        with (self._exports or self._open_exports()).lock:
             if not self._handle.base:
-                raise _released()
+                raise released()
             return int(self._handle.reserved.total)
 
     @property
     def sealed(self) -> bool:
         """Whether the region is sealed until the process ends."""
-        with self._lock or self._make_lock():
+        with (self._exports or self._open_exports()).lock:
             self._alive()
             return bool(self._handle.sealed)
 
@@ -227,23 +185,23 @@ class Region:
         """
         offset, length = _index(offset), _index(length)
         if offset < 0 or length <= 0:
-            raise _out_of_range("is_committed", offset, length, self._size)
+            raise outside("is_committed", offset, length, self._size)
         if offset + length > self._size:
             self._alive()
             return False
-        with self._lock or self._make_lock():
+        with (self._exports or self._open_exports()).lock:
             answer = _is_committed(self._handle, offset, length)
         if answer < 0:
-            raise _released()
+            raise released()
         return bool(answer)
 
     def committed_runs(self) -> list[tuple[int, int]]:
         """Return the committed ranges as (offset, length), lowest first, adjacent ones joined."""
-        return self._runs("committed")
+        return (self._exports or self._open_exports()).runs(committed=True)
 
     # -- verbs --------------------------------------------------------------------------------
 
-    def commit(self, offset: int, length: int) -> None:
+    def commit(self, offset: int = 0, length: int | None = None) -> None:
         """Make [offset, offset + length) readable and writable.
 
         Newly committed bytes read zero; bytes that were already committed keep their contents. In
@@ -254,8 +212,9 @@ class Region:
             OutOfMemoryError: refused; ``limit`` names the limit.
             ReleasedError: the region is released or closed.
         """
-        offset, length = _index(offset), _index(length)
-        with self._lock or self._make_lock():
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
+        with (self._exports or self._open_exports()).lock:
             try:
                 err = _commit(self._handle, offset, length)
             except OverflowError:
@@ -263,7 +222,7 @@ class Region:
         if err:
             self._fail("commit", err, offset, length)
 
-    def populate(self, offset: int, length: int) -> None:
+    def populate(self, offset: int = 0, length: int | None = None) -> None:
         """Back committed bytes with pages now instead of at first touch; keep their contents.
 
         Raises:
@@ -271,8 +230,9 @@ class Region:
             VMError: the kernel refused.
             ReleasedError: the region is released or closed.
         """
-        offset, length = _index(offset), _index(length)
-        with self._lock or self._make_lock():
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
+        with (self._exports or self._open_exports()).lock:
             try:
                 err = lib.region_populate(self._handle, offset, length)
             except OverflowError:
@@ -280,7 +240,7 @@ class Region:
         if err:
             self._fail("populate", err, offset, length)
 
-    def discard(self, offset: int, length: int, lazy: bool = False) -> None:
+    def discard(self, offset: int = 0, length: int | None = None, *, lazy: bool = False) -> None:
         """Drop the contents of committed bytes; they stay committed and read zero afterwards.
 
         With `lazy` the kernel drops the contents only under memory pressure: until then reads
@@ -288,49 +248,39 @@ class Region:
         under live views.
 
         Raises:
-            RangeError: the range is not whole OS pages inside the region, or not all committed; or
-                the region is part of an arena.
+            RangeError: the range is not whole OS pages inside the region, or not all committed.
+            StateError: the region is part of an arena or another object, which alone may do this.
             VMError: the kernel refused (before Linux 5.18: memory locked by mlock).
             ReleasedError: the region is released or closed.
         """
-        offset, length, lazy = _index(offset), _index(length), bool(lazy)
-        self._refuse_owned("discard")
-        with self._lock or self._make_lock():
-            try:
-                err = lib.region_discard(self._handle, offset, length, lazy)
-            except OverflowError:
-                err = lib.REGION_OUTSIDE
-        if err:
-            self._fail("discard", err, offset, length)
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
+        lazy = bool(lazy)
+        exports = self._exports or self._open_exports()
+        if exports.owner is not None:
+            self._refuse_owned("discard", exports.owner)
+        exports.discard(offset, length, lazy=lazy)
 
-    def decommit(self, offset: int, length: int) -> None:
+    def decommit(self, offset: int = 0, length: int | None = None) -> None:
         """Return [offset, offset + length) to reserved: no access; memory and charge given back.
 
         Bytes that are not committed are left as they are.
 
         Raises:
-            RangeError: the range is not whole OS pages inside the region, or the region is part of
-                an arena.
+            RangeError: the range is not whole OS pages inside the region.
+            StateError: the region is part of an arena or another object, which alone may do this.
             ViewError: live views show some of the bytes.
             VMError: refused (max_map_count: a hole splits a mapping), or the region is sealed. Also
                 if the kernel refuses the region's policies for the new mapping; only then are the
                 bytes decommitted nevertheless.
             ReleasedError: the region is released or closed.
         """
-        offset, length = _index(offset), _index(length)
-        self._refuse_owned("decommit")
-        with self._lock or self._make_lock():
-            interrupting, self._busy = self._busy, True
-            try:
-                if self._views is not None and offset >= 0 < length <= self._size - offset:
-                    self._refuse_views("decommit", offset, offset + length, interrupting)
-                err = _decommit(self._handle, offset, length)
-            except OverflowError:
-                err = lib.REGION_OUTSIDE
-            finally:
-                self._busy = interrupting
-        if err:
-            self._fail("decommit", err, offset, length)
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
+        exports = self._exports or self._open_exports()
+        if exports.owner is not None:
+            self._refuse_owned("decommit", exports.owner)
+        exports.decommit(offset, length)
 
     def release(self) -> None:
         """Give the addresses back.
@@ -338,11 +288,23 @@ class Region:
         Raises:
             ViewError: live views show some of the bytes.
             VMError: refused (max_map_count), or the region is sealed.
-            RangeError: the region is part of an arena: release the arena.
+            StateError: the region is part of an arena or another object: release that.
             ReleasedError: the region is already released or closed.
         """
-        self._refuse_owned("release")
-        self._release()
+        try:
+            del self._unused
+        except AttributeError:
+            exports = self._exports or self._open_exports()
+        else:
+            err = _release(self._handle)
+            if err:
+                self._unused = None
+                raise refused(self._handle, self._size, "release", err, 0, self._size)
+            self._exports = ENDED
+            return
+        if exports.owner is not None:
+            self._refuse_owned("release", exports.owner)
+        exports.release()
 
     def close(self) -> None:
         """Refuse new use now; release the addresses when the last view is gone.
@@ -351,71 +313,30 @@ class Region:
         call does nothing. A sealed region keeps its addresses until the process ends.
 
         Raises:
-            RangeError: the region is part of an arena: close the arena.
+            StateError: the region is part of an arena or another object: close that.
         """
-        self._refuse_owned("close")
-        self._close()
-
-    def _close(self) -> None:
         try:
             del self._unused
         except AttributeError:
-            self._close_used()
+            exports = self._exports
         else:
-            self._released = True
             _end(self._handle)
-
-    def _close_used(self) -> None:
-        if self._lock is None:  # released or closed before first use
+            self._exports = ENDED
             return
-        with self._lock:
-            if self._closed or not self._handle.base:
+        if exports is None:
+            with _registry_lock:  # wait for another thread that creates it
+                exports = self._exports
+            if exports is None:  # another thread releases or closes the region
                 return
-            self._retire()
-            if not _leave_to_views(self._handle, self._views):
-                _end(self._handle)
-            self._closed = True
-
-    def _retire(self) -> None:
-        """Refuse new use but keep the addresses.
-
-        The caller holds the lock and calls `_close` next.
-        """
-        self._released = True
-        lib.region_retire(self._handle)
-
-    def _release(self) -> None:
-        unused = True
-        try:
-            del self._unused
-        except AttributeError:
-            unused = False
-        if unused:
-            err = _release(self._handle)
-            if err:
-                self._unused = None
-            self._released = not err
-        else:
-            err = self._release_used()
-        if err:
-            self._fail("release", err, 0, self._size)
-
-    def _release_used(self) -> int:
-        with self._lock or self._make_lock():
-            self._alive()
-            interrupting, self._busy = self._busy, True
-            try:
-                if self._views is not None:
-                    self._refuse_views("release", 0, self._size, interrupting)
-                err: int = _release(self._handle)
-                self._released = not err
-            finally:
-                self._busy = interrupting
-        return err
+        if exports.owner is not None:
+            self._refuse_owned("close", exports.owner)
+        exports.close()
 
     # -- views --------------------------------------------------------------------------------
 
-    def view(self, offset: int, length: int, *, readonly: bool = False) -> memoryview:
+    def view(
+        self, offset: int = 0, length: int | None = None, *, readonly: bool = False
+    ) -> memoryview:
         """Return a memoryview of committed bytes, format ``"B"``, shape (length,). Any alignment.
 
         The bytes stay committed while the view, or an object made from it, is alive: slices, casts,
@@ -426,63 +347,53 @@ class Region:
         Raises:
             RangeError: the range is outside the region, or not all committed.
             ReleasedError: the region is released or closed.
-            RuntimeError: called by a finaliser or signal handler inside another call on the region.
+            StateError: called by a finaliser or signal handler inside another call on the region.
         """
-        offset, length = _index(offset), _index(length)
+        offset = _index(offset)
+        length = self._size - offset if length is None else _index(length)
         if offset < 0 or length <= 0 or offset + length > self._size:
             self._alive()
-            raise _out_of_range("view", offset, length, self._size)
-        with self._lock or self._make_lock():
-            if self._busy:
-                msg = "view cannot be called from inside another call on the same region"
-                raise RuntimeError(msg)
-            self._alive()
-            self._busy = True
-            try:
-                if self._views is None:
-                    _view_tables[id(self)] = self._views = ViewTable(self._size)
-                # A new cdata for each view: it lives exactly as long as the buffer made from it.
-                anchor = self._anchor(offset)
-                exported = _buffer(anchor, length)
-                # Register first, then check: a later decommit is refused, an earlier one is seen.
-                self._views.add(anchor, offset, offset + length)
-                committed = _is_committed(self._handle, offset, length)
-                if committed != 1:
-                    self._fail("view", committed or lib.REGION_NOT_COMMITTED, offset, length)
-                view = memoryview(exported)
-            finally:
-                self._busy = False
+            raise outside("view", offset, length, self._size)
+        view = (self._exports or self._open_exports()).view(offset, length)
         return view.toreadonly() if readonly else view
 
     def ndarray(
         self,
         offset: int,
-        shape: int | tuple[int, ...],
+        shape: "Shape",
         dtype: "npt.DTypeLike" = "uint8",
         *,
         readonly: bool = False,
     ) -> "np.ndarray[Any, Any]":
         """Return a C-ordered ndarray of `shape` and `dtype` over committed bytes, from `offset`.
 
-        It protects its bytes as a `view` does.
+        `shape` is an int, or a tuple or list of ints. The array protects its bytes as a `view`
+        does; an array without items protects nothing.
 
         Raises:
             ImportError: numpy is missing (extra ``numpy``).
-            RangeError, ReleasedError, RuntimeError: as for `view`.
+            ValueError: the items hold references to objects.
+            RangeError, ReleasedError, StateError: as for `view`.
         """
-        numpy = import_numpy("ndarray")
-        item_type = numpy.dtype(dtype)
-        sides = tuple(_index(side) for side in (shape if isinstance(shape, tuple) else (shape,)))
-        nbytes = math.prod(sides, start=item_type.itemsize)
-        view = self.view(offset, nbytes, readonly=readonly)
-        array: np.ndarray[Any, Any] = numpy.frombuffer(view, dtype=item_type).reshape(sides)
-        return array
+        plan = ArrayPlan(shape, dtype)
+        if plan.nbytes:
+            return plan.over(self.view(offset, plan.nbytes, readonly=readonly))
+        offset = _index(offset)
+        self._alive()
+        if not 0 <= offset <= self._size:
+            raise outside("view", offset, 0, self._size)
+        return plan.empty(readonly=readonly)
 
     # -- Python protocols ---------------------------------------------------------------------
 
+    def __len__(self) -> int:
+        """Return the size in bytes, also after the end of the region."""
+        return self._size
+
     def __enter__(self) -> "Self":
         self._alive()
-        self._refuse_owned("close")
+        if self._exports is not None and self._exports.owner is not None:
+            self._refuse_owned("close", self._exports.owner)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -491,7 +402,7 @@ class Region:
     def __repr__(self) -> str:
         if self.released:
             return f"<Region of {format_size(self._size)}, released>"
-        with self._lock or self._make_lock():
+        with (self._exports or self._open_exports()).lock:
             runs = self._handle.committed
             base = int(ffi.cast("uintptr_t", self._handle.base))
             committed, count = int(runs.total), int(runs.count)
@@ -510,171 +421,28 @@ class Region:
     # -- private ------------------------------------------------------------------------------
 
     def _alive(self) -> None:
-        if self._released:
-            raise _released()
+        if self._exports is not None and self._exports.released:
+            raise released()
 
-    def _make_lock(self) -> RLock:
-        """Create the lock at first use and return it: a region that is only reserved has none."""
+    def _open_exports(self) -> Exports:
+        """Return the Exports, created at first use: a region that is only reserved has none."""
         with _registry_lock:
-            if self._lock is None:
-                lock = RLock()
-                forks.register(lock)
+            if self._exports is None:
+                exports = Exports(self._handle, self._size)
                 try:
                     del self._unused
                 except AttributeError:
-                    raise _released() from None
-                self._lock = lock
-            return self._lock
+                    raise released() from None
+                self._exports = exports
+            return self._exports
 
-    def _anchor(self, offset: int) -> Any:
-        base = self._handle.base
-        if offset <= sys.maxsize:
-            return base + offset
-        return ffi.cast("char *", int(ffi.cast("uintptr_t", base)) + offset)
-
-    def _runs(self, which: Literal["committed", "reserved"]) -> list[tuple[int, int]]:
-        """Return all runs, copied out by one C call so that they are consistent."""
-        with self._lock or self._make_lock():
-            self._alive()
-            capacity, count = 0, 1
-            while count > capacity:
-                capacity = 2 * count
-                runs = ffi.new("struct run[]", capacity)
-                count = lib.region_runs(self._handle, which == "committed", runs, capacity)
-            self._alive()
-        return [(runs[i].lo, runs[i].hi - runs[i].lo) for i in range(count)]
-
-    def _refuse_owned(self, verb: str) -> None:
-        if self._owner is not None:
-            self._alive()
-            msg = f"cannot {verb} a region that is part of {self._owner}: use the owner's methods"
-            raise RangeError(msg)
-
-    @contextmanager
-    def _taking_away(self) -> Iterator[bool]:
-        """Refuse new views inside the block; yield whether it interrupts another such block.
-
-        The caller holds the lock, checks for live views and then takes bytes away.
-        """
-        interrupting, self._busy = self._busy, True
-        try:
-            yield interrupting
-        finally:
-            self._busy = interrupting
-
-    def _pinned(self, offset: int, length: int) -> Any:
-        """Return an object that protects bytes, which a live view shows, while it is alive."""
-        anchor = self._anchor(offset)
-        assert self._views is not None
-        self._views.add(anchor, offset, offset + length)
+    def _refuse_owned(self, verb: str, owner: str) -> NoReturn:
         self._alive()
-        return anchor
-
-    def _refuse_views(self, verb: str, lo: int, hi: int, interrupting: bool) -> None:
-        assert self._views is not None
-        held = self._views.live(lo, hi, prune=not interrupting)
-        if held:
-            raise view_error(f"cannot {verb} [{lo:#x}, {hi:#x})", held, verb)
+        msg = f"cannot {verb} a region that is part of {owner}: use the owner's methods"
+        raise StateError(msg)
 
     def _fail(self, verb: str, err: int, offset: int, length: int) -> NoReturn:
-        """Raise the exception for `err`, an errno or an enum region_refusal."""
-        if err == lib.REGION_RELEASED:
-            raise _released()
-        if err == lib.REGION_SEALED:
-            msg = f"cannot {verb}: the region is sealed until the process ends (mseal)"
-            raise VMError(errno.EPERM, msg, verb=verb, nbytes=length, address=self.base + offset)
-        if err == lib.REGION_OUTSIDE:
-            raise _out_of_range(verb, offset, length, self._size)
-        if err < 0:
-            reason = {
-                lib.REGION_MISALIGNED: f"both must be multiples of the OS page ({PAGE_SIZE})",
-                lib.REGION_NOT_RESERVED: "not all of it is reserved",
-                lib.REGION_NOT_COMMITTED: "not all of it is committed",
-            }[err]
-            msg = f"cannot {verb} {length} bytes at offset {offset}: {reason}"
-            raise RangeError(msg)
-        raise refusal(verb, err, length, self.base + offset)
-
-
-def reserve(
-    size: int,
-    *,
-    at: int | None = None,
-    hint: int | None = None,
-    align: int | None = None,
-    mode: Mode = "charge",
-    dump: bool = False,
-    fork: Fork = "copy",
-    huge_pages: HugePages = "default",
-    guard: bool = False,
-    name: str | None = None,
-    seal: bool = False,
-) -> Region:
-    """Reserve `size` bytes of addresses, rounded up to whole OS pages: no memory, no charge.
-
-    Args:
-        size: bytes, positive.
-        at: reserve exactly at this address; an existing mapping is never replaced.
-        hint: reserve near this address if it is free, else anywhere.
-        align: alignment of the base in bytes, a power of two.
-        mode: ``"charge"``: a commit is charged against the commit limit, a decommit refunds it.
-            ``"noreserve"``: never charged (MAP_NORESERVE), except under
-            ``vm.overcommit_memory=2``, where the kernel ignores the flag and ``Region.mode``
-            is ``"charge"``. There a reservation is not charged, but 1/32 of a process's
-            addresses, at most vm.user_reserve_kbytes (128 MiB), is unavailable to its commits.
-        dump: include the region in core dumps (default: MADV_DONTDUMP).
-        fork: contents in a forked child: ``"copy"``, or ``"wipe"``: zeros (MADV_WIPEONFORK),
-            which copies no page tables. In mode ``"charge"`` the child is charged for the
-            committed bytes either way (``dup_mmap``, Linux kernel/fork.c).
-        huge_pages: ``"prefer"`` (MADV_HUGEPAGE, the base aligned to a huge page), ``"never"``
-            (MADV_NOHUGEPAGE), or ``"default"``: the system's setting.
-        guard: add an OS page that is never accessible at each end, in addition to `size`.
-        name: shown in /proc/PID/maps as ``[anon:NAME]`` if the kernel has CONFIG_ANON_VMA_NAME
-            (prctl(2), PR_SET_VMA_ANON_NAME); 1 to 79 printable ASCII characters except brackets,
-            backslash, dollar sign and backquote.
-        seal: commit the whole region and forbid unmapping it or changing its access until the
-            process ends (mseal, Linux 6.10): it can be discarded, never decommitted or released.
-
-    Raises:
-        TypeError: a number is not an integer, or `name` not a string.
-        ValueError: an invalid or conflicting argument (`RangeError` for sizes and addresses).
-        OutOfMemoryError: refused; ``limit`` names the limit, such as ``"address space"``.
-        VMError: `at` is occupied (EEXIST), or this kernel lacks a policy.
-    """
-    size, guard = _index(size), bool(guard)
-    at = None if at is None else _index(at)
-    hint = None if hint is None else _index(hint)
-    align = None if align is None else _index(align)
-    if size <= 0:
-        msg = f"size must be positive, got {size}"
-        raise RangeError(msg)
-    if size % PAGE_SIZE:
-        size += PAGE_SIZE - size % PAGE_SIZE
-    try:
-        accounting, advice = _POLICIES[mode, fork, huge_pages, not dump]
-    except (KeyError, TypeError):
-        raise _unknown_word(mode, fork, huge_pages) from None
-    if accounting:
-        mode, accounting = effective_mode(mode)
-    if huge_pages == "prefer" and align is None and at is None:
-        align = thp_size()
-    if at is None and hint is None and align is None and not guard and name is None:
-        options = _NULL
-    else:
-        options = _placement_options(at, hint, align, guard, name)
-    region = Region(size, mode, fork, name)
-    try:
-        err = _reserve(region._handle, size, accounting, advice, options)
-    except OverflowError:  # size does not fit in size_t
-        err = errno.ENOMEM
-    if err:
-        raise refusal("reserve", err, size + (align or 0) + 2 * PAGE_SIZE * bool(guard), at)
-    if seal:
-        err = lib.region_seal(region._handle)
-        if err:
-            region.release()
-            raise refusal("seal", err, size)
-    return region
+        raise refused(self._handle, self._size, verb, err, offset, length)
 
 
 def resident(region: Region) -> int:
@@ -686,166 +454,3 @@ def resident(region: Region) -> int:
             raise refusal("inspect", err, length, region.base + offset)
         total += int(nbytes[0])
     return total
-
-
-def import_numpy(user: str) -> Any:
-    """Import numpy at first use; importing pyreserve does not import it.
-
-    Raises:
-        ImportError: numpy is missing (extra ``numpy``), the message names `user`; or raised by
-            numpy itself.
-    """
-    return import_extra("numpy", "numpy", user)
-
-
-def _new_handle() -> Any:
-    handle = ffi.new("struct region *")
-    key, remove = id(handle), _handles.pop  # bound: at exit the module may be cleared first
-
-    def on_death(_: "weakref.ref[Any]") -> None:
-        remove(key, None)
-
-    _handles[key] = weakref.ref(handle, on_death)
-    return handle
-
-
-def live_ranges() -> list[tuple[int, int]]:
-    """Return the addresses [start, end) of all open regions, without keeping any alive."""
-    ranges = []
-    for reference in list(_handles.values()):
-        handle = reference()
-        if handle is not None and handle.base:
-            base = int(ffi.cast("uintptr_t", handle.base))
-            ranges.append((base, base + int(handle.size)))
-    return ranges
-
-
-def effective_mode(mode: Mode) -> tuple[Mode, int]:
-    """Return the mode that takes effect, and its accounting flag of ``csrc/region.h``.
-
-    If /proc is unreadable, vm.overcommit_memory counts as 0, the kernel's default.
-
-    Raises:
-        ValueError: `mode` is not a mode.
-    """
-    if mode not in _MODES:
-        raise _unknown_word(mode, "copy", "default")
-    if mode == "noreserve" and proc.setting_or_default("overcommit_memory") == 2:
-        mode = "charge"
-    return mode, _MODES[mode]
-
-
-def _placement_options(
-    at: int | None, hint: int | None, align: int | None, guard: bool, name: str | None
-) -> Any:
-    """Check the placement arguments of `reserve` and return them as a C struct."""
-    options = ffi.new("struct region_options *")
-    if at is not None and hint is not None:
-        msg = "at and hint are mutually exclusive"
-        raise ValueError(msg)
-    if at is not None or hint is not None:
-        argument, address = ("hint", hint) if at is None else ("at", at)
-        assert address is not None
-        if not 0 < address < _ADDRESS_LIMIT or address % PAGE_SIZE:
-            msg = (
-                f"{argument} must be a positive address that is a multiple of the OS page "
-                f"({PAGE_SIZE}), got {address:#x}"
-            )
-            raise RangeError(msg)
-        options.address, options.exact = address, at is not None
-    if align is not None:
-        if not 0 < align < _ADDRESS_LIMIT or align & (align - 1):
-            msg = f"align must be a power of two, got {align}"
-            raise RangeError(msg)
-        if at is not None and at % align:
-            msg = f"at must be a multiple of align ({align:#x}), got {at:#x}"
-            raise RangeError(msg)
-        options.align = align
-    if guard:
-        options.guard = PAGE_SIZE
-        if at is not None and at <= PAGE_SIZE:
-            msg = f"at must be above {PAGE_SIZE:#x} with a guard, got {at:#x}"
-            raise RangeError(msg)
-    if name is not None:
-        options.name = _checked_name(name)
-    return options
-
-
-def _checked_name(name: str) -> bytes:
-    if not isinstance(name, str):
-        msg = f"name must be a string, got {type(name).__name__}"
-        raise TypeError(msg)
-    name = str.__str__(name)  # a subclass may override any method
-    # The kernel's own rule (prctl(2), PR_SET_VMA_ANON_NAME).
-    if not 0 < len(name) < 80 or any(not " " <= c <= "~" or c in "[]\\$`" for c in name):
-        msg = f"name must be 1 to 79 printable ASCII characters without []\\$`, got {name!r}"
-        raise ValueError(msg)
-    return name.encode("ascii")
-
-
-def _unknown_word(mode: object, fork: object, huge_pages: object) -> ValueError:
-    for argument, value, words in (("mode", mode, _MODES), ("fork", fork, _FORKS)):
-        if value not in list(words):
-            return ValueError(f"{argument} must be one of {', '.join(words)}, got {value!r}")
-    return ValueError(f"huge_pages must be one of {', '.join(_HUGE)}, got {huge_pages!r}")
-
-
-def _released() -> ReleasedError:
-    return ReleasedError("the region was released or closed")
-
-
-def _out_of_range(verb: str, offset: int, length: int, size: int) -> RangeError:
-    return RangeError(
-        f"cannot {verb} {length} bytes at offset {offset}: not a range of the region's {size} bytes"
-    )
-
-
-# -- views that outlive their region ----------------------------------------------------------
-
-# The view tables of all regions. An object that only a garbage region refers to loses its weak
-# references before finalisers run; a view table must not, so it is referenced from here.
-_view_tables: dict[int, ViewTable] = {}
-
-# Addresses to unmap when the last anchor is gone.
-_outliving: dict[int, "_Outlived"] = {}
-_FIRST_SWEEP = 16
-_sweep_at = _FIRST_SWEEP
-
-
-class _Outlived:
-    """The addresses of a closed or garbage region that live views still show."""
-
-    def __init__(self, handle: Any, anchors: list[Any]) -> None:
-        self.handle = handle
-        self.anchors = {id(ref): ref for ref in (weakref.ref(a, self._gone) for a in anchors)}
-
-    def _gone(self, ref: "weakref.ref[Any]") -> None:
-        self.anchors.pop(id(ref), None)
-        if not self.anchors:
-            self.unmap_if_unseen()
-
-    def unmap_if_unseen(self) -> None:
-        """Unmap unless a view is alive. A second call is harmless: the handle is not shared."""
-        if all(ref() is None for ref in list(self.anchors.values())):
-            _end(self.handle)
-            _outliving.pop(id(self), None)
-
-
-def _leave_to_views(handle: Any, views: ViewTable | None) -> bool:
-    """Arrange to unmap a region when its last view is gone; return False if it has no views."""
-    anchors = [] if views is None else views.anchors()
-    if not anchors:
-        return False
-    outlived = _Outlived(handle, anchors)
-    _outliving[id(outlived)] = outlived
-    if len(_outliving) >= _sweep_at:
-        _sweep_outliving()
-    return True
-
-
-def _sweep_outliving() -> None:
-    """Unmap regions that stayed because a signal handler raised inside `_Outlived._gone`."""
-    global _sweep_at  # noqa: PLW0603
-    for outlived in list(_outliving.values()):
-        outlived.unmap_if_unseen()
-    _sweep_at = 2 * len(_outliving) + _FIRST_SWEEP

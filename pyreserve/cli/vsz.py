@@ -21,7 +21,7 @@ from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.cli.console import Command, Output, Size, completions, output_options
 from pyreserve.errors import OutOfMemoryError
-from pyreserve.layouts import GO_PAGE, Piece
+from pyreserve.layouts import GO_PAGE, LayoutName, Piece
 from pyreserve.units import GiB, KiB, MiB, format_size, round_up
 
 if TYPE_CHECKING:
@@ -97,10 +97,10 @@ def command(
         return
     name = layouts.default_name(WORD) if layout is None else layout
     try:
-        layouts.get(name, size=size, word=WORD)
+        chosen = layouts.get(name, size=size, word=WORD).name
     except (KeyError, ValueError) as error:
         raise click.BadParameter(str(error.args[0])) from None
-    with reserved(name, size, touch, progress) as report:
+    with reserved(chosen, size, touch, progress) as report:
         output.write(report.to_json, lambda screen: show(screen, report))
         if hold is not None:
             _hold(hold)
@@ -210,7 +210,9 @@ class VszReport(NamedTuple):
 
 
 @contextmanager
-def reserved(layout: str, size: int | None, touch: int, progress: Progress) -> Iterator[VszReport]:
+def reserved(
+    layout: LayoutName, size: int | None, touch: int, progress: Progress
+) -> Iterator[VszReport]:
     """Reserve a layout until the block ends: grow by 1 MiB and touch `touch` more bytes.
 
     Raises:
@@ -220,7 +222,7 @@ def reserved(layout: str, size: int | None, touch: int, progress: Progress) -> I
     _rehearse(layout, size)
     ps_before = ps(os.getpid())
     before = Sizes.read()
-    with Arena(layout, size=size) as arena:
+    with Arena(size, layout=layout) as arena:
         arena.grow(MiB)
         _touch(arena, touch, progress)
         after = Sizes.read()
@@ -244,11 +246,11 @@ def reserved(layout: str, size: int | None, touch: int, progress: Progress) -> I
         )
 
 
-def _rehearse(layout: str, size: int | None) -> None:
+def _rehearse(layout: LayoutName, size: int | None) -> None:
     """Run all steps once before, so that only the layout grows between the two readings."""
     for _ in range(2):
         Sizes.read()
-        with Arena(layout, size=size) as arena:
+        with Arena(size, layout=layout) as arena:
             arena.grow(MiB)
         ps(os.getpid())
     gc.collect()

@@ -318,10 +318,13 @@ class TestIndexing:
 
     @given(patterns, slices)
     def test_slices(self, pattern: str, key: slice) -> None:
-        """A slice is a bitmap with the bits of the same slice of a bitarray, for any step."""
+        """A slice is a bitmap with the bits of the same slice of a bitarray; its step is 1."""
         bits, oracle = filled(pattern)
 
-        if len(oracle[key]) == 0:
+        if key.step not in {None, 1}:
+            with pytest.raises(RangeError, match=rf"must have step 1, got {key.step}"):
+                bits[key]
+        elif len(oracle[key]) == 0:
             with pytest.raises(RangeError, match="at least one bit"):
                 bits[key]
         else:
@@ -383,30 +386,30 @@ class TestIndexing:
             model[5 + step :: 2 * step] = bytes(len(range(5 + step, ODD, 2 * step)))
             assert bits.to_bytes() == packed(model)
 
-    @pytest.mark.parametrize("step", [2, -1, -7, 1023, STEP + 1, -STEP])
-    def test_long_slices_with_steps(self, step: int) -> None:
-        """A slice with a step over committed and uncommitted words has the right bits."""
+    @pytest.mark.parametrize("start", [0, 1, 63, STEP - 1, STEP + 1])
+    def test_long_slices(self, start: int) -> None:
+        """A slice over committed and uncommitted words has the right bits."""
         with Bitmap(ODD) as bits:
             bits.set(50, 5000)
             bits.set(2 * STEP - 300, 2 * STEP + 300)
             bits[2 * STEP : ODD : 3] = True
             model = unpacked(bits)
 
-            with bits[::step] as part:
-                assert unpacked(part) == model[::step]
+            with bits[start:] as part:
+                assert unpacked(part) == model[start:]
 
     @pytest.mark.parametrize(
         "step", [10**6, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 2**64 + 3, 2**70]
     )
     @pytest.mark.parametrize("sign", [1, -1])
     def test_steps_beyond_every_bit(self, step: int, sign: int) -> None:
-        """With a step larger than the bitmap, a slice has the first bit alone."""
+        """With a step larger than the bitmap, an assignment sets or clears the first bit alone."""
         with Bitmap(100) as bits:
             bits[5 :: sign * step] = True
 
             assert list(bits.runs()) == [(5, 6)]
-            part = bits[5 :: sign * step]
-            assert (len(part), part[0]) == (1, True)
+            with pytest.raises(RangeError, match="must have step 1"):
+                bits[5 :: sign * step]
             bits[5 :: sign * step] = False
             assert not bits.any()
 
@@ -1144,7 +1147,6 @@ class TestHugeBitmaps:
                 combine(bits, other)
             assert bits == other
             assert bits.copy() == bits
-            assert not bits[n - 2 :: -(2**30)].any()
 
             assert bits.committed == other.committed == 0
 
@@ -1162,8 +1164,6 @@ class TestHugeBitmaps:
             assert bits.find_clear(n - 20) == 10
             assert bits.find_clear(n - 19) is None
             assert bits[-1]
-            assert bits[:: n - 1].all()
-            assert not bits[1 << 30 : n : 1 << 30].any()
             with bits[5 : n - 5] as inner:
                 assert list(inner.runs()) == [(0, 5), (n - 15, n - 10)]
             assert bits.clear(5, n - 5) == 10
@@ -1236,7 +1236,7 @@ class TestRefusedCommits:
         assert count >= 267
 
     @pytest.mark.parametrize(
-        "make", ["Bitmap.from_bytes(data)", "big.copy()", "big[::-1]", "big[5:]"]
+        "make", ["Bitmap.from_bytes(data)", "big.copy()", "big[:-1]", "big[5:]"]
     )
     def test_new_bitmaps(self, make: str) -> None:
         """A bitmap that can't be filled is not created and leaves no mapping."""

@@ -65,9 +65,9 @@ class BumpMachine(RuleBasedStateMachine):
         start = -(-(self.base + self.offset) // align) * align - self.base
         if start + nbytes > SIZE:
             with pytest.raises(OutOfMemoryError):
-                self.alive.alloc(nbytes, align)
+                self.alive.alloc(nbytes, align=align)
             return
-        view = self.alive.alloc(nbytes, align, zero=zero)
+        view = self.alive.alloc(nbytes, align=align, zero=zero)
         lo = int(np.frombuffer(view, np.uint8).__array_interface__["data"][0]) - self.base
         assert len(view) == nbytes
         assert start <= lo < start + 8
@@ -93,7 +93,7 @@ class BumpMachine(RuleBasedStateMachine):
     @rule(nbytes=st.integers(-5, 0), align=aligns)
     def alloc_nothing(self, nbytes: int, align: int) -> None:
         with pytest.raises(RangeError):
-            self.alive.alloc(nbytes, align)
+            self.alive.alloc(nbytes, align=align)
 
     # -- marks ----------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from pyreserve import (
 FIRST = max(64 * KiB, PAGE_SIZE)
 STEP = 2 * MiB
 
-Growable = GrowableBuffer | GrowableArray
+Growable = GrowableBuffer | GrowableArray[Any]
 Calls = tuple[Callable[[], object], ...]
 
 
@@ -182,7 +182,6 @@ class TestBytes:
         buffer.extend(b"abc")
         before = state(buffer)
         calls: Calls = (
-            lambda: GrowableBuffer(wrong),
             lambda: GrowableArray("f8", wrong),
             lambda: buffer.resize(wrong),
             lambda: buffer.view(wrong),
@@ -191,6 +190,8 @@ class TestBytes:
         for call in calls:
             with pytest.raises(TypeError):
                 call()
+        with pytest.raises(ValueError if wrong == "1" else TypeError):
+            GrowableBuffer("one byte" if wrong == "1" else wrong)
 
         assert state(buffer) == before
 
@@ -404,12 +405,12 @@ class TestZero:
         assert np.flatnonzero(result).tolist() == [0]
 
     def test_after_memory_was_given_back(self) -> None:
-        """After shrink_to_fit fresh pages are zero, and the rest of the last page is cleared."""
+        """After trim fresh pages are zero, and the rest of the last page is cleared."""
         buffer = GrowableBuffer(4 * MiB)
         buffer.extend(b"\xaa" * MiB)
         buffer.resize(100)
 
-        buffer.shrink_to_fit()
+        buffer.trim()
         buffer.resize(MiB)
 
         assert bytes(buffer.view()) == b"\xaa" * 100 + bytes(MiB - 100)
@@ -483,33 +484,33 @@ class TestShrinkToFit:
     def test_whole_pages_above_the_length(
         self, length: int, mode: Literal["charge", "noreserve"]
     ) -> None:
-        """shrink_to_fit decommits the pages above the length and returns their bytes."""
+        """trim decommits the pages above the length and returns their bytes."""
         buffer = GrowableBuffer(64 * MiB, mode=mode)
         buffer.extend(b"\xaa" * (9 * MiB))
         buffer.resize(length)
 
-        given = buffer.shrink_to_fit()
+        given = buffer.trim()
 
         assert buffer.committed == -(-length // PAGE_SIZE) * PAGE_SIZE == 10 * MiB - given
         assert resident(buffer) <= max(buffer.committed, 0)
         assert state(buffer)[3] == b"\xaa" * length
-        assert buffer.shrink_to_fit() == 0
+        assert buffer.trim() == 0
 
     def test_under_views(self) -> None:
-        """Views up to the very end do not prevent shrink_to_fit."""
+        """Views up to the very end do not prevent trim."""
         buffer = GrowableBuffer(64 * MiB)
         buffer.extend(b"\xaa" * (3 * MiB + 5))
         view = buffer.view()
 
-        assert buffer.shrink_to_fit() == MiB - PAGE_SIZE
+        assert buffer.trim() == MiB - PAGE_SIZE
         assert bytes(view) == b"\xaa" * (3 * MiB + 5)
 
     def test_growing_again(self) -> None:
-        """After shrink_to_fit the buffer grows by steps again."""
+        """After trim the buffer grows by steps again."""
         buffer = GrowableBuffer(64 * MiB)
         buffer.extend(bytes(3 * MiB))
         buffer.clear()
-        buffer.shrink_to_fit()
+        buffer.trim()
 
         buffer.extend(b"x")
         assert buffer.committed == FIRST
@@ -517,11 +518,11 @@ class TestShrinkToFit:
         assert buffer.committed == STEP
 
     def test_when_full(self) -> None:
-        """At full capacity shrink_to_fit decommits nothing."""
+        """At full capacity trim decommits nothing."""
         buffer = GrowableBuffer(2 * PAGE_SIZE - 1)
         buffer.resize(2 * PAGE_SIZE - 1)
 
-        assert buffer.shrink_to_fit() == 0
+        assert buffer.trim() == 0
         assert buffer.committed == 2 * PAGE_SIZE
 
 
@@ -553,7 +554,7 @@ class TestRefusals:
 
         assert state(buffer) == before
         assert isinstance(refused.value, OutOfMemoryError)
-        assert (refused.value.limit, refused.value.nbytes) == ("layout", MiB + 1)
+        assert (refused.value.limit, refused.value.nbytes) == ("capacity", MiB + 1)
         assert str(refused.value).endswith("cannot grow to 1048577 bytes: 3 of 1048576 are in use")
 
     @pytest.mark.parametrize("length", [1 << 40, (1 << 63) - 1, 1 << 64, 1 << 1000])
@@ -825,14 +826,14 @@ class TestArrays:
             array.resize(-3)
         assert array.array.tolist() == list(range(10))
 
-    def test_shrink_to_fit(self) -> None:
-        """shrink_to_fit decommits memory above the items, also under live ndarrays."""
+    def test_trim(self) -> None:
+        """trim decommits memory above the items, also under live ndarrays."""
         array = GrowableArray("i8", MiB)
         array.resize(MiB)
         array.resize(PAGE_SIZE)
         held = array.array
 
-        assert array.shrink_to_fit() == 8 * MiB - 8 * PAGE_SIZE
+        assert array.trim() == 8 * MiB - 8 * PAGE_SIZE
         assert array.committed == 8 * PAGE_SIZE
         held[-1] = 5
         assert array[-1] == 5
@@ -913,7 +914,7 @@ class TestThreads:
             for i in range(1500):
                 try:
                     buffer.resize(800 + i * 997 % 300_000)
-                    buffer.shrink_to_fit()
+                    buffer.trim()
                 except ViewError:
                     refused += 1
             stop.set()
@@ -950,7 +951,7 @@ class TestThreads:
                             array.append(len(array))
                         buffer.resize(len(buffer) + 5000)
                         buffer.resize(5000)
-                        buffer.shrink_to_fit()
+                        buffer.trim()
                         array.resize(len(array) // 2)
                 except Struck:
                     struck += 1
@@ -976,7 +977,7 @@ class TestThreads:
             lambda: buffer.extend(b"x"),
             lambda: buffer.resize(0),
             buffer.view,
-            buffer.shrink_to_fit,
+            buffer.trim,
             buffer.release,
         )
         commit = buffer._commit
@@ -1003,7 +1004,7 @@ class TestThreads:
         class Value:
             def __float__(self) -> float:
                 array.append(1)
-                array.shrink_to_fit()
+                array.trim()
                 return 2.0
 
         array.append(Value())
@@ -1025,7 +1026,7 @@ class TestFork:
             with pytest.raises(ViewError):
                 buffer.clear()
             buffer.resize(8)
-            buffer.shrink_to_fit()
+            buffer.trim()
             return bytes(buffer.view())
 
         assert witness.in_child(child) == b"childsxx"
@@ -1094,7 +1095,7 @@ class TestTheEnd:
             uses += [
                 thing.release,
                 thing.clear,
-                thing.shrink_to_fit,
+                thing.trim,
                 thing.__enter__,
                 thing.__len__,
                 lambda thing=thing: thing.resize(1),  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """A buffer and an array driven at random against a bytearray; /proc is checked too."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ SIZE = ITEM * ITEMS
 lengths = st.one_of(st.integers(0, 50), st.integers(0, 2 * PAGE_SIZE), st.integers(0, ITEMS + 9))
 
 
-def refusal(thing: GrowableBuffer | GrowableArray, length: int) -> type[Exception] | None:
+def refusal(thing: GrowableBuffer | GrowableArray[Any], length: int) -> type[Exception] | None:
     """Resize; return the exception that refused it, or None."""
     try:
         thing.resize(length)
@@ -44,7 +44,7 @@ class GrowableMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.buffer: GrowableBuffer | None = None
-        self.array: GrowableArray | None = None
+        self.array: GrowableArray[Any] | None = None
         self.model = bytearray()
         self.views: list[tuple[memoryview, int, int]] = []
         self.arrays: list[np.ndarray[tuple[int], np.dtype[np.void]]] = []
@@ -66,7 +66,7 @@ class GrowableMachine(RuleBasedStateMachine):
         self.array = GrowableArray(f"V{ITEM}", ITEMS, step=nbytes, mode=mode, fork=fork)
 
     @property
-    def both(self) -> tuple[GrowableBuffer, GrowableArray]:
+    def both(self) -> tuple[GrowableBuffer, GrowableArray[Any]]:
         assert self.buffer is not None
         assert self.array is not None
         return self.buffer, self.array
@@ -143,10 +143,10 @@ class GrowableMachine(RuleBasedStateMachine):
                 thing.resize(items)
 
     @rule()
-    def shrink_to_fit(self) -> None:
+    def trim(self) -> None:
         for thing in self.both:
             before = thing.committed
-            given = thing.shrink_to_fit()
+            given = thing.trim()
             assert before - given == thing.committed
             assert thing.committed == -(-len(self.model) // PAGE_SIZE) * PAGE_SIZE
 

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from helpers.profiles import examples
 from pyreserve._alloc.pages import PageAllocator
-from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, VMError
+from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, StateError
 
 CHUNK = 512
 CLASSES = 1 << 15
@@ -97,7 +97,7 @@ class PageAllocatorMachine(RuleBasedStateMachine):
             with pytest.raises(RangeError):
                 self.pages.alloc_at(page, n)
         elif self.model.count(USED, page, page + n):
-            with pytest.raises(VMError):
+            with pytest.raises(StateError):
                 self.pages.alloc_at(page, n)
         else:
             self.pages.alloc_at(page, n)

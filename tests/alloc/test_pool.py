@@ -17,6 +17,7 @@ import pytest
 from helpers import witness
 from pyreserve import PAGE_SIZE, KiB, MiB
 from pyreserve._alloc.pool import Pool
+from pyreserve._system.machine import thp_size
 from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError, ViewError
 
 
@@ -173,7 +174,7 @@ class TestSlots:
 
         with pytest.raises(OutOfMemoryError, match=r"0 of 100 are free") as caught:
             pool.alloc()
-        assert caught.value.limit == "layout"
+        assert caught.value.limit == "capacity"
 
         pool.free(50)
         assert pool.alloc() == 50
@@ -641,3 +642,82 @@ def test_the_slots_are_an_array(pool: Pool) -> None:
 
     assert isinstance(slots, array)
     assert slots.typecode == "q"
+
+
+class TestNdarray:
+    def test_over_a_slot(self) -> None:
+        """An ndarray has the bytes of its slot, and pins the slot."""
+        pool = Pool(48)
+        first, second = pool.alloc_many(2)
+
+        array = pool.ndarray(second, (2, 3), "f8")
+        array[:] = 1.5
+
+        assert array.shape == (2, 3)
+        assert np.frombuffer(pool.view(second), "f8").tolist() == [1.5] * 6
+        assert not any(pool.view(first))
+        with pytest.raises(ViewError, match="cannot free slot 1"):
+            pool.free(second)
+        del array
+        pool.free(second)
+
+    def test_part_of_a_slot(self) -> None:
+        """An array may be smaller than the slot, but not larger; it may be readonly."""
+        pool = Pool(48)
+        slot = pool.alloc()
+
+        assert pool.ndarray(slot, [5]).shape == (5,)
+        assert not pool.ndarray(slot, 6, "f8", readonly=True).flags.writeable
+        with pytest.raises(RangeError, match="must fit a slot of 48 bytes, got 56 bytes"):
+            pool.ndarray(slot, 7, "f8")
+        with pytest.raises(RangeError, match="negative"):
+            pool.ndarray(slot, -1)
+        pool.free(slot)
+
+    def test_without_items(self) -> None:
+        """An array without items pins nothing, but its slot must be in use."""
+        pool = Pool(48)
+        slot = pool.alloc()
+
+        array = pool.ndarray(slot, (3, 0))
+
+        assert (array.shape, array.dtype) == ((3, 0), np.uint8)
+        pool.free(slot)
+        for shape in (0, 1):
+            with pytest.raises(FreeError):
+                pool.ndarray(slot, shape)
+
+
+class TestPolicies:
+    def test_they_reach_the_region(self) -> None:
+        """The pool's region has the policies and the name given to the pool."""
+        pool = Pool("4KiB", align="4KiB", mode="noreserve", huge_pages="never", name="slots")
+
+        region = pool.region
+
+        assert (region.mode, region.huge_pages, region.fork) == ("noreserve", "never", "copy")
+        assert (pool.name, pool.base, pool.reserved) == ("slots", region.base, region.size)
+        assert (pool.item_size, pool.base % 4096) == (4096, 0)
+
+    def test_huge_pages_align_the_base(self) -> None:
+        """With huge pages preferred, the pool begins on a huge page."""
+        size = thp_size()
+        if size is None:
+            pytest.skip("this kernel has no transparent huge pages")
+        with Pool(64, step=64 * KiB, huge_pages="prefer") as pool:
+            assert pool.base % size == 0
+
+    def test_a_view_of_the_region_counts(self) -> None:
+        """A view got from the region protects every slot that it shows."""
+        pool = Pool(64)
+        slots = pool.alloc_many(4)
+        view = pool.region.view(100, 100)
+
+        with pytest.raises(ViewError, match="cannot free slot 1"):
+            pool.free_many(slots)
+        for slot in (1, 2, 3):
+            with pytest.raises(ViewError):
+                pool.free(slot)
+        pool.free(0)
+        del view
+        pool.free_many([1, 2, 3])

@@ -1,11 +1,9 @@
-"""Steps: valid values, and steps that are measured."""
+"""Steps: valid values, and what they commit."""
 
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
-import pyreserve._region.owner
-import pyreserve.costs
 from helpers import witness
 from pyreserve import (
     PAGE_SIZE,
@@ -18,21 +16,16 @@ from pyreserve import (
     MiB,
     Pool,
     RangeError,
+    layouts,
 )
+from pyreserve._arena.arena import WORD
 from pyreserve._region.owner import as_step
 
 
-def refuse_to_measure(**_: object) -> int:
-    raise AssertionError
-
-
 class TestNumbers:
-    def test_whole_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A number is used as it is, and nothing is measured."""
-        monkeypatch.setattr(pyreserve.costs, "measured_step", refuse_to_measure)
-
+    def test_whole_pages(self) -> None:
+        """A multiple of the OS page is used as it is."""
         assert as_step(3 * PAGE_SIZE) == 3 * PAGE_SIZE
-        assert as_step(2 * MiB, "prefer") == 2 * MiB
 
     @pytest.mark.parametrize("step", [0, -PAGE_SIZE, 1, PAGE_SIZE + 1, PAGE_SIZE // 2])
     def test_what_makes_no_sense(self, step: int) -> None:
@@ -48,78 +41,37 @@ class TestNumbers:
         with pytest.raises(TypeError):
             as_step(wrong)
 
-    @pytest.mark.parametrize("word", ["", "4096", "Measured", "auto"])
+    @pytest.mark.parametrize("word", ["", "measured", "auto", "2 pages"])
     def test_other_words(self, word: Any) -> None:
-        """Strings other than "measured" are a ValueError."""
-        with pytest.raises(ValueError, match="number of bytes or 'measured', got"):
+        """A string that is not a size is a ValueError."""
+        with pytest.raises(ValueError, match="not a size"):
             as_step(word)
 
 
-class TestMeasured:
-    @pytest.mark.parametrize(
-        ("policy", "setting", "huge"),
-        [
-            ("prefer", "madvise", True),
-            ("default", "madvise", False),
-            ("default", "always", True),
-            ("never", "always", False),
-            ("default", None, False),
-        ],
-    )
-    def test_for_the_pages_wanted(
-        self,
-        policy: Literal["default", "prefer", "never"],
-        setting: str | None,
-        huge: bool,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        """measured_step is called for the kind of page that the memory will get."""
-        steps = {False: 5 * PAGE_SIZE, True: 7 * PAGE_SIZE}
-        monkeypatch.setattr(
-            pyreserve.costs, "measured_step", lambda *, huge_pages: steps[huge_pages]
-        )
-        monkeypatch.setattr(pyreserve._region.owner, "thp_setting", lambda: setting)
+class TestSizes:
+    def test_strings(self) -> None:
+        """A step may be a size."""
+        assert as_step("2MiB") == 2 * MiB
+        with pytest.raises(RangeError, match="got 100"):
+            as_step("100")
 
-        assert as_step("measured", policy) == steps[huge]
-
-    def test_in_every_room(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Each class that commits ahead accepts "measured" and uses the result."""
-        step = 32 * PAGE_SIZE
-        monkeypatch.setattr(pyreserve.costs, "measured_step", lambda *, huge_pages: step)
-        bump, pool = BumpArena(64 * MiB, step="measured"), Pool(PAGE_SIZE, step="measured")
-        buffer = GrowableBuffer(64 * MiB, step="measured")
-        array = GrowableArray("u1", 64 * MiB, step="measured")
-        arena = Arena("native", size=64 * MiB, step="measured")
+    def test_everywhere(self) -> None:
+        """Each class that commits ahead accepts a size as its step and uses it."""
+        step, size = 32 * PAGE_SIZE, f"{32 * PAGE_SIZE // KiB}KiB"
+        bump, pool = BumpArena("64MiB", step=size), Pool(PAGE_SIZE, step=size)
+        buffer = GrowableBuffer("64MiB", step=size)
+        array = GrowableArray("u1", 64 * MiB, step=size)
 
         for use in (bump.alloc, buffer.resize, array.resize):
             use(9 * step - 5)
         for _ in range(9 * step // PAGE_SIZE - 1):
             pool.alloc()
-        arena.alloc(PAGE_SIZE)
 
         assert buffer.committed == array.committed == pool.committed == 9 * step
         assert (bump.base + bump.committed) % step == 0
-        assert arena.memstats().heap_sys == step
 
-    def test_huge_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With huge pages preferred, the step is measured for huge pages."""
-        asked = []
-
-        def measured_step(*, huge_pages: bool) -> int:
-            asked.append(huge_pages)
-            return 4 * MiB
-
-        monkeypatch.setattr(pyreserve.costs, "measured_step", measured_step)
-        monkeypatch.setattr(pyreserve._region.owner, "thp_setting", lambda: "madvise")
-        BumpArena(64 * MiB, step="measured", huge_pages="prefer")
-        GrowableBuffer(64 * MiB, step="measured", huge_pages="prefer")
-        GrowableBuffer(64 * MiB, step="measured", huge_pages="never")
-        GrowableBuffer(64 * MiB, step="measured")
-
-        assert asked == [True, True, False, False]
-
-    def test_imported_only_when_wanted(self) -> None:
-        """pyreserve.costs is imported only for "measured"."""
+    def test_costs_are_not_imported(self) -> None:
+        """The allocators do not import pyreserve.costs."""
         result = witness.fresh_python(
             """
             import json, sys
@@ -135,7 +87,7 @@ class TestMeasured:
 class TestArenas:
     def test_the_layouts_own(self) -> None:
         """Without a step, an arena grows as its layout says."""
-        with Arena("native", size=64 * MiB) as arena:
+        with Arena(64 * MiB) as arena:
             arena.alloc(1)
 
             assert arena.memstats().heap_sys == arena.layout.growth == 2 * MiB
@@ -143,7 +95,7 @@ class TestArenas:
     @pytest.mark.parametrize("step", [64 * KiB, 192 * KiB, 8 * MiB])
     def test_another(self, step: int) -> None:
         """An arena grows by at least a step, and by more if a block needs more."""
-        with Arena("native", size=64 * MiB, step=step) as arena:
+        with Arena(64 * MiB, step=step) as arena:
             arena.alloc(1)
             assert arena.memstats().heap_sys == step
 
@@ -152,14 +104,14 @@ class TestArenas:
 
     def test_in_a_layout_of_gos(self) -> None:
         """The Go layouts accept a step too."""
-        with Arena(step=256 * KiB) as arena:
+        with Arena(layout=layouts.default_name(WORD), step=256 * KiB) as arena:
             arena.alloc(1)
 
             assert arena.memstats().heap_sys == 256 * KiB
 
     def test_one_that_is_too_large(self) -> None:
         """If no whole step is left, the arena grows by what the block needs."""
-        with Arena("native", size=64 * MiB, step=GiB) as arena:
+        with Arena(64 * MiB, step=GiB) as arena:
             block = arena.alloc(MiB)
 
             assert block.nbytes == arena.memstats().heap_sys == MiB
@@ -173,12 +125,3 @@ class TestArenas:
                 Arena(step=step)
 
         assert witness.status("VmSize") < before + GiB
-
-    def test_a_measured_one_is_rounded_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A measured step, in OS pages, is rounded up to pages of the layout."""
-        monkeypatch.setattr(pyreserve.costs, "measured_step", lambda *, huge_pages: PAGE_SIZE)
-
-        with Arena(step="measured") as arena:
-            arena.alloc(1)
-
-            assert arena.memstats().heap_sys == max(arena.layout.page, PAGE_SIZE)

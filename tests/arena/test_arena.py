@@ -11,8 +11,17 @@ from typing import Any
 import pytest
 
 import pyreserve
-from helpers import golden
-from helpers.arenas import in_child, layout_names, needs_64_bits, needs_golden_page, relative
+from helpers import golden, witness
+from helpers.arenas import (
+    fill,
+    heap_bitmap,
+    holds,
+    in_child,
+    layout_names,
+    needs_64_bits,
+    needs_golden_page,
+    relative,
+)
 from pyreserve import (
     PAGE_SIZE,
     Arena,
@@ -24,14 +33,16 @@ from pyreserve import (
     ReleasedError,
     ViewError,
     VMError,
+    capabilities,
     layouts,
 )
 from pyreserve._arena.arena import WORD
-from pyreserve.layouts import Placement, Request
+from pyreserve._system.machine import thp_size
+from pyreserve.layouts import LayoutName, Placement, Request
 from pyreserve.units import round_up
 
 GO_PAGE = 8 * KiB
-LAYOUT_32 = "go-tip-2014-12/386"
+LAYOUT_32: LayoutName = "go-tip-2014-12/386"
 RESERVED = ["go-tip-2014-12/amd64", LAYOUT_32, "go1.5/386", "fallback", "native"]
 
 needs_low_addresses = pytest.mark.skipif(
@@ -68,7 +79,7 @@ def byte_at(arena: Arena, address: int) -> int:
 @pytest.fixture(params=layout_names())
 def any_arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
     """An arena of every layout, released at the end unless the test did."""
-    arena = Arena(request.param)
+    arena = Arena(layout=request.param)
     yield arena
     gc.collect()
     if not arena.region.released:
@@ -77,7 +88,7 @@ def any_arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
 
 GROW_AND_LOOK = """
     name, growths = sys.argv[1], int(sys.argv[2])
-    with Arena(name or None) as arena:
+    with Arena(layout=name) as arena:
         for _ in range(growths):
             arena.grow(MiB)
         print(json.dumps({
@@ -130,11 +141,11 @@ class TestGoldenTraces:
     )
     @needs_64_bits
     def test_fallback(self, trace: golden.Trace) -> None:
-        """Under ulimit -v the default layout falls back to what the real binary fell back to."""
+        """Under ulimit -v the layout falls back to what the real binary fell back to."""
         nbytes = (trace.rlimit_as_kib or 0) * KiB
         lowered = f"resource.setrlimit(resource.RLIMIT_AS, ({nbytes}, -1))\n"
 
-        found = in_child(lowered + textwrap.dedent(GROW_AND_LOOK), "", str(trace.growths))
+        found = in_child(lowered + textwrap.dedent(GROW_AND_LOOK), trace.layout, str(trace.growths))
 
         assert (found["requested"], found["layout"]) == (trace.layout, trace.used_layout)
         because, limit = found["fell_back"]
@@ -148,7 +159,7 @@ class TestGoldenTraces:
         """386 runs out after exactly as many bytes as the real binary, in the same words."""
         found = in_child(
             """
-            arena = Arena("go-tip-2014-12/386")
+            arena = Arena(layout="go-tip-2014-12/386")
             with contextlib.suppress(OutOfMemoryError):
                 while True:
                     arena.grow(MiB)
@@ -182,7 +193,7 @@ class TestGoldenTraces:
         """An arena whose growth was refused keeps its blocks and hands out what is left."""
         found = in_child(
             """
-            arena = Arena("go-tip-2014-12/386")
+            arena = Arena(layout="go-tip-2014-12/386")
             first = arena.grow(MiB)
             with contextlib.suppress(OutOfMemoryError):
                 while True:
@@ -213,12 +224,12 @@ class TestReservation:
             """
             name = sys.argv[1]
             for _ in range(2):
-                with Arena(name) as arena:
+                with Arena(layout=name) as arena:
                     arena.grow(MiB)
                 status("VmSize")
             gc.collect()
             before = status("VmSize"), status("VmData")
-            arena = Arena(name)
+            arena = Arena(layout=name)
             after = status("VmSize"), status("VmData")
             arena.grow(MiB)
             grown = status("VmSize"), status("VmData")
@@ -244,12 +255,12 @@ class TestReservation:
             """
             name = sys.argv[1]
             for _ in range(2):
-                with Arena(name) as arena:
+                with Arena(layout=name) as arena:
                     arena.grow(MiB)
                 status("VmSize")
             gc.collect()
             before = status("VmSize")
-            arena = Arena(name)
+            arena = Arena(layout=name)
             probed, owned = status("VmSize"), arena.region.reserved
             arena.grow(MiB)
             print(json.dumps([probed - before, owned, whole(arena), status("VmSize") - before,
@@ -263,16 +274,41 @@ class TestReservation:
         assert all(perms == "rw-p" for _, _, perms in mapped)
         assert grown == reserved == committed == sum(end - start for start, end, _ in mapped)
 
-    def test_the_default_is_the_articles_layout(self) -> None:
-        """Without a name the arena is that of the article, for this interpreter's word size."""
+    def test_the_default_is_native(self) -> None:
+        """Without arguments the arena is native, of 128 GiB or, on 32 bits, 512 MiB."""
         with Arena() as arena:
-            assert arena.layout.name == layouts.default_name(WORD)
+            assert arena.layout.name == "native"
+            assert arena.layout.arena == (128 * GiB if WORD == 8 else 512 * MiB)
             assert arena.requested_layout is arena.layout
             assert arena.fell_back is None
 
+    @pytest.mark.parametrize("size", ["10MiB", "10 mib", 10 * MiB, str(10 * MiB)])
+    def test_sizes_as_words(self, size: int | str) -> None:
+        """A size is bytes or a string of `parse_size`, for arena, step, block, growth and trim."""
+        with Arena(size, step="256KiB") as arena:
+            assert arena.layout.arena == 10 * MiB
+            block = arena.alloc("64KiB", align="1MiB")
+            assert (block.nbytes, block.address % MiB) == (64 * KiB, 0)
+            assert arena.grow("8KiB") > block.address
+            block.free()
+            assert arena.trim("64KiB") == 64 * KiB
+
+    @pytest.mark.parametrize("name", layouts.names())
+    def test_a_layout_given_as_size(self, name: str) -> None:
+        """The name of a layout in the place of the size is refused, with the right argument."""
+        with pytest.raises(RangeError, match=f"use layout='{name}'"):
+            Arena(name)
+
+    @pytest.mark.parametrize("size", ["", "big", "10 miles", "1.5"])
+    def test_sizes_that_are_none(self, size: str) -> None:
+        """Other strings are no sizes."""
+        for use in (Arena, lambda step: Arena(MiB, step=step)):
+            with pytest.raises(ValueError, match="not a"):
+                use(size)
+
     def test_a_native_arena_has_the_size_asked_for(self) -> None:
         """The native layout reserves the size in whole pages, and nothing beside it."""
-        with Arena("native", size=10 * MiB + 1) as arena:
+        with Arena(10 * MiB + 1) as arena:
             low, high = arena.placement.arena
 
             assert high - low == 10 * MiB + GO_PAGE
@@ -283,7 +319,7 @@ class TestReservation:
         """Every byte of the size that was asked for can be handed out, whatever address came."""
         spacers = []
         for _ in range(6):
-            with Arena("native", size=MiB) as arena:
+            with Arena(MiB) as arena:
                 block = arena.grow(MiB)
 
                 assert arena.in_use == MiB
@@ -296,7 +332,8 @@ class TestReservation:
 
     def test_two_arenas_of_one_layout_do_not_meet(self) -> None:
         """A second arena of the same layout takes other addresses."""
-        with Arena() as one, Arena() as other:
+        name = layouts.default_name(WORD)
+        with Arena(layout=name) as one, Arena(layout=name) as other:
             one.grow(MiB)
             other.grow(MiB)
 
@@ -306,22 +343,22 @@ class TestReservation:
             assert plain(other) == predicted(other)
 
     @pytest.mark.parametrize("name", ["go2/amd64", "", "native "])
-    def test_unknown_layouts(self, name: str) -> None:
+    def test_unknown_layouts(self, name: Any) -> None:
         """A name that there is not is a KeyError."""
         with pytest.raises(KeyError):
-            Arena(name)
+            Arena(layout=name)
 
-    @pytest.mark.parametrize(("name", "size"), [("native", 0), ("native", -1), (None, MiB)])
-    def test_sizes_that_make_no_sense(self, name: str | None, size: int) -> None:
+    @pytest.mark.parametrize(("name", "size"), [("native", 0), ("native", -1), (LAYOUT_32, MiB)])
+    def test_sizes_that_make_no_sense(self, name: LayoutName, size: int) -> None:
         """A size that is not positive, or for a layout that has its own, is refused."""
         with pytest.raises(RangeError):
-            Arena(name, size=size)
+            Arena(size, layout=name)
 
     @pytest.mark.parametrize("size", [2**62, 2**64, 2**70])
     def test_more_than_all_addresses(self, size: int) -> None:
         """A size that no address space has is refused as memory that ran out."""
         with pytest.raises(OutOfMemoryError):
-            Arena("native", size=size)
+            Arena(size)
 
     @needs_64_bits
     def test_neither_fits(self) -> None:
@@ -330,7 +367,7 @@ class TestReservation:
             """
             limit("AS", 500 * MiB)
             try:
-                Arena()
+                Arena(layout="go-tip-2014-12/amd64")
             except OutOfMemoryError as error:
                 print(json.dumps([error.strerror, error.limit, error.verb]))
             """
@@ -346,7 +383,7 @@ class TestReservation:
         found = in_child(
             """
             limit("AS", 100 * MiB)
-            arena = Arena("go1.4/amd64")
+            arena = Arena(layout="go1.4/amd64")
             arena.grow(MiB)
             try:
                 arena.grow(200 * MiB)
@@ -364,7 +401,7 @@ class TestReservation:
             sizes = []
             for mib in (900, 600, 450):
                 limit("AS", mib * MiB)
-                with Arena("go1.5/386") as arena:
+                with Arena(layout="go1.5/386") as arena:
                     low, high = arena.placement.arena
                     arena.grow(MiB)
                     sizes.append([high - low - 8192, plain(arena.maps()) == whole(arena)])
@@ -418,16 +455,16 @@ class TestGrowth:
     @pytest.mark.parametrize("nbytes", [0, -1, -MiB])
     def test_only_by_a_positive_number(self, nbytes: int) -> None:
         """An arena does not grow by nothing or by less."""
-        with Arena("native", size=MiB) as arena:
+        with Arena(MiB) as arena:
             with pytest.raises(RangeError, match="positive"):
                 arena.grow(nbytes)
 
             assert arena.in_use == 0
 
-    @pytest.mark.parametrize("nbytes", [1.5, "1", None])
+    @pytest.mark.parametrize("nbytes", [1.5, [1], None])
     def test_only_by_a_number(self, nbytes: Any) -> None:
         """What is no integer is no number of bytes."""
-        with Arena("native", size=MiB) as arena, pytest.raises(TypeError):
+        with Arena(MiB) as arena, pytest.raises(TypeError):
             arena.grow(nbytes)
 
     @pytest.mark.parametrize("nbytes", [2**40, 2**62, 2**63, 2**64 - 1, 2**64, 2**70])
@@ -444,7 +481,7 @@ class TestGrowth:
 
     def test_a_full_arena_says_so(self) -> None:
         """An arena that is used up to the last byte refuses more and names its size."""
-        with Arena("native", size=MiB) as arena:
+        with Arena(MiB) as arena:
             arena.grow(MiB)
 
             with pytest.raises(
@@ -452,13 +489,13 @@ class TestGrowth:
             ) as caught:
                 arena.grow(1)
 
-            assert (caught.value.limit, caught.value.verb) == ("layout", "grow")
+            assert (caught.value.limit, caught.value.verb) == ("capacity", "grow")
             assert arena.in_use == MiB
 
     @needs_64_bits
     def test_a_64_bit_arena_ends_with_its_slack(self) -> None:
         """128 GiB and the slack can be handed out, not a page more."""
-        with Arena("go-tip-2014-12/amd64") as arena:
+        with Arena(layout="go-tip-2014-12/amd64") as arena:
             low, high = arena.placement.arena
             before = plain(arena)
 
@@ -471,7 +508,7 @@ class TestGrowth:
     def test_threads_get_different_blocks(self) -> None:
         """Blocks that several threads take at once do not overlap, and all are counted."""
         blocks: list[int] = []
-        with Arena() as arena:
+        with Arena(layout=layouts.default_name(WORD)) as arena:
 
             def take() -> None:
                 for _ in range(100):
@@ -494,7 +531,7 @@ class TestGrowthOf32Bits:
         """Where the place above the arena is taken, the kernel answers outside: nothing changes."""
         found = in_child(
             """
-            arena = Arena("go-tip-2014-12/386")
+            arena = Arena(layout="go-tip-2014-12/386")
             while arena.placement.fits(MiB):
                 arena.grow(MiB)
             foreign = pyreserve.reserve(PAGE_SIZE, at=arena.placement.arena_end)
@@ -527,7 +564,7 @@ class TestGrowthOf32Bits:
     @needs_low_addresses
     def test_a_jump(self) -> None:
         """Addresses that come from further up in the window are used; the hole gets metadata."""
-        with Arena(LAYOUT_32) as arena:
+        with Arena(layout=LAYOUT_32) as arena:
             while arena.placement.fits(MiB):
                 arena.grow(MiB)
             end = arena.placement.arena_end
@@ -548,13 +585,13 @@ class TestGrowthOf32Bits:
             assert arena.region.is_committed(low - arena.region.base, high - low)
             assert byte_at(arena, block + MiB - 1) == 0
             assert arena.grow(MiB) == block + MiB
-            arena.heap_bitmap.set_at(block + 4, 9)
-            assert arena.heap_bitmap.at(block + 4) == 9
+            heap_bitmap(arena).set_at(block + 4, 9)
+            assert heap_bitmap(arena).at(block + 4) == 9
 
     @needs_low_addresses
     def test_the_last_resort(self) -> None:
         """Memory that comes from inside the window is used as it is, wherever it lies."""
-        with Arena(LAYOUT_32) as arena:
+        with Arena(layout=LAYOUT_32) as arena:
             while arena.placement.fits(MiB):
                 arena.grow(MiB)
             end = arena.placement.arena_end
@@ -562,7 +599,7 @@ class TestGrowthOf32Bits:
             hole = round_up(end, MiB) + 16 * MiB
             _steer(arena, lambda request: _to(request, above) if request.committed else None)
             first = arena.grow(MiB)
-            arena._placement = _steered(
+            arena._engine.placement = _steered(
                 arena.placement, lambda request: _to(request, hole) if request.committed else None
             )
 
@@ -578,7 +615,7 @@ class TestGrowthOf32Bits:
     @needs_low_addresses
     def test_addresses_outside_go_back(self) -> None:
         """Addresses and memory that came from outside the window are given back at once."""
-        with Arena(LAYOUT_32) as arena:
+        with Arena(layout=LAYOUT_32) as arena:
             while arena.placement.fits(MiB):
                 arena.grow(MiB)
             outside = 0x200000000000
@@ -591,7 +628,7 @@ class TestGrowthOf32Bits:
 
             assert live(outside, outside + GiB) == []
             assert (plain(arena), arena.region.reserved) == before
-            arena._placement = plan
+            arena._engine.placement = plan
             assert arena.grow(MiB) == plan.arena_start + 512 * MiB
 
     @needs_low_addresses
@@ -604,7 +641,7 @@ class TestGrowthOf32Bits:
                 foreign = pyreserve.reserve(PAGE_SIZE, at=hint)
             except VMError:
                 foreign = None  # the interpreter itself lies there
-            arena = Arena("go-tip-2014-12/386")
+            arena = Arena(layout="go-tip-2014-12/386")
             with contextlib.suppress(OutOfMemoryError):
                 while True:
                     arena.grow(MiB)
@@ -643,12 +680,12 @@ def _steered(plan: Placement, steer: Callable[[Request], Request | None]) -> Pla
 
 
 def _steer(arena: Arena, steer: Callable[[Request], Request | None]) -> None:
-    arena._placement = _steered(arena.placement, steer)
+    arena._engine.placement = _steered(arena.placement, steer)
 
 
 REFUSE_IN_THE_MIDDLE = """
     name, which, room, wish = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    arena = Arena(name)
+    arena = Arena(layout=name)
     block = arena.grow(20 * MiB)
     poke(arena, block, 20 * MiB)
     before, sizes, refused = state(arena), [], []
@@ -729,7 +766,7 @@ class TestConflicts:
     @pytest.mark.parametrize("where", ["arena", "bitmap", "spans"])
     def test_a_stranger_in_the_way_of_a_probe_layout(self, where: str) -> None:
         """A mapping that somebody made where growth needs to go is reported, not overwritten."""
-        with Arena("go1.4/amd64") as arena:
+        with Arena(layout="go1.4/amd64") as arena:
             arena.grow(MiB)
             placement = arena.placement
             place = {
@@ -760,7 +797,7 @@ class TestConflicts:
         found = in_child(
             """
             first = pyreserve.reserve(PAGE_SIZE, at=0xc000000000)
-            with Arena("go1.4/amd64") as arena:
+            with Arena(layout="go1.4/amd64") as arena:
                 arena.grow(MiB)
                 print(json.dumps([arena.placement.start, arena.placement.arena_start,
                                   plain(arena.maps()) == plain(arena.placement.maps(PAGE_SIZE))]))
@@ -774,7 +811,7 @@ class TestConflicts:
         found = in_child(
             """
             first = pyreserve.reserve(PAGE_SIZE, at=0xc000000000)
-            with Arena("go-tip-2014-12/amd64") as arena:
+            with Arena(layout="go-tip-2014-12/amd64") as arena:
                 arena.grow(MiB)
                 print(json.dumps([arena.placement.start != 0xc000000000, arena.fell_back,
                                   plain(arena.maps()) == plain(arena.placement.maps(PAGE_SIZE)),
@@ -788,7 +825,7 @@ class TestConflicts:
         """From Go 1.11 on a taken place moves the heap to the next hint, with its metadata."""
         found = in_child(
             """
-            arena = Arena("go1.11/amd64")
+            arena = Arena(layout="go1.11/amd64")
             first = arena.grow(MiB)
             foreign = pyreserve.reserve(PAGE_SIZE, at=first + 64 * MiB)
             block = arena.grow(64 * MiB)
@@ -815,7 +852,7 @@ class TestConflicts:
         """Words of an arena at the next hint have entries as those of the first arena have."""
         found = in_child(
             """
-            arena = Arena("go1.11/amd64")
+            arena = Arena(layout="go1.11/amd64")
             first = arena.grow(MiB)
             foreign = pyreserve.reserve(PAGE_SIZE, at=first + 64 * MiB)
             block = arena.grow(64 * MiB)
@@ -833,7 +870,7 @@ class TestConflicts:
         """Addresses between two arenas that lie apart are refused as not handed out."""
         found = in_child(
             """
-            arena = Arena("go1.11/amd64")
+            arena = Arena(layout="go1.11/amd64")
             first = arena.grow(MiB)
             foreign = pyreserve.reserve(PAGE_SIZE, at=first + 64 * MiB)
             arena.grow(64 * MiB)
@@ -854,11 +891,11 @@ BEHIND = [name for name in TWO_BITS if layouts.get(name, word=WORD).strategy != 
 
 class TestHeapBitmap:
     @pytest.mark.parametrize("name", FOUR_BITS)
-    def test_four_bits_a_word_run_backward(self, name: str) -> None:
+    def test_four_bits_a_word_run_backward(self, name: LayoutName) -> None:
         """Entry o stands in byte arena_start - o // 2 - 1, at bit o % 2 * 4."""
-        with Arena(name) as arena:
+        with Arena(layout=name) as arena:
             arena.grow(2 * MiB)
-            bitmap, start = arena.heap_bitmap, arena.placement.arena_start
+            bitmap, start = heap_bitmap(arena), arena.placement.arena_start
             words = 2 * MiB // arena.layout.word
 
             for word in (0, 1, 2, 3, 1000, 1001, words - 2, words - 1):
@@ -871,22 +908,22 @@ class TestHeapBitmap:
             assert len(bitmap) == words
 
     @pytest.mark.parametrize("name", FOUR_BITS)
-    def test_what_is_written_is_read(self, name: str) -> None:
+    def test_what_is_written_is_read(self, name: LayoutName) -> None:
         """A byte of the bitmap's memory is two entries, the lower word in the lower half."""
-        with Arena(name) as arena:
+        with Arena(layout=name) as arena:
             arena.grow(MiB)
-            bitmap, start = arena.heap_bitmap, arena.placement.arena_start
+            bitmap, start = heap_bitmap(arena), arena.placement.arena_start
 
             arena.region.view(start - 1 - arena.region.base, 1)[0] = 0x94
 
             assert (bitmap[0], bitmap[1], bitmap[2]) == (4, 9, 0)
 
     @pytest.mark.parametrize("name", BEHIND)
-    def test_two_bits_a_word_run_backward_too(self, name: str) -> None:
+    def test_two_bits_a_word_run_backward_too(self, name: LayoutName) -> None:
         """Four entries share a byte: pointer bits in its lower half, marks in its upper half."""
-        with Arena(name) as arena:
+        with Arena(layout=name) as arena:
             arena.grow(2 * MiB)
-            bitmap, start = arena.heap_bitmap, arena.placement.arena_start
+            bitmap, start = heap_bitmap(arena), arena.placement.arena_start
             words = 2 * MiB // arena.layout.word
 
             for word in (0, 1, 2, 3, 4, 4001, words - 1):
@@ -900,11 +937,11 @@ class TestHeapBitmap:
             assert len(bitmap) == words
 
     @pytest.mark.parametrize("name", [*FOUR_BITS, *TWO_BITS])
-    def test_entries_do_not_touch_their_neighbours(self, name: str) -> None:
+    def test_entries_do_not_touch_their_neighbours(self, name: LayoutName) -> None:
         """Each word's entry is its own: writing one leaves all others as they were."""
-        with Arena(name) as arena:
+        with Arena(layout=name) as arena:
             arena.grow(MiB)
-            bitmap = arena.heap_bitmap
+            bitmap = heap_bitmap(arena)
             values = [(word * 7 + 3) % (1 << arena.layout.bitmap_bits) for word in range(64)]
 
             for word in (*range(0, 64, 2), *range(1, 64, 2)):
@@ -916,11 +953,11 @@ class TestHeapBitmap:
             assert [bitmap[word] for word in (19, 20, 21)] == [values[19], 0, values[21]]
 
     @pytest.mark.parametrize("name", [*FOUR_BITS, *TWO_BITS])
-    def test_by_address(self, name: str) -> None:
+    def test_by_address(self, name: LayoutName) -> None:
         """Every byte of a word has that word's entry, by address as by index."""
-        with Arena(name) as arena:
+        with Arena(layout=name) as arena:
             block = arena.grow(MiB)
-            bitmap, word = arena.heap_bitmap, arena.layout.word
+            bitmap, word = heap_bitmap(arena), arena.layout.word
 
             bitmap.set_at(block + 100 * word + word - 1, 3)
 
@@ -929,11 +966,11 @@ class TestHeapBitmap:
             assert bitmap.at(block + 101 * word) == bitmap.at(block + 99 * word) == 0
 
     @pytest.mark.parametrize("name", [*FOUR_BITS, *TWO_BITS])
-    def test_bad_words_and_entries(self, name: str) -> None:
+    def test_bad_words_and_entries(self, name: LayoutName) -> None:
         """Words that were not handed out and values that are no entries raise RangeError."""
-        with Arena(name) as arena:
+        with Arena(layout=name) as arena:
             block = arena.grow(MiB)
-            bitmap, word = arena.heap_bitmap, arena.layout.word
+            bitmap, word = heap_bitmap(arena), arena.layout.word
             n = MiB // word
 
             for index in (-1, n, 2**64, -(2**70)):
@@ -956,9 +993,9 @@ class TestHeapBitmap:
     @pytest.mark.parametrize("wrong", [1.0, "1", None, slice(0, 2)])
     def test_what_is_no_integer(self, wrong: Any) -> None:
         """Words, addresses and entries are integers."""
-        with Arena(layouts.default_name(WORD)) as arena:
+        with Arena(layout=layouts.default_name(WORD)) as arena:
             arena.grow(MiB)
-            bitmap = arena.heap_bitmap
+            bitmap = heap_bitmap(arena)
 
             with pytest.raises(TypeError):
                 bitmap[wrong]
@@ -971,12 +1008,12 @@ class TestHeapBitmap:
 
     def test_it_grows_with_the_arena(self) -> None:
         """Words get their entries when the arena hands them out, not before."""
-        with Arena(layouts.default_name(WORD)) as arena:
-            bitmap = arena.heap_bitmap
+        with Arena(layout=layouts.default_name(WORD)) as arena:
+            bitmap = heap_bitmap(arena)
             before = len(bitmap)
             arena.grow(MiB)
 
-            arena.heap_bitmap[MiB // WORD - 1] = 5
+            heap_bitmap(arena)[MiB // WORD - 1] = 5
             arena.grow(MiB)
 
             assert (before, len(bitmap)) == (0, 2 * MiB // WORD)
@@ -986,9 +1023,9 @@ class TestHeapBitmap:
     @needs_64_bits
     def test_each_arena_of_go_1_11_has_its_own(self) -> None:
         """Entries on both sides of a 64 MiB border are apart, and both can be written."""
-        with Arena("go1.11/amd64") as arena:
+        with Arena(layout="go1.11/amd64") as arena:
             block = arena.grow(200 * MiB)
-            bitmap, border = arena.heap_bitmap, 64 * MiB // 8
+            bitmap, border = heap_bitmap(arena), 64 * MiB // 8
 
             for n in (1, 2, 3):
                 bitmap[n * border - 1] = 1
@@ -1004,9 +1041,64 @@ class TestHeapBitmap:
                 bitmap[200 * MiB // 8]
 
     def test_native_has_none(self) -> None:
-        """A layout without a heap bitmap says so."""
-        with Arena("native", size=MiB) as arena, pytest.raises(ValueError, match="no heap bitmap"):
-            _ = arena.heap_bitmap
+        """A layout without a heap bitmap has None."""
+        with Arena(MiB) as arena:
+            assert arena.heap_bitmap is None
+
+
+class TestPolicies:
+    @pytest.mark.parametrize("name", layout_names())
+    def test_of_every_mapping(self, name: LayoutName) -> None:
+        """Name, fork and huge page policies hold for all memory of the arena's region."""
+        with Arena(layout=name, name="heap", fork="wipe", huge_pages="never") as arena:
+            arena.alloc(MiB)
+            region = arena.region
+            mapped = [
+                mapping
+                for piece in arena.maps()
+                for mapping in witness.pieces(piece.start, piece.end - piece.start)
+            ]
+
+            assert arena.name == region.name == "heap"
+            assert (region.fork, region.huge_pages) == ("wipe", "never")
+            assert all({"wf", "dd", "nh"} <= mapping.flags for mapping in mapped)
+            if capabilities().anon_vma_names:
+                assert {mapping.name for mapping in mapped} == {"[anon:heap]"}
+
+    def test_huge_pages_align_a_native_arena(self) -> None:
+        """With huge pages preferred, the arena begins at a multiple of the huge page."""
+        size = thp_size()
+        if size is None:
+            pytest.skip("this kernel has no huge pages")
+        with Arena(64 * MiB, huge_pages="prefer") as arena:
+            assert arena.base % size == 0
+
+    @pytest.mark.parametrize("name", layout_names())
+    def test_wiped_in_a_child(self, name: LayoutName) -> None:
+        """A child allocates in a wiped arena; old blocks read zero, or cannot be found any more."""
+        with Arena(layout=name, fork="wipe") as arena:
+            block = arena.alloc(MiB)
+            fill(block, 7)
+
+            def child() -> list[bool]:
+                fresh = arena.alloc(MiB)
+                fill(fresh, 9)
+                old = block.freed or holds(block, 0)
+                return [old, holds(fresh, 9), arena.block_at(fresh.address) == fresh]
+
+            assert witness.in_child(child) == [True, True, True]
+            assert holds(block, 7)
+
+    @pytest.mark.parametrize(
+        "wrong", [{"mode": "x"}, {"fork": "x"}, {"huge_pages": "x"}, {"name": ""}, {"name": "a[b"}]
+    )
+    @pytest.mark.parametrize("name", layout_names())
+    def test_unknown_ones(self, name: LayoutName, wrong: dict[str, Any]) -> None:
+        """An unknown policy or an impossible name is refused, and nothing stays reserved."""
+        before = witness.status("VmSize")
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Arena(layout=name, **wrong)
+        assert witness.status("VmSize") < before + GiB
 
 
 AFTERWARDS: dict[str, Callable[[Arena], object]] = {
@@ -1015,10 +1107,10 @@ AFTERWARDS: dict[str, Callable[[Arena], object]] = {
     "release": lambda arena: arena.release(),
     "with": lambda arena: arena.__enter__(),
     "view": lambda arena: arena.region.view(0, 1),
-    "read an entry": lambda arena: arena.heap_bitmap[0],
-    "write an entry": lambda arena: arena.heap_bitmap.set_at(arena.placement.arena_start, 1),
-    "count entries": lambda arena: len(arena.heap_bitmap),
-    "index an entry": lambda arena: arena.heap_bitmap.index(arena.placement.arena_start),
+    "read an entry": lambda arena: heap_bitmap(arena)[0],
+    "write an entry": lambda arena: heap_bitmap(arena).set_at(arena.placement.arena_start, 1),
+    "count entries": lambda arena: len(heap_bitmap(arena)),
+    "index an entry": lambda arena: heap_bitmap(arena).index(arena.placement.arena_start),
 }
 
 
@@ -1042,7 +1134,7 @@ class TestRelease:
         found = in_child(
             """
             def use():
-                with Arena("go1.11/amd64") as arena:
+                with Arena(layout="go1.11/amd64") as arena:
                     arena.grow(200 * MiB)
                 gc.collect()
                 return status("VmSize")
@@ -1057,17 +1149,17 @@ class TestRelease:
     @pytest.mark.parametrize("how", AFTERWARDS)
     def test_afterwards_everything_is_refused(self, how: str) -> None:
         """Whatever is done with a released arena raises ReleasedError."""
-        arena = Arena()
+        arena = Arena(layout=layouts.default_name(WORD))
         arena.grow(MiB)
         arena.release()
 
-        with Arena() as other:
+        with Arena(layout=layouts.default_name(WORD)) as other:
             other.grow(MiB)
             with pytest.raises(ReleasedError):
                 AFTERWARDS[how](arena)
 
             assert other.in_use == MiB
-            assert other.heap_bitmap[0] == 0
+            assert heap_bitmap(other)[0] == 0
 
     def test_a_context_ends_with_the_release(self) -> None:
         """Leaving the with block releases the arena, also when it was released inside."""
@@ -1110,7 +1202,7 @@ class TestRelease:
 
     def test_it_says_what_it_is(self) -> None:
         """The repr names the layout and how much is in use."""
-        with Arena("native", size=8 * MiB) as arena:
+        with Arena(8 * MiB) as arena:
             arena.grow(MiB)
 
             assert "native" in repr(arena)

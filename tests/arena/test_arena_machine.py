@@ -9,9 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from helpers.arenas import PAGE, check, fill, holds, layout_names
+from helpers.arenas import PAGE, check, fill, heap_bitmap, holds, layout_names
 from helpers.profiles import examples
 from pyreserve import Arena, Block, MiB, OutOfMemoryError, ViewError
+from pyreserve.layouts import LayoutName
 
 SIZES = st.one_of(st.integers(1, 3 * PAGE), st.sampled_from([64 * PAGE, MiB, 3 * MiB]))
 
@@ -26,9 +27,9 @@ class ArenaMachine(RuleBasedStateMachine):
         self.calls = 0
 
     @initialize(name=st.sampled_from(layout_names()), small=st.booleans())
-    def open(self, name: str, small: bool) -> None:
+    def open(self, name: LayoutName, small: bool) -> None:
         size = 8 * MiB if name == "native" and small else None
-        self.arena = Arena(name, size=size)
+        self.arena = Arena(size, layout=name)
 
     def teardown(self) -> None:
         if hasattr(self, "arena"):
@@ -55,7 +56,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(nbytes=SIZES, align=st.sampled_from([1, PAGE, 8 * PAGE, MiB]), zero=st.booleans())
     def alloc(self, nbytes: int, align: int, zero: bool) -> None:
         try:
-            block = self.arena.alloc(nbytes, align, zero=zero)
+            block = self.arena.alloc(nbytes, align=align, zero=zero)
         except OutOfMemoryError:
             assert self.arena.requested_layout.name == "native"
             return
@@ -101,7 +102,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def look(self, data: st.DataObject) -> None:
         address = self.pick(data)
-        self.views[address] = self.live[address][0].view[:1]
+        self.views[address] = self.live[address][0].view()[:1]
 
     @precondition(lambda self: self.views)
     @rule(data=st.data())
@@ -109,9 +110,9 @@ class ArenaMachine(RuleBasedStateMachine):
         del self.views[data.draw(st.sampled_from(sorted(self.views)))]
 
     @rule(nbytes=st.one_of(st.none(), st.integers(0, 4 * MiB)), lazy=st.booleans())
-    def scavenge(self, nbytes: int | None, lazy: bool) -> None:
+    def trim(self, nbytes: int | None, lazy: bool) -> None:
         before = self.arena.memstats()
-        given = self.arena.scavenge(nbytes, lazy=lazy)
+        given = self.arena.trim(nbytes, lazy=lazy)
         after = self.arena.memstats()
         assert before.heap_released <= after.heap_released <= before.heap_released + given
         assert nbytes is None or given < nbytes + PAGE
@@ -136,7 +137,7 @@ class ArenaMachine(RuleBasedStateMachine):
         for block, byte in self.live.values():
             assert holds(block, byte)
             if self.arena.layout.bitmap_bits:
-                assert self.arena.heap_bitmap.at(block.address) & 1
+                assert heap_bitmap(self.arena).at(block.address) & 1
 
 
 TestArena = ArenaMachine.TestCase
@@ -160,8 +161,10 @@ class PagesMachine(RuleBasedStateMachine):
         place=st.sampled_from([("native", 4 * MiB), *((name, None) for name in layout_names())]),
         mode=st.sampled_from(["charge", "noreserve"]),
     )
-    def open(self, place: tuple[str, int | None], mode: Literal["charge", "noreserve"]) -> None:
-        self.arena = Arena(place[0], size=place[1], mode=mode)
+    def open(
+        self, place: tuple[LayoutName, int | None], mode: Literal["charge", "noreserve"]
+    ) -> None:
+        self.arena = Arena(place[1], layout=place[0], mode=mode)
         n = (place[1] or 128 * MiB) // PAGE
         self.used, self.dirty, self.released = bytearray(n), bytearray(n), bytearray(n)
 
@@ -245,7 +248,7 @@ class PagesMachine(RuleBasedStateMachine):
     @rule(
         pages=st.one_of(st.none(), st.integers(0, 200)), odd=st.integers(0, 1), lazy=st.booleans()
     )
-    def scavenge(self, pages: int | None, odd: int, lazy: bool) -> None:
+    def trim(self, pages: int | None, odd: int, lazy: bool) -> None:
         idle = [
             page
             for page in range(len(self.used) - 1, -1, -1)
@@ -254,7 +257,7 @@ class PagesMachine(RuleBasedStateMachine):
         nbytes = None if pages is None else max(pages * PAGE - odd, 0)
         chosen = idle if pages is None else idle[:pages]
 
-        assert self.arena.scavenge(nbytes, lazy=lazy) == len(chosen) * PAGE
+        assert self.arena.trim(nbytes, lazy=lazy) == len(chosen) * PAGE
 
         for page in chosen:
             self.released[page] = 1
@@ -263,7 +266,7 @@ class PagesMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.MAYBE in self.dirty)
     @rule()
     def scavenge_all(self) -> None:
-        self.arena.scavenge()
+        self.arena.trim()
         for page, used in enumerate(self.used):
             if not used and self.dirty[page]:
                 self.released[page] = self.dirty[page] == self.DIRTY or self.MAYBE

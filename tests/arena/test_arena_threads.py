@@ -23,7 +23,7 @@ LAYOUTS = [
 @pytest.fixture(params=LAYOUTS)
 def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
     """An arena of each mechanism, released at the end."""
-    made = Arena(request.param)
+    made = Arena(layout=request.param)
     yield made
     made.release()
 
@@ -59,7 +59,7 @@ class Traffic:
                 fill(one, number)
                 fill(many[3], number)
                 if random.random() < 0.1:
-                    self.arena.scavenge(MiB, lazy=random.random() < 0.5)
+                    self.arena.trim(MiB, lazy=random.random() < 0.5)
                 assert holds(one, number)
                 assert holds(many[3], number)
                 one.free()
@@ -86,7 +86,7 @@ class TestFork:
             assert all(end <= place[0] for end, place in zip(ends, places[1:], strict=False))
             assert all(holds(block, number + 1) for number, block in enumerate(blocks))
             arena.free_many(blocks)
-            arena.scavenge()
+            arena.trim()
             check(arena.memstats())
             return holds(kept, 0x5A)
 
@@ -105,7 +105,7 @@ class TestFork:
         def child() -> bool:
             fill(block, 2)
             block.free()
-            return arena.scavenge() == MiB
+            return arena.trim() == MiB
 
         assert witness.in_child(child)
         assert holds(block, 1)
@@ -117,7 +117,7 @@ class TestThreads:
         """A block that was freed is never equal to a later one, also where lists were refused."""
         blocks: list[Block] = []
         stop = threading.Event()
-        with Arena("native", size=4 * MiB) as arena:
+        with Arena(4 * MiB) as arena:
             arena.alloc(2 * MiB)
 
             def be_refused() -> None:
@@ -171,7 +171,7 @@ import gc, random, signal, sys
 from pyreserve import *
 P = max(8192, PAGE_SIZE)
 name, rng, armed = sys.argv[1], random.Random(6), False
-arena = Arena(name, size=64 * MiB if name == "native" else None)
+arena = Arena(64 * MiB if name == "native" else None, layout=name)
 arena.alloc(1).free()
 def interrupt(handler, rounds, call):
     "Do `call` again and again, a signal somewhere inside."
@@ -199,16 +199,16 @@ def look(): held.append(arena.region.view(low, n))
 for _ in range(4000):
     blocks = arena.alloc_many([2 * MiB] * 16)
     blocks.free()
-    interrupt(look, 1, arena.scavenge)
+    interrupt(look, 1, arena.trim)
     if held: assert arena.region.is_committed(low, n), "a live view over decommitted bytes"
     held.clear()
 """
 FACTS["a free frees nothing that a handler has made a view of"] = """
 held = []
-def look(): held.append(block.view)
+def look(): held.append(block.view())
 for _ in range(6000):
     block = arena.alloc(P)
-    block.view
+    block.view()
     interrupt(look, 1, block.free)
     assert not (held and block.freed), "a live view of a freed block"
     held.clear()
@@ -216,10 +216,10 @@ for _ in range(6000):
 """
 FACTS["a free of many frees nothing that a handler has made a view of"] = """
 held = []
-def look(): held.append(blocks[40].view)
+def look(): held.append(blocks[40].view())
 for _ in range(3000):
     blocks = arena.alloc_many([P] * 64)
-    blocks[0].view
+    blocks[0].view()
     interrupt(look, 1, blocks.free)
     gone = not list(arena.blocks())
     assert not (held and gone), "a live view of a freed block"
@@ -230,17 +230,17 @@ FACTS["blocks that a handler takes inside any call overlap no others"] = """
 live, inside = {}, []
 def put(block):
     byte = rng.randrange(1, 256)
-    with block.view as view: view[0] = view[-1] = byte
+    with block.view() as view: view[0] = view[-1] = byte
     live[block] = byte
 def work():
     step = rng.randrange(6)
-    if step == 0: put(arena.alloc(rng.randrange(1, 100_000), rng.choice([1, 1 << 16])))
+    if step == 0: put(arena.alloc(rng.randrange(1, 100_000), align=rng.choice([1, 1 << 16])))
     if step == 1:
         for block in arena.alloc_many([rng.randrange(1, 50_000) for _ in range(5)]): put(block)
     if step == 2 and live:
         block, _ = live.popitem()
         arena.free(block)
-    if step == 3: arena.scavenge(lazy=rng.random() < .3)
+    if step == 3: arena.trim(lazy=rng.random() < .3)
     if step == 4: arena.memstats(), arena.block_at(arena.placement.arena_start)
     if step == 5 and len(live) > 9:
         arena.free_many([live.popitem()[0] for _ in range(5)])
@@ -248,7 +248,7 @@ for _ in range(8):
     interrupt(work, 700, work)
     places = sorted((block.address, block.address + block.nbytes) for block in arena.blocks())
     assert all(a[1] <= b[0] for a, b in zip(places, places[1:]))
-    for block, byte in live.items(): assert block.view[0] == block.view[-1] == byte
+    for block, byte in live.items(): assert block.view()[0] == block.view()[-1] == byte
     arena.free_many(list(arena.blocks())); live.clear()
 stats = arena.memstats()
 assert stats.heap_objects == stats.heap_inuse == stats.heap_alloc == 0, stats
@@ -262,19 +262,19 @@ class Cycle:
         ended += 1
         try:
             block = arena.alloc(3 * P)
-            with block.view as view: view[0] = view[-1] = 7
+            with block.view() as view: view[0] = view[-1] = 7
             kept.append(block)
             arena.free_many([arena.alloc(P)])
-            arena.scavenge(8 * P)
+            arena.trim(8 * P)
         except (RuntimeError, MemoryError): pass  # a block may be left without an object
 gc.set_threshold(1)
 for _ in range(1500):
     Cycle()
     blocks = list(arena.alloc_many([P, 100, 3 * MiB]))
-    with blocks[2].view as view: view[0] = view[-1] = 9
+    with blocks[2].view() as view: view[0] = view[-1] = 9
     arena.free_many(blocks)
     while len(kept) > 20: kept.pop(0).free()
-    for block in kept: assert block.view[0] == block.view[-1] == 7
+    for block in kept: assert block.view()[0] == block.view()[-1] == 7
     places = [(block.address, block.address + block.nbytes) for block in arena.blocks()]
     assert all(a[1] <= b[0] for a, b in zip(places, places[1:]))
 gc.set_threshold(700); gc.collect()
@@ -302,14 +302,14 @@ class TestInterrupted:
     def test_a_first_block_inside_a_first_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A handler that allocates while the tables are being made has a block like any other."""
         interrupting: list[Block] = []
-        with Arena("native", size=8 * MiB) as arena:
+        with Arena(8 * MiB) as arena:
 
             def interrupted(*args: Any, **kwargs: Any) -> Region:
                 monkeypatch.undo()
                 interrupting.append(arena.alloc(PAGE))
                 return reserve_tables(*args, **kwargs)
 
-            monkeypatch.setattr("pyreserve._arena.arena.reserve_tables", interrupted)
+            monkeypatch.setattr("pyreserve._arena.heap.reserve_tables", interrupted)
 
             block = arena.alloc(PAGE)
 

@@ -27,25 +27,25 @@ REFUSE = """
         finally:
             limit(which, None)
 
-    with Arena(name) as arena:
+    with Arena(layout=name) as arena:
         arena.alloc(8 * MiB)
         used, kept = arena.alloc(20 * MiB), arena.alloc(MiB)
         for block in (used, kept):
-            with block.view as view:
+            with block.view() as view:
                 view[:] = b"k" * len(view)
         used.free()
-        given = arena.scavenge()
+        given = arena.trim()
         before = books()
         alone = [refusal(lambda: arena.alloc(wish)) for _ in range(3)]
         after = books()
         listed = [refusal(lambda: arena.alloc_many([8192, wish])) for _ in range(3)]
         last = books()
         with arena.alloc(wish, zero=True) as block:
-            with block.view as view:
+            with block.view() as view:
                 usable = view[0] == view[-1] == 0
                 view[0] = view[-1] = 1
             del view
-        with kept.view as view:
+        with kept.view() as view:
             intact = view == b"k" * MiB
         del view
         print(json.dumps({"before": before, "after": after, "last": last, "given": given,

@@ -15,7 +15,18 @@ import pytest
 from helpers import witness
 from helpers.arenas import PAGE, check, fill, holds, layout_names, needs_64_bits
 from helpers.subjects import wait_until
-from pyreserve import Arena, FreeError, KiB, MiB, OutOfMemoryError, RangeError, ViewError
+from pyreserve import (
+    Arena,
+    FreeError,
+    KiB,
+    MiB,
+    OutOfMemoryError,
+    RangeError,
+    ViewError,
+    format_size,
+)
+from pyreserve._arena.heap import Heap
+from pyreserve.layouts import LayoutName
 
 LAYOUTS = [name for name in layout_names() if name in {"native", "go1.4/amd64", "go1.11/amd64"}]
 
@@ -23,7 +34,7 @@ LAYOUTS = [name for name in layout_names() if name in {"native", "go1.4/amd64", 
 @pytest.fixture(params=["charge", "noreserve"])
 def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
     """A native arena in each of the two ways to account."""
-    made = Arena("native", size=64 * MiB, mode=request.param)
+    made = Arena(64 * MiB, mode=request.param)
     yield made
     gc.collect()
     if not made.region.released:
@@ -44,14 +55,14 @@ class TestScavenge:
         block.free()
         committed = arena.region.committed
 
-        assert arena.scavenge() == 8 * MiB
+        assert arena.trim() == 8 * MiB
 
         assert arena.memstats().heap_released == 8 * MiB
         assert rss(arena) == arena.memstats().resident == PAGE
         assert holds(keep, 2)
         given_back = 8 * MiB if arena.region.mode == "charge" else 0
         assert arena.region.committed == committed - given_back
-        assert arena.scavenge() == 0
+        assert arena.trim() == 0
 
     def test_highest_first(self, arena: Arena) -> None:
         """A part of what is idle goes from the top down."""
@@ -60,7 +71,7 @@ class TestScavenge:
             fill(block, 1)
         blocks[::2].free()
 
-        assert arena.scavenge(MiB + 1) == MiB + PAGE
+        assert arena.trim(MiB + 1) == MiB + PAGE
 
         base = arena.region.base
         assert witness.total_kib(base + 2 * MiB, MiB, "Rss") in {0, rss(arena) // KiB}
@@ -74,7 +85,7 @@ class TestScavenge:
         block = arena.alloc(4 * MiB)
         fill(block, 1)
         block.free()
-        arena.scavenge()
+        arena.trim()
 
         again = arena.alloc(3 * MiB)
 
@@ -96,15 +107,15 @@ class TestScavenge:
             freed_at = time.monotonic()
             young.free()
 
-            of_an_hour = arena.scavenge(older_than=3600)
-            given_back = arena.scavenge(older_than=age)
+            of_an_hour = arena.trim(older_than=3600)
+            given_back = arena.trim(older_than=age)
             young_age = time.monotonic() - freed_at
-            rest = arena.scavenge(older_than=0)
+            rest = arena.trim(older_than=0)
             assert of_an_hour == 0
             assert given_back + rest == 3 * MiB
             assert not fence.freed
             fence.free()
-            arena.scavenge()
+            arena.trim()
 
         assert given_back == MiB
 
@@ -114,8 +125,8 @@ class TestScavenge:
         fill(block, 1)
         block.free()
 
-        assert arena.scavenge(lazy=True) == 2 * MiB
-        assert arena.scavenge(lazy=True) == 0
+        assert arena.trim(lazy=True) == 2 * MiB
+        assert arena.trim(lazy=True) == 0
         assert arena.memstats().heap_released == 2 * MiB
         part = arena.alloc(MiB)
         assert not part.zeroed
@@ -124,7 +135,7 @@ class TestScavenge:
         assert holds(cleared, 0)
         part.free()
         cleared.free()
-        assert arena.scavenge() == 2 * MiB
+        assert arena.trim() == 2 * MiB
         assert rss(arena) == 0
 
     def test_not_under_a_view(self, arena: Arena) -> None:
@@ -135,19 +146,19 @@ class TestScavenge:
         block.free()
         view = arena.region.view(offset + PAGE, 8)
 
-        with pytest.raises(ViewError, match="cannot scavenge"):
-            arena.scavenge()
+        with pytest.raises(ViewError, match="cannot trim"):
+            arena.trim()
 
         assert view[0] == 1
         assert arena.memstats().heap_released == 0
         del view
-        assert arena.scavenge() == MiB
+        assert arena.trim() == MiB
 
     @pytest.mark.parametrize("wrong", [{"nbytes": -1}, {"older_than": -0.1}])
     def test_negative_numbers(self, arena: Arena, wrong: dict[str, float]) -> None:
         """Neither bytes nor ages are negative."""
         with pytest.raises(RangeError):
-            arena.scavenge(**wrong)  # type: ignore[arg-type]
+            arena.trim(**wrong)  # type: ignore[arg-type]
 
     def test_many_small_holes_take_no_mappings(self, arena: Arena) -> None:
         """Scattered pages are discarded where they are: no mapping is split for them."""
@@ -156,7 +167,7 @@ class TestScavenge:
             fill(block, 1)
         arena.free_many(blocks[::2])
 
-        assert arena.scavenge() == 2000 * PAGE
+        assert arena.trim() == 2000 * PAGE
 
         assert len(witness.spans(arena.region.base, arena.region.size)) <= 2
         assert rss(arena) == 2000 * PAGE
@@ -178,7 +189,7 @@ BURST = """
         with open("/proc/self/maps") as maps:
             entries = sum(1 for _ in maps)
         return [witness.status("VmRSS"), charge(), entries]
-    arena = Arena(layout, mode=mode)
+    arena = Arena(layout=layout, mode=mode)
     arena.alloc_many([size] * 64).free()
     arena.alloc(10).free()
     keep = arena.alloc(5000)
@@ -189,7 +200,7 @@ BURST = """
     ctypes.memset(first, 1, last - first)
     during, vsz = now(), witness.status("VmSize")
     blocks.free()
-    given = arena.scavenge()
+    given = arena.trim()
     del blocks
     print(json.dumps([before, during, now(), given, vsz - witness.status("VmSize")]))
 """
@@ -230,7 +241,7 @@ class TestBurst:
 class TestScavenger:
     def test_it_gives_back_what_is_idle(self) -> None:
         """The thread does it by itself, and ends with the arena."""
-        arena = Arena("native")
+        arena = Arena()
         scavenger = arena.start_scavenger(0.05)
         block = arena.alloc(MiB)
         fill(block, 1)
@@ -253,7 +264,7 @@ class TestScavenger:
 
     def test_it_lets_the_arena_go(self) -> None:
         """A dropped arena takes its thread with it."""
-        arena = Arena("native", size=MiB)
+        arena = Arena(MiB)
         scavenger, base = arena.start_scavenger(0.01), arena.region.base
         del arena
 
@@ -264,15 +275,15 @@ class TestScavenger:
         self, arena: Arena, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It tries again after it was refused."""
-        scavenge, refused = Arena._scavenge, threading.Event()
+        give_back, refused = Heap.give_back, threading.Event()
 
         def observed(*arguments: Any) -> tuple[int, list[Exception]]:
-            total, refusals = scavenge(*arguments)
+            total, refusals = give_back(*arguments)
             if any(isinstance(refusal, ViewError) for refusal in refusals):
                 refused.set()
             return total, refusals
 
-        monkeypatch.setattr(Arena, "_scavenge", observed)
+        monkeypatch.setattr(Heap, "give_back", observed)
         block = arena.alloc(MiB)
         fill(block, 1)
         offset = block.offset
@@ -305,7 +316,7 @@ class TestScavenger:
         """A process ends cleanly while the thread is at work."""
         script = """
 import pyreserve
-arena = pyreserve.Arena("native", scavenge_after=0.001)
+arena = pyreserve.Arena(scavenge_after=0.001)
 for _ in range(200): arena.alloc(1 << 20).free()
 """
         done = subprocess.run(
@@ -321,10 +332,10 @@ for _ in range(200): arena.alloc(1 << 20).free()
 
 class TestMemStats:
     @pytest.mark.parametrize("name", layout_names())
-    def test_invariants(self, name: str) -> None:
+    def test_invariants(self, name: LayoutName) -> None:
         """They hold after every step, and the counters are those of the steps."""
         random, live, mallocs = Random(5), [], 0
-        with Arena(name) as arena:
+        with Arena(layout=name) as arena:
             check(arena.memstats())
             by_hand = arena.grow(100 * KiB) and -(-100 * KiB // PAGE) * PAGE
             for _ in range(300):
@@ -335,7 +346,7 @@ class TestMemStats:
                 elif step < 0.9 and live:
                     live.pop(random.randrange(len(live))).free()
                 else:
-                    arena.scavenge(random.randrange(MiB), lazy=random.random() < 0.5)
+                    arena.trim(random.randrange(MiB), lazy=random.random() < 0.5)
                 stats = arena.memstats()
                 check(stats)
                 pages = sum(-(-block.nbytes // PAGE) * PAGE for block in live)
@@ -353,10 +364,25 @@ class TestMemStats:
         assert stats.committed == witness.nbytes(base, size)
         assert stats.resident == rss(arena)
 
+    def test_as_text(self) -> None:
+        """Text and HTML have every field, sizes with units and counts as numbers."""
+        with Arena(64 * MiB) as arena:
+            arena.alloc_many([MiB] * 3)[0].free()
+            stats = arena.memstats()
+            lines = dict(line.split(None, 1) for line in str(stats).splitlines() if line)
+            html = stats._repr_html_()
+
+            assert lines["Arena:"] == "2 MiB in use of 3 MiB"
+            assert (lines["heap_inuse"], lines["mallocs"], lines["frees"]) == ("2 MiB", "3", "1")
+            assert lines["committed"] == format_size(stats.committed)
+            for name in type(stats).__slots__:
+                assert f">{name}</td>" in html
+                assert name in lines
+
     @pytest.mark.parametrize("name", LAYOUTS)
-    def test_at_every_moment(self, name: str) -> None:
+    def test_at_every_moment(self, name: LayoutName) -> None:
         """They hold while threads allocate, free and scavenge."""
-        arena, stop, failures = Arena(name), threading.Event(), []
+        arena, stop, failures = Arena(layout=name), threading.Event(), []
 
         def work(number: int) -> None:
             random = Random(number)
@@ -366,7 +392,7 @@ class TestMemStats:
                     fill(blocks[0], 1)
                     blocks[:7].free()
                     if random.random() < 0.2:
-                        arena.scavenge(MiB)
+                        arena.trim(MiB)
                     blocks[7:].free()
             except (OutOfMemoryError, FreeError, ViewError, AssertionError) as failure:
                 failures.append(failure)
@@ -415,7 +441,7 @@ class TestOneThread:
 
     def test_given_when_the_arena_is_made(self) -> None:
         """`scavenge_after` starts it at once."""
-        with Arena("native", size=16 * MiB, scavenge_after=0.01) as arena:
+        with Arena(16 * MiB, scavenge_after=0.01) as arena:
             block = arena.alloc(MiB)
             fill(block, 1)
             block.free()
@@ -438,15 +464,15 @@ class TestOneThread:
             f"""
             import json, signal, time
             from pyreserve import *
-            arena = Arena("native", size=GiB)
+            arena = Arena(GiB)
             arena.alloc(8)
             scavenger = arena.start_scavenger(0.001)
-            waits, wait = [], type(arena)._acquire_while
+            waits, wait = [], type(arena.heap)._acquire_while
             def lock_while(self, wanted):
                 waits.append(1)
                 try: return wait(self, wanted)
                 finally: waits.pop()
-            type(arena)._acquire_while = lock_while
+            type(arena.heap)._acquire_while = lock_while
             done = []
             def handler(*_):
                 while not waits: time.sleep(0.001)  # until the thread waits for the lock
@@ -473,7 +499,7 @@ class TestOneThread:
             def handler(*_): arenas[-1].{end}()
             signal.signal(signal.SIGALRM, handler)
             for _ in range(400):
-                arenas[:] = [Arena("native", size=MiB)]
+                arenas[:] = [Arena(MiB)]
                 try:
                     signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 4e-4))
                     scavenger = arenas[-1].start_scavenger(100)
@@ -493,7 +519,7 @@ class TestOneThread:
         script = """
 import builtins, sys, time
 from pyreserve import *
-arena = Arena("native", size=4 * GiB)
+arena = Arena(4 * GiB)
 class Last:
     def __del__(self):
         self.block.free()
@@ -502,7 +528,7 @@ builtins.last = last = Last()
 last.block = arena.alloc(100)
 blocks = arena.alloc_many([64 * KiB] * 2000)
 for block in blocks[::2]:
-    block.view[0] = 1
+    block.view()[0] = 1
     block.free()
 arena.start_scavenger(0.001)
 time.sleep(float(sys.argv[1]))
@@ -531,7 +557,7 @@ def late():
     except RuntimeError as error: print(error)
 atexit.register(late)
 from pyreserve import *
-box.append(Arena("native", size=MiB))
+box.append(Arena(MiB))
 """,
             ],
             capture_output=True,

@@ -55,7 +55,7 @@ static struct region *reserve(size_t size, uintptr_t address, bool exact, size_t
 
 static struct region *open_window(uintptr_t address, size_t size, int accounting, int advice) {
     struct region *region = closed();
-    return opened(region, region_window(region, address, size, accounting, advice));
+    return opened(region, region_window(region, address, size, accounting, advice, NULL));
 }
 
 static void end(struct region *region) {
@@ -875,7 +875,7 @@ static void a_closed_region_can_be_opened_again(void) {
             region_end(&region);
         else
             CHECK(region_release(&region) == 0);
-        REQUIRE(region_window(&region, free_place(), 8 * page, 0, 0) == 0);
+        REQUIRE(region_window(&region, free_place(), 8 * page, 0, 0, NULL) == 0);
         CHECK(region.guard == 0 && region.accounting == 0 && region.advice == 0);
         CHECK(region.name[0] == '\0' && !region.sealed);
         CHECK(region.reserved.total == 0 && region.committed.total == 0);
@@ -891,7 +891,7 @@ static void opening_again_after_a_refusal_works(void) {
     struct region_options wish = {.address = page, .exact = true, .guard = page};
     CHECK(region_reserve(&region, page, 0, 0, &wish) == EINVAL);
     CHECK(region_reserve(&region, SIZE_MAX / page * page, 0, 0, NULL) == ENOMEM);
-    CHECK(region_window(&region, 1, page, 0, 0) == EINVAL);
+    CHECK(region_window(&region, 1, page, 0, 0, NULL) == EINVAL);
     CHECK(region_commit(&region, 0, page) == REGION_RELEASED);
     CHECK(region_reserve(&region, page, 0, 0, NULL) == 0);
     CHECK(region.guard == 0 && shows(&region, "-"));

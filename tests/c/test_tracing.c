@@ -260,7 +260,7 @@ static void a_window_reports_what_it_claims_committed(void) {
     struct region outer = opened(0), window = {0};
     uintptr_t at = (uintptr_t)outer.base;
     REQUIRE(region_release(&outer) == 0);
-    REQUIRE(region_window(&window, at, PAGES * page, 0, 0) == 0);
+    REQUIRE(region_window(&window, at, PAGES * page, 0, 0, NULL) == 0);
     start();
     CHECK(region_claim(&window, 0, 4 * page, VM_RESERVED) == 0 && traced() == 0);
     CHECK(region_claim(&window, 4 * page, 4 * page, VM_COMMITTED) == 0 && traced() == 4 * page);

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from helpers import golden
-from pyreserve import PAGE_SIZE, Block, KiB, MemStats, layouts
+from pyreserve import PAGE_SIZE, Arena, Block, HeapBitmap, KiB, MemStats, layouts
 from pyreserve._arena.arena import WORD
+from pyreserve.layouts import LayoutName
 
 PAGE = max(8 * KiB, PAGE_SIZE)
 
@@ -90,7 +91,7 @@ def in_child(script: str, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def layout_names() -> list[str]:
+def layout_names() -> list[LayoutName]:
     """Names of the layouts that this interpreter can reserve."""
     return [
         name
@@ -104,14 +105,21 @@ def relative(ranges: list[list[Any]], base: int) -> list[tuple[int, int, str]]:
     return [(start - base, end - base, perms) for start, end, perms in ranges]
 
 
+def heap_bitmap(arena: Arena) -> HeapBitmap:
+    """The heap bitmap of an arena whose layout has one."""
+    bitmap = arena.heap_bitmap
+    assert bitmap is not None
+    return bitmap
+
+
 def fill(block: Block, byte: int) -> None:
     """Fill a block with a byte."""
-    np.frombuffer(block.view, dtype=np.uint8)[:] = byte
+    np.frombuffer(block.view(), dtype=np.uint8)[:] = byte
 
 
 def holds(block: Block, byte: int) -> bool:
     """Whether all bytes of a block have this value."""
-    return bool((np.frombuffer(block.view, dtype=np.uint8) == byte).all())
+    return bool((np.frombuffer(block.view(), dtype=np.uint8) == byte).all())
 
 
 def check(stats: MemStats) -> None:

@@ -37,6 +37,7 @@ from pyreserve import (
     reserve,
 )
 from pyreserve._native import ffi, lib
+from pyreserve.layouts import LayoutName
 from pyreserve.units import KiB, MiB
 
 pytestmark = [
@@ -184,11 +185,11 @@ def _perms(base: int, size: int) -> list[tuple[int, int, str]]:
 def _region(region: Region) -> dict[str, object]:
     if region.released:
         return {"released": True}
-    owned = [(region.base + at, n) for at, n in region._runs("reserved")]
+    owned = [(region.base + at, n) for at, n in region.exports.runs(committed=False)]
     return {
         "released": False,
         "committed": region.committed_runs(),
-        "reserved": region._runs("reserved"),
+        "reserved": region.exports.runs(committed=False),
         "shown": [
             (base + at - region.base, n)
             for base, size in owned
@@ -201,10 +202,10 @@ def _region(region: Region) -> dict[str, object]:
 class ArenaScene(Scene):
     """An arena with two blocks, and one more taken."""
 
-    def __init__(self, layout: str, *, nbytes: int = 5 * MiB, mode: Any = "charge") -> None:
+    def __init__(self, layout: LayoutName, *, nbytes: int = 5 * MiB, mode: Any = "charge") -> None:
         super().__init__()
         self.nbytes = nbytes
-        self.arena = Arena(layout, mode=mode)
+        self.arena = Arena(layout=layout, mode=mode)
         self.made: list[Block] = []
         self.prepare()
 
@@ -224,7 +225,7 @@ class ArenaScene(Scene):
             "blocks": [(block.address, block.nbytes) for block in arena.blocks()],
             "placement": arena.placement,
             "in use": arena.in_use,
-            "elsewhere": [(region.base, region.size) for region in arena._metadata_regions],
+            "elsewhere": [(region.base, region.size) for region in arena._engine.metadata],
             **_region(arena.region),
         }
 
@@ -272,7 +273,7 @@ class Recommit(ArenaScene):
         super().prepare()
         ctypes.memset(lost.address, 9, lost.nbytes)
         lost.free()
-        assert self.arena.scavenge() >= 6 * MiB
+        assert self.arena.trim() >= 6 * MiB
 
     def act(self) -> None:
         super().act()
@@ -318,7 +319,7 @@ class Scavenge(ArenaScene):
         self.given = 0
 
     def act(self) -> None:
-        self.given = self.arena.scavenge(lazy=self.lazy)
+        self.given = self.arena.trim(lazy=self.lazy)
         assert 0 < self.given <= self.free
 
     def is_intact(self) -> bool:
@@ -328,7 +329,7 @@ class Scavenge(ArenaScene):
     def undo(self) -> None:
         # What was not given back by the first call is by the next.
         if self.given < self.free:
-            assert self.arena.scavenge(lazy=self.lazy) == self.free - self.given
+            assert self.arena.trim(lazy=self.lazy) == self.free - self.given
             self.given = self.free
         assert self.arena.memstats().heap_released == self.free
 
@@ -347,13 +348,13 @@ class ScavengeLazily(Scavenge):
 class Open(Scene):
     """An arena that is to be made."""
 
-    def __init__(self, layout: str) -> None:
+    def __init__(self, layout: LayoutName) -> None:
         super().__init__()
         self.layout = layout
         self.arena: Arena | None = None
 
     def act(self) -> None:
-        self.arena = Arena(self.layout)
+        self.arena = Arena(layout=self.layout)
 
     def is_intact(self) -> bool:
         try:
@@ -456,7 +457,7 @@ class PoolScene(Scene):
         return {
             "slots": list(self.pool),
             "len": len(self.pool),
-            "books": self.pool._committed,
+            "books": self.pool._end,
             **_region(self.pool._region),
         }
 
@@ -727,14 +728,14 @@ def _operation(make: Callable[[], Scene], copes: Callable[[Fault], bool] = _neve
     return Operation(make, copes)
 
 
-_GROWS = {
+_GROWS: dict[LayoutName, Callable[[Fault], bool]] = {
     "go-tip-2014-12/amd64": _grows,
     "go1.4/amd64": _grows,
     "go1.11/amd64": _finds_addresses,
     "fallback": _grows,
     "native": _grows,
 }
-_MAKES = {
+_MAKES: dict[LayoutName, Callable[[Fault], bool]] = {
     "go-tip-2014-12/amd64": _falls_back,
     "go1.4/amd64": _falls_back,
     "go1.11/amd64": _never,

@@ -261,8 +261,7 @@ class TestForkUnderThreads:
         def child() -> bool:
             first, second = pyreserve.reserve(PAGE_SIZE), pyreserve.reserve(PAGE_SIZE)
             first.commit(0, PAGE_SIZE)
-            lock = first._lock
-            assert lock is not None
+            lock = first.exports.lock
             inside, is_forked = threading.Event(), threading.Event()
             sys.setswitchinterval(1e-6)
 

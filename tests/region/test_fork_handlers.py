@@ -24,7 +24,7 @@ from pyreserve import *
 region = reserve(MiB); region.commit(0, 4096)
 busy, leave = threading.Event(), threading.Event()
 def hold():
-    with region._lock:
+    with region.exports.lock:
         busy.set(); leave.wait()
 thread = threading.Thread(target=hold); thread.start(); busy.wait()
 """
@@ -40,13 +40,13 @@ box = []
 os.register_at_fork(WHERE=lambda: [use() for use in box])
 from pyreserve import *
 from pyreserve import PAGE_SIZE
-arena, pool, pages = Arena("native", size=GiB), Pool(48), PageAllocator(1000)
+arena, pool, pages = Arena(GiB), Pool(48), PageAllocator(1000)
 region, bits, bump = reserve(MiB), Bitmap(1000), BumpArena(MiB)
 arena.alloc(8), pool.alloc(), pages.alloc()
 uses = [
     lambda: arena.alloc(100).free(),
     lambda: arena.alloc_many([8, 8]).free(),
-    lambda: Arena("native", size=MiB).alloc(8),
+    lambda: Arena(MiB).alloc(8),
     lambda: pool.free(pool.alloc()),
     lambda: pages.free(pages.alloc(3), 3),
     lambda: PageAllocator(10).alloc(),
@@ -108,7 +108,7 @@ def test_handlers_that_fork(where: str) -> None:
             depth -= 1
         os.register_at_fork({where}=again)
         from pyreserve import *
-        arena, pool, region = Arena("native", size=GiB), Pool(48), reserve(MiB)
+        arena, pool, region = Arena(GiB), Pool(48), reserve(MiB)
         def work(): arena.alloc(8), pool.alloc(), region.commit(0, MiB)
         def use():
             work()
@@ -137,7 +137,7 @@ def test_a_handler_that_raises_while_a_fork_waits() -> None:
         BUSY
         + """
 class Struck(BaseException): pass
-arena = Arena("native", size=GiB); arena.alloc(8)
+arena = Arena(GiB); arena.alloc(8)
 struck, parent = [], os.getpid()
 def handler(*_):
     struck.append(len(struck))
@@ -234,7 +234,7 @@ import random
 from pyreserve import *
 FORKS = int(sys.argv[1]) if len(sys.argv) > 1 else N
 class Struck(Exception): pass
-region, arena, pool = reserve(8 * MiB), Arena("native", size=GiB), Pool(48)
+region, arena, pool = reserve(8 * MiB), Arena(GiB), Pool(48)
 bits, bump, pages = Bitmap(100_000), BumpArena(64 * MiB), PageAllocator(10_000)
 stop, errors = threading.Event(), []
 def work(number):
@@ -244,7 +244,7 @@ def work(number):
             region.commit(at, MiB); view = region.view(at, 8); view[0] = 1
             del view
             region.decommit(at, MiB)
-            with arena.alloc(100) as block: block.view[0] = 1
+            with arena.alloc(100) as block: block.view()[0] = 1
             pool.free(pool.alloc()); bits.set(number); pages.free(pages.alloc(2), 2)
             with reserve(MiB) as other: other.commit(0, MiB)
     except BaseException as error: errors.append(repr(error))
@@ -358,7 +358,7 @@ import gc
 def collect(): gc.collect()
 os.register_at_fork(before=collect, after_in_parent=collect, after_in_child=collect)
 from pyreserve import *
-arena, pages, freed = Arena("native", size=GiB), PageAllocator(1000), []
+arena, pages, freed = Arena(GiB), PageAllocator(1000), []
 class Last:
     def __init__(self):
         self.me, self.block, self.page = self, arena.alloc(8), pages.alloc()

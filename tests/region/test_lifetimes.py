@@ -27,6 +27,7 @@ from pyreserve import (
     layouts,
 )
 from pyreserve._arena.engine import WORD
+from pyreserve.layouts import LayoutName
 
 
 def is_ours(thing: object) -> bool:
@@ -70,10 +71,10 @@ def _region() -> None:
     region.close()
 
 
-def _arena(name: str) -> None:
-    arena = Arena(name, size=GiB if name == "native" else None)
+def _arena(name: LayoutName) -> None:
+    arena = Arena(GiB if name == "native" else None, layout=name)
     blocks = arena.alloc_many([8 * KiB] * 100)
-    view = blocks[3].view
+    view = blocks[3].view()
     for refused in (blocks.free, blocks[3].free, lambda: arena.alloc(1 << 61), arena.release):
         with contextlib.suppress(pyreserve.PyreserveError):
             refused()
@@ -81,18 +82,19 @@ def _arena(name: str) -> None:
     blocks[5].free()
     held = arena.region.view(offset, 8)
     with contextlib.suppress(pyreserve.ViewError):
-        arena.scavenge()
+        arena.trim()
     with arena.alloc(8) as block:
-        late = block.view
+        late = block.view()
     del view, held, late
     arena.start_scavenger(60)
     arena.memstats()
     if arena.layout.bitmap_bits:
+        assert arena.heap_bitmap is not None
         _ = arena.heap_bitmap[0]
 
 
 def _used_up() -> None:
-    arena = Arena("native", size=4 * MiB)
+    arena = Arena(4 * MiB)
     arena.alloc_many([MiB] * 5)
 
 
@@ -145,7 +147,7 @@ def _growable(make: Callable[[], Any]) -> None:
         with contextlib.suppress(pyreserve.PyreserveError):
             refused()
     del held
-    thing.shrink_to_fit()
+    thing.trim()
 
 
 ACTS: dict[str, Callable[[], object]] = {
@@ -155,9 +157,9 @@ ACTS: dict[str, Callable[[], object]] = {
         PAGE_SIZE, at=id(object()) // PAGE_SIZE * PAGE_SIZE, name="x"
     ),
     "no word": lambda: pyreserve.reserve(PAGE_SIZE, mode="x"),  # type: ignore[arg-type]
-    "an arena with a step that is none": lambda: Arena("native", step=PAGE_SIZE + 1),
-    "an arena that is too large": lambda: Arena("native", size=1 << 60),
-    "an arena without a layout": lambda: Arena("none"),
+    "an arena with a step that is none": lambda: Arena(step=PAGE_SIZE + 1),
+    "an arena that is too large": lambda: Arena(1 << 60),
+    "an arena without a layout": lambda: Arena(layout="none"),  # type: ignore[arg-type]
     "an arena that is used up": _used_up,
     "bump": _bump,
     "bump, too large": lambda: BumpArena(1 << 60),
@@ -212,7 +214,7 @@ def test_arenas_that_fell_back() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (2 * GiB, 2 * GiB))
         names = []
         for _ in range(6):
-            arena = Arena()
+            arena = Arena(layout="go-tip-2014-12/amd64")
             names.append((arena.layout.name, arena.fell_back.limit))
             del arena
         print(json.dumps(names))

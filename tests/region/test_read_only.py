@@ -62,7 +62,7 @@ def _registered() -> prometheus.Registration:
 
 
 def _block() -> pyreserve.Block:
-    return Arena("native", size=MiB).alloc(1)
+    return Arena(MiB).alloc(1)
 
 
 def _refused() -> OutOfMemoryError:
@@ -76,21 +76,21 @@ CURVE = costs.Curve("commit", "mprotect")
 # One of each public class, but for exceptions that have nothing of their own.
 MAKE: dict[str, Callable[[], Any]] = {
     "AddressSpace": lambda: explain(path=SPACE),
-    "Arena": lambda: Arena("fallback"),
+    "Arena": lambda: Arena(layout="fallback"),
     "Bitmap": lambda: Bitmap(1000),
     "Block": _block,
-    "Blocks": lambda: Arena("native", size=MiB).alloc_many([1, 2]),
+    "Blocks": lambda: Arena(MiB).alloc_many([1, 2]),
     "BumpArena": lambda: BumpArena(MiB),
     "Capabilities": pyreserve.capabilities,
     "GrowableArray": lambda: GrowableArray("i8", 1000),
     "GrowableBuffer": lambda: GrowableBuffer(MiB),
-    "HeapBitmap": lambda: Arena("fallback").heap_bitmap,
-    "MemStats": lambda: Arena("native", size=MiB).memstats(),
+    "HeapBitmap": lambda: Arena(layout="fallback").heap_bitmap,
+    "MemStats": lambda: Arena(MiB).memstats(),
     "OutOfMemoryError": _refused,
     "PageAllocator": lambda: PageAllocator(100),
     "Pool": lambda: Pool(64),
     "Region": lambda: reserve(MiB),
-    "Scavenger": lambda: Arena("native", size=MiB).start_scavenger(100),
+    "Scavenger": lambda: Arena(MiB).start_scavenger(100),
     "VMError": lambda: VMError(5, "no", verb="commit"),
     "track": _tracked,
     "Answer": lambda: costs.Answer(1.0, "1", "so"),

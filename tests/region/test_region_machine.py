@@ -98,9 +98,9 @@ class RegionMachine(RuleBasedStateMachine):
     def discard(self, first: int, count: int, lazy: bool) -> None:
         if not self.all_committed(first, first + count):
             with pytest.raises(RangeError):
-                self.alive.discard(first * PAGE_SIZE, count * PAGE_SIZE, lazy)
+                self.alive.discard(first * PAGE_SIZE, count * PAGE_SIZE, lazy=lazy)
             return
-        self.alive.discard(first * PAGE_SIZE, count * PAGE_SIZE, lazy)
+        self.alive.discard(first * PAGE_SIZE, count * PAGE_SIZE, lazy=lazy)
         for i in range(first, first + count):
             before = self.pages[i]
             assert before is not None

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pyreserve
 from helpers import witness
 from pyreserve import (
     PAGE_SIZE,
@@ -26,8 +25,11 @@ from pyreserve import (
     Pool,
     Region,
     _native,
+    layouts,
     reserve,
 )
+from pyreserve._arena.arena import WORD
+from pyreserve._region.policies import Mode
 
 PAGES = 24
 
@@ -98,10 +100,10 @@ class TestTracemalloc:
         """A heap's growth, its tables, a bitmap's storage: all that regions have committed."""
         gc.collect()
         tracemalloc.start()
-        arena = Arena()
+        arena = Arena(layout=layouts.default_name(WORD))
         blocks = [arena.alloc(100 * 1024) for _ in range(50)]
-        tables = 0 if arena._tables is None else arena._tables.committed
-        elsewhere = sum(region.committed for region in arena._metadata_regions)
+        tables = 0 if arena._heap.tables is None else arena._heap.tables.committed
+        elsewhere = sum(region.committed for region in arena._engine.metadata)
         assert traced() == arena.region.committed + tables + elsewhere > 5_000_000
 
         before = traced()
@@ -204,7 +206,7 @@ _STEPS = st.one_of(
 class Model:
     """Pages of a region: committed, and of those the ones that tracemalloc was told of."""
 
-    def __init__(self, mode: pyreserve._region.region.Mode) -> None:
+    def __init__(self, mode: Mode) -> None:
         self.mode = mode
         self.region: Region = reserve(PAGES * PAGE_SIZE, mode=mode)
         self.committed: set[int] = set()
@@ -240,7 +242,7 @@ class Model:
 @settings(deadline=None)
 @given(st.sampled_from(["charge", "noreserve"]), st.lists(_STEPS, max_size=40))
 def test_totals_are_exact_whatever_happens(
-    mode: pyreserve._region.region.Mode, steps: list[tuple[str, tuple[int, int]]]
+    mode: Mode, steps: list[tuple[str, tuple[int, int]]]
 ) -> None:
     """The domain's bytes are those committed in this session and still so, after every step."""
     tracemalloc.start()

@@ -17,8 +17,8 @@ import pyreserve
 from helpers import witness
 from helpers.profiles import examples
 from pyreserve import PAGE_SIZE, GiB, KiB, MiB, RangeError, Region, ViewError
-from pyreserve._region import exports as views
-from pyreserve._region.exports import ViewTable
+from pyreserve._region import viewtable as views
+from pyreserve._region.viewtable import ViewTable
 
 
 class Exported:
@@ -30,7 +30,11 @@ def buckets(table: ViewTable) -> int:
 
 
 def live(table: ViewTable, lo: int, hi: int, *, prune: bool) -> list[tuple[int, int]]:
-    return [(low, high) for _, low, high in table.live(lo, hi, prune=prune)]
+    table._active = not prune  # as if this interrupted a call
+    live = [(low, high) for _, low, high in table.live(lo, hi)]
+    assert table._active is not prune
+    table._active = False
+    return live
 
 
 def entries(table: ViewTable) -> int:
@@ -38,8 +42,9 @@ def entries(table: ViewTable) -> int:
 
 
 def table_of(region: Region) -> ViewTable:
-    assert region._views is not None
-    return region._views
+    table = region.exports._table
+    assert table is not None
+    return table
 
 
 class TestView:
@@ -76,6 +81,27 @@ class TestView:
         assert bytes(reader) == b"abcd"
         with pytest.raises(TypeError, match="read-only"):
             reader[0] = 1
+
+    def test_the_whole_region(self, region: Region) -> None:
+        """Without a length, a view and each verb reach to the end; without an offset, all of it."""
+        region.commit(PAGE_SIZE)
+        assert region.committed_runs() == [(PAGE_SIZE, region.size - PAGE_SIZE)]
+        region.commit()
+        assert len(region.view()) == region.committed == len(region) == region.size
+        assert len(region.view(3)) == region.size - 3
+        region.populate()
+        region.view()[-1] = 7
+        region.discard(region.size - PAGE_SIZE)
+        assert region.view()[-1] == 0
+        region.decommit(PAGE_SIZE)
+        assert region.committed == PAGE_SIZE
+        with pytest.raises(RangeError, match="not all of it is committed"):
+            region.discard()
+        region.decommit()
+        assert region.committed == 0
+        for verb in (region.commit, region.view, region.discard, region.decommit, region.populate):
+            with pytest.raises(RangeError):
+                verb(region.size)
 
     def test_to_the_very_end(self, region: Region) -> None:
         """The last byte of a region can be viewed and none after it."""
@@ -158,9 +184,31 @@ class TestNdarray:
 
         assert not array.any()
 
-    @pytest.mark.parametrize("shape", [0, (0,), (2, 0), -1, (-1,), (-2, -2), (1 << 62, 8)])
+    @pytest.mark.parametrize("shape", [0, (0,), (2, 0), [2, 0], (0, 1 << 40)])
+    @pytest.mark.parametrize("readonly", [False, True])
+    def test_shapes_without_items(self, region: Region, shape: Any, readonly: bool) -> None:
+        """An array without items has its shape and dtype, needs no commit and pins nothing."""
+        array = region.ndarray(region.size, shape, "f8", readonly=readonly)
+
+        assert array.shape == (tuple(shape) if isinstance(shape, tuple | list) else (shape,))
+        assert (array.dtype, array.size, array.flags.writeable) == (np.float64, 0, not readonly)
+        with pytest.raises(RangeError):
+            region.ndarray(region.size + 1, shape)
+        with pytest.raises(RangeError):
+            region.ndarray(-1, shape)
+        region.release()
+        with pytest.raises(pyreserve.ReleasedError):
+            region.ndarray(0, shape)
+
+    def test_a_list_of_sides(self, region: Region) -> None:
+        """A list of sides is a shape."""
+        region.commit()
+
+        assert region.ndarray(0, [3, 5], "u2").shape == (3, 5)
+
+    @pytest.mark.parametrize("shape", [-1, (-1,), (-2, -2), [0, -1], (1 << 62, 8)])
     def test_shapes_that_hold_nothing_or_too_much(self, region: Region, shape: Any) -> None:
-        """An empty, negative or overflowing shape is a ValueError."""
+        """A negative or overflowing shape is a ValueError."""
         region.commit(0, region.size)
 
         with pytest.raises(ValueError):  # noqa: PT011

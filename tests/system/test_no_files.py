@@ -44,14 +44,14 @@ def refused(verb, limit):
         raise AssertionError("not refused")
 
 def arena(name):
-    with Arena(name) as arena:
+    with Arena(layout=name) as arena:
         arena.alloc(100).free()
         arena.free_many(arena.alloc_many([1, 2]))
         arena.grow(1)
         arena.memstats()
         arena.start_scavenger(100)
         arena.stop_scavenger()
-        arena.scavenge()
+        arena.trim()
 
 def pool():
     with Pool(64) as pool:

@@ -2,7 +2,7 @@
 
 import os
 
-from pyreserve._region.region import live_ranges
+from pyreserve._region.handles import live_ranges
 from pyreserve.procmem.judge.owners.process import NONE, RW, ProcessMappings
 
 NAME = "pyreserve regions"

@@ -1,0 +1,71 @@
+"""Numpy arrays over views: what all the methods named ndarray share."""
+
+import math
+import sys
+from operator import index as _index
+from typing import TYPE_CHECKING, Any
+
+from pyreserve._system.extras import import_extra
+from pyreserve.errors import RangeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Shape = int | tuple[int, ...] | list[int]
+
+
+_SEQUENCES = (tuple, list)
+
+
+class ArrayPlan:
+    """The dtype, sides and bytes of a C-ordered array over raw memory.
+
+    Attributes:
+        dtype: the numpy dtype of the items.
+        nbytes: bytes of all items; 0 for an array that needs no memory.
+    """
+
+    __slots__ = ("_numpy", "_sides", "dtype", "nbytes")
+
+    def __init__(self, shape: "Shape", dtype: "npt.DTypeLike") -> None:
+        """Check the shape and the dtype.
+
+        Raises:
+            ImportError: numpy is missing (extra ``numpy``).
+            TypeError: a side is not an integer, or numpy has no such dtype.
+            RangeError: a side is negative.
+            ValueError: the items hold references to objects.
+        """
+        numpy = self._numpy = sys.modules.get("numpy") or import_numpy("ndarray")
+        item_type = self.dtype = numpy.dtype(dtype)
+        sides = shape if isinstance(shape, _SEQUENCES) else (shape,)
+        self._sides = sides = tuple(map(_index, sides))
+        if sides and min(sides) < 0:
+            msg = f"shape must have no negative side, got {sides}"
+            raise RangeError(msg)
+        if item_type.hasobject:
+            msg = f"dtype must hold no references, got {item_type!r}: an OBJECT array"
+            raise ValueError(msg)
+        self.nbytes: int = math.prod(sides, start=item_type.itemsize)
+
+    def over(self, view: memoryview) -> "np.ndarray[Any, Any]":
+        """Return the array over a view of `nbytes` bytes, which it keeps alive."""
+        array: np.ndarray[Any, Any] = self._numpy.frombuffer(view, self.dtype)
+        return array if len(self._sides) == 1 else array.reshape(self._sides)
+
+    def empty(self, *, readonly: bool = False) -> "np.ndarray[Any, Any]":
+        """Return an array without items, in memory of its own."""
+        array: np.ndarray[Any, Any] = self._numpy.empty(self._sides, self.dtype)
+        array.flags.writeable = not readonly
+        return array
+
+
+def import_numpy(user: str) -> Any:
+    """Import numpy at first use; importing pyreserve does not import it.
+
+    Raises:
+        ImportError: numpy is missing (extra ``numpy``), the message names `user`; or raised by
+            numpy itself.
+    """
+    return import_extra("numpy", "numpy", user)

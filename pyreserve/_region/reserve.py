@@ -1,0 +1,192 @@
+"""`reserve` and `window`: regions with their policies and their place in the address space."""
+
+import errno
+from operator import index as _index
+from typing import Any
+
+from pyreserve._native import ffi, lib
+from pyreserve._region import handles
+from pyreserve._region.policies import (
+    POLICIES,
+    Fork,
+    HugePages,
+    Mode,
+    effective_mode,
+    unknown_word,
+)
+from pyreserve._region.region import Region
+from pyreserve._system.limits import PAGE_SIZE, refusal
+from pyreserve._system.machine import thp_size
+from pyreserve.errors import RangeError
+from pyreserve.units import as_bytes
+
+_ADDRESS_LIMIT = 1 << (8 * ffi.sizeof("size_t"))
+# Bound once: an attribute lookup on the library costs a third of an empty call.
+_reserve = lib.region_reserve
+_NULL = ffi.NULL
+
+
+def reserve(
+    size: int | str,
+    *,
+    at: int | None = None,
+    hint: int | None = None,
+    align: int | str | None = None,
+    mode: Mode = "charge",
+    dump: bool = False,
+    fork: Fork = "copy",
+    huge_pages: HugePages = "default",
+    guard: bool = False,
+    name: str | None = None,
+    seal: bool = False,
+) -> Region:
+    """Reserve `size` bytes of addresses, rounded up to whole OS pages: no memory, no charge.
+
+    Args:
+        size: bytes, or a size such as ``"64GiB"``; positive.
+        at: reserve exactly at this address; an existing mapping is never replaced.
+        hint: reserve near this address if it is free, else anywhere.
+        align: alignment of the base, bytes or a size; a power of two.
+        mode: ``"charge"``: a commit is charged against the commit limit, a decommit refunds it.
+            ``"noreserve"``: never charged (MAP_NORESERVE), except under
+            ``vm.overcommit_memory=2``, where the kernel ignores the flag and ``Region.mode``
+            is ``"charge"``. There a reservation is not charged, but 1/32 of a process's
+            addresses, at most vm.user_reserve_kbytes (128 MiB), is unavailable to its commits.
+        dump: include the region in core dumps (default: MADV_DONTDUMP).
+        fork: contents in a forked child: ``"copy"``, or ``"wipe"``: zeros (MADV_WIPEONFORK),
+            which copies no page tables. In mode ``"charge"`` the child is charged for the
+            committed bytes either way (``dup_mmap``, Linux kernel/fork.c).
+        huge_pages: ``"prefer"`` (MADV_HUGEPAGE, the base aligned to a huge page), ``"never"``
+            (MADV_NOHUGEPAGE), or ``"default"``: the system's setting.
+        guard: add an OS page that is never accessible at each end, in addition to `size`.
+        name: shown in /proc/PID/maps as ``[anon:NAME]`` if the kernel has CONFIG_ANON_VMA_NAME
+            (prctl(2), PR_SET_VMA_ANON_NAME); 1 to 79 printable ASCII characters except brackets,
+            backslash, dollar sign and backquote.
+        seal: commit the whole region and forbid unmapping it or changing its access until the
+            process ends (mseal, Linux 6.10): it can be discarded, never decommitted or released.
+
+    Raises:
+        TypeError: a number is not an integer, or `name` not a string.
+        ValueError: an invalid or conflicting argument (`RangeError` for sizes and addresses).
+        OutOfMemoryError: refused; ``limit`` names the limit, such as ``"address space"``.
+        VMError: `at` is occupied (EEXIST), or this kernel lacks a policy.
+    """
+    size, guard = as_bytes(size), bool(guard)
+    at = None if at is None else _index(at)
+    hint = None if hint is None else _index(hint)
+    align = None if align is None else as_bytes(align)
+    if size <= 0:
+        msg = f"size must be positive, got {size}"
+        raise RangeError(msg)
+    if size % PAGE_SIZE:
+        size += PAGE_SIZE - size % PAGE_SIZE
+    try:
+        accounting, advice = POLICIES[mode, fork, huge_pages, not dump]
+    except (KeyError, TypeError):
+        raise unknown_word(mode, fork, huge_pages) from None
+    if accounting:
+        mode, accounting = effective_mode(mode)
+    if huge_pages == "prefer" and align is None and at is None:
+        align = thp_size()
+    if at is None and hint is None and align is None and not guard and name is None:
+        options = _NULL
+    else:
+        options = _placement_options(at, hint, align, guard, name)
+    handle = handles.take()
+    region = Region(handle, size, mode, fork, huge_pages, name)
+    try:
+        err = _reserve(handle, size, accounting, advice, options)
+    except OverflowError:  # size does not fit in size_t
+        err = errno.ENOMEM
+    if err:
+        raise refusal("reserve", err, size + (align or 0) + 2 * PAGE_SIZE * bool(guard), at)
+    if seal:
+        err = lib.region_seal(handle)
+        if err:
+            region.release()
+            raise refusal("seal", err, size)
+    return region
+
+
+def window(
+    start: int,
+    size: int,
+    *,
+    mode: Mode = "charge",
+    fork: Fork = "copy",
+    huge_pages: HugePages = "default",
+    name: str | None = None,
+) -> Region:
+    """Create a region over the free addresses from `start`, of which it owns none at first.
+
+    `size` is rounded down to whole OS pages. `lib.region_claim` claims ranges later.
+
+    Raises:
+        ValueError: an unknown policy, or a name as for `reserve`.
+        OutOfMemoryError: the addresses do not exist.
+    """
+    size &= -PAGE_SIZE
+    shown_name = _NULL if name is None else _checked_name(name)
+    try:
+        accounting, advice = POLICIES[mode, fork, huge_pages, True]
+    except (KeyError, TypeError):
+        raise unknown_word(mode, fork, huge_pages) from None
+    if accounting:
+        mode, accounting = effective_mode(mode)
+    handle = handles.take()
+    region = Region(handle, size, mode, fork, huge_pages, name)
+    try:
+        err = lib.region_window(handle, start, size, accounting, advice, shown_name)
+    except OverflowError:
+        err = errno.ENOMEM
+    if err:
+        raise refusal("reserve", err, size, start)
+    return region
+
+
+def _placement_options(
+    at: int | None, hint: int | None, align: int | None, guard: bool, name: str | None
+) -> Any:
+    """Check the placement arguments of `reserve` and return them as a C struct."""
+    options = ffi.new("struct region_options *")
+    if at is not None and hint is not None:
+        msg = "at and hint are mutually exclusive"
+        raise ValueError(msg)
+    if at is not None or hint is not None:
+        argument, address = ("hint", hint) if at is None else ("at", at)
+        assert address is not None
+        if not 0 < address < _ADDRESS_LIMIT or address % PAGE_SIZE:
+            msg = (
+                f"{argument} must be a positive address that is a multiple of the OS page "
+                f"({PAGE_SIZE}), got {address:#x}"
+            )
+            raise RangeError(msg)
+        options.address, options.exact = address, at is not None
+    if align is not None:
+        if not 0 < align < _ADDRESS_LIMIT or align & (align - 1):
+            msg = f"align must be a power of two, got {align}"
+            raise RangeError(msg)
+        if at is not None and at % align:
+            msg = f"at must be a multiple of align ({align:#x}), got {at:#x}"
+            raise RangeError(msg)
+        options.align = align
+    if guard:
+        options.guard = PAGE_SIZE
+        if at is not None and at <= PAGE_SIZE:
+            msg = f"at must be above {PAGE_SIZE:#x} with a guard, got {at:#x}"
+            raise RangeError(msg)
+    if name is not None:
+        options.name = _checked_name(name)
+    return options
+
+
+def _checked_name(name: str) -> bytes:
+    if not isinstance(name, str):
+        msg = f"name must be a string, got {type(name).__name__}"
+        raise TypeError(msg)
+    name = str.__str__(name)  # a subclass may override any method
+    # The kernel's own rule (prctl(2), PR_SET_VMA_ANON_NAME).
+    if not 0 < len(name) < 80 or any(not " " <= c <= "~" or c in "[]\\$`" for c in name):
+        msg = f"name must be 1 to 79 printable ASCII characters without []\\$`, got {name!r}"
+        raise ValueError(msg)
+    return name.encode("ascii")
