@@ -159,9 +159,13 @@ class Screen:
         return self.console.measure(table, options=unbounded).maximum <= self.width
 
     def shorten(self, text: str, width: int) -> str:
-        """Cut a text that is wider than `width` after a word, and mark the cut."""
+        """Cut a text that is wider than `width`, and mark the cut.
+
+        It is cut after a word, unless that would leave less than half of the width.
+        """
         if len(text) <= width:
             return text
         mark = "..." if self.ascii_only else "…"
-        words = text[: width + 1 - len(mark)].rpartition(" ")[0] or text[: width - len(mark)]
-        return words.rstrip(" ,") + mark
+        cut = text[: width - len(mark)]
+        words = text[: len(cut) + 1].rpartition(" ")[0]
+        return (words if 2 * len(words) > width else cut).rstrip(" ,") + mark

@@ -176,7 +176,7 @@ class TestScavenge:
 
 BURST = """
     import array, ctypes, json
-    import witness
+    from helpers import witness
     from pyreserve import Arena, GiB
     layout, mode, size = {layout!r}, {mode!r}, {size}
     def charge():

@@ -983,7 +983,7 @@ class TestStrangeNames:
         )
 
         assert (done.returncode, done.stderr) == (0, b"")
-        assert re.search(rb"^named nnnnn+ ", done.stdout, re.MULTILINE)
+        assert re.search(rb"^named nnnnn+\.\.\. ", done.stdout, re.MULTILINE)
 
 
 class TestTrack:
