@@ -52,9 +52,14 @@ def _after_napoleon(
     _app: Sphinx, _kind: str, _name: str, _object: object, _options: object, lines: list[str]
 ) -> None:
     lines[:] = [line.replace(_COLON, ":") for line in lines]
+    for i, line in enumerate(lines):
+        if line.startswith(":ivar "):  # Sphinx takes "start" of "start, end" for a type
+            names, colon, text = line.removeprefix(":ivar ").partition(":")
+            lines[i] = f":ivar {names.replace(' ', '')}{colon}{text}"
 
 
-# Made by functions of the package, never by a user's call.
+# Made by functions of the package, never by a user's call. Named tuples whose docstring does not
+# list their fields keep the signature, which does.
 _NOT_CONSTRUCTED = {
     f"pyreserve.{name}"
     for name in (
@@ -66,6 +71,10 @@ _NOT_CONSTRUCTED = {
         "MemStats",
         "Region",
         "Scavenger",
+        "_region.exports.Exports",
+        "costs.Answer",
+        "costs.Compared",
+        "costs.Comparison",
         "costs.CostModel",
         "costs.CostTable",
         "costs.Estimate",
@@ -77,6 +86,10 @@ _NOT_CONSTRUCTED = {
         "layouts.Piece",
         "layouts.Placement",
         "layouts.Request",
+        "procmem.Mapping",
+        "procmem.NamedRange",
+        "procmem.Owner",
+        "procmem.Sample",
     )
 }
 
