@@ -1,4 +1,4 @@
-"""Numpy arrays over views: what all the methods named ndarray share."""
+"""Numpy arrays over views, for all methods named ndarray."""
 
 import math
 import sys

@@ -1,6 +1,6 @@
-"""Exports: the lock of a region, its live views, and the taking away of bytes.
+"""Exports: the lock of a region, its live views, and the calls that take bytes away.
 
-A region creates its Exports at first use. Containers on the region use it too, as `Region.exports`.
+A region creates its Exports at first use. Containers on the region use them as `Region.exports`.
 """
 
 import sys
@@ -251,7 +251,7 @@ class Exports:
     def retire(self) -> None:
         """Refuse new use but keep the addresses.
 
-        The caller holds `lock`, and calls `close` later.
+        The caller holds `lock` and must call `close` later.
         """
         self.released = True
         lib.region_retire(self.handle)

@@ -21,16 +21,16 @@ _ADVICE = {
 def view_error(prefix: str, held: list[Entry], verb: str = "") -> ViewError:
     """Return the ViewError for `verb`; the message starts with `prefix`."""
     held = sorted(held, key=itemgetter(1, 2))
-    some = ", ".join(f"[{lo:#x}, {hi:#x})" for _, lo, hi in held[:_NAMED])
+    ranges = ", ".join(f"[{lo:#x}, {hi:#x})" for _, lo, hi in held[:_NAMED])
     more = ", ..." if len(held) > _NAMED else ""
     views = "1 live view holds" if len(held) == 1 else f"{len(held)} live views hold"
     advice = _ADVICE.get(verb, "delete the holder first")
-    text = f"{prefix}: {views} bytes of it: {some}{more}; {advice}"
+    text = f"{prefix}: {views} bytes of it: {ranges}{more}; {advice}"
     return ViewError(text, _Holders(held[:_NAMED]))
 
 
 class _Holders:
-    """Find and describe the holders of views when called: scanning all objects is slow."""
+    """Finds and describes the holders of views only when called: scanning all objects is slow."""
 
     def __init__(self, entries: list[Entry]) -> None:
         self._entries = entries
@@ -54,8 +54,8 @@ class _Holders:
 def _find_holders() -> list[Any]:
     """Return the memoryviews and ndarrays that variables, containers and attributes refer to.
 
-    A memoryview stands for an array that was not found. Examines every object that the garbage
-    collector tracks.
+    A buffer without such a holder is represented by a memoryview that the garbage collector tracks.
+    Examines every tracked object.
     """
     numpy = sys.modules.get("numpy")
     kinds = (memoryview,) if numpy is None else (memoryview, numpy.ndarray)

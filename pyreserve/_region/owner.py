@@ -1,4 +1,4 @@
-"""OnRegion: the base class of everything that stands on one region."""
+"""OnRegion: the base class of objects that own a region; commits in steps."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NoReturn, TypeVar
@@ -33,7 +33,7 @@ def as_step(step: int | str) -> int:
 
 
 class OnRegion:
-    """An object on a region of its own, whose memory it alone gives back.
+    """An object that owns a region and alone may give its memory back.
 
     Subclasses set `_noun`, the kind of object, for messages.
     """
@@ -112,10 +112,10 @@ class OnRegion:
 
 
 class InSteps(OnRegion):
-    """An object that commits its region from the start on, in steps.
+    """An object that commits its region in steps, from the base upward.
 
-    Commits end at addresses that are multiples of the step. With `small_first` the first one is
-    64 KiB of small pages: many small objects never need more.
+    Each commit ends at a multiple of the step. With `small_first` the first commit is 64 KiB, which
+    is too short for a huge page: many objects never need more.
     """
 
     def __init__(self, region: Region, step: int, *, small_first: bool) -> None:
@@ -127,7 +127,7 @@ class InSteps(OnRegion):
         self._end = 0
 
     def _commit(self, end: int) -> None:
-        """Commit to the end of a step; if that is refused, only up to `end`. Holds the lock."""
+        """Commit to the end of a step; if refused, only up to `end`. The caller holds the lock."""
         begin = self._end
         if end <= begin:
             return
@@ -146,7 +146,7 @@ class InSteps(OnRegion):
 
 
 class Exclusive(InSteps):
-    """An object in steps with one call at a time: a call that interrupts another is refused."""
+    """An `InSteps` object that runs one call at a time and refuses calls that interrupt another."""
 
     def __init__(self, region: Region, step: int, *, small_first: bool) -> None:
         super().__init__(region, step, small_first=small_first)

@@ -1,4 +1,4 @@
-"""The live buffers of a region, with a lookup by range whose time does not grow with their number.
+"""The live buffers of a region. The time of a lookup by range does not grow with their number.
 
 A buffer is represented by a weak reference to its anchor: its address as a plain cdata, which its
 ``ffi.buffer`` object keeps alive. Every consumer keeps that object alive: memoryviews and their
@@ -12,10 +12,10 @@ them, and all at once when twice as many buffers were added as were alive at the
 import weakref
 from typing import Any
 
-# A bucket of level k covers 2**(16 + 3k) bytes. A buffer is in a bucket at least as long as itself,
-# the one where it begins, so it overlaps at most the next bucket too. Parents are linked before
-# their children and removed after them, so an exception from a signal handler loses no bucket;
-# indices of removed children may remain until the next sweep.
+# A bucket of level k covers 2**(16 + 3k) bytes. A buffer belongs to the bucket where it begins, at
+# a level whose buckets are at least as long as the buffer: it overlaps at most one bucket more.
+# Parents are linked before their children and removed after them, so an exception from a signal
+# handler loses no bucket; indices of removed children may remain until the next sweep.
 _FIRST_SHIFT = 16
 _STEP = 3
 _SWEEP_MIN = 256
