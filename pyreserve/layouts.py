@@ -476,7 +476,7 @@ def get(name: str, *, size: int | str | None = None, word: int = 8) -> Layout:
 
 
 def fallback_of(layout: Layout) -> Layout | None:
-    """Return the layout that the Go runtime tries when `layout` is refused; None: no other."""
+    """Return the layout that the Go runtime tries when `layout` is refused; None if it has none."""
     is_go64 = (
         layout.word == 8 and layout.strategy != "arenas" and not layout.window and layout.spans
     )
@@ -502,5 +502,5 @@ def describe(layout: Layout) -> str:
         if size
     ]
     mapping = {"reserve": "reserved at once", "probe": "mapped piece by piece"}[layout.strategy]
-    more = f", growing inside {format_size(layout.window)}" if layout.window else ""
-    return f"{' + '.join(ranges)}, {mapping}{more}"
+    growth = f", growing inside {format_size(layout.window)}" if layout.window else ""
+    return f"{' + '.join(ranges)}, {mapping}{growth}"

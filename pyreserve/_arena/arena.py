@@ -34,7 +34,7 @@ class Arena(OnRegion):
 
     A block occupies whole pages of the layout (8 KiB in Go's). Placement is address-ordered first
     fit: the lowest run of free pages that is long enough. Allocating and freeing take nearly the
-    same time for all sizes of arenas and blocks: the tables have a few bytes for each page.
+    same time for all sizes of arenas and blocks. The tables take a few bytes for each page.
 
     Args:
         size: bytes of arena, or a size such as ``"4GiB"``; for the layout ``"native"`` only. None:
@@ -123,7 +123,7 @@ class Arena(OnRegion):
 
     @property
     def heap(self) -> Heap:
-        """The C heap of the arena; for its blocks alone."""
+        """The C heap of the arena. Low-level, for its blocks."""
         return self._heap
 
     @property
@@ -142,8 +142,8 @@ class Arena(OnRegion):
     def alloc(self, nbytes: int | str, *, align: int | str = 1, zero: bool = False) -> Block:
         """Allocate a block of `nbytes` bytes.
 
-        If no free run is long enough, the arena grows by its step, or by what the block needs if
-        that is more. If the kernel refuses the step, the arena grows by just what the block needs.
+        If no free run is long enough, the arena grows by its step, or by the size that the block
+        needs if that is larger. If the kernel refuses the step, the arena grows by that size alone.
 
         Args:
             nbytes: size of the block, bytes or a size such as ``"64KiB"``.
@@ -262,8 +262,8 @@ class Arena(OnRegion):
     def grow(self, nbytes: int | str) -> int:
         """Take the next `nbytes` bytes of the arena; commit them and their metadata.
 
-        The size is rounded up to whole pages of the layout. When the arena is used up, the layout's
-        rules decide which addresses are requested from the kernel. A failed call changes nothing.
+        The size is rounded up to whole pages of the layout. When the arena is used up, more
+        addresses are requested by the rules of the layout. A failed call changes nothing.
 
         Returns:
             The address of the first new byte. The new bytes read zero.

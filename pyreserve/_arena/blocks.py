@@ -125,7 +125,7 @@ class Block:
     ) -> "np.ndarray[Any, Any]":
         """Return a new C-ordered ndarray of `shape` and `dtype` over the first bytes.
 
-        It protects the block as a `view` does, unless it has no items: then it is over no memory.
+        It protects the block as a `view` does. An array without items protects nothing.
 
         Args:
             shape: length of each side, an int or a tuple or list of them.
@@ -191,7 +191,7 @@ class Block:
         return f"<Block of {format_size(self._nbytes)}{state}>"
 
     def __reduce__(self) -> NoReturn:
-        msg = "a Block can't be pickled or copied: its memory belongs to this process"
+        msg = "Block cannot be pickled or copied: its memory belongs to this process"
         raise TypeError(msg)
 
 
@@ -251,5 +251,5 @@ class Blocks(Sequence[Block]):
         return f"<{len(self):,} Blocks of {self._arena!r}>"
 
     def __reduce__(self) -> NoReturn:
-        msg = "Blocks can't be pickled or copied: their memory belongs to this process"
+        msg = "Blocks cannot be pickled or copied: their memory belongs to this process"
         raise TypeError(msg)

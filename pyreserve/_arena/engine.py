@@ -258,9 +258,9 @@ class Engine:
         return err, int(address[0])
 
     def _commit_range(self, low: int, high: int) -> None:
-        """Make a range that the new placement maps readable and writable.
+        """Make a range of the new placement readable and writable.
 
-        The strategy *arenas* claims its ranges readable and writable: nothing is left to do.
+        Under the strategy *arenas* it already is: that claims its ranges readable and writable.
         """
         handle, err, verb = self.region.exports.handle, 0, "commit"
         if self.layout.strategy == "reserve":

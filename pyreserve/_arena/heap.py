@@ -78,7 +78,7 @@ class Heap:
     def alloc_slow(self, nbytes: int, align: int, zero: bool) -> int:
         """Check the arguments of `Arena.alloc`, and allocate with a commit or growth if needed.
 
-        Creates the C heap if there is none.
+        Creates the C heap at the first call.
         """
         if nbytes <= 0:
             msg = f"nbytes must be positive, got {nbytes}"
@@ -149,12 +149,12 @@ class Heap:
     def _refuse_viewed(self, handles: Any) -> None:
         """Raise ViewError if a live view shows bytes of one of the blocks."""
         held = self._exports.live(0, self._region.size)
-        wanted = {handle & ~ZEROED for handle in handles} if held else set()
+        to_free = {handle & ~ZEROED for handle in handles} if held else set()
         for _, low, high in held:
             at = low
             while at < high:
                 handle = int(_find(self.handle, self._base + at))
-                if handle in wanted:
+                if handle in to_free:
                     self._exports.refuse("free", low, high)
                 at += self._page - at % self._page
                 if handle >= 0:
@@ -281,17 +281,17 @@ class Heap:
         max_bytes: int | None,
         older_than: float,
         lazy: bool,
-        wanted: Callable[[], bool] | None = None,
+        proceed: Callable[[], bool] | None = None,
     ) -> tuple[int, list[Exception]]:
         """Give back free pages, highest first; return the bytes and at most one refusal.
 
-        The scavenger's thread passes `wanted`, and stops when that returns False.
+        The scavenger's thread passes `proceed`, and stops when that returns False.
 
         Args:
             max_bytes: maximum, rounded up to whole pages; None: no maximum.
             older_than: seconds for which a page must have been free.
             lazy: as for `Region.discard`.
-            wanted: whether to continue; asked before each batch of runs.
+            proceed: whether to continue; called before each batch of runs.
         """
         age = int(min(older_than * 1000, (1 << 32) - 1))
         left = -(-(_NO_MAXIMUM if max_bytes is None else max_bytes) // self._page)
@@ -299,10 +299,10 @@ class Heap:
         refusals: list[Exception] = []
         runs = ffi.new("struct pagealloc_run[]", _RUNS_PER_CALL)
         while n == _RUNS_PER_CALL and left > 0:
-            if wanted is None:
+            if proceed is None:
                 with self._lock:
                     n, given = self._give_back_batch(runs, left, below, age, lazy, refusals)
-            elif self._acquire_while(wanted):
+            elif self._acquire_while(proceed):
                 try:
                     n, given = self._give_back_batch(runs, left, below, age, lazy, refusals)
                 finally:
@@ -353,13 +353,14 @@ class Heap:
             total += max(given, 0)
         return total
 
-    def _acquire_while(self, wanted: Callable[[], bool]) -> bool:
-        """Take the lock, or return False when `wanted` does: its owner may wait for this thread.
+    def _acquire_while(self, proceed: Callable[[], bool]) -> bool:
+        """Take the lock and return True, or return False as soon as `proceed` does.
 
-        For the scavenger's thread alone. In the main thread a signal handler could raise between
-        the return and the ``try`` whose ``finally`` releases the lock.
+        The owner of the lock may be waiting for this thread to end. For the scavenger's thread
+        alone: in the main thread a signal handler could raise between the return and the ``try``
+        whose ``finally`` releases the lock.
         """
-        while wanted():
+        while proceed():
             if self._lock.acquire(timeout=_LOCK_POLL_SECONDS):
                 return True
         return False
@@ -382,7 +383,7 @@ class Heap:
     # -- the C heap ---------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Create the C heap; its tables are a reservation that gets memory where it is touched."""
+        """Create the C heap. Its tables are a reservation whose pages get memory at first touch."""
         if self.handle is not None:
             return
         engine = self._engine
@@ -437,7 +438,7 @@ class Heap:
     def _grow(self, wanted_bytes: int, need: int, nbytes: int) -> None:
         """Grow by `wanted_bytes`, at least a step; if the kernel refuses, by smaller sizes.
 
-        The smallest is what `need` lacks beyond the free pages at the end of the heap.
+        The smallest is `need` less the free pages at the end of the heap.
         """
         self.free_closed(sweep=True)
         page, step = self._page, self._step
@@ -466,13 +467,13 @@ class Heap:
 
     # -- refusals -----------------------------------------------------------------------------
 
-    def _alloc_error(self, refused: int, nbytes: int, wanted: int = 0) -> Exception:
+    def _alloc_error(self, refused: int, nbytes: int, total: int = 0) -> Exception:
         """Create the exception for a negative result of the C heap.
 
-        The refused block has `nbytes`; a call for many blocks needs `wanted` bytes in total.
+        The refused block has `nbytes`; a call for many blocks needs `total` bytes.
         """
         if refused <= lib.HEAP_ERRNO:
-            error = refusal("commit", lib.HEAP_ERRNO - refused, wanted or nbytes)
+            error = refusal("commit", lib.HEAP_ERRNO - refused, total or nbytes)
             if not isinstance(error, OutOfMemoryError):
                 return error
             return self._out_of_memory(nbytes, error.strerror or "", error.limit)
@@ -489,12 +490,12 @@ class Heap:
         return self._out_of_memory(nbytes, "no free run is long enough", self._engine.limit)
 
     def _out_of_memory(
-        self, nbytes: int, because: str, limit: str | None = None
+        self, nbytes: int, reason: str, limit: str | None = None
     ) -> OutOfMemoryError:
         _, in_use = self.counts()
         msg = (
             f"cannot allocate {nbytes}-byte block: {in_use} in use, "
-            f"{self._engine.taken - in_use} idle, {self._region.reserved} reserved: {because}"
+            f"{self._engine.taken - in_use} idle, {self._region.reserved} reserved: {reason}"
         )
         return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit=limit)
 

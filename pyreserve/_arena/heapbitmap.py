@@ -19,9 +19,9 @@ class HeapBitmap:
     (Go 1.5 ``src/runtime/mbitmap.go``). From Go 1.11 on each arena has its own bitmap, which grows
     forward.
 
-    In all formats the arena sets the lowest bit of the entry of a live block's first word. (Up to
-    Go 1.4 this is the meaning of the bit; later releases find object starts through spans.) The
-    other bits are free for the caller; freeing a block clears only its first entry.
+    In all formats the arena sets the lowest bit of the entry of a live block's first word. (Only up
+    to Go 1.4 is this the meaning of the bit; later releases find object starts through spans.) The
+    other bits are the caller's. Freeing a block clears only its first entry.
 
     ``bitmap[o]`` is the entry of word o counted from ``arena_start``, an int below 16 or 4. `at`
     and `set_at` take an address. Words between ``arena_start`` and ``arena_used`` have entries.

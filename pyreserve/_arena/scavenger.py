@@ -69,7 +69,7 @@ class Scavenger:
 class Worker:
     """Runs an arena's scavenger in a thread: at most one thread, for the latest scavenger.
 
-    While the lock is held no other lock is awaited, except to join a thread that takes none.
+    A call that holds the lock waits for no other lock, and joins only a thread that takes none.
     """
 
     def __init__(self, heap: Heap) -> None:
