@@ -26,7 +26,7 @@ enum { CALLS = 4096 };
 struct faults_call {
     int verb;       /* 'm' mmap, 'u' munmap, 'p' mprotect, 'a' madvise, 'n' prctl that names, 'r' mincore,
                        's' mseal, '?' any other, which vm must not make */
-    int how;        /* flags of mmap, access of mprotect, advice of madvise */
+    int argument;   /* flags of mmap, access of mprotect, advice of madvise */
     uint64_t length;
     int refused;    /* the errno of an injected refusal, else 0 */
 };
@@ -39,7 +39,7 @@ static struct faults_call seen[CALLS];
 static int64_t mapped;
 
 /* Starts to count calls. Call number `k`, from 1 on, fails with `err`; with k = 0 none does. With
- * `and_alike` each later call with the same verb and `how` fails too. */
+ * `and_alike` each later call with the same verb and `argument` fails too. */
 void faults_arm(size_t k, int err, int and_alike) {
     calls = 0;
     from = k;
@@ -92,7 +92,7 @@ static int refuse(struct faults_call call) {
     size_t number = ++calls;
     if (from != 0 && number >= from && from <= CALLS) {
         const struct faults_call *first = &seen[from - 1];
-        bool alike = number > from && first->verb == call.verb && first->how == call.how;
+        bool alike = number > from && first->verb == call.verb && first->argument == call.argument;
         call.refused = number == from || (more && alike) ? with : 0;
     }
     if (number <= CALLS)

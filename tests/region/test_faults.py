@@ -1,8 +1,8 @@
-"""Every system call refused in turn: what each operation leaves behind, and that it works again.
+"""Fault injection: a refused system call changes nothing, and the operation works afterwards.
 
-A shim, tests/c/faults.c, takes the place of csrc/vm's mapping call in a fresh interpreter, which
-runs each operation for every call that it makes and every errno that fits: with that call refused
-alone, and with all later ones like it refused too.
+A shim, tests/c/faults.c, replaces the mapping call of csrc/vm in a fresh interpreter. Each
+operation runs once for each of its calls and each errno that the call can fail with: with that call
+refused alone, and with all later calls like it refused too.
 """
 
 import ctypes
@@ -51,7 +51,7 @@ pytestmark = [
 class _Call(ctypes.Structure):
     _fields_: ClassVar = [
         ("verb", ctypes.c_int),
-        ("how", ctypes.c_int),
+        ("argument", ctypes.c_int),
         ("length", ctypes.c_uint64),
         ("refused", ctypes.c_int),
     ]
@@ -75,7 +75,7 @@ _NAMES = {
     ("r", 0): "mincore",
     ("s", 0): "mseal",
 }
-# What the kernel refuses them with. (EEXIST: the place is taken.)
+# The errors that each call is refused with. (EEXIST: the address is occupied.)
 _ERRORS = {
     "mmap": (errno.ENOMEM,),
     "mmap(fixed)": (errno.ENOMEM,),
@@ -91,7 +91,7 @@ _ADVICE_ERRORS = (errno.ENOMEM, errno.EAGAIN, errno.EINVAL)
 
 
 class Faults:
-    """The shim, in the place of the mapping call from now on."""
+    """The shim, which replaces the mapping call of this process from its creation on."""
 
     def __init__(self, shim: str) -> None:
         self._lib = ctypes.CDLL(shim)
@@ -106,18 +106,18 @@ class Faults:
         self._lib.faults_arm(k, err, then)
 
     def disarm(self) -> list[tuple[str, int]]:
-        """Return the calls since `arm`, each with the errno with which it was refused, or 0."""
+        """Return the calls since `arm`, each with the errno of its injected refusal, or 0."""
         n, seen = self._lib.faults_disarm(), self._lib.faults_seen()
-        return [(_NAMES[chr(seen[i].verb), seen[i].how], seen[i].refused) for i in range(n)]
+        return [(_NAMES[chr(seen[i].verb), seen[i].argument], seen[i].refused) for i in range(n)]
 
     @property
     def mapped(self) -> int:
-        """Bytes of addresses that the extension holds."""
+        """Bytes of addresses that the extension has mapped."""
         return int(self._lib.faults_mapped())
 
 
 class Report(NamedTuple):
-    """What is wrong with each operation, and the refusals that were tried."""
+    """The failed expectations of each operation, and the kinds of refusals that occurred."""
 
     wrong: dict[str, list[str]]
     struck: set[str]
@@ -125,7 +125,7 @@ class Report(NamedTuple):
 
 @pytest.fixture(scope="session")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """The report of an interpreter that runs all operations under the shim."""
+    """The report of a fresh interpreter that runs all operations under the shim."""
     shim = tmp_path_factory.mktemp("faults") / "faults.so"
     source = Path(__file__).parents[1] / "c" / "faults.c"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, source], check=True)
@@ -137,28 +137,28 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return Report(wrong, set(struck))
 
 
-# -- what is tried ----------------------------------------------------------------------------
+# -- operations -------------------------------------------------------------------------------
 
 
 class Scene:
-    """Something that is set up, and one operation on it."""
+    """A prepared state, and one operation on it."""
 
     def __init__(self) -> None:
-        self.old: list[tuple[int, int, int]] = []  # address, bytes and contents that must stay
+        self.old: list[tuple[int, int, int]] = []  # address, bytes, contents to keep
 
     def act(self) -> None:
         raise NotImplementedError
 
     def look(self) -> dict[str, object]:
-        """Return all that can be observed."""
+        """Return all observable state."""
         return {}
 
-    def half(self, refused: str) -> set[str]:
-        """Which facts may differ after this call was refused and an exception was raised."""
+    def may_differ(self, refused: str) -> set[str]:
+        """Return the facts that may differ after this call was refused and `act` raised."""
         return set()
 
     def undo(self) -> None:
-        """Take back what a successful `act` did, as far as it stands in the way of another."""
+        """Undo a successful `act`, as far as a second one needs it."""
 
     def end(self) -> None:
         """Release everything."""
@@ -172,7 +172,7 @@ class Scene:
 
 
 def _perms(base: int, size: int) -> list[tuple[int, int, str]]:
-    """What the kernel shows of the range, neighbours of the same kind joined."""
+    """Return the mappings of the range as the kernel shows them, equal neighbours joined."""
     joined: list[tuple[int, int, str]] = []
     for span in witness.spans(base, size):
         start = span.start
@@ -200,13 +200,13 @@ def _region(region: Region) -> dict[str, object]:
 
 
 class ArenaScene(Scene):
-    """An arena with two blocks, and one more taken."""
+    """An arena with two blocks; the operation allocates one more."""
 
     def __init__(self, layout: LayoutName, *, nbytes: int = 5 * MiB, mode: Any = "charge") -> None:
         super().__init__()
         self.nbytes = nbytes
         self.arena = Arena(layout=layout, mode=mode)
-        self.made: list[Block] = []
+        self.created: list[Block] = []
         self.prepare()
 
     def prepare(self) -> None:
@@ -214,7 +214,7 @@ class ArenaScene(Scene):
             self.keep(self.arena.alloc(nbytes).address, nbytes, tag)
 
     def act(self) -> None:
-        self.made = [self.arena.alloc(self.nbytes)]
+        self.created = [self.arena.alloc(self.nbytes)]
 
     def look(self) -> dict[str, object]:
         arena = self.arena
@@ -230,35 +230,35 @@ class ArenaScene(Scene):
         }
 
     def is_intact(self) -> bool:
-        for block in self.made:
+        for block in self.created:
             ctypes.memset(block.address + block.nbytes - 100, 7, 100)
             assert self.arena.block_at(block.address + block.nbytes - 1) == block
         return super().is_intact()
 
     def undo(self) -> None:
-        for block in self.made:
+        for block in self.created:
             block.free()
-        self.made = []
+        self.created = []
 
     def end(self) -> None:
-        self.made = []
+        self.created = []
         self.arena.release()
         del self.arena
 
 
 class FirstBlock(ArenaScene):
-    """The first block of all opens the heap."""
+    """The first allocation opens the heap."""
 
     def prepare(self) -> None:
         pass
 
-    def half(self, refused: str) -> set[str]:
-        # The heap's tables, once made, stay for the next time.
+    def may_differ(self, refused: str) -> set[str]:
+        # The heap's tables are created once and stay.
         return {"stats", "mapped"}
 
 
 class NewAddresses(ArenaScene):
-    """The arena's first addresses are used up."""
+    """The arena's first range of addresses is used up."""
 
     def prepare(self) -> None:
         super().prepare()
@@ -266,29 +266,29 @@ class NewAddresses(ArenaScene):
 
 
 class Recommit(ArenaScene):
-    """The pages were given back and decommitted."""
+    """The free pages were given back and decommitted."""
 
     def prepare(self) -> None:
-        lost = self.arena.alloc(6 * MiB)
+        block = self.arena.alloc(6 * MiB)
         super().prepare()
-        ctypes.memset(lost.address, 9, lost.nbytes)
-        lost.free()
+        ctypes.memset(block.address, 9, block.nbytes)
+        block.free()
         assert self.arena.trim() >= 6 * MiB
 
     def act(self) -> None:
         super().act()
-        assert self.made[0].zeroed
+        assert self.created[0].zeroed
 
 
 class AllocMany(ArenaScene):
-    """Many blocks, for which the arena has to grow."""
+    """A list of blocks for which the arena must grow."""
 
     def act(self) -> None:
         sizes = [30 * MiB, 20 * MiB, 8 * KiB, 40 * MiB]
-        self.made = list(self.arena.alloc_many(sizes))
+        self.created = list(self.arena.alloc_many(sizes))
 
-    def half(self, refused: str) -> set[str]:
-        # The arena may have grown; the blocks are as they were.
+    def may_differ(self, refused: str) -> set[str]:
+        # The arena may have grown; the blocks are unchanged.
         return {
             "stats",
             "placement",
@@ -303,7 +303,7 @@ class AllocMany(ArenaScene):
 
 
 class Scavenge(ArenaScene):
-    """Three pieces of free pages: two large ones, and a small one between."""
+    """Three runs of free pages: two large ones with a small one between."""
 
     lazy = False
 
@@ -327,7 +327,7 @@ class Scavenge(ArenaScene):
         return super().is_intact()
 
     def undo(self) -> None:
-        # What was not given back by the first call is by the next.
+        # The second call gives back the runs that the first one skipped.
         if self.given < self.free:
             assert self.arena.trim(lazy=self.lazy) == self.free - self.given
             self.given = self.free
@@ -335,7 +335,7 @@ class Scavenge(ArenaScene):
 
 
 class Statistics(ArenaScene):
-    """How much of an arena is in memory, which the kernel knows."""
+    """The resident bytes of an arena, asked from the kernel."""
 
     def act(self) -> None:
         assert self.arena.memstats().resident >= 300 * KiB
@@ -346,7 +346,7 @@ class ScavengeLazily(Scavenge):
 
 
 class Open(Scene):
-    """An arena that is to be made."""
+    """The creation of an arena."""
 
     def __init__(self, layout: LayoutName) -> None:
         super().__init__()
@@ -386,7 +386,7 @@ class ReleaseArena(ArenaScene):
 
 
 class BumpScene(Scene):
-    """A bump arena with a block below a mark, and more above."""
+    """A bump arena with a block below a mark and one above."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -394,43 +394,43 @@ class BumpScene(Scene):
         self._keep(self.arena.alloc(10 * KiB), 1)
         self.mark = self.arena.mark()
         self._keep(self.arena.alloc(20 * KiB), 2)
-        self.made: memoryview | None = None
+        self.created: memoryview | None = None
 
     def _keep(self, block: memoryview, tag: int) -> None:
         address = ctypes.addressof(ctypes.c_char.from_buffer(block))
         self.keep(address, len(block), tag)
 
     def act(self) -> None:
-        self.made = self.arena.alloc(3 * MiB)
-        self.made[0] = self.made[-1] = 1
+        self.created = self.arena.alloc(3 * MiB)
+        self.created[0] = self.created[-1] = 1
 
     def look(self) -> dict[str, object]:
         arena = self.arena
         return {"in use": arena.in_use, "end": arena._end, **_region(arena.region)}
 
     def end(self) -> None:
-        self.made = None
+        self.created = None
         self.arena.release()
 
 
 class BumpReset(BumpScene):
     def __init__(self) -> None:
         super().__init__()
-        self.made = self.arena.alloc(5 * MiB)
-        self.made = None
+        self.created = self.arena.alloc(5 * MiB)
+        self.created = None
         del self.old[1:]
 
     def act(self) -> None:
         self.arena.reset(self.mark, keep=False)
         assert self.arena.in_use == self.mark.offset
 
-    def half(self, refused: str) -> set[str]:
-        # The blocks are in use; their contents, and their memory, may be gone.
+    def may_differ(self, refused: str) -> set[str]:
+        # The blocks stay in use; their contents and memory may be gone.
         return {"end"} if refused == "mmap(fixed)" else {"end", "committed", "shown", "maps"}
 
 
 class BumpResetUnderWindow(BumpReset):
-    """A live view below the mark shares a window with blocks above it."""
+    """A live view spans bytes below the mark and blocks above it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -448,10 +448,10 @@ class PoolScene(Scene):
         self.used = [self.pool.alloc() for _ in range(600)]
         for slot in (0, 5, 599):
             self.keep(self.pool.address(slot), 100, 1 + slot % 200)
-        self.made: list[int] = []
+        self.created: list[int] = []
 
     def act(self) -> None:
-        self.made = list(self.pool.alloc_many(2000))
+        self.created = list(self.pool.alloc_many(2000))
 
     def look(self) -> dict[str, object]:
         return {
@@ -462,7 +462,7 @@ class PoolScene(Scene):
         }
 
     def undo(self) -> None:
-        self.pool.free_many(self.made)
+        self.pool.free_many(self.created)
 
     def end(self) -> None:
         self.pool.release()
@@ -470,7 +470,7 @@ class PoolScene(Scene):
 
 
 class PoolOne(PoolScene):
-    """The next slot does not fit what is committed."""
+    """The next slot is not committed yet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -478,7 +478,7 @@ class PoolOne(PoolScene):
             self.pool.alloc()
 
     def act(self) -> None:
-        self.made = [self.pool.alloc()]
+        self.created = [self.pool.alloc()]
 
 
 class PoolTrim(PoolScene):
@@ -490,8 +490,8 @@ class PoolTrim(PoolScene):
         self.pool.trim()
         assert self.pool.committed == -(-600 * 112 // PAGE_SIZE) * PAGE_SIZE
 
-    def half(self, refused: str) -> set[str]:
-        # The bytes are decommitted, only the region's policies are refused.
+    def may_differ(self, refused: str) -> set[str]:
+        # The bytes are decommitted; only the region's policies were refused.
         return {"books", "committed", "shown", "maps"} if refused == "madvise(dontdump)" else set()
 
     def undo(self) -> None:
@@ -501,29 +501,29 @@ class PoolTrim(PoolScene):
 
 
 class Make(Scene):
-    """Something that is made, and used for the first time."""
+    """The creation of an object, and its first use."""
 
     def __init__(self, make: Callable[[], Any], use: Callable[[Any], None]) -> None:
         super().__init__()
         self.make, self.use = make, use
-        self.made: Any = None
+        self.created: Any = None
 
     def act(self) -> None:
-        self.made = self.make()
+        self.created = self.make()
 
     def is_intact(self) -> bool:
-        if self.made is not None:
-            self.use(self.made)
+        if self.created is not None:
+            self.use(self.created)
         return True
 
     def undo(self) -> None:
-        self.made = None
+        self.created = None
 
     end = undo
 
 
 class RegionScene(Scene):
-    """A region with two committed pieces, [1, 4) and [6, 9), and something done to it."""
+    """A region with two committed runs of pages, [1, 4) and [6, 9), and an operation on it."""
 
     def __init__(self, do: Callable[[Region], object], mode: Any = "charge") -> None:
         super().__init__()
@@ -562,13 +562,13 @@ class Decommit(RegionScene):
     def __init__(self, mode: Any, first: int, n: int) -> None:
         super().__init__(lambda region: region.decommit(first * PAGE_SIZE, n * PAGE_SIZE), mode)
 
-    def half(self, refused: str) -> set[str]:
-        # The bytes are decommitted, only the region's policies are refused.
+    def may_differ(self, refused: str) -> set[str]:
+        # The bytes are decommitted; only the region's policies were refused.
         return {"committed", "shown", "maps"} if refused == "madvise(dontdump)" else set()
 
 
 class BitmapScene(Scene):
-    """A bitmap with a few bits set far apart, and others set."""
+    """A bitmap with a few bits set far apart; the operation sets others."""
 
     def __init__(self, do: Callable[[Bitmap], object]) -> None:
         super().__init__()
@@ -635,7 +635,7 @@ def _use_region(region: Region) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """The refusal of call number `k`; `more`: of later ones like it, too."""
+    """The refusal of call number `k`, and with `more` of all later calls like it."""
 
     k: int
     call: str
@@ -652,30 +652,30 @@ def _never(fault: Fault) -> bool:
 
 
 def _grows(fault: Fault) -> bool:
-    """A growth that is refused is tried again with less."""
+    """A refused growth is retried with a smaller size."""
     return fault.ran_out and not fault.more
 
 
 def _finds_addresses(fault: Fault) -> bool:
-    """Refused at one place, for whatever reason, it looks at the next."""
+    """Refused at one address, for any reason, it tries the next."""
     return not fault.more and (fault.ran_out or fault.k <= 2)
 
 
 def _after_tables(copes: Callable[[Fault], bool]) -> Callable[[Fault], bool]:
-    """The heap's tables, four calls, are made before; they come from one place or not at all."""
+    """Creating the heap's tables takes the first four calls; they have no second place to try."""
     return lambda fault: (
         copes(replace(fault, k=fault.k - 4)) if fault.k > 4 else _does_without(fault)
     )
 
 
 def _does_without(fault: Fault) -> bool:
-    """Tables that can't be kept out of huge pages are made again without that wish."""
+    """Tables are created without MADV_NOHUGEPAGE or MADV_DONTDUMP on kernels that lack it."""
     unknown = fault.err == errno.EINVAL and fault.call.startswith("madvise")
     return unknown and (fault.call != "madvise(dontdump)" or not fault.more)
 
 
 def _falls_back(fault: Fault) -> bool:
-    """The 32-bit mechanism takes the place of a layout that is refused."""
+    """If the layout is refused, the 32-bit mechanism replaces it."""
     return not fault.more or fault.call == "mmap"
 
 
@@ -684,12 +684,12 @@ def _other_place(fault: Fault) -> bool:
 
 
 def _old_kernel(fault: Fault) -> bool:
-    """What this advice does is done another way where it is unknown."""
+    """If the kernel does not know this advice, another way is used."""
     return fault.err == errno.EINVAL and fault.call != "madvise(dontdump)"
 
 
 def _gives_some(fault: Fault) -> bool:
-    """A piece that is refused is passed over, as long as others are given back."""
+    """A refused run is skipped, as long as others are given back."""
     return not fault.more or fault.k > 1 or _old_kernel(fault)
 
 
@@ -698,7 +698,7 @@ def _always(fault: Fault) -> bool:
 
 
 def _nameless(fault: Fault) -> bool:
-    """A name is for the reader of /proc."""
+    """A name only informs readers of /proc, so its refusal is ignored."""
     return fault.call == "prctl(name)"
 
 
@@ -707,18 +707,18 @@ def _needs_less(fault: Fault) -> bool:
 
 
 def _other_way(fault: Fault) -> bool:
-    """A mapping in pieces is joined before it is replaced."""
+    """A range of several mappings is joined into one before it is replaced."""
     return fault.call == "mmap(fixed)" and not fault.more
 
 
 def _fresh_mapping(fault: Fault) -> bool:
-    """A fresh mapping takes the place of contents that are not to be dropped."""
+    """If contents cannot be dropped, a fresh mapping replaces them."""
     return fault.call == "madvise(dontneed)"
 
 
 @dataclass(frozen=True)
 class Operation:
-    """How to set the scene, and which refusals an operation does not let on."""
+    """The scene of an operation, and the refusals that it handles without raising."""
 
     make: Callable[[], Scene]
     copes: Callable[[Fault], bool]
@@ -820,7 +820,7 @@ OPERATIONS: dict[str, Operation] = {
     "Bitmap |=": _operation(BitmapOr),
 }
 
-# -- trying it --------------------------------------------------------------------------------
+# -- trials -----------------------------------------------------------------------------------
 
 ALONE, ALIKE = 0, 1
 
@@ -834,7 +834,7 @@ class Trial:
         self.struck: set[str] = set()
 
     def calls(self) -> list[str]:
-        """Run it without a fault; return the calls that it makes."""
+        """Run without a fault; return the calls that the operation makes."""
         scene = self.operation.make()
         self.faults.arm()
         scene.act()
@@ -843,16 +843,16 @@ class Trial:
         scene.end()
         return [call for call, _ in calls]
 
-    def expect(self, holds: bool, what: str) -> None:
+    def expect(self, holds: bool, failure: str) -> None:
         if not holds:
-            self.wrong.append(what)
+            self.wrong.append(failure)
 
     def look(self, scene: Scene) -> dict[str, object]:
         gc.collect()
         return {**scene.look(), "mapped": self.faults.mapped}
 
     def run(self, k: int, call: str, err: int, then: int) -> None:
-        """Set the scene, refuse, look, and try again."""
+        """Prepare the scene, refuse calls, compare the state, and try again."""
         start = self.faults.mapped
         scene = self.operation.make()
         before = self.look(scene)
@@ -871,16 +871,16 @@ class Trial:
             kind = refused[0]
             fits = kind is OutOfMemoryError or (kind is VMError and not fault.ran_out)
             self.expect(fits, f"{where}: {refused}")
-            self.compare(before, self.look(scene), scene.half(call), where)
-            again = _refusal_of(scene.act)
-            self.expect(again is None, f"{where}: another try: {again}")
+            self.compare(before, self.look(scene), scene.may_differ(call), where)
+            second = _refusal_of(scene.act)
+            self.expect(second is None, f"{where}: another try: {second}")
             self.expect(scene.is_intact(), f"{where}: contents are lost by another try")
         scene.undo()
         self.expect(scene.is_intact(), f"{where}: contents are lost by undoing")
         scene.end()
         del scene
         gc.collect()
-        # Addresses that the kernel refuses to take back can only be left.
+        # Addresses that the kernel refuses to unmap stay mapped.
         unmaps = any(call == "munmap" and err for call, err in seen)
         leaked = self.faults.mapped - start
         self.expect(leaked == 0 or unmaps, f"{where}: {leaked} bytes stay mapped")
@@ -892,7 +892,7 @@ class Trial:
         may_differ: set[str],
         where: str,
     ) -> None:
-        """Check that nothing has changed that may not."""
+        """Check that only facts in `may_differ` have changed."""
         runs, shown = after.get("committed"), after.get("shown")
         self.expect(runs == shown, f"{where}: books {runs}, but the kernel {shown}")
         may_differ = may_differ | ({"mapped"} if "munmap" in where else set())
@@ -902,7 +902,7 @@ class Trial:
 
 
 def _refusal_of(act: Callable[[], None]) -> tuple[type[BaseException], str] | None:
-    """Call; return what it raised, without the traceback that would keep objects alive."""
+    """Return the exception that `act` raises, without the traceback, which keeps objects alive."""
     try:
         act()
     except Exception as error:
@@ -911,11 +911,11 @@ def _refusal_of(act: Callable[[], None]) -> tuple[type[BaseException], str] | No
 
 
 def _try(shim: str, name: str) -> tuple[list[str], set[str]]:
-    # What was imported need not be looked at by each collection.
+    # Exclude imported objects from the collections.
     gc.collect()
     gc.freeze()
     trial = Trial(Faults(shim), OPERATIONS[name])
-    trial.calls()  # what is made once for all is made now
+    trial.calls()  # creates the objects that are created once
     gc.collect()
     calls = trial.calls()
     trial.expect(bool(calls), "no system call")
@@ -926,7 +926,7 @@ def _try(shim: str, name: str) -> tuple[list[str], set[str]]:
 
 
 def main(shim: str, names: "list[str] | None" = None) -> None:
-    """Run operations, each in a child of its own; print what is wrong, and what was refused."""
+    """Run each operation in a child of its own; print failed expectations and refusals."""
     wrong: dict[str, list[str]] = {}
     struck: set[str] = set()
     for name in names or OPERATIONS:
@@ -940,16 +940,16 @@ def main(shim: str, names: "list[str] | None" = None) -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_refused_call_changes_nothing(name: str, report: Report) -> None:
-    """Each refusal is coped with or raised; then all is as it was; and then it works."""
+    """A refused call is handled or raises; then nothing has changed, and a second try works."""
     wrong = report.wrong[name]
-    # What could not be unmapped is in the way of the next trial, which goes another way.
+    # A range that could not be unmapped changes the calls of the next trial.
     went_another_way = [
         line for line in wrong if line.startswith("munmap") and line.endswith("other calls")
     ]
     assert [line for line in wrong if line not in went_another_way] == []
 
 
-# What must have been refused at least once; more is fine.
+# Kinds of refusals that must have occurred; more are allowed.
 _AT_LEAST = """
 madvise(dontdump) EAGAIN
 madvise(dontdump) EINVAL
@@ -981,7 +981,7 @@ prctl(name) ENOMEM
 
 
 def test_no_kind_of_refusal_is_left_out(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
-    """The calls that are refused, and with what, only ever grow."""
+    """The set of refusals that the tests inject does not shrink."""
     with capsys.disabled():
         print("\nrefused:", *sorted(report.struck), sep="\n  ")
     assert sorted(set(_AT_LEAST) - report.struck) == []
