@@ -1,4 +1,4 @@
-"""What once crashed, hung or corrupted: each fact in a process of its own."""
+"""Regressions: former crashes, hangs and corruptions, each tested in a process of its own."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from pyreserve._arena.arena import WORD
 
 pytestmark = pytest.mark.skipif(WORD != 8, reason="reserves more than 32 bits have")
 
-# Python 3.12 and later warn of any fork under threads.
+# From Python 3.12 on, a fork in a process with threads warns.
 PRELUDE = """
 import gc, os, signal, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
@@ -228,7 +228,7 @@ b = Bitmap(100); b.set(5); assert 5 in b and 6 not in b and 1000 not in b
 
 @pytest.mark.parametrize("fact", FACTS)
 def test_it_holds(fact: str) -> None:
-    """The named fact holds: the process ends as it should, with nothing on standard error."""
+    """The named fact holds: the process exits with status 0 and writes nothing to stderr."""
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + FACTS[fact]],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Arguments are read once: whatever has ``__index__`` is an integer, and may do anything there."""
+"""Arguments are read once: any object with ``__index__`` is an integer, even with side effects."""
 
 import array
 import decimal
@@ -42,14 +42,14 @@ class Number:
 
 
 class Fails:
-    """A number that can't be read."""
+    """A number whose ``__index__`` raises."""
 
     def __index__(self) -> int:
         raise ZeroDivisionError
 
 
 class Name(str):
-    """A string whose methods answer nonsense."""
+    """A string whose overridden methods return wrong values."""
 
     __slots__ = ()
 
@@ -101,61 +101,64 @@ def _of_bits(name: str, bitmap: Bitmap, i: Make) -> Any:
     return repr(getattr(bitmap, name)(i(3), i(5)))
 
 
-# What is called, on a thing of its own, with numbers made by `i`; refusals among them, for a
-# message has the numbers too.
+# Calls on a fresh object, with numbers made by `i`. Refused calls are included, because a message
+# contains the numbers too.
 CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any, Make], Any]]] = {
     "reserve": (lambda: None, lambda _, i: reserve(i(MiB), align=i(65536))),
     "reserve(huge)": (lambda: None, lambda _, i: reserve(i(HUGE), align=i(65536))),
     "reserve(hint)": (lambda: None, lambda _, i: reserve(i(MiB), hint=i(1 << 30))),
     "reserve(bad hint)": (lambda: None, lambda _, i: reserve(i(MiB), hint=i(1))),
-    "reserve(taken)": (_region, lambda it, i: reserve(i(MiB), at=i(it.base))),
+    "reserve(taken)": (_region, lambda obj, i: reserve(i(MiB), at=i(obj.base))),
     "reserve(bad align)": (lambda: None, lambda _, i: reserve(i(MiB), align=i(3))),
-    "commit": (_region, lambda it, i: it.commit(i(0), i(PAGE_SIZE))),
-    "commit(misaligned)": (_region, lambda it, i: it.commit(i(1), i(PAGE_SIZE))),
-    "commit(outside)": (_region, lambda it, i: it.commit(i(0), i(1 << 70))),
-    "populate": (_region, lambda it, i: it.populate(i(0), i(PAGE_SIZE))),
-    "discard": (_region, lambda it, i: it.discard(i(0), i(PAGE_SIZE))),
-    "decommit": (_region, lambda it, i: it.decommit(i(0), i(PAGE_SIZE))),
-    "view": (_region, lambda it, i: it.view(i(0), i(16))),
-    "view(outside)": (_region, lambda it, i: it.view(i(0), i(HUGE))),
-    "ndarray": (_region, lambda it, i: it.ndarray(i(0), (i(2), i(3)))),
-    "is_committed": (_region, lambda it, i: it.is_committed(i(0), i(16))),
+    "commit": (_region, lambda obj, i: obj.commit(i(0), i(PAGE_SIZE))),
+    "commit(misaligned)": (_region, lambda obj, i: obj.commit(i(1), i(PAGE_SIZE))),
+    "commit(outside)": (_region, lambda obj, i: obj.commit(i(0), i(1 << 70))),
+    "populate": (_region, lambda obj, i: obj.populate(i(0), i(PAGE_SIZE))),
+    "discard": (_region, lambda obj, i: obj.discard(i(0), i(PAGE_SIZE))),
+    "decommit": (_region, lambda obj, i: obj.decommit(i(0), i(PAGE_SIZE))),
+    "view": (_region, lambda obj, i: obj.view(i(0), i(16))),
+    "view(outside)": (_region, lambda obj, i: obj.view(i(0), i(HUGE))),
+    "ndarray": (_region, lambda obj, i: obj.ndarray(i(0), (i(2), i(3)))),
+    "is_committed": (_region, lambda obj, i: obj.is_committed(i(0), i(16))),
     "Arena": (lambda: None, lambda _, i: Arena(i(64 * MiB), step=i(MiB))),
     "Arena(huge)": (lambda: None, lambda _, i: Arena(i(HUGE))),
     "Arena(bad size)": (lambda: None, lambda _, i: Arena(i(0))),
     "Arena(bad step)": (lambda: None, lambda _, i: Arena(step=i(100))),
-    "Arena.alloc": (_arena, lambda it, i: it.alloc(i(100), align=i(16)).nbytes),
-    "Arena.alloc(huge)": (_arena, lambda it, i: it.alloc(i(HUGE), align=i(16))),
-    "Arena.alloc(bad align)": (_arena, lambda it, i: it.alloc(i(100), align=i(3))),
-    "Arena.alloc_many": (_arena, lambda it, i: len(it.alloc_many([i(100), i(200)]))),
-    "Arena.alloc_many(bad)": (_arena, lambda it, i: it.alloc_many([i(100), i(0)])),
-    "Arena.grow": (_arena, lambda it, i: it.grow(i(100)) > 0),
-    "Arena.grow(huge)": (_arena, lambda it, i: it.grow(i(HUGE))),
-    "Arena.block_at": (_arena, lambda it, i: it.block_at(i(100))),
-    "Arena.trim": (_arena, lambda it, i: it.trim(i(100), older_than=i(1))),
-    "Arena.trim(bad)": (_arena, lambda it, i: it.trim(i(100), older_than=i(-1))),
-    "Arena.start_scavenger": (_arena, lambda it, i: it.start_scavenger(i(-1))),
-    "Blocks[]": (_arena, lambda it, i: it.alloc_many([1, 2])[i(1)].nbytes),
-    "heap_bitmap[]": (_bits, lambda it, i: it[i(0)]),
-    "heap_bitmap[] =": (_bits, lambda it, i: it.__setitem__(i(0), i(1))),
+    "Arena.alloc": (_arena, lambda obj, i: obj.alloc(i(100), align=i(16)).nbytes),
+    "Arena.alloc(huge)": (_arena, lambda obj, i: obj.alloc(i(HUGE), align=i(16))),
+    "Arena.alloc(bad align)": (_arena, lambda obj, i: obj.alloc(i(100), align=i(3))),
+    "Arena.alloc_many": (_arena, lambda obj, i: len(obj.alloc_many([i(100), i(200)]))),
+    "Arena.alloc_many(bad)": (_arena, lambda obj, i: obj.alloc_many([i(100), i(0)])),
+    "Arena.grow": (_arena, lambda obj, i: obj.grow(i(100)) > 0),
+    "Arena.grow(huge)": (_arena, lambda obj, i: obj.grow(i(HUGE))),
+    "Arena.block_at": (_arena, lambda obj, i: obj.block_at(i(100))),
+    "Arena.trim": (_arena, lambda obj, i: obj.trim(i(100), older_than=i(1))),
+    "Arena.trim(bad)": (_arena, lambda obj, i: obj.trim(i(100), older_than=i(-1))),
+    "Arena.start_scavenger": (_arena, lambda obj, i: obj.start_scavenger(i(-1))),
+    "Blocks[]": (_arena, lambda obj, i: obj.alloc_many([1, 2])[i(1)].nbytes),
+    "heap_bitmap[]": (_bits, lambda obj, i: obj[i(0)]),
+    "heap_bitmap[] =": (_bits, lambda obj, i: obj.__setitem__(i(0), i(1))),
     "Pool": (
         lambda: None,
         lambda _, i: Pool(i(10), capacity=i(100), align=i(16), step=i(65536)),
     ),
     "Pool(bad)": (lambda: None, lambda _, i: Pool(i(0))),
-    "Pool.free": (_pool, lambda it, i: it.free(i(0))),
-    "Pool.free(bad)": (_pool, lambda it, i: it.free(i(9))),
-    "Pool.alloc_many": (_pool, lambda it, i: it.alloc_many(i(3))),
-    "Pool.alloc_many(bad)": (_pool, lambda it, i: it.alloc_many(i(3000))),
-    "Pool.free_many": (_pool, lambda it, i: it.free_many([i(0), i(1)])),
-    "Pool.view": (_pool, lambda it, i: it.view(i(0))),
-    "Pool.address": (_pool, lambda it, i: it.address(i(0)) > 0),
-    "in Pool": (_pool, lambda it, i: i(0) in it),
+    "Pool.free": (_pool, lambda obj, i: obj.free(i(0))),
+    "Pool.free(bad)": (_pool, lambda obj, i: obj.free(i(9))),
+    "Pool.alloc_many": (_pool, lambda obj, i: obj.alloc_many(i(3))),
+    "Pool.alloc_many(bad)": (_pool, lambda obj, i: obj.alloc_many(i(3000))),
+    "Pool.free_many": (_pool, lambda obj, i: obj.free_many([i(0), i(1)])),
+    "Pool.view": (_pool, lambda obj, i: obj.view(i(0))),
+    "Pool.address": (_pool, lambda obj, i: obj.address(i(0)) > 0),
+    "in Pool": (_pool, lambda obj, i: i(0) in obj),
     "BumpArena": (lambda: None, lambda _, i: BumpArena(i(MiB), step=i(65536))),
     "BumpArena(bad)": (lambda: None, lambda _, i: BumpArena(i(0))),
-    "BumpArena.alloc": (lambda: BumpArena(MiB), lambda it, i: it.alloc(i(10), align=i(16))),
-    "BumpArena.alloc(huge)": (lambda: BumpArena(MiB), lambda it, i: it.alloc(i(HUGE), align=i(16))),
-    "BumpArena.alloc(bad)": (lambda: BumpArena(MiB), lambda it, i: it.alloc(i(10), align=i(3))),
+    "BumpArena.alloc": (lambda: BumpArena(MiB), lambda obj, i: obj.alloc(i(10), align=i(16))),
+    "BumpArena.alloc(huge)": (
+        lambda: BumpArena(MiB),
+        lambda obj, i: obj.alloc(i(HUGE), align=i(16)),
+    ),
+    "BumpArena.alloc(bad)": (lambda: BumpArena(MiB), lambda obj, i: obj.alloc(i(10), align=i(3))),
     "Bitmap": (lambda: None, lambda _, i: Bitmap(i(1000))),
     "Bitmap(bad)": (lambda: None, lambda _, i: Bitmap(i(-1))),
     "Bitmap.from_bytes": (lambda: None, lambda _, i: Bitmap.from_bytes(b"12345678", i(5))),
@@ -163,66 +166,69 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any, Make], Any]]] = {
         f"Bitmap.{name}": (lambda: Bitmap(1000), partial(_of_bits, name))
         for name in ("set", "clear", "count", "any", "all", "find_set", "find_clear", "to_bytes")
     },
-    "Bitmap.set(outside)": (lambda: Bitmap(1000), lambda it, i: it.set(i(3), i(1 << 70))),
-    "Bitmap.runs": (lambda: Bitmap(1000), lambda it, i: list(it.runs(i(3), i(5)))),
-    "Bitmap[]": (lambda: Bitmap(1000), lambda it, i: it[i(3)]),
-    "Bitmap[] =": (lambda: Bitmap(1000), lambda it, i: it.__setitem__(i(3), True)),
-    "in Bitmap": (lambda: Bitmap(1000), lambda it, i: i(3) in it),
+    "Bitmap.set(outside)": (lambda: Bitmap(1000), lambda obj, i: obj.set(i(3), i(1 << 70))),
+    "Bitmap.runs": (lambda: Bitmap(1000), lambda obj, i: list(obj.runs(i(3), i(5)))),
+    "Bitmap[]": (lambda: Bitmap(1000), lambda obj, i: obj[i(3)]),
+    "Bitmap[] =": (lambda: Bitmap(1000), lambda obj, i: obj.__setitem__(i(3), True)),
+    "in Bitmap": (lambda: Bitmap(1000), lambda obj, i: i(3) in obj),
     "GrowableBuffer": (lambda: None, lambda _, i: GrowableBuffer(i(MiB), step=i(65536))),
     "GrowableBuffer(huge)": (lambda: None, lambda _, i: GrowableBuffer(i(HUGE))),
-    "GrowableBuffer.resize": (lambda: GrowableBuffer(MiB), lambda it, i: it.resize(i(100))),
-    "GrowableBuffer.resize(huge)": (lambda: GrowableBuffer(MiB), lambda it, i: it.resize(i(HUGE))),
+    "GrowableBuffer.resize": (lambda: GrowableBuffer(MiB), lambda obj, i: obj.resize(i(100))),
+    "GrowableBuffer.resize(huge)": (
+        lambda: GrowableBuffer(MiB),
+        lambda obj, i: obj.resize(i(HUGE)),
+    ),
     "GrowableBuffer.view": (
         lambda: GrowableBuffer(MiB),
-        lambda it, i: (it.resize(9), it.view(i(1), i(2)))[0],
+        lambda obj, i: (obj.resize(9), obj.view(i(1), i(2)))[0],
     ),
     "GrowableArray": (lambda: None, lambda _, i: GrowableArray("i8", i(1000), step=i(65536))),
-    "GrowableArray.resize": (lambda: GrowableArray("i8", 1000), lambda it, i: it.resize(i(100))),
+    "GrowableArray.resize": (lambda: GrowableArray("i8", 1000), lambda obj, i: obj.resize(i(100))),
     "PageAllocator": (lambda: None, lambda _, i: PageAllocator(i(10), capacity=i(100))),
     "PageAllocator(bad)": (lambda: None, lambda _, i: PageAllocator(i(10), capacity=i(1))),
-    "PageAllocator.alloc": (_pages, lambda it, i: it.alloc(i(3), align=i(4))),
-    "PageAllocator.alloc(many)": (_pages, lambda it, i: it.alloc(i(3000), align=i(4))),
-    "PageAllocator.alloc(bad)": (_pages, lambda it, i: it.alloc(i(3), align=i(3))),
-    "PageAllocator.alloc_at": (_pages, lambda it, i: it.alloc_at(i(7), i(2))),
-    "PageAllocator.alloc_at(used)": (_pages, lambda it, i: it.alloc_at(i(3), i(2))),
-    "PageAllocator.free": (_pages, lambda it, i: it.free(i(3), i(1))),
-    "PageAllocator.free(free)": (_pages, lambda it, i: it.free(i(7), i(1))),
-    "PageAllocator.grow": (_pages, lambda it, i: it.grow(i(3))),
-    "PageAllocator.grow(far)": (_pages, lambda it, i: it.grow(i(1 << 50))),
-    "PageAllocator.alloc_many": (_pages, lambda it, i: it.alloc_many([i(3), i(1)])),
+    "PageAllocator.alloc": (_pages, lambda obj, i: obj.alloc(i(3), align=i(4))),
+    "PageAllocator.alloc(many)": (_pages, lambda obj, i: obj.alloc(i(3000), align=i(4))),
+    "PageAllocator.alloc(bad)": (_pages, lambda obj, i: obj.alloc(i(3), align=i(3))),
+    "PageAllocator.alloc_at": (_pages, lambda obj, i: obj.alloc_at(i(7), i(2))),
+    "PageAllocator.alloc_at(used)": (_pages, lambda obj, i: obj.alloc_at(i(3), i(2))),
+    "PageAllocator.free": (_pages, lambda obj, i: obj.free(i(3), i(1))),
+    "PageAllocator.free(free)": (_pages, lambda obj, i: obj.free(i(7), i(1))),
+    "PageAllocator.grow": (_pages, lambda obj, i: obj.grow(i(3))),
+    "PageAllocator.grow(far)": (_pages, lambda obj, i: obj.grow(i(1 << 50))),
+    "PageAllocator.alloc_many": (_pages, lambda obj, i: obj.alloc_many([i(3), i(1)])),
     "PageAllocator.alloc_many(one)": (
         _pages,
-        lambda it, i: it.alloc_many(i(3), array.array("q", [0, 0])),
+        lambda obj, i: obj.alloc_many(i(3), array.array("q", [0, 0])),
     ),
-    "PageAllocator.free_many": (_pages, lambda it, i: it.free_many([i(3)], i(1))),
-    "PageAllocator.is_used": (_pages, lambda it, i: it.is_used(i(3))),
+    "PageAllocator.free_many": (_pages, lambda obj, i: obj.free_many([i(3)], i(1))),
+    "PageAllocator.is_used": (_pages, lambda obj, i: obj.is_used(i(3))),
     "layouts.get": (lambda: None, lambda _, i: layouts.get("native", size=i(MiB), word=i(8))),
     "layouts.get(bad)": (lambda: None, lambda _, i: layouts.get("native", size=i(0), word=i(8))),
     "Layout.place": (
         lambda: layouts.get("native", size=TiB),
-        lambda it, i: it.place(i(1 << 40), i(MiB)),
+        lambda obj, i: obj.place(i(1 << 40), i(MiB)),
     ),
     "format_size": (lambda: None, lambda _, i: pyreserve.format_size(i(1000))),
     "costs.plan": (lambda: None, lambda _, i: costs.plan(longest=i(1 << 20)).memory),
     "costs.plan(bad)": (lambda: None, lambda _, i: costs.plan(longest=i(1))),
     "costs.measure(bad)": (
         lambda: costs.plan(longest=MiB),
-        lambda it, i: costs.measure(it, budget=i(-1), width=i(1)),
+        lambda obj, i: costs.measure(obj, budget=i(-1), width=i(1)),
     ),
     "costs.estimate": (
         lambda: costs.CostModel({}),
-        lambda it, i: it.estimate("touch", pages=i(3), threads=i(2)),
+        lambda obj, i: obj.estimate("touch", pages=i(3), threads=i(2)),
     ),
 }
 every_call = pytest.mark.parametrize("name", CALLS)
 
 
 def outcome(name: str, make: Make) -> tuple[str, str]:
-    """What a call returns or raises, in words."""
+    """Return the type of a call's result, or the type and message of its exception."""
     new, call = CALLS[name]
-    thing = new()
+    obj = new()
     try:
-        answer = call(thing, make)
+        answer = call(obj, make)
     except Exception as error:
         return type(error).__name__, str(error)
     return type(answer).__name__, ""
@@ -230,27 +236,27 @@ def outcome(name: str, make: Make) -> tuple[str, str]:
 
 @every_call
 def test_whatever_has_an_index_is_an_integer(name: str) -> None:
-    """A number that only has ``__index__`` does what the integer does, and is read once."""
-    made: list[Number] = []
+    """An object that only has ``__index__`` acts as its integer, and is read at most once."""
+    numbers: list[Number] = []
 
-    def number(value: int) -> Any:
-        made.append(Number(value))
-        return made[-1]
+    def make(value: int) -> Any:
+        numbers.append(Number(value))
+        return numbers[-1]
 
-    kind, text = outcome(name, number)
+    kind, text = outcome(name, make)
 
     assert kind == outcome(name, lambda value: value)[0]
     assert "Number object" not in text
-    assert {each.reads for each in made} <= {0, 1}
+    assert {number.reads for number in numbers} <= {0, 1}
 
 
 @every_call
 def test_a_number_that_cannot_be_read(name: str) -> None:
-    """What ``__index__`` raises is what the caller gets."""
+    """An exception raised by ``__index__`` reaches the caller."""
     assert outcome(name, lambda _: Fails())[0] == "ZeroDivisionError"
 
 
-# Calls that only take sizes, which may be strings.
+# Calls whose arguments are all sizes, which may be strings.
 TAKES_SIZES = {
     "reserve",
     "reserve(huge)",
@@ -279,7 +285,7 @@ TAKES_FLOATS = {"Arena.trim", "Arena.start_scavenger", "costs.measure", "costs.e
 @pytest.mark.parametrize("kind", [float, decimal.Decimal, str])
 @every_call
 def test_no_other_number_is_an_integer(name: str, kind: type) -> None:
-    """Floats and decimals are refused, and so is text that is no size."""
+    """Floats and decimals are refused, and so are strings that are not sizes."""
     if kind is not str and name.partition("(")[0] in TAKES_FLOATS:
         return
     as_an_integer = kind is str and name in TAKES_SIZES
@@ -287,7 +293,7 @@ def test_no_other_number_is_an_integer(name: str, kind: type) -> None:
 
 
 def test_a_number_that_releases_its_region() -> None:
-    """What an ``__index__`` does to the object comes before the call, which then finds it done."""
+    """``__index__`` runs before the call, which then sees that it released the region."""
     region = _region()
 
     class Releases:
@@ -302,7 +308,7 @@ def test_a_number_that_releases_its_region() -> None:
 
 
 def test_a_name_is_its_characters() -> None:
-    """A subclass of str counts as the text that it is, whatever its methods say."""
+    """A subclass of str counts as its characters, whatever its overridden methods return."""
     with reserve(MiB, name=Name("mine")) as region:
         assert str.__str__(region.name or "") == "mine"
     with pytest.raises(ValueError, match="name"):
@@ -310,7 +316,7 @@ def test_a_name_is_its_characters() -> None:
 
 
 def test_flags_are_read_once() -> None:
-    """Whatever is true counts as true, and is asked once."""
+    """A flag may be any object; its truth value is read once."""
 
     class Flag:
         reads = 0

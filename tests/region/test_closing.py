@@ -1,4 +1,4 @@
-"""Closing, by the end of a with block or by close(), under views and from inside other calls."""
+"""Closing by close() or the end of a with block: under views, and from inside other calls."""
 
 import contextlib
 import copy
@@ -35,7 +35,7 @@ from pyreserve._arena.engine import WORD
 
 
 class Kind(NamedTuple):
-    """How a thing that stands on a region is made, viewed and used."""
+    """How to create, view and use one kind of object that owns a region."""
 
     make: Callable[[], Any]
     view: Callable[[Any], Any]
@@ -96,20 +96,20 @@ kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 def address(view: Any) -> int:
-    found: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
-    return found
+    start: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
+    return start
 
 
 class TestEveryKind:
     @kinds
     def test_the_end_of_a_with_block(self, kind: Kind) -> None:
-        """It closes at once; views stay valid, counters exact, and the addresses go with them."""
+        """The object is closed at once; views stay valid; the last one frees the addresses."""
         with kind.make() as thing:
             view = kind.view(thing)
             region = kind.region(thing)
             base, size = region.base, region.size
             if isinstance(thing, Arena) and thing.layout.arena_metadata:
-                # Its window spans what others have mapped, too.
+                # The window contains foreign mappings too.
                 [(base, end)] = thing.placement.arenas
                 size = end - base
 
@@ -129,7 +129,7 @@ class TestEveryKind:
     @kinds
     @pytest.mark.parametrize("viewed", [False, True])
     def test_an_exception_passes(self, kind: Kind, viewed: bool) -> None:
-        """What ends the block is what the caller gets, with nothing before it."""
+        """An exception in the block reaches the caller, without another one as its context."""
         held, thing = [], kind.make()
 
         def work() -> None:
@@ -146,7 +146,7 @@ class TestEveryKind:
 
     @kinds
     def test_closing(self, kind: Kind) -> None:
-        """contextlib.closing works; to close again, or to close what was released, does nothing."""
+        """contextlib.closing works; closing again, or after a release, does nothing."""
         with contextlib.closing(kind.make()) as thing:
             view = kind.view(thing)
         assert thing.released
@@ -163,7 +163,7 @@ class TestEveryKind:
     @kinds
     @pytest.mark.parametrize("viewed", [False, True])
     def test_new_use_is_refused(self, kind: Kind, viewed: bool) -> None:
-        """A closed thing refuses what a released one refuses."""
+        """A closed object refuses the same calls as a released one."""
         thing = kind.make()
         view = kind.view(thing) if viewed else None
         thing.close()
@@ -179,19 +179,19 @@ class TestEveryKind:
 
     @kinds
     def test_unused(self, kind: Kind) -> None:
-        """What nobody has used leaves no addresses behind."""
+        """Closing an unused object frees its addresses."""
         thing = kind.make()
         region = kind.region(thing)
         base, owned = region.base, region.reserved
         thing.close()
 
         assert thing.released
-        if owned:  # a window has nothing of its own yet
+        if owned:  # a window owns no addresses at first
             assert not witness.is_mapped(base)
 
     @kinds
     def test_release_stays_strict(self, kind: Kind) -> None:
-        """An explicit release under a live view is refused, and says what to do."""
+        """An explicit release under a live view is refused, and the error gives advice."""
         thing = kind.make()
         view = kind.view(thing)
 
@@ -204,7 +204,7 @@ class TestEveryKind:
 
     @kinds
     def test_dropped_after_closing(self, kind: Kind) -> None:
-        """A view outlives a closed thing that is dropped; nothing is left to the collector."""
+        """A view outlives a closed, dropped object; no collection is needed afterwards."""
         gc.disable()
         try:
             thing = kind.make()
@@ -220,7 +220,7 @@ class TestEveryKind:
 
     @kinds
     def test_in_a_forked_child(self, kind: Kind) -> None:
-        """A child that inherits a closed thing under a view has both as its own."""
+        """A forked child has its own copy of a closed object and its view."""
         thing = kind.make()
         view = kind.view(thing)
         thing.close()
@@ -239,7 +239,7 @@ class TestEveryKind:
 
     @kinds
     def test_another_thread_drops_the_last_view(self, kind: Kind) -> None:
-        """The addresses go wherever the last view goes."""
+        """The addresses are freed by whichever thread drops the last view."""
         thing = kind.make()
         views = [kind.view(thing)]
         where = address(views[0])
@@ -252,7 +252,7 @@ class TestEveryKind:
 
     @kinds
     def test_a_handler_that_closes(self, kind: Kind) -> None:
-        """A signal handler may close what it interrupts, at any moment."""
+        """A signal handler may close the object whose call it interrupts, at any moment."""
 
         def child() -> int:
             closed = 0
@@ -287,7 +287,7 @@ class TestEveryKind:
 
 class TestRegion:
     def test_sealed(self) -> None:
-        """A sealed region closes; its addresses stay until the process ends."""
+        """A sealed region can be closed, but keeps its addresses until the process ends."""
         if not pyreserve.capabilities().mseal:
             pytest.skip("this kernel has no mseal")
         with pyreserve.reserve(PAGE_SIZE, seal=True) as region:
@@ -300,7 +300,7 @@ class TestRegion:
         assert witness.is_mapped(base)
 
     def test_part_of_an_arena(self) -> None:
-        """The region of an arena is closed by the arena alone."""
+        """Only the arena can close its region."""
         with Arena(MiB) as arena:
             with pytest.raises(pyreserve.StateError, match="part of an arena"):
                 arena.region.close()
@@ -309,7 +309,7 @@ class TestRegion:
             assert not arena.released
 
     def test_many_views(self) -> None:
-        """The last of many views decides, in whatever order they go."""
+        """Only the last of many views frees the addresses, in any order of deletion."""
         with pyreserve.reserve(MiB) as region:
             region.commit(0, MiB)
             base = region.base
@@ -327,7 +327,7 @@ class TestRegion:
         assert not witness.is_mapped(base)
 
     def test_its_storage_is_not_shared(self) -> None:
-        """A region made after another was closed under a view has nothing to do with it."""
+        """A new region does not share the handle of a region that was closed under a view."""
         held = []
         for _ in range(100):
             with pyreserve.reserve(PAGE_SIZE) as region:
@@ -344,7 +344,7 @@ class TestRegion:
 
 class TestFinalisers:
     def test_called_by_hand(self) -> None:
-        """__del__ called by hand, even twice, ends that region and touches no other."""
+        """A direct call of __del__, even twice, ends its own region and no other."""
         dead = [pyreserve.reserve(MiB) for _ in range(3)]
         for region in dead:
             region.commit(0, MiB)
@@ -370,7 +370,7 @@ class TestFinalisers:
         assert len({region.base for region in fresh}) == 3
 
     def test_called_by_hand_on_an_arenas_region(self) -> None:
-        """The blocks of an arena outlive a __del__ of its region by hand."""
+        """The blocks of an arena stay usable after a direct call of __del__ of its region."""
         arena = Arena(16 * MiB)
         block = arena.alloc(8)
         arena.region.__del__()
@@ -380,7 +380,7 @@ class TestFinalisers:
         arena.release()
 
     def test_called_by_hand_before_the_first_block(self) -> None:
-        """An arena whose region was ended by hand is a released one."""
+        """An arena without blocks whose region was ended by __del__ is released."""
         arena = Arena(16 * MiB)
         arena.region.__del__()
 
@@ -392,13 +392,13 @@ class TestFinalisers:
 @pytest.fixture
 def arena() -> Iterator[Arena]:
     """A native arena, closed at the end."""
-    with Arena(GiB) as made:
-        yield made
+    with Arena(GiB) as opened:
+        yield opened
 
 
 class TestBlock:
     def test_freed_with_the_last_view(self, arena: Arena) -> None:
-        """A block closed under views is gone at once for users, and freed with the last view."""
+        """A block closed under views is unusable at once, and is freed with the last view."""
         with arena.alloc(MiB) as block:
             views = [block.view(), block.view()[5:10]]
             offset = block.offset
@@ -418,7 +418,7 @@ class TestBlock:
         assert arena.alloc(MiB).offset == offset
 
     def test_without_views(self, arena: Arena) -> None:
-        """A block that nobody looks at is freed at once, whether or not an exception ends it."""
+        """A block without views is freed at once, also when an exception ends the with block."""
         with arena.alloc(8) as block:
             pass
         assert block.freed
@@ -429,7 +429,7 @@ class TestBlock:
         assert arena.in_use == 0
 
     def test_freed_inside(self, arena: Arena) -> None:
-        """A block that was freed inside is left alone, as is the one now in its place."""
+        """A block freed inside the with block is not freed twice; a block in its place stays."""
         with arena.alloc(8) as block:
             block.free()
             other = arena.alloc(8)
@@ -437,7 +437,7 @@ class TestBlock:
         other.free()
 
     def test_an_array_of_each_block(self, arena: Arena) -> None:
-        """Every notebook cell that keeps an array keeps its block, and no other."""
+        """An array keeps its own closed block in use, and no other block."""
         arrays = []
         for i in range(50):
             with arena.alloc(PAGE_SIZE) as block:
@@ -451,7 +451,7 @@ class TestBlock:
         assert arena.in_use == 0
 
     def test_a_view_of_the_region_counts(self, arena: Arena) -> None:
-        """Bytes that a view got from the arena's region shows are not handed out again either."""
+        """Views made from the arena's region keep a closed block in use, too."""
         with arena.alloc(8) as block:
             view = block.view()
             offset = block.offset
@@ -463,7 +463,7 @@ class TestBlock:
         assert arena.alloc(8).offset == offset
 
     def test_a_busy_arena_frees_at_its_next_call(self, arena: Arena) -> None:
-        """A view that dies while another thread has the lock waits for nobody."""
+        """A view that dies while another thread holds the lock does not wait for it."""
         with arena.alloc(8) as block:
             views = [block.view()]
             offset = block.offset
@@ -484,7 +484,7 @@ class TestBlock:
         assert arena.alloc(8).offset == offset
 
     def test_the_arena_ends_first(self) -> None:
-        """An arena that is closed or dropped while blocks wait for their views keeps the bytes."""
+        """Views of blocks stay valid after their arena is closed or dropped."""
         for end in (lambda a: a.close(), lambda a: None):
             arena = Arena(16 * MiB)
             with arena.alloc(8) as block:
@@ -498,7 +498,7 @@ class TestBlock:
             assert not witness.is_mapped(where)
 
     def test_many_threads(self) -> None:
-        """Threads that close blocks under views of other threads leave nothing in use."""
+        """No block stays in use if threads close blocks while others drop the views."""
         arena = Arena(GiB)
         pile: list[memoryview] = []
         errors: list[BaseException] = []
@@ -542,7 +542,7 @@ class TestBlock:
 
 class TestMessages:
     def test_it_names_the_array(self) -> None:
-        """The text of a ViewError names the type and the address of what holds the bytes."""
+        """The text of a ViewError names the type and address range of the holder."""
         region = pyreserve.reserve(MiB)
         region.commit(0, MiB)
         held = [np.frombuffer(region.view(16, 32), np.uint8)]
@@ -559,7 +559,7 @@ class TestMessages:
         region.release()
 
     def test_it_names_the_memoryview(self) -> None:
-        """A plain view is named as what it is."""
+        """A memoryview without an array is named as a memoryview."""
         region = pyreserve.reserve(MiB)
         region.commit(0, MiB)
         held = [region.view(0, 32)]
@@ -573,7 +573,7 @@ class TestMessages:
         region.release()
 
     def test_it_keeps_nothing_alive(self) -> None:
-        """Neither the error nor its text keeps a view, and it can be pickled."""
+        """Neither the error nor its text keeps a view alive, and the error can be pickled."""
         region = pyreserve.reserve(MiB)
         region.commit(0, MiB)
         view = region.view(0, 32)
@@ -588,7 +588,7 @@ class TestMessages:
         region.release()
 
     def test_a_blocks(self, arena: Arena) -> None:
-        """A block under a view says what to use instead."""
+        """The error for a block under a view advises the block's close()."""
         block = arena.alloc(8)
         view = block.view()
         with pytest.raises(ViewError, match=r"or call the block's close\(\)"):
@@ -597,7 +597,7 @@ class TestMessages:
         block.free()
 
     def test_odd_objects(self) -> None:
-        """Whatever objects a program has, an error has a text, and their code is not run."""
+        """The search for holders copes with unusual objects and runs none of their code."""
 
         class Lazy:
             def _lie(self) -> type:
@@ -629,7 +629,7 @@ class TestMessages:
 
 
 class TestSignals:
-    """A handler that raises at any moment: nothing is lost and no lock is kept."""
+    """A signal handler that raises at any moment loses nothing and leaves no lock held."""
 
     def struck(self, script: str) -> Any:
         return witness.fresh_python(
@@ -665,7 +665,7 @@ def is_free(lock):
         )
 
     def test_blocks(self) -> None:
-        """Blocks that are closed under views are all freed in the end, and the lock is free."""
+        """All blocks closed under views are freed in the end, and the lock is free."""
         in_use, left, is_free = self.struck(
             """
 arena = Arena(GiB)
@@ -683,11 +683,11 @@ print(json.dumps([arena.in_use, len(arena._heap._closed_blocks), is_free(arena._
         )
 
         assert (in_use, left) == (0, 0)
-        # From 3.14 on CPython may run a handler between the __enter__ of a lock and its block.
+        # From 3.14 on CPython may run a handler between the __enter__ of a lock and the body.
         assert is_free or sys.version_info >= (3, 14)
 
     def test_regions(self) -> None:
-        """Regions that were closed under views leave no addresses behind."""
+        """Regions closed under views leave no addresses mapped."""
         mapped = self.struck(
             """
 import sys

@@ -1,4 +1,4 @@
-"""Nothing is left to the cyclic garbage collector, whichever way an object was made or refused."""
+"""Objects are freed without the cyclic garbage collector, also if their creation was refused."""
 
 import contextlib
 import gc
@@ -31,14 +31,14 @@ from pyreserve.layouts import LayoutName
 
 
 def is_ours(thing: object) -> bool:
-    """Whether garbage is an object of the package, or a frame of it, or an exception through it."""
+    """Return whether an object is a frame of the package, or has a type of it or of cffi."""
     if isinstance(thing, types.FrameType):
         return str(thing.f_globals.get("__name__")).startswith("pyreserve")
     return type(thing).__module__.partition(".")[0] in {"pyreserve", "_cffi_backend"}
 
 
 def left_behind(act: Callable[[], object]) -> list[str]:
-    """Do something without the collector; return our objects that only it would free."""
+    """Call with the collector disabled; return the package's objects that only it would free."""
     gc.collect()
     gc.disable()
     try:
@@ -46,7 +46,7 @@ def left_behind(act: Callable[[], object]) -> list[str]:
             act()
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
-        found = [
+        objects = [
             f"{type(thing).__name__}: {thing!r:.200}" for thing in gc.garbage if is_ours(thing)
         ]
     finally:
@@ -54,7 +54,7 @@ def left_behind(act: Callable[[], object]) -> list[str]:
         gc.garbage.clear()
         gc.enable()
     gc.collect()
-    return found
+    return objects
 
 
 def _region() -> None:
@@ -183,30 +183,30 @@ ACTS: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_it_goes_with_its_last_reference(act: Callable[[], object]) -> None:
-    """Whatever happens to it, it is freed without the cyclic collector."""
+    """An object is freed with its last reference, without the cyclic collector."""
     assert left_behind(act) == []
 
 
 @witness.only_64_bit
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_where_addresses_are_scarce(act: Callable[[], object]) -> None:
-    """The same, where RLIMIT_AS refuses most reservations or has layouts fall back."""
+    """Also if RLIMIT_AS refuses most reservations, so that layouts fall back."""
 
     def child() -> list[str]:
         used = witness.status("VmSize")
-        found = []
-        for more in (MiB, 64 * MiB, 700 * MiB, 3 * GiB):
-            resource.setrlimit(resource.RLIMIT_AS, (used + more, resource.RLIM_INFINITY))
-            found += left_behind(act)
-        return found
+        left = []
+        for spare in (MiB, 64 * MiB, 700 * MiB, 3 * GiB):
+            resource.setrlimit(resource.RLIMIT_AS, (used + spare, resource.RLIM_INFINITY))
+            left += left_behind(act)
+        return left
 
     assert witness.in_child(child) == []
 
 
 @witness.only_64_bit
 def test_arenas_that_fell_back() -> None:
-    """Arenas that fell back, dropped one after the other, leave their addresses to the next."""
-    found = witness.fresh_python(
+    """The addresses of dropped arenas that had fallen back are free for the next arenas."""
+    layouts_used = witness.fresh_python(
         """
         import gc, json, resource
         from pyreserve import *
@@ -221,4 +221,4 @@ def test_arenas_that_fell_back() -> None:
         """
     )
 
-    assert found == [["fallback", "RLIMIT_AS"]] * 6
+    assert layouts_used == [["fallback", "RLIMIT_AS"]] * 6

@@ -1,4 +1,4 @@
-"""Public attributes that are no settings can't be assigned: what they say stays true."""
+"""Public attributes other than settings cannot be assigned, so that they stay correct."""
 
 import copy
 import importlib
@@ -73,7 +73,7 @@ def _refused() -> OutOfMemoryError:
 
 CURVE = costs.Curve("commit", "mprotect")
 
-# One of each public class, but for exceptions that have nothing of their own.
+# An instance of each public class, except exceptions without attributes.
 MAKE: dict[str, Callable[[], Any]] = {
     "AddressSpace": lambda: explain(path=SPACE),
     "Arena": lambda: Arena(layout="fallback"),
@@ -125,8 +125,8 @@ MAKE: dict[str, Callable[[], Any]] = {
 
 def _public_classes() -> dict[str, type]:
     modules = [importlib.import_module(name) for name in MODULES]
-    things = {name: getattr(module, name) for module in modules for name in module.__all__}
-    return {name: thing for name, thing in things.items() if inspect.isclass(thing)}
+    public = {name: getattr(module, name) for module in modules for name in module.__all__}
+    return {name: value for name, value in public.items() if inspect.isclass(value)}
 
 
 def _builtin(kind: type) -> type:
@@ -134,7 +134,7 @@ def _builtin(kind: type) -> type:
 
 
 def _attributes(thing: Any) -> list[str]:
-    """Its public data, without what Python's own base class lets anybody assign."""
+    """Return the names of its public data, except those of Python's own base class."""
     own = sorted(set(dir(thing)) - set(dir(_builtin(type(thing)))))
     return [
         name
@@ -144,15 +144,15 @@ def _attributes(thing: Any) -> list[str]:
 
 
 def test_every_public_class_is_here() -> None:
-    """There is one of each public class above, unless it is an exception with nothing to read."""
+    """Every public class has an instance above, except exceptions without attributes."""
     for name, kind in _public_classes().items():
-        own = [each for each in dir(kind) if each not in dir(_builtin(kind)) and each[0] != "_"]
+        own = [attr for attr in dir(kind) if attr not in dir(_builtin(kind)) and attr[0] != "_"]
         assert name in MAKE or (issubclass(kind, Exception) and not own), name
 
 
 @pytest.mark.parametrize("name", MAKE)
 def test_nothing_can_be_assigned(name: str) -> None:
-    """To assign a public attribute is refused, and to delete it."""
+    """Public attributes can be neither assigned nor deleted."""
     thing = MAKE[name]()
     for attribute in _attributes(thing):
         value = getattr(thing, attribute, None)
@@ -163,7 +163,7 @@ def test_nothing_can_be_assigned(name: str) -> None:
 
 
 def test_errors_survive_copies() -> None:
-    """A copy of an error, or one from another process, still says all of it."""
+    """Copies of an error, also from another process, keep message and attributes."""
     error = _refused()
     for twin in (copy.copy(error), pickle.loads(pickle.dumps(error))):
         assert (twin.errno, str(twin)) == (error.errno, str(error))
