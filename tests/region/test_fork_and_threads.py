@@ -42,23 +42,23 @@ def assert_books_are_true(region: Region) -> None:
 class TestForkCopy:
     @modes
     def test_the_child_has_a_copy(self, mode: Mode) -> None:
-        """A child reads what the parent wrote before the fork; neither sees the other's writes."""
+        """A child reads bytes written before the fork; later writes are private to each process."""
         region = pyreserve.reserve(8 * PAGE_SIZE, mode=mode)
         region.commit(0, 4 * PAGE_SIZE)
         view = region.view(0, 4)
         view[:] = b"both"
 
         def child() -> bytes:
-            found = bytes(view)
+            contents = bytes(view)
             view[:] = b"mine"
             assert bytes(region.view(0, 4)) == b"mine"
             region.commit(4 * PAGE_SIZE, PAGE_SIZE)
             assert_books_are_true(region)
-            return found
+            return contents
 
-        found = witness.in_child(child)
+        contents = witness.in_child(child)
 
-        assert found == b"both"
+        assert contents == b"both"
         assert bytes(view) == b"both"
         assert region.committed == 4 * PAGE_SIZE
         assert_books_are_true(region)
@@ -66,7 +66,7 @@ class TestForkCopy:
         region.release()
 
     def test_the_childs_views_are_guarded(self) -> None:
-        """A view that the child inherits pins the child's bytes, and only there."""
+        """An inherited view pins bytes of the child, and in the child only."""
         region = pyreserve.reserve(8 * PAGE_SIZE)
         region.commit(0, region.size)
         held = [region.view(0, 4)]
@@ -87,7 +87,7 @@ class TestForkCopy:
         region.release()
 
     def test_the_child_may_release(self) -> None:
-        """A release in the child is the child's own."""
+        """A release in the child does not affect the parent."""
         region = pyreserve.reserve(8 * PAGE_SIZE)
         region.commit(0, PAGE_SIZE)
         region.view(0, 4)[:] = b"kept"
@@ -99,7 +99,7 @@ class TestForkCopy:
         region.release()
 
     def test_an_unused_region(self) -> None:
-        """A region that was only reserved before the fork can be used in the child."""
+        """A region that was unused before the fork can be used in the child."""
         region = pyreserve.reserve(8 * PAGE_SIZE)
 
         def child() -> None:
@@ -115,18 +115,18 @@ class TestForkCopy:
 class TestForkWipe:
     @modes
     def test_the_child_reads_zero(self, mode: Mode) -> None:
-        """In the child the same bytes are committed and read zero; the parent keeps its own."""
+        """The bytes are committed in the child and read zero; the parent keeps its contents."""
         region = pyreserve.reserve(8 * PAGE_SIZE, mode=mode, fork="wipe")
         region.commit(PAGE_SIZE, 4 * PAGE_SIZE)
         view = region.view(PAGE_SIZE, 4 * PAGE_SIZE)
         view[:] = b"\xaa" * (4 * PAGE_SIZE)
 
         def child() -> bytes:
-            found = bytes(view)
+            contents = bytes(view)
             view[:4] = b"mine"
             assert region.committed_runs() == [(PAGE_SIZE, 4 * PAGE_SIZE)]
             assert_books_are_true(region)
-            return found
+            return contents
 
         assert witness.in_child(child) == bytes(4 * PAGE_SIZE)
         assert bytes(view) == b"\xaa" * (4 * PAGE_SIZE)
@@ -134,21 +134,21 @@ class TestForkWipe:
         region.release()
 
     def test_also_after_decommit_and_commit(self) -> None:
-        """Bytes that were decommitted and committed again are wiped like all others."""
+        """Bytes decommitted and committed again are wiped, too."""
         region = pyreserve.reserve(8 * PAGE_SIZE, fork="wipe")
         region.commit(0, region.size)
         region.decommit(2 * PAGE_SIZE, 4 * PAGE_SIZE)
         region.commit(0, region.size)
         region.view(0, region.size)[:] = b"\xaa" * region.size
 
-        found = witness.in_child(lambda: bytes(region.view(0, region.size)))
+        contents = witness.in_child(lambda: bytes(region.view(0, region.size)))
 
-        assert found == bytes(region.size)
+        assert contents == bytes(region.size)
         region.release()
 
 
 class Hammer:
-    """Threads that use regions without a pause until they are told to stop."""
+    """Threads that use regions without pause until stopped."""
 
     THREADS = 4
     SLICE = 16
@@ -196,7 +196,7 @@ class Hammer:
 def forked(child: Callable[[], bool]) -> int:
     """Fork, run the function in the child, and return the child's wait status."""
     with warnings.catch_warnings():
-        # From Python 3.12 on, forking a process that has threads warns. Here that is the subject.
+        # From Python 3.12 on, a fork in a process with threads warns. These tests need such forks.
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
@@ -214,7 +214,7 @@ class TestForkUnderThreads:
     @pytest.mark.parametrize("times", [8, pytest.param(40, marks=pytest.mark.heavy)])
     @pytest.mark.parametrize("fork", ["copy", "wipe"])
     def test_the_child_can_use_the_region(self, fork: Literal["copy", "wipe"], times: int) -> None:
-        """A fork while four threads use a region never leaves the child waiting for a lock."""
+        """After a fork while four threads use a region, the child can take all locks."""
         own = Hammer.THREADS * Hammer.SLICE * PAGE_SIZE
         region = pyreserve.reserve(own + 16 * PAGE_SIZE, fork=fork)
 
@@ -238,7 +238,7 @@ class TestForkUnderThreads:
         region.release()
 
     def test_the_parents_threads_go_on(self) -> None:
-        """A fork gives every lock back: the threads make progress after each one."""
+        """The threads of the parent make progress after each fork."""
         region = pyreserve.reserve(Hammer.THREADS * Hammer.SLICE * PAGE_SIZE)
 
         with switching_often(), Hammer(region) as hammer:
@@ -253,9 +253,9 @@ class TestForkUnderThreads:
         region.release()
 
     def test_a_fork_under_a_call_that_uses_another_region(self) -> None:
-        """A thread inside a call on one region, as a finaliser there, may meet a fork.
+        """A fork and a thread that holds one region's lock while it uses another do not deadlock.
 
-        It begins to use a second region just then; neither waits for the other for ever.
+        A finaliser that runs inside a call on a region is in that state.
         """
 
         def child() -> bool:
@@ -293,7 +293,7 @@ class TestThreads:
 
     @modes
     def test_counters_end_exact(self, mode: Mode) -> None:
-        """Four threads that commit, decommit and view slices of their own leave exact counters."""
+        """Counters are exact after four threads commit, decommit and view slices of their own."""
         region = pyreserve.reserve(self.THREADS * self.SLICE * PAGE_SIZE, mode=mode)
         models = [[False] * self.SLICE for _ in range(self.THREADS)]
         errors: list[BaseException] = []
@@ -341,9 +341,9 @@ class TestThreads:
         region.release()
 
     def test_a_view_or_a_decommit_wins(self) -> None:
-        """When one thread views and another decommits the same bytes, a view never shows gone ones.
+        """A view never shows bytes that another thread decommits.
 
-        A view that was handed out can be written; a crash would end the child.
+        Each returned view is written to; a crash would end the child.
         """
 
         def child() -> tuple[int, int]:
@@ -354,12 +354,12 @@ class TestThreads:
             def view() -> None:
                 for _ in range(5000):
                     try:
-                        got = region.view(0, PAGE_SIZE)
+                        shown = region.view(0, PAGE_SIZE)
                     except pyreserve.RangeError:
                         continue
-                    got[0] = 1
+                    shown[0] = 1
                     counts[0] += 1
-                    got.release()
+                    shown.release()
 
             def decommit() -> None:
                 for _ in range(5000):
@@ -389,7 +389,7 @@ class TestThreads:
         assert decommits > 0
 
     def test_a_finaliser_by_hand_waits_for_a_call(self) -> None:
-        """__del__ called by hand while other threads use a region ends it between two calls."""
+        """A direct call of __del__ waits for calls of other threads on the region."""
 
         def child() -> bool:
             sys.setswitchinterval(1e-5)
@@ -421,7 +421,7 @@ class TestThreads:
         assert witness.in_child(child)
 
     def test_one_release_of_many_wins(self) -> None:
-        """When many threads release a region, one succeeds and each other finds it released."""
+        """If many threads release a region, one succeeds and the others raise ReleasedError."""
         for _ in range(50):
             region = pyreserve.reserve(4 * PAGE_SIZE)
             start = threading.Barrier(4)
@@ -448,7 +448,7 @@ class TestThreads:
             assert sorted(outcomes) == ["released", "too late", "too late", "too late"]
 
     def test_a_release_and_a_first_use_exclude_each_other(self) -> None:
-        """Of a release and a first commit at the same moment, each happens wholly or not at all."""
+        """A release and a first commit at the same moment do not overlap."""
         regions = [pyreserve.reserve(4 * PAGE_SIZE) for _ in range(3000)]
         before = sys.getswitchinterval()
         sys.setswitchinterval(1e-6)

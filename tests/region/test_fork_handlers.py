@@ -18,7 +18,7 @@ faulthandler.dump_traceback_later(60, exit=True)
 """
 
 
-# A lock that a fork has to wait for, until `leave` is set.
+# Holds a lock that a fork must wait for, until `leave` is set.
 BUSY = """
 from pyreserve import *
 region = reserve(MiB); region.commit(0, 4096)
@@ -31,7 +31,7 @@ thread = threading.Thread(target=hold); thread.start(); busy.wait()
 
 
 def run(script: str) -> Any:
-    """Run a script in an interpreter of its own: at-fork handlers can't be taken back."""
+    """Run a script in a fresh interpreter: at-fork handlers cannot be unregistered."""
     return witness.fresh_python(PRELUDE + script)
 
 
@@ -81,7 +81,7 @@ print(json.dumps([status, done, len(uses)]))
 
 @pytest.mark.parametrize("where", ["before", "after_in_parent", "after_in_child"])
 def test_handlers_registered_earlier(where: str) -> None:
-    """At-fork handlers that were registered before pyreserve may call pyreserve."""
+    """At-fork handlers registered before the import of pyreserve may call pyreserve."""
     status, done, uses = run(HOOKED.replace("WHERE", where))
 
     assert status == 0
@@ -90,8 +90,8 @@ def test_handlers_registered_earlier(where: str) -> None:
 
 @pytest.mark.parametrize("where", ["before", "after_in_parent", "after_in_child"])
 def test_handlers_that_fork(where: str) -> None:
-    """A handler that forks again gets a child that may call pyreserve, as its own child may."""
-    found = run(
+    """If an at-fork handler forks again, that child and its own child may call pyreserve."""
+    result = run(
         f"""
         import textwrap
         depth = 0
@@ -125,15 +125,15 @@ def test_handlers_that_fork(where: str) -> None:
         """.replace("\n        ", "\n")
     )
 
-    assert found == ([0] if where == "after_in_child" else [0, 0])
+    assert result == ([0] if where == "after_in_child" else [0, 0])
 
 
 def test_a_handler_that_raises_while_a_fork_waits() -> None:
-    """What signal handlers raise while a fork waits for a busy lock reaches the program, in order.
+    """Exceptions of signal handlers while a fork waits for a lock are raised later, in order.
 
-    The fork is safe all the same: the child can use what the parent could.
+    The fork is safe all the same: the child can use the region and the arena.
     """
-    found = run(
+    result = run(
         BUSY
         + """
 class Struck(BaseException): pass
@@ -172,12 +172,12 @@ print(json.dumps([caught, status, os.read(read_end, 100).decode()]))
 """
     )
 
-    assert found == [[0, 1, 2], 0, "child is fine"]
+    assert result == [[0, 1, 2], 0, "child is fine"]
 
 
 def test_its_exception_is_not_lost_in_a_later_handler() -> None:
-    """The deferred exception is raised after later modules' at-fork handlers."""
-    found = run(
+    """The deferred exception is raised even if later modules registered at-fork handlers."""
+    result = run(
         BUSY
         + """
 seen = []
@@ -199,12 +199,12 @@ print(json.dumps([outcome, status]))
 """
     )
 
-    assert found == [["<module>", 1000], 0]
+    assert result == [["<module>", 1000], 0]
 
 
 def test_it_keeps_no_frame() -> None:
-    """What was raised while a fork waited keeps nothing of its caller alive afterwards."""
-    found = run(
+    """An exception raised while a fork waited keeps no object of its caller alive."""
+    result = run(
         BUSY
         + """
 import gc, weakref
@@ -226,7 +226,7 @@ print(json.dumps([os.waitstatus_to_exitcode(os.wait()[1]), seen[0]() is None]))
 """
     )
 
-    assert found == [0, True]
+    assert result == [0, True]
 
 
 STRESS = """
@@ -312,7 +312,7 @@ print(json.dumps([started, failed, errors, struck - caught, struck > FORKS // 4]
 
 @pytest.mark.heavy
 def test_forks_under_threads_and_raising_handlers() -> None:
-    """Hundreds of forks under eight threads, with handlers that raise at any moment."""
+    """Hundreds of forks under eight threads and handlers that raise at any moment succeed."""
     started, failed, errors, lost, enough = run(STRESS.replace("else N", "else 300"))
 
     assert (started, failed, errors) == (300, 0, [])
@@ -321,7 +321,7 @@ def test_forks_under_threads_and_raising_handlers() -> None:
 
 
 def test_masks_are_left_alone() -> None:
-    """A fork changes no signal mask, of parent or child, even while other threads fork."""
+    """A fork changes no signal mask of parent or child, even while other threads fork."""
 
     def child() -> dict[str, int]:
         wrong = {"child": 0, "parent": 0}
@@ -351,8 +351,8 @@ def test_masks_are_left_alone() -> None:
 
 
 def test_a_collection_in_a_handler() -> None:
-    """Finalisers that run in at-fork handlers may free what they like."""
-    found = run(
+    """Finalisers that run in at-fork handlers may free any object."""
+    result = run(
         """
 import gc
 def collect(): gc.collect()
@@ -375,4 +375,4 @@ print(json.dumps([statuses, len(freed)]))
 """
     )
 
-    assert found == [[0] * 5, 5]
+    assert result == [[0] * 5, 5]

@@ -1,4 +1,4 @@
-"""What profilers see: tracemalloc all committed bytes, in a domain of their own; memray RSS."""
+"""Regions in profilers: tracemalloc counts committed bytes in a domain; memray counts RSS."""
 
 import gc
 import subprocess
@@ -43,7 +43,7 @@ def _leave_tracemalloc_off() -> Iterator[None]:
 
 
 def traces() -> list[tracemalloc.Trace]:
-    """What tracemalloc has in the domain of pyreserve."""
+    """Return the traces of tracemalloc in pyreserve's domain."""
     if not tracemalloc.is_tracing():
         return []
     ours = tracemalloc.DomainFilter(True, TRACEMALLOC_DOMAIN)
@@ -56,7 +56,7 @@ def traced() -> int:
 
 class TestTracemalloc:
     def test_committed_bytes_are_traced_until_they_are_decommitted(self) -> None:
-        """72 MiB committed are 72 MiB in the domain; a reservation is nothing."""
+        """72 MiB committed are 72 MiB in the domain; reserved bytes do not count."""
         tracemalloc.start()
 
         with reserve(GiB) as region:
@@ -72,7 +72,7 @@ class TestTracemalloc:
         assert traced() == 0
 
     def test_the_traceback_is_that_of_the_commit(self) -> None:
-        """Commits next to each other keep their own, and a second commit changes nothing."""
+        """Adjacent commits keep their own tracebacks; committing again changes nothing."""
         tracemalloc.start(10)
         with reserve(GiB) as region:
 
@@ -97,7 +97,7 @@ class TestTracemalloc:
         assert second.__code__.co_firstlineno + 1 in lines[2 * MiB]
 
     def test_commits_inside_c_are_traced(self) -> None:
-        """A heap's growth, its tables, a bitmap's storage: all that regions have committed."""
+        """Commits made in C count: the growth of a heap, its tables, the storage of a bitmap."""
         gc.collect()
         tracemalloc.start()
         arena = Arena(layout=layouts.default_name(WORD))
@@ -125,7 +125,7 @@ class TestTracemalloc:
         assert traced() == 0
 
     def test_a_dropped_region_is_traced_until_its_last_view_is_gone(self) -> None:
-        """Addresses that outlive their region are still committed."""
+        """Bytes that outlive their region still count as committed."""
         tracemalloc.start()
         region = reserve(GiB)
         region.commit(0, MiB)
@@ -138,7 +138,7 @@ class TestTracemalloc:
         assert traced() == 0
 
     def test_a_child_has_what_its_parent_had(self) -> None:
-        """After a fork the totals of the child are its own."""
+        """Parent and child have separate totals after a fork."""
         tracemalloc.start()
         region = reserve(GiB)
         region.commit(0, MiB)
@@ -153,9 +153,9 @@ class TestTracemalloc:
         region.release()
 
     def test_sessions_from_many_threads(self) -> None:
-        """Commits of eight threads while a ninth starts and stops: the last session is exact."""
-        # A thread that starts or ends beside a switch frees memory without the GIL, and crashes
-        # Python 3.11: they are all there before the first switch, and until after the last.
+        """The last session is exact though eight threads commit while a ninth starts and stops."""
+        # A thread that starts or ends during a switch frees memory without the GIL and crashes
+        # Python 3.11: all threads start before the first switch and end after the last.
         switching, done, switched = (threading.Event() for _ in range(3))
         finished = threading.Semaphore(0)
 
@@ -195,7 +195,7 @@ class TestTracemalloc:
         assert traced() == 0
 
 
-# What may happen to a region: a verb with the first page and how many, or something of the session.
+# Steps: a verb with its first page and number of pages, or a change of the session.
 _RANGES = st.tuples(st.integers(0, PAGES - 1), st.integers(1, PAGES))
 _STEPS = st.one_of(
     st.tuples(st.sampled_from(["commit", "commit", "decommit", "decommit", "discard"]), _RANGES),
@@ -204,7 +204,7 @@ _STEPS = st.one_of(
 
 
 class Model:
-    """Pages of a region: committed, and of those the ones that tracemalloc was told of."""
+    """The pages of a region: those committed, and of these those that tracemalloc knows."""
 
     def __init__(self, mode: Mode) -> None:
         self.mode = mode
@@ -244,7 +244,7 @@ class Model:
 def test_totals_are_exact_whatever_happens(
     mode: Mode, steps: list[tuple[str, tuple[int, int]]]
 ) -> None:
-    """The domain's bytes are those committed in this session and still so, after every step."""
+    """After every step the domain has the bytes committed in this session and still committed."""
     tracemalloc.start()
     model = Model(mode)
     for step, (first, n) in steps:
@@ -256,7 +256,7 @@ def test_totals_are_exact_whatever_happens(
 
 class TestReplacedLibrary:
     def test_the_extension_does_not_use_the_librarys_mapping_calls(self) -> None:
-        """What replaces them, as profilers do, sees nothing of a reservation."""
+        """A profiler that replaces the C library's mapping functions sees no reservation."""
         names = set(Path(str(_native.__file__)).read_bytes().split(b"\0"))
         calls = {b"mmap", b"mmap64", b"munmap", b"mprotect", b"madvise", b"mincore", b"mremap"}
         assert b"syscall" in names
@@ -265,7 +265,7 @@ class TestReplacedLibrary:
     @witness.only_64_bit
     @pytest.mark.heavy
     def test_memray_sees_no_reservation(self, tmp_path: Path) -> None:
-        """136 GiB reserved and 16 MiB used: memray's peak is far below either."""
+        """136 GiB reserved and 16 MiB used: the peak in memray is far below the reservation."""
         memray = pytest.importorskip("memray", reason="memray is not installed here")
         script, results = tmp_path / "uses.py", tmp_path / "uses.bin"
         script.write_text(

@@ -1,4 +1,4 @@
-"""Views, and the table that knows which of them are alive."""
+"""Views, and the table of live views."""
 
 import sys
 import weakref
@@ -22,7 +22,7 @@ from pyreserve._region.viewtable import ViewTable
 
 
 class Exported:
-    """Something that can be known by a weak reference, as an ffi.buffer is."""
+    """A weakly referenceable stand-in for an ffi.buffer."""
 
 
 def buckets(table: ViewTable) -> int:
@@ -30,7 +30,7 @@ def buckets(table: ViewTable) -> int:
 
 
 def live(table: ViewTable, lo: int, hi: int, *, prune: bool) -> list[tuple[int, int]]:
-    table._active = not prune  # as if this interrupted a call
+    table._active = not prune  # as if the call interrupted another one
     live = [(low, high) for _, low, high in table.live(lo, hi)]
     assert table._active is not prune
     table._active = False
@@ -49,7 +49,7 @@ def table_of(region: Region) -> ViewTable:
 
 class TestView:
     def test_it_is_writable_bytes(self, region: Region) -> None:
-        """A view is a writable memoryview of unsigned bytes with the length asked for."""
+        """A view is a writable memoryview of unsigned bytes with the requested length."""
         region.commit(0, PAGE_SIZE)
 
         view = region.view(3, 7)
@@ -60,7 +60,7 @@ class TestView:
         assert not view.readonly
 
     def test_views_share_the_bytes(self, region: Region) -> None:
-        """What one view writes another reads, and the addresses are those of the region."""
+        """Views of the same bytes share their contents and have the addresses of the region."""
         region.commit(0, 2 * PAGE_SIZE)
         whole, piece = region.view(0, 2 * PAGE_SIZE), region.view(PAGE_SIZE - 2, 4)
 
@@ -71,7 +71,7 @@ class TestView:
         assert address == region.base + PAGE_SIZE - 2
 
     def test_readonly(self, region: Region) -> None:
-        """A readonly view can't be written, and sees what others write."""
+        """A readonly view cannot be written, and shows writes through other views."""
         region.commit(0, PAGE_SIZE)
         view, reader = region.view(0, 4), region.view(0, 4, readonly=True)
 
@@ -83,7 +83,7 @@ class TestView:
             reader[0] = 1
 
     def test_the_whole_region(self, region: Region) -> None:
-        """Without a length, a view and each verb reach to the end; without an offset, all of it."""
+        """Without a length views and verbs reach to the end; without an offset they start at 0."""
         region.commit(PAGE_SIZE)
         assert region.committed_runs() == [(PAGE_SIZE, region.size - PAGE_SIZE)]
         region.commit()
@@ -104,7 +104,7 @@ class TestView:
                 verb(region.size)
 
     def test_to_the_very_end(self, region: Region) -> None:
-        """The last byte of a region can be viewed and none after it."""
+        """The last byte of a region can be viewed, and no byte after it."""
         region.commit(0, region.size)
 
         assert len(region.view(region.size - 1, 1)) == 1
@@ -114,7 +114,7 @@ class TestView:
             region.view(region.size - 1, 2)
 
     def test_only_committed_bytes(self, region: Region) -> None:
-        """A view of which a single byte is not committed is refused, and does not pin anything."""
+        """A view with an uncommitted byte is refused, and pins nothing."""
         region.commit(PAGE_SIZE, 2 * PAGE_SIZE)
 
         for offset, length in [
@@ -131,7 +131,7 @@ class TestView:
         region.release()
 
     def test_across_commits(self, region: Region) -> None:
-        """Pieces committed one after the other are viewed as one."""
+        """A view may span bytes of several commits."""
         for i in range(4):
             region.commit(i * PAGE_SIZE, PAGE_SIZE)
 
@@ -141,7 +141,7 @@ class TestView:
 class TestNdarray:
     @pytest.mark.parametrize("dtype", ["uint8", "<i4", "float64", "complex128", "M8[s]"])
     def test_shape_and_dtype(self, region: Region, dtype: str) -> None:
-        """An ndarray has the shape and dtype asked for, C-ordered, writable, zero at first."""
+        """An ndarray has the requested shape and dtype, C-ordered, writable and zero at first."""
         region.commit(0, region.size)
 
         array = region.ndarray(PAGE_SIZE, (3, 5, 2), dtype)
@@ -153,7 +153,7 @@ class TestNdarray:
         assert not array.view(np.uint8).any()
 
     def test_a_number_is_one_side(self, region: Region) -> None:
-        """A shape given as a number makes a vector; bytes are the default."""
+        """An integer shape makes a vector; the default dtype is uint8."""
         region.commit(0, region.size)
 
         array = region.ndarray(0, 100)
@@ -163,7 +163,7 @@ class TestNdarray:
         assert bytes(region.view(0, 101)) == b"\x07" * 100 + b"\0"
 
     def test_readonly(self, region: Region) -> None:
-        """A readonly ndarray can't be written."""
+        """A readonly ndarray cannot be written."""
         region.commit(0, region.size)
 
         array = region.ndarray(0, 4, readonly=True)
@@ -173,7 +173,7 @@ class TestNdarray:
             array[0] = 1
 
     def test_it_pins_its_bytes(self, region: Region) -> None:
-        """Bytes under an ndarray can't be decommitted; those beside it can."""
+        """Bytes under an ndarray cannot be decommitted; the bytes beside it can."""
         region.commit(0, region.size)
         array = region.ndarray(PAGE_SIZE, (2, PAGE_SIZE))
 
@@ -201,7 +201,7 @@ class TestNdarray:
             region.ndarray(0, shape)
 
     def test_a_list_of_sides(self, region: Region) -> None:
-        """A list of sides is a shape."""
+        """A shape may be a list of sides."""
         region.commit()
 
         assert region.ndarray(0, [3, 5], "u2").shape == (3, 5)
@@ -218,7 +218,7 @@ class TestNdarray:
 
     @pytest.mark.parametrize("dtype", ["O", [("a", "O"), ("b", "i4")]])
     def test_objects_are_refused(self, region: Region, dtype: Any) -> None:
-        """Raw memory is never taken for Python objects."""
+        """dtypes that hold references to objects are refused."""
         region.commit(0, region.size)
 
         with pytest.raises(ValueError, match="OBJECT"):
@@ -232,7 +232,7 @@ SIZES = [1, PAGE_SIZE, 64 * KiB, 64 * KiB + 1, 3 * MiB, GiB, 1 << 40, 1 << 46]
 
 @st.composite
 def ranges(draw: st.DrawFn, size: int) -> tuple[int, int]:
-    """A range inside [0, size): of any magnitude, often near the lines between buckets."""
+    """Generate ranges inside [0, size) of any magnitude, often near the bounds of buckets."""
     length = min(size, draw(st.integers(0, size.bit_length()).flatmap(_around_power)))
     lo = draw(st.integers(0, size - length))
     if draw(st.booleans()):
@@ -247,7 +247,7 @@ def _around_power(bits: int) -> st.SearchStrategy[int]:
 
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[int, list[tuple[str, Any]]]:
-    """A table's size and what is done with it."""
+    """Generate a size of a table, and operations on it."""
     size = draw(st.sampled_from(SIZES))
     step = st.one_of(
         st.tuples(st.just("add"), ranges(size)),
@@ -264,32 +264,34 @@ class TestTable:
     def test_it_answers_as_a_plain_list_would(
         self, history: tuple[int, list[tuple[str, Any]]]
     ) -> None:
-        """Whatever was added, dropped and swept, the answer is every live range that overlaps."""
+        """After any adds, deaths and sweeps, `live` returns every live range that overlaps."""
         size, steps = history
         table = ViewTable(size)
         alive: list[tuple[Exported, int, int]] = []
 
-        for what, argument in [*steps, ("ask", ((0, size), True))]:
-            if what == "add":
+        for step, argument in [*steps, ("ask", ((0, size), True))]:
+            if step == "add":
                 exported = Exported()
                 table.add(exported, *argument)
                 alive.append((exported, *argument))
                 del exported
-            elif what == "drop" and alive:
+            elif step == "drop" and alive:
                 del alive[argument % len(alive)]
-            elif what == "sweep":
+            elif step == "sweep":
                 table._sweep()
-            elif what == "ask":
+            elif step == "ask":
                 (lo, hi), prune = argument
 
-                found = live(table, lo, hi, prune=prune)
+                overlapping = live(table, lo, hi, prune=prune)
 
-                assert sorted(found) == sorted((a, b) for _, a, b in alive if a < hi and b > lo)
+                assert sorted(overlapping) == sorted(
+                    (a, b) for _, a, b in alive if a < hi and b > lo
+                )
 
     @settings(max_examples=examples(30))
     @given(st.sampled_from(SIZES), st.integers(0, 1 << 32))
     def test_sweeps_on_the_way_lose_nothing(self, size: int, seed: int) -> None:
-        """Thousands of adds with random deaths, and so many sweeps, leave exactly the living."""
+        """After thousands of adds, random deaths and many sweeps, `live` finds the live ones."""
         random = Random(seed)
         table = ViewTable(size)
         alive: list[tuple[Exported, int, int]] = []
@@ -307,11 +309,11 @@ class TestTable:
         for _ in range(20):
             lo = random.randrange(size)
             hi = min(size, lo + (1 << random.randrange(size.bit_length())))
-            found = live(table, lo, hi, prune=True)
-            assert sorted(found) == sorted((a, b) for _, a, b in alive if a < hi and b > lo)
+            overlapping = live(table, lo, hi, prune=True)
+            assert sorted(overlapping) == sorted((a, b) for _, a, b in alive if a < hi and b > lo)
 
     def test_asking_without_pruning_changes_nothing(self) -> None:
-        """With prune off the dead stay where they are; with it they go."""
+        """Without pruning, a lookup leaves dead entries in place; with it they are removed."""
         table = ViewTable(GiB)
         gone = [Exported() for _ in range(10)]
         for exported in gone:
@@ -326,7 +328,7 @@ class TestTable:
         assert (kept, entries(table)) == (10, 0)
 
     def test_it_keeps_nothing_alive(self) -> None:
-        """A buffer in the table dies when its last user drops it."""
+        """The table does not keep a buffer alive."""
         table, exported = ViewTable(GiB), Exported()
         table.add(exported, 0, 10)
         watch = weakref.ref(exported)
@@ -337,12 +339,12 @@ class TestTable:
 
 
 class Struck(Exception):  # noqa: N818
-    """What a signal handler raises."""
+    """Raised by a signal handler."""
 
 
 @contextmanager
 def struck_after(opcodes: int) -> Iterator[None]:
-    """Raise Struck in the table's code once so many of its opcodes have run."""
+    """Raise Struck in the table's code after a number of its opcodes."""
     left = opcodes
 
     def tracer(frame: FrameType, event: str, _: object) -> Any:
@@ -357,7 +359,7 @@ def struck_after(opcodes: int) -> Iterator[None]:
         return tracer
 
     before = sys.gettrace()
-    sys._getframe().f_trace_opcodes = True  # or Python 3.12 has no such events in other frames
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 has no opcode events in other frames
     sys.settrace(tracer)
     try:
         yield
@@ -368,7 +370,7 @@ def struck_after(opcodes: int) -> Iterator[None]:
 class TestTableStruck:
     @pytest.mark.parametrize("sweeping", [False, True])
     def test_an_exception_anywhere_in_an_addition(self, sweeping: bool) -> None:
-        """Wherever a handler's exception strikes, every buffer taken in before and after is found,
+        """Wherever an exception strikes, every buffer added before and after is found,
         and the next sweep leaves no bucket behind."""
         lo, hi, opcodes, survived = 0, 40, 0, False
         while not survived:
@@ -389,11 +391,11 @@ class TestTableStruck:
 
             table.add(late, lo + 8, hi + 8)
 
-            found = live(table, 0, 1 << 40, prune=True)
-            assert (lo + 8, hi + 8) in found
-            assert (5 << 30, (5 << 30) + 9) in found
-            assert (lo, hi) in found or not survived
-            assert live(table, lo, hi + 8, prune=True) == [r for r in found if r[0] < 1 << 30]
+            live_ranges = live(table, 0, 1 << 40, prune=True)
+            assert (lo + 8, hi + 8) in live_ranges
+            assert (5 << 30, (5 << 30) + 9) in live_ranges
+            assert (lo, hi) in live_ranges or not survived
+            assert live(table, lo, hi + 8, prune=True) == [r for r in live_ranges if r[0] < 1 << 30]
             del new, late, kept
             table._sweep()
             assert buckets(table) == 0
@@ -403,7 +405,7 @@ class TestTableStruck:
 class TestTableSize:
     @pytest.mark.heavy
     def test_a_million_transient_views_leave_no_trace(self) -> None:
-        """Views made and dropped in ever new places keep the table at a few hundred entries."""
+        """The table keeps a few hundred entries while views come and go at ever new places."""
         table = ViewTable(1 << 46)
         largest = 0
 
@@ -429,7 +431,7 @@ class TestTableSize:
         region.release()
 
     def test_the_table_stays_in_proportion_to_the_living(self) -> None:
-        """With 1,000 views alive, transient ones add no more than a small multiple of that."""
+        """With 1,000 live views, transient ones add no more than a small multiple of that."""
         table, largest = ViewTable(1 << 46), 0
         alive = [Exported() for _ in range(1000)]
         for i, exported in enumerate(alive):
@@ -449,7 +451,7 @@ class TestManyViews:
 
     @pytest.fixture
     def crowded(self) -> tuple[Region, list[memoryview]]:
-        """A committed region with a live view on each of 10,000 pages, and 64 pages free of any."""
+        """A committed region with live views on 10,000 pages, and 64 pages without views."""
         region = pyreserve.reserve((self.COUNT + 64) * PAGE_SIZE, mode="noreserve")
         region.commit(0, region.size)
         views = [region.view(i * PAGE_SIZE, PAGE_SIZE) for i in range(self.COUNT)]
@@ -458,7 +460,7 @@ class TestManyViews:
     def test_views_elsewhere_are_not_looked_at(
         self, crowded: tuple[Region, list[memoryview]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A decommit away from 10,000 live views looks at no more than a handful of them."""
+        """A decommit away from 10,000 live views examines only a handful of them."""
         region, views = crowded
         scan, looked_at = ViewTable._scan, 0
 
@@ -475,7 +477,7 @@ class TestManyViews:
         assert len(views) == self.COUNT
 
     def test_each_of_many_is_found(self, crowded: tuple[Region, list[memoryview]]) -> None:
-        """Each of 10,000 live views protects its own page, and no longer once it is gone."""
+        """Each of 10,000 live views protects its page until it is gone."""
         region, views = crowded
         for i in range(0, self.COUNT, 501):
             with pytest.raises(ViewError, match="1 live view"):
@@ -487,7 +489,7 @@ class TestManyViews:
             assert not region.is_committed(i * PAGE_SIZE, PAGE_SIZE)
 
     def test_a_release_counts_them_all(self, crowded: tuple[Region, list[memoryview]]) -> None:
-        """A release is refused as long as one view lives, and the message counts them."""
+        """A release is refused while any view lives, and the message has their number."""
         region, views = crowded
 
         with pytest.raises(ViewError, match="10000 live views"):
@@ -502,7 +504,7 @@ class TestManyViews:
 
     @witness.only_64_bit
     def test_a_wide_view_is_found_from_anywhere(self, region: Region) -> None:
-        """One view over everything is found by the smallest decommit in its midst."""
+        """A decommit of a single page finds a view of the whole region."""
         with pyreserve.reserve(1 << 33, mode="noreserve") as wide:
             wide.commit(0, wide.size)
             view = wide.view(1, wide.size - 2)
