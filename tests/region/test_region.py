@@ -1,4 +1,4 @@
-"""Regions: what each verb does to the process, as the kernel tells it."""
+"""Regions: the effect of each verb on the process, as the kernel shows it."""
 
 import ctypes
 import errno
@@ -43,7 +43,7 @@ def committed_runs_seen(region: Region) -> list[tuple[int, int]]:
 
 
 def assert_books_are_true(region: Region) -> None:
-    """The region's counters say what the kernel says."""
+    """The counters and runs of a region agree with the kernel."""
     seen = committed_runs_seen(region)
     assert region.committed_runs() == seen
     assert region.committed == sum(length for _, length in seen)
@@ -52,7 +52,7 @@ def assert_books_are_true(region: Region) -> None:
 
 
 def a_free_place(size: int) -> int:
-    """An address at which `size` bytes are free, in the middle of a larger free piece."""
+    """Return an address with `size` free bytes, in the middle of a larger gap."""
     wide = pyreserve.reserve(size + 64 * MiB)
     place = wide.base + 32 * MiB
     wide.release()
@@ -61,7 +61,7 @@ def a_free_place(size: int) -> int:
 
 class TestReservation:
     def test_nothing_is_committed_at_first(self, any_mode: Region) -> None:
-        """A fresh region owns its bytes, none of them committed, none of them accessible."""
+        """A fresh region owns its bytes; none is committed or accessible."""
         seen = witness.spans(any_mode.base, any_mode.size)
 
         assert any_mode.committed == 0
@@ -73,7 +73,7 @@ class TestReservation:
         assert_books_are_true(any_mode)
 
     def test_reserved_bytes_fault(self, region: Region) -> None:
-        """A read of reserved bytes ends the process by SIGSEGV; of committed ones it does not."""
+        """Reading reserved bytes ends the process by SIGSEGV; reading committed ones does not."""
         region.commit(PAGE_SIZE, PAGE_SIZE)
 
         assert witness.faults(region.base)
@@ -83,14 +83,14 @@ class TestReservation:
 
     @pytest.mark.parametrize("size", [1, PAGE_SIZE - 1, PAGE_SIZE])
     def test_sizes_are_rounded_up_to_whole_pages(self, size: int) -> None:
-        """Any size up to an OS page makes a region of one OS page, its base page-aligned."""
+        """A size up to an OS page reserves one OS page with a page-aligned base."""
         with pyreserve.reserve(size) as region:
             assert region.size == PAGE_SIZE
             assert region.base % PAGE_SIZE == 0
 
     @only_64_bit
     def test_vmsize_grows_by_exactly_what_was_reserved(self) -> None:
-        """136 GiB reserved are 136 GiB of VmSize, to the byte, and less than 1 MiB of RSS."""
+        """Reserving 136 GiB adds exactly 136 GiB to VmSize and less than 1 MiB to RSS."""
         grown = witness.fresh_python(
             """
             import json, pyreserve
@@ -117,7 +117,7 @@ class TestReservation:
 
     @only_64_bit
     def test_64_tib_can_be_reserved(self) -> None:
-        """2**46 bytes in one piece are reserved and given back."""
+        """2**46 bytes are reserved in one piece and released."""
         region = pyreserve.reserve(1 << 46)
 
         seen = witness.spans(region.base, region.size)
@@ -129,7 +129,7 @@ class TestReservation:
 
     @pytest.mark.parametrize("bits", [47, 56, 62, 63, 64, 70, 200])
     def test_more_than_there_are_addresses_is_refused(self, bits: int) -> None:
-        """More bytes than a user address can tell apart: out of memory, the limit named."""
+        """A size beyond the user address space is OutOfMemoryError with the name of the limit."""
         if bits < 56 and platform.machine() != "x86_64":
             pytest.skip("2**47 addresses are x86-64's")
 
@@ -148,7 +148,7 @@ class TestReservation:
         assert error.address is None
 
     def test_with_releases(self) -> None:
-        """Leaving a with block gives the addresses back, and tolerates an earlier release."""
+        """Leaving a with block releases the addresses; an earlier release is allowed."""
         with pyreserve.reserve(PAGE_SIZE) as region:
             pass
         with pyreserve.reserve(PAGE_SIZE) as early:
@@ -158,7 +158,7 @@ class TestReservation:
         assert early.released
 
     def test_repr_tells_the_state(self, region: Region) -> None:
-        """The repr names address, size and what is committed, and says when it was released."""
+        """The repr has address, size and committed bytes, or says that the region was released."""
         region.commit(0, PAGE_SIZE)
         region.commit(2 * PAGE_SIZE, PAGE_SIZE)
 
@@ -180,13 +180,13 @@ class TestCharge:
     def assert_seen(self, measure: Callable[[], list[int]], expected: list[int]) -> None:
         def is_seen() -> bool:
             pairs = zip(measure(), expected, strict=True)
-            return all(abs(got - wanted) <= self.SLACK for got, wanted in pairs)
+            return all(abs(actual - change) <= self.SLACK for actual, change in pairs)
 
         wait_until(is_seen, f"Committed_AS to change by {expected}")
 
     @only_64_bit
     def test_reserving_is_not_charged(self) -> None:
-        """Committed_AS does not change when 136 GiB are reserved."""
+        """Reserving 136 GiB does not change Committed_AS."""
 
         def measure() -> list[int]:
             before = witness.meminfo("Committed_AS")
@@ -196,7 +196,7 @@ class TestCharge:
         self.assert_seen(measure, [0])
 
     def test_commit_charges_and_decommit_refunds(self) -> None:
-        """Committed_AS grows by what is committed and shrinks by what is decommitted, touched too.
+        """A commit adds its bytes to Committed_AS, and a decommit subtracts them.
 
         Neither an untouched nor a touched piece stays charged after its decommit.
         """
@@ -214,7 +214,7 @@ class TestCharge:
         self.assert_seen(measure, [self.PIECE, 0])
 
     def test_a_decommit_after_every_page_was_touched_refunds(self) -> None:
-        """A piece of which every page was written is refunded whole."""
+        """A piece whose every page was written is refunded in full."""
         piece = 512 * MiB
 
         def measure() -> list[int]:
@@ -229,7 +229,7 @@ class TestCharge:
         self.assert_seen(measure, [piece, 0])
 
     def test_release_refunds(self) -> None:
-        """Committed_AS shrinks by what a released region had committed."""
+        """A release subtracts the committed bytes of the region from Committed_AS."""
 
         def measure() -> list[int]:
             before = witness.meminfo("Committed_AS")
@@ -243,7 +243,7 @@ class TestCharge:
 
     @never_refused
     def test_noreserve_is_never_charged(self) -> None:
-        """In mode noreserve, Committed_AS does not change by a commit."""
+        """In mode noreserve a commit does not change Committed_AS."""
 
         def measure() -> list[int]:
             before = witness.meminfo("Committed_AS")
@@ -255,7 +255,7 @@ class TestCharge:
 
     @never_refused
     def test_noreserve_shows_in_the_flags(self) -> None:
-        """Every mapping of a noreserve region has the flag nr, and none of a charged one has."""
+        """Every mapping of a noreserve region has the flag nr; none of a charged one has it."""
         for mode, expected in (("noreserve", True), ("charge", False)):
             with pyreserve.reserve(16 * PAGE_SIZE, mode=mode) as region:  # type: ignore[arg-type]
                 region.commit(0, 4 * PAGE_SIZE)
@@ -269,7 +269,7 @@ class TestCharge:
 
 class TestCounter:
     def test_each_commit_counts_what_it_adds(self, any_mode: Region) -> None:
-        """Overlapping and repeated commits count every byte once."""
+        """Overlapping and repeated commits count each byte once."""
         region, page = any_mode, PAGE_SIZE
 
         for offset, length, total in [
@@ -288,7 +288,7 @@ class TestCounter:
             assert_books_are_true(region)
 
     def test_each_decommit_counts_what_it_takes(self, any_mode: Region) -> None:
-        """Overlapping and repeated decommits take every byte once; reserved bytes count nothing."""
+        """Overlapping and repeated decommits subtract each byte once; reserved ones count 0."""
         region, page = any_mode, PAGE_SIZE
         region.commit(0, region.size)
 
@@ -308,7 +308,7 @@ class TestCounter:
             assert_books_are_true(region)
 
     def test_runs_are_offset_and_length(self, any_mode: Region) -> None:
-        """committed_runs lists (offset, length), lowest first, neighbours as one piece."""
+        """committed_runs lists (offset, length), lowest first, adjacent runs joined."""
         region, page = any_mode, PAGE_SIZE
 
         region.commit(20 * page, 4 * page)
@@ -320,7 +320,7 @@ class TestCounter:
         assert_books_are_true(region)
 
     def test_is_committed_looks_at_every_byte(self, region: Region) -> None:
-        """is_committed is true only if all of the range is committed, at any alignment."""
+        """is_committed is true only if the whole range is committed, at any alignment."""
         page = PAGE_SIZE
         region.commit(page, 2 * page)
 
@@ -341,7 +341,7 @@ class TestCounter:
         assert not any(region.is_committed(*place) for place in no)
 
     def test_counters_after_many_pieces(self, any_mode: Region) -> None:
-        """Every second page committed, then every third taken back, is counted to the byte."""
+        """The counters are exact after commits of every second, decommits of every third page."""
         region, page = any_mode, PAGE_SIZE
 
         for i in range(0, 64, 2):
@@ -349,20 +349,20 @@ class TestCounter:
         for i in range(0, 64, 3):
             region.decommit(i * page, page)
 
-        kept = [i for i in range(0, 64, 2) if i % 3]
-        assert region.committed_runs() == [(i * page, page) for i in kept]
+        remaining = [i for i in range(0, 64, 2) if i % 3]
+        assert region.committed_runs() == [(i * page, page) for i in remaining]
         assert_books_are_true(region)
 
 
 class TestContents:
     def test_fresh_bytes_are_zero(self, any_mode: Region) -> None:
-        """Committed bytes read zero at first."""
+        """Newly committed bytes read zero."""
         any_mode.commit(0, any_mode.size)
 
         assert bytes(any_mode.view(0, any_mode.size)) == bytes(any_mode.size)
 
     def test_decommit_loses_the_contents(self, any_mode: Region) -> None:
-        """What was decommitted and committed again reads zero, its neighbours what they held."""
+        """Bytes decommitted and committed again read zero; their neighbours keep their contents."""
         region, page = any_mode, PAGE_SIZE
         region.commit(0, 4 * page)
         region.view(0, 4 * page)[:] = b"\xaa" * (4 * page)
@@ -370,11 +370,11 @@ class TestContents:
         region.decommit(page, 2 * page)
         region.commit(page, 2 * page)
 
-        kept = b"\xaa" * page
-        assert bytes(region.view(0, 4 * page)) == kept + bytes(2 * page) + kept
+        full = b"\xaa" * page
+        assert bytes(region.view(0, 4 * page)) == full + bytes(2 * page) + full
 
     def test_commit_over_committed_keeps_the_contents(self, any_mode: Region) -> None:
-        """A commit that overlaps committed bytes leaves them as they are."""
+        """A commit that overlaps committed bytes keeps their contents."""
         region, page = any_mode, PAGE_SIZE
         region.commit(page, page)
         region.view(page, page)[:] = b"\xaa" * page
@@ -384,7 +384,7 @@ class TestContents:
         assert bytes(region.view(0, 3 * page)) == bytes(page) + b"\xaa" * page + bytes(page)
 
     def test_discard_zeroes_and_gives_memory_back(self, any_mode: Region) -> None:
-        """Discarded bytes stay committed, read zero and hold no memory; their neighbours stay."""
+        """Discarded bytes stay committed, read zero and use no memory; their neighbours stay."""
         region, page = any_mode, PAGE_SIZE
         region.commit(0, region.size)
         region.view(0, region.size)[:] = b"\xaa" * region.size
@@ -393,11 +393,11 @@ class TestContents:
 
         assert region.committed == region.size
         assert witness.total_kib(region.base, region.size, "Rss") * 1024 == 2 * page
-        kept = b"\xaa" * page
-        assert bytes(region.view(0, region.size)) == kept + bytes(62 * page) + kept
+        full = b"\xaa" * page
+        assert bytes(region.view(0, region.size)) == full + bytes(62 * page) + full
 
     def test_lazy_discard_shows_old_or_zero(self, any_mode: Region) -> None:
-        """After a lazy discard each page reads as it was or zero, and a write stays written."""
+        """After a lazy discard each page reads old contents or zero, and a written page is kept."""
         region, page = any_mode, PAGE_SIZE
         region.commit(0, region.size)
         view = region.view(0, region.size)
@@ -412,7 +412,7 @@ class TestContents:
             assert bytes(view[i * page : (i + 1) * page]) in {b"\xaa" * page, bytes(page)}
 
     def test_discard_is_allowed_under_views(self, any_mode: Region) -> None:
-        """A live view stays usable over discarded bytes and reads zero there."""
+        """Discarded bytes under a live view read zero through the view."""
         any_mode.commit(0, PAGE_SIZE)
         view = any_mode.view(0, PAGE_SIZE)
         view[:] = b"\xaa" * PAGE_SIZE
@@ -426,7 +426,7 @@ class TestContents:
 
 class TestPopulate:
     def test_populated_bytes_are_resident(self, any_mode: Region) -> None:
-        """Committed bytes hold no memory until they are populated, and then all of theirs."""
+        """Committed bytes use no memory until they are populated, then all of them do."""
         region = any_mode
         region.commit(0, region.size)
         before = witness.total_kib(region.base, region.size, "Rss")
@@ -437,7 +437,7 @@ class TestPopulate:
         assert witness.total_kib(region.base, region.size, "Rss") * 1024 == 48 * PAGE_SIZE
 
     def test_contents_stay(self, any_mode: Region) -> None:
-        """Populating what holds contents keeps them."""
+        """Populating keeps contents."""
         any_mode.commit(0, any_mode.size)
         any_mode.view(PAGE_SIZE, 4)[:] = b"abcd"
 
@@ -447,7 +447,7 @@ class TestPopulate:
 
     @pytest.mark.parametrize("verb", ["populate", "discard"])
     def test_only_committed_bytes_will_do(self, region: Region, verb: str) -> None:
-        """Populate and discard refuse a range of which any page is not committed."""
+        """Populate and discard refuse a range with an uncommitted page."""
         region.commit(0, 2 * PAGE_SIZE)
         region.commit(3 * PAGE_SIZE, PAGE_SIZE)
 
@@ -459,7 +459,7 @@ class TestPopulate:
 
 
 def churn(region: Region) -> None:
-    """Commit and decommit in ways that split and join mappings, the bytes touched in between."""
+    """Commit and decommit so that mappings split and join; touch the bytes in between."""
     page, pages = PAGE_SIZE, region.size // PAGE_SIZE
     for _ in range(3):
         for first, end in [(0, pages), (1, 5), (pages // 2, pages // 2 + 2), (pages - 1, pages)]:
@@ -489,7 +489,7 @@ class TestPolicies:
     def test_every_mapping_has_the_policy_for_life(
         self, mode: str, policy: dict[str, object], expected: set[str], absent: set[str]
     ) -> None:
-        """The flags stand on every byte of the region at first and after any commit or decommit."""
+        """All bytes of a region have the flags, at first and after each commit and decommit."""
         region = pyreserve.reserve(64 * PAGE_SIZE, mode=mode, **policy)  # type: ignore[arg-type]
 
         fresh = witness.pieces(region.base, region.size)
@@ -505,7 +505,7 @@ class TestPolicies:
 
     @pytest.mark.parametrize("policy", [{}, {"dump": True}, {"fork": "wipe"}, {"guard": True}])
     def test_cycles_do_not_add_mappings(self, any_mode: Region, policy: dict[str, object]) -> None:
-        """The number of mappings after a hundred cycles is that after the first."""
+        """A hundred cycles leave as many mappings as the first cycle."""
         mode = any_mode.mode
         region = pyreserve.reserve(64 * PAGE_SIZE, mode=mode, **policy)  # type: ignore[arg-type]
 
@@ -522,7 +522,7 @@ class TestPolicies:
         region.release()
 
     def test_growing_step_by_step_is_two_mappings(self, any_mode: Region) -> None:
-        """A region committed page by page, each touched, is one committed and one reserved run."""
+        """A region committed and touched page by page is one committed, one reserved mapping."""
         region = any_mode
 
         for i in range(60):
@@ -532,7 +532,7 @@ class TestPolicies:
         assert len(witness.spans(region.base, region.size)) == 2
 
     def test_preferring_huge_pages_aligns_the_base(self) -> None:
-        """With huge_pages="prefer" the base stands on a 2 MiB line unless another is asked for."""
+        """With huge_pages="prefer" the base is aligned to 2 MiB unless `align` is given."""
         huge = pyreserve.reserve(PAGE_SIZE, huge_pages="prefer")
         small = pyreserve.reserve(PAGE_SIZE, huge_pages="prefer", align=PAGE_SIZE)
 
@@ -545,7 +545,7 @@ class TestPolicies:
 class TestGuard:
     @modes
     def test_a_page_at_each_end_stays_inaccessible(self, mode: Mode) -> None:
-        """With the whole region committed, the page before and the page after are still ---p."""
+        """With the whole region committed, the pages before and after it are still ---p."""
         region = pyreserve.reserve(16 * PAGE_SIZE, guard=True, mode=mode)
 
         region.commit(0, region.size)
@@ -559,7 +559,7 @@ class TestGuard:
         region.release()
 
     def test_guards_are_released_with_the_region(self) -> None:
-        """Release gives back the region and both guards."""
+        """A release frees the region and both guards."""
         place = a_free_place(18 * PAGE_SIZE)
         region = pyreserve.reserve(16 * PAGE_SIZE, guard=True, at=place + PAGE_SIZE)
         mapped = witness.perms_by_page(place, 18 * PAGE_SIZE, PAGE_SIZE)
@@ -570,18 +570,18 @@ class TestGuard:
         assert witness.perms_by_page(place, 18 * PAGE_SIZE, PAGE_SIZE) == [""] * 18
 
     def test_guards_count_as_occupied(self) -> None:
-        """A guarded region can't be placed where one of its guards would replace something."""
+        """`at` is refused if a guard would replace an existing mapping."""
         place = a_free_place(18 * PAGE_SIZE)
-        there = pyreserve.reserve(PAGE_SIZE, at=place)
+        occupant = pyreserve.reserve(PAGE_SIZE, at=place)
 
         with pytest.raises(VMError) as caught:
             pyreserve.reserve(16 * PAGE_SIZE, guard=True, at=place + PAGE_SIZE)
 
         assert caught.value.errno == errno.EEXIST
-        there.release()
+        occupant.release()
 
     def test_alignment_is_the_base_not_the_guard(self) -> None:
-        """With guard and align together, it is the first usable byte that is aligned."""
+        """With guard and align the first usable byte is aligned, not the guard."""
         with pyreserve.reserve(PAGE_SIZE, guard=True, align=MiB) as region:
             seen = witness.perms_by_page(region.base - PAGE_SIZE, 3 * PAGE_SIZE, PAGE_SIZE)
 
@@ -593,7 +593,7 @@ class TestPlace:
     @only_64_bit
     @pytest.mark.parametrize("shift", [0, 5, 12, 16, 21, 26, 30, 36, 42])
     def test_align(self, shift: int) -> None:
-        """The base is a multiple of any power of two asked for, and nothing beside it is kept."""
+        """The base is a multiple of `align`, and no other addresses stay reserved."""
         wide = [pyreserve.reserve(3 * PAGE_SIZE, align=1 << shift) for _ in range(3)]
 
         for region in wide:
@@ -604,7 +604,7 @@ class TestPlace:
 
     @only_64_bit
     def test_align_gives_back_what_it_reserved_too_much(self) -> None:
-        """An aligned reservation costs its own size in VmSize and no more."""
+        """An aligned reservation adds only its own size to VmSize."""
         grown = witness.fresh_python(
             """
             import json, pyreserve
@@ -626,7 +626,7 @@ class TestPlace:
         assert grown == [PAGE_SIZE, 0]
 
     def test_at_is_exact(self) -> None:
-        """A region reserved at a free address stands there."""
+        """A region reserved `at` a free address has that base."""
         place = a_free_place(PAGE_SIZE)
 
         with pyreserve.reserve(PAGE_SIZE, at=place) as region:
@@ -636,26 +636,26 @@ class TestPlace:
 
     @pytest.mark.parametrize("shift", [-1, 0, 1])
     def test_at_never_replaces_what_is_there(self, shift: int) -> None:
-        """At an occupied address, partly or wholly: EEXIST, and what is there keeps its bytes."""
+        """`at` an occupied address fails with EEXIST, and the mapping there keeps its bytes."""
         place = a_free_place(8 * PAGE_SIZE)
-        there = pyreserve.reserve(2 * PAGE_SIZE, at=place + 2 * PAGE_SIZE)
-        there.commit(0, 2 * PAGE_SIZE)
-        view = there.view(0, 2 * PAGE_SIZE)
+        occupant = pyreserve.reserve(2 * PAGE_SIZE, at=place + 2 * PAGE_SIZE)
+        occupant.commit(0, 2 * PAGE_SIZE)
+        view = occupant.view(0, 2 * PAGE_SIZE)
         view[:] = b"\xaa" * (2 * PAGE_SIZE)
         before = witness.perms_by_page(place, 8 * PAGE_SIZE, PAGE_SIZE)
 
         with pytest.raises(OSError, match="EEXIST") as caught:
-            pyreserve.reserve(2 * PAGE_SIZE, at=there.base + shift * PAGE_SIZE)
+            pyreserve.reserve(2 * PAGE_SIZE, at=occupant.base + shift * PAGE_SIZE)
 
         assert caught.value.errno == errno.EEXIST
         assert isinstance(caught.value, VMError)
         assert not isinstance(caught.value, MemoryError)
-        assert caught.value.address == there.base + shift * PAGE_SIZE
+        assert caught.value.address == occupant.base + shift * PAGE_SIZE
         assert witness.perms_by_page(place, 8 * PAGE_SIZE, PAGE_SIZE) == before
         assert bytes(view) == b"\xaa" * (2 * PAGE_SIZE)
 
     def test_at_over_a_foreign_mapping(self) -> None:
-        """A mapping that is not pyreserve's is as safe as one that is."""
+        """Also if the mapping there is not pyreserve's."""
         with mmap.mmap(-1, 4 * PAGE_SIZE) as foreign:
             foreign[:4] = b"mine"
             address = ctypes.addressof(ctypes.c_char.from_buffer(foreign))
@@ -668,21 +668,21 @@ class TestPlace:
             assert foreign[:4] == b"mine"
 
     def test_hint_is_taken_if_free(self) -> None:
-        """A free address given as a hint is where the region stands."""
+        """A free address given as hint is the base of the region."""
         place = a_free_place(PAGE_SIZE)
 
         with pyreserve.reserve(PAGE_SIZE, hint=place) as region:
             assert region.base == place
 
     def test_hint_that_is_occupied_is_not_insisted_on(self, region: Region) -> None:
-        """A hint at something that is there makes a region elsewhere."""
+        """With an occupied hint the region is reserved elsewhere."""
         with pyreserve.reserve(PAGE_SIZE, hint=region.base) as other:
             assert not region.base <= other.base < region.base + region.size
 
         assert_books_are_true(region)
 
     def test_hint_and_align_go_together(self) -> None:
-        """A hint that is not aligned as asked yields to the alignment."""
+        """The alignment takes precedence over an unaligned hint."""
         place = a_free_place(4 * MiB) & -(2 * MiB)
 
         with pyreserve.reserve(PAGE_SIZE, hint=place + PAGE_SIZE, align=2 * MiB) as region:
@@ -690,19 +690,19 @@ class TestPlace:
 
 
 def names_are_supported() -> bool:
-    """Ask the kernel by naming a mapping of our own (prctl PR_SET_VMA_ANON_NAME)."""
+    """Return whether the kernel names an anonymous mapping (prctl PR_SET_VMA_ANON_NAME)."""
     with mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
         address = ctypes.addressof(ctypes.c_char.from_buffer(page))
         arguments = (ctypes.c_ulong(address), ctypes.c_ulong(PAGE_SIZE), b"x")
-        done = ctypes.CDLL(None).prctl(0x53564D41, ctypes.c_ulong(0), *arguments)
+        err = ctypes.CDLL(None).prctl(0x53564D41, ctypes.c_ulong(0), *arguments)
         gc.collect()
-    return bool(done == 0)
+    return bool(err == 0)
 
 
 class TestName:
     @modes
     def test_the_name_shows_in_the_maps(self, mode: Mode) -> None:
-        """Where the kernel can, every mapping of the region has its name for life; else none."""
+        """If the kernel supports names, every mapping of the region has it for life; else none."""
         region = pyreserve.reserve(64 * PAGE_SIZE, name="the arena", mode=mode)
         churn(region)
 
@@ -714,7 +714,7 @@ class TestName:
         region.release()
 
     def test_no_name(self, region: Region) -> None:
-        """A region that was given no name has None."""
+        """The name of a region reserved without one is None."""
         assert region.name is None
 
     def test_the_longest_name(self) -> None:
@@ -724,11 +724,11 @@ class TestName:
 
 
 class TestSeal:
-    """A seal lasts as long as the process, so each test has one of its own."""
+    """A seal lasts as long as the process, so each test runs in a child."""
 
     @staticmethod
     def sealed() -> Region | None:
-        """Return a sealed region, or None where the kernel has no mseal."""
+        """Return a sealed region, or None if the kernel has no mseal."""
         try:
             return pyreserve.reserve(8 * PAGE_SIZE, seal=True, guard=True)
         except VMError as refused:
@@ -751,7 +751,7 @@ class TestSeal:
         witness.in_child(child)
 
     def test_nothing_can_be_taken_from_it(self) -> None:
-        """Decommit, release and a raw munmap of a sealed region are refused by EPERM."""
+        """Decommit, release and munmap of a sealed region fail with EPERM."""
 
         def child() -> None:
             region = self.sealed()
@@ -777,7 +777,7 @@ class TestSeal:
         witness.in_child(child)
 
     def test_it_can_be_used_and_discarded(self) -> None:
-        """A sealed region can be written, populated and discarded, and committed once more."""
+        """A sealed region can be written, populated, discarded and committed again."""
 
         def child() -> None:
             region = self.sealed()
@@ -794,7 +794,7 @@ class TestSeal:
         witness.in_child(child)
 
     def test_dropping_it_keeps_it_mapped(self) -> None:
-        """A sealed region that is dropped stays mapped, and nothing crashes."""
+        """A dropped sealed region stays mapped, and nothing crashes."""
 
         def child() -> None:
             region = self.sealed()
@@ -812,11 +812,11 @@ class TestSeal:
 
 @only_64_bit
 class TestLifetime:
-    # So large that nothing which is mapped meanwhile reaches down to its base.
+    # So large that no mapping made later extends down to its base.
     SIZE = 4 * GiB
 
     def test_a_dropped_region_is_unmapped(self) -> None:
-        """A region without views that nobody refers to gives its addresses back."""
+        """A garbage region without views is unmapped."""
         region: Region | None = pyreserve.reserve(self.SIZE)
         assert region is not None
         base = region.base
@@ -829,7 +829,7 @@ class TestLifetime:
         assert not witness.is_mapped(base)
 
     def test_a_view_outlives_its_region(self) -> None:
-        """A dropped region stays mapped and usable until its last view dies, and no longer."""
+        """A garbage region stays mapped and usable until its last view is gone."""
         region: Region | None = pyreserve.reserve(self.SIZE)
         assert region is not None
         base = region.base
@@ -853,7 +853,7 @@ class TestLifetime:
         assert not witness.is_mapped(base)
 
     def test_release_unmaps_at_once(self) -> None:
-        """After release the addresses are free, whether or not the object lives on."""
+        """A release frees the addresses even if the object is still referenced."""
         region = pyreserve.reserve(self.SIZE)
         base = region.base
         region.commit(0, PAGE_SIZE)
@@ -864,7 +864,7 @@ class TestLifetime:
         assert not witness.is_mapped(base)
 
     def test_a_dead_view_does_not_hold(self, region: Region) -> None:
-        """After a view and all made from it are gone, its bytes can be decommitted and released."""
+        """After a view and its derived objects are gone, the bytes can be decommitted."""
         region.commit(0, region.size)
         view = region.view(0, PAGE_SIZE)
         piece = view[5:7]
@@ -881,14 +881,14 @@ class TestLifetime:
 
 
 class TestRefusals:
-    """Each limit is met in a child, and the error names it."""
+    """Each limit is reached in a child, and the error names it."""
 
     @staticmethod
     def lower(which: int, limit: int) -> None:
         resource.setrlimit(which, (limit, resource.getrlimit(which)[1]))
 
     def test_rlimit_as_refuses_a_reservation(self) -> None:
-        """A reservation beyond RLIMIT_AS names it and leaves the process able to go on."""
+        """A reservation beyond RLIMIT_AS is refused with its name; the process works on."""
 
         def child() -> None:
             self.lower(resource.RLIMIT_AS, witness.status("VmSize") + 512 * MiB)
@@ -907,7 +907,7 @@ class TestRefusals:
         witness.in_child(child)
 
     def test_rlimit_data_refuses_a_commit(self) -> None:
-        """A commit beyond RLIMIT_DATA names it and changes nothing."""
+        """A commit beyond RLIMIT_DATA is refused with its name and changes nothing."""
 
         def child() -> None:
             region = pyreserve.reserve(GiB)
@@ -931,7 +931,7 @@ class TestRefusals:
         witness.in_child(child)
 
     def test_a_commit_refused_between_committed_pieces(self) -> None:
-        """A commit over many gaps that is refused half way leaves every gap as it was."""
+        """A commit over many gaps that is refused half way leaves every gap reserved."""
 
         def child() -> None:
             step = 32 * MiB
@@ -955,7 +955,7 @@ class TestRefusals:
     @charged_by_heuristic
     @only_64_bit
     def test_obvious_overcommit_is_refused(self) -> None:
-        """A commit of more than memory and swap have is refused in mode 0 and named overcommit."""
+        """In mode 0 a commit of more than memory and swap is refused with "overcommit" as limit."""
         size = witness.meminfo("MemTotal") + witness.meminfo("SwapTotal") + GiB
         region = pyreserve.reserve(size)
 
@@ -973,7 +973,7 @@ class TestRefusals:
     @charged_by_heuristic
     @only_64_bit
     def test_noreserve_is_not_refused(self) -> None:
-        """In mode noreserve, the same commit is granted."""
+        """In mode noreserve the same commit succeeds."""
         size = witness.meminfo("MemTotal") + witness.meminfo("SwapTotal") + GiB
 
         with pyreserve.reserve(size, mode="noreserve") as region:
@@ -992,14 +992,14 @@ class TestMapCount:
 
     @staticmethod
     def spare() -> Region:
-        """Mappings to be released once the table is full, for the witness needs some to work."""
+        """Mappings released before the check: the witness needs a few entries of the map table."""
         region = pyreserve.reserve(64 * PAGE_SIZE)
         for i in range(0, 64, 2):
             region.commit(i * PAGE_SIZE, PAGE_SIZE)
         return region
 
     def commit_alternately(self, region: Region) -> VMError:
-        """Commit every second page until that is refused."""
+        """Commit every second page until a commit is refused."""
         with pytest.raises(VMError) as refused:  # noqa: PT012
             for i in range(self.PIECES):
                 region.commit(2 * i * PAGE_SIZE, PAGE_SIZE)
@@ -1008,7 +1008,7 @@ class TestMapCount:
         return refused.value
 
     def decommit_alternately(self, region: Region) -> VMError:
-        """Decommit every second page of a committed region until that is refused."""
+        """Decommit every second page of a committed region until a decommit is refused."""
         with pytest.raises(VMError) as refused:  # noqa: PT012
             for i in range(self.PIECES):
                 region.decommit((2 * i + 1) * PAGE_SIZE, PAGE_SIZE)
@@ -1018,7 +1018,7 @@ class TestMapCount:
 
     @modes
     def test_commits_that_fill_the_map_table(self, mode: Mode) -> None:
-        """Alternate commits end at max_map_count; nothing is lost, and release still works."""
+        """Alternate commits are refused at max_map_count; nothing is lost, and release works."""
 
         def child() -> None:
             spare = self.spare()
@@ -1046,7 +1046,7 @@ class TestMapCount:
 
     @modes
     def test_holes_that_fill_the_map_table(self, mode: Mode) -> None:
-        """Alternate decommits of a committed region end there too, and change nothing either."""
+        """Alternate decommits of a committed region are refused at max_map_count, too."""
 
         def child() -> None:
             spare = self.spare()
@@ -1070,7 +1070,7 @@ class TestMapCount:
 
     @modes
     def test_a_region_is_released_with_a_full_map_table(self, mode: Mode) -> None:
-        """At the limit, release needs no mapping and gives all of them back."""
+        """A release at the limit needs no mapping and frees them all."""
 
         def child() -> None:
             region = pyreserve.reserve(2 * self.PIECES * PAGE_SIZE, mode=mode)
@@ -1087,7 +1087,7 @@ class TestMapCount:
 
     @modes
     def test_a_decommit_that_joins_works_with_a_full_map_table(self, mode: Mode) -> None:
-        """At the limit, a decommit of the whole region splits nothing and is granted."""
+        """A decommit of the whole region at the limit splits no mapping and succeeds."""
 
         def child() -> None:
             region = pyreserve.reserve(2 * self.PIECES * PAGE_SIZE, mode=mode)
@@ -1103,7 +1103,7 @@ class TestMapCount:
 
     @modes
     def test_a_commit_that_joins_works_with_a_full_map_table(self, mode: Mode) -> None:
-        """At the limit, a commit of the whole region joins its pieces and is granted."""
+        """A commit of the whole region at the limit joins its mappings and succeeds."""
 
         def child() -> None:
             region = pyreserve.reserve(2 * self.PIECES * PAGE_SIZE, mode=mode)
@@ -1118,11 +1118,11 @@ class TestMapCount:
 
 
 class TestLockedMemory:
-    """Memory locked by mlock wants to be asked by name before it goes."""
+    """Memory locked by mlock: MADV_DONTNEED refuses it, MADV_DONTNEED_LOCKED does not."""
 
     @staticmethod
     def locked(mode: Mode) -> Region:
-        """Return a committed region of 4 pages with contents, its second page locked."""
+        """Return a committed region of 4 pages with contents; its second page is locked."""
         region = pyreserve.reserve(4 * PAGE_SIZE, mode=mode)
         region.commit(0, region.size)
         region.view(0, region.size)[:] = b"\xaa" * region.size
@@ -1135,7 +1135,7 @@ class TestLockedMemory:
     @pytest.mark.parametrize("lazy", [False, True])
     @pytest.mark.parametrize(("first", "pages"), [(0, 4), (1, 1), (0, 2), (1, 3)])
     def test_discard_drops_it(self, mode: Mode, lazy: bool, first: int, pages: int) -> None:
-        """Locked bytes that are discarded read zero; before Linux 5.18 EINVAL refuses that."""
+        """Discarded locked bytes read zero; before Linux 5.18 the discard fails with EINVAL."""
         region = self.locked(mode)
         whole = region.view(0, region.size)
 
@@ -1156,7 +1156,7 @@ class TestLockedMemory:
     @modes
     @pytest.mark.parametrize(("first", "pages"), [(0, 4), (1, 1), (0, 2), (1, 3)])
     def test_decommit_is_granted(self, mode: Mode, first: int, pages: int) -> None:
-        """Locked bytes can be decommitted, and read zero when they are committed again."""
+        """Locked bytes can be decommitted, and read zero when committed again."""
 
         def child() -> None:
             region = self.locked(mode)
@@ -1173,7 +1173,7 @@ class TestLockedMemory:
 
     @modes
     def test_release_is_granted(self, mode: Mode) -> None:
-        """A region with locked bytes is released like any other."""
+        """A region with locked bytes can be released."""
         region = self.locked(mode)
 
         region.release()
@@ -1196,12 +1196,12 @@ class TestErrors:
     def test_each_is_a_builtin_too(
         self, error: type[PyreserveError], builtin: type[Exception]
     ) -> None:
-        """Each error is a PyreserveError and the builtin that a caller would think of."""
+        """Each error is a PyreserveError and also the builtin that a caller would catch."""
         assert issubclass(error, PyreserveError)
         assert issubclass(error, builtin)
 
     def test_a_view_error_names_the_range_and_the_views(self, region: Region) -> None:
-        """A refusal for live views says which range was asked for and how many views hold it."""
+        """A ViewError has the refused range and the number of live views."""
         region.commit(0, region.size)
         views = [region.view(i * PAGE_SIZE, 16) for i in range(5)]
 

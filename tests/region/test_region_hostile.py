@@ -1,4 +1,4 @@
-"""Whatever a caller does: a documented exception, and the state before is the state after."""
+"""Invalid and hostile use: a documented exception, and the region is unchanged."""
 
 import contextlib
 import copy
@@ -37,7 +37,7 @@ def call(region: Region, verb: str, offset: Any, length: Any) -> Any:
 
 
 def state(region: Region) -> tuple[object, ...]:
-    """All that can be seen of a region, from inside and from outside."""
+    """Return all observable state of a region: its own and the kernel's."""
     return (
         region.base,
         region.size,
@@ -53,7 +53,7 @@ def state(region: Region) -> tuple[object, ...]:
 
 @pytest.fixture
 def used(region: Region) -> Region:
-    """A region of which pages 0-3 and 8-11 are committed and hold something."""
+    """A region with pages 0-3 and 8-11 committed and filled."""
     for first in (0, 8):
         region.commit(first * PAGE_SIZE, 4 * PAGE_SIZE)
         region.view(first * PAGE_SIZE, 4 * PAGE_SIZE)[:] = b"\xaa" * (4 * PAGE_SIZE)
@@ -79,7 +79,7 @@ OUTSIDE = [
         for huge in (1 << bits, (1 << bits) - PAGE_SIZE)
         for place in [(huge, PAGE_SIZE), (0, huge), (-huge, PAGE_SIZE), (0, -huge), (huge, huge)]
     ),
-    # The end overflows 64 bits, and would then lie inside.
+    # The end overflows 64 bits and would then be inside the region.
     (PAGE_SIZE, (1 << 64) - PAGE_SIZE),
     ((1 << 64) - PAGE_SIZE, 2 * PAGE_SIZE),
     ((1 << 63) + PAGE_SIZE, 1 << 63),
@@ -129,7 +129,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("verb", PAGE_VERBS)
     def test_ranges_outside_under_a_view(self, used: Region, verb: str) -> None:
-        """With a live view, a range outside is refused all the same."""
+        """A live view does not change which ranges are refused."""
 
         def child() -> None:
             view = used.view(PAGE_SIZE, 10)
@@ -146,7 +146,7 @@ class TestArguments:
     @pytest.mark.parametrize("verb", PAGE_VERBS)
     @pytest.mark.parametrize(("offset", "length"), MISALIGNED)
     def test_parts_of_pages(self, used: Region, verb: str, offset: int, length: int) -> None:
-        """A verb on pages refuses what is not whole pages and never rounds."""
+        """Verbs on pages refuse parts of pages; they do not round."""
         before = state(used)
 
         with pytest.raises(RangeError, match="multiples of the OS page"):
@@ -157,12 +157,12 @@ class TestArguments:
     @pytest.mark.parametrize("verb", [*PAGE_VERBS, "view", "is_committed"])
     @pytest.mark.parametrize("value", NO_INTEGERS, ids=repr)
     def test_what_is_no_integer(self, used: Region, verb: str, value: object) -> None:
-        """An offset or a length that is no integer is a TypeError."""
+        """An offset or length that is not an integer is a TypeError."""
         before = state(used)
 
         with pytest.raises(TypeError):
             call(used, verb, value, PAGE_SIZE)
-        if value is not None or verb == "is_committed":  # None: to the end of the region
+        if value is not None or verb == "is_committed":  # None means: to the end of the region
             with pytest.raises(TypeError):
                 call(used, verb, 0, value)
 
@@ -172,7 +172,7 @@ class TestArguments:
         "value", [v for v in NO_INTEGERS if not isinstance(v, tuple)], ids=repr
     )
     def test_ndarrays_of_no_integer(self, used: Region, value: Any) -> None:
-        """An ndarray's offset and shape must be integers too."""
+        """Offset and shape of an ndarray must be integers, too."""
         before = state(used)
 
         with pytest.raises(TypeError):
@@ -184,7 +184,7 @@ class TestArguments:
         assert state(used) == before
 
     def test_whatever_has_an_index_is_an_integer(self, used: Region) -> None:
-        """Integers of other libraries are taken for what they are."""
+        """Integers of other libraries are accepted."""
         used.commit(np.int64(4 * PAGE_SIZE), np.uint32(PAGE_SIZE))  # type: ignore[arg-type]
 
         assert used.is_committed(4 * PAGE_SIZE, PAGE_SIZE)
@@ -193,7 +193,7 @@ class TestArguments:
         ("offset", "length"), [p for p in OUTSIDE if p[0] < 0 or p[1] <= 0], ids=repr
     )
     def test_is_committed_of_nothing(self, used: Region, offset: int, length: int) -> None:
-        """A negative offset or a length that is not positive is no question."""
+        """A negative offset or a length that is not positive is a RangeError."""
         with pytest.raises(RangeError):
             used.is_committed(offset, length)
 
@@ -205,7 +205,7 @@ class TestArguments:
         assert used.is_committed(offset, length) is False
 
     def test_an_index_that_raises(self, used: Region) -> None:
-        """An exception out of an argument's own __index__ comes through, and no lock stays held."""
+        """An exception of an argument's __index__ reaches the caller, and no lock stays held."""
 
         class Rude:
             def __index__(self) -> int:
@@ -223,7 +223,7 @@ class TestArguments:
         assert other == [before]
 
     def test_an_index_that_releases(self) -> None:
-        """An argument whose __index__ releases the region meets a released region."""
+        """If an argument's __index__ releases the region, the call raises ReleasedError."""
         for verb in [*PAGE_VERBS, "view", "is_committed"]:
             region = pyreserve.reserve(SIZE)
             region.commit(0, SIZE)
@@ -240,7 +240,7 @@ class TestArguments:
 class TestReserveArguments:
     @pytest.mark.parametrize("size", [0, -1, -PAGE_SIZE, -(1 << 63), -(1 << 64), -(1 << 70)])
     def test_sizes_that_are_not_positive(self, size: int) -> None:
-        """A region has a positive size."""
+        """The size must be positive."""
         with pytest.raises(RangeError, match="positive"):
             pyreserve.reserve(size)
 
@@ -258,7 +258,7 @@ class TestReserveArguments:
     )
     @pytest.mark.parametrize("more", [{}, {"guard": True}, {"align": 1 << 21}, {"mode": "charge"}])
     def test_sizes_beyond_all_addresses(self, size: int, more: dict[str, Any]) -> None:
-        """A size that overflows, by itself or with its guards, is out of memory and says why."""
+        """A size that overflows, alone or with its guards, is OutOfMemoryError with a reason."""
         with pytest.raises(OutOfMemoryError) as caught:
             pyreserve.reserve(size, **more)
 
@@ -267,7 +267,7 @@ class TestReserveArguments:
     @witness.only_64_bit
     @pytest.mark.parametrize("shift", [48, 57, 62, 63])
     def test_alignments_beyond_all_addresses(self, shift: int) -> None:
-        """An alignment that no free address can have is out of memory."""
+        """An alignment that no free address has is OutOfMemoryError."""
         with pytest.raises(OutOfMemoryError) as caught:
             pyreserve.reserve(PAGE_SIZE, align=1 << shift)
 
@@ -276,7 +276,7 @@ class TestReserveArguments:
     @pytest.mark.parametrize("value", [v for v in NO_INTEGERS if v is not None], ids=repr)
     @pytest.mark.parametrize("where", ["at", "hint", "align"])
     def test_numbers_that_are_none(self, value: Any, where: str) -> None:
-        """Every number that says where must be an integer; an alignment may be a size."""
+        """Addresses must be integers; an alignment may also be a size such as "2MiB"."""
         if where == "align" and isinstance(value, str):
             value = "a page"
         with pytest.raises(ValueError if value == "a page" else TypeError):
@@ -284,7 +284,7 @@ class TestReserveArguments:
 
     @pytest.mark.parametrize("value", NO_INTEGERS, ids=repr)
     def test_sizes_that_are_no_integers(self, value: Any) -> None:
-        """The size must be an integer, or a string that parse_size reads."""
+        """The size must be an integer, or a string accepted by parse_size."""
         if isinstance(value, str):
             value = "4096 pages"
         with pytest.raises(ValueError if isinstance(value, str) else TypeError):
@@ -301,7 +301,7 @@ class TestReserveArguments:
         [0, -PAGE_SIZE, 1, PAGE_SIZE + 1, (1 << 40) + 1, 1 << 64, 1 << 70, (1 << 64) - 1],
     )
     def test_addresses_that_make_no_sense(self, where: str, address: int) -> None:
-        """An address is positive, page-aligned and fits a pointer."""
+        """An address must be positive, page-aligned and fit a pointer."""
         with pytest.raises(RangeError):
             pyreserve.reserve(PAGE_SIZE, **{where: address})  # type: ignore[arg-type]
 
@@ -311,7 +311,7 @@ class TestReserveArguments:
         "address", [(1 << 64) - PAGE_SIZE, (1 << 64) - 2 * PAGE_SIZE, 1 << 63, 1 << 60]
     )
     def test_addresses_that_no_process_has(self, address: int, guard: bool) -> None:
-        """The kernel's own addresses are refused as `at`, and are a hint like any other."""
+        """Addresses of the kernel are refused as `at`, and accepted as hint."""
         with pytest.raises(VMError):
             pyreserve.reserve(2 * PAGE_SIZE, at=address, guard=guard)
 
@@ -319,19 +319,19 @@ class TestReserveArguments:
             assert region.base < 1 << 57
 
     def test_the_first_page_is_not_to_be_had_with_a_guard(self) -> None:
-        """At the lowest page there is no room for a guard below."""
+        """At the lowest page there is no space for a guard below."""
         with pytest.raises(RangeError, match="guard"):
             pyreserve.reserve(PAGE_SIZE, at=PAGE_SIZE, guard=True)
 
     @pytest.mark.parametrize("align", [0, -1, 3, PAGE_SIZE + 1, 3 * PAGE_SIZE, 1 << 64, 1 << 70])
     def test_alignments_that_are_no_powers_of_two(self, align: int) -> None:
-        """An alignment is a power of two that an address can have."""
+        """An alignment must be a power of two that fits an address."""
         with pytest.raises(RangeError):
             pyreserve.reserve(PAGE_SIZE, align=align)
 
     @witness.only_64_bit
     def test_places_that_contradict(self) -> None:
-        """`at` excludes a hint, and must itself be aligned as asked."""
+        """`at` excludes a hint, and must itself be a multiple of `align`."""
         with pytest.raises(ValueError, match="mutually exclusive"):
             pyreserve.reserve(PAGE_SIZE, at=1 << 40, hint=1 << 40)
         with pytest.raises(RangeError, match="multiple"):
@@ -340,14 +340,14 @@ class TestReserveArguments:
     @pytest.mark.parametrize("word", ["mode", "fork", "huge_pages"])
     @pytest.mark.parametrize("value", ["", "COPY", "always", None, 0, b"copy", True])
     def test_words_that_are_not_known(self, word: str, value: object) -> None:
-        """An unknown word is a ValueError that lists the known ones."""
+        """An unknown policy is a ValueError that lists the known values."""
         with pytest.raises(ValueError, match=f"{word} must be one of"):
             pyreserve.reserve(PAGE_SIZE, **{word: value})  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("word", ["mode", "fork", "huge_pages"])
     @pytest.mark.parametrize("value", [[], {}, bytearray()])
     def test_words_that_can_not_be_looked_up(self, word: str, value: object) -> None:
-        """Something unhashable in the place of a word is refused like any other."""
+        """An unhashable policy is refused like any unknown one."""
         with pytest.raises((TypeError, ValueError)):
             pyreserve.reserve(PAGE_SIZE, **{word: value})  # type: ignore[arg-type]
 
@@ -355,18 +355,18 @@ class TestReserveArguments:
         "name", ["", "n" * 80, "a[b", "a]b", "a\\b", "a$b", "a`b", "ä", "a\n", "a\0b", "\x7f"]
     )
     def test_names_that_the_kernel_does_not_take(self, name: str) -> None:
-        """A name is printable ASCII without []\\$`, 1 to 79 characters."""
+        r"""A name must be 1 to 79 printable ASCII characters without []\$`."""
         with pytest.raises(ValueError, match="name must be 1 to 79"):
             pyreserve.reserve(PAGE_SIZE, name=name)
 
     @pytest.mark.parametrize("name", [b"name", 1, ["n"]])
     def test_names_that_are_no_strings(self, name: Any) -> None:
-        """A name is a string."""
+        """A name must be a string."""
         with pytest.raises(TypeError, match="string"):
             pyreserve.reserve(PAGE_SIZE, name=name)
 
     def test_a_refused_reservation_leaves_nothing(self) -> None:
-        """No address stays reserved after any number of refused reservations."""
+        """Refused reservations leave no addresses reserved."""
         grown = witness.fresh_python(
             """
             import contextlib, json, pyreserve
@@ -415,7 +415,7 @@ class TestAfterRelease:
     @pytest.mark.parametrize("method", [m for _, m in METHODS], ids=[n for n, _ in METHODS])
     @pytest.mark.parametrize("was_used", [False, True])
     def test_everything_says_so(self, method: Callable[[Region], object], was_used: bool) -> None:
-        """After release every method raises ReleasedError, whether the region was used or not."""
+        """After release every method raises ReleasedError, whether or not the region was used."""
         region = pyreserve.reserve(SIZE)
         if was_used:
             region.commit(0, SIZE)
@@ -430,7 +430,7 @@ class TestAfterRelease:
         assert region.size == SIZE
 
     def test_the_addresses_belong_to_others(self) -> None:
-        """A released region can't touch what is mapped in its place later."""
+        """A released region cannot touch a later mapping at its addresses."""
         old = pyreserve.reserve(SIZE)
         base = old.base
         old.release()
@@ -451,7 +451,7 @@ class TestAfterRelease:
         new.release()
 
     def test_dropping_a_released_region_unmaps_nothing(self) -> None:
-        """A region that was released by hand is not unmapped a second time when it is dropped."""
+        """Dropping a released region does not unmap its addresses a second time."""
         old: Region | None = pyreserve.reserve(SIZE)
         assert old is not None
         base = old.base
@@ -537,7 +537,7 @@ class TestLiveViews:
     def test_consumers_pin_their_bytes(
         self, used: Region, consumer: Callable[[memoryview], object]
     ) -> None:
-        """Whatever was made from a view pins its bytes until that is gone, and then no longer."""
+        """Any object made from a view pins its bytes until that object is gone."""
         held: object = consumer(used.view(self.OFFSET, self.LENGTH))
         before = state(used)
 
@@ -559,7 +559,7 @@ class TestLiveViews:
     def test_bytes_beside_a_view_are_free(
         self, used: Region, consumer: Callable[[memoryview], object]
     ) -> None:
-        """A decommit that overlaps no view is granted, though the view's exporter reaches there."""
+        """A decommit beside a view succeeds, even if the buffer behind the view extends there."""
         held: object = consumer(used.view(self.OFFSET, self.LENGTH))
 
         used.decommit(0, 2 * PAGE_SIZE)
@@ -573,7 +573,7 @@ class TestLiveViews:
     def test_bytes_outlive_the_region_object(
         self, consumer: Callable[[memoryview], object]
     ) -> None:
-        """When the region object is gone, its bytes stay mapped for whatever still shows them."""
+        """Bytes of a garbage region stay mapped while any object shows them."""
         region: Region | None = pyreserve.reserve(1 << 30)
         assert region is not None
         base = region.base
@@ -592,7 +592,7 @@ class TestLiveViews:
         assert not witness.is_mapped(base)
 
     def test_the_other_verbs_are_allowed(self, used: Region) -> None:
-        """Commit, populate and discard take no bytes away, so a view does not hinder them."""
+        """Commit, populate and discard keep bytes accessible, so they are allowed under views."""
         view = used.view(self.OFFSET, self.LENGTH)
 
         used.commit(0, used.size)
@@ -604,7 +604,7 @@ class TestLiveViews:
         assert bytes(view) == bytes(self.LENGTH)
 
     def test_views_that_only_touch_a_page(self, used: Region) -> None:
-        """A view of the last byte of a page and the first of the next pins both, no third."""
+        """A view of the last byte of one page and the first of the next pins these two pages."""
         view = used.view(2 * PAGE_SIZE - 1, 2)
 
         for first, refused in [(0, False), (1, True), (2, True), (3, False)]:
@@ -617,7 +617,7 @@ class TestLiveViews:
         assert bytes(view) == b"\xaa\xaa"
 
     def test_leaving_a_with_block_under_a_view(self) -> None:
-        """A with block that leaks a view closes the region, and the view keeps the addresses."""
+        """Leaving a with block under a view closes the region; the view keeps the addresses."""
         region = pyreserve.reserve(SIZE)
         base = region.base
         with region:
@@ -631,7 +631,7 @@ class TestLiveViews:
         assert not witness.is_mapped(base)
 
     def test_a_view_of_reserved_bytes_pins_nothing(self, used: Region) -> None:
-        """A refused view leaves no trace in the books."""
+        """A refused view pins nothing."""
         for _ in range(1000):
             with pytest.raises(RangeError):
                 used.view(PAGE_SIZE, 4 * PAGE_SIZE)
@@ -643,7 +643,7 @@ class TestLiveViews:
 class TestCopies:
     @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
     def test_pickling_is_refused(self, used: Region, protocol: int) -> None:
-        """A region is addresses of this process: pickling it is a TypeError."""
+        """Pickling a region is a TypeError."""
         before = state(used)
 
         with pytest.raises(TypeError, match="pickled or copied"):
@@ -653,7 +653,7 @@ class TestCopies:
 
     @pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy])
     def test_copying_is_refused(self, used: Region, copier: Callable[[object], object]) -> None:
-        """A region can't be copied either, shallow or deep."""
+        """Copying a region, shallow or deep, is a TypeError."""
         before = state(used)
 
         with pytest.raises(TypeError, match="pickled or copied"):
@@ -662,14 +662,14 @@ class TestCopies:
         assert state(used) == before
 
     def test_no_attributes_can_be_added(self, used: Region) -> None:
-        """A region has no room for a caller's attributes."""
+        """A region has no __dict__ for a caller's attributes."""
         with pytest.raises(AttributeError):
             used.comitted = 5  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def collecting_at_every_step() -> Iterator[None]:
-    """Let the garbage collector, and so finalisers, run at nearly every allocation."""
+    """Run the garbage collector, and so finalisers, at nearly every allocation."""
     before = gc.get_threshold()
     gc.set_threshold(1)
     try:
@@ -679,12 +679,12 @@ def collecting_at_every_step() -> Iterator[None]:
 
 
 class TestFinalisers:
-    """Finalisers that run inside a call on a region and call the region themselves."""
+    """Finalisers that run inside a call on a region and call its methods."""
 
     @staticmethod
     def interrupted(region: Region, act: Callable[[], None]) -> list[type[Exception]]:
         """Call the region's methods while finalisers call `act`; return what that raised."""
-        # Not the exceptions: their tracebacks hold the frames of the calls they interrupted.
+        # Not the exceptions: their tracebacks refer to the frames of interrupted calls.
         raised: list[type[Exception]] = []
 
         class Garbage:
@@ -721,7 +721,7 @@ class TestFinalisers:
         ids=["commit", "decommit", "committed_runs", "discard", "repr"],
     )
     def test_verbs_inside_a_finaliser(self, act: Callable[[Region], object]) -> None:
-        """Every verb but view may run inside a finaliser that interrupts a call on the region."""
+        """A finaliser that interrupts a call on the region may call every verb except view."""
 
         def child() -> None:
             region = pyreserve.reserve(SIZE)
@@ -737,7 +737,7 @@ class TestFinalisers:
         witness.in_child(child)
 
     def test_views_inside_a_finaliser(self) -> None:
-        """A view made in a finaliser works or is refused by RuntimeError, and the books hold."""
+        """A view made in a finaliser works or raises RuntimeError, and the counters stay exact."""
 
         def child() -> None:
             region = pyreserve.reserve(SIZE)
@@ -759,7 +759,7 @@ class TestFinalisers:
         witness.in_child(child)
 
     def test_a_release_inside_a_finaliser(self) -> None:
-        """A finaliser that releases the region leaves a released region, never a crash."""
+        """A finaliser that releases the region during a call leaves it released; no crash."""
 
         def child() -> None:
             for _ in range(20):
@@ -775,7 +775,7 @@ class TestFinalisers:
     @pytest.mark.parametrize("threshold", [1, 7, 50, 333, 1000])
     @pytest.mark.parametrize("act", ["release", "commit", "decommit"])
     def test_a_list_of_runs_is_one_moment(self, act: str, threshold: int) -> None:
-        """What a finaliser does while the runs are listed shows wholly or not at all."""
+        """A list of runs shows a finaliser's change to the region wholly or not at all."""
 
         def child() -> None:
             pages = 4000

@@ -1,4 +1,4 @@
-"""A region driven at random against a model, with the kernel as the witness."""
+"""Random operations on a region, against a model and with the kernel as the witness."""
 
 from typing import Literal
 
@@ -29,7 +29,7 @@ Held = tuple[memoryview, int, int]
 
 
 class RegionMachine(RuleBasedStateMachine):
-    """The model: for each page None if reserved, else the set of bytes it may be full of."""
+    """The model has for each page None if reserved, else the set of bytes that may fill it."""
 
     held = Bundle("held")
 
@@ -144,26 +144,26 @@ class RegionMachine(RuleBasedStateMachine):
             with pytest.raises(RangeError):
                 self.alive.view(lo, length, readonly=readonly)
             return None
-        made = self.alive.view(lo, length, readonly=readonly), lo, hi
-        self.views.append(made)
-        return made
+        held_view = self.alive.view(lo, length, readonly=readonly), lo, hi
+        self.views.append(held_view)
+        return held_view
 
-    @rule(which=consumes(held), again=st.booleans())
-    def drop_view(self, which: Held | None, again: bool) -> None:
-        if which is None:
+    @rule(held_view=consumes(held), again=st.booleans())
+    def drop_view(self, held_view: Held | None, again: bool) -> None:
+        if held_view is None:
             return
-        view, lo, hi = which
-        self.views = [other for other in self.views if other is not which]
-        # The bundle's own references to it are not ours to drop: releasing it is enough.
+        view, lo, hi = held_view
+        self.views = [other for other in self.views if other is not held_view]
+        # Only release the view: the bundle keeps its own references to it.
         if again and hi - lo > 1:
             view[1:].release()
         view.release()
 
-    @rule(which=held)
-    def read_view(self, which: Held | None) -> None:
-        if which is None:
+    @rule(held_view=held)
+    def read_view(self, held_view: Held | None) -> None:
+        if held_view is None:
             return
-        view, lo, hi = which
+        view, lo, hi = held_view
         for i in range(lo // PAGE_SIZE, -(-hi // PAGE_SIZE)):
             a, b = max(lo, i * PAGE_SIZE) - lo, min(hi, (i + 1) * PAGE_SIZE) - lo
             may_be = self.pages[i]
@@ -209,8 +209,8 @@ class RegionMachine(RuleBasedStateMachine):
             return
         for i, may_be in enumerate(self.pages):
             if may_be is not None:
-                found = witness.peek(self.base + i * PAGE_SIZE, PAGE_SIZE)
-                assert found in {bytes([byte]) * PAGE_SIZE for byte in may_be}
+                contents = witness.peek(self.base + i * PAGE_SIZE, PAGE_SIZE)
+                assert contents in {bytes([byte]) * PAGE_SIZE for byte in may_be}
 
     def teardown(self) -> None:
         if self.region is None or self.region.released:
