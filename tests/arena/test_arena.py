@@ -1,4 +1,4 @@
-"""Arenas: layouts alive, held against real Go binaries and against /proc/self/maps."""
+"""Arenas in every layout, compared with traces of real Go binaries and with /proc/self/maps."""
 
 import functools
 import gc
@@ -51,23 +51,23 @@ needs_low_addresses = pytest.mark.skipif(
 
 
 def live(low: int, high: int) -> list[tuple[int, int, str]]:
-    """What /proc/self/maps shows in a range."""
-    found = []
+    """Return the mappings that /proc/self/maps shows in a range."""
+    pieces = []
     for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
         addresses, perms = line.split()[:2]
         start, end = (int(address, 16) for address in addresses.split("-"))
         if start < high and end > low:
-            found.append((max(start, low), min(end, high), perms))
-    return found
+            pieces.append((max(start, low), min(end, high), perms))
+    return pieces
 
 
 def plain(arena: Arena) -> list[tuple[int, int, str]]:
-    """What the arena says of its mappings."""
+    """Return the mappings that the arena reports."""
     return [(piece.start, piece.end, piece.perms) for piece in arena.maps()]
 
 
 def predicted(arena: Arena) -> list[tuple[int, int, str]]:
-    """What the plan says of them."""
+    """Return the mappings that its placement predicts."""
     return [(start, end, perms) for start, end, perms, _ in arena.placement.maps(PAGE_SIZE)]
 
 
@@ -78,7 +78,7 @@ def byte_at(arena: Arena, address: int) -> int:
 
 @pytest.fixture(params=layout_names())
 def any_arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
-    """An arena of every layout, released at the end unless the test did."""
+    """An arena in every layout, released at the end unless the test has done so."""
     arena = Arena(layout=request.param)
     yield arena
     gc.collect()
@@ -98,7 +98,7 @@ GROW_AND_LOOK = """
             "base": arena.placement.start,
             "in_use": arena.in_use,
             "live": live(arena.placement.start, arena.placement.end),
-            "told": plain(arena.maps()),
+            "reported": plain(arena.maps()),
             "planned": plain(arena.placement.maps(PAGE_SIZE)),
         }))
 """
@@ -113,13 +113,13 @@ class TestGoldenTraces:
     )
     @needs_64_bits
     def test_amd64(self, trace: golden.Trace) -> None:
-        """The kernel shows this process as it showed the real Go binary, address for address."""
-        found = in_child(GROW_AND_LOOK, trace.layout, str(trace.growths))
+        """The kernel shows the mappings of the real Go binary, address for address."""
+        result = in_child(GROW_AND_LOOK, trace.layout, str(trace.growths))
 
-        assert relative(found["live"], 0) == trace.ranges()
-        assert found["live"] == found["told"] == found["planned"]
-        assert found["in_use"] == trace.growths * MiB
-        assert found["fell_back"] is None
+        assert relative(result["live"], 0) == trace.ranges()
+        assert result["live"] == result["reported"] == result["planned"]
+        assert result["in_use"] == trace.growths * MiB
+        assert result["fell_back"] is None
 
     @pytest.mark.parametrize(
         "trace",
@@ -127,12 +127,12 @@ class TestGoldenTraces:
         ids=lambda trace: trace.name,
     )
     def test_386(self, trace: golden.Trace) -> None:
-        """The 386 layout shows the same mappings as the real binary, wherever it came to lie."""
-        found = in_child(GROW_AND_LOOK, trace.layout, str(trace.growths))
+        """The 386 layout has the mappings of the real binary, relative to its base."""
+        result = in_child(GROW_AND_LOOK, trace.layout, str(trace.growths))
 
         base = layouts.get(trace.layout).hints[0]
-        assert relative(found["live"], found["base"]) == trace.ranges(base)
-        assert found["live"] == found["told"] == found["planned"]
+        assert relative(result["live"], result["base"]) == trace.ranges(base)
+        assert result["live"] == result["reported"] == result["planned"]
 
     @pytest.mark.parametrize(
         "trace",
@@ -141,23 +141,25 @@ class TestGoldenTraces:
     )
     @needs_64_bits
     def test_fallback(self, trace: golden.Trace) -> None:
-        """Under ulimit -v the layout falls back to what the real binary fell back to."""
+        """Under ulimit -v the layout falls back to the same layout as the real binary."""
         nbytes = (trace.rlimit_as_kib or 0) * KiB
         lowered = f"resource.setrlimit(resource.RLIMIT_AS, ({nbytes}, -1))\n"
 
-        found = in_child(lowered + textwrap.dedent(GROW_AND_LOOK), trace.layout, str(trace.growths))
+        result = in_child(
+            lowered + textwrap.dedent(GROW_AND_LOOK), trace.layout, str(trace.growths)
+        )
 
-        assert (found["requested"], found["layout"]) == (trace.layout, trace.used_layout)
-        because, limit = found["fell_back"]
+        assert (result["requested"], result["layout"]) == (trace.layout, trace.used_layout)
+        because, limit = result["fell_back"]
         assert limit == "RLIMIT_AS"
         assert "ulimit -v" in because
         base = layouts.get("fallback").hints[0]
-        assert relative(found["live"], found["base"]) == trace.ranges(base)
-        assert found["live"] == found["told"] == found["planned"]
+        assert relative(result["live"], result["base"]) == trace.ranges(base)
+        assert result["live"] == result["reported"] == result["planned"]
 
     def test_the_386_binary_dies_at_the_same_byte(self) -> None:
-        """386 runs out after exactly as many bytes as the real binary, in the same words."""
-        found = in_child(
+        """386 runs out of memory at the same byte as the real binary, with the same message."""
+        result = in_child(
             """
             arena = Arena(layout="go-tip-2014-12/386")
             with contextlib.suppress(OutOfMemoryError):
@@ -177,21 +179,21 @@ class TestGoldenTraces:
             """
         )
 
-        start = found["arena_start"]
-        message, *facts = found["refused"]
+        start = result["arena_start"]
+        message, *facts = result["refused"]
         window = f"not in usable range [{start:#x},{start + 2 * GiB:#x})"
         assert "memory allocated by OS (" in message
         assert window in message
         assert "cannot allocate 1048576-byte block (1879048192 in use)" in message
         assert facts == ["grow", MiB, "layout"]
-        assert found["in_use"] == 1_879_048_192
-        assert found["same"]
-        assert len(found["owned"]) == 1
-        assert found["live"] == found["planned"]
+        assert result["in_use"] == 1_879_048_192
+        assert result["same"]
+        assert len(result["owned"]) == 1
+        assert result["live"] == result["planned"]
 
     def test_the_386_arena_is_usable_afterwards(self) -> None:
-        """An arena whose growth was refused keeps its blocks and hands out what is left."""
-        found = in_child(
+        """An arena whose growth was refused keeps its blocks; its remaining bytes can be taken."""
+        result = in_child(
             """
             arena = Arena(layout="go-tip-2014-12/386")
             first = arena.grow(MiB)
@@ -211,7 +213,7 @@ class TestGoldenTraces:
             """
         )
 
-        assert found == [True, 1_879_048_192 + GO_PAGE]
+        assert result == [True, 1_879_048_192 + GO_PAGE]
 
 
 class TestReservation:
@@ -219,8 +221,8 @@ class TestReservation:
         "name", [name for name in RESERVED if WORD == 8 or name in (LAYOUT_32, "go1.5/386")]
     )
     def test_vsz_grows_by_the_total(self, name: str) -> None:
-        """A reserve layout adds exactly its total to VmSize and to nothing else."""
-        found = in_child(
+        """A reserve layout adds exactly its total to VmSize, and nothing to VmData."""
+        result = in_child(
             """
             name = sys.argv[1]
             for _ in range(2):
@@ -240,7 +242,7 @@ class TestReservation:
             name,
         )
 
-        before, after, grown, committed, released = found
+        before, after, grown, committed, released = result
         total = round_up(layouts.get(name, word=WORD).total(), PAGE_SIZE)
         assert after[0] - before[0] == total
         assert after[1] == before[1]
@@ -250,8 +252,8 @@ class TestReservation:
     @pytest.mark.parametrize("name", ["go1.4/amd64", "go1.5/amd64", "go1.10/amd64"])
     @needs_64_bits
     def test_probing_takes_nothing(self, name: str) -> None:
-        """A probe layout owns no address until it grows, and then only what is mapped."""
-        found = in_child(
+        """A probe layout owns no addresses until it grows, and then only mapped ones."""
+        result = in_child(
             """
             name = sys.argv[1]
             for _ in range(2):
@@ -269,13 +271,13 @@ class TestReservation:
             name,
         )
 
-        probed, owned, mapped, grown, reserved, committed = found
+        probed, owned, mapped, grown, reserved, committed = result
         assert (probed, owned) == (0, 0)
         assert all(perms == "rw-p" for _, _, perms in mapped)
         assert grown == reserved == committed == sum(end - start for start, end, _ in mapped)
 
     def test_the_default_is_native(self) -> None:
-        """Without arguments the arena is native, of 128 GiB or, on 32 bits, 512 MiB."""
+        """The default arena is native, of 128 GiB or, on 32 bits, 512 MiB."""
         with Arena() as arena:
             assert arena.layout.name == "native"
             assert arena.layout.arena == (128 * GiB if WORD == 8 else 512 * MiB)
@@ -284,7 +286,7 @@ class TestReservation:
 
     @pytest.mark.parametrize("size", ["10MiB", "10 mib", 10 * MiB, str(10 * MiB)])
     def test_sizes_as_words(self, size: int | str) -> None:
-        """A size is bytes or a string of `parse_size`, for arena, step, block, growth and trim."""
+        """Sizes of arena, step, block, growth and trim are bytes or strings of `parse_size`."""
         with Arena(size, step="256KiB") as arena:
             assert arena.layout.arena == 10 * MiB
             block = arena.alloc("64KiB", align="1MiB")
@@ -295,19 +297,19 @@ class TestReservation:
 
     @pytest.mark.parametrize("name", layouts.names())
     def test_a_layout_given_as_size(self, name: str) -> None:
-        """The name of a layout in the place of the size is refused, with the right argument."""
+        """A layout name given as the size is refused; the message has the right argument."""
         with pytest.raises(RangeError, match=f"use layout='{name}'"):
             Arena(name)
 
     @pytest.mark.parametrize("size", ["", "big", "10 miles", "1.5"])
     def test_sizes_that_are_none(self, size: str) -> None:
-        """Other strings are no sizes."""
+        """A string that is not a size is a ValueError."""
         for use in (Arena, lambda step: Arena(MiB, step=step)):
             with pytest.raises(ValueError, match="not a"):
                 use(size)
 
     def test_a_native_arena_has_the_size_asked_for(self) -> None:
-        """The native layout reserves the size in whole pages, and nothing beside it."""
+        """The native layout reserves exactly the size, in whole pages."""
         with Arena(10 * MiB + 1) as arena:
             low, high = arena.placement.arena
 
@@ -316,7 +318,7 @@ class TestReservation:
             assert arena.placement.start == low == arena.region.base
 
     def test_a_native_arena_is_whole_wherever_it_lies(self) -> None:
-        """Every byte of the size that was asked for can be handed out, whatever address came."""
+        """The whole size is usable at any base address."""
         spacers = []
         for _ in range(6):
             with Arena(MiB) as arena:
@@ -325,45 +327,47 @@ class TestReservation:
                 assert arena.in_use == MiB
                 assert byte_at(arena, block + MiB - 1) == 0
                 gc.collect()
-            # Takes the place that became free, so that the next lies an odd page further on.
+            # Occupy the freed addresses, so that the next arena begins an odd page later.
             spacers.append(pyreserve.reserve(MiB + PAGE_SIZE))
         for spacer in spacers:
             spacer.release()
 
     def test_two_arenas_of_one_layout_do_not_meet(self) -> None:
-        """A second arena of the same layout takes other addresses."""
+        """Two arenas of one layout do not overlap."""
         name = layouts.default_name(WORD)
-        with Arena(layout=name) as one, Arena(layout=name) as other:
-            one.grow(MiB)
-            other.grow(MiB)
+        with Arena(layout=name) as first, Arena(layout=name) as second:
+            first.grow(MiB)
+            second.grow(MiB)
 
-            ranges = sorted((arena.placement.start, arena.placement.end) for arena in (one, other))
+            ranges = sorted(
+                (arena.placement.start, arena.placement.end) for arena in (first, second)
+            )
             assert ranges[0][1] <= ranges[1][0]
-            assert plain(one) == predicted(one)
-            assert plain(other) == predicted(other)
+            assert plain(first) == predicted(first)
+            assert plain(second) == predicted(second)
 
     @pytest.mark.parametrize("name", ["go2/amd64", "", "native "])
     def test_unknown_layouts(self, name: Any) -> None:
-        """A name that there is not is a KeyError."""
+        """An unknown layout name is a KeyError."""
         with pytest.raises(KeyError):
             Arena(layout=name)
 
     @pytest.mark.parametrize(("name", "size"), [("native", 0), ("native", -1), (LAYOUT_32, MiB)])
     def test_sizes_that_make_no_sense(self, name: LayoutName, size: int) -> None:
-        """A size that is not positive, or for a layout that has its own, is refused."""
+        """A size that is not positive, or for another layout than native, is a RangeError."""
         with pytest.raises(RangeError):
             Arena(size, layout=name)
 
     @pytest.mark.parametrize("size", [2**62, 2**64, 2**70])
     def test_more_than_all_addresses(self, size: int) -> None:
-        """A size that no address space has is refused as memory that ran out."""
+        """A size beyond any address space is an OutOfMemoryError."""
         with pytest.raises(OutOfMemoryError):
             Arena(size)
 
     @needs_64_bits
     def test_neither_fits(self) -> None:
-        """Where a limit forbids the fallback too, the error names the limit."""
-        found = in_child(
+        """If a limit refuses the fallback too, the error names the limit."""
+        result = in_child(
             """
             limit("AS", 500 * MiB)
             try:
@@ -373,14 +377,14 @@ class TestReservation:
             """
         )
 
-        message, limit, verb = found
+        message, limit, verb = result
         assert message.startswith("cannot reserve arena virtual address space: ")
         assert (limit, verb) == ("RLIMIT_AS", "reserve")
 
     @needs_64_bits
     def test_a_probing_runtime_does_not_fall_back(self) -> None:
-        """Under ulimit -v probing succeeds, since it takes nothing, and growth dies later."""
-        found = in_child(
+        """Under ulimit -v probing succeeds, since it reserves nothing, and a later growth fails."""
+        result = in_child(
             """
             limit("AS", 100 * MiB)
             arena = Arena(layout="go1.4/amd64")
@@ -392,11 +396,11 @@ class TestReservation:
             """
         )
 
-        assert found == ["go1.4/amd64", None, MiB]
+        assert result == ["go1.4/amd64", None, MiB]
 
     def test_later_32_bit_releases_take_less(self) -> None:
-        """Where 512 MiB of arena are refused, Go 1.5's 32-bit layout takes 256 MiB, then 128."""
-        found = in_child(
+        """If 512 MiB of arena are refused, Go 1.5's 32-bit layout tries 256 MiB, then 128."""
+        result = in_child(
             """
             sizes = []
             for mib in (900, 600, 450):
@@ -410,12 +414,12 @@ class TestReservation:
             """
         )
 
-        assert found == [[512 * MiB, True], [256 * MiB, True], [128 * MiB, True]]
+        assert result == [[512 * MiB, True], [256 * MiB, True], [128 * MiB, True]]
 
 
 class TestGrowth:
     def test_blocks_follow_one_another_and_read_zero(self, any_arena: Arena) -> None:
-        """Blocks are neighbours in order, rounded up to whole pages, zero at first, writable."""
+        """Ranges from grow are consecutive, rounded up to whole pages, zero at first, writable."""
         page = max(GO_PAGE, PAGE_SIZE)
         sizes = [1, page, page + 1, MiB, 3 * MiB + 5]
 
@@ -436,7 +440,7 @@ class TestGrowth:
                 del view
 
     def test_the_kernel_shows_what_the_plan_says(self, any_arena: Arena) -> None:
-        """After each of many growths plan, arena and kernel agree on every mapping."""
+        """After each growth placement, arena and kernel agree on every mapping."""
         for nbytes in (1, MiB, 5 * MiB, 100 * MiB, GO_PAGE, 70 * MiB):
             any_arena.grow(nbytes)
 
@@ -447,14 +451,14 @@ class TestGrowth:
                 assert shown == predicted(any_arena)
 
     def test_maps_say_what_each_piece_is(self, any_arena: Arena) -> None:
-        """What the arena calls a piece is what the plan calls it."""
+        """The arena and its placement name the parts of each mapping alike."""
         any_arena.grow(MiB)
 
         assert any_arena.maps() == any_arena.placement.maps(PAGE_SIZE)
 
     @pytest.mark.parametrize("nbytes", [0, -1, -MiB])
     def test_only_by_a_positive_number(self, nbytes: int) -> None:
-        """An arena does not grow by nothing or by less."""
+        """grow refuses a size that is not positive."""
         with Arena(MiB) as arena:
             with pytest.raises(RangeError, match="positive"):
                 arena.grow(nbytes)
@@ -463,13 +467,13 @@ class TestGrowth:
 
     @pytest.mark.parametrize("nbytes", [1.5, [1], None])
     def test_only_by_a_number(self, nbytes: Any) -> None:
-        """What is no integer is no number of bytes."""
+        """grow refuses a size that is not an integer."""
         with Arena(MiB) as arena, pytest.raises(TypeError):
             arena.grow(nbytes)
 
     @pytest.mark.parametrize("nbytes", [2**40, 2**62, 2**63, 2**64 - 1, 2**64, 2**70])
     def test_more_than_there_is(self, any_arena: Arena, nbytes: int) -> None:
-        """More than any address space has is refused as memory that ran out; nothing changes."""
+        """A growth beyond any address space is an OutOfMemoryError; nothing changes."""
         any_arena.grow(MiB)
         before = any_arena.placement, any_arena.in_use, plain(any_arena)
 
@@ -480,7 +484,7 @@ class TestGrowth:
         any_arena.grow(MiB)
 
     def test_a_full_arena_says_so(self) -> None:
-        """An arena that is used up to the last byte refuses more and names its size."""
+        """A full arena refuses to grow; the message has its size."""
         with Arena(MiB) as arena:
             arena.grow(MiB)
 
@@ -494,7 +498,7 @@ class TestGrowth:
 
     @needs_64_bits
     def test_a_64_bit_arena_ends_with_its_slack(self) -> None:
-        """128 GiB and the slack can be handed out, not a page more."""
+        """128 GiB and the slack can be used, not a page more."""
         with Arena(layout="go-tip-2014-12/amd64") as arena:
             low, high = arena.placement.arena
             before = plain(arena)
@@ -506,7 +510,7 @@ class TestGrowth:
             assert plain(arena) == before
 
     def test_threads_get_different_blocks(self) -> None:
-        """Blocks that several threads take at once do not overlap, and all are counted."""
+        """Ranges taken by several threads at once do not overlap, and all are counted."""
         blocks: list[int] = []
         with Arena(layout=layouts.default_name(WORD)) as arena:
 
@@ -528,8 +532,8 @@ class TestGrowth:
 
 class TestGrowthOf32Bits:
     def test_something_above_the_arena_refuses_growth(self) -> None:
-        """Where the place above the arena is taken, the kernel answers outside: nothing changes."""
-        found = in_child(
+        """If the addresses above the arena are occupied, growth is refused and nothing changes."""
+        result = in_child(
             """
             arena = Arena(layout="go-tip-2014-12/386")
             while arena.placement.fits(MiB):
@@ -552,7 +556,7 @@ class TestGrowthOf32Bits:
             """
         )
 
-        (message, limit), same, in_use, leaked, offset, usable = found
+        (message, limit), same, in_use, leaked, offset, usable = result
         assert "not in usable range" in message
         assert "cannot allocate 1048576-byte block (536870912 in use)" in message
         assert limit == "layout"
@@ -563,7 +567,7 @@ class TestGrowthOf32Bits:
 
     @needs_low_addresses
     def test_a_jump(self) -> None:
-        """Addresses that come from further up in the window are used; the hole gets metadata."""
+        """Addresses further up in the window are used; the metadata covers the hole below them."""
         with Arena(layout=LAYOUT_32) as arena:
             while arena.placement.fits(MiB):
                 arena.grow(MiB)
@@ -590,7 +594,7 @@ class TestGrowthOf32Bits:
 
     @needs_low_addresses
     def test_the_last_resort(self) -> None:
-        """Memory that comes from inside the window is used as it is, wherever it lies."""
+        """Memory mapped inside the window is used wherever it is."""
         with Arena(layout=LAYOUT_32) as arena:
             while arena.placement.fits(MiB):
                 arena.grow(MiB)
@@ -614,7 +618,7 @@ class TestGrowthOf32Bits:
 
     @needs_low_addresses
     def test_addresses_outside_go_back(self) -> None:
-        """Addresses and memory that came from outside the window are given back at once."""
+        """Addresses and memory outside the window are unmapped at once."""
         with Arena(layout=LAYOUT_32) as arena:
             while arena.placement.fits(MiB):
                 arena.grow(MiB)
@@ -633,8 +637,8 @@ class TestGrowthOf32Bits:
 
     @needs_low_addresses
     def test_where_its_usual_place_is_taken_it_goes_elsewhere(self) -> None:
-        """With 0x08200000 occupied, 386 finds another place and still grows there to 1792 MiB."""
-        found = in_child(
+        """With 0x08200000 occupied, 386 is placed elsewhere and still grows to 1792 MiB."""
+        result = in_child(
             """
             hint = layouts.get("go-tip-2014-12/386").hints[0]
             try:
@@ -651,7 +655,7 @@ class TestGrowthOf32Bits:
             """
         )
 
-        assert found == [True, 1792 * MiB, 1, True, "---p"]
+        assert result == [True, 1792 * MiB, 1, True, "---p"]
 
 
 def _to(request: Request, hint: int) -> Request:
@@ -659,7 +663,7 @@ def _to(request: Request, hint: int) -> Request:
 
 
 def _steered(plan: Placement, steer: Callable[[Request], Request | None]) -> Placement:
-    """A plan whose requests are changed, or left out, before they are put to the kernel."""
+    """Return a placement whose requests are changed or dropped by `steer`."""
 
     class Steered(Placement):
         __slots__ = ()
@@ -684,45 +688,46 @@ def _steer(arena: Arena, steer: Callable[[Request], Request | None]) -> None:
 
 
 REFUSE_IN_THE_MIDDLE = """
-    name, which, room, wish = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    name, resource_name = sys.argv[1:3]
+    headroom, size = int(sys.argv[3]), int(sys.argv[4])
     arena = Arena(layout=name)
     block = arena.grow(20 * MiB)
     poke(arena, block, 20 * MiB)
     before, sizes, refused = state(arena), [], []
     for _ in range(4):
-        limit(which, room)
+        limit(resource_name, headroom)
         try:
-            arena.grow(wish)
+            arena.grow(size)
         except OutOfMemoryError as error:
             refused.append([error.limit, error.strerror])
-        limit(which, None)
+        limit(resource_name, None)
         gc.collect()
         sizes.append(status("VmSize"))
     after = state(arena)
     kept = arena.region.view(block - arena.region.base, 1)[0]
-    block = arena.grow(wish)
+    block = arena.grow(size)
     print(json.dumps({"refused": refused, "before": before, "after": after, "sizes": sizes,
-                      "kept": kept, "usable": poke(arena, block, wish),
-                      "told": plain(arena.maps()),
+                      "kept": kept, "usable": poke(arena, block, size),
+                      "reported": plain(arena.maps()),
                       "planned": plain(arena.placement.maps(PAGE_SIZE))}))
 """
 
 REFUSALS = [
-    # room for spans and bitmap, but not for the arena itself
+    # enough for spans and bitmap, but not for the arena itself
     pytest.param("go-tip-2014-12/amd64", "DATA", 30 * MiB, 300 * MiB, marks=needs_64_bits),
-    # room for spans alone
+    # enough for spans alone
     pytest.param("go-tip-2014-12/amd64", "DATA", 4 * MiB, 300 * MiB, marks=needs_64_bits),
     pytest.param(LAYOUT_32, "DATA", 50 * MiB, 300 * MiB),
-    # room for the new addresses, not for all that becomes memory there
+    # enough for the new addresses, not for the memory to commit there
     pytest.param(LAYOUT_32, "DATA", 50 * MiB, 600 * MiB),
     pytest.param(LAYOUT_32, "AS", 50 * MiB, 600 * MiB),
     pytest.param("go1.4/amd64", "AS", 30 * MiB, 300 * MiB, marks=needs_64_bits),
     pytest.param("go1.4/amd64", "DATA", 30 * MiB, 300 * MiB, marks=needs_64_bits),
     pytest.param("go1.10/amd64", "AS", 4 * MiB, 300 * MiB, marks=needs_64_bits),
-    # room for the arena, but not for its metadata elsewhere
+    # enough for the arena, but not for its separate metadata
     pytest.param("go1.11/amd64", "AS", 65 * MiB, 60 * MiB, marks=needs_64_bits),
     pytest.param("go1.11/amd64", "DATA", 65 * MiB, 60 * MiB, marks=needs_64_bits),
-    # room for the metadata of some of several arenas
+    # enough for the metadata of some of several arenas
     pytest.param("go1.11/amd64", "AS", 262 * MiB, 250 * MiB, marks=needs_64_bits),
     pytest.param("go1.11/amd64", "AS", 30 * MiB, 60 * MiB, marks=needs_64_bits),
     pytest.param("native", "DATA", 30 * MiB, 300 * MiB),
@@ -730,42 +735,42 @@ REFUSALS = [
 
 
 @functools.cache
-def refuse_in_the_middle(name: str, which: str, room: int, wish: int) -> dict[str, Any]:
-    """Make a refusal once for all tests that look at it."""
-    found = in_child(REFUSE_IN_THE_MIDDLE, name, which, str(room), str(wish))
-    assert isinstance(found, dict)
-    return found
+def refuse_in_the_middle(name: str, resource: str, headroom: int, size: int) -> dict[str, Any]:
+    """Run a refused growth once for all tests that need its result."""
+    result = in_child(REFUSE_IN_THE_MIDDLE, name, resource, str(headroom), str(size))
+    assert isinstance(result, dict)
+    return result
 
 
 class TestRefusedGrowth:
-    """Each in an interpreter of its own, whose limits are lowered for the moment."""
+    """Each refusal happens in a fresh interpreter, whose limits are lowered for a moment."""
 
-    @pytest.mark.parametrize(("name", "which", "room", "wish"), REFUSALS)
-    def test_nothing_changes(self, name: str, which: str, room: int, wish: int) -> None:
-        """A growth that is refused half way leaves plan, books and kernel as they were."""
-        found = refuse_in_the_middle(name, which, room, wish)
+    @pytest.mark.parametrize(("name", "resource", "headroom", "size"), REFUSALS)
+    def test_nothing_changes(self, name: str, resource: str, headroom: int, size: int) -> None:
+        """A growth refused half way leaves placement, counters and mappings as they were."""
+        result = refuse_in_the_middle(name, resource, headroom, size)
 
-        assert len(found["refused"]) == 4
-        assert found["after"] == found["before"]
-        assert found["sizes"][-1] == found["sizes"][-2]
-        assert found["kept"] == 0xA5
-        assert found["usable"]
-        assert found["told"] == found["planned"]
+        assert len(result["refused"]) == 4
+        assert result["after"] == result["before"]
+        assert result["sizes"][-1] == result["sizes"][-2]
+        assert result["kept"] == 0xA5
+        assert result["usable"]
+        assert result["reported"] == result["planned"]
 
-    @pytest.mark.parametrize(("name", "which", "room", "wish"), REFUSALS)
-    def test_the_limit_is_named(self, name: str, which: str, room: int, wish: int) -> None:
-        """The error says which limit refused."""
-        found = refuse_in_the_middle(name, which, room, wish)
+    @pytest.mark.parametrize(("name", "resource", "headroom", "size"), REFUSALS)
+    def test_the_limit_is_named(self, name: str, resource: str, headroom: int, size: int) -> None:
+        """The error names the limit that refused."""
+        result = refuse_in_the_middle(name, resource, headroom, size)
 
-        assert {limit for limit, _ in found["refused"]} == {f"RLIMIT_{which}"}
-        assert all(f"RLIMIT_{which}" in message for _, message in found["refused"])
+        assert {limit for limit, _ in result["refused"]} == {f"RLIMIT_{resource}"}
+        assert all(f"RLIMIT_{resource}" in message for _, message in result["refused"])
 
 
 @needs_64_bits
 class TestConflicts:
     @pytest.mark.parametrize("where", ["arena", "bitmap", "spans"])
     def test_a_stranger_in_the_way_of_a_probe_layout(self, where: str) -> None:
-        """A mapping that somebody made where growth needs to go is reported, not overwritten."""
+        """A foreign mapping in the way of a growth is reported, not replaced."""
         with Arena(layout="go1.4/amd64") as arena:
             arena.grow(MiB)
             placement = arena.placement
@@ -793,8 +798,8 @@ class TestConflicts:
             assert plain(arena) == predicted(arena)
 
     def test_a_stranger_at_the_hint_of_a_probe_layout(self) -> None:
-        """Where the first hint is taken, a probe layout goes to the next that is free."""
-        found = in_child(
+        """If the first hint is occupied, a probe layout uses the next free one."""
+        result = in_child(
             """
             first = pyreserve.reserve(PAGE_SIZE, at=0xc000000000)
             with Arena(layout="go1.4/amd64") as arena:
@@ -804,11 +809,11 @@ class TestConflicts:
             """
         )
 
-        assert found == [0x1C000000000, 0x1C208000000, True]
+        assert result == [0x1C000000000, 0x1C208000000, True]
 
     def test_a_stranger_at_the_hint_of_a_reserve_layout(self) -> None:
-        """A reserve layout takes whatever address comes instead of its hint."""
-        found = in_child(
+        """If its hint is occupied, a reserve layout uses any address."""
+        result = in_child(
             """
             first = pyreserve.reserve(PAGE_SIZE, at=0xc000000000)
             with Arena(layout="go-tip-2014-12/amd64") as arena:
@@ -819,11 +824,11 @@ class TestConflicts:
             """
         )
 
-        assert found == [True, None, True, True]
+        assert result == [True, None, True, True]
 
     def test_a_stranger_above_the_last_arena(self) -> None:
-        """From Go 1.11 on a taken place moves the heap to the next hint, with its metadata."""
-        found = in_child(
+        """In Go 1.11 an occupied address moves the heap and its metadata to the next hint."""
+        result = in_child(
             """
             arena = Arena(layout="go1.11/amd64")
             first = arena.grow(MiB)
@@ -835,7 +840,7 @@ class TestConflicts:
             """
         )
 
-        first, block, following, usable, maps, foreign = found
+        first, block, following, usable, maps, foreign = result
         assert (first, block, following) == (
             0xC000000000,
             0x1C000000000,
@@ -849,8 +854,8 @@ class TestConflicts:
         assert foreign[0][2] == "---p"
 
     def test_a_moved_heap_has_its_bitmap(self) -> None:
-        """Words of an arena at the next hint have entries as those of the first arena have."""
-        found = in_child(
+        """Words of an arena at the next hint have bitmap entries, too."""
+        result = in_child(
             """
             arena = Arena(layout="go1.11/amd64")
             first = arena.grow(MiB)
@@ -864,11 +869,11 @@ class TestConflicts:
             """
         )
 
-        assert found == [1, 2, 3]
+        assert result == [1, 2, 3]
 
     def test_words_between_two_hints_have_no_entries(self) -> None:
-        """Addresses between two arenas that lie apart are refused as not handed out."""
-        found = in_child(
+        """Words in the gap between two arenas have no entries."""
+        result = in_child(
             """
             arena = Arena(layout="go1.11/amd64")
             first = arena.grow(MiB)
@@ -881,7 +886,7 @@ class TestConflicts:
             """
         )
 
-        assert found == "RangeError"
+        assert result == "RangeError"
 
 
 FOUR_BITS = [name for name in layout_names() if layouts.get(name, word=WORD).bitmap_bits == 4]
@@ -892,7 +897,7 @@ BEHIND = [name for name in TWO_BITS if layouts.get(name, word=WORD).strategy != 
 class TestHeapBitmap:
     @pytest.mark.parametrize("name", FOUR_BITS)
     def test_four_bits_a_word_run_backward(self, name: LayoutName) -> None:
-        """Entry o stands in byte arena_start - o // 2 - 1, at bit o % 2 * 4."""
+        """Entry o is in byte arena_start - o // 2 - 1, at bit o % 2 * 4."""
         with Arena(layout=name) as arena:
             arena.grow(2 * MiB)
             bitmap, start = heap_bitmap(arena), arena.placement.arena_start
@@ -909,7 +914,7 @@ class TestHeapBitmap:
 
     @pytest.mark.parametrize("name", FOUR_BITS)
     def test_what_is_written_is_read(self, name: LayoutName) -> None:
-        """A byte of the bitmap's memory is two entries, the lower word in the lower half."""
+        """A byte of the bitmap holds two entries, the lower word in the lower half."""
         with Arena(layout=name) as arena:
             arena.grow(MiB)
             bitmap, start = heap_bitmap(arena), arena.placement.arena_start
@@ -920,7 +925,7 @@ class TestHeapBitmap:
 
     @pytest.mark.parametrize("name", BEHIND)
     def test_two_bits_a_word_run_backward_too(self, name: LayoutName) -> None:
-        """Four entries share a byte: pointer bits in its lower half, marks in its upper half."""
+        """A byte holds four entries: pointer bits in the lower half, marks in the upper half."""
         with Arena(layout=name) as arena:
             arena.grow(2 * MiB)
             bitmap, start = heap_bitmap(arena), arena.placement.arena_start
@@ -938,7 +943,7 @@ class TestHeapBitmap:
 
     @pytest.mark.parametrize("name", [*FOUR_BITS, *TWO_BITS])
     def test_entries_do_not_touch_their_neighbours(self, name: LayoutName) -> None:
-        """Each word's entry is its own: writing one leaves all others as they were."""
+        """Writing an entry leaves all other entries unchanged."""
         with Arena(layout=name) as arena:
             arena.grow(MiB)
             bitmap = heap_bitmap(arena)
@@ -954,7 +959,7 @@ class TestHeapBitmap:
 
     @pytest.mark.parametrize("name", [*FOUR_BITS, *TWO_BITS])
     def test_by_address(self, name: LayoutName) -> None:
-        """Every byte of a word has that word's entry, by address as by index."""
+        """All bytes of a word have the word's entry."""
         with Arena(layout=name) as arena:
             block = arena.grow(MiB)
             bitmap, word = heap_bitmap(arena), arena.layout.word
@@ -967,7 +972,7 @@ class TestHeapBitmap:
 
     @pytest.mark.parametrize("name", [*FOUR_BITS, *TWO_BITS])
     def test_bad_words_and_entries(self, name: LayoutName) -> None:
-        """Words that were not handed out and values that are no entries raise RangeError."""
+        """Words above arena_used and values that are too large raise RangeError."""
         with Arena(layout=name) as arena:
             block = arena.grow(MiB)
             bitmap, word = heap_bitmap(arena), arena.layout.word
@@ -992,7 +997,7 @@ class TestHeapBitmap:
 
     @pytest.mark.parametrize("wrong", [1.0, "1", None, slice(0, 2)])
     def test_what_is_no_integer(self, wrong: Any) -> None:
-        """Words, addresses and entries are integers."""
+        """Words, addresses and entries must be integers."""
         with Arena(layout=layouts.default_name(WORD)) as arena:
             arena.grow(MiB)
             bitmap = heap_bitmap(arena)
@@ -1007,7 +1012,7 @@ class TestHeapBitmap:
                 bitmap.at(wrong)
 
     def test_it_grows_with_the_arena(self) -> None:
-        """Words get their entries when the arena hands them out, not before."""
+        """Words get entries when the arena grows over them, not before."""
         with Arena(layout=layouts.default_name(WORD)) as arena:
             bitmap = heap_bitmap(arena)
             before = len(bitmap)
@@ -1022,7 +1027,7 @@ class TestHeapBitmap:
 
     @needs_64_bits
     def test_each_arena_of_go_1_11_has_its_own(self) -> None:
-        """Entries on both sides of a 64 MiB border are apart, and both can be written."""
+        """Entries on both sides of a 64 MiB boundary are separate and writable."""
         with Arena(layout="go1.11/amd64") as arena:
             block = arena.grow(200 * MiB)
             bitmap, border = heap_bitmap(arena), 64 * MiB // 8
@@ -1031,8 +1036,8 @@ class TestHeapBitmap:
                 bitmap[n * border - 1] = 1
                 bitmap[n * border] = 2
 
-            found = [bitmap[n * border + at] for n in (1, 2, 3) for at in (-2, -1, 0, 1)]
-            assert found == [0, 1, 2, 0] * 3
+            result = [bitmap[n * border + at] for n in (1, 2, 3) for at in (-2, -1, 0, 1)]
+            assert result == [0, 1, 2, 0] * 3
             assert bitmap[0] == 0
             assert bitmap.at(block + 64 * MiB - 1) == 1
             assert bitmap.at(block + 64 * MiB) == 2
@@ -1041,7 +1046,7 @@ class TestHeapBitmap:
                 bitmap[200 * MiB // 8]
 
     def test_native_has_none(self) -> None:
-        """A layout without a heap bitmap has None."""
+        """The heap bitmap of a layout without one is None."""
         with Arena(MiB) as arena:
             assert arena.heap_bitmap is None
 
@@ -1049,7 +1054,7 @@ class TestHeapBitmap:
 class TestPolicies:
     @pytest.mark.parametrize("name", layout_names())
     def test_of_every_mapping(self, name: LayoutName) -> None:
-        """Name, fork and huge page policies hold for all memory of the arena's region."""
+        """Name, fork and huge page policies apply to all memory of the arena's region."""
         with Arena(layout=name, name="heap", fork="wipe", huge_pages="never") as arena:
             arena.alloc(MiB)
             region = arena.region
@@ -1066,7 +1071,7 @@ class TestPolicies:
                 assert {mapping.name for mapping in mapped} == {"[anon:heap]"}
 
     def test_huge_pages_align_a_native_arena(self) -> None:
-        """With huge pages preferred, the arena begins at a multiple of the huge page."""
+        """With huge_pages="prefer" the base is a multiple of the huge page."""
         size = thp_size()
         if size is None:
             pytest.skip("this kernel has no huge pages")
@@ -1075,7 +1080,7 @@ class TestPolicies:
 
     @pytest.mark.parametrize("name", layout_names())
     def test_wiped_in_a_child(self, name: LayoutName) -> None:
-        """A child allocates in a wiped arena; old blocks read zero, or cannot be found any more."""
+        """A child can allocate in a wiped arena; old blocks read zero or are not found."""
         with Arena(layout=name, fork="wipe") as arena:
             block = arena.alloc(MiB)
             fill(block, 7)
@@ -1094,7 +1099,7 @@ class TestPolicies:
     )
     @pytest.mark.parametrize("name", layout_names())
     def test_unknown_ones(self, name: LayoutName, wrong: dict[str, Any]) -> None:
-        """An unknown policy or an impossible name is refused, and nothing stays reserved."""
+        """An unknown policy or invalid name is refused, and nothing stays reserved."""
         before = witness.status("VmSize")
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Arena(layout=name, **wrong)
@@ -1116,7 +1121,7 @@ AFTERWARDS: dict[str, Callable[[Arena], object]] = {
 
 class TestRelease:
     def test_everything_is_given_back(self, any_arena: Arena) -> None:
-        """After the release nothing of the arena is mapped any more."""
+        """After a release nothing of the arena is mapped."""
         any_arena.grow(100 * MiB)
         pieces = any_arena.maps()
 
@@ -1128,10 +1133,10 @@ class TestRelease:
         assert "released" in repr(any_arena)
 
     def test_metadata_elsewhere_is_given_back(self) -> None:
-        """Releasing returns VmSize to what it was, the metadata elsewhere included."""
+        """A release also unmaps separate metadata: VmSize returns to its former value."""
         if WORD != 8:
             pytest.skip("the layout lies above 4 GiB")
-        found = in_child(
+        result = in_child(
             """
             def use():
                 with Arena(layout="go1.11/amd64") as arena:
@@ -1144,11 +1149,11 @@ class TestRelease:
             """
         )
 
-        assert found[0] == found[1]
+        assert result[0] == result[1]
 
-    @pytest.mark.parametrize("how", AFTERWARDS)
-    def test_afterwards_everything_is_refused(self, how: str) -> None:
-        """Whatever is done with a released arena raises ReleasedError."""
+    @pytest.mark.parametrize("call", AFTERWARDS)
+    def test_afterwards_everything_is_refused(self, call: str) -> None:
+        """Every call on a released arena raises ReleasedError."""
         arena = Arena(layout=layouts.default_name(WORD))
         arena.grow(MiB)
         arena.release()
@@ -1156,13 +1161,13 @@ class TestRelease:
         with Arena(layout=layouts.default_name(WORD)) as other:
             other.grow(MiB)
             with pytest.raises(ReleasedError):
-                AFTERWARDS[how](arena)
+                AFTERWARDS[call](arena)
 
             assert other.in_use == MiB
             assert heap_bitmap(other)[0] == 0
 
     def test_a_context_ends_with_the_release(self) -> None:
-        """Leaving the with block releases the arena, also when it was released inside."""
+        """Leaving the with block releases the arena; an earlier release inside is allowed."""
         with Arena() as arena:
             arena.grow(MiB)
         with Arena() as other:
@@ -1172,7 +1177,7 @@ class TestRelease:
         assert other.region.released
 
     def test_an_exception_passes_through(self) -> None:
-        """An exception in the with block releases the arena and goes on."""
+        """An exception in the with block releases the arena and propagates."""
 
         def fail(inside: Arena) -> None:
             with inside:
@@ -1185,7 +1190,7 @@ class TestRelease:
         assert arena.region.released
 
     def test_no_release_under_a_live_view(self, any_arena: Arena) -> None:
-        """A live view keeps the whole arena; once it is gone the arena can be released."""
+        """A live view prevents the release of the arena until it is gone."""
         block = any_arena.grow(MiB)
         view = any_arena.region.view(block - any_arena.region.base, MiB)
         before = plain(any_arena)
@@ -1201,7 +1206,7 @@ class TestRelease:
         any_arena.release()
 
     def test_it_says_what_it_is(self) -> None:
-        """The repr names the layout and how much is in use."""
+        """The repr has the layout and the bytes in use."""
         with Arena(8 * MiB) as arena:
             arena.grow(MiB)
 

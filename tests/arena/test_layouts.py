@@ -1,4 +1,4 @@
-"""Layouts on paper: what lies where, and what is asked of the kernel when the arena grows."""
+"""Layouts as arithmetic: the placement of their parts, and the requests of a growing arena."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ STEP_32 = 256 * MiB
 
 
 def obliging(placement: Placement, nbytes: int) -> Placement:
-    """Grow as an arena does, on a kernel that gives every address that it is asked for."""
+    """Grow a placement on an imaginary kernel that grants each requested address."""
     if placement.fits(nbytes):
         return placement.advanced(nbytes)
     for request in placement.growth(nbytes):
@@ -26,7 +26,7 @@ def obliging(placement: Placement, nbytes: int) -> Placement:
 
 
 def grown(layout: Layout, mib: int) -> Placement:
-    """Place a layout at its first hint and let it grow MiB by MiB."""
+    """Place a layout at its first hint and grow it MiB by MiB."""
     placement = layout.place(layout.hints[0])
     for _ in range(mib):
         placement = obliging(placement, MiB)
@@ -34,24 +34,24 @@ def grown(layout: Layout, mib: int) -> Placement:
 
 
 def full_386() -> Placement:
-    """The layout of 386 with its first 512 MiB handed out; 8 KiB are left over."""
+    """The 386 layout with its first 512 MiB in use; 8 KiB are left."""
     return grown(layouts.get("go-tip-2014-12/386"), 512)
 
 
 def placed_request(placement: Placement, nbytes: int = MiB) -> Request:
-    """The first thing that a full 32-bit arena asks for: addresses where it ends."""
+    """The first request of a full 32-bit arena: addresses above its end."""
     return placement.growth(nbytes)[0]
 
 
 def last_resort(placement: Placement, nbytes: int = MiB) -> Request:
-    """The last thing that it asks for: memory, wherever."""
+    """The last request of a full 32-bit arena: memory at any address."""
     return placement.growth(nbytes)[-1]
 
 
 class TestGoldenTraces:
     @pytest.mark.parametrize("trace", golden.MAPPED, ids=lambda trace: trace.name)
     def test_maps_are_the_captured_ones(self, trace: golden.Trace) -> None:
-        """The plan, grown MiB by MiB, shows exactly the mappings that the real binary showed."""
+        """A placement grown MiB by MiB has exactly the mappings of the real binary."""
         layout = layouts.get(trace.used_layout)
 
         placement = grown(layout, trace.growths)
@@ -60,7 +60,7 @@ class TestGoldenTraces:
         assert shown == trace.ranges()
 
     def test_the_386_binary_dies_at_the_same_byte(self) -> None:
-        """On 386 the plan has no room left after as many bytes as the real binary had in use."""
+        """The 386 placement is full at the same byte as the real binary."""
         layout = layouts.get(golden.FATAL.layout)
         placement, in_use = layout.place(layout.hints[0]), 0
 
@@ -72,7 +72,7 @@ class TestGoldenTraces:
         assert f"({in_use} in use)" in golden.FATAL.fatal[1]
 
     def test_the_message_names_the_same_window(self) -> None:
-        """Memory that came from outside the window is reported in the runtime's own words."""
+        """Memory outside the window is reported in the words of the Go runtime."""
         placement = grown(layouts.get(golden.FATAL.layout), 1792)
 
         message = placement.out_of_range(4158083072)
@@ -177,7 +177,7 @@ class TestTable:
         spans: int,
         bits: int,
     ) -> None:
-        """Each row has the sizes, the order and the strategy of the Go release of its name."""
+        """Each layout has the sizes, strategy and order of its Go release."""
         layout = layouts.get(name)
 
         placement = layout.place(layout.hints[0])
@@ -191,7 +191,7 @@ class TestTable:
         assert placement.used == 0
 
     def test_the_hints_of_64_bits_are_never_valid_text(self) -> None:
-        """128 hints from 0xc000000000 on, 2**40 apart, lie where addresses are no valid UTF-8."""
+        """The 128 hints from 0xc000000000 on, 2**40 apart, are not valid UTF-8 as addresses."""
         hints = layouts.get("go-tip-2014-12/amd64").hints
 
         assert len(hints) == 128
@@ -199,7 +199,7 @@ class TestTable:
         assert hints[-1] == 0x7FC000000000
 
     def test_go_1_11_maps_arenas_of_64_mib(self) -> None:
-        """From Go 1.11 on nothing is reserved: arenas of 64 MiB, and their metadata elsewhere."""
+        """Go 1.11 reserves nothing: it maps arenas of 64 MiB, and their metadata elsewhere."""
         layout = layouts.get("go1.11/amd64")
 
         placement = layout.place(layout.hints[0])
@@ -217,7 +217,7 @@ class TestTable:
         ],
     )
     def test_later_releases_try_smaller_arenas(self, name: str, sizes: tuple[int, ...]) -> None:
-        """Go 1.5 tries 512, 256 and 128 MiB of arena in turn, earlier releases 512 MiB alone."""
+        """Go 1.5 tries 512, 256 and 128 MiB of arena in turn; earlier releases only 512 MiB."""
         layout = layouts.get(name)
 
         assert layout.arena_sizes == sizes
@@ -237,7 +237,7 @@ class TestTable:
         assert committed == heap + heap // 16 + heap // 1024
 
     def test_an_unaligned_answer_is_rounded_up_into_the_slack(self) -> None:
-        """Where the kernel's answer is no multiple of 8 KiB, the slack pays for rounding it up."""
+        """If the kernel's address is no multiple of 8 KiB, the slack covers the rounding."""
         layout = layouts.get("go-tip-2014-12/amd64")
         address = 0x7F0000001000
 
@@ -249,7 +249,7 @@ class TestTable:
         assert placement.owned == ((address, address + layout.total()),)
 
     def test_pieces_say_what_they_are(self) -> None:
-        """Each piece of the article's maps is named by all that lies in it."""
+        """Each piece of the article's maps has the names of all parts in it."""
         placement = grown(layouts.get("go-tip-2014-12/amd64"), 1)
 
         names = [piece.what for piece in placement.maps()]
@@ -257,7 +257,7 @@ class TestTable:
         assert names == ["spans", "spans + bitmap", "bitmap + arena", "arena"]
 
     def test_a_64_bit_arena_that_is_used_up_does_not_grow(self) -> None:
-        """A full 64-bit arena asks the kernel for nothing: memory is out."""
+        """A full 64-bit arena makes no requests."""
         layout = layouts.get("go-tip-2014-12/amd64")
         placement = layout.place(layout.hints[0]).advanced(128 * GiB)
 
@@ -272,7 +272,7 @@ class TestOSPageRounding:
         [(1, 64 * KiB, 64 * KiB), (3, 64 * KiB, 192 * KiB), (65, 128 * KiB, 4160 * KiB)],
     )
     def test_metadata_is_mapped_in_pages_of_64_kib(self, mib: int, spans: int, bitmap: int) -> None:
-        """With OS pages of 64 KiB, spans and bitmap round up to them and stay where they are."""
+        """On OS pages of 64 KiB spans and bitmap are rounded up to them; their addresses stay."""
         placement = grown(layouts.get("go1.4/amd64"), mib)
 
         low, high = placement.mapped_spans(PAGE_64K)
@@ -281,7 +281,7 @@ class TestOSPageRounding:
         assert (high, high - low) == (placement.arena_start, bitmap)
 
     def test_two_bits_a_word_round_up_too(self) -> None:
-        """Half the bits a word need half the bitmap, but never less than an OS page."""
+        """At two bits a word the bitmap is half as large, but at least one OS page."""
         placement = grown(layouts.get("go1.5/amd64"), 1)
 
         sizes = [
@@ -296,7 +296,7 @@ class TestOSPageRounding:
         assert sizes == [32 * KiB, 32 * KiB, 64 * KiB]
 
     def test_the_maps_follow_the_os_page(self) -> None:
-        """The first MiB on 64 KiB pages maps 64 KiB of spans where 4 KiB pages map 4 KiB."""
+        """The first MiB maps 64 KiB of spans on pages of 64 KiB, and 4 KiB on pages of 4 KiB."""
         placement = grown(layouts.get("go-tip-2014-12/amd64"), 1)
 
         small, large = placement.maps(4 * KiB)[0], placement.maps(PAGE_64K)[0]
@@ -304,7 +304,7 @@ class TestOSPageRounding:
         assert (small.end - small.start, large.end - large.start) == (4 * KiB, 64 * KiB)
 
     def test_nothing_is_mapped_before_the_first_growth(self) -> None:
-        """A layout that has only been reserved has no writable piece, whatever the OS page."""
+        """A layout that is only reserved has no writable piece, for any OS page."""
         layout = layouts.get("go-tip-2014-12/amd64")
         placement = layout.place(layout.hints[0])
 
@@ -314,7 +314,7 @@ class TestOSPageRounding:
 
 class TestGrowthOf32Bits:
     def test_it_asks_for_256_mib_where_the_arena_ends_and_then_for_memory_anywhere(self) -> None:
-        """First addresses in steps of 256 MiB hinted at the arena's end, then memory at once."""
+        """The first request is for multiples of 256 MiB at the arena's end, the next for memory."""
         placement = full_386()
 
         assert placement.growth(MiB) == [
@@ -326,7 +326,7 @@ class TestGrowthOf32Bits:
         assert last_resort(placement, MiB + 1).size == MiB + 2 * GO_PAGE
 
     def test_in_place(self) -> None:
-        """Addresses that come where the arena ends extend it, and its slack is used."""
+        """Addresses granted at the arena's end extend it, and its slack is used."""
         placement = full_386()
         request = placed_request(placement)
 
@@ -341,7 +341,7 @@ class TestGrowthOf32Bits:
         assert after.fits(STEP_32 + GO_PAGE)
 
     def test_a_jump_strands_the_tail(self) -> None:
-        """A jump further up in the window strands the old tail, which is still owned."""
+        """Addresses granted further up leave the old tail unused, but owned."""
         placement = grown(layouts.get("go-tip-2014-12/386"), 500)
         place = placement.arena_end + 64 * MiB
 
@@ -362,7 +362,7 @@ class TestGrowthOf32Bits:
         )
 
     def test_after_a_jump_the_metadata_covers_the_hole(self) -> None:
-        """Bitmap and spans are mapped for all that lies below arena_used, the hole included."""
+        """Bitmap and spans are mapped for all addresses below arena_used, including the hole."""
         placement = full_386()
         place = placement.arena_end + 64 * MiB
         answer = placement.granted(placed_request(placement), place, MiB)
@@ -379,7 +379,7 @@ class TestGrowthOf32Bits:
         assert high - low == -(-(used // GO_PAGE * 4) // (4 * KiB)) * 4 * KiB
 
     def test_a_jump_to_an_unaligned_address_is_rounded_up(self) -> None:
-        """What is jumped to starts at a page of the heap."""
+        """After a jump to an unaligned address the arena continues at the next heap page."""
         placement = full_386()
         place = placement.arena_end + 64 * MiB + 4 * KiB
 
@@ -391,7 +391,7 @@ class TestGrowthOf32Bits:
 
     @pytest.mark.parametrize("which", [placed_request, last_resort])
     def test_above_the_window_is_of_no_use(self, which: object) -> None:
-        """An answer that ends above the window is refused, one that ends with it is not."""
+        """A range that ends above the window is refused; one that ends with it is not."""
         placement = full_386()
         request = placed_request(placement) if which is placed_request else last_resort(placement)
         top = placement.arena_start + 2 * GiB
@@ -411,7 +411,7 @@ class TestGrowthOf32Bits:
             assert placement.granted(request, placement.arena_start - below, MiB) is None
 
     def test_addresses_in_a_hole_below_arena_used_are_of_no_use(self) -> None:
-        """The arena never moves backward: addresses without memory below arena_used are refused."""
+        """Addresses in a hole below arena_used are refused: the arena does not grow backward."""
         placement = full_386()
         jump = placement.granted(placed_request(placement), placement.arena_end + 512 * MiB, MiB)
         assert jump is not None
@@ -422,7 +422,7 @@ class TestGrowthOf32Bits:
         assert above.granted(request, placement.arena_end, MiB) is None
 
     def test_memory_in_a_hole_below_arena_used_serves(self) -> None:
-        """Memory that comes from a hole below arena_used is used; the metadata describes it."""
+        """Memory in a hole below arena_used is used, and the metadata describes it."""
         placement = full_386()
         jump = placement.granted(placed_request(placement), placement.arena_end + 512 * MiB, MiB)
         assert jump is not None
@@ -440,7 +440,7 @@ class TestGrowthOf32Bits:
         assert after.mapped_bitmap() == above.mapped_bitmap()
 
     def test_memory_above_the_arena_takes_the_arena_with_it(self) -> None:
-        """Memory that comes from further up in the window becomes the arena's new end."""
+        """Memory further up in the window moves the end of the arena there."""
         placement = full_386()
         place = placement.arena_end + 512 * MiB + 4 * KiB
 
@@ -452,7 +452,7 @@ class TestGrowthOf32Bits:
         assert answer.placement.arena_end == place + MiB + GO_PAGE
 
     def test_the_sixth_step_misses_the_window_because_of_the_slack(self) -> None:
-        """Five steps in place reach 1792 MiB + 8 KiB; a sixth would leave the window by 8 KiB."""
+        """Five steps in place reach 1792 MiB + 8 KiB; a sixth would exceed the window by 8 KiB."""
         placement = full_386()
         steps = 0
 
@@ -468,7 +468,7 @@ class TestGrowthOf32Bits:
         assert requests == [Request(MiB + GO_PAGE, 0, committed=True, exact=False)]
 
     def test_what_is_wanted_never_overflows_the_window(self) -> None:
-        """A wish for more than the window asks for no addresses, only for the memory itself."""
+        """A size above the window's makes no request for addresses, only one for memory."""
         placement = full_386()
 
         requests = placement.growth(3 * GiB)
@@ -479,7 +479,7 @@ class TestGrowthOf32Bits:
 
 class TestGrowthOfArenas:
     def test_the_first_arena_is_asked_for_at_the_hints(self) -> None:
-        """Without an arena each hint is tried in turn, for whole units, exactly there."""
+        """Without an arena each hint is tried in turn, for whole units and no other address."""
         layout = layouts.get("go1.11/amd64")
         placement = layout.place(layout.hints[0])
 
@@ -491,7 +491,7 @@ class TestGrowthOfArenas:
         assert placement.growth(65 * MiB)[0].size == 128 * MiB
 
     def test_the_next_arena_is_contiguous(self) -> None:
-        """The next arena is asked for where the last one ends, and blocks run across the border."""
+        """The next arena is requested at the end of the last, and blocks may span both."""
         placement = grown(layouts.get("go1.11/amd64"), 60)
         request = placement.growth(8 * MiB)[0]
 
@@ -504,7 +504,7 @@ class TestGrowthOfArenas:
         assert answer.placement.arenas == ((0xC000000000, 0xC000000000 + 128 * MiB),)
 
     def test_a_taken_place_moves_the_heap_to_the_next_hint(self) -> None:
-        """Where the place above the last arena is taken, the next hint is asked for."""
+        """If the addresses above the last arena are occupied, the next hint is tried."""
         placement = grown(layouts.get("go1.11/amd64"), 60)
         request = placement.growth(8 * MiB)[1]
 
@@ -524,7 +524,7 @@ class TestGrowthOfArenas:
 
 class TestPlacementsAreImmutable:
     def test_growth_makes_new_ones(self) -> None:
-        """Growing leaves the placement that one started from as it was."""
+        """Growth returns a new placement and leaves the old one unchanged."""
         before = full_386()
         arena_used, arena_end, owned = before.arena_used, before.arena_end, before.owned
 
@@ -538,7 +538,7 @@ class TestPlacementsAreImmutable:
 
 class TestNames:
     def test_every_name_gives_the_layout_of_that_name(self) -> None:
-        """Each listed name is listed once and gives a layout that carries it."""
+        """Each name is listed once and gives a layout of that name."""
         names = layouts.names()
 
         assert len(set(names)) == len(names)
@@ -556,19 +556,19 @@ class TestNames:
         ],
     )
     def test_releases_that_share_a_row(self, alias: str, row: str) -> None:
-        """Releases that did not change the layout differ from their row in nothing but the name."""
-        one, other = layouts.get(alias), layouts.get(row)
+        """Releases with the same layout differ only in the name."""
+        layout, base = layouts.get(alias), layouts.get(row)
 
-        assert one.name == alias
-        assert one.place(one.hints[0]).maps() == other.place(other.hints[0]).maps()
-        assert (one.strategy, one.total(), one.bitmap_bits) == (
-            other.strategy,
-            other.total(),
-            other.bitmap_bits,
+        assert layout.name == alias
+        assert layout.place(layout.hints[0]).maps() == base.place(base.hints[0]).maps()
+        assert (layout.strategy, layout.total(), layout.bitmap_bits) == (
+            base.strategy,
+            base.total(),
+            base.bitmap_bits,
         )
 
     def test_an_unknown_name_is_a_key_error_that_lists_the_known(self) -> None:
-        """A name that there is not raises KeyError and names those that there are."""
+        """An unknown name raises KeyError; the message lists the known ones."""
         with pytest.raises(KeyError, match=r"go2\.0/amd64.*go-tip-2014-12/amd64.*native"):
             layouts.get("go2.0/amd64")
 
@@ -583,7 +583,7 @@ class TestNames:
         ],
     )
     def test_native_is_nothing_but_arena(self, word: int, size: int | None, arena: int) -> None:
-        """The native layout is one arena of the size that was asked for, in whole pages."""
+        """The native layout is one arena of the given size, in whole pages."""
         layout = layouts.get("native", size=size, word=word)
 
         placement = layout.place(0x10000000)
@@ -594,13 +594,13 @@ class TestNames:
 
     @pytest.mark.parametrize("size", [0, -1, -MiB])
     def test_native_has_a_positive_size(self, size: int) -> None:
-        """A size that is not positive is refused."""
+        """The size must be positive."""
         with pytest.raises(RangeError, match="positive"):
             layouts.get("native", size=size)
 
     @pytest.mark.parametrize("name", ["go-tip-2014-12/amd64", "go1.11/amd64", "fallback"])
     def test_others_have_their_own_size(self, name: str) -> None:
-        """A size for a layout that has its own is refused and not ignored."""
+        """A size for another layout than native is refused."""
         with pytest.raises(RangeError, match="native"):
             layouts.get(name, size=MiB)
 
@@ -617,18 +617,18 @@ class TestNames:
         ],
     )
     def test_what_falls_back(self, name: str, other: str | None) -> None:
-        """The 64-bit layouts up to Go 1.10, and they alone, fall back to the 32-bit mechanism."""
-        found = layouts.fallback_of(layouts.get(name))
+        """Only the 64-bit layouts up to Go 1.10 fall back to the 32-bit mechanism."""
+        fallback = layouts.fallback_of(layouts.get(name))
 
-        assert (found and found.name) == other
+        assert (fallback and fallback.name) == other
 
     def test_the_default_is_the_articles(self) -> None:
-        """What is made when nobody chooses is the development tree of December 2014."""
+        """The default name is that of the development tree of December 2014."""
         assert layouts.default_name(8) == "go-tip-2014-12/amd64"
         assert layouts.default_name(4) == "go-tip-2014-12/386"
 
     def test_every_layout_is_described(self) -> None:
-        """Each layout is put into one line that names the size of its arenas."""
+        """The description of a layout is one line that has the size of its arenas."""
         for name in layouts.names():
             layout = layouts.get(name)
 
@@ -652,5 +652,5 @@ class TestWithout:
         ],
     )
     def test_what_is_left(self, taken: list[tuple[int, int]], left: list[tuple[int, int]]) -> None:
-        """A range without others is what none of them covers, lowest first."""
+        """`without` yields the parts of a range that no other range covers, lowest first."""
         assert list(layouts.without((10, 20), taken)) == left
