@@ -1,4 +1,4 @@
-"""Blocks of an arena, in every layout: where they lie, what is known of them, what is refused."""
+"""Blocks of an arena in every layout: placement, zeroing, freeing and refusals."""
 
 import array
 import contextlib
@@ -46,26 +46,26 @@ SIZES = [1, PAGE - 1, PAGE, PAGE + 1, 13 * PAGE, 100_000, MiB, 5 * MiB + 3]
 
 @pytest.fixture(params=layout_names())
 def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
-    """An arena of every layout, released at the end unless the test did."""
-    made = Arena(layout=request.param)
-    yield made
+    """An arena in every layout, released at the end unless the test has done so."""
+    opened = Arena(layout=request.param)
+    yield opened
     gc.collect()
-    if not made.region.released:
-        made.release()
+    if not opened.region.released:
+        opened.release()
 
 
 @pytest.fixture
 def small() -> Iterator[Arena]:
-    """A native arena of 4 MiB, soon full."""
-    made = Arena(4 * MiB)
-    yield made
+    """A native arena of 4 MiB."""
+    opened = Arena(4 * MiB)
+    yield opened
     gc.collect()
-    if not made.region.released:
-        made.release()
+    if not opened.region.released:
+        opened.release()
 
 
 def books(arena: Arena) -> tuple[object, ...]:
-    """All that can be asked of an arena, but for what only the kernel knows."""
+    """Return all observable state of an arena, except what only the kernel knows."""
     stats = arena.memstats()
     return (
         [(block.address, block.nbytes) for block in arena.blocks()],
@@ -82,7 +82,7 @@ def books(arena: Arena) -> tuple[object, ...]:
 
 class TestAlloc:
     def test_blocks_do_not_overlap(self, arena: Arena) -> None:
-        """Each block keeps what was written to it, whatever is done with the others."""
+        """Each block keeps its contents while other blocks are allocated and freed."""
         random = Random(1)
         live: list[tuple[Block, int]] = []
         for step in range(300):
@@ -100,7 +100,7 @@ class TestAlloc:
         assert all(holds(block, byte) for block, byte in live)
 
     def test_what_a_block_says_of_itself(self, arena: Arena) -> None:
-        """Address, offset, size and view are of the same bytes."""
+        """Address, offset, size and view of a block describe the same bytes."""
         for nbytes in SIZES:
             block = arena.alloc(nbytes)
             block.view()[nbytes - 1] = 0xA5
@@ -114,7 +114,7 @@ class TestAlloc:
             assert not block.freed
 
     def test_the_lowest_run_that_is_long_enough(self, arena: Arena) -> None:
-        """First fit is by address: a hole that is too small is passed over, a larger one taken."""
+        """First fit by address: holes that are too short are skipped, the first other is used."""
         blocks = [arena.alloc(n * PAGE) for n in (1, 2, 1, 4, 1, 8, 1)]
         for i in (1, 3, 5):
             blocks[i].free()
@@ -125,7 +125,7 @@ class TestAlloc:
 
     @pytest.mark.parametrize("align", [1, 2, 4096, PAGE, 2 * PAGE, MiB, 4 * MiB])
     def test_aligned(self, arena: Arena, align: int) -> None:
-        """The address is a multiple of the alignment, and neighbours are left alone."""
+        """The address is a multiple of the alignment, and other blocks are unaffected."""
         before = arena.alloc(PAGE)
         fill(before, 7)
 
@@ -137,9 +137,9 @@ class TestAlloc:
 
     @needs_64_bits
     def test_aligned_to_more_than_go_1_11_maps_at_once(self) -> None:
-        """Arenas that lie apart can't keep such an alignment, and say so."""
+        """An alignment above the size of an arena of Go 1.11 is a RangeError."""
         with Arena(layout="go1.11/amd64") as arena:
-            arena.grow(MiB)  # so that the heap begins in the middle of an arena
+            arena.grow(MiB)  # the heap then begins in the middle of an arena
 
             assert arena.alloc(1, align=64 * MiB).address % (64 * MiB) == 0
             with pytest.raises(RangeError, match="align must be at most"):
@@ -153,20 +153,20 @@ class TestAlloc:
 
     @pytest.mark.parametrize("align", [0, 3, -8, 1 << 80])
     def test_no_alignment(self, small: Arena, align: int) -> None:
-        """An alignment is a power of two that addresses can have."""
+        """An alignment must be a power of two that fits an address."""
         with pytest.raises((RangeError, OutOfMemoryError)):
             small.alloc(8, align=align)
         small.alloc(8)
 
     @pytest.mark.parametrize("wrong", [1.5, [8], None, b"8"])
     def test_no_number(self, small: Arena, wrong: object) -> None:
-        """Sizes are integers."""
+        """Sizes must be integers."""
         with pytest.raises(TypeError):
             small.alloc(wrong)  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("nbytes", [5 * MiB, 1 << 46, (1 << 63) - 1, 1 << 63, 1 << 64, 1 << 90])
     def test_more_than_there_is(self, small: Arena, nbytes: int) -> None:
-        """Out of memory names what was asked, in use and reserved; the arena is as it was."""
+        """OutOfMemoryError has the bytes requested, in use and reserved; the arena is unchanged."""
         block = small.alloc(MiB)
         before = books(small)
 
@@ -180,7 +180,7 @@ class TestAlloc:
         assert small.alloc(MiB).address == block.address + MiB
 
     def test_all_of_an_arena_can_be_used(self, small: Arena) -> None:
-        """The last block takes what is free at the end together with what was not grown yet."""
+        """The last block uses the free pages at the end together with pages not yet taken."""
         small.alloc(3 * MiB + 512 * KiB)
 
         block = small.alloc(512 * KiB)
@@ -190,7 +190,7 @@ class TestAlloc:
             small.alloc(1)
 
     def test_zero_clears_only_what_was_used(self, small: Arena) -> None:
-        """A block that nobody had before is zero and says so; another one is cleared on demand."""
+        """A block of unused pages is zero and says so; a reused one is cleared on request."""
         first = small.alloc(10 * PAGE)
         assert first.zeroed
         fill(first, 1)
@@ -205,7 +205,7 @@ class TestAlloc:
 
 class TestFree:
     def test_twice(self, arena: Arena) -> None:
-        """What was freed can't be freed again, not even when its place is taken again."""
+        """A freed block cannot be freed again, even after its pages were reused."""
         block = arena.alloc(3 * PAGE)
         block.free()
         assert block.freed
@@ -221,7 +221,7 @@ class TestFree:
         assert other != block
 
     def test_of_another_arena(self, small: Arena) -> None:
-        """A block goes back where it came from."""
+        """A block can only be freed by its own arena."""
         with Arena(MiB) as other:
             block = other.alloc(1)
             for refused in (small.free, lambda block: small.free_many([block])):
@@ -230,7 +230,7 @@ class TestFree:
             assert not block.freed
 
     def test_by_a_context(self, small: Arena) -> None:
-        """A block frees itself at the end of a with, unless that was done inside."""
+        """Leaving a with block frees the block, unless it was freed inside."""
         with small.alloc(8) as block:
             assert not block.freed
         assert block.freed
@@ -239,15 +239,15 @@ class TestFree:
 
     @pytest.mark.parametrize("kind", ["memoryview", "slice", "ndarray", "raw ndarray"])
     def test_not_under_a_view(self, arena: Arena, kind: str) -> None:
-        """While anything shows its bytes, a block can't be freed, and nothing changes."""
+        """A block cannot be freed while any object shows its bytes; nothing changes."""
         block, other = arena.alloc(2 * PAGE), arena.alloc(PAGE)
-        made: dict[str, Callable[[memoryview], object]] = {
+        exporters: dict[str, Callable[[memoryview], object]] = {
             "memoryview": lambda view: view,
             "slice": lambda view: view[PAGE : PAGE + 10],
             "ndarray": lambda view: np.frombuffer(view, dtype=np.uint8)[5:],
             "raw ndarray": lambda view: np.ndarray((4,), dtype=np.uint8, buffer=view),
         }
-        held = made[kind](block.view())
+        held = exporters[kind](block.view())
         before = books(arena)
 
         for refused in (block.free, lambda: arena.free_many([other, block])):
@@ -264,7 +264,7 @@ class TestFree:
 class TestMany:
     @pytest.mark.parametrize("width", "bBhHiIqQ")
     def test_sizes_from_any_buffer(self, arena: Arena, width: str) -> None:
-        """Sizes may come in any buffer of integers, and the blocks come in their order."""
+        """Sizes may be a buffer of any integer type; the blocks are in the order of the sizes."""
         sizes = array.array(width, [100, 7, 1, 127, 3])
 
         blocks = arena.alloc_many(sizes)
@@ -273,7 +273,7 @@ class TestMany:
         assert len({block.address for block in blocks}) == 5
 
     def test_as_one_by_one(self, arena: Arena) -> None:
-        """Many at once lie where they would lie one by one."""
+        """alloc_many places blocks as the same calls of alloc would."""
         random = Random(2)
         sizes = [random.choice(SIZES[:-2]) for _ in range(200)]
         holes = [arena.alloc(random.choice(SIZES[:-2])) for _ in range(60)]
@@ -289,7 +289,7 @@ class TestMany:
         assert arena.memstats().heap_objects == len(list(arena.blocks())) == 240
 
     def test_all_or_none(self, small: Arena) -> None:
-        """If one does not fit, none is allocated, and the counters have not moved."""
+        """If one block does not fit, none is allocated, and the counters are unchanged."""
         small.alloc(PAGE)
         before = books(small)
 
@@ -300,7 +300,7 @@ class TestMany:
             assert (after[0], after[5], after[6]) == (before[0], before[5], before[6])
 
     def test_a_sequence(self, small: Arena) -> None:
-        """Blocks index, slice and iterate like any sequence."""
+        """Blocks can be indexed, sliced and iterated like any sequence."""
         blocks = small.alloc_many([1, 2, 3, 4])
 
         assert len(blocks) == 4
@@ -315,7 +315,7 @@ class TestMany:
             blocks[2]
 
     def test_free_all_or_none(self, small: Arena) -> None:
-        """One that is there twice, or freed already, and none is freed."""
+        """If a block is listed twice or already freed, none is freed."""
         blocks = list(small.alloc_many([PAGE] * 6))
         blocks[5].free()
         before = books(small)
@@ -328,37 +328,37 @@ class TestMany:
         small.free_many([])
 
     def test_none_at_all(self, small: Arena) -> None:
-        """No sizes, no blocks."""
+        """An empty list of sizes gives no blocks."""
         assert len(small.alloc_many([])) == 0
 
 
 class TestFind:
     def test_by_any_of_its_bytes(self, arena: Arena) -> None:
-        """The spans lead from any byte of a block to it, and from free pages nowhere."""
+        """Any address within a block leads to it by the spans; free pages lead to no block."""
         blocks = [arena.alloc(nbytes) for nbytes in SIZES]
         arena.alloc(PAGE)
         for block in blocks:
             places = {0, block.nbytes // 2, block.nbytes - 1}
             places |= {1 << k for k in range(23) if 1 << k < block.nbytes}
             for place in places:
-                found = arena.block_at(block.address + place)
-                assert found == block
-                assert found is not None
-                assert found.nbytes == block.nbytes
+                same = arena.block_at(block.address + place)
+                assert same == block
+                assert same is not None
+                assert same.nbytes == block.nbytes
         for block in blocks[::2]:
             block.free()
             assert arena.block_at(block.address) is None
             assert arena.block_at(block.address + block.nbytes - 1) is None
 
     def test_nothing_elsewhere(self, arena: Arena) -> None:
-        """Addresses outside have no block, and an arena that has allocated nothing neither."""
+        """Addresses outside have no block, nor has an arena without allocations."""
         assert arena.block_at(arena.placement.arena_start) is None
         arena.alloc(1)
         for address in (0, arena.placement.arena_start - 1, arena.placement.arena_end, -5, 1 << 90):
             assert arena.block_at(address) is None
 
     def test_all_in_order(self, arena: Arena) -> None:
-        """The walk meets each block once, by rising address."""
+        """blocks() returns each block once, lowest address first."""
         blocks = list(arena.alloc_many([PAGE * (i % 4 + 1) for i in range(1000)]))
         for block in blocks[::7]:
             block.free()
@@ -366,7 +366,7 @@ class TestFind:
         assert list(arena.blocks()) == [b for i, b in enumerate(blocks) if i % 7]
 
     def test_the_heap_bitmap_marks_starts(self, arena: Arena) -> None:
-        """The entry of a block's first word has its lowest bit set while the block lives."""
+        """The entry of a live block's first word has its lowest bit set."""
         if not arena.layout.bitmap_bits:
             pytest.skip("the layout has no heap bitmap")
         blocks = [arena.alloc(nbytes) for nbytes in SIZES]
@@ -381,7 +381,7 @@ class TestFind:
         assert bitmap.at(blocks[4].address) == 3
 
     def test_garbage_in_the_spans_leads_nowhere_wrong(self, arena: Arena) -> None:
-        """What is written over the spans makes answers wrong, and crashes nothing."""
+        """Overwritten spans lead to wrong answers, but to no crash."""
         if not arena.layout.spans:
             pytest.skip("the spans can't be reached")
         low, high = arena.placement.spans
@@ -403,7 +403,7 @@ class TestFind:
 class TestArrays:
     @pytest.mark.parametrize("shape", [12, (3, 4), [3, 4], (2, 3, 2)])
     def test_of_the_first_bytes(self, small: Arena, shape: int | tuple[int, ...]) -> None:
-        """An array has the shape and type asked for, over the first bytes of the block."""
+        """An ndarray has the requested shape and type, over the first bytes of the block."""
         block = small.alloc(PAGE)
         array = block.ndarray(shape, "float64")
         array[:] = 1.5
@@ -414,7 +414,7 @@ class TestArrays:
         assert block.ndarray(PAGE).dtype == np.uint8
 
     def test_it_holds_the_block(self, small: Arena) -> None:
-        """The block cannot be freed while the array, or a part of it, is alive."""
+        """The block cannot be freed while the array or a slice of it is alive."""
         block = small.alloc(PAGE)
         part = block.ndarray((4, 4), "int32")[1:, ::2]
 
@@ -424,7 +424,7 @@ class TestArrays:
         block.free()
 
     def test_readonly(self, small: Arena) -> None:
-        """A read-only array shows the bytes and refuses writes, also if it is empty."""
+        """A read-only array shows the bytes and cannot be written, also if it is empty."""
         block = small.alloc(8)
         block.view()[0] = 7
         array = block.ndarray(8, readonly=True)
@@ -435,7 +435,7 @@ class TestArrays:
 
     @pytest.mark.parametrize("shape", [0, (0,), [3, 0], (0, 5)])
     def test_of_nothing(self, small: Arena, shape: int | tuple[int, ...]) -> None:
-        """An array without items has its shape and does not hold the block."""
+        """An array without items has its shape and does not protect the block."""
         block = small.alloc(8)
         array = block.ndarray(shape, "int16")
         block.free()
@@ -447,7 +447,7 @@ class TestArrays:
 
     @pytest.mark.parametrize("shape", [9, (3, 3), -1, (-2, -4), (2, 1 << 62)])
     def test_that_does_not_fit(self, small: Arena, shape: int | tuple[int, ...]) -> None:
-        """More items than the block has bytes for, and negative sides, are refused."""
+        """Items that take more bytes than the block, and negative sides, are refused."""
         block = small.alloc(8)
         with pytest.raises(RangeError, match="shape"):
             block.ndarray(shape)
@@ -455,14 +455,14 @@ class TestArrays:
 
     @pytest.mark.parametrize("shape", [1.0, "8", None, (1, 2.0)])
     def test_of_no_shape(self, small: Arena, shape: Any) -> None:
-        """A shape is an integer or a tuple or list of integers."""
+        """A shape must be an integer, or a tuple or list of integers."""
         with pytest.raises(TypeError):
             small.alloc(8).ndarray(shape)
 
 
 class TestProtocols:
     def test_equal_and_hashed_by_the_block(self, small: Arena) -> None:
-        """Two objects for one block are equal."""
+        """Two Block objects for one block are equal and have the same hash."""
         block = small.alloc(8)
         again = small.block_at(block.address)
 
@@ -473,14 +473,14 @@ class TestProtocols:
         assert {block: 1}[again] == 1
 
     def test_no_pickles(self, small: Arena) -> None:
-        """Addresses of this process go nowhere else."""
-        for thing in (small, small.alloc(1), small.alloc_many([1])):
+        """Arena, Block and Blocks cannot be pickled."""
+        for obj in (small, small.alloc(1), small.alloc_many([1])):
             with pytest.raises(TypeError, match="pickled"):
-                pickle.dumps(thing)
+                pickle.dumps(obj)
 
     @pytest.mark.skipif(sys.version_info < (3, 12), reason="classes export no buffers before 3.12")
     def test_directly_as_a_buffer(self, small: Arena) -> None:
-        """A block is a buffer, and then pinned as long as its object lives."""
+        """A Block is itself a buffer; exporting it pins the bytes as long as the object lives."""
         block = small.alloc(PAGE)
         memoryview(block)[0] = 9
         assert block.view()[0] == 9
@@ -490,12 +490,12 @@ class TestProtocols:
         address = block.address
         del block
         gc.collect()
-        found = small.block_at(address)
-        assert found is not None
-        found.free()
+        same = small.block_at(address)
+        assert same is not None
+        same.free()
 
     def test_it_says_what_it_is(self, small: Arena) -> None:
-        """The repr has size and place, or that it was freed."""
+        """The repr has size and address, or says that the block was freed."""
         block = small.alloc(PAGE)
         assert f"{block.address:#x}" in repr(block)
         block.free()
@@ -504,7 +504,7 @@ class TestProtocols:
 
 class TestTheEnd:
     def test_after_release(self, arena: Arena) -> None:
-        """Everything is refused, and blocks count as freed."""
+        """After a release every call is refused, and blocks count as freed."""
         block, blocks = arena.alloc(8), arena.alloc_many([8, 8])
         arena.release()
 
@@ -527,7 +527,7 @@ class TestTheEnd:
                 refused()
 
     def test_a_view_outlives_a_dropped_arena(self) -> None:
-        """What shows a block's bytes keeps them mapped."""
+        """Views of a block keep its bytes mapped after the arena is dropped."""
         arena = Arena(MiB)
         block = arena.alloc(PAGE)
         view, address = block.view(), block.address
@@ -542,7 +542,7 @@ class TestTheEnd:
         assert not witness.is_mapped(address)
 
     def test_its_region_is_its_own(self, arena: Arena) -> None:
-        """Nobody takes memory away under an arena through its region."""
+        """Only the arena may discard, decommit or release its region."""
         arena.alloc(8)
         verbs: list[Callable[[], None]] = [
             lambda: arena.region.decommit(0, PAGE_SIZE),
@@ -575,23 +575,23 @@ ALLOC_AND_LOOK = """
 class TestGoldenTraces:
     @pytest.mark.parametrize("trace", golden.MAPPED, ids=lambda trace: trace.name)
     def test_maps_and_memstats(self, trace: golden.Trace) -> None:
-        """Blocks of 1 MiB make the kernel show what it showed of Go, and the accounts agree."""
+        """With blocks of 1 MiB mappings and memstats are those of the real Go binary."""
         limit = f"limit('AS', {trace.rlimit_as_kib} * KiB - status('VmSize'))\n"
         script = ("    " + limit if trace.rlimit_as_kib else "") + ALLOC_AND_LOOK.lstrip("\n")
-        found = in_child(script, trace.layout, str(trace.growths))
+        result = in_child(script, trace.layout, str(trace.growths))
 
         first = trace.ranges()[0][0]
-        low = first if trace.goarch == "amd64" and not trace.rlimit_as_kib else found["base"]
-        assert relative(found["live"], low) == trace.ranges(first)
-        assert found["layout"] == trace.used_layout
-        assert abs(found["heap_sys"] - trace.memstats["HeapSys"]) <= MiB
-        assert found["in_use"] == trace.growths * MiB
-        # GCSys also has what the collector took elsewhere.
-        assert abs(found["gc_sys"] - trace.memstats["GCSys"]) <= MiB
+        low = first if trace.goarch == "amd64" and not trace.rlimit_as_kib else result["base"]
+        assert relative(result["live"], low) == trace.ranges(first)
+        assert result["layout"] == trace.used_layout
+        assert abs(result["heap_sys"] - trace.memstats["HeapSys"]) <= MiB
+        assert result["in_use"] == trace.growths * MiB
+        # GCSys also includes memory that the collector allocated elsewhere.
+        assert abs(result["gc_sys"] - trace.memstats["GCSys"]) <= MiB
 
     def test_the_386_binary_dies_at_the_same_byte(self) -> None:
-        """The window is used up where Go's was, in its words."""
-        found = in_child(
+        """The window is used up at the same byte as Go's, with the same message."""
+        result = in_child(
             """
             blocks, arena = [], Arena(layout="go-tip-2014-12/386")
             base = arena.placement.arena_start
@@ -604,10 +604,10 @@ class TestGoldenTraces:
             """
         )
 
-        assert found[2] == 1_879_048_192
-        assert found[3] == 1792
-        assert "not in usable range" in found[0]
-        assert found[1] == "layout"
+        assert result[2] == 1_879_048_192
+        assert result[3] == 1792
+        assert "not in usable range" in result[0]
+        assert result[1] == "layout"
 
 
 @pytest.mark.heavy
@@ -615,7 +615,7 @@ class TestThreads:
     @pytest.mark.parametrize("layout", ["native", "go1.4/amd64"])
     @needs_64_bits
     def test_a_million_operations(self, layout: LayoutName) -> None:
-        """Eight threads get bytes of their own, and the counters end exact."""
+        """Eight threads get bytes of their own, and the counters are exact at the end."""
         arena, failures = Arena(layout=layout), []
         each, batch = 62_500, 250
 
@@ -624,14 +624,14 @@ class TestThreads:
             try:
                 for _ in range(each // batch):
                     blocks = arena.alloc_many([random.choice(SIZES[:5]) for _ in range(batch)])
-                    some = random.sample(range(batch), 20)
-                    for i in some:
+                    chosen = random.sample(range(batch), 20)
+                    for i in chosen:
                         view = blocks[i].view()
                         view[0] = view[-1] = number
                         del view
                     single = arena.alloc(random.choice(SIZES[:5]))
                     single.view()[0] = number
-                    for i in some:
+                    for i in chosen:
                         view = blocks[i].view()
                         assert view[0] == view[-1] == number
                         del view
@@ -654,7 +654,7 @@ class TestThreads:
         arena.release()
 
     def test_an_arena_of_64_tib(self) -> None:
-        """Far beyond all memory, a block costs what it costs anywhere."""
+        """In an arena of 64 TiB, far more than memory, a block costs as much as elsewhere."""
         if sys.maxsize < 1 << 46:
             pytest.skip("needs 64-bit addresses")
         with Arena(1 << 46) as arena:

@@ -1,4 +1,4 @@
-"""A machine that allocates, frees and scavenges at random, against a dict of what must be there."""
+"""Random calls on an arena, against a model."""
 
 import contextlib
 import gc
@@ -18,7 +18,7 @@ SIZES = st.one_of(st.integers(1, 3 * PAGE), st.sampled_from([64 * PAGE, MiB, 3 *
 
 
 class ArenaMachine(RuleBasedStateMachine):
-    """Blocks by their addresses, with the byte that fills each."""
+    """The model has the live blocks by address, each with the byte that fills it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,8 +128,8 @@ class ArenaMachine(RuleBasedStateMachine):
     def all_is_as_it_should_be(self) -> None:
         if not hasattr(self, "arena"):
             return
-        found = list(self.arena.blocks())
-        assert [block.address for block in found] == sorted(self.live)
+        blocks = list(self.arena.blocks())
+        assert [block.address for block in blocks] == sorted(self.live)
         stats = self.arena.memstats()
         check(stats)
         assert stats.heap_objects == len(self.live)
@@ -145,10 +145,10 @@ TestArena.settings = settings(max_examples=examples(40), stateful_step_count=30)
 
 
 class PagesMachine(RuleBasedStateMachine):
-    """What each page of the arena is, in three bytes: in use, dirty, given back.
+    """The model has three bytes for each page of the arena: in use, dirty, given back.
 
-    Dirty is what somebody had, so that it may not read zero; after a list of sizes that was refused
-    nobody outside knows which pages were tried, so those are `MAYBE`.
+    A dirty page was used before and may not read zero. After a refused list of sizes it is unknown
+    which pages were used; these are `MAYBE`.
     """
 
     CLEAN, DIRTY, MAYBE = range(3)
@@ -173,7 +173,7 @@ class PagesMachine(RuleBasedStateMachine):
             self.arena.release()
 
     def lowest(self, n: int) -> int | None:
-        """Where the lowest run of n free pages is, those that the arena may still grow by too."""
+        """Return the start of the lowest run of n free pages, including pages not yet taken."""
         first = self.used.find(bytes(n))
         return None if first < 0 else first
 
@@ -279,8 +279,8 @@ class PagesMachine(RuleBasedStateMachine):
         stats = self.arena.memstats()
         check(stats)
         assert stats.heap_inuse == self.used.count(1) * PAGE
-        least, most = (self.released.count(n) * PAGE for n in (1, self.MAYBE))
-        assert least <= stats.heap_released <= least + most
+        certain, unknown = (self.released.count(n) * PAGE for n in (1, self.MAYBE))
+        assert certain <= stats.heap_released <= certain + unknown
         start = self.arena.placement.arena_start
         assert [(b.address - start) // PAGE for b in self.arena.blocks()] == sorted(self.live)
 

@@ -1,4 +1,4 @@
-"""An arena used from all sides at once: threads, forks under them, handlers and finalisers."""
+"""An arena under threads, forks, signal handlers and finalisers."""
 
 import subprocess
 import sys
@@ -22,14 +22,14 @@ LAYOUTS = [
 
 @pytest.fixture(params=LAYOUTS)
 def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
-    """An arena of each mechanism, released at the end."""
-    made = Arena(layout=request.param)
-    yield made
-    made.release()
+    """An arena in a layout of each strategy, released at the end."""
+    opened = Arena(layout=request.param)
+    yield opened
+    opened.release()
 
 
 class Traffic:
-    """Threads that allocate, free and scavenge until the end of the with."""
+    """Threads that allocate, free and scavenge until the end of the with block."""
 
     def __init__(self, arena: Arena, threads: int = 6) -> None:
         self.arena = arena
@@ -53,17 +53,17 @@ class Traffic:
         random = Random(number)
         try:
             while not self._stop.is_set():
-                many = self.arena.alloc_many([random.randrange(1, 100 * KiB) for _ in range(10)])
-                one = self.arena.alloc(random.randrange(1, 100 * KiB), zero=True)
-                assert holds(one, 0)
-                fill(one, number)
-                fill(many[3], number)
+                blocks = self.arena.alloc_many([random.randrange(1, 100 * KiB) for _ in range(10)])
+                block = self.arena.alloc(random.randrange(1, 100 * KiB), zero=True)
+                assert holds(block, 0)
+                fill(block, number)
+                fill(blocks[3], number)
                 if random.random() < 0.1:
                     self.arena.trim(MiB, lazy=random.random() < 0.5)
-                assert holds(one, number)
-                assert holds(many[3], number)
-                one.free()
-                many.free()
+                assert holds(block, number)
+                assert holds(blocks[3], number)
+                block.free()
+                blocks.free()
         except BaseException as failure:
             self.failures.append(failure)
 
@@ -71,7 +71,7 @@ class Traffic:
 class TestFork:
     @pytest.mark.parametrize("forks", [8, pytest.param(40, marks=pytest.mark.heavy)])
     def test_the_child_allocates_on(self, arena: Arena, forks: int) -> None:
-        """Forked at any moment, a child has all blocks in order and an arena that works."""
+        """After a fork at any moment the child has intact blocks and a working arena."""
         kept = arena.alloc(100 * KiB)
         fill(kept, 0x5A)
 
@@ -97,7 +97,7 @@ class TestFork:
         assert list(arena.blocks()) == [kept]
 
     def test_the_parent_does_not_see_it(self, arena: Arena) -> None:
-        """What the child frees, fills and scavenges stays as it was in the parent."""
+        """Frees, writes and scavenges of the child do not affect the parent."""
         block = arena.alloc(MiB)
         fill(block, 1)
         before = arena.memstats()
@@ -114,7 +114,7 @@ class TestFork:
 
 class TestThreads:
     def test_no_block_is_taken_for_another(self) -> None:
-        """A block that was freed is never equal to a later one, also where lists were refused."""
+        """A freed block never equals a later one, even after refused lists."""
         blocks: list[Block] = []
         stop = threading.Event()
         with Arena(4 * MiB) as arena:
@@ -137,7 +137,7 @@ class TestThreads:
             assert all(block.freed for block in blocks)
 
     def test_one_of_many_frees_wins(self, arena: Arena) -> None:
-        """Of several threads that free the same block, one does, and the others are told."""
+        """If several threads free the same block, one succeeds and the others raise FreeError."""
         won: list[int] = []
         rounds = 300
         blocks = [arena.alloc(PAGE) for _ in range(rounds)]
@@ -288,7 +288,7 @@ class TestInterrupted:
     @pytest.mark.parametrize("name", ["native", layouts.default_name(WORD)])
     @pytest.mark.parametrize("fact", FACTS)
     def test_it_holds(self, fact: str, name: str) -> None:
-        """The named fact holds: the process ends as it should, with nothing on standard error."""
+        """The named fact holds: the process exits with status 0 and writes nothing to stderr."""
         done = subprocess.run(
             [sys.executable, "-c", INTERRUPTED + FACTS[fact], name],
             capture_output=True,
@@ -300,7 +300,7 @@ class TestInterrupted:
         assert (done.returncode, done.stderr) == (0, "")
 
     def test_a_first_block_inside_a_first_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A handler that allocates while the tables are being made has a block like any other."""
+        """A handler may allocate while the first allocation creates the tables."""
         interrupting: list[Block] = []
         with Arena(8 * MiB) as arena:
 
@@ -313,7 +313,7 @@ class TestInterrupted:
 
             block = arena.alloc(PAGE)
 
-            assert [found.address for found in arena.blocks()] == sorted(
+            assert [block.address for block in arena.blocks()] == sorted(
                 [interrupting[0].address, block.address]
             )
             assert not interrupting[0].freed

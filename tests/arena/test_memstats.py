@@ -1,4 +1,4 @@
-"""The accounts of an arena to which the kernel refuses memory, in an interpreter of its own."""
+"""The memory statistics of an arena that is refused memory, in a fresh interpreter."""
 
 import functools
 from typing import Any
@@ -11,7 +11,7 @@ from pyreserve._arena.arena import WORD
 
 REFUSE = """
     import dataclasses
-    name, which, wish = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    name, resource_name, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
     def books():
         blocks = [[block.address, block.nbytes] for block in arena.blocks()]
@@ -19,13 +19,13 @@ REFUSE = """
                 arena.region.committed_runs(), repr(arena.placement), whole(arena)]
 
     def refusal(call):
-        limit(which, 4 * MiB)
+        limit(resource_name, 4 * MiB)
         try:
             call()
         except OutOfMemoryError as error:
             return [error.limit, error.strerror]
         finally:
-            limit(which, None)
+            limit(resource_name, None)
 
     with Arena(layout=name) as arena:
         arena.alloc(8 * MiB)
@@ -36,11 +36,11 @@ REFUSE = """
         used.free()
         given = arena.trim()
         before = books()
-        alone = [refusal(lambda: arena.alloc(wish)) for _ in range(3)]
+        alone = [refusal(lambda: arena.alloc(size)) for _ in range(3)]
         after = books()
-        listed = [refusal(lambda: arena.alloc_many([8192, wish])) for _ in range(3)]
+        listed = [refusal(lambda: arena.alloc_many([8192, size])) for _ in range(3)]
         last = books()
-        with arena.alloc(wish, zero=True) as block:
+        with arena.alloc(size, zero=True) as block:
             with block.view() as view:
                 usable = view[0] == view[-1] == 0
                 view[0] = view[-1] = 1
@@ -55,60 +55,60 @@ IN_USE = 9 * MiB
 HOLE = 20 * MiB
 RESERVED = [name for name in ("native", layouts.default_name(WORD)) if name in layout_names()]
 PROBED = [name for name in ("go1.4/amd64", "go1.11/amd64") if name in layout_names()]
-# What was reserved at once does not count against RLIMIT_AS when it is committed.
+# A commit of addresses reserved at once does not count against RLIMIT_AS.
 GROWTHS = [(name, "DATA", 300 * MiB) for name in RESERVED + PROBED]
 GROWTHS += [(name, "AS", 300 * MiB) for name in PROBED]
-# Into the hole that was scavenged.
+# These blocks fit into the run of pages that was given back.
 COMMITS = [(name, "DATA", HOLE - 2 * MiB) for name in RESERVED + PROBED]
 
 
 @functools.cache
-def refuse(name: str, which: str, wish: int) -> dict[str, Any]:
-    """Make a refusal once for all tests that look at it."""
-    found = in_child(REFUSE, name, which, str(wish))
-    assert isinstance(found, dict)
-    return found
+def refuse(name: str, resource: str, size: int) -> dict[str, Any]:
+    """Run a refusal once for all tests that need its result."""
+    result = in_child(REFUSE, name, resource, str(size))
+    assert isinstance(result, dict)
+    return result
 
 
-@pytest.mark.parametrize(("name", "which", "wish"), GROWTHS + COMMITS)
+@pytest.mark.parametrize(("name", "resource", "size"), GROWTHS + COMMITS)
 class TestRefusals:
-    def test_nothing_changes(self, name: str, which: str, wish: int) -> None:
-        """A block that is refused leaves all accounts, blocks and mappings as they were."""
-        found = refuse(name, which, wish)
+    def test_nothing_changes(self, name: str, resource: str, size: int) -> None:
+        """A refused block leaves statistics, blocks and mappings as they were."""
+        result = refuse(name, resource, size)
 
-        assert found["given"] == found["before"][0]["heap_released"] == HOLE
-        assert found["after"] == found["before"]
+        assert result["given"] == result["before"][0]["heap_released"] == HOLE
+        assert result["after"] == result["before"]
 
-    def test_a_list_allocates_nothing(self, name: str, which: str, wish: int) -> None:
-        """Where one block of a list is refused no block is allocated, and no counter moves."""
-        found = refuse(name, which, wish)
+    def test_a_list_allocates_nothing(self, name: str, resource: str, size: int) -> None:
+        """If a block of a list is refused, no block is allocated and the counters stay."""
+        result = refuse(name, resource, size)
 
-        before, last = found["before"][0], found["last"][0]
-        assert found["last"][1] == found["before"][1]
+        before, last = result["before"][0], result["last"][0]
+        assert result["last"][1] == result["before"][1]
         for account in ("heap_inuse", "heap_alloc", "heap_objects", "mallocs", "frees"):
             assert last[account] == before[account]
         assert last["heap_released"] <= before["heap_released"]
 
-    def test_the_limit_is_named(self, name: str, which: str, wish: int) -> None:
-        """The error of a block and that of a list say which limit refused."""
-        found = refuse(name, which, wish)
+    def test_the_limit_is_named(self, name: str, resource: str, size: int) -> None:
+        """The errors of alloc and alloc_many name the limit that refused."""
+        result = refuse(name, resource, size)
 
-        for limit, text in (*found["alone"], *found["listed"]):
-            assert (limit, f"RLIMIT_{which}" in text) == (f"RLIMIT_{which}", True), text
+        for limit, text in (*result["alone"], *result["listed"]):
+            assert (limit, f"RLIMIT_{resource}" in text) == (f"RLIMIT_{resource}", True), text
 
-    def test_it_says_how_things_are(self, name: str, which: str, wish: int) -> None:
-        """The error says what was asked for, what is in use and what is reserved."""
-        found = refuse(name, which, wish)
+    def test_it_says_how_things_are(self, name: str, resource: str, size: int) -> None:
+        """The error has the bytes requested, in use and reserved."""
+        result = refuse(name, resource, size)
 
-        reserved = found["before"][2]
-        for _, text in found["alone"]:
-            assert f"cannot allocate {wish}-byte block" in text
+        reserved = result["before"][2]
+        for _, text in result["alone"]:
+            assert f"cannot allocate {size}-byte block" in text
             assert f"{IN_USE} in use" in text
             assert f"{reserved} reserved" in text
 
-    def test_it_can_be_used_afterwards(self, name: str, which: str, wish: int) -> None:
-        """The same block is to be had once there is memory, zero, and the others are intact."""
-        found = refuse(name, which, wish)
+    def test_it_can_be_used_afterwards(self, name: str, resource: str, size: int) -> None:
+        """Once there is memory, the same block is allocated and zero; the others are intact."""
+        result = refuse(name, resource, size)
 
-        assert found["usable"]
-        assert found["intact"]
+        assert result["usable"]
+        assert result["intact"]

@@ -1,4 +1,4 @@
-"""Giving idle memory back, and the accounts of an arena: /proc is the witness."""
+"""Giving idle memory back, and the memory statistics of an arena; /proc is the witness."""
 
 import gc
 import math
@@ -33,22 +33,22 @@ LAYOUTS = [name for name in layout_names() if name in {"native", "go1.4/amd64", 
 
 @pytest.fixture(params=["charge", "noreserve"])
 def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
-    """A native arena in each of the two ways to account."""
-    made = Arena(64 * MiB, mode=request.param)
-    yield made
+    """A native arena in each accounting mode."""
+    opened = Arena(64 * MiB, mode=request.param)
+    yield opened
     gc.collect()
-    if not made.region.released:
-        made.release()
+    if not opened.region.released:
+        opened.release()
 
 
 def rss(arena: Arena) -> int:
-    """What the kernel says is in memory of an arena's addresses, in bytes."""
+    """Return the resident bytes of an arena as the kernel counts them."""
     return witness.total_kib(arena.region.base, arena.region.size, "Rss") * KiB
 
 
 class TestScavenge:
     def test_memory_goes_back(self, arena: Arena) -> None:
-        """What blocks had is not in memory any more, and the account is exact."""
+        """Memory of freed blocks is not resident after trim, and the statistics are exact."""
         block, keep = arena.alloc(8 * MiB), arena.alloc(PAGE)
         fill(block, 1)
         fill(keep, 2)
@@ -65,7 +65,7 @@ class TestScavenge:
         assert arena.trim() == 0
 
     def test_highest_first(self, arena: Arena) -> None:
-        """A part of what is idle goes from the top down."""
+        """A limited trim gives back the highest addresses first."""
         blocks = arena.alloc_many([MiB] * 4)
         for block in blocks:
             fill(block, 1)
@@ -81,7 +81,7 @@ class TestScavenge:
         assert third.zeroed
 
     def test_zero_when_used_again(self, arena: Arena) -> None:
-        """Pages that were given back read zero and say so; released is counted down."""
+        """Pages that were given back read zero and are known to; heap_released decreases."""
         block = arena.alloc(4 * MiB)
         fill(block, 1)
         block.free()
@@ -95,9 +95,9 @@ class TestScavenge:
         assert arena.memstats().heap_released == MiB
 
     def test_only_what_is_old(self, arena: Arena) -> None:
-        """What was freed a moment ago stays when only old memory shall go."""
+        """With older_than recently freed pages stay."""
         age, young_age = 0.1, math.inf
-        while young_age > age / 2:  # until nothing has held up the scavenge; the clock is coarse
+        while young_age > age / 2:  # repeat until no delay distorts the ages; the clock is coarse
             age *= 2
             old, fence, young = arena.alloc(MiB), arena.alloc(PAGE), arena.alloc(2 * MiB)
             fill(old, 1)
@@ -120,7 +120,7 @@ class TestScavenge:
         assert given_back == MiB
 
     def test_lazily(self, arena: Arena) -> None:
-        """Lazy memory counts as released but not as zero, and can still be dropped at once."""
+        """After a lazy trim pages count as released, not as zero, and can still be discarded."""
         block = arena.alloc(2 * MiB)
         fill(block, 1)
         block.free()
@@ -139,7 +139,7 @@ class TestScavenge:
         assert rss(arena) == 0
 
     def test_not_under_a_view(self, arena: Arena) -> None:
-        """Somebody who looks at free bytes through the region keeps them."""
+        """Free bytes that a view of the region shows are not given back."""
         block = arena.alloc(MiB)
         fill(block, 1)
         offset = block.offset
@@ -156,12 +156,12 @@ class TestScavenge:
 
     @pytest.mark.parametrize("wrong", [{"nbytes": -1}, {"older_than": -0.1}])
     def test_negative_numbers(self, arena: Arena, wrong: dict[str, float]) -> None:
-        """Neither bytes nor ages are negative."""
+        """Negative bytes and ages are refused."""
         with pytest.raises(RangeError):
             arena.trim(**wrong)  # type: ignore[arg-type]
 
     def test_many_small_holes_take_no_mappings(self, arena: Arena) -> None:
-        """Scattered pages are discarded where they are: no mapping is split for them."""
+        """Scattered pages are discarded in place, which splits no mapping."""
         blocks = list(arena.alloc_many([PAGE] * 4000))
         for block in blocks:
             fill(block, 1)
@@ -220,7 +220,7 @@ class TestBurst:
         ],
     )
     def test_two_gib(self, layout: str, mode: str, size: int) -> None:
-        """After 2 GiB were used, freed and scavenged, all is as before but for the addresses."""
+        """After 2 GiB were used, freed and trimmed only the addresses are left."""
         before, during, after, given, vsz = witness.fresh_python(
             BURST.format(layout=layout, mode=mode, size=size)
         )
@@ -229,8 +229,8 @@ class TestBurst:
         assert after[0] - before[0] <= 2 * MiB
         assert after[2] - before[2] <= 10
         assert given >= 2 << 30
-        assert vsz <= 17 * MiB  # the list of a quarter of a million blocks is gone
-        # Go's own metadata stays mapped.
+        assert vsz <= 17 * MiB  # the list of a quarter of a million blocks is freed
+        # The metadata of Go's layouts stays mapped.
         if mode == "charge":
             assert during[1] - before[1] >= (2 << 30) - 256 * MiB
             assert after[1] - before[1] <= 256 * MiB
@@ -240,7 +240,7 @@ class TestBurst:
 
 class TestScavenger:
     def test_it_gives_back_what_is_idle(self) -> None:
-        """The thread does it by itself, and ends with the arena."""
+        """The thread gives idle memory back by itself, and ends with the arena."""
         arena = Arena()
         scavenger = arena.start_scavenger(0.05)
         block = arena.alloc(MiB)
@@ -253,7 +253,7 @@ class TestScavenger:
         assert not scavenger.running
 
     def test_stopped_and_started(self, arena: Arena) -> None:
-        """To stop is to wait for the end; another one takes the first's place."""
+        """stop waits for the end of the thread; a new scavenger can then be started."""
         first = arena.start_scavenger(0.01)
         second = arena.start_scavenger(10)
         assert not first.running
@@ -263,7 +263,7 @@ class TestScavenger:
         assert not second.running
 
     def test_it_lets_the_arena_go(self) -> None:
-        """A dropped arena takes its thread with it."""
+        """A dropped arena ends its thread."""
         arena = Arena(MiB)
         scavenger, base = arena.start_scavenger(0.01), arena.region.base
         del arena
@@ -274,7 +274,7 @@ class TestScavenger:
     def test_views_are_no_reason_to_end(
         self, arena: Arena, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It tries again after it was refused."""
+        """The thread continues after views caused a refusal."""
         give_back, refused = Heap.give_back, threading.Event()
 
         def observed(*arguments: Any) -> tuple[int, list[Exception]]:
@@ -298,7 +298,7 @@ class TestScavenger:
         arena.stop_scavenger()
 
     def test_a_child_has_none(self, arena: Arena) -> None:
-        """The thread stays with the parent; the child may start its own."""
+        """The thread stays in the parent; the child may start its own."""
         scavenger = arena.start_scavenger(0.01)
 
         def child() -> list[bool]:
@@ -313,7 +313,7 @@ class TestScavenger:
         arena.stop_scavenger()
 
     def test_it_ends_with_the_interpreter(self) -> None:
-        """A process ends cleanly while the thread is at work."""
+        """A process exits cleanly while the thread is working."""
         script = """
 import pyreserve
 arena = pyreserve.Arena(scavenge_after=0.001)
@@ -325,7 +325,7 @@ for _ in range(200): arena.alloc(1 << 20).free()
         assert (done.returncode, done.stderr) == (0, "")
 
     def test_no_negative_age(self, arena: Arena) -> None:
-        """An age is a number of seconds."""
+        """An age must be a non-negative number of seconds."""
         with pytest.raises(RangeError):
             arena.start_scavenger(-1)
 
@@ -333,7 +333,7 @@ for _ in range(200): arena.alloc(1 << 20).free()
 class TestMemStats:
     @pytest.mark.parametrize("name", layout_names())
     def test_invariants(self, name: LayoutName) -> None:
-        """They hold after every step, and the counters are those of the steps."""
+        """The documented equations hold after each step, and the counters are exact."""
         random, live, mallocs = Random(5), [], 0
         with Arena(layout=name) as arena:
             check(arena.memstats())
@@ -355,7 +355,7 @@ class TestMemStats:
                 assert (stats.mallocs, stats.heap_objects) == (mallocs, len(live))
 
     def test_against_the_kernel(self, arena: Arena) -> None:
-        """Reserved, committed and resident bytes are what /proc says."""
+        """reserved, committed and resident agree with /proc."""
         fill(arena.alloc(3 * MiB), 1)
         arena.alloc(MiB)
         stats, base, size = arena.memstats(), arena.region.base, arena.region.size
@@ -365,7 +365,7 @@ class TestMemStats:
         assert stats.resident == rss(arena)
 
     def test_as_text(self) -> None:
-        """Text and HTML have every field, sizes with units and counts as numbers."""
+        """Text and HTML have every field: sizes with units, counts as numbers."""
         with Arena(64 * MiB) as arena:
             arena.alloc_many([MiB] * 3)[0].free()
             stats = arena.memstats()
@@ -381,7 +381,7 @@ class TestMemStats:
 
     @pytest.mark.parametrize("name", LAYOUTS)
     def test_at_every_moment(self, name: LayoutName) -> None:
-        """They hold while threads allocate, free and scavenge."""
+        """The equations hold while threads allocate, free and trim."""
         arena, stop, failures = Arena(layout=name), threading.Event(), []
 
         def work(number: int) -> None:
@@ -412,10 +412,10 @@ class TestMemStats:
 
 
 class TestOneThread:
-    """The scavenger's thread against everything that may happen to it."""
+    """The scavenger's thread under restarts, handlers and exits."""
 
     def test_started_from_many_threads(self, arena: Arena) -> None:
-        """However often it is started, there is one thread at most, and none after a stop."""
+        """After starts by many threads at most one thread runs, and none after a stop."""
         most = 0
 
         def alive() -> int:
@@ -440,7 +440,7 @@ class TestOneThread:
         assert alive() == 0
 
     def test_given_when_the_arena_is_made(self) -> None:
-        """`scavenge_after` starts it at once."""
+        """`scavenge_after` starts the scavenger with the arena."""
         with Arena(16 * MiB, scavenge_after=0.01) as arena:
             block = arena.alloc(MiB)
             fill(block, 1)
@@ -449,7 +449,7 @@ class TestOneThread:
             wait_until(lambda: arena.memstats().heap_released == MiB, "the scavenger to give back")
 
     def test_a_replaced_one(self, arena: Arena) -> None:
-        """To stop one that was replaced leaves the other at work."""
+        """Stopping a replaced scavenger does not stop the current one."""
         first, second = arena.start_scavenger(100), arena.start_scavenger(100, lazy=True)
         first.stop()
 
@@ -459,8 +459,8 @@ class TestOneThread:
 
     @pytest.mark.parametrize("end", ["stop_scavenger", "release", "close"])
     def test_ended_by_a_handler(self, end: str) -> None:
-        """A signal handler that interrupts a call ends the thread, which waits for that call."""
-        found = witness.fresh_python(
+        """A signal handler may stop the thread while it waits for the interrupted call's lock."""
+        running = witness.fresh_python(
             f"""
             import json, signal, time
             from pyreserve import *
@@ -468,9 +468,9 @@ class TestOneThread:
             arena.alloc(8)
             scavenger = arena.start_scavenger(0.001)
             waits, wait = [], type(arena.heap)._acquire_while
-            def lock_while(self, wanted):
+            def lock_while(self, proceed):
                 waits.append(1)
-                try: return wait(self, wanted)
+                try: return wait(self, proceed)
                 finally: waits.pop()
             type(arena.heap)._acquire_while = lock_while
             done = []
@@ -486,12 +486,12 @@ class TestOneThread:
             """
         )
 
-        assert found == [False]
+        assert running == [False]
 
     @pytest.mark.parametrize("end", ["stop_scavenger", "close"])
     def test_ended_by_a_handler_while_it_is_ended(self, end: str) -> None:
-        """A handler that ends the thread may interrupt what ends it or starts it."""
-        found = witness.fresh_python(
+        """A handler may stop the scavenger while another call stops or starts it."""
+        running = witness.fresh_python(
             f"""
             import json, random, signal
             from pyreserve import *
@@ -511,11 +511,11 @@ class TestOneThread:
             """
         )
 
-        assert found is False
+        assert running is False
 
     @pytest.mark.parametrize("exits", [5, pytest.param(200, marks=pytest.mark.heavy)])
     def test_at_the_end_of_the_interpreter(self, exits: int) -> None:
-        """An exit with a scavenge under way ends it first: a finaliser then needs its lock."""
+        """An exit during a scavenge waits for its end, because a finaliser needs the same lock."""
         script = """
 import builtins, sys, time
 from pyreserve import *
@@ -544,7 +544,7 @@ time.sleep(float(sys.argv[1]))
             assert (done.returncode, done.stdout, done.stderr) == (0, "freed\n", "")
 
     def test_not_started_at_the_end(self) -> None:
-        """Once the interpreter ends, none is started any more."""
+        """No scavenger can be started during interpreter exit."""
         done = subprocess.run(
             [
                 sys.executable,
