@@ -173,7 +173,7 @@ static void setting_and_clearing_agree_with_the_model(void) {
 }
 
 static void seeking_agrees_with_the_model(void) {
-    uint64_t found = 0, missed = 0;
+    uint64_t hits = 0, missed = 0;
     for (int i = 0; i < 60000; i++) {
         uint64_t start, stop, want, got;
         if (i % 10 == 0) {
@@ -182,21 +182,21 @@ static void seeking_agrees_with_the_model(void) {
         }
         random_range(&start, &stop);
         uint64_t wanted = 1 + random_below(&seed, i % 2 == 0 ? 70 : 300);
-        /* Until it is found, the open run is shorter than `wanted`. */
+        /* Until the run is complete, the open run is shorter than `wanted`. */
         uint64_t before = random_below(&seed, wanted < start + 1 ? wanted : start + 1);
         bool value = random_below(&seed, 2) == 0;
         want = got = start - before;
         bool is_there = model_seek(start, stop, value, wanted, &want);
         CHECK(bitmap_seek(words, start, stop, value, wanted, &got) == is_there);
         CHECK(got == want);
-        found += is_there;
+        hits += is_there;
         missed += !is_there;
 
         want = start;
         CHECK(bitmap_find(words, start, stop, value) ==
               (model_seek(start, stop, value, 1, &want) ? want : stop));
     }
-    CHECK(found > 10000 && missed > 10000);
+    CHECK(hits > 10000 && missed > 10000);
 }
 
 static void a_scan_in_pieces_finds_what_one_scan_finds(void) {
@@ -204,18 +204,18 @@ static void a_scan_in_pieces_finds_what_one_scan_finds(void) {
         scatter(1 + random_below(&seed, 200));
         uint64_t wanted = 1 + random_below(&seed, 250), want = 0, got = 0, at = 0;
         bool value = random_below(&seed, 2) == 0;
-        bool is_there = model_seek(0, BITS, value, wanted, &want), found = false;
-        while (at < BITS && !found) {
+        bool is_there = model_seek(0, BITS, value, wanted, &want), complete = false;
+        while (at < BITS && !complete) {
             uint64_t end = at + 1 + random_below(&seed, 200);
             end = end < BITS ? end : BITS;
-            found = bitmap_seek(words, at, end, value, wanted, &got);
+            complete = bitmap_seek(words, at, end, value, wanted, &got);
             at = end;
         }
-        CHECK(found == is_there && got == want);
+        CHECK(complete == is_there && got == want);
     }
 }
 
-/* One run [at, at + length) of `value` among opposite bits: it is found, a run one bit longer is not. */
+/* Seeking finds one run [at, at + length) of `value` among opposite bits, but no run one bit longer. */
 static void check_lone_run(uint64_t at, uint64_t length, bool value) {
     uint64_t first = 0;
     all(!value);

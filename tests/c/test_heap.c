@@ -62,10 +62,10 @@ struct machine {
     uintptr_t unit_metadata[32]; /* by number of the unit in the region; with a guard at each end */
     size_t unit_bytes;
     struct block *blocks;
-    size_t count, room;
+    size_t count, block_capacity;
     unsigned char *part, *used, *dirty, *released, *committed; /* a byte a page, 0 or 1 */
     size_t totals[5];
-    size_t end; /* behind the last page that is part */
+    size_t end; /* the page after the last one that is part */
     int64_t stale[STALE];
     size_t stale_count;
     uint64_t mallocs, frees, serials;
@@ -93,10 +93,10 @@ static bool is_free(const struct machine *m, size_t page) {
 static size_t model_fit(const struct machine *m, size_t n, uint64_t align, size_t *bad) {
     *bad = 0;
     for (size_t at = 0, stop; at < m->end; at = stop + 1) {
-        const unsigned char *found = memchr(m->part + at, 1, m->end - at);
-        if (found == NULL)
+        const unsigned char *part = memchr(m->part + at, 1, m->end - at);
+        if (part == NULL)
             break;
-        at = stop = (size_t)(found - m->part);
+        at = stop = (size_t)(part - m->part);
         if (m->used[at])
             continue;
         while (stop < m->end && is_free(m, stop))
@@ -110,7 +110,7 @@ static size_t model_fit(const struct machine *m, size_t n, uint64_t align, size_
     return SIZE_MAX;
 }
 
-static bool some(const unsigned char *facts, size_t page, size_t n) {
+static bool any(const unsigned char *facts, size_t page, size_t n) {
     return memchr(facts + page, 1, n) != NULL;
 }
 
@@ -378,7 +378,7 @@ static uint64_t random_size(const struct machine *m) {
 static void enter(struct machine *m, int64_t handle, uint64_t nbytes, bool cleared) {
     uintptr_t address = heap_address(&m->heap, handle);
     size_t page = page_index(m, address), n = pages_of(m, nbytes);
-    CHECK(((handle & ZEROED) != 0) == (cleared || !some(m->dirty, page, n)));
+    CHECK(((handle & ZEROED) != 0) == (cleared || !any(m->dirty, page, n)));
     m->mallocs++;
     CHECK(((uint64_t)handle >> (HEAP_PAGE_BITS + 1)) ==
           (++m->serials & ((1 << HEAP_SERIAL_BITS) - 1)));
@@ -386,9 +386,9 @@ static void enter(struct machine *m, int64_t handle, uint64_t nbytes, bool clear
     mark(m, m->released, page, n, false);
     if (handle & ZEROED)
         CHECK(reads_zero(address, n * m->kind.page));
-    if (m->count == m->room) {
-        m->room = 2 * m->room + 64;
-        REQUIRE((m->blocks = realloc(m->blocks, m->room * sizeof *m->blocks)) != NULL);
+    if (m->count == m->block_capacity) {
+        m->block_capacity = 2 * m->block_capacity + 64;
+        REQUIRE((m->blocks = realloc(m->blocks, m->block_capacity * sizeof *m->blocks)) != NULL);
     }
     struct block *block = &m->blocks[m->count++];
     *block = (struct block){address, nbytes, handle, 0, 0};
@@ -403,7 +403,7 @@ static void enter(struct machine *m, int64_t handle, uint64_t nbytes, bool clear
 
 /* Updates the model for the allocation of a run: released pages become committed. */
 static void take_committed(struct machine *m, size_t page, size_t n) {
-    if (some(m->released, page, n))
+    if (any(m->released, page, n))
         mark(m, m->committed, page, n, true);
 }
 
@@ -418,13 +418,13 @@ static void try_alloc(struct machine *m, uint64_t nbytes, uint64_t align, bool z
         size_t page = page_index(m, address);
         CHECK(address % align == 0 && address % m->kind.page == 0);
         CHECK(page == fit || (bad >= PATIENCE && align > m->kind.page));
-        CHECK(all(m->part, page, n) && !some(m->used, page, n));
-        CHECK(region || !some(m->released, page, n));
+        CHECK(all(m->part, page, n) && !any(m->used, page, n));
+        CHECK(region || !any(m->released, page, n));
         take_committed(m, page, n);
         enter(m, handle, nbytes, zero);
     } else {
         CHECK(handle == HEAP_COMMIT && !region);
-        CHECK(some(m->released, fit, n) || bad >= PATIENCE);
+        CHECK(any(m->released, fit, n) || bad >= PATIENCE);
     }
     settle(m);
 }
@@ -473,8 +473,8 @@ static void try_stale(struct machine *m) {
 
 static void try_find(struct machine *m, uintptr_t address) {
     const struct block *block = block_of(m, address);
-    int64_t found = heap_find(&m->heap, address);
-    CHECK(found == (block == NULL ? HEAP_NO_BLOCK : (block->handle & ~ZEROED)));
+    int64_t handle = heap_find(&m->heap, address);
+    CHECK(handle == (block == NULL ? HEAP_NO_BLOCK : (block->handle & ~ZEROED)));
 }
 
 static void try_finds(struct machine *m) {
@@ -708,7 +708,7 @@ static void try_give_back(struct machine *m) {
     for (int64_t i = 0; i < n; i++) {
         size_t page = page_index(m, heap_page_address(&m->heap, pieces[i].start));
         size_t length = (size_t)(pieces[i].stop - pieces[i].start);
-        bool taken = some(m->used, page, length);
+        bool taken = any(m->used, page, length);
         size_t count = m->region.committed.count;
         int64_t given = heap_give_back(&m->heap, &pieces[i], lazy);
         CHECK(given == (taken ? 0 : (int64_t)(length * m->kind.page)));
@@ -721,25 +721,25 @@ static void try_give_back(struct machine *m) {
 /* -- random lives ----------------------------------------------------------------------------- */
 
 static void step(struct machine *m) {
-    uint64_t what = below(100);
-    if (what < 38)
+    uint64_t choice = below(100);
+    if (choice < 38)
         try_alloc(m, random_size(m), one_in(3) ? UINT64_C(1) << below(18) : 1, one_in(3),
                   !one_in(3));
-    else if (what < 70 && m->count > 0)
+    else if (choice < 70 && m->count > 0)
         try_free(m, below(m->count));
-    else if (what < 76)
+    else if (choice < 76)
         try_stale(m);
-    else if (what < 80)
+    else if (choice < 80)
         try_alloc_many(m);
-    else if (what < 84)
+    else if (choice < 84)
         try_free_many(m);
-    else if (what < 90)
+    else if (choice < 90)
         try_finds(m);
-    else if (what < 95)
+    else if (choice < 95)
         try_give_back(m);
-    else if (what < 97)
+    else if (choice < 97)
         try_bad_add(m);
-    else if (what < 98 && m->count > 0)
+    else if (choice < 98 && m->count > 0)
         compare_walk(m, below(m->count), 1 + below(50));
     else if (total(m, m->used) > m->end / 2)
         (void)try_add(m);
@@ -1062,11 +1062,11 @@ static void believe_nothing(const struct kind *kind, size_t capacity, int steps)
     for (int i = 0; i < 4; i++)
         (void)try_add(m);
     for (int i = 0; i < steps; i++) {
-        uint64_t what = below(10), from = 0;
+        uint64_t choice = below(10), from = 0;
         size_t at = count > 0 ? below(count) : 0, failed;
-        if (what == 0)
+        if (choice == 0)
             tell_lies(m);
-        if (what < 4 && count < LENGTH(handles)) {
+        if (choice < 4 && count < LENGTH(handles)) {
             uint64_t nbytes = random_size(m);
             int64_t handle = heap_alloc(&m->heap, nbytes, 1, one_in(2), true);
             CHECK(handle >= 0 || handle == PAGEALLOC_FULL);
@@ -1074,17 +1074,17 @@ static void believe_nothing(const struct kind *kind, size_t capacity, int steps)
                 memset((void *)heap_address(&m->heap, handle), 1, (size_t)nbytes);
                 handles[count++] = handle;
             }
-        } else if (what == 4 && count > 0) {
+        } else if (choice == 4 && count > 0) {
             int64_t nbytes = heap_nbytes(&m->heap, handles[at]);
             CHECK(nbytes > 0 || nbytes == HEAP_NO_BLOCK);
             CHECK(heap_free(&m->heap, handles[at]) == nbytes);
             handles[at] = handles[--count];
-        } else if (what == 5) {
-            int64_t found = heap_find(&m->heap, m->low + below(m->end * m->kind.page));
-            CHECK(found == HEAP_NO_BLOCK || (found >= 0 && is_part(m, found)));
-            if (found >= 0 && one_in(2))
-                CHECK(heap_free(&m->heap, found) != 0);
-        } else if (what == 6) {
+        } else if (choice == 5) {
+            int64_t handle = heap_find(&m->heap, m->low + below(m->end * m->kind.page));
+            CHECK(handle == HEAP_NO_BLOCK || (handle >= 0 && is_part(m, handle)));
+            if (handle >= 0 && one_in(2))
+                CHECK(heap_free(&m->heap, handle) != 0);
+        } else if (choice == 6) {
             static int64_t walked[700];
             uint64_t pages = 0;
             for (int64_t n = 1; n > 0; pages += (uint64_t)n) {
@@ -1094,12 +1094,12 @@ static void believe_nothing(const struct kind *kind, size_t capacity, int steps)
                 for (int64_t k = 0; k < n; k++)
                     CHECK(is_part(m, walked[k]));
             }
-        } else if (what == 7 && count > 0) {
+        } else if (choice == 7 && count > 0) {
             size_t n = 1 + below(count < 20 ? count : 20);
             int64_t got = heap_free_many(&m->heap, handles + count - n, n, false, &failed);
             CHECK(got >= 0 || (got == HEAP_NO_BLOCK && failed < n));
             count -= n;
-        } else if (what == 8) {
+        } else if (choice == 8) {
             int64_t n = heap_idle(&m->heap, UINT64_MAX >> 2, below(1000), 1 + below(1000), 0,
                                   one_in(3), pieces, LENGTH(pieces));
             for (int64_t k = 0; k < n; k++)

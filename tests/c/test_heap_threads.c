@@ -201,23 +201,23 @@ static void look_around(struct worker *me) {
     expect(stats.in_use <= stats.arena && stats.released <= stats.arena - stats.in_use);
     expect(stats.requested <= stats.in_use && stats.mallocs >= stats.frees);
     expect(heap_tail(&heap) >= 0);
-    int64_t found = heap_find(&heap, metadata.start + random_below(&me->seed, limit - metadata.start));
-    expect(found >= 0 || found == HEAP_NO_BLOCK);
+    int64_t handle = heap_find(&heap, metadata.start + random_below(&me->seed, limit - metadata.start));
+    expect(handle >= 0 || handle == HEAP_NO_BLOCK);
 }
 
 static void *work(void *argument) {
     struct worker *me = argument;
     for (int round = 0; round < ROUNDS; round++) {
-        uint64_t what = random_below(&me->seed, 200);
-        if (what < 2)
+        uint64_t choice = random_below(&me->seed, 200);
+        if (choice < 2)
             look_around(me);
-        else if (what < 4)
+        else if (choice < 4)
             give_all(me);
-        else if (what < 8)
+        else if (choice < 8)
             take_many(me);
-        else if (what < 40)
+        else if (choice < 40)
             share(me);
-        else if (me->count > 0 && (me->count == HELD || what < 120))
+        else if (me->count > 0 && (me->count == HELD || choice < 120))
             give(me);
         else
             take(me);

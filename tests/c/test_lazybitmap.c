@@ -125,13 +125,13 @@ static void scatter(struct pair pair) {
 }
 
 static bool model_find(const unsigned char *model, uint64_t start, uint64_t stop, bool value,
-                       uint64_t wanted, int64_t *found) {
+                       uint64_t wanted, int64_t *first) {
     uint64_t run = 0;
-    *found = -1;
+    *first = -1;
     for (uint64_t i = start; i < stop; i++) {
         run = model[i] == value ? run + 1 : 0;
         if (run == wanted) {
-            *found = (int64_t)(i + 1 - wanted);
+            *first = (int64_t)(i + 1 - wanted);
             return true;
         }
     }
@@ -298,8 +298,8 @@ static void copying_agrees_with_a_model_forwards_and_backwards(void) {
             uint64_t start = random_index(), from = random_index(), step = random_step();
             bool reverse = random_below(&seed, 2) == 0;
             uint64_t n = random_below(&seed, 10) == 0 ? STEP : random_below(&seed, 700);
-            uint64_t room = from < NBITS ? (NBITS - from - 1) / step + 1 : 0;
-            n = n < room ? n : room;
+            uint64_t available = from < NBITS ? (NBITS - from - 1) / step + 1 : 0;
+            n = n < available ? n : available;
             n = n < NBITS - start ? n : NBITS - start;
             for (uint64_t k = 0; k < n; k++)
                 a.model[start + k] = b.model[from + step * (reverse ? n - 1 - k : k)];

@@ -45,15 +45,15 @@ struct machine {
     uint64_t capacity;
     unsigned char *states;
     struct segment *segments, *spare;
-    size_t count, room, spare_room;
+    size_t count, segment_capacity, spare_capacity;
     uint64_t *edges; /* ends of the parts: a run in use may end there */
-    size_t edge_count, edge_room;
+    size_t edge_count, edge_capacity;
     uint64_t steps;
     unsigned often; /* steps between comparisons of all runs */
 };
 
 static struct pagealloc_run *listed;
-static size_t listed_room;
+static size_t listed_capacity;
 
 static bool coin(void) {
     return random_below(&seed, 2) == 0;
@@ -68,9 +68,9 @@ static void model_push(struct machine *m, uint64_t start, uint64_t stop, enum st
         m->segments[m->count - 1].stop = stop;
         return;
     }
-    if (m->count == m->room) {
-        m->room = 2 * m->room + 64;
-        REQUIRE((m->segments = realloc(m->segments, m->room * sizeof *m->segments)) != NULL);
+    if (m->count == m->segment_capacity) {
+        m->segment_capacity = 2 * m->segment_capacity + 64;
+        REQUIRE((m->segments = realloc(m->segments, m->segment_capacity * sizeof *m->segments)) != NULL);
     }
     m->segments[m->count++] = (struct segment){start, stop, state};
 }
@@ -98,9 +98,9 @@ static void model_scan(struct machine *m) {
 
 static void model_splice(struct machine *m, uint64_t start, uint64_t stop, enum state state) {
     struct segment *old = m->segments;
-    size_t count = m->count, room = m->room;
+    size_t count = m->count, old_capacity = m->segment_capacity;
     m->segments = m->spare;
-    m->room = m->spare_room;
+    m->segment_capacity = m->spare_capacity;
     m->count = 0;
     size_t i = 0;
     for (; i < count && old[i].start < start; i++)
@@ -109,7 +109,7 @@ static void model_splice(struct machine *m, uint64_t start, uint64_t stop, enum 
     for (i = i > 0 ? i - 1 : 0; i < count; i++)
         model_push(m, old[i].start > stop ? old[i].start : stop, old[i].stop, old[i].state);
     m->spare = old;
-    m->spare_room = room;
+    m->spare_capacity = old_capacity;
 }
 
 static void model_set(struct machine *m, uint64_t page, uint64_t n, enum state state) {
@@ -241,12 +241,12 @@ static bool same_runs(const struct machine *m, enum state state, uint64_t from, 
 }
 
 static void compare_runs(struct machine *m, uint64_t from, uint64_t to, size_t max) {
-    size_t room = 2 * m->count + m->edge_count + 2;
-    if (room > listed_room) {
-        REQUIRE((listed = realloc(listed, room * sizeof *listed)) != NULL);
-        listed_room = room;
+    size_t needed = 2 * m->count + m->edge_count + 2;
+    if (needed > listed_capacity) {
+        REQUIRE((listed = realloc(listed, needed * sizeof *listed)) != NULL);
+        listed_capacity = needed;
     }
-    max = max < room ? max : room;
+    max = max < needed ? max : needed;
     for (enum state state = FREE; state <= USED; state++) {
         size_t n = pagealloc_runs(m->pages, state == FREE, from, to, listed, max);
         if (CHECK(n <= max))
@@ -296,18 +296,18 @@ static void compare_tables(const struct machine *m) {
 
 static void compare_neighbours(struct machine *m, uint64_t from, uint64_t to) {
     struct pagealloc_run got = {7, 7}, want = {7, 7};
-    bool found = false;
+    bool exists = false;
     for (size_t i = 0; i < m->count && m->segments[i].start < to; i++)
         if (m->segments[i].state == FREE) {
-            found = true;
+            exists = true;
             want.start = m->segments[i].start;
             want.stop = m->segments[i].stop < to ? m->segments[i].stop : to;
         }
     uint64_t beyond = to == m->capacity ? random_below(&seed, 3) * 1000 : 0;
     pagealloc_lock(m->pages);
-    CHECK(pagealloc_run_below_held(m->pages, to + beyond, &got) == found);
+    CHECK(pagealloc_run_below_held(m->pages, to + beyond, &got) == exists);
     pagealloc_unlock(m->pages);
-    CHECK(!found || (got.start == want.start && got.stop == want.stop));
+    CHECK(!exists || (got.start == want.start && got.stop == want.stop));
 
     pagealloc_lock(m->pages);
     size_t n = pagealloc_used_from_held(m->pages, from, to + beyond, &got);
@@ -361,9 +361,9 @@ static int64_t unlocked(struct machine *m, int64_t result) {
 }
 
 static void note_edge(struct machine *m, uint64_t page) {
-    if (m->edge_count == m->edge_room) {
-        m->edge_room = 2 * m->edge_room + 64;
-        REQUIRE((m->edges = realloc(m->edges, m->edge_room * sizeof *m->edges)) != NULL);
+    if (m->edge_count == m->edge_capacity) {
+        m->edge_capacity = 2 * m->edge_capacity + 64;
+        REQUIRE((m->edges = realloc(m->edges, m->edge_capacity * sizeof *m->edges)) != NULL);
     }
     m->edges[m->edge_count++] = page;
 }
@@ -493,10 +493,10 @@ static uint64_t get(const struct pagealloc_integers *from, size_t i) {
 
 /* An array whose end a sanitizer checks; the caller frees `items`. */
 static struct pagealloc_integers integers(int width, size_t count) {
-    struct pagealloc_integers made = {.width = width};
+    struct pagealloc_integers array = {.width = width};
     if (width != 0 && count > 0)
-        REQUIRE((made.items = calloc(count, wide_bytes(width))) != NULL);
-    return made;
+        REQUIRE((array.items = calloc(count, wide_bytes(width))) != NULL);
+    return array;
 }
 
 /* Whether this is the value of a negative integer. */
@@ -594,33 +594,33 @@ static bool some_piece(const struct machine *m, enum state state, struct pageall
     while (m->segments[at].state != state || n-- > 0)
         at++;
     uint64_t lo = m->segments[at].start, length = m->segments[at].stop - lo;
-    uint64_t some = some_length(m->capacity);
-    some = some < length ? some : length;
+    uint64_t n_pages = some_length(m->capacity);
+    n_pages = n_pages < length ? n_pages : length;
     switch (random_below(&seed, 8)) {
     case 0:
-        some = length;
+        n_pages = length;
         break;
     case 1:
         break;
     case 2:
-        lo += length - some;
+        lo += length - n_pages;
         break;
     case 3: { /* up to a chunk's end */
         uint64_t stop = (lo + random_below(&seed, length)) / CHUNK * CHUNK;
         if (stop > lo)
-            some = some < stop - lo ? some : stop - lo, lo = stop - some;
+            n_pages = n_pages < stop - lo ? n_pages : stop - lo, lo = stop - n_pages;
         break;
     }
     case 4: { /* from a chunk's start */
         uint64_t from = (lo + random_below(&seed, length)) / CHUNK * CHUNK;
         if (from > lo)
-            some = some < length - (from - lo) ? some : length - (from - lo), lo = from;
+            n_pages = n_pages < length - (from - lo) ? n_pages : length - (from - lo), lo = from;
         break;
     }
     default:
-        lo += random_below(&seed, length - some + 1);
+        lo += random_below(&seed, length - n_pages + 1);
     }
-    *piece = (struct pagealloc_run){lo, lo + some};
+    *piece = (struct pagealloc_run){lo, lo + n_pages};
     return true;
 }
 
@@ -788,11 +788,11 @@ static void sizes_of_tables_are_consistent(void) {
     CHECK(most >= HUGE_CAPACITY);
     CHECK(pagealloc_tree_capacity(most) == most);
     for (uint64_t capacity = 1; capacity <= most; capacity += 1 + capacity / 3) {
-        uint64_t bytes = pagealloc_bytes(capacity), room = pagealloc_tree_capacity(capacity);
+        uint64_t bytes = pagealloc_bytes(capacity), rounded = pagealloc_tree_capacity(capacity);
         CHECK(bytes >= capacity / 8 && bytes >= before);
-        CHECK(room >= capacity && room <= most);
-        CHECK(pagealloc_tree_capacity(room) == room);
-        CHECK(room == most || pagealloc_tree_capacity(room + 1) > room);
+        CHECK(rounded >= capacity && rounded <= most);
+        CHECK(pagealloc_tree_capacity(rounded) == rounded);
+        CHECK(rounded == most || pagealloc_tree_capacity(rounded + 1) > rounded);
         before = bytes;
     }
 }
@@ -1207,11 +1207,11 @@ static void kernels_agree_with_a_loop_over_bits(void) {
     _Alignas(LINE) uint64_t words[WORDS];
     for (int round = 0; round < 20000; round++) {
         uint64_t most = 1 + random_below(&seed, round % 2 == 0 ? 20 : 2 * CHUNK);
-        bool one = coin();
+        bool bit = coin();
         memset(words, 0, sizeof words);
-        for (unsigned i = 0; i < CHUNK; one = !one)
+        for (unsigned i = 0; i < CHUNK; bit = !bit)
             for (uint64_t n = 1 + random_below(&seed, most); n > 0 && i < CHUNK; n--, i++)
-                words[i / 64] |= (uint64_t)one << (i % 64);
+                words[i / 64] |= (uint64_t)bit << (i % 64);
         if (round < 2)
             memset(words, -round, sizeof words);
         check_words(&pages, words);

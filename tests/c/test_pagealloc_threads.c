@@ -125,16 +125,16 @@ static void look(void) {
 static void *work(void *argument) {
     struct worker *me = argument;
     for (int round = 0; round < ROUNDS; round++) {
-        uint64_t what = random_below(&me->seed, 100);
-        if (what < 2)
+        uint64_t choice = random_below(&me->seed, 100);
+        if (choice < 2)
             look();
-        else if (what < 3)
+        else if (choice < 3)
             release_many(me);
-        else if (me->count > 0 && (me->count == HELD || what < 50))
+        else if (me->count > 0 && (me->count == HELD || choice < 50))
             release(me);
-        else if (what < 55)
+        else if (choice < 55)
             allocate_at(me);
-        else if (what < 58)
+        else if (choice < 58)
             allocate_many(me);
         else
             allocate(me);

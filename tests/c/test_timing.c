@@ -26,42 +26,42 @@ static unsigned char preempted[MOST_SAMPLES];
 static size_t done, failed;
 
 /* A program that tests modify. Lengths and offsets in pages. */
-struct made {
+struct trial {
     struct timing_step steps[MOST];
     struct timing_program program;
 };
 
-static struct timing_step *add(struct made *made, int verb, size_t offset, size_t length, int slot) {
-    struct timing_step *step = &made->steps[made->program.nsteps++];
+static struct timing_step *add(struct trial *trial, int verb, size_t offset, size_t length, int slot) {
+    struct timing_step *step = &trial->steps[trial->program.nsteps++];
     *step = (struct timing_step){verb, slot, offset * page, length * page, 1};
     return step;
 }
 
-static void begin(struct made *made) {
-    *made = (struct made){.program = {.length = 2 * PIECE * page}};
-    made->program.steps = made->steps;
-    (void)add(made, TIMING_RESERVE, 0, 2 * PIECE, -1);
+static void begin(struct trial *trial) {
+    *trial = (struct trial){.program = {.length = 2 * PIECE * page}};
+    trial->program.steps = trial->steps;
+    (void)add(trial, TIMING_RESERVE, 0, 2 * PIECE, -1);
 }
 
-static void end(struct made *made) {
-    (void)add(made, TIMING_RELEASE, 0, 2 * PIECE, -1);
+static void end(struct trial *trial) {
+    (void)add(trial, TIMING_RELEASE, 0, 2 * PIECE, -1);
 }
 
 /* Reserve, commit, write, discard, release; the three in the middle are timed. */
-static void make_life(struct made *made) {
-    begin(made);
-    made->program.nslots = 3;
-    (void)add(made, TIMING_COMMIT, 0, PIECE, 0);
-    (void)add(made, TIMING_WRITE, 0, PIECE, 1);
-    (void)add(made, TIMING_DISCARD, 0, PIECE, 2);
-    end(made);
+static void make_life(struct trial *trial) {
+    begin(trial);
+    trial->program.nslots = 3;
+    (void)add(trial, TIMING_COMMIT, 0, PIECE, 0);
+    (void)add(trial, TIMING_WRITE, 0, PIECE, 1);
+    (void)add(trial, TIMING_DISCARD, 0, PIECE, 2);
+    end(trial);
 }
 
-static int run_threads_of(const struct made *made, size_t threads, size_t rounds) {
+static int run_threads_of(const struct trial *trial, size_t threads, size_t rounds) {
     for (size_t i = 0; i < MOST_SAMPLES; i++)
         samples[i] = UNWRITTEN;
     done = failed = 99;
-    return timing_run(&made->program, threads, rounds, samples, preempted, &done, &failed);
+    return timing_run(&trial->program, threads, rounds, samples, preempted, &done, &failed);
 }
 
 static size_t written(void) {
@@ -115,9 +115,9 @@ static bool nothing_stays(void) {
 
 /* Thread stacks stay in the C library's cache: fill it before anything is compared. */
 static void warm_up(void) {
-    struct made made;
-    make_life(&made);
-    REQUIRE(run_threads_of(&made, 4, 1) == 0);
+    struct trial trial;
+    make_life(&trial);
+    REQUIRE(run_threads_of(&trial, 4, 1) == 0);
     remember();
     (void)no_thread_stays();
     (void)usleep(20000);
@@ -125,47 +125,47 @@ static void warm_up(void) {
 
 /* ---- malformed programs ---- */
 
-static bool is_refused_unrun(const struct made *made, size_t threads, size_t rounds) {
+static bool is_refused_unrun(const struct trial *trial, size_t threads, size_t rounds) {
     remember();
-    int err = run_threads_of(made, threads, rounds);
+    int err = run_threads_of(trial, threads, rounds);
     return err == EINVAL && done == 0 && failed == 0 && written() == 0 && nothing_stays();
 }
 
 static void no_threads_and_no_rounds_are_refused(void) {
-    struct made made;
-    make_life(&made);
-    CHECK(is_refused_unrun(&made, 0, 1));
-    CHECK(is_refused_unrun(&made, 1, 0));
+    struct trial trial;
+    make_life(&trial);
+    CHECK(is_refused_unrun(&trial, 0, 1));
+    CHECK(is_refused_unrun(&trial, 1, 0));
 }
 
 static void a_program_reserves_first_and_releases_last(void) {
-    struct made made;
-    make_life(&made);
-    made.program.nsteps--;
-    CHECK(is_refused_unrun(&made, 1, 1));
-    made.program.nsteps = 1;
-    CHECK(is_refused_unrun(&made, 1, 1));
-    made.program.nsteps = 0;
-    CHECK(is_refused_unrun(&made, 1, 1));
-    make_life(&made);
-    made.program.steps++;
-    made.program.nsteps--;
-    CHECK(is_refused_unrun(&made, 1, 1));
-    make_life(&made);
-    made.steps[2].verb = TIMING_RESERVE;
-    CHECK(is_refused_unrun(&made, 1, 1));
-    make_life(&made);
-    made.steps[2].verb = TIMING_RELEASE;
-    CHECK(is_refused_unrun(&made, 1, 1));
+    struct trial trial;
+    make_life(&trial);
+    trial.program.nsteps--;
+    CHECK(is_refused_unrun(&trial, 1, 1));
+    trial.program.nsteps = 1;
+    CHECK(is_refused_unrun(&trial, 1, 1));
+    trial.program.nsteps = 0;
+    CHECK(is_refused_unrun(&trial, 1, 1));
+    make_life(&trial);
+    trial.program.steps++;
+    trial.program.nsteps--;
+    CHECK(is_refused_unrun(&trial, 1, 1));
+    make_life(&trial);
+    trial.steps[2].verb = TIMING_RESERVE;
+    CHECK(is_refused_unrun(&trial, 1, 1));
+    make_life(&trial);
+    trial.steps[2].verb = TIMING_RELEASE;
+    CHECK(is_refused_unrun(&trial, 1, 1));
 }
 
 static void an_unknown_verb_is_refused_before_anything_is_done(void) {
     static const int verbs[] = {-1, TIMING_SYSTEM_CALL + 1, INT32_MAX, INT32_MIN};
     for (size_t i = 0; i < sizeof verbs / sizeof verbs[0]; i++) {
-        struct made made;
-        make_life(&made);
-        made.steps[3].verb = verbs[i];
-        CHECK(is_refused_unrun(&made, 1, 1));
+        struct trial trial;
+        make_life(&trial);
+        trial.steps[3].verb = verbs[i];
+        CHECK(is_refused_unrun(&trial, 1, 1));
     }
 }
 
@@ -186,52 +186,52 @@ static void pieces_are_whole_pages_of_the_mapping(void) {
                {SIZE_MAX / page * page, 2 * page}};
     for (size_t step = 0; step < 5; step += 2)
         for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
-            struct made made;
-            make_life(&made);
-            made.steps[step].offset = bad[i].offset;
-            made.steps[step].length = bad[i].length;
-            CHECK(is_refused_unrun(&made, 1, 1));
+            struct trial trial;
+            make_life(&trial);
+            trial.steps[step].offset = bad[i].offset;
+            trial.steps[step].length = bad[i].length;
+            CHECK(is_refused_unrun(&trial, 1, 1));
         }
 }
 
 static void slots_are_in_range(void) {
     static const int bad[] = {3, 4, INT32_MAX, -2, INT32_MIN};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
-        struct made made;
-        make_life(&made);
-        made.steps[3].slot = bad[i];
-        CHECK(is_refused_unrun(&made, 1, 1));
+        struct trial trial;
+        make_life(&trial);
+        trial.steps[3].slot = bad[i];
+        CHECK(is_refused_unrun(&trial, 1, 1));
     }
-    struct made made;
-    make_life(&made);
-    made.program.nslots = 0;
-    CHECK(is_refused_unrun(&made, 1, 1));
+    struct trial trial;
+    make_life(&trial);
+    trial.program.nslots = 0;
+    CHECK(is_refused_unrun(&trial, 1, 1));
 }
 
 static void nothing_is_repeated_no_times(void) {
     for (size_t i = 0; i < 5; i++) {
-        struct made made;
-        make_life(&made);
-        made.steps[i].repeat = 0;
-        CHECK(is_refused_unrun(&made, 1, 1));
+        struct trial trial;
+        make_life(&trial);
+        trial.steps[i].repeat = 0;
+        CHECK(is_refused_unrun(&trial, 1, 1));
     }
 }
 
 static void what_can_be_done_once_is_not_repeated(void) {
-    struct made made;
-    make_life(&made);
-    made.steps[0].repeat = 2; /* the first mapping would leak */
-    CHECK(is_refused_unrun(&made, 1, 1));
-    make_life(&made);
-    made.steps[4].repeat = 2;
-    CHECK(is_refused_unrun(&made, 1, 1));
+    struct trial trial;
+    make_life(&trial);
+    trial.steps[0].repeat = 2; /* the first mapping would leak */
+    CHECK(is_refused_unrun(&trial, 1, 1));
+    make_life(&trial);
+    trial.steps[4].repeat = 2;
+    CHECK(is_refused_unrun(&trial, 1, 1));
     for (size_t i = 1; i <= 2; i++) { /* a child would leak, and the second kill would hit every process */
-        begin(&made);
-        (void)add(&made, TIMING_FORK, 0, 1, -1);
-        (void)add(&made, TIMING_REAP, 0, 1, -1);
-        end(&made);
-        made.steps[i].repeat = 2;
-        CHECK(is_refused_unrun(&made, 1, 1));
+        begin(&trial);
+        (void)add(&trial, TIMING_FORK, 0, 1, -1);
+        (void)add(&trial, TIMING_REAP, 0, 1, -1);
+        end(&trial);
+        trial.steps[i].repeat = 2;
+        CHECK(is_refused_unrun(&trial, 1, 1));
     }
 }
 
@@ -247,19 +247,19 @@ static void each_fork_has_its_reap(void) {
                {{TIMING_FORK, TIMING_REAP, TIMING_REAP}, 3},
                {{TIMING_FORK, TIMING_REAP, TIMING_FORK}, 3}};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
-        struct made made;
-        begin(&made);
+        struct trial trial;
+        begin(&trial);
         for (size_t k = 0; k < bad[i].n; k++)
-            (void)add(&made, bad[i].verbs[k], 0, 1, -1);
-        end(&made);
-        CHECK(is_refused_unrun(&made, 1, 1));
+            (void)add(&trial, bad[i].verbs[k], 0, 1, -1);
+        end(&trial);
+        CHECK(is_refused_unrun(&trial, 1, 1));
     }
-    struct made made;
-    begin(&made);
-    (void)add(&made, TIMING_FORK, 0, 1, -1);
-    (void)add(&made, TIMING_REAP, 0, 1, -1);
-    end(&made);
-    CHECK(is_refused_unrun(&made, 2, 1)); /* only a single thread may fork */
+    struct trial trial;
+    begin(&trial);
+    (void)add(&trial, TIMING_FORK, 0, 1, -1);
+    (void)add(&trial, TIMING_REAP, 0, 1, -1);
+    end(&trial);
+    CHECK(is_refused_unrun(&trial, 2, 1)); /* only a single thread may fork */
 }
 
 static void the_mapping_makes_sense(void) {
@@ -285,14 +285,14 @@ static void the_mapping_makes_sense(void) {
                {SIZE_MAX / page * page, ALIGN, 0, 0, 0},
                {SIZE_MAX / 2 + 1 + 2 * PIECE * page, SIZE_MAX / 2 + 1, 0, 0, 0}};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
-        struct made made;
-        make_life(&made);
-        made.program.length = bad[i].length;
-        made.program.align = bad[i].align;
-        made.program.phase = bad[i].phase;
-        made.program.huge = bad[i].huge;
-        made.program.access = bad[i].access;
-        CHECK(is_refused_unrun(&made, 1, 1));
+        struct trial trial;
+        make_life(&trial);
+        trial.program.length = bad[i].length;
+        trial.program.align = bad[i].align;
+        trial.program.phase = bad[i].phase;
+        trial.program.huge = bad[i].huge;
+        trial.program.access = bad[i].access;
+        CHECK(is_refused_unrun(&trial, 1, 1));
     }
 }
 
@@ -300,9 +300,9 @@ static void the_mapping_makes_sense(void) {
 
 static void samples_lie_by_slot_round_and_thread(void) {
     for (size_t threads = 1; threads <= 3; threads++) {
-        struct made made;
-        make_life(&made);
-        CHECK(run_threads_of(&made, threads, ROUNDS) == 0);
+        struct trial trial;
+        make_life(&trial);
+        CHECK(run_threads_of(&trial, threads, ROUNDS) == 0);
         CHECK(done == ROUNDS && failed == 0);
         CHECK(written() == 3 * ROUNDS * threads);
         for (size_t i = 0; i < 3 * ROUNDS * threads; i++)
@@ -311,13 +311,13 @@ static void samples_lie_by_slot_round_and_thread(void) {
 }
 
 static void a_slot_that_no_step_has_is_not_written(void) {
-    struct made made;
-    make_life(&made);
-    made.program.nslots = 5;
-    made.steps[1].slot = 4;
-    made.steps[2].slot = -1;
-    made.steps[3].slot = 1;
-    CHECK(run_threads_of(&made, 2, ROUNDS) == 0);
+    struct trial trial;
+    make_life(&trial);
+    trial.program.nslots = 5;
+    trial.steps[1].slot = 4;
+    trial.steps[2].slot = -1;
+    trial.steps[3].slot = 1;
+    CHECK(run_threads_of(&trial, 2, ROUNDS) == 0);
     CHECK(written() == 2 * ROUNDS * 2);
     for (size_t i = 0; i < 5 * ROUNDS * 2; i++) {
         size_t slot = i / (ROUNDS * 2);
@@ -326,21 +326,21 @@ static void a_slot_that_no_step_has_is_not_written(void) {
 }
 
 static void nothing_need_be_timed(void) {
-    struct made made;
-    begin(&made);
-    end(&made);
-    CHECK(run_threads_of(&made, 1, ROUNDS) == 0 && done == ROUNDS && written() == 0);
-    CHECK(timing_run(&made.program, 2, 1, NULL, NULL, &done, &failed) == 0 && done == 1);
+    struct trial trial;
+    begin(&trial);
+    end(&trial);
+    CHECK(run_threads_of(&trial, 1, ROUNDS) == 0 && done == ROUNDS && written() == 0);
+    CHECK(timing_run(&trial.program, 2, 1, NULL, NULL, &done, &failed) == 0 && done == 1);
 }
 
 static void all_samples_together_are_within_the_time_the_run_took(void) {
-    struct made made;
-    make_life(&made);
-    made.program.nslots = 5;
-    made.steps[0].slot = 3;
-    made.steps[4].slot = 4;
+    struct trial trial;
+    make_life(&trial);
+    trial.program.nslots = 5;
+    trial.steps[0].slot = 3;
+    trial.steps[4].slot = 4;
     uint64_t begun = sys_nanoseconds();
-    CHECK(run_threads_of(&made, 1, 20) == 0);
+    CHECK(run_threads_of(&trial, 1, 20) == 0);
     double wall = (double)(sys_nanoseconds() - begun), sum = 0;
     for (size_t i = 0; i < 5 * 20; i++)
         sum += samples[i];
@@ -348,13 +348,13 @@ static void all_samples_together_are_within_the_time_the_run_took(void) {
 }
 
 static void a_repeated_step_gives_the_time_of_one(void) {
-    struct made made;
-    begin(&made);
-    made.program.nslots = 1;
-    add(&made, TIMING_SYSTEM_CALL, 0, 1, 0)->repeat = 10000;
-    end(&made);
+    struct trial trial;
+    begin(&trial);
+    trial.program.nslots = 1;
+    add(&trial, TIMING_SYSTEM_CALL, 0, 1, 0)->repeat = 10000;
+    end(&trial);
     uint64_t begun = sys_nanoseconds();
-    CHECK(run_threads_of(&made, 1, 1) == 0);
+    CHECK(run_threads_of(&trial, 1, 1) == 0);
     CHECK(samples[0] * 10000 <= (double)(sys_nanoseconds() - begun) && samples[0] > 0);
 }
 
@@ -368,47 +368,47 @@ static void reading_the_clock_takes_next_to_nothing(void) {
 static void nothing_stays_after_success(void) {
     for (size_t threads = 1; threads <= 4; threads++)
         for (size_t align = 0; align <= ALIGN; align += ALIGN) {
-            struct made made;
-            make_life(&made);
-            made.program.align = align;
-            made.program.phase = align != 0 ? page : 0;
+            struct trial trial;
+            make_life(&trial);
+            trial.program.align = align;
+            trial.program.phase = align != 0 ? page : 0;
             remember();
-            CHECK(run_threads_of(&made, threads, ROUNDS) == 0);
+            CHECK(run_threads_of(&trial, threads, ROUNDS) == 0);
             CHECK(nothing_stays());
         }
 }
 
 /* A program in which one step is replaced by one that the kernel refuses. */
-static void make_refused(struct made *made, size_t step) {
-    begin(made);
-    made->program.nslots = 1;
+static void make_refused(struct trial *trial, size_t step) {
+    begin(trial);
+    trial->program.nslots = 1;
     for (size_t i = 1; i < 5; i++)
         if (i == step) /* half a huge page cannot be collapsed */
-            (void)add(made, TIMING_COLLAPSE, 1, 1, 0);
+            (void)add(trial, TIMING_COLLAPSE, 1, 1, 0);
         else
-            (void)add(made, i % 2 == 1 ? TIMING_COMMIT : TIMING_WRITE, 0, PIECE, 0);
-    end(made);
+            (void)add(trial, i % 2 == 1 ? TIMING_COMMIT : TIMING_WRITE, 0, PIECE, 0);
+    end(trial);
 }
 
 static void nothing_stays_after_a_refusal_at_any_step(void) {
     for (size_t threads = 1; threads <= 4; threads++)
         for (size_t step = 2; step < 5; step++)
             for (size_t align = 0; align <= ALIGN; align += ALIGN) {
-                struct made made;
-                make_refused(&made, step);
-                made.program.align = align;
+                struct trial trial;
+                make_refused(&trial, step);
+                trial.program.align = align;
                 remember();
-                CHECK(run_threads_of(&made, threads, ROUNDS) == EINVAL);
+                CHECK(run_threads_of(&trial, threads, ROUNDS) == EINVAL);
                 CHECK(done == 0 && failed == step);
                 CHECK(nothing_stays());
             }
 }
 
 /* Runs the program in a process that cannot reserve more; returns the result of timing_run. */
-static inline int run_limited(int resource, const char *key, size_t more, const struct made *made,
+static inline int run_limited(int resource, const char *key, size_t more, const struct trial *trial,
                               size_t threads) {
     REQUIRE(limit_to(resource, key, more));
-    int err = run_threads_of(made, threads, ROUNDS);
+    int err = run_threads_of(trial, threads, ROUNDS);
     REQUIRE(unlimit(resource));
     return err;
 }
@@ -419,14 +419,14 @@ static void a_refused_reservation_leaves_nothing(void) {
 #else
     for (size_t threads = 1; threads <= 3; threads++)
         for (size_t align = 0; align <= ALIGN; align += ALIGN) {
-            struct made made;
-            make_life(&made);
-            made.program.length = made.steps[0].length = made.steps[4].length = (size_t)1 << 30;
-            made.program.align = align;
+            struct trial trial;
+            make_life(&trial);
+            trial.program.length = trial.steps[0].length = trial.steps[4].length = (size_t)1 << 30;
+            trial.program.align = align;
             remember();
             /* With space for two, only the third thread is refused. */
             size_t more = (threads - 1) * (((size_t)1 << 30) + 2 * ALIGN) + ((size_t)64 << 20);
-            CHECK(run_limited(RLIMIT_AS, "VmSize:", more, &made, threads) == ENOMEM);
+            CHECK(run_limited(RLIMIT_AS, "VmSize:", more, &trial, threads) == ENOMEM);
             CHECK(done == 0 && failed == 0 && written() == 0);
             CHECK(nothing_stays());
         }
@@ -438,14 +438,14 @@ static void a_refused_commit_leaves_nothing(void) {
     SKIP("the sanitizers need data without a limit");
 #else
     for (size_t threads = 1; threads <= 3; threads++) {
-        struct made made;
+        struct trial trial;
         size_t gib = (size_t)1 << 30;
-        make_life(&made);
-        made.program.length = made.steps[0].length = made.steps[4].length = gib;
-        made.steps[1].length = gib;
+        make_life(&trial);
+        trial.program.length = trial.steps[0].length = trial.steps[4].length = gib;
+        trial.steps[1].length = gib;
         remember();
         size_t more = (threads - 1) * gib + ((size_t)64 << 20);
-        CHECK(run_limited(RLIMIT_DATA, "VmData:", more, &made, threads) == ENOMEM);
+        CHECK(run_limited(RLIMIT_DATA, "VmData:", more, &trial, threads) == ENOMEM);
         CHECK(done == 0 && failed == 1 && written() < threads);
         CHECK(nothing_stays());
     }
@@ -456,16 +456,16 @@ static void a_thread_that_cannot_be_made_is_told_by_the_step_after_the_last(void
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
     SKIP("the sanitizers need addresses without a limit");
 #else
-    struct made made;
-    make_life(&made);
+    struct trial trial;
+    make_life(&trial);
     remember();
     /* The cache has stacks for some threads, and no more can be mapped. */
-    CHECK(run_limited(RLIMIT_AS, "VmSize:", (size_t)1 << 20, &made, 40) == EAGAIN);
-    CHECK(done == 0 && failed == made.program.nsteps && written() == 0);
+    CHECK(run_limited(RLIMIT_AS, "VmSize:", (size_t)1 << 20, &trial, 40) == EAGAIN);
+    CHECK(done == 0 && failed == trial.program.nsteps && written() == 0);
     CHECK(childless() && no_thread_stays());
     remember();
-    CHECK(run_threads_of(&made, SIZE_MAX / 2, 1) == ENOMEM);
-    CHECK(done == 0 && failed == made.program.nsteps && nothing_stays());
+    CHECK(run_threads_of(&trial, SIZE_MAX / 2, 1) == ENOMEM);
+    CHECK(done == 0 && failed == trial.program.nsteps && nothing_stays());
 #endif
 }
 
@@ -477,24 +477,24 @@ static void an_empty_pool_of_huge_pages_refuses(void) {
         SKIP("the pool of 2 MiB pages is not empty");
         return;
     }
-    struct made made;
-    make_life(&made);
-    made.program.length = made.program.huge = huge;
-    made.steps[0].length = made.steps[4].length = huge;
+    struct trial trial;
+    make_life(&trial);
+    trial.program.length = trial.program.huge = huge;
+    trial.steps[0].length = trial.steps[4].length = huge;
     for (size_t threads = 1; threads <= 2; threads++) {
         remember();
-        int err = run_threads_of(&made, threads, 1);
+        int err = run_threads_of(&trial, threads, 1);
         CHECK(err == ENOMEM || (none && err == EINVAL));
         CHECK(done == 0 && failed == 0 && nothing_stays());
     }
     if (none)
         return;
-    made.program.access = VM_NORESERVE;
+    trial.program.access = VM_NORESERVE;
     for (size_t i = 1; i < 4; i++)
-        made.steps[i].length = huge;
-    made.steps[2].verb = TIMING_POPULATE; /* a store would end the process */
+        trial.steps[i].length = huge;
+    trial.steps[2].verb = TIMING_POPULATE; /* a store would end the process */
     remember();
-    CHECK(run_threads_of(&made, 1, 1) != 0);
+    CHECK(run_threads_of(&trial, 1, 1) != 0);
     CHECK(done == 0 && failed == 2 && nothing_stays());
 }
 
@@ -510,12 +510,12 @@ static void refuse_from(struct job *job, size_t round) {
 }
 
 static void all_threads_end_when_one_is_refused_in_a_later_round(void) {
-    struct made made;
-    make_life(&made);
+    struct trial trial;
+    make_life(&trial);
     for (size_t round = 0; round < ROUNDS; round++) {
         for (size_t i = 0; i < MOST_SAMPLES; i++)
             samples[i] = UNWRITTEN;
-        struct job job = {.program = &made.program, .threads = 3, .rounds = ROUNDS, .page = page,
+        struct job job = {.program = &trial.program, .threads = 3, .rounds = ROUNDS, .page = page,
                           .samples = samples, .preempted = preempted, .done = ROUNDS};
         struct worker workers[2] = {{.job = &job, .thread = 1}, {.job = &job, .thread = 2}};
         remember();
@@ -536,20 +536,20 @@ static void all_threads_end_when_one_is_refused_in_a_later_round(void) {
 }
 
 static void threads_begin_each_step_together(void) {
-    struct made made;
-    make_life(&made);
-    struct job job = {.program = &made.program, .threads = 2, .rounds = 1, .page = page,
+    struct trial trial;
+    make_life(&trial);
+    struct job job = {.program = &trial.program, .threads = 2, .rounds = 1, .page = page,
                       .samples = samples, .preempted = preempted, .done = 1};
     struct worker worker = {.job = &job, .thread = 1};
     REQUIRE(pthread_create(&worker.id, NULL, work, &worker) == 0);
-    for (size_t i = 0; i < made.program.nsteps; i++) {
+    for (size_t i = 0; i < trial.program.nsteps; i++) {
         for (int spins = 0; spins < 10000 && atomic_load(&job.arrived) == 0; spins++)
             (void)usleep(100);
         CHECK(atomic_load(&job.arrived) == 1 && atomic_load(&job.generation) == i);
         CHECK(wait_for_all(&job));
     }
     REQUIRE(pthread_join(worker.id, NULL) == 0);
-    CHECK(atomic_load(&job.generation) == made.program.nsteps);
+    CHECK(atomic_load(&job.generation) == trial.program.nsteps);
 }
 
 static void no_child_stays_after_a_refusal_between_fork_and_reap(void) {
@@ -557,18 +557,18 @@ static void no_child_stays_after_a_refusal_between_fork_and_reap(void) {
         SKIP("no fork under ThreadSanitizer");
         return;
     }
-    struct made made;
-    begin(&made);
-    (void)add(&made, TIMING_COMMIT, 0, PIECE, -1);
-    (void)add(&made, TIMING_FORK, 0, PIECE, -1);
-    (void)add(&made, TIMING_COLLAPSE, 1, 1, -1);
-    (void)add(&made, TIMING_REAP, 0, PIECE, -1);
-    end(&made);
+    struct trial trial;
+    begin(&trial);
+    (void)add(&trial, TIMING_COMMIT, 0, PIECE, -1);
+    (void)add(&trial, TIMING_FORK, 0, PIECE, -1);
+    (void)add(&trial, TIMING_COLLAPSE, 1, 1, -1);
+    (void)add(&trial, TIMING_REAP, 0, PIECE, -1);
+    end(&trial);
     remember();
-    CHECK(run_threads_of(&made, 1, ROUNDS) == EINVAL);
+    CHECK(run_threads_of(&trial, 1, ROUNDS) == EINVAL);
     CHECK(done == 0 && failed == 3 && nothing_stays());
-    made.steps[3].verb = TIMING_WRITE;
-    CHECK(run_threads_of(&made, 1, ROUNDS) == 0 && done == ROUNDS && nothing_stays());
+    trial.steps[3].verb = TIMING_WRITE;
+    CHECK(run_threads_of(&trial, 1, ROUNDS) == 0 && done == ROUNDS && nothing_stays());
 }
 
 static void forks_work_where_children_are_ignored(void) {
@@ -576,22 +576,22 @@ static void forks_work_where_children_are_ignored(void) {
         SKIP("no fork under ThreadSanitizer");
         return;
     }
-    struct made made;
-    begin(&made);
-    made.program.nslots = 2;
-    (void)add(&made, TIMING_FORK, 0, PIECE, 0);
-    (void)add(&made, TIMING_REAP, 0, PIECE, 1);
-    end(&made);
+    struct trial trial;
+    begin(&trial);
+    trial.program.nslots = 2;
+    (void)add(&trial, TIMING_FORK, 0, PIECE, 0);
+    (void)add(&trial, TIMING_REAP, 0, PIECE, 1);
+    end(&trial);
     void (*was)(int) = signal(SIGCHLD, SIG_IGN);
     remember();
-    CHECK(run_threads_of(&made, 1, ROUNDS) == 0);
+    CHECK(run_threads_of(&trial, 1, ROUNDS) == 0);
     CHECK(written() == 2 * ROUNDS && nothing_stays());
     (void)signal(SIGCHLD, was);
 }
 
 /* ---- what each verb does ---- */
 
-static struct made one;
+static struct trial one;
 static struct job step_run;
 static struct thread_state stage;
 
@@ -748,14 +748,14 @@ static void guarding_takes_the_contents(void) {
 
 static void collapsing_makes_huge_pages(void) {
     size_t huge = (size_t)2 << 20;
-    struct made made;
-    begin(&made);
-    made.program.length = 2 * huge;
-    made.program.align = huge;
-    made.program.advice = VM_HUGE_NEVER;
-    step_run = (struct job){.program = &made.program, .threads = 1, .rounds = 1, .page = page};
+    struct trial trial;
+    begin(&trial);
+    trial.program.length = 2 * huge;
+    trial.program.align = huge;
+    trial.program.advice = VM_HUGE_NEVER;
+    step_run = (struct job){.program = &trial.program, .threads = 1, .rounds = 1, .page = page};
     stage = (struct thread_state){0};
-    REQUIRE(reserve(&made.program, &stage.base) == 0);
+    REQUIRE(reserve(&trial.program, &stage.base) == 0);
     size_t n = huge / page;
     CHECK(perform_on(TIMING_COMMIT, 0, n) == 0);
     if (perform_on(TIMING_ADVISE, 0, n) != 0) {
@@ -772,7 +772,7 @@ static void collapsing_makes_huge_pages(void) {
         CHECK(err != 0 || (large != NULL && strtoul(large, NULL, 10) == huge / 1024));
         CHECK(wrote(0) && wrote(n - 1));
     }
-    CHECK(release(&made.program, &stage) == 0);
+    CHECK(release(&trial.program, &stage) == 0);
 }
 
 static void forking_gives_a_child_that_reaping_takes(void) {
@@ -827,14 +827,14 @@ static void mappings_lie_where_the_program_wants_them(void) {
     for (size_t i = 0; i < sizeof aligns / sizeof aligns[0]; i++)
         for (size_t phase = 0; phase < aligns[i]; phase += 1 + aligns[i] / 3)
             for (size_t length = 1; length < 3 * aligns[i]; length += 1 + aligns[i] / 2) {
-                struct made made;
+                struct trial trial;
                 uintptr_t base = 0;
-                begin(&made);
-                made.program.length = length * page;
-                made.program.align = aligns[i] * page;
-                made.program.phase = phase * page;
+                begin(&trial);
+                trial.program.length = length * page;
+                trial.program.align = aligns[i] * page;
+                trial.program.phase = phase * page;
                 remember();
-                REQUIRE(reserve(&made.program, &base) == 0);
+                REQUIRE(reserve(&trial.program, &base) == 0);
                 CHECK(base % (aligns[i] * page) == phase * page);
                 CHECK(witness_status("VmSize:") >= mapped_before + length * page);
 #if !defined __SANITIZE_ADDRESS__ && !defined __SANITIZE_THREAD__
