@@ -102,13 +102,13 @@ def scrape(get: Get) -> Scrape:
 @pytest.fixture
 def arena() -> Iterator[Arena]:
     """An arena with bytes in use, idle, given back and resident."""
-    with Arena(64 * MiB) as made:
-        kept, idle = made.alloc(100 * KiB), made.alloc(3 * MiB)
+    with Arena(64 * MiB) as opened:
+        kept, idle = opened.alloc(100 * KiB), opened.alloc(3 * MiB)
         for block in (kept, idle):
             block.view()[:] = b"x" * block.nbytes
         idle.free()
-        made.trim(MiB)
-        yield made
+        opened.trim(MiB)
+        yield opened
 
 
 def exposed(name: str, stats: MemStats) -> Scraped:
@@ -211,18 +211,18 @@ class TestRegions:
         bits.set(5)
         buffer.extend(b"hello")
 
-        things: list[Pool | BumpArena | Bitmap | GrowableBuffer] = [pool, bump, bits, buffer]
-        names = [register(thing, registry=registry).name for thing in things]
+        subjects: list[Pool | BumpArena | Bitmap | GrowableBuffer] = [pool, bump, bits, buffer]
+        names = [register(subject, registry=registry).name for subject in subjects]
 
         scraped = scrape()
         assert names == ["pool", "bumparena", "bitmap", "growablebuffer"]
-        for thing, name in zip(things, names, strict=True):
-            its = shown(scraped, name)
-            assert its["pyreserve_region_committed_bytes"] == thing.committed > 0
-            assert its["pyreserve_region_reserved_bytes"] == thing._region.size
-            assert 0 <= its["pyreserve_region_resident_bytes"] <= thing.committed
+        for subject, name in zip(subjects, names, strict=True):
+            samples = shown(scraped, name)
+            assert samples["pyreserve_region_committed_bytes"] == subject.committed > 0
+            assert samples["pyreserve_region_reserved_bytes"] == subject._region.size
+            assert 0 <= samples["pyreserve_region_resident_bytes"] <= subject.committed
             in_use = {"pool": 480, "bumparena": 1000}.get(name)
-            assert its.get("pyreserve_region_in_use_bytes") == in_use
+            assert samples.get("pyreserve_region_in_use_bytes") == in_use
 
     def test_under_way(self, registry: CollectorRegistry, scrape: Scrape, region: Region) -> None:
         """A scrape while a thread commits, populates and decommits is consistent."""
@@ -354,12 +354,12 @@ class TestEnds:
         self, registry: CollectorRegistry, scrape: Scrape, make: Callable[[], Any]
     ) -> None:
         """A garbage object is gone at once, although the registration is kept."""
-        thing = make()
-        alive = ref(thing if isinstance(thing, Region) else thing._region)
-        kept = register(thing, "it", registry=registry)
+        subject = make()
+        alive = ref(subject if isinstance(subject, Region) else subject._region)
+        kept = register(subject, "it", registry=registry)
         assert shown(scrape(), "it")
 
-        del thing
+        del subject
 
         assert alive() is None
         assert scrape() == {}
@@ -368,33 +368,33 @@ class TestEnds:
     def test_unregistered(self, registry: CollectorRegistry, scrape: Scrape) -> None:
         """Unregistering removes one object; the last one removes the collector."""
         regions = [reserve(PAGE_SIZE) for _ in range(2)]
-        one, two = (register(r, str(i), registry=registry) for i, r in enumerate(regions))
+        first, second = (register(r, str(i), registry=registry) for i, r in enumerate(regions))
 
-        one.unregister()
-        one.unregister()
+        first.unregister()
+        first.unregister()
         assert {key[1] for key in scrape()} == {"1"}
-        two.unregister()
+        second.unregister()
         assert scrape() == {}
 
         register(regions[0], "0", registry=registry)
-        one.unregister()
+        first.unregister()
         assert {key[1] for key in scrape()} == {"0"}
 
     def test_a_registry_that_was_cleared(
         self, registry: CollectorRegistry, scrape: Scrape, region: Region
     ) -> None:
         """If the user unregisters the collector, the next registration is exposed."""
-        one = register(region, "one", registry=registry)
+        first = register(region, "one", registry=registry)
         (collector,) = registry._collector_to_names
         registry.unregister(collector)
         assert scrape() == {}
 
-        two = register(region, "two", registry=registry)
+        second = register(region, "two", registry=registry)
 
         assert {key[1] for key in scrape()} == {"one", "two"}
         registry.unregister(collector)
-        one.unregister()
-        two.unregister()
+        first.unregister()
+        second.unregister()
 
     def test_metrics_of_another(self, registry: CollectorRegistry, region: Region) -> None:
         """If another collector has one of the metrics, ValueError, and nothing is registered."""
@@ -424,17 +424,17 @@ CLASSES = ("no_access_reserved", "resident_private", "swapped")
 @pytest.fixture
 def explained(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
     """The result or exception of `pyreserve.procmem.explain` for each process."""
-    found: dict[int, Any] = {}
+    results: dict[int, Any] = {}
 
     def explain(pid: int) -> Any:
-        if isinstance(found[pid], Exception):
-            raise found[pid]
-        return found[pid]
+        if isinstance(results[pid], Exception):
+            raise results[pid]
+        return results[pid]
 
     fake = ModuleType("pyreserve.procmem")
     fake.explain = explain  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pyreserve.procmem", fake)
-    return found
+    return results
 
 
 def space() -> SimpleNamespace:
@@ -562,11 +562,11 @@ class TestProcesses:
             "open('/proc/self/comm', 'w').write('a) 1 (b')\n"
             "print(proc.started(os.getpid()))"
         )
-        found = subprocess.run(
+        child = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=True
         )
 
-        assert int(found.stdout) > proc.started(os.getpid()) > 0
+        assert int(child.stdout) > proc.started(os.getpid()) > 0
 
 
 @pytest.fixture
@@ -617,9 +617,9 @@ class TestFormat:
 
     def test_one_by_name(self, everything: CollectorRegistry) -> None:
         """A scrape can ask for metrics by name."""
-        some = everything.restricted_registry(["pyreserve_arena_mallocs_total"])
+        selected = everything.restricted_registry(["pyreserve_arena_mallocs_total"])
 
-        assert [metric.name for metric in some.collect()] == ["pyreserve_arena_mallocs"]
+        assert [metric.name for metric in selected.collect()] == ["pyreserve_arena_mallocs"]
 
 
 class TestElsewhere:

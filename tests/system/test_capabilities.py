@@ -26,9 +26,9 @@ PR_SET_VMA = 0x53564D41
 
 def kernel() -> tuple[int, int]:
     """The version of the running kernel."""
-    found = re.match(r"(\d+)\.(\d+)", platform.release())
-    assert found
-    return int(found[1]), int(found[2])
+    version = re.match(r"(\d+)\.(\d+)", platform.release())
+    assert version
+    return int(version[1]), int(version[2])
 
 
 def advice_works(advice: int) -> bool:
@@ -64,26 +64,26 @@ def sys_vm(name: str) -> int:
 class TestValues:
     def test_sizes_and_settings_are_the_kernels(self) -> None:
         """Page size and vm settings equal those read from sysconf and /proc."""
-        found = capabilities()
+        caps = capabilities()
 
-        assert found.page_size == PAGE_SIZE == os.sysconf("SC_PAGE_SIZE") == mmap.PAGESIZE
-        assert found.overcommit_memory == sys_vm("overcommit_memory")
-        assert found.max_map_count == sys_vm("max_map_count")
+        assert caps.page_size == PAGE_SIZE == os.sysconf("SC_PAGE_SIZE") == mmap.PAGESIZE
+        assert caps.overcommit_memory == sys_vm("overcommit_memory")
+        assert caps.max_map_count == sys_vm("max_map_count")
 
     def test_huge_pages_are_those_of_sys(self) -> None:
         """The sizes of huge pages come from /sys, ascending, the transparent one among them."""
-        found = capabilities()
+        caps = capabilities()
 
-        sizes = found.huge_page_sizes
+        sizes = caps.huge_page_sizes
         assert list(sizes) == sorted(set(sizes))
         assert all(size > PAGE_SIZE and size & (size - 1) == 0 for size in sizes)
         listed = Path("/sys/kernel/mm/hugepages")
         assert {int(e.name[10:-2]) * 1024 for e in listed.glob("hugepages-*kB")} <= set(sizes)
         transparent = Path("/sys/kernel/mm/transparent_hugepage/enabled")
         if transparent.exists():
-            assert f"[{found.transparent_huge_pages}]" in transparent.read_text()
+            assert f"[{caps.transparent_huge_pages}]" in transparent.read_text()
         else:
-            assert found.transparent_huge_pages is None
+            assert caps.transparent_huge_pages is None
 
     def test_addresses_end_where_it_says(self) -> None:
         """All mappings are below 2**address_bits, and the stack is in the upper half."""
@@ -214,9 +214,9 @@ print(before == now())
 
     def test_the_answer_does_not_change(self) -> None:
         """Two results are equal, and a result is immutable."""
-        found = capabilities()
+        caps = capabilities()
 
-        assert isinstance(found, Capabilities)
-        assert found == capabilities()
+        assert isinstance(caps, Capabilities)
+        assert caps == capabilities()
         with pytest.raises(dataclasses.FrozenInstanceError):
-            found.page_size = 1  # type: ignore[misc]
+            caps.page_size = 1  # type: ignore[misc]

@@ -19,7 +19,7 @@ from pyreserve import GiB, KiB, MiB, OutOfMemoryError
 from pyreserve._system import limits, proc
 from pyreserve._system.extras import import_extra
 
-# Every public constructor and the verbs that follow; prints {name: what went wrong}.
+# Every public constructor and the verbs that follow; prints {name: error}.
 VERBS = """
 import errno, json, os, resource, sys
 import numpy, prometheus_client
@@ -94,13 +94,13 @@ VERBS = {
 }
 
 def problems(verbs=VERBS):
-    found = {}
+    problems_by_name = {}
     for name, verb in verbs.items():
         try:
             verb()
         except BaseException as error:
-            found[name] = repr(error)
-    return found
+            problems_by_name[name] = repr(error)
+    return problems_by_name
 """
 NO_DESCRIPTOR = """
 problems({"too much": VERBS["too much"], "diagnose": VERBS["diagnose"], "prometheus": scraped})
@@ -111,10 +111,10 @@ try:
         held.append(os.open("/dev/null", os.O_RDONLY))
 except OSError as error:
     assert error.errno == errno.EMFILE
-found = problems()
+problems_by_name = problems()
 for descriptor in held:
     os.close(descriptor)
-print(json.dumps(found))
+print(json.dumps(problems_by_name))
 """
 # Where nobody may unmount anything: the names under which the package knows the two.
 RENAMED = """
@@ -185,12 +185,12 @@ class TestDefaults:
     @pytest.mark.usefixtures("nowhere")
     def test_capabilities(self) -> None:
         """Capabilities have the defaults, and address_bits is still right."""
-        found = pyreserve.capabilities()
+        caps = pyreserve.capabilities()
 
-        assert (found.overcommit_memory, found.max_map_count) == (0, 65530)
+        assert (caps.overcommit_memory, caps.max_map_count) == (0, 65530)
         stack = next(m for m in Path("/proc/self/maps").read_text().splitlines() if "[stack]" in m)
         end = int(re.split("[- ]", stack)[1], 16)
-        assert found.address_bits == (end - 1).bit_length()
+        assert caps.address_bits == (end - 1).bit_length()
 
     @pytest.mark.usefixtures("nowhere")
     def test_available_memory(self) -> None:
@@ -275,7 +275,7 @@ class TestExtras:
             import_extra("no_such_one.part", "x", "it")
 
     @pytest.mark.parametrize(
-        ("source", "error", "words"),
+        ("source", "error", "pattern"),
         [
             ("raise ImportError('x.so: failed to map segment')", ImportError, "^x.so: failed"),
             ("import no_such_dependency", ModuleNotFoundError, "no_such_dependency"),
@@ -287,7 +287,7 @@ class TestExtras:
         self,
         source: str,
         error: type[Exception],
-        words: str,
+        pattern: str,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
@@ -295,7 +295,7 @@ class TestExtras:
         (tmp_path / "a_library_that_fails.py").write_text(source)
         monkeypatch.syspath_prepend(tmp_path)
 
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=pattern):
             import_extra("a_library_that_fails", "x", "it")
 
 

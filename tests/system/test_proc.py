@@ -78,11 +78,11 @@ class TestMaps:
             region.commit(2 * PAGE_SIZE, PAGE_SIZE)
             base = region.base
 
-            found = [
+            mappings = [
                 mapping for mapping in proc.read_maps() if mapping.start == base + 2 * PAGE_SIZE
             ]
 
-            assert found == [MapsLine(base + 2 * PAGE_SIZE, base + 3 * PAGE_SIZE, "rw-p", "")]
+            assert mappings == [MapsLine(base + 2 * PAGE_SIZE, base + 3 * PAGE_SIZE, "rw-p", "")]
         assert not any(
             mapping.start <= base + 2 * PAGE_SIZE < mapping.end for mapping in proc.read_maps()
         )
@@ -176,10 +176,10 @@ class TestSizes:
 
     def test_only_sizes_are_read(self) -> None:
         """Lines of status that are not sizes in kB are omitted."""
-        found = proc.status_kib()
+        sizes = proc.status_kib()
 
-        assert {"VmPeak", "VmSize", "VmRSS", "VmData", "VmLck"} <= set(found)
-        assert not {"Name", "Pid", "Threads", "Uid"} & set(found)
+        assert {"VmPeak", "VmSize", "VmRSS", "VmData", "VmLck"} <= set(sizes)
+        assert not {"Name", "Pid", "Threads", "Uid"} & set(sizes)
 
     def test_the_rollup_adds_up(self) -> None:
         """Rss and Pss of smaps_rollup count touched memory, not reservations."""
@@ -191,16 +191,16 @@ class TestSizes:
             after = proc.rollup_kib()
 
         # Pages of files come and go, and Pss shares them with other processes.
-        for what in ("Rss", "Pss"):
-            assert 6 * MiB <= (after[what] - before[what]) * KiB < 32 * MiB
+        for field in ("Rss", "Pss"):
+            assert 6 * MiB <= (after[field] - before[field]) * KiB < 32 * MiB
 
     def test_the_memory_of_the_system(self) -> None:
         """MemTotal and the commit figures equal those of /proc/meminfo and sysconf."""
-        found = proc.meminfo_kib()
+        sizes = proc.meminfo_kib()
 
         total = os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE // KiB
-        assert found["MemTotal"] == total
-        assert {"MemAvailable", "Committed_AS", "CommitLimit", "SwapTotal"} <= set(found)
+        assert sizes["MemTotal"] == total
+        assert {"MemAvailable", "Committed_AS", "CommitLimit", "SwapTotal"} <= set(sizes)
 
     def test_settings_of_vm(self) -> None:
         """vm_setting reads a number of /proc/sys/vm; an unknown name raises OSError."""

@@ -101,11 +101,11 @@ class TestMachineLimits:
             proc, "kernel_setting", lambda key: "2" if key == setting else read(key)
         )
 
-        found = tasks.refusing_limit()
+        refusal = tasks.refusing_limit()
 
-        assert found is not None
-        assert found[0] == name
-        assert f"kernel.{setting} is 2, and the machine has " in found[1]
+        assert refusal is not None
+        assert refusal[0] == name
+        assert f"kernel.{setting} is 2, and the machine has " in refusal[1]
 
 
 @pytest.fixture
@@ -130,9 +130,9 @@ class TestCgroup:
         def in_the_child() -> tuple[int, str, str | None]:
             (_cgroup / "cgroup.procs").write_text(str(os.getpid()))
             (_cgroup / "pids.max").write_text("1")
-            found = fork()
+            refusal = fork()
             (_cgroup.parent / "cgroup.procs").write_text(str(os.getpid()))
-            return found
+            return refusal
 
         err, why, limit = witness.in_child(in_the_child)
 
