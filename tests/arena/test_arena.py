@@ -46,7 +46,7 @@ LAYOUT_32: LayoutName = "go-tip-2014-12/386"
 RESERVED = ["go-tip-2014-12/amd64", LAYOUT_32, "go1.5/386", "fallback", "native"]
 
 needs_low_addresses = pytest.mark.skipif(
-    WORD != 8, reason="below 4 GiB only a 64-bit process has all addresses to itself"
+    WORD != 8, reason="needs addresses below 4 GiB that are free"
 )
 
 

@@ -57,7 +57,7 @@ struct machine {
     struct heap heap;
     struct region region;
     struct heap_metadata meta;
-    uintptr_t tables, index, low; /* `low`: where page 0 of the model lies */
+    uintptr_t tables, index, low; /* `low`: the address of page 0 of the model */
     size_t tables_bytes, index_bytes, spans_bytes, bitmap_bytes;
     uintptr_t unit_metadata[32]; /* by number of the unit in the region; with a guard at each end */
     size_t unit_bytes;

@@ -8,7 +8,7 @@ import pytest
 from helpers.witness import PATIENCE
 from pyreserve._arena.arena import WORD
 
-pytestmark = pytest.mark.skipif(WORD != 8, reason="reserves more than 32 bits have")
+pytestmark = pytest.mark.skipif(WORD != 8, reason="needs 64-bit addresses")
 
 # From Python 3.12 on, a fork in a process with threads warns.
 PRELUDE = """

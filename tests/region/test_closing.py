@@ -63,8 +63,8 @@ def _view_array(array: Any) -> Any:
     return array.array
 
 
-def _inner(thing: Any) -> Any:
-    return thing._region
+def _inner(subject: Any) -> Any:
+    return subject._region
 
 
 KINDS = {
@@ -104,55 +104,55 @@ class TestEveryKind:
     @kinds
     def test_the_end_of_a_with_block(self, kind: Kind) -> None:
         """The object is closed at once; views stay valid; the last one frees the addresses."""
-        with kind.make() as thing:
-            view = kind.view(thing)
-            region = kind.region(thing)
+        with kind.make() as subject:
+            view = kind.view(subject)
+            region = kind.region(subject)
             base, size = region.base, region.size
-            if isinstance(thing, Arena) and thing.layout.arena_metadata:
+            if isinstance(subject, Arena) and subject.layout.arena_metadata:
                 # The window contains foreign mappings too.
-                [(base, end)] = thing.placement.arenas
+                [(base, end)] = subject.placement.arenas
                 size = end - base
 
-        assert thing.released
+        assert subject.released
         assert region.released
         where = address(view)
         seen = witness.nbytes(base, size)
-        assert thing.committed == region.committed == seen > 0
+        assert subject.committed == region.committed == seen > 0
         assert region.reserved == seen + witness.nbytes(base, size, witness.RESERVED)
         view[0] = 1
         assert view[0] == 1
         del view
         assert not witness.is_mapped(where)
         with pytest.raises(ReleasedError):
-            _ = thing.committed
+            _ = subject.committed
 
     @kinds
     @pytest.mark.parametrize("viewed", [False, True])
     def test_an_exception_passes(self, kind: Kind, viewed: bool) -> None:
         """An exception in the block reaches the caller, without another one as its context."""
-        held, thing = [], kind.make()
+        held, subject = [], kind.make()
 
         def work() -> None:
-            with thing:
+            with subject:
                 if viewed:
-                    held.append(kind.view(thing))
+                    held.append(kind.view(subject))
                 raise KeyError
 
         with pytest.raises(KeyError) as raised:
             work()
 
         assert raised.value.__context__ is None
-        assert thing.released
+        assert subject.released
 
     @kinds
     def test_closing(self, kind: Kind) -> None:
         """contextlib.closing works; closing again, or after a release, does nothing."""
-        with contextlib.closing(kind.make()) as thing:
-            view = kind.view(thing)
-        assert thing.released
-        thing.close()
+        with contextlib.closing(kind.make()) as subject:
+            view = kind.view(subject)
+        assert subject.released
+        subject.close()
         del view
-        thing.close()
+        subject.close()
 
         other = kind.make()
         other.release()
@@ -164,54 +164,54 @@ class TestEveryKind:
     @pytest.mark.parametrize("viewed", [False, True])
     def test_new_use_is_refused(self, kind: Kind, viewed: bool) -> None:
         """A closed object refuses the same calls as a released one."""
-        thing = kind.make()
-        view = kind.view(thing) if viewed else None
-        thing.close()
+        subject = kind.make()
+        view = kind.view(subject) if viewed else None
+        subject.close()
 
         for use in (kind.use, kind.view, lambda t: t.release(), lambda t: t.__enter__()):
             with pytest.raises(ReleasedError):
-                use(thing)
-        assert "released" in repr(thing)
+                use(subject)
+        assert "released" in repr(subject)
         for fails in (copy.copy, pickle.dumps):
             with pytest.raises(TypeError):
-                fails(thing)
+                fails(subject)
         del view
 
     @kinds
     def test_unused(self, kind: Kind) -> None:
         """Closing an unused object frees its addresses."""
-        thing = kind.make()
-        region = kind.region(thing)
+        subject = kind.make()
+        region = kind.region(subject)
         base, owned = region.base, region.reserved
-        thing.close()
+        subject.close()
 
-        assert thing.released
+        assert subject.released
         if owned:  # a window owns no addresses at first
             assert not witness.is_mapped(base)
 
     @kinds
     def test_release_stays_strict(self, kind: Kind) -> None:
         """An explicit release under a live view is refused, and the error gives advice."""
-        thing = kind.make()
-        view = kind.view(thing)
+        subject = kind.make()
+        view = kind.view(subject)
 
         with pytest.raises(ViewError, match=r"delete the holder, or call close\(\)"):
-            thing.release()
+            subject.release()
 
-        assert not thing.released
+        assert not subject.released
         del view
-        thing.release()
+        subject.release()
 
     @kinds
     def test_dropped_after_closing(self, kind: Kind) -> None:
         """A view outlives a closed, dropped object; no collection is needed afterwards."""
         gc.disable()
         try:
-            thing = kind.make()
-            view = kind.view(thing)
+            subject = kind.make()
+            view = kind.view(subject)
             where = address(view)
-            thing.close()
-            del thing
+            subject.close()
+            del subject
             view[0] = 1
             del view
             assert not witness.is_mapped(where)
@@ -221,9 +221,9 @@ class TestEveryKind:
     @kinds
     def test_in_a_forked_child(self, kind: Kind) -> None:
         """A forked child has its own copy of a closed object and its view."""
-        thing = kind.make()
-        view = kind.view(thing)
-        thing.close()
+        subject = kind.make()
+        view = kind.view(subject)
+        subject.close()
         where = address(view)
         held = [view]
         del view
@@ -231,7 +231,7 @@ class TestEveryKind:
         def child() -> tuple[bool, bool]:
             held[0][0] = 7
             held.clear()
-            return thing.released, witness.is_mapped(where)
+            return subject.released, witness.is_mapped(where)
 
         assert witness.in_child(child) == (True, False)
         assert held[0][0] != 7
@@ -240,10 +240,10 @@ class TestEveryKind:
     @kinds
     def test_another_thread_drops_the_last_view(self, kind: Kind) -> None:
         """The addresses are freed by whichever thread drops the last view."""
-        thing = kind.make()
-        views = [kind.view(thing)]
+        subject = kind.make()
+        views = [kind.view(subject)]
         where = address(views[0])
-        thing.close()
+        subject.close()
         thread = threading.Thread(target=views.clear)
         thread.start()
         thread.join()
@@ -259,27 +259,27 @@ class TestEveryKind:
 
             def handler(*_: object) -> None:
                 nonlocal closed
-                things[-1].close()
+                subjects[-1].close()
                 closed += 1
 
-            things: list[Any] = []
+            subjects: list[Any] = []
             held: list[Any] = []
             signal.signal(signal.SIGALRM, handler)
             for i in range(200):
-                things.append(kind.make())
+                subjects.append(kind.make())
                 with contextlib.suppress(ReleasedError, pyreserve.RangeError):
                     signal.setitimer(signal.ITIMER_REAL, 2e-6 * (i + 1))
                     for _ in range(50):
-                        held.append(kind.view(things[-1]))
+                        held.append(kind.view(subjects[-1]))
                     while closed <= i:
-                        kind.use(things[-1])
+                        kind.use(subjects[-1])
                 while closed <= i:
                     pass
                 while held:
                     held.pop()[0] = 1
-                assert things[-1].released
+                assert subjects[-1].released
                 with pytest.raises(ReleasedError):
-                    _ = things[-1].committed
+                    _ = subjects[-1].committed
             return closed
 
         assert witness.in_child(child) == 200

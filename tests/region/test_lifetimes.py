@@ -30,11 +30,11 @@ from pyreserve._arena.engine import WORD
 from pyreserve.layouts import LayoutName
 
 
-def is_ours(thing: object) -> bool:
+def is_ours(obj: object) -> bool:
     """Return whether an object is a frame of the package, or has a type of it or of cffi."""
-    if isinstance(thing, types.FrameType):
-        return str(thing.f_globals.get("__name__")).startswith("pyreserve")
-    return type(thing).__module__.partition(".")[0] in {"pyreserve", "_cffi_backend"}
+    if isinstance(obj, types.FrameType):
+        return str(obj.f_globals.get("__name__")).startswith("pyreserve")
+    return type(obj).__module__.partition(".")[0] in {"pyreserve", "_cffi_backend"}
 
 
 def left_behind(act: Callable[[], object]) -> list[str]:
@@ -46,9 +46,7 @@ def left_behind(act: Callable[[], object]) -> list[str]:
             act()
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
-        objects = [
-            f"{type(thing).__name__}: {thing!r:.200}" for thing in gc.garbage if is_ours(thing)
-        ]
+        objects = [f"{type(obj).__name__}: {obj!r:.200}" for obj in gc.garbage if is_ours(obj)]
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
@@ -140,14 +138,14 @@ def _bitmap() -> None:
 
 
 def _growable(make: Callable[[], Any]) -> None:
-    thing = make()
-    thing.resize(100)
-    held = thing.view() if isinstance(thing, GrowableBuffer) else thing.array
-    for refused in (lambda: thing.resize(0), lambda: thing.resize(1 << 40), thing.release):
+    obj = make()
+    obj.resize(100)
+    held = obj.view() if isinstance(obj, GrowableBuffer) else obj.array
+    for refused in (lambda: obj.resize(0), lambda: obj.resize(1 << 40), obj.release):
         with contextlib.suppress(pyreserve.PyreserveError):
             refused()
     del held
-    thing.trim()
+    obj.trim()
 
 
 ACTS: dict[str, Callable[[], object]] = {

@@ -133,13 +133,13 @@ def _builtin(kind: type) -> type:
     return next(base for base in kind.__mro__ if base.__module__ == "builtins")
 
 
-def _attributes(thing: Any) -> list[str]:
+def _attributes(subject: Any) -> list[str]:
     """Return the names of its public data, except those of Python's own base class."""
-    own = sorted(set(dir(thing)) - set(dir(_builtin(type(thing)))))
+    own = sorted(set(dir(subject)) - set(dir(_builtin(type(subject)))))
     return [
         name
         for name in own
-        if not name.startswith("_") and not callable(inspect.getattr_static(thing, name))
+        if not name.startswith("_") and not callable(inspect.getattr_static(subject, name))
     ]
 
 
@@ -153,13 +153,13 @@ def test_every_public_class_is_here() -> None:
 @pytest.mark.parametrize("name", MAKE)
 def test_nothing_can_be_assigned(name: str) -> None:
     """Public attributes can be neither assigned nor deleted."""
-    thing = MAKE[name]()
-    for attribute in _attributes(thing):
-        value = getattr(thing, attribute, None)
+    subject = MAKE[name]()
+    for attribute in _attributes(subject):
+        value = getattr(subject, attribute, None)
         with pytest.raises((AttributeError, TypeError)):
-            setattr(thing, attribute, value)
+            setattr(subject, attribute, value)
         with pytest.raises((AttributeError, TypeError)):
-            delattr(thing, attribute)
+            delattr(subject, attribute)
 
 
 def test_errors_survive_copies() -> None:

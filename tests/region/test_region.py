@@ -131,7 +131,7 @@ class TestReservation:
     def test_more_than_there_are_addresses_is_refused(self, bits: int) -> None:
         """A size beyond the user address space is OutOfMemoryError with the name of the limit."""
         if bits < 56 and platform.machine() != "x86_64":
-            pytest.skip("2**47 addresses are x86-64's")
+            pytest.skip("needs x86-64, whose user addresses end at 2**47")
 
         with pytest.raises(OutOfMemoryError) as caught:
             pyreserve.reserve(1 << bits)
@@ -1128,7 +1128,7 @@ class TestLockedMemory:
         region.view(0, region.size)[:] = b"\xaa" * region.size
         address, length = ctypes.c_void_p(region.base + PAGE_SIZE), ctypes.c_size_t(PAGE_SIZE)
         if ctypes.CDLL(None).mlock(address, length) != 0:
-            pytest.skip("no memory may be locked here")
+            pytest.skip("mlock is not permitted here")
         return region
 
     @modes

@@ -226,5 +226,5 @@ class RegionMachine(RuleBasedStateMachine):
 
 
 TestRegionMachine = RegionMachine.TestCase
-TestRegionMachine.__doc__ = """Any order of verbs leaves the state that the model says."""
+TestRegionMachine.__doc__ = """Any order of verbs leaves the region in the state of the model."""
 TestRegionMachine.settings = settings(max_examples=examples(80), stateful_step_count=40)

@@ -115,7 +115,7 @@ print(first, second, capabilities().rlimit_{which.lower()})
 """
         soft, hard = resource.getrlimit(getattr(resource, f"RLIMIT_{which}"))
         if hard != resource.RLIM_INFINITY:
-            pytest.skip("this process may not lift the limit")
+            pytest.skip("this process cannot raise the limit")
 
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=True

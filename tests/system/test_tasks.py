@@ -120,7 +120,7 @@ def _cgroup() -> Iterator[Path]:
                 place.rmdir()
                 return
             place.rmdir()
-    pytest.skip("no pids cgroup can be made here: it takes root and a mounted controller")
+    pytest.skip("needs root and a mounted pids controller")
 
 
 class TestCgroup:
