@@ -22,7 +22,7 @@ PAIR = "allocate and free"
 SIZES = array("q", [PAGE]) * MANY
 
 
-@pytest.fixture(params=["native", None], ids=["native", "default layout"])
+@pytest.fixture(params=["native", "go-tip-2014-12/amd64"], ids=["native", "Go layout"])
 def layout(request: pytest.FixtureRequest) -> Any:
     return request.param
 
