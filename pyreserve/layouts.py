@@ -24,7 +24,6 @@ against /proc/PID/maps of binaries built with these.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from operator import index as _index
 from typing import Literal, NamedTuple, get_args
 
@@ -58,8 +57,7 @@ _WINDOW_32 = 2 * GiB
 _X86_PAGE = 4 * KiB
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """An address-space layout. Sizes in bytes.
 
     Attributes:
@@ -95,7 +93,7 @@ class Layout:
     page: int = GO_PAGE
     growth: int = MiB  # HeapAllocChunk, Go 1.4 src/runtime/malloc.h
     unit: int = GO_PAGE
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index
     arena_metadata: int = 0
     source: str = ""
 
@@ -150,8 +148,7 @@ class Answer(NamedTuple):
     block: int | None  # address of the allocated bytes; None: not allocated, but they fit now
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """A layout at an address, with part of its arena in use. Immutable: growth returns a new one.
 
     Attributes:
@@ -275,25 +272,24 @@ class Placement:
         if self.layout.strategy == "arenas":
             block = self.arena_used if self.arenas and address == self.arena_end else address
             grown = self._with_arena(address, end)
-            return Answer(replace(grown, arena_used=block + nbytes, arena_end=end), block)
+            return Answer(grown._replace(arena_used=block + nbytes, arena_end=end), block)
         if address < self.arena_start or end > self.window_end:
             return None
         first = round_up(address, self.layout.page)
         owned = _joined([*self.owned, (address, end)])
         if request.committed:
-            grown = replace(
-                self._with_arena(address, end),
+            grown = self._with_arena(address, end)._replace(
                 arena_used=max(self.arena_used, first + nbytes),
                 arena_end=max(self.arena_end, end),
                 owned=owned,
             )
             return Answer(grown, first)
         if address == self.arena_end:
-            return Answer(replace(self, arena_end=end, owned=owned), None)
+            return Answer(self._replace(arena_end=end, owned=owned), None)
         if address < self.arena_used:
             return None
         # A jump: the unused end of the old range is lost, and the metadata covers the hole.
-        return Answer(replace(self, arena_used=first, arena_end=end, owned=owned), None)
+        return Answer(self._replace(arena_used=first, arena_end=end, owned=owned), None)
 
     def out_of_range(self, address: int) -> str:
         """Return the runtime's message for memory outside the window."""
@@ -303,8 +299,7 @@ class Placement:
         )
 
     def _with_arena(self, low: int, high: int) -> "Placement":
-        return replace(
-            self,
+        return self._replace(
             arena_used=max(self.arena_used, high),
             arenas=_joined([*self.arenas, (low, high)]),
         )
@@ -472,7 +467,7 @@ def get(name: str, *, size: int | str | None = None, word: int = 8) -> Layout:
         msg = f"size is valid for the layout native only, got {size} for {name}"
         raise RangeError(msg)
     layout = _BY_NAME[_ALIASES.get(known, known)]
-    return layout if layout.name == known else replace(layout, name=known)
+    return layout if layout.name == known else layout._replace(name=known)
 
 
 def fallback_of(layout: Layout) -> Layout | None:

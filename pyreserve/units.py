@@ -1,8 +1,6 @@
 """Sizes in bytes: constants, parsing and formatting; and formatting of times."""
 
 import math
-import re
-from fractions import Fraction
 from operator import index as _index
 
 KiB = 1 << 10
@@ -16,7 +14,7 @@ def round_up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-_UNITS = {
+_UNITS: dict[str, int] = {
     "": 1,
     "b": 1,
     **{
@@ -26,7 +24,7 @@ _UNITS = {
     },
     **{f"{letter}b": 1000**power for power, letter in enumerate("kmgtpe", start=1)},
 }
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def parse_size(text: str) -> int:
@@ -42,16 +40,21 @@ def parse_size(text: str) -> int:
     if not isinstance(text, str):
         msg = f"text must be a string, got {type(text).__name__}"
         raise TypeError(msg)
-    match = _SIZE.fullmatch(text.strip())
-    unit = _UNITS.get(match[2].lower()) if match else None
-    if match is None or unit is None:
+    stripped = text.strip()
+    number = stripped.lower().rstrip(_LETTERS)
+    unit = _UNITS.get(stripped[len(number) :].lower())
+    whole, dot, decimals = number.rstrip().partition(".")
+    digits = whole + decimals
+    is_number = whole and bool(dot) == bool(decimals) and digits.isdigit()
+    if not is_number or unit is None or not stripped.isascii():
         msg = f"not a size: {text!r}; examples: 64KiB, 1.5MiB, 136GiB, 4096"
         raise ValueError(msg)
-    size = Fraction(match[1]) * unit
-    if size.denominator != 1:
+    scale = int("1" + "0" * len(decimals))
+    size, rest = divmod(int(digits) * unit, scale)
+    if rest:
         msg = f"not a whole number of bytes: {text!r}"
         raise ValueError(msg)
-    return int(size)
+    return size
 
 
 def as_bytes(size: int | str) -> int:

@@ -1,6 +1,5 @@
 """Prometheus metrics, scraped over HTTP and parsed as Prometheus does."""
 
-import dataclasses
 import os
 import re
 import subprocess
@@ -115,7 +114,7 @@ def exposed(name: str, stats: MemStats) -> Scraped:
     """The expected samples of an arena."""
     return {
         (f"pyreserve_arena_{field}{COUNTS.get(field, '_bytes')}", name): value
-        for field, value in dataclasses.asdict(stats).items()
+        for field, value in stats._asdict().items()
     }
 
 

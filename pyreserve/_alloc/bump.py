@@ -10,7 +10,6 @@ import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyreserve._region.arrays import ArrayPlan
@@ -41,17 +40,31 @@ _HAS_GIL = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enable
 _FAST_ALIGN = 8 if _HAS_GIL else None
 
 
-@dataclass(frozen=True, eq=False)
 class Mark:
     """A point that a `BumpArena` can be reset to, returned by its `mark`.
 
-    Attributes:
-        offset: bytes from the arena's base.
-        depth: number of marks below it.
+    A mark equals only itself: arenas may have marks with the same numbers.
     """
 
-    offset: int
-    depth: int
+    __slots__ = ("_depth", "_offset")
+
+    def __init__(self, offset: int, depth: int) -> None:
+        """Called by `BumpArena.mark` and `BumpArena.scope` alone."""
+        self._offset = offset
+        self._depth = depth
+
+    @property
+    def offset(self) -> int:
+        """Bytes from the arena's base."""
+        return self._offset
+
+    @property
+    def depth(self) -> int:
+        """Number of marks below it."""
+        return self._depth
+
+    def __repr__(self) -> str:
+        return f"Mark(offset={self._offset}, depth={self._depth})"
 
 
 class BumpArena(Exclusive):

@@ -1,6 +1,6 @@
 """Memory statistics of an arena, named after the fields of Go's runtime.MemStats."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyreserve._system.report import Report, Table
 from pyreserve.units import format_size
@@ -8,8 +8,7 @@ from pyreserve.units import format_size
 _COUNTS = ("heap_objects", "mallocs", "frees")
 
 
-@dataclass(frozen=True, slots=True)
-class MemStats:
+class MemStats(NamedTuple):
     """Memory statistics of an arena at one moment: three counts, all other fields in bytes.
 
     The names and meanings are those of Go's ``runtime.MemStats`` (Go 1.4 ``src/runtime/mem.go``)::
@@ -68,9 +67,8 @@ class MemStats:
 
     def _report(self) -> Report:
         heading = f"Arena: {format_size(self.heap_inuse)} in use of {format_size(self.heap_sys)}"
-        fields = ((name, getattr(self, name)) for name in self.__slots__)
         rows: list[tuple[str, ...]] = [
             (name, f"{value:,}" if name in _COUNTS else format_size(value))
-            for name, value in fields
+            for name, value in zip(self._fields, self, strict=True)
         ]
         return Report(heading, (), (Table(("field", "value"), rows),))

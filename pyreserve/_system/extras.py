@@ -1,6 +1,5 @@
 """Imports of optional dependencies, and the version of pyreserve."""
 
-from importlib import import_module
 from typing import Any
 
 
@@ -11,6 +10,8 @@ def import_extra(module: str, extra: str, user: str) -> Any:
         ImportError: the package is not installed; the message names `user` and the extra. Other
             import failures, such as a shared library that cannot be mapped, are raised unchanged.
     """
+    from importlib import import_module  # noqa: PLC0415  # slow to import
+
     package = module.partition(".")[0]
     try:
         # Import the package first: Python 3.15 words the error for a submodule differently.

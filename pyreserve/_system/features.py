@@ -8,7 +8,6 @@ import os
 import re
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pyreserve._native import lib
@@ -170,8 +169,7 @@ FEATURES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Capabilities:
+class Capabilities(NamedTuple):
     """Kernel features and limits of this process. Sizes in bytes; a limit of None is unlimited.
 
     ``pyreserve doctor`` tells for each feature the Linux version and what is lost without it.

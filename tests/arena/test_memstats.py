@@ -10,12 +10,11 @@ from pyreserve import MiB, layouts
 from pyreserve._arena.arena import WORD
 
 REFUSE = """
-    import dataclasses
     name, resource_name, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
     def books():
         blocks = [[block.address, block.nbytes] for block in arena.blocks()]
-        return [dataclasses.asdict(arena.memstats()), blocks, arena.region.reserved,
+        return [arena.memstats()._asdict(), blocks, arena.region.reserved,
                 arena.region.committed_runs(), repr(arena.placement), whole(arena)]
 
     def refusal(call):

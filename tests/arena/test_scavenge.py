@@ -375,7 +375,7 @@ class TestMemStats:
             assert lines["Arena:"] == "2 MiB in use of 3 MiB"
             assert (lines["heap_inuse"], lines["mallocs"], lines["frees"]) == ("2 MiB", "3", "1")
             assert lines["committed"] == format_size(stats.committed)
-            for name in type(stats).__slots__:
+            for name in stats._fields:
                 assert f">{name}</td>" in html
                 assert name in lines
 

@@ -13,7 +13,7 @@ import mmap
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -218,7 +218,7 @@ class ArenaScene(Scene):
 
     def look(self) -> dict[str, object]:
         arena = self.arena
-        stats = asdict(arena.memstats())
+        stats = arena.memstats()._asdict()
         del stats["resident"]
         return {
             "stats": stats,

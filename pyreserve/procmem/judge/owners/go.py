@@ -1,7 +1,5 @@
 """Go's heap, recognised by the arithmetic of its layouts; also pyreserve arenas that use them."""
 
-from dataclasses import replace
-
 from pyreserve import layouts
 from pyreserve.layouts import Layout, Piece, Placement
 from pyreserve.procmem.judge.owners.claims import NamedRange
@@ -131,7 +129,7 @@ def _placement_at(
     if end is not None:
         if end < placement.end or (end - placement.end) % (256 * MiB):
             return None
-        placement = replace(placement, arena_end=end, owned=((low, end),))
+        placement = placement._replace(arena_end=end, owned=((low, end),))
     used = process.end[i] - placement.arena_start
     return placement.advanced(used) if placement.fits(used) else None
 
