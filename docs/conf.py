@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
+from pyreserve.layouts import Piece
+
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
@@ -107,8 +109,16 @@ def _hide_constructors(
     return ("", None) if name in _NOT_CONSTRUCTED else (signature, returns)
 
 
+def _skip_fields(
+    _app: Sphinx, _kind: str, _name: str, member: object, _skip: bool, _options: object
+) -> bool | None:
+    """Leave out the fields of named tuples: the section Attributes of the class describes them."""
+    return True if isinstance(member, type(Piece.start)) else None
+
+
 def setup(app: Sphinx) -> None:
     """Connect this project's handlers around napoleon's, whose priority is 500."""
     app.connect("autodoc-process-docstring", _before_napoleon, priority=400)
     app.connect("autodoc-process-docstring", _after_napoleon, priority=600)
     app.connect("autodoc-process-signature", _hide_constructors)
+    app.connect("autodoc-skip-member", _skip_fields)

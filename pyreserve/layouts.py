@@ -124,16 +124,30 @@ class Layout(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A request to the kernel: `size` bytes of addresses near `hint` (0: anywhere)."""
+    """A request to the kernel for addresses.
+
+    Attributes:
+        size: bytes.
+        hint: the address to request; 0: any.
+        committed: map readable and writable, instead of only reserving.
+        exact: accept no other address than the hint.
+    """
 
     size: int
     hint: int
-    committed: bool  # map readable and writable, instead of only reserving
-    exact: bool  # accept no other address than the hint
+    committed: bool
+    exact: bool
 
 
 class Piece(NamedTuple):
-    """Addresses [start, end) as /proc/PID/maps shows them, and the parts of the layout there."""
+    """A line of /proc/PID/maps.
+
+    Attributes:
+        start: first address.
+        end: first address above it.
+        perms: permissions, such as ``"rw-p"``.
+        what: the parts of the layout there; see `Placement.what`.
+    """
 
     start: int
     end: int
@@ -142,16 +156,22 @@ class Piece(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The effect of a granted request."""
+    """The effect of a granted request.
+
+    Attributes:
+        placement: the grown placement.
+        block: address of the allocated bytes; None: not allocated, but they fit now.
+    """
 
     placement: "Placement"
-    block: int | None  # address of the allocated bytes; None: not allocated, but they fit now
+    block: int | None
 
 
 class Placement(NamedTuple):
     """A layout at an address, with part of its arena in use. Immutable: growth returns a new one.
 
     Attributes:
+        layout: the layout.
         start: first address.
         arena_start, arena_used, arena_end: addresses, named as in the Go runtime.
         owned: reserved address ranges, lowest first (none under *probe*).
