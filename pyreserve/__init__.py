@@ -8,26 +8,11 @@
 - `GrowableBuffer` and `GrowableArray` grow in place: existing views stay valid.
 - `explain` describes a process's address space, `track` how a block of code changes it.
 - `capabilities` lists the features of this kernel and the limits of this process.
+
+Importing pyreserve loads the exceptions and sizes; every other name is loaded at its first use, or
+by ``from pyreserve import NAME``.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from pyreserve import layouts
-from pyreserve._alloc.bitmap import Bitmap
-from pyreserve._alloc.bump import BumpArena
-from pyreserve._alloc.growable import GrowableArray, GrowableBuffer
-from pyreserve._alloc.pages import PageAllocator
-from pyreserve._alloc.pool import Pool
-from pyreserve._arena.arena import Arena
-from pyreserve._arena.blocks import Block, Blocks
-from pyreserve._arena.heapbitmap import HeapBitmap
-from pyreserve._arena.memstats import MemStats
-from pyreserve._arena.scavenger import Scavenger
-from pyreserve._region.region import TRACEMALLOC_DOMAIN, Region
-from pyreserve._region.reserve import reserve
-from pyreserve._system.features import Capabilities, capabilities
-from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import (
     AccessError,
     FreeError,
@@ -43,12 +28,30 @@ from pyreserve.errors import (
 )
 from pyreserve.units import GiB, KiB, MiB, TiB, format_size, parse_size
 
+TYPE_CHECKING = False  # True for type checkers, which know this name; typing is slow to import
 if TYPE_CHECKING:
     from pyreserve import costs as costs
     from pyreserve import doctor as doctor
+    from pyreserve import layouts
     from pyreserve import procmem as procmem
     from pyreserve import prometheus as prometheus
+    from pyreserve._alloc.bitmap import Bitmap
+    from pyreserve._alloc.bump import BumpArena
+    from pyreserve._alloc.growable import GrowableArray, GrowableBuffer
+    from pyreserve._alloc.pages import PageAllocator
+    from pyreserve._alloc.pool import Pool
+    from pyreserve._arena.arena import Arena
+    from pyreserve._arena.blocks import Block, Blocks
+    from pyreserve._arena.heapbitmap import HeapBitmap
+    from pyreserve._arena.memstats import MemStats
+    from pyreserve._arena.scavenger import Scavenger
+    from pyreserve._region.region import TRACEMALLOC_DOMAIN, Region
+    from pyreserve._region.reserve import reserve
+    from pyreserve._system.features import Capabilities, capabilities
+    from pyreserve._system.limits import PAGE_SIZE
     from pyreserve.procmem import AddressSpace, explain, track
+
+    __version__: str
 
 __all__ = [
     "PAGE_SIZE",
@@ -92,20 +95,51 @@ __all__ = [
     "track",
 ]
 
+_HOMES = {
+    "PAGE_SIZE": "_system.limits",
+    "TRACEMALLOC_DOMAIN": "_region.region",
+    "AddressSpace": "procmem",
+    "Arena": "_arena.arena",
+    "Bitmap": "_alloc.bitmap",
+    "Block": "_arena.blocks",
+    "Blocks": "_arena.blocks",
+    "BumpArena": "_alloc.bump",
+    "Capabilities": "_system.features",
+    "GrowableArray": "_alloc.growable",
+    "GrowableBuffer": "_alloc.growable",
+    "HeapBitmap": "_arena.heapbitmap",
+    "MemStats": "_arena.memstats",
+    "PageAllocator": "_alloc.pages",
+    "Pool": "_alloc.pool",
+    "Region": "_region.region",
+    "Scavenger": "_arena.scavenger",
+    "capabilities": "_system.features",
+    "explain": "procmem",
+    "reserve": "_region.reserve",
+    "track": "procmem",
+}
+"""The modules of the names that are loaded at first use."""
+_MODULES = {"costs", "doctor", "layouts", "procmem", "prometheus"}
 
-# Imported at first use: a program that only reserves memory does not pay for them.
-_LAZY_MODULES = {"costs", "doctor", "procmem", "prometheus"}
-_PROCMEM_NAMES = {"AddressSpace", "explain", "track"}
+if not TYPE_CHECKING:  # a type checker would accept any name
 
+    def __getattr__(name: str) -> object:
+        from importlib import import_module  # noqa: PLC0415  # slow to import
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY_MODULES:
-        return import_module(f"pyreserve.{name}")
-    if name in _PROCMEM_NAMES:
-        return getattr(import_module("pyreserve.procmem"), name)
-    msg = f"module 'pyreserve' has no attribute {name!r}"
-    raise AttributeError(msg)
+        if name in _MODULES:
+            return import_module(f"pyreserve.{name}")
+        if name in _HOMES:
+            value = getattr(import_module(f"pyreserve.{_HOMES[name]}"), name)
+        elif name == "__version__":
+            from pyreserve._system.extras import own_version  # noqa: PLC0415
+
+            value = own_version() or "unknown"
+        else:
+            msg = f"module 'pyreserve' has no attribute {name!r}"
+            raise AttributeError(msg)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_LAZY_MODULES})
+    return sorted({*__all__, *_MODULES, "__version__", "errors", "units"})
