@@ -29,10 +29,10 @@ signal.pause()
 # Not ru_maxrss: it includes the memory of the process before it executed this program.
 PEAK = """
 import sys
-import pyreserve
+from pyreserve import explain
 from pyreserve._system import proc
 before = proc.status_kib()["VmHWM"]
-assert pyreserve.explain(int(sys.argv[1])).mappings > 30_000
+assert explain(int(sys.argv[1])).mappings > 30_000
 print(proc.status_kib()["VmHWM"] - before)
 """
 
