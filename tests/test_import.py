@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import pyreserve
+from helpers.witness import PATIENCE
 
 # Slow modules of the standard library, which only reports, pictures and commands need.
 SLOW = (
@@ -134,6 +136,92 @@ class TestNames:
         with pytest.raises(ImportError, match="nothing"):
             exec("from pyreserve import nothing")
         assert "nothing" not in vars(pyreserve)
+
+
+def run(script: str) -> str:
+    """What a script prints in a fresh interpreter."""
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout
+
+
+class TestFirstUse:
+    def test_threads_get_the_same_objects(self) -> None:
+        """Threads that use names for the first time at once all get the same objects."""
+        printed = run(
+            """
+            import sys, threading
+            import pyreserve
+
+            sys.setswitchinterval(1e-6)
+            names, barrier = pyreserve.__all__, threading.Barrier(8)
+            results = []
+
+            def use(start):
+                barrier.wait()
+                objects = {name: getattr(pyreserve, name) for name in names[start:] + names[:start]}
+                results.append([id(objects[name]) for name in names])
+
+            threads = [threading.Thread(target=use, args=(5 * i,)) for i in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            print(len(results), all(result == results[0] for result in results))
+            """
+        )
+
+        assert printed == "8 True\n"
+
+    @pytest.mark.parametrize("when", ["before", "after_in_parent", "after_in_child"])
+    def test_an_at_fork_handler(self, when: str) -> None:
+        """A handler that is called around a fork may be the first to use a name."""
+        printed = run(
+            f"""
+            import os, warnings
+            import pyreserve
+
+            warnings.simplefilter("ignore", DeprecationWarning)
+
+            def use():
+                with pyreserve.reserve(1 << 20) as region, pyreserve.Arena(1 << 24) as arena:
+                    region.commit()
+                    arena.alloc(10).free()
+
+            os.register_at_fork({when}=use)
+            for _ in range(2):
+                pid = os.fork()
+                if pid == 0:
+                    use()
+                    os._exit(0)
+                print(os.waitpid(pid, 0)[1])
+            use()
+            """
+        )
+
+        assert printed == "0\n0\n"
+
+    def test_an_exit_handler(self) -> None:
+        """A function that is called at exit may be the first to use a name."""
+        printed = run(
+            """
+            import atexit
+            import pyreserve
+
+            @atexit.register
+            def use():
+                with pyreserve.Arena(1 << 24) as arena:
+                    print(arena.alloc(10).nbytes)
+            """
+        )
+
+        assert printed == "10\n"
 
 
 class TestVersion:
