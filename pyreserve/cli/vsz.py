@@ -220,6 +220,8 @@ def reserved(
     """
     _refuse_too_much(touch)
     _rehearse(layout, size)
+    with progress(touch):  # loads what a bar needs, and draws none
+        pass
     ps_before = ps(os.getpid())
     before = Sizes.read()
     with Arena(size, layout=layout) as arena:
