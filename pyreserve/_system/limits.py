@@ -84,7 +84,10 @@ class Limit:
         return iter(())
 
     def warning(self, use: Use) -> str:
-        """Return the warning about a process that is near the limit."""
+        """Return the warning about a process that is near the limit.
+
+        A subclass whose `uses` yields anything overrides it.
+        """
         raise NotImplementedError
 
     def warnings(self, process: Process) -> Iterator[str]:

@@ -26,15 +26,12 @@ from pyreserve.units import format_size, format_time
 if TYPE_CHECKING:
     from rich.table import Table
 
-    import pyreserve.costs.cells
+    import pyreserve.costs.text
     from pyreserve.cli.screen import Screen
     from pyreserve.costs import (
         Cell,
         Comparison,
-        CostModel,
         CostTable,
-        Curve,
-        Fit,
         Measured,
         Plan,
         Progress,
@@ -409,58 +406,16 @@ def _costs_in(screen: "Screen", table: "CostTable", columns: int) -> "Table":
 
 def _curves(table: "CostTable") -> "Iterator[tuple[str, list[tuple[str, list[str]]]]]":
     """Yield each group with its curves: a label and a row of `_COLUMNS` without the label."""
-    model, cells = table.model(), table.curves()
+    text = pyreserve.costs.text
+    cells, fits = table.curves(), text.sorted_fits(table.model())
     for group, verbs in pyreserve.costs.GROUPS.items():
-        fits = [fit for verb in verbs for fit in _sorted(model, verb)]
-        if fits:
-            yield (
-                group,
-                [
-                    (f"{fit.curve.verb} {fit.curve.method}", _row(fit, cells[fit.curve]))
-                    for fit in fits
-                ],
-            )
-
-
-def _sorted(model: "CostModel", verb: str) -> "list[Fit]":
-    def order(fit: "Fit") -> tuple[object, ...]:
-        curve = fit.curve
-        small = curve.page_kind == pyreserve.costs.cells.SMALL
-        method = pyreserve.costs.METHODS[verb].index(curve.method)
-        return (method, not small, curve.page_kind, curve.mode, curve.threads)
-
-    return sorted((fit for fit in model.fits.values() if fit.curve.verb == verb), key=order)
-
-
-def _row(fit: "Fit", cells: "list[Measured]") -> list[str]:
-    longest = cells[-1].cell
-    # A rate is meaningful only where the cost per page dominates.
-    paged = fit.ns_per_page > 1 and fit.ns_per_page * longest.pages > fit.fixed_ns
-    rate = fit.gib_per_second
-    return [
-        _setting(fit.curve),
-        _figure(fit.fixed_ns, fit.fixed_ci95),
-        _figure(fit.ns_per_page, fit.ns_per_page_ci95),
-        (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}") if paged else "",
-        format_size(longest.nbytes) if paged else "",
-        f"{fit.residual:.0%}",
-        _outliers(cells),
-    ]
-
-
-def _setting(curve: "Curve") -> str:
-    threads = f" {curve.threads} threads" if curve.threads > 1 else ""
-    return f"{curve.page_kind}{'' if curve.mode == 'charge' else f' {curve.mode}'}{threads}"
-
-
-def _figure(ns: float, interval: tuple[float, float]) -> str:
-    low, high = interval
-    half = (high - low) / 2
-    if ns < 0.001 and half < 0.001:
-        return "0 ns"
-    if ns < half:
-        return f"up to {format_time(high)}"
-    return f"{format_time(ns)} ±{half / ns:3.0%}"
+        curves = []
+        for fit in fits:
+            if fit.curve.verb in verbs:
+                label, *figures = text.fit_row(fit)
+                curves.append((label, [*figures, _outliers(cells[fit.curve])]))
+        if curves:
+            yield group, curves
 
 
 def _outliers(cells: "list[Measured]") -> str:
@@ -504,7 +459,7 @@ def _show_unmeasured(screen: "Screen", table: "CostTable") -> None:
     reasons: dict[tuple[str, str], list[Cell]] = {}
     for row in table.cells:
         if row.times is None:
-            setting = _setting(pyreserve.costs.Curve.of(row.cell))
+            setting = pyreserve.costs.text.setting_text(pyreserve.costs.Curve.of(row.cell))
             reasons.setdefault((row.why or "", setting), []).append(row.cell)
     if reasons:
         screen.blank()

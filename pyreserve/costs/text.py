@@ -29,7 +29,12 @@ def machine_text(machine: Mapping[str, Any]) -> str:
 def fits_table(model: CostModel) -> Table:
     """Return a row for each fit, in the order of `GROUPS` and `METHODS`."""
     titles = ("verb and method", "pages", "fixed", "per page", "GiB/s", "at", "off")
-    return Table(titles, [_row(fit) for fit in sorted(model.fits.values(), key=_order)])
+    return Table(titles, [fit_row(fit) for fit in sorted_fits(model)])
+
+
+def sorted_fits(model: CostModel) -> list[Fit]:
+    """Return the fits in the order of `GROUPS` and `METHODS`, small pages first."""
+    return sorted(model.fits.values(), key=_order)
 
 
 def _order(fit: Fit) -> tuple[object, ...]:
@@ -41,7 +46,8 @@ def _order(fit: Fit) -> tuple[object, ...]:
     return rank, method, not small, curve.page_kind, curve.mode, curve.threads
 
 
-def _row(fit: Fit) -> tuple[str, ...]:
+def fit_row(fit: Fit) -> tuple[str, ...]:
+    """Return the cells of a fit's row in `fits_table`."""
     longest = fit.points[-1][0]
     # A rate is meaningful only where the cost per page dominates.
     paged = fit.ns_per_page > 1 and fit.ns_per_page * longest > fit.fixed_ns
@@ -64,7 +70,7 @@ def setting_text(curve: Curve) -> str:
 
 
 def figure_text(ns: float, interval: tuple[float, float]) -> str:
-    """Return a time with half of its interval; its upper end if it may as well be zero."""
+    """Return a time with half of its interval, or its upper end if zero is in the interval."""
     low, high = interval
     half = (high - low) / 2
     if ns < 0.001 and half < 0.001:

@@ -51,7 +51,7 @@ def plain(pieces):
     return [list(piece[:3]) for piece in pieces]
 
 def limit(which, nbytes):
-    "Allow so many more bytes of VmSize (AS) or VmData (DATA); None: any number."
+    "Limit further growth of VmSize (AS) or VmData (DATA) to nbytes; None: unlimited."
     used = status({"AS": "VmSize", "DATA": "VmData"}[which])
     most = -1 if nbytes is None else used + nbytes
     resource.setrlimit(getattr(resource, "RLIMIT_" + which), (most, -1))
