@@ -713,7 +713,7 @@ _IN_ORDER = sorted(LIMITS, key=lambda limit: limit.is_slow)
 
 
 def _find(verb: str, err: int, nbytes: int, address: int | None) -> tuple[str | None, str | None]:
-    """Return name and clause of the limit that refused; no name if none is known to."""
+    """Return the name of the refusing limit and the clause that explains it; None if unknown."""
     unread = None
     for limit in _IN_ORDER:
         if err not in limit.refuses or not limit.refuses[err](verb):

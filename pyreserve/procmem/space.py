@@ -161,7 +161,7 @@ class AddressSpace:
         }
 
     def to_json(self) -> str:
-        """Return the JSON that ``pyreserve explain --json`` prints; README.md documents it."""
+        """Return the JSON that ``pyreserve explain --json`` prints. docs/reference/json.md describes it."""
         import json  # noqa: PLC0415
 
         return json.dumps(self.to_dict(), indent=2)
