@@ -161,7 +161,7 @@ class AddressSpace:
         }
 
     def to_json(self) -> str:
-        """Return the JSON that ``pyreserve explain --json`` prints. docs/reference/json.md describes it."""
+        """Return the JSON of ``pyreserve explain --json``; see docs/reference/json.md."""
         import json  # noqa: PLC0415
 
         return json.dumps(self.to_dict(), indent=2)

@@ -369,6 +369,7 @@ class TestFuzzed:
             ),
         )
     )  # fmt: skip
+    @example({"max_map_count": b"\x1c0"})
     def test_the_other_files(
         self, tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes]
     ) -> None:

@@ -242,10 +242,11 @@ def _read_machine(source: Source) -> dict[str, int]:
     for name in ("max_map_count", "overcommit_memory"):
         text = source.text(name)
         if text is not None:
-            if not proc.is_natural(text.strip()):
+            number = text.strip()  # of more characters than int() strips
+            if not proc.is_natural(number):
                 msg = f"{name}: not a number"
                 raise MapsError(msg)
-            facts[name] = int(text)
+            facts[name] = int(number)
     for name, kib in proc.parse_kib(source.text("meminfo") or ""):
         if name in _MEMINFO_KEYS:
             facts[name] = kib
