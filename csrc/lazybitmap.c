@@ -190,25 +190,8 @@ bool lazybitmap_equal(const struct region *bits, const struct region *other, uin
     return true;
 }
 
-/* Raises `*j` to the first j < n for which bit from + j * step is set; false if there is none. */
-static bool next_set(const struct region *bits, uint64_t from, uint64_t step, uint64_t n,
-                     uint64_t *j) {
-    uint64_t stop = from + (n - 1) * step + 1, end;
-    while (*j < n) {
-        uint64_t at = from + *j * step;
-        if (!committed_segment(bits, at, stop, &end)) {
-            *j += (end - at + step - 1) / step;
-            continue;
-        }
-        for (; at < end; at += step, ++*j)
-            if (bitmap_test(words_of(bits), at))
-                return true;
-    }
-    return false;
-}
-
 /* Copies the bits [at, end) of a committed segment of `other` to `to`. */
-static void copy_consecutive(struct region *bits, uint64_t to, const struct region *other,
+static void copy_segment(struct region *bits, uint64_t to, const struct region *other,
                              uint64_t at, uint64_t end) {
     while (at < end) {
         unsigned n = (unsigned)smaller(64, end - at);
@@ -219,32 +202,20 @@ static void copy_consecutive(struct region *bits, uint64_t to, const struct regi
 }
 
 int64_t lazybitmap_copy(struct region *bits, uint64_t start, const struct region *other,
-                        uint64_t from, uint64_t step, uint64_t n, bool reverse) {
-    if (n == 0)
-        return 0;
-    bool consecutive = step == 1 && !reverse;
+                        uint64_t from, uint64_t n) {
     struct runs before;
     int err = runs_copy(&before, &bits->committed);
     if (err != 0)
         return -err;
-    for (uint64_t i = 0, end; consecutive && i < n && err == 0; i = end - from)
-        if (committed_segment(other, from + i, from + n, &end))
-            err = commit_words(bits, start + i, start + end - from);
-    for (uint64_t j = 0; !consecutive && err == 0 && next_set(other, from, step, n, &j); j++) {
-        uint64_t to = start + (reverse ? n - 1 - j : j);
-        err = commit_words(bits, to, to + 1);
-    }
+    for (uint64_t at = from, stop = from + n, end; at < stop && err == 0; at = end)
+        if (committed_segment(other, at, stop, &end))
+            err = commit_words(bits, start + at - from, start + end - from);
     if (rollback_commits(bits, &before, err) != 0)
         return -err;
-
     (void)lazybitmap_clear(bits, start, start + n, 1);
-    for (uint64_t i = 0, end; consecutive && i < n; i = end - from)
-        if (committed_segment(other, from + i, from + n, &end))
-            copy_consecutive(bits, start + i, other, from + i, end);
-    for (uint64_t j = 0; !consecutive && next_set(other, from, step, n, &j); j++) {
-        uint64_t to = start + (reverse ? n - 1 - j : j);
-        (void)bitmap_set(words_of(bits), to, to + 1);
-    }
+    for (uint64_t at = from, stop = from + n, end; at < stop; at = end)
+        if (committed_segment(other, at, stop, &end))
+            copy_segment(bits, start + at - from, other, at, end);
     return 0;
 }
 

@@ -45,10 +45,10 @@ int64_t lazybitmap_combine(struct region *bits, const struct region *other, uint
 /* Whether the bits [0, nbits) of both are equal. */
 bool lazybitmap_equal(const struct region *bits, const struct region *other, uint64_t nbits);
 
-/* Replaces the `n` bits of `bits` at `start` by those of `other` at `from`, `from` + step, ...,
- * in the opposite order if `reverse`. `bits` and `other` are different bitmaps. step > 0. */
+/* Replaces the `n` bits of `bits` at `start` by those of `other` at `from`. `bits` and `other` are
+ * different bitmaps. */
 int64_t lazybitmap_copy(struct region *bits, uint64_t start, const struct region *other,
-                        uint64_t from, uint64_t step, uint64_t n, bool reverse);
+                        uint64_t from, uint64_t n);
 
 /* Copies the range to `out`; bit `start` is the lowest of the first byte, and unused bits of the
  * last byte are clear. */

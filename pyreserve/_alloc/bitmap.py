@@ -237,7 +237,7 @@ class Bitmap(OnRegion):
         bitmap = Bitmap(n)
         with self._lock:
             self._alive()
-            err = lib.lazybitmap_copy(_handle(bitmap), 0, self._handle, start, 1, n, False)
+            err = lib.lazybitmap_copy(_handle(bitmap), 0, self._handle, start, n)
         if err < 0:
             _refuse_commit(bitmap, err, 0, n)
         return bitmap
@@ -368,7 +368,7 @@ class Bitmap(OnRegion):
         if bits is self:
             return
         with self._both_locked(bits):
-            err = lib.lazybitmap_copy(self._handle, start, _handle(bits), 0, 1, n, False)
+            err = lib.lazybitmap_copy(self._handle, start, _handle(bits), 0, n)
         if err < 0:
             _refuse_commit(self, err, start, start + n)
 
