@@ -27,24 +27,32 @@ static bool committed_segment(const struct region *bits, uint64_t at, uint64_t s
     return committed;
 }
 
-/* Commits the words under [start, stop); 0 or an errno, EBADF for a released region. */
-static int commit_words(struct region *bits, uint64_t start, uint64_t stop) {
+/* Commits the words under [start, stop), in whole commit steps, and adds the bytes that were not
+ * committed before to `fresh`. 0 or an errno, EBADF for a released region. */
+static int commit_words(struct region *bits, uint64_t start, uint64_t stop, struct runs *fresh) {
     if (bits->base == NULL)
         return EBADF;
     uint64_t step = COMMIT_STEP > bits->page ? COMMIT_STEP : bits->page;
-    uint64_t lo = start / 8 / step * step;
-    uint64_t hi = smaller(bits->size, ((stop - 1) / 8 / step + 1) * step);
-    return region_commit(bits, (size_t)lo, (size_t)(hi - lo));
+    size_t lo = (size_t)(start / 8 / step * step);
+    size_t hi = (size_t)smaller(bits->size, round_up((stop + 7) / 8, step));
+    struct run gap;
+    int err = 0;
+    while (err == 0 && runs_next_gap(&bits->committed, lo, hi, &gap)) {
+        err = runs_grow(fresh);
+        if (err != 0)
+            break;
+        runs_add(fresh, gap.lo, gap.hi); /* even if refused: the gap may have stayed accessible */
+        err = region_commit(bits, gap.lo, gap.hi - gap.lo);
+    }
+    return err;
 }
 
-/* Ends a change with several commits. If one was refused (`err`), decommits what was not committed
- * `before`. Frees `before` and returns `err`. */
-static int rollback_commits(struct region *bits, struct runs *before, int err) {
-    struct run gap;
-    if (err != 0)
-        for (size_t at = 0; runs_next_gap(before, at, bits->size, &gap); at = gap.hi)
-            (void)region_decommit(bits, gap.lo, gap.hi - gap.lo);
-    runs_clear(before);
+/* Ends the commits of a change: if one was refused (`err`), decommits all of `fresh`. Frees `fresh`
+ * and returns `err`. */
+static int end_commits(struct region *bits, struct runs *fresh, int err) {
+    for (size_t i = 0; err != 0 && i < fresh->count; i++)
+        (void)region_decommit(bits, fresh->items[i].lo, fresh->items[i].hi - fresh->items[i].lo);
+    runs_clear(fresh);
     return err;
 }
 
@@ -57,21 +65,17 @@ int64_t lazybitmap_set(struct region *bits, uint64_t start, uint64_t stop, uint6
     if (start >= stop)
         return 0;
     step = clamp_step(start, stop, step);
-    if (step == 1) {
-        int err = commit_words(bits, start, stop);
-        return err != 0 ? -err : (int64_t)bitmap_set(words_of(bits), start, stop);
-    }
-    struct runs before;
-    int err = runs_copy(&before, &bits->committed);
-    if (err != 0)
+    struct runs fresh = {0};
+    int err = 0;
+    if (step <= COMMIT_STEP * 8) /* every commit step is needed */
+        err = commit_words(bits, start, stop, &fresh);
+    else
+        for (uint64_t i = start; i < stop && err == 0; i += step)
+            err = commit_words(bits, i, i + 1, &fresh);
+    if (end_commits(bits, &fresh, err) != 0)
         return -err;
-    bool dense = step <= COMMIT_STEP * 8; /* every commit step would be needed */
-    if (dense)
-        err = commit_words(bits, start, stop);
-    for (uint64_t i = start; !dense && i < stop && err == 0; i += step)
-        err = commit_words(bits, i, i + 1);
-    if (rollback_commits(bits, &before, err) != 0)
-        return -err;
+    if (step == 1)
+        return (int64_t)bitmap_set(words_of(bits), start, stop);
     uint64_t changed = 0;
     for (uint64_t i = start; i < stop; i += step)
         changed += bitmap_set(words_of(bits), i, i + 1);
@@ -139,22 +143,22 @@ size_t lazybitmap_runs(const struct region *bits, uint64_t start, uint64_t stop,
     return n;
 }
 
-/* Commits in `bits` what is committed in `other`. */
-static int commit_same_words(struct region *bits, const struct region *other, uint64_t nbits) {
-    struct runs before;
-    int err = runs_copy(&before, &bits->committed);
-    if (err != 0)
-        return err;
-    for (uint64_t at = 0, end; at < nbits && err == 0; at = end)
-        if (committed_segment(other, at, nbits, &end))
-            err = commit_words(bits, at, end);
-    return rollback_commits(bits, &before, err);
+/* Commits, for the `n` bits of `bits` at `start`, the words of those whose counterparts in `other`,
+ * from `from` on, are committed. All or none. */
+static int commit_same_words(struct region *bits, uint64_t start, const struct region *other,
+                             uint64_t from, uint64_t n) {
+    struct runs fresh = {0};
+    int err = 0;
+    for (uint64_t at = from, stop = from + n, end; at < stop && err == 0; at = end)
+        if (committed_segment(other, at, stop, &end))
+            err = commit_words(bits, start + at - from, start + end - from, &fresh);
+    return end_commits(bits, &fresh, err);
 }
 
 int64_t lazybitmap_combine(struct region *bits, const struct region *other, uint64_t nbits,
                            enum bitmap_operation operation) {
     if (operation == BITMAP_OR || operation == BITMAP_XOR) {
-        int err = commit_same_words(bits, other, nbits);
+        int err = commit_same_words(bits, 0, other, 0, nbits);
         if (err != 0)
             return -err;
     }
@@ -203,14 +207,8 @@ static void copy_segment(struct region *bits, uint64_t to, const struct region *
 
 int64_t lazybitmap_copy(struct region *bits, uint64_t start, const struct region *other,
                         uint64_t from, uint64_t n) {
-    struct runs before;
-    int err = runs_copy(&before, &bits->committed);
+    int err = commit_same_words(bits, start, other, from, n);
     if (err != 0)
-        return -err;
-    for (uint64_t at = from, stop = from + n, end; at < stop && err == 0; at = end)
-        if (committed_segment(other, at, stop, &end))
-            err = commit_words(bits, start + at - from, start + end - from);
-    if (rollback_commits(bits, &before, err) != 0)
         return -err;
     (void)lazybitmap_clear(bits, start, start + n, 1);
     for (uint64_t at = from, stop = from + n, end; at < stop; at = end)
@@ -250,14 +248,12 @@ int64_t lazybitmap_write(struct region *bits, uint64_t start, uint64_t stop,
                          const unsigned char *in) {
     uint64_t n = stop - start;
     unsigned count;
-    struct runs before;
-    int err = runs_copy(&before, &bits->committed);
-    if (err != 0)
-        return -err;
+    struct runs fresh = {0};
+    int err = 0;
     for (uint64_t i = 0; i < n && err == 0; i += 64)
         if (input_word(in, i, n, &count) != 0)
-            err = commit_words(bits, start + i, start + i + count);
-    if (rollback_commits(bits, &before, err) != 0)
+            err = commit_words(bits, start + i, start + i + count, &fresh);
+    if (end_commits(bits, &fresh, err) != 0)
         return -err;
     (void)lazybitmap_clear(bits, start, stop, 1);
     for (uint64_t i = 0; i < n; i += 64) {
