@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #endif
 
+#include "words.h"
+
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
                "the bytes of a bitmap are in little-endian bit order");
 
@@ -185,7 +187,7 @@ static unsigned run_in_word(uint64_t word, uint64_t length) {
     if (length > 64)
         return 64;
     for (uint64_t have = 1; have < length && word != 0;) {
-        uint64_t more = have < length - have ? have : length - have;
+        uint64_t more = smaller(have, length - have);
         word &= word >> more;
         have += more;
     }
@@ -226,9 +228,7 @@ bool bitmap_seek(const uint64_t *words, uint64_t start, uint64_t stop, bool valu
                 continue;
             }
         }
-        unsigned n = 64 - skip;
-        if (stop - at < n)
-            n = (unsigned)(stop - at);
+        unsigned n = (unsigned)smaller(64 - skip, stop - at);
         uint64_t word = ((words[at / 64] ^ flip) >> skip) & below(n);
         if (seek_in_word(word, at, n, wanted, first))
             return true;

@@ -258,9 +258,7 @@ static int64_t allocate_block(struct heap *heap, uint64_t nbytes, uint64_t align
         return HEAP_CLOSED;
     if (nbytes == 0)
         return HEAP_EMPTY;
-    if (align == 0 || (align & (align - 1)) != 0)
-        return PAGEALLOC_ALIGNMENT;
-    if (heap->meta.index != NULL && align > heap->meta.unit)
+    if (!is_power_of_two(align) || (heap->meta.index != NULL && align > heap->meta.unit))
         return PAGEALLOC_ALIGNMENT;
     if (heap->extent_count == 0)
         return PAGEALLOC_FULL;
@@ -533,7 +531,7 @@ static uint64_t eligible_pages(const struct heap *heap, uint64_t i, uint32_t age
 static uint64_t end_of_last(const struct heap *heap, uint64_t start, uint64_t stop, bool wanted,
                             uint32_t age, uint32_t now, bool lazy) {
     while (stop > start) {
-        uint64_t i = (stop - 1) / 64, low = i * 64 > start ? i * 64 : start;
+        uint64_t i = (stop - 1) / 64, low = larger(i * 64, start);
         /* Select the bits that match, and mask the ends of the range. */
         uint64_t pages = eligible_pages(heap, i, age, now, lazy) ^ (wanted ? 0 : ~UINT64_C(0));
         pages &= (~UINT64_C(0) >> (63 - (stop - 1) % 64)) & (~UINT64_C(0) << (low % 64));
@@ -569,9 +567,8 @@ int64_t heap_idle(struct heap *heap, uint64_t below, uint64_t most, uint64_t lon
 
 /* Discards the whole OS pages in [low, high). A refusal is harmless: they keep their memory. */
 static void discard_inside(const struct heap *heap, uintptr_t low, uintptr_t high) {
-    uintptr_t page = heap->region->page;
-    low = (low + page - 1) & ~(page - 1);
-    high &= ~(page - 1);
+    low = (uintptr_t)round_up(low, heap->region->page);
+    high -= high % heap->region->page;
     if (low < high)
         (void)vm_discard(low, high - low);
 }

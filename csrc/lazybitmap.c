@@ -32,7 +32,7 @@ static bool committed_segment(const struct region *bits, uint64_t at, uint64_t s
 static int commit_words(struct region *bits, uint64_t start, uint64_t stop, struct runs *fresh) {
     if (bits->base == NULL)
         return EBADF;
-    uint64_t step = COMMIT_STEP > bits->page ? COMMIT_STEP : bits->page;
+    uint64_t step = larger(COMMIT_STEP, bits->page);
     size_t lo = (size_t)(start / 8 / step * step);
     size_t hi = (size_t)smaller(bits->size, round_up((stop + 7) / 8, step));
     struct run gap;

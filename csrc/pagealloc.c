@@ -201,7 +201,7 @@ static void update_chunk(struct pagealloc *pages, uint64_t chunk) {
         uint64_t longest = scan_longest_long(words);
         if (longest > 0 && longest < 64)
             longest = SCAN(pages->wide, longest, words);
-        length = longest > length ? longest : length;
+        length = larger(longest, length);
     }
     set_code(pages, chunk, code_of(length));
 }
@@ -389,7 +389,7 @@ static void take_run(struct pagealloc *pages, uint64_t start, uint64_t stop, uin
                                 (unsigned)(page - first * CHUNK), (unsigned)(end - first * CHUNK),
                                 (unsigned)(stop - end));
         uint64_t leaving = pages->tags[first].length;
-        set_code(pages, first, code_of(leaving > longest ? leaving : longest));
+        set_code(pages, first, code_of(larger(leaving, longest)));
         return;
     }
     if (first == last) {
@@ -440,9 +440,9 @@ static void join_runs(struct pagealloc *pages, uint64_t start, uint64_t stop, ui
         clear_inner_chunk(pages, chunk_of(end), first, last);
     /* Of the freed pages, mark those in the first and the last chunk of the joined run. */
     if (page < border)
-        set_bits(pages, page, border < end ? border : end);
+        set_bits(pages, page, smaller(border, end));
     if (last * CHUNK < end)
-        set_bits(pages, page > last * CHUNK ? page : last * CHUNK, end);
+        set_bits(pages, larger(page, last * CHUNK), end);
     /* Account for the run at both ends and in the tree. */
     pages->tags[first].length = stop - start;
     pages->tags[last].start = start + 1;
@@ -609,7 +609,7 @@ static int64_t allocate(struct pagealloc *pages, uint64_t n, uint64_t align, uin
         return PAGEALLOC_OUTSIDE;
     if (n > pages->capacity)
         return PAGEALLOC_FULL;
-    if (align == 0 || (align & (align - 1)) != 0 || phase >= align)
+    if (!is_power_of_two(align) || phase >= align)
         return PAGEALLOC_ALIGNMENT;
     if (align == 1) {
         if (!run_from_chunk(pages, 0, n, &run))
@@ -716,13 +716,12 @@ uint64_t pagealloc_part_pages_held(const struct pagealloc *pages) {
 
 bool pagealloc_run_below_held(const struct pagealloc *pages, uint64_t stop,
                               struct pagealloc_run *run) {
-    if (stop > pages->capacity)
-        stop = pages->capacity;
+    stop = smaller(stop, pages->capacity);
     uint64_t start = last_start(pages, stop);
     if (start == NONE)
         return false;
     uint64_t end = stop_of(pages, start);
-    *run = (struct pagealloc_run){start, end < stop ? end : stop};
+    *run = (struct pagealloc_run){start, smaller(end, stop)};
     return true;
 }
 
@@ -739,7 +738,7 @@ static bool free_from(const struct pagealloc *pages, uint64_t from, uint64_t sto
             return false;
         end = stop_of(pages, start);
     }
-    *run = (struct pagealloc_run){start > from ? start : from, end < stop ? end : stop};
+    *run = (struct pagealloc_run){larger(start, from), smaller(end, stop)};
     return true;
 }
 
@@ -747,8 +746,7 @@ bool pagealloc_used_from_held(const struct pagealloc *pages, uint64_t start, uin
                               struct pagealloc_run *run) {
     struct run part;
     struct pagealloc_run free;
-    if (stop > pages->capacity)
-        stop = pages->capacity;
+    stop = smaller(stop, pages->capacity);
     /* In each part, the pages in use end where the next free run starts, or with the part. */
     while (start < stop && runs_next(&pages->parts, (size_t)start, (size_t)stop, &part)) {
         if (!free_from(pages, part.lo, part.hi, &free))
@@ -981,7 +979,7 @@ uint64_t pagealloc_longest(struct pagealloc *pages) {
         longest = code;
     else /* a class: compare the runs of all chunks that have this code */
         for (uint64_t chunk = 0; (chunk = chunk_from(pages, chunk, code)) != NONE; chunk++)
-            if (run_in_chunk(pages, chunk, longest > CHUNK ? longest : CHUNK + 1, &run))
+            if (run_in_chunk(pages, chunk, larger(longest, CHUNK + 1), &run))
                 longest = run.stop - run.start;
     pagealloc_unlock(pages);
     return longest;

@@ -7,6 +7,7 @@
 
 #include "sys.h"
 #include "vm.h"
+#include "words.h"
 
 #define FLAGS \
     "rdwrexshmrmwmemsgdpfdwloiosrrrdcdeacnrhtsfarwfddsdmmhgnhmgbtmtumuwuisssllfdpgu"
@@ -249,8 +250,8 @@ static void add_run(struct procmaps *table, size_t *at, const struct sys_page_ru
         ++*at;
     for (size_t i = *at; i < table->count && row(table, i)[PROCMAPS_START] < run->end; i++) {
         uint64_t *cells = row(table, i);
-        uint64_t start = cells[PROCMAPS_START] > run->start ? cells[PROCMAPS_START] : run->start;
-        uint64_t end = cells[PROCMAPS_END] < run->end ? cells[PROCMAPS_END] : run->end;
+        uint64_t start = larger(cells[PROCMAPS_START], run->start);
+        uint64_t end = smaller(cells[PROCMAPS_END], run->end);
         for (const int *column = columns; *column >= 0; column++)
             cells[*column] += (end - start) / 1024;
     }
@@ -291,7 +292,7 @@ static int add_resident(struct procmaps *table, size_t *at, const struct sys_pag
                 return err;
         }
         const uint64_t *entry = window->entries + (piece.end - window->start) / page;
-        uint64_t end = run->end < window->end ? run->end : window->end;
+        uint64_t end = smaller(run->end, window->end);
         bool alone = *entry >> 56 & 1;
         piece.start = piece.end;
         for (; piece.end < end && (*entry >> 56 & 1) == alone; entry++)
@@ -393,7 +394,7 @@ void procmaps_sum(struct procmaps *table, size_t keep, struct procmaps_sums *sum
     for (size_t i = 0; i < done; i++) {
         const uint64_t *cells = row(table, i);
         /* If a mapping grew down into rows removed before, count only what they did not have. */
-        uint64_t start = cells[PROCMAPS_START] > sums->end ? cells[PROCMAPS_START] : sums->end;
+        uint64_t start = larger(cells[PROCMAPS_START], sums->end);
         if (is_kernel_row(cells) || cells[PROCMAPS_END] <= start)
             continue;
         uint64_t size = cells[PROCMAPS_END] - start, perms = cells[PROCMAPS_PERMS];

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "vm.h"
+#include "words.h"
 
 static uintptr_t address_of(const struct region *region, size_t offset) {
     return (uintptr_t)region->base + offset;
@@ -91,7 +92,7 @@ static int map_aligned(uintptr_t hint, size_t total, size_t guard, size_t align,
     err = vm_map(0, total + align, access, &wide);
     if (err != 0)
         return err;
-    *start = ((wide + guard + align - 1) & ~(uintptr_t)(align - 1)) - guard;
+    *start = (uintptr_t)round_up(wide + guard, align) - guard;
     size_t before = *start - wide, after = align - before;
     if (before > 0)
         err = vm_release(wide, before);
@@ -432,6 +433,6 @@ void region_end(struct region *region) {
             (void)vm_discard(address_of(region, piece.lo), piece.hi - piece.lo);
     runs_clear(&region->reserved);
     runs_clear(&region->committed);
-    tracing_clear(&region->traced);
+    runs_clear(&region->traced);
     region->base = NULL;
 }

@@ -56,7 +56,7 @@ struct region {
     bool retired;   /* accepts only region_end */
     char name[80]; /* empty: none */
     struct runs reserved, committed;
-    struct tracing traced; /* pieces reported to tracemalloc */
+    struct runs traced; /* pieces reported to tracemalloc, which may touch */
 };
 
 /* Placement options for region_reserve; zero-initialise for defaults. */

@@ -7,9 +7,7 @@
 /* runs_empty keeps the storage of up to this many runs. */
 enum { SMALL = 64 };
 
-/* Index of the first run that ends at or after `offset`: the only run that can contain or touch
- * it. */
-static size_t first_ending_from(const struct runs *set, size_t offset) {
+size_t runs_search(const struct runs *set, size_t offset) {
     size_t low = 0, high = set->count;
     while (low < high) {
         size_t middle = low + (high - low) / 2;
@@ -21,32 +19,15 @@ static size_t first_ending_from(const struct runs *set, size_t offset) {
     return low;
 }
 
-/* Index of the first run, from index `from` on, that starts at or after `offset`. */
-static size_t first_starting_from(const struct runs *set, size_t from, size_t offset) {
-    size_t low = from, high = set->count;
-    while (low < high) {
-        size_t middle = low + (high - low) / 2;
-        if (set->items[middle].lo < offset)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
-}
-
-/* Replaces the runs with index [from, to) by the `n` runs of `fresh`. */
-static void splice(struct runs *set, size_t from, size_t to, const struct run *fresh, size_t n) {
-    memmove(set->items + from + n, set->items + to, (set->count - to) * sizeof *set->items);
-    for (size_t i = 0; i < n; i++)
-        set->items[from + i] = fresh[i];
-    set->count = set->count - (to - from) + n;
-}
-
-static size_t bytes_between(const struct runs *set, size_t from, size_t to) {
-    size_t bytes = 0;
+void runs_splice(struct runs *set, size_t from, size_t to, const struct run *fresh, size_t n) {
     for (size_t i = from; i < to; i++)
-        bytes += set->items[i].hi - set->items[i].lo;
-    return bytes;
+        set->total -= set->items[i].hi - set->items[i].lo;
+    memmove(set->items + from + n, set->items + to, (set->count - to) * sizeof *set->items);
+    for (size_t i = 0; i < n; i++) {
+        set->items[from + i] = fresh[i];
+        set->total += fresh[i].hi - fresh[i].lo;
+    }
+    set->count = set->count - (to - from) + n;
 }
 
 int runs_grow(struct runs *set) {
@@ -62,9 +43,9 @@ int runs_grow(struct runs *set) {
 }
 
 void runs_add(struct runs *set, size_t lo, size_t hi) {
-    size_t from = first_ending_from(set, lo);
-    size_t to = first_starting_from(set, from, hi);
-    if (to < set->count && set->items[to].lo == hi)
+    /* The runs [from, to) touch or overlap [lo, hi). */
+    size_t from = runs_search(set, lo), to = runs_search(set, hi);
+    if (to < set->count && set->items[to].lo <= hi)
         to++;
     struct run joined = {lo, hi};
     if (from < to) {
@@ -73,36 +54,34 @@ void runs_add(struct runs *set, size_t lo, size_t hi) {
         if (set->items[to - 1].hi > hi)
             joined.hi = set->items[to - 1].hi;
     }
-    set->total += (joined.hi - joined.lo) - bytes_between(set, from, to);
-    splice(set, from, to, &joined, 1);
+    runs_splice(set, from, to, &joined, 1);
 }
 
 void runs_remove(struct runs *set, size_t lo, size_t hi) {
-    size_t from = first_ending_from(set, lo + 1);
-    size_t to = first_starting_from(set, from, hi);
+    /* The runs [from, to) overlap [lo, hi); what the first and the last have outside is left. */
+    size_t from = runs_search(set, lo + 1), to = runs_search(set, hi);
+    if (to < set->count && set->items[to].lo < hi)
+        to++;
     if (from == to)
         return;
     struct run left[2];
-    size_t n = 0, kept = 0;
+    size_t n = 0;
     if (set->items[from].lo < lo)
         left[n++] = (struct run){set->items[from].lo, lo};
     if (set->items[to - 1].hi > hi)
         left[n++] = (struct run){hi, set->items[to - 1].hi};
-    for (size_t i = 0; i < n; i++)
-        kept += left[i].hi - left[i].lo;
-    set->total -= bytes_between(set, from, to) - kept;
-    splice(set, from, to, left, n);
+    runs_splice(set, from, to, left, n);
 }
 
 bool runs_contain(const struct runs *set, size_t lo, size_t hi) {
-    size_t i = first_ending_from(set, lo + 1);
+    size_t i = runs_search(set, lo + 1);
     return i < set->count && set->items[i].lo <= lo && hi <= set->items[i].hi;
 }
 
 bool runs_next(const struct runs *set, size_t lo, size_t hi, struct run *piece) {
     if (lo >= hi)
         return false;
-    size_t i = first_ending_from(set, lo + 1);
+    size_t i = runs_search(set, lo + 1);
     if (i == set->count || set->items[i].lo >= hi)
         return false;
     piece->lo = set->items[i].lo > lo ? set->items[i].lo : lo;
@@ -113,7 +92,7 @@ bool runs_next(const struct runs *set, size_t lo, size_t hi, struct run *piece) 
 bool runs_next_gap(const struct runs *set, size_t lo, size_t hi, struct run *gap) {
     if (lo >= hi)
         return false;
-    size_t i = first_ending_from(set, lo + 1);
+    size_t i = runs_search(set, lo + 1);
     if (i < set->count && set->items[i].lo <= lo)
         lo = set->items[i++].hi;
     if (lo >= hi)

@@ -11,6 +11,7 @@
 
 #include "sys.h"
 #include "vm.h"
+#include "words.h"
 
 enum { CLOCK_READINGS = 255, SPINS = 1000, LINE = 64 };
 
@@ -182,9 +183,11 @@ static bool is_sound_mapping(const struct timing_program *program, size_t page) 
     if (length == 0 || length % page != 0 || (program->access & ~VM_NORESERVE) != 0)
         return false;
     if (huge != 0) /* the kernel aligns these */
-        return (huge & (huge - 1)) == 0 && huge % page == 0 && length % huge == 0 && align == 0;
-    return (align & (align - 1)) == 0 && align % page == 0 && align <= SIZE_MAX - length &&
-           program->phase % page == 0 && (align == 0 ? program->phase == 0 : program->phase < align);
+        return is_power_of_two(huge) && huge % page == 0 && length % huge == 0 && align == 0;
+    if (align == 0)
+        return program->phase == 0;
+    return is_power_of_two(align) && align % page == 0 && align <= SIZE_MAX - length &&
+           program->phase % page == 0 && program->phase < align;
 }
 
 static bool is_sound_step(const struct timing_program *program, size_t i, size_t page) {

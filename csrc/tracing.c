@@ -132,71 +132,43 @@ bool tracing_is_on(void) {
     return python.allocator != NULL ? is_tracing_by_allocator() : is_tracing() && is_usable();
 }
 
-/* Index of the first piece that ends after `offset`. */
-static size_t first_behind(const struct tracing *books, size_t offset) {
-    size_t low = 0, high = books->count;
-    while (low < high) {
-        size_t middle = low + (high - low) / 2;
-        if (books->pieces[middle].hi <= offset)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
+/* Adds a piece that is not in the books, if tracemalloc takes it and there is storage. */
+static void add_piece(struct runs *books, uintptr_t base, struct run piece) {
+    size_t i = runs_search(books, piece.lo + 1);
+    if (runs_grow(books) == 0 && track(base, piece))
+        runs_splice(books, i, i, &piece, 1);
 }
 
-static bool grow(struct tracing *books) {
-    if (books->count < books->capacity)
-        return true;
-    size_t capacity = books->capacity == 0 ? 4 : books->capacity * 2;
-    struct run *pieces = realloc(books->pieces, capacity * sizeof *pieces);
-    if (pieces == NULL)
-        return false;
-    books->pieces = pieces;
-    books->capacity = capacity;
-    return true;
+static void remove_pieces(struct runs *books, size_t from, size_t to) {
+    runs_splice(books, from, to, NULL, 0);
+    if (books->count == 0)
+        runs_empty(books); /* gives large storage back */
 }
 
-static void insert(struct tracing *books, size_t at, struct run piece) {
-    memmove(books->pieces + at + 1, books->pieces + at, (books->count - at) * sizeof piece);
-    books->pieces[at] = piece;
-    books->count++;
-}
-
-static void remove_pieces(struct tracing *books, size_t from, size_t to) {
-    memmove(books->pieces + from, books->pieces + to, (books->count - to) * sizeof *books->pieces);
-    books->count -= to - from;
-    if (books->count == 0 && books->capacity > SMALL)
-        tracing_clear(books);
-}
-
-void tracing_add(struct tracing *books, uintptr_t base, size_t lo, size_t hi) {
-    struct run piece = {lo, hi};
+void tracing_add(struct runs *books, uintptr_t base, size_t lo, size_t hi) {
     struct entry entry = enter_python();
-    if (is_tracing() && grow(books) && track(base, piece))
-        insert(books, first_behind(books, lo), piece);
+    if (is_tracing())
+        add_piece(books, base, (struct run){lo, hi});
     leave_python(entry);
 }
 
 /* Splits the piece that contains `offset`, if there is one, at that offset. */
-static void split_at(struct tracing *books, uintptr_t base, size_t offset) {
-    size_t i = first_behind(books, offset);
-    if (i == books->count || books->pieces[i].lo >= offset)
+static void split_at(struct runs *books, uintptr_t base, size_t offset) {
+    size_t i = runs_search(books, offset + 1);
+    if (i == books->count || books->items[i].lo >= offset)
         return;
-    struct run whole = books->pieces[i], low = {whole.lo, offset}, high = {offset, whole.hi};
+    struct run whole = books->items[i];
     remove_pieces(books, i, i + 1);
     if (!has_trace(base, whole))
         return;
     untrack(base, whole);
-    if (grow(books) && track(base, high))
-        insert(books, i, high);
-    if (grow(books) && track(base, low))
-        insert(books, i, low);
+    add_piece(books, base, (struct run){offset, whole.hi});
+    add_piece(books, base, (struct run){whole.lo, offset});
 }
 
 /* Removes the pieces of [lo, hi) from tracemalloc and from the books. With `keep_books` the books
  * lose only pieces that tracemalloc no longer had. */
-static void remove_range(struct tracing *books, uintptr_t base, size_t lo, size_t hi,
+static void remove_range(struct runs *books, uintptr_t base, size_t lo, size_t hi,
                          bool keep_books) {
     if (books->count == 0)
         return;
@@ -211,11 +183,13 @@ static void remove_range(struct tracing *books, uintptr_t base, size_t lo, size_
         remove_pieces(books, 0, books->count); /* tracemalloc has dropped its traces */
     split_at(books, base, lo);
     split_at(books, base, hi);
-    size_t from = first_behind(books, lo), to = from, kept = from;
-    for (; to < books->count && books->pieces[to].hi <= hi; to++) {
-        struct run piece = books->pieces[to];
-        if (keep_books && has_trace(base, piece))
-            books->pieces[kept++] = piece;
+    size_t from = runs_search(books, lo + 1), to = from, kept = from;
+    for (; to < books->count && books->items[to].hi <= hi; to++) {
+        struct run piece = books->items[to];
+        if (keep_books && has_trace(base, piece)) { /* those to remove gather in [kept, to) */
+            books->items[to] = books->items[kept];
+            books->items[kept++] = piece;
+        }
         untrack(base, piece);
     }
     if (kept < to)
@@ -223,36 +197,31 @@ static void remove_range(struct tracing *books, uintptr_t base, size_t lo, size_
     leave_python(entry);
 }
 
-void tracing_remove(struct tracing *books, uintptr_t base, size_t lo, size_t hi) {
+void tracing_remove(struct runs *books, uintptr_t base, size_t lo, size_t hi) {
     remove_range(books, base, lo, hi, false);
 }
 
-void tracing_suspend(struct tracing *books, uintptr_t base, size_t lo, size_t hi) {
+void tracing_suspend(struct runs *books, uintptr_t base, size_t lo, size_t hi) {
     remove_range(books, base, lo, hi, true);
 }
 
-void tracing_resume(struct tracing *books, uintptr_t base, size_t lo, size_t hi) {
-    size_t i = first_behind(books, lo);
+void tracing_resume(struct runs *books, uintptr_t base, size_t lo, size_t hi) {
+    size_t i = runs_search(books, lo + 1);
     if (i == books->count || !is_usable())
         return;
     struct entry entry = enter_python();
-    while (i < books->count && books->pieces[i].lo < hi)
-        if (is_tracing() && track(base, books->pieces[i]))
+    while (i < books->count && books->items[i].lo < hi)
+        if (is_tracing() && track(base, books->items[i]))
             i++;
         else
             remove_pieces(books, i, i + 1);
     leave_python(entry);
 }
 
-void tracing_drop(struct tracing *books, size_t lo, size_t hi) {
-    size_t from = first_behind(books, lo), to = from;
-    while (to < books->count && books->pieces[to].hi <= hi)
+void tracing_drop(struct runs *books, size_t lo, size_t hi) {
+    size_t from = runs_search(books, lo + 1), to = from;
+    while (to < books->count && books->items[to].hi <= hi)
         to++;
     if (from < to)
         remove_pieces(books, from, to);
-}
-
-void tracing_clear(struct tracing *books) {
-    free(books->pieces);
-    *books = (struct tracing){0};
 }

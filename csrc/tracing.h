@@ -14,8 +14,8 @@
  *    while it holds the GIL;
  *  - no Python code runs inside it;
  *  - without memory for a trace or for the books, bytes are not reported;
- *  - not synchronised: the owner of the books holds a lock. Books that are all zero bytes are
- *    empty.
+ *  - not synchronised: the owner of the books holds a lock. The books are the set of pieces, which
+ *    may touch; runs_clear frees them, and tracemalloc keeps its traces.
  */
 #ifndef PYRESERVE_TRACING_H
 #define PYRESERVE_TRACING_H
@@ -29,28 +29,20 @@
 /* For tracemalloc.DomainFilter: "pyre". */
 enum { TRACING_DOMAIN = 0x70797265 };
 
-struct tracing {
-    struct run *pieces; /* sorted, disjoint; neighbours may touch */
-    size_t count, capacity;
-};
-
 /* Whether tracemalloc is tracing. Takes some nanoseconds, and normally no GIL. */
 bool tracing_is_on(void);
 
 /* Reports [lo, hi), none of which is in the books, as one piece. Call it if tracing_is_on(). */
-void tracing_add(struct tracing *books, uintptr_t base, size_t lo, size_t hi);
+void tracing_add(struct runs *books, uintptr_t base, size_t lo, size_t hi);
 
 /* Removes [lo, hi) from tracemalloc and from the books. */
-void tracing_remove(struct tracing *books, uintptr_t base, size_t lo, size_t hi);
+void tracing_remove(struct runs *books, uintptr_t base, size_t lo, size_t hi);
 
 /* For addresses that are about to be unmapped, which another thread may own before munmap returns:
  * suspend removes [lo, hi) from tracemalloc only. Then drop removes it from the books, or resume
  * reports it again. */
-void tracing_suspend(struct tracing *books, uintptr_t base, size_t lo, size_t hi);
-void tracing_resume(struct tracing *books, uintptr_t base, size_t lo, size_t hi);
-void tracing_drop(struct tracing *books, size_t lo, size_t hi);
-
-/* Frees the books. tracemalloc keeps its traces. */
-void tracing_clear(struct tracing *books);
+void tracing_suspend(struct runs *books, uintptr_t base, size_t lo, size_t hi);
+void tracing_resume(struct runs *books, uintptr_t base, size_t lo, size_t hi);
+void tracing_drop(struct runs *books, size_t lo, size_t hi);
 
 #endif

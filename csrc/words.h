@@ -2,6 +2,7 @@
 #ifndef PYRESERVE_WORDS_H
 #define PYRESERVE_WORDS_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 /* The smallest multiple of `to` that is at least `n`; the sum must not overflow. */
@@ -11,6 +12,14 @@ static inline uint64_t round_up(uint64_t n, uint64_t to) {
 
 static inline uint64_t smaller(uint64_t a, uint64_t b) {
     return a < b ? a : b;
+}
+
+static inline uint64_t larger(uint64_t a, uint64_t b) {
+    return a > b ? a : b;
+}
+
+static inline bool is_power_of_two(uint64_t n) {
+    return n != 0 && (n & (n - 1)) == 0;
 }
 
 #endif

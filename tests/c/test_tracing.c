@@ -225,12 +225,13 @@ static intptr_t refuse_unmapping(long number, uintptr_t a, uintptr_t b, uintptr_
 static void what_is_not_unmapped_stays_reported(void) {
     struct region region = opened(0);
     start();
-    CHECK(region_commit(&region, 0, 3 * page) == 0);
+    CHECK(region_commit(&region, 0, 2 * page) == 0);
     trace_count = 0; /* clear_traces */
     CHECK(region_commit(&region, 5 * page, 3 * page) == 0);
     passed_on = vm_replace(refuse_unmapping);
     refuses = true;
     CHECK(region_release(&region) == ENOMEM && traced() == 3 * page && at_rest());
+    CHECK(region.traced.count == 1 && region.traced.total == 3 * page);
     CHECK(region_disclaim(&region, 6 * page, page) == ENOMEM && traced() == 3 * page);
     CHECK(trace_count == 3);
     refuses = false;
@@ -250,7 +251,7 @@ static void bytes_that_never_end_stay_reported(void) {
     } else {
         CHECK(traced() == PAGES * page);
         region_end(&region);
-        CHECK(traced() == PAGES * page && region.traced.pieces == NULL);
+        CHECK(traced() == PAGES * page && region.traced.items == NULL);
     }
     region_end(&region);
     stop();
