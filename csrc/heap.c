@@ -24,9 +24,9 @@ static uint64_t pages_for(const struct heap *heap, uint64_t nbytes) {
     return (nbytes - 1) / heap->meta.page + 1;
 }
 
-/* -- pages and addresses ------------------------------------------------------------------------ */
+/* -- pages and addresses ----------------------------------------------------------------------- */
 
-/* Extents have ascending pages and addresses; the last one is the usual answer. */
+/* The address of a page. Extents have ascending pages and addresses; mostly it is in the last. */
 static uintptr_t address_of(const struct heap *heap, uint64_t page) {
     size_t i = heap->extent_count - 1;
     while (i > 0 && heap->extents[i].page > page)
@@ -72,7 +72,7 @@ static int64_t number_pages(struct heap *heap, uintptr_t address, uint64_t *page
     return 0;
 }
 
-/* -- metadata in the arena: a word per page, an entry per word ---------------------------------- */
+/* -- metadata in the arena: a word per page, an entry per word --------------------------------- */
 
 /* The span word of the page at an address; NULL where no metadata is mapped. */
 static unsigned char *span_at(const struct heap *heap, uintptr_t address) {
@@ -143,7 +143,7 @@ static bool block_start(const struct heap *heap, uintptr_t address, uintptr_t *s
     return false;
 }
 
-/* -- blocks ------------------------------------------------------------------------------------- */
+/* -- blocks ------------------------------------------------------------------------------------ */
 
 static int64_t handle_of(uint64_t page, uint32_t serial, bool zeroed) {
     return (int64_t)(page | (uint64_t)zeroed << HEAP_PAGE_BITS |
@@ -182,13 +182,16 @@ static uint64_t size_at(const struct heap *heap, uint64_t page) {
     return n == 1 || (n > 1 && may_be_block(heap, page, n)) ? nbytes : 0;
 }
 
-/* The size of the block with this handle; 0 if the handle names no live block. */
-static uint64_t size_of(const struct heap *heap, int64_t handle) {
+/* The size of the block with this handle, or the refusal of the handle. */
+static int64_t size_of(const struct heap *heap, int64_t handle) {
     uint64_t page = page_of(handle);
     uint32_t serial = (uint32_t)((uint64_t)handle >> (HEAP_PAGE_BITS + 1));
+    if (heap->closed)
+        return HEAP_CLOSED;
     if (handle < 0 || page >= heap->end || heap->notes[page] != serial)
-        return 0;
-    return size_at(heap, page);
+        return HEAP_NO_BLOCK;
+    uint64_t nbytes = size_at(heap, page);
+    return nbytes > 0 ? (int64_t)nbytes : HEAP_NO_BLOCK;
 }
 
 /* Commits the whole gap of the arena around the offsets [lo, hi): that joins two pieces into one. A
@@ -336,7 +339,7 @@ static void clear_dirty(struct heap *heap, int64_t handle, uint64_t n) {
     uint64_t page = page_of(handle), end = page + n, most = CLEAR_AT_ONCE / heap->meta.page + 1;
     while (page < end) {
         pagealloc_lock(heap->pages);
-        bool gone = heap->closed || size_of(heap, handle) == 0;
+        bool gone = size_of(heap, handle) < 0;
         /* The next piece: from the first dirty page on, up to a clean one or the limit. */
         uint64_t start = gone ? end : bitmap_find(heap->dirty, page, end, true);
         page = start == end ? end
@@ -363,28 +366,25 @@ int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero
 int64_t heap_free(struct heap *heap, int64_t handle) {
     uint32_t now = sys_milliseconds();
     pagealloc_lock(heap->pages);
-    uint64_t nbytes = heap->closed ? 0 : size_of(heap, handle);
-    int64_t result = heap->closed ? HEAP_CLOSED : HEAP_NO_BLOCK;
+    int64_t nbytes = size_of(heap, handle);
     if (nbytes > 0) {
-        erase_block(heap, page_of(handle), nbytes, now);
-        free_pages(heap, page_of(handle), pages_for(heap, nbytes));
-        result = (int64_t)nbytes;
+        erase_block(heap, page_of(handle), (uint64_t)nbytes, now);
+        free_pages(heap, page_of(handle), pages_for(heap, (uint64_t)nbytes));
     }
     pagealloc_unlock(heap->pages);
-    return result;
+    return nbytes;
 }
 
 int64_t heap_rename(struct heap *heap, int64_t handle, int64_t *renamed) {
     pagealloc_lock(heap->pages);
-    bool there = !heap->closed && size_of(heap, handle) > 0;
-    int64_t result = there ? 0 : heap->closed ? HEAP_CLOSED : HEAP_NO_BLOCK;
-    if (there) {
+    int64_t nbytes = size_of(heap, handle);
+    if (nbytes > 0) {
         uint32_t serial = (uint32_t)++heap->serials & SERIAL_MASK;
         heap->notes[page_of(handle)] = serial;
         *renamed = handle_of(page_of(handle), serial, false);
     }
     pagealloc_unlock(heap->pages);
-    return result;
+    return nbytes > 0 ? 0 : nbytes;
 }
 
 int64_t heap_alloc_many(struct heap *heap, const struct pagealloc_integers *sizes, int64_t *handles,
@@ -421,10 +421,9 @@ int64_t heap_free_many(struct heap *heap, const int64_t *handles, size_t count, 
     /* First pass: check every handle and mark its block, which makes a second occurrence
      * invalid. */
     for (; i < count && result == 0; i++) {
-        if (heap->closed)
-            result = HEAP_CLOSED;
-        else if (size_of(heap, handles[i]) == 0)
-            result = HEAP_NO_BLOCK;
+        int64_t nbytes = size_of(heap, handles[i]);
+        if (nbytes < 0)
+            result = nbytes;
         else
             heap->notes[page_of(handles[i])] |= CONDEMNED;
     }
@@ -480,10 +479,9 @@ int64_t heap_find(struct heap *heap, uintptr_t address) {
 
 int64_t heap_nbytes(struct heap *heap, int64_t handle) {
     pagealloc_lock(heap->pages);
-    uint64_t nbytes = heap->closed ? 0 : size_of(heap, handle);
-    int64_t result = nbytes > 0 ? (int64_t)nbytes : heap->closed ? HEAP_CLOSED : HEAP_NO_BLOCK;
+    int64_t nbytes = size_of(heap, handle);
     pagealloc_unlock(heap->pages);
-    return result;
+    return nbytes;
 }
 
 int64_t heap_blocks(struct heap *heap, uint64_t *from, int64_t *handles, size_t max) {
@@ -512,7 +510,7 @@ int64_t heap_blocks(struct heap *heap, uint64_t *from, int64_t *handles, size_t 
     return result;
 }
 
-/* -- giving pages back to the kernel ------------------------------------------------------------ */
+/* -- giving pages back to the kernel ----------------------------------------------------------- */
 
 /* A bit for each of the 64 pages of word `i` that is worth giving back if it is free: dirty, old
  * enough and, with `lazy`, not released. */
@@ -589,7 +587,9 @@ static void discard_metadata(const struct heap *heap, uint64_t start, uint64_t s
         if (meta->bitmap_bits != 0) {
             unsigned char mask, *first = entry_at(heap, low, &mask);
             size_t nbytes = (last + meta->page - low) / (meta->word * (8 / meta->bitmap_bits));
-            uintptr_t begin = meta->index != NULL ? (uintptr_t)first : (uintptr_t)first + 1 - nbytes;
+            uintptr_t begin = (uintptr_t)first;
+            if (meta->index == NULL) /* the bitmap grows down: `first` is its highest byte */
+                begin = begin + 1 - nbytes;
             discard_inside(heap, begin, begin + nbytes);
         }
         low = last + meta->page;
@@ -637,7 +637,7 @@ int64_t heap_give_back(struct heap *heap, const struct pagealloc_run *piece, boo
     return err == 0 ? (int64_t)nbytes : HEAP_ERRNO - err;
 }
 
-/* -- opening, growing, closing ------------------------------------------------------------------ */
+/* -- opening, growing, closing ----------------------------------------------------------------- */
 
 int64_t heap_add(struct heap *heap, uintptr_t address, size_t nbytes) {
     uint64_t page;
