@@ -38,7 +38,7 @@ void forklocks_open(uintptr_t registry_id, uintptr_t collect_id, unsigned long m
     PyGILState_Release(gil);
 }
 
-/* -- exceptions kept until after the fork ------------------------------------------------------- */
+/* -- exceptions kept until after the fork ------------------------------------------------------ */
 
 /* Saves the current exception, if any, to raise it after the fork. */
 static void keep_exception(void) {
@@ -63,8 +63,8 @@ static void keep_exception(void) {
     caller = Py_XNewRef((PyObject *)PyEval_GetFrame());
 }
 
-/* True inside an at-fork handler, where an exception would be lost: a function that the caller of
- * the fork has called is running. */
+/* Whether an at-fork handler is running, where an exception would be lost: then the caller of the
+ * fork is among the frames, but not the innermost. */
 static bool in_at_fork_handler(void) {
     PyObject *frame = Py_XNewRef((PyObject *)PyEval_GetFrame());
     bool first = true, found = false;
@@ -97,7 +97,7 @@ static int raise_first(void *unused) {
     return -1;
 }
 
-/* -- one lock ----------------------------------------------------------------------------------- */
+/* -- one lock ---------------------------------------------------------------------------------- */
 
 /* 0; EBUSY if another thread holds it; -1 if the call raised. */
 static int try_rlock(PyObject *lock) {
@@ -140,7 +140,7 @@ static void wait_for(PyObject *blocked) {
     Py_END_ALLOW_THREADS
 }
 
-/* -- all locks ---------------------------------------------------------------------------------- */
+/* -- all locks --------------------------------------------------------------------------------- */
 
 static void unlock_rlocks(PyObject *locks, Py_ssize_t count) {
     while (count-- > 0)
@@ -166,18 +166,21 @@ static bool take_rlocks(PyObject *locks, PyObject **blocked) {
     return err == 0;
 }
 
-/* The same for tables, skipping those that an outer fork holds. Returns the list taken, or NULL. */
+/* The same for tables. Skips those that an outer fork holds. Returns the list of those taken, or
+ * NULL. */
 static PyObject *take_tables(PyObject *tables, PyObject **blocked) {
     PyObject *taken = PyList_New(0);
     bool failed = taken == NULL;
     for (Py_ssize_t i = 0; !failed && i < PyList_Size(tables); i++) {
         PyObject *entry = PyList_GetItem(tables, i);
         int err = pagealloc_trylock_fork(tables_of(entry));
-        if (err == EBUSY)
+        if (err == EBUSY) {
             *blocked = Py_NewRef(entry);
-        else if (err == 0 && (failed = PyList_Append(taken, entry) != 0))
+            failed = true;
+        } else if (err == 0 && PyList_Append(taken, entry) != 0) {
             pagealloc_unlock_fork(tables_of(entry));
-        failed = failed || err == EBUSY;
+            failed = true;
+        }
     }
     keep_exception();
     if (failed && taken != NULL) {
@@ -216,11 +219,13 @@ void forklocks_before(void) {
     bool taken = false;
     for (raised_in_a_row = 0; !taken && raised_in_a_row < MOST_RAISED;) {
         PyObject *blocked = NULL;
+        /* While the registry is held, no lock is registered and no other thread forks. */
         if (!lock_rlock(registry))
             continue;
         taken = take_all(&blocked);
         if (!taken)
             unlock_rlock(registry);
+        /* With nothing held, wait for the lock of another thread; then try all again. */
         if (blocked != NULL)
             wait_for(blocked);
         Py_XDECREF(blocked);
@@ -230,7 +235,7 @@ void forklocks_before(void) {
     PyGILState_Release(gil);
 }
 
-/* Releases what the innermost fork of this thread has taken. */
+/* Releases the locks and tables that the innermost fork of this thread has taken. */
 static void release_innermost(void) {
     Py_ssize_t last = PyList_Size(levels) - 1;
     if (last < 0 || forking_id != PyThread_get_thread_ident())

@@ -37,14 +37,14 @@ struct pagealloc {
     unsigned levels;
     uint64_t capacity, chunks, free;
     uint64_t count[LEVELS];  /* number of codes per level */
-    uint16_t *codes[LEVELS]; /* the max tree: level 0 is the longest run of each chunk, a code above it
-                                the largest of its 32 children */
+    uint16_t *codes[LEVELS]; /* the max tree: on level 0 the longest run of each chunk, above it the
+                                largest of 32 children */
     struct tag *tags;
     uint64_t (*bits)[WORDS]; /* 1 = free; all zero in chunks between a run's first and its last */
     struct runs parts;       /* the pages that are part of the arena */
 };
 
-/* -- the max tree ------------------------------------------------------------------------------- */
+/* -- the max tree ------------------------------------------------------------------------------ */
 
 /* The code of a length: itself while it is exact; above, a floating-point number of 10 bits. Codes
  * have the order of lengths, so a tree of codes finds what a tree of lengths would. */
@@ -117,11 +117,11 @@ static uint16_t largest_after(const struct pagealloc *pages, unsigned level, uin
                               uint16_t code) {
     const uint16_t *line = pages->codes[level] + i / FAN * FAN;
     unsigned at = (unsigned)(i % FAN);
-    /* Mostly no sibling is larger, which one comparison tells. */
-    uint32_t larger = code == UINT16_MAX
-                          ? 0
-                          : SCAN(pages->wide, at_least, line, (uint16_t)(code + 1));
-    if ((larger & ~(UINT32_C(1) << at)) == 0)
+    /* Usually no sibling is larger: one comparison shows that. */
+    uint32_t above = code == UINT16_MAX
+                         ? 0
+                         : SCAN(pages->wide, at_least, line, (uint16_t)(code + 1));
+    if ((above & ~(UINT32_C(1) << at)) == 0)
         return code;
     return SCAN(pages->wide, largest, line, at, code);
 }
@@ -159,7 +159,7 @@ static void raise_code(struct pagealloc *pages, uint64_t chunk, uint64_t length)
         set_code(pages, chunk, code);
 }
 
-/* -- runs of free pages ------------------------------------------------------------------------- */
+/* -- runs of free pages ------------------------------------------------------------------------ */
 
 static uint64_t chunk_of(uint64_t page) {
     return page / CHUNK;
@@ -266,7 +266,7 @@ static uint64_t last_start(const struct pagealloc *pages, uint64_t below) {
     return NONE;
 }
 
-/* The lowest start of a run at or above `from`, which is in no free run; NONE if there is none. */
+/* The lowest start of a run at or above page `from`, which is not free; NONE if there is none. */
 static uint64_t next_start(const struct pagealloc *pages, uint64_t from) {
     if (from >= pages->capacity)
         return NONE;
@@ -388,7 +388,7 @@ static void take_run(struct pagealloc *pages, uint64_t start, uint64_t stop, uin
         uint64_t longest = SCAN(pages->wide, longest_without, pages->bits[first],
                                 (unsigned)(page - first * CHUNK), (unsigned)(end - first * CHUNK),
                                 (unsigned)(stop - end));
-        uint64_t leaving = pages->tags[first].length;
+        uint64_t leaving = pages->tags[first].length; /* another run, which leaves the chunk */
         set_code(pages, first, code_of(larger(leaving, longest)));
         return;
     }
@@ -478,7 +478,7 @@ static void return_run(struct pagealloc *pages, uint64_t page, uint64_t n) {
     pages->free += n;
 }
 
-/* -- checks and searches ------------------------------------------------------------------------ */
+/* -- checks and searches ----------------------------------------------------------------------- */
 
 static bool is_outside(const struct pagealloc *pages, uint64_t page, uint64_t n) {
     return n == 0 || page >= pages->capacity || n > pages->capacity - page;
@@ -511,10 +511,10 @@ static bool some_free(const struct pagealloc *pages, uint64_t page, uint64_t n) 
     return is_inner_chunk(pages, first);
 }
 
-/* Whether all of [page, page + n) is part of the arena. Mostly there is one part. */
+/* Whether all of [page, page + n) is part of the arena. */
 static bool is_part(const struct pagealloc *pages, uint64_t page, uint64_t n) {
     const struct runs *parts = &pages->parts;
-    if (parts->count == 1)
+    if (parts->count == 1) /* the usual case, without a call */
         return parts->items->lo <= page && page + n <= parts->items->hi;
     return runs_contain(parts, (size_t)page, (size_t)(page + n));
 }
@@ -580,22 +580,20 @@ static bool run_after(const struct pagealloc *pages, uint64_t n, struct pageallo
     return run_from_chunk(pages, chunk + 1, n, run);
 }
 
-/* The lowest well-placed run, unless it hides behind many long but misplaced ones. */
-/* The lowest run that holds `n` pages with the alignment, and the first of these pages. Runs that
- * are long enough are tried in turn; after PATIENCE misaligned ones, the lowest run with `align` -
- * 1 spare pages, which always fits, bounds the time. */
+/* The lowest run that holds `n` pages with the alignment, and the first of these pages. Tries the
+ * runs that are long enough in turn. After PATIENCE misaligned ones it takes the lowest run with
+ * `align` - 1 spare pages, if there is one: that always fits, which bounds the time. */
 static bool aligned_run(const struct pagealloc *pages, uint64_t n, uint64_t align, uint64_t phase,
                         struct pagealloc_run *run, uint64_t *page) {
     bool found = run_from_chunk(pages, 0, n, run);
     for (unsigned seen = 0; found; found = run_after(pages, n, run)) {
         if (aligned_page_in(run, n, align, phase, page))
             return true;
-        if (++seen == PATIENCE) {
-            struct pagealloc_run spare;
-            if (align <= pages->capacity && run_from_chunk(pages, 0, n + align - 1, &spare)) {
-                *run = spare;
-                return aligned_page_in(run, n, align, phase, page);
-            }
+        struct pagealloc_run spare;
+        if (++seen == PATIENCE && align <= pages->capacity &&
+            run_from_chunk(pages, 0, n + align - 1, &spare)) {
+            *run = spare;
+            return aligned_page_in(run, n, align, phase, page);
         }
     }
     return false;
@@ -760,7 +758,7 @@ bool pagealloc_used_from_held(const struct pagealloc *pages, uint64_t start, uin
     return false;
 }
 
-/* -- integers in the caller's memory ------------------------------------------------------------ */
+/* -- integers in the caller's memory ----------------------------------------------------------- */
 
 uint64_t pagealloc_integer(const struct pagealloc_integers *from, size_t i) {
 #define READ(type) ((const type *)from->items)[i]
@@ -810,7 +808,7 @@ int64_t pagealloc_alloc_many(struct pagealloc *pages, const struct pagealloc_int
     /* Undo: free the runs that were allocated so far. */
     if (page < 0) {
         *failed = --i;
-        while (i-- > 0) /* with checks: other threads may have changed the caller's arrays */
+        while (i-- > 0)
             (void)pagealloc_free_held(pages, pagealloc_integer(first, i),
                                       pagealloc_integer(lengths, i));
     }
@@ -824,18 +822,20 @@ int64_t pagealloc_free_many(struct pagealloc *pages, const struct pagealloc_inte
     size_t i = 0;
     pagealloc_lock(pages);
     for (; i < count && refused == 0; i++)
-        refused = pagealloc_free_held(pages, pagealloc_integer(first, i), pagealloc_integer(lengths, i));
+        refused = pagealloc_free_held(pages, pagealloc_integer(first, i),
+                                      pagealloc_integer(lengths, i));
     /* Undo: the pages are still free, since the lock is held. */
     if (refused != 0) {
         *failed = --i;
         while (i-- > 0)
-            (void)pagealloc_alloc_at_held(pages, pagealloc_integer(first, i), pagealloc_integer(lengths, i));
+            (void)pagealloc_alloc_at_held(pages, pagealloc_integer(first, i),
+                                          pagealloc_integer(lengths, i));
     }
     pagealloc_unlock(pages);
     return refused;
 }
 
-/* -- creation, locking and the locked functions ------------------------------------------------- */
+/* -- creation, locking and the locked functions ------------------------------------------------ */
 
 uint64_t pagealloc_max_pages(void) {
     uint64_t most = UINT64_C(1) << 44;
@@ -930,42 +930,37 @@ void pagealloc_unlock_fork(struct pagealloc *pages) {
     (void)pthread_mutex_unlock(&pages->lock);
 }
 
-#define LOCKED(pages, call)                                                                        \
+/* Returns the result of a call that is made with the lock held. */
+#define LOCKED(type, pages, call)                                                                  \
     do {                                                                                           \
         pagealloc_lock(pages);                                                                     \
-        int64_t answer_ = (call);                                                                  \
+        type answer_ = (call);                                                                     \
         pagealloc_unlock(pages);                                                                   \
         return answer_;                                                                            \
     } while (0)
 
 int64_t pagealloc_add(struct pagealloc *pages, uint64_t page, uint64_t n) {
-    LOCKED(pages, pagealloc_add_held(pages, page, n));
+    LOCKED(int64_t, pages, pagealloc_add_held(pages, page, n));
 }
 
 int64_t pagealloc_alloc(struct pagealloc *pages, uint64_t n, uint64_t align, uint64_t phase) {
-    LOCKED(pages, pagealloc_alloc_held(pages, n, align, phase));
+    LOCKED(int64_t, pages, pagealloc_alloc_held(pages, n, align, phase));
 }
 
 int64_t pagealloc_alloc_at(struct pagealloc *pages, uint64_t page, uint64_t n) {
-    LOCKED(pages, pagealloc_alloc_at_held(pages, page, n));
+    LOCKED(int64_t, pages, pagealloc_alloc_at_held(pages, page, n));
 }
 
 int64_t pagealloc_free(struct pagealloc *pages, uint64_t page, uint64_t n) {
-    LOCKED(pages, pagealloc_free_held(pages, page, n));
+    LOCKED(int64_t, pages, pagealloc_free_held(pages, page, n));
 }
 
 uint64_t pagealloc_free_pages(struct pagealloc *pages) {
-    pagealloc_lock(pages);
-    uint64_t free = pagealloc_free_pages_held(pages);
-    pagealloc_unlock(pages);
-    return free;
+    LOCKED(uint64_t, pages, pagealloc_free_pages_held(pages));
 }
 
 uint64_t pagealloc_part_pages(struct pagealloc *pages) {
-    pagealloc_lock(pages);
-    uint64_t part = pagealloc_part_pages_held(pages);
-    pagealloc_unlock(pages);
-    return part;
+    LOCKED(uint64_t, pages, pagealloc_part_pages_held(pages));
 }
 
 uint64_t pagealloc_longest(struct pagealloc *pages) {

@@ -46,8 +46,8 @@ enum pagealloc_refusal {
     PAGEALLOC_NARROW = -8      /* a page number does not fit the type of the output */
 };
 
-/* An array of integers that the caller owns. `width` is 1, 2, 4 or 8 bytes, negative if they are
- * signed; with width 0 each is `constant`. */
+/* An array of integers that no other thread changes during a call. `width` is 1, 2, 4 or 8 bytes,
+ * negative if they are signed; with width 0 each is `constant`. */
 struct pagealloc_integers {
     void *items;
     int width;

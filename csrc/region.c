@@ -71,8 +71,8 @@ static bool committed_bounds(const struct region *region, size_t lo, size_t hi, 
     struct run piece;
     if (!runs_next(&region->committed, lo, hi, all))
         return false;
-    for (size_t at = all->hi; runs_next(&region->committed, at, hi, &piece);)
-        at = all->hi = piece.hi;
+    while (runs_next(&region->committed, all->hi, hi, &piece))
+        all->hi = piece.hi;
     return true;
 }
 
@@ -86,6 +86,7 @@ static int map_aligned(uintptr_t hint, size_t total, size_t guard, size_t align,
     err = vm_release(*start, total);
     if (err != 0)
         return err;
+    /* Map more, and choose the aligned place inside. */
     if (total > SIZE_MAX - align)
         return ENOMEM;
     uintptr_t wide;
@@ -93,6 +94,7 @@ static int map_aligned(uintptr_t hint, size_t total, size_t guard, size_t align,
     if (err != 0)
         return err;
     *start = (uintptr_t)round_up(wide + guard, align) - guard;
+    /* Unmap both ends. If that is refused, unmap all that is left. */
     size_t before = *start - wide, after = align - before;
     if (before > 0)
         err = vm_release(wide, before);
@@ -138,6 +140,7 @@ int region_reserve(struct region *region, size_t size, int accounting, int advic
         return EINVAL;
     memcpy(region->name, options->name, sizeof region->name - 1);
 
+    /* Map the region with its guards, then give the whole the policy. */
     size_t total = size + 2 * guard;
     int access = VM_RESERVED | accounting;
     uintptr_t start = options->address > guard ? options->address - guard : options->address;
@@ -218,6 +221,7 @@ int region_claim_near(struct region *region, size_t from, uintptr_t hint, size_t
         err = vm_map(hint, length, access | region->accounting, address);
     if (err != 0)
         return err;
+    /* The kernel may have ignored the hint. */
     uintptr_t low = address_of(region, from), high = address_of(region, region->size);
     if (*address < low || *address > high || length > high - *address) {
         err = vm_release(*address, length);
@@ -273,18 +277,20 @@ static int remap(struct region *region, size_t lo, size_t hi) {
 static int decommit_range(struct region *region, size_t lo, size_t hi) {
     uintptr_t address = address_of(region, lo);
     bool charged = !(region->accounting & VM_NORESERVE);
+    /* Without a charge to refund, remove access and then drop the contents. */
     int err = charged ? 0 : vm_protect(address, hi - lo, VM_RESERVED);
     if (!charged && err == 0 && vm_discard(address, hi - lo) == 0) {
         record_decommit(region, lo, hi);
         return 0;
     }
-    /* Remapping refunds the charge and works on mlocked pages. */
+    /* Otherwise remap: that refunds the charge and works on mlocked pages. */
     if (err == 0)
         err = remap(region, lo, hi);
     if (err == 0) {
         record_decommit(region, lo, hi);
         return apply_policy(region, address, hi - lo);
     }
+    /* On a refusal, give access back to the pieces that had it. */
     struct run piece;
     for (size_t at = lo; !charged && runs_next(&region->committed, at, hi, &piece); at = piece.hi)
         (void)vm_protect(address_of(region, piece.lo), piece.hi - piece.lo, VM_COMMITTED);
@@ -300,6 +306,7 @@ int region_commit(struct region *region, size_t offset, size_t length) {
     err = runs_grow(&region->committed);
     if (err != 0)
         return err;
+    /* Open the gaps one by one; the books stay as they were until all are open. */
     for (size_t at = offset; runs_next_gap(&region->committed, at, end, &gap); at = gap.hi) {
         err = vm_protect(address_of(region, gap.lo), gap.hi - gap.lo, VM_COMMITTED);
         if (err != 0)
@@ -309,6 +316,7 @@ int region_commit(struct region *region, size_t offset, size_t length) {
         record_commit(region, offset, end);
         return 0;
     }
+    /* On a refusal, close the gap that may be open in part, and those before it. */
     (void)reprotect(region, &gap);
     reprotect_gaps(region, offset, gap.lo);
     return err;
@@ -392,6 +400,7 @@ int region_seal(struct region *region) {
     err = region_commit(region, 0, region->size);
     if (err == 0) {
         err = vm_seal(address_of(region, 0) - region->guard, region->size + 2 * region->guard);
+        /* If the seal is refused, decommit the bytes that were not committed before. */
         for (size_t at = 0; err != 0 && runs_next_gap(&before, at, region->size, &gap); at = gap.hi)
             (void)region_decommit(region, gap.lo, gap.hi - gap.lo);
     }

@@ -73,9 +73,9 @@ struct region_options {
 int region_reserve(struct region *region, size_t size, int accounting, int advice,
                    const struct region_options *options);
 
-/* Opens a window over [address, address + size) without mapping anything. `name` is the name of what
- * it claims, at most 79 bytes; NULL: none. EINVAL if the range is empty, wraps around or is not whole
- * OS pages. */
+/* Opens a window over [address, address + size) without mapping anything. `name`, at most 79 bytes,
+ * is given to the pieces that it claims; NULL: none. EINVAL if the range is empty, wraps around or
+ * is not whole OS pages. */
 int region_window(struct region *region, uintptr_t address, size_t size, int accounting,
                   int advice, const char *name);
 

@@ -45,8 +45,8 @@ bool runs_next_gap(const struct runs *set, size_t lo, size_t hi, struct run *gap
  * it; `count` if there is none. */
 size_t runs_search(const struct runs *set, size_t offset);
 
-/* Replaces the runs with index [from, to) by the `n` runs of `fresh`, for which there must be storage
- * and which must keep the order. It joins nothing: for sets whose runs may touch, as in tracing. */
+/* Replaces the runs with index [from, to) by the `n` runs of `fresh`, which keep the order and have
+ * storage. Joins nothing: for sets whose runs may touch, as in tracing. */
 void runs_splice(struct runs *set, size_t from, size_t to, const struct run *fresh, size_t n);
 
 /* Makes the uninitialised `copy` an independent set with the same runs. 0 or ENOMEM. */

@@ -181,6 +181,7 @@ static void remove_range(struct runs *books, uintptr_t base, size_t lo, size_t h
     struct entry entry = enter_python();
     if (!is_tracing())
         remove_pieces(books, 0, books->count); /* tracemalloc has dropped its traces */
+    /* After a split at both ends, each piece lies inside [lo, hi) or outside. */
     split_at(books, base, lo);
     split_at(books, base, hi);
     size_t from = runs_search(books, lo + 1), to = from, kept = from;
