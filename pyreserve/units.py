@@ -1,12 +1,15 @@
-"""Sizes in bytes: constants, parsing and formatting; and formatting of times."""
+"""Sizes in bytes: constants, the word, parsing and formatting; and formatting of times."""
 
 import math
+import struct
 from operator import index as _index
 
 KiB = 1 << 10
 MiB = 1 << 20
 GiB = 1 << 30
 TiB = 1 << 40
+WORD = struct.calcsize("P")
+"""Bytes of an address of this process: 4 or 8."""
 
 
 def round_up(n: int, to: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from pyreserve import layouts
 from pyreserve._alloc.integers import integers
 from pyreserve._arena.blocks import Block, Blocks
-from pyreserve._arena.engine import WORD, Engine, FellBack, Policies
+from pyreserve._arena.engine import Engine, FellBack, Policies
 from pyreserve._arena.heap import Heap, already_freed
 from pyreserve._arena.heapbitmap import HeapBitmap
 from pyreserve._arena.memstats import MemStats
@@ -19,8 +19,6 @@ from pyreserve._region.region import resident
 from pyreserve.errors import RangeError, StateError
 from pyreserve.layouts import Layout, LayoutName, Piece, Placement
 from pyreserve.units import as_bytes, as_float, format_size, round_up
-
-__all__ = ["WORD", "Arena", "FellBack"]
 
 _alloc = lib.heap_alloc
 _free = lib.heap_free

@@ -14,9 +14,8 @@ from pyreserve._system.limits import PAGE_SIZE, address_bits, refusal
 from pyreserve._system.machine import thp_size
 from pyreserve.errors import OutOfMemoryError, ReleasedError, StateError, VMError
 from pyreserve.layouts import Layout, LayoutName, Piece, Placement, Request
-from pyreserve.units import GiB, KiB, MiB, format_size, round_up
+from pyreserve.units import WORD, GiB, KiB, MiB, format_size, round_up
 
-WORD: int = ffi.sizeof("void *")
 _PROBE_SIZE = 64 * KiB  # mapped to test whether an address is free (Go src/runtime/mem_linux.c)
 _WINDOW_LIMIT = 4 * GiB  # the window of the 32-bit mechanism lies below this address
 _WINDOW_STEP = 16 * MiB  # between two addresses tried for the window

@@ -8,13 +8,13 @@ from typing import Any, NoReturn
 
 from pyreserve._alloc.integers import IntegersForC
 from pyreserve._alloc.pages import close_with, reserve_tables
-from pyreserve._arena.engine import WORD, Engine
+from pyreserve._arena.engine import Engine
 from pyreserve._native import ffi, lib
 from pyreserve._region.region import Region
 from pyreserve._system import forks
 from pyreserve._system.limits import refusal
 from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError, ViewError
-from pyreserve.units import MiB, TiB
+from pyreserve.units import WORD, MiB, TiB
 
 ZEROED = 1 << lib.HEAP_PAGE_BITS
 """The bit of a handle that says that the block was known to be zero when it was allocated."""

@@ -18,9 +18,9 @@ from pyreserve._region.region import Region
 from pyreserve._system.limits import PAGE_SIZE, refusal
 from pyreserve._system.machine import thp_size
 from pyreserve.errors import RangeError
-from pyreserve.units import as_bytes
+from pyreserve.units import WORD, as_bytes
 
-_ADDRESS_LIMIT = 1 << (8 * ffi.sizeof("size_t"))
+_ADDRESS_LIMIT = 1 << (8 * WORD)
 # Bound once: an attribute lookup on the library costs a third of an empty call.
 _reserve = lib.region_reserve
 _NULL = ffi.NULL

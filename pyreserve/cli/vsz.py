@@ -16,13 +16,14 @@ import click
 
 import pyreserve
 from pyreserve import layouts
-from pyreserve._arena.arena import WORD, Arena, FellBack
+from pyreserve._arena.arena import Arena
+from pyreserve._arena.engine import FellBack
 from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.cli.console import Command, Output, Size, completions, output_options
 from pyreserve.errors import OutOfMemoryError
 from pyreserve.layouts import GO_PAGE, LayoutName, Piece
-from pyreserve.units import GiB, KiB, MiB, format_size, round_up
+from pyreserve.units import WORD, GiB, KiB, MiB, format_size, round_up
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -5,9 +5,9 @@ from dataclasses import replace
 from functools import partial
 
 from pyreserve import layouts
-from pyreserve._arena.arena import WORD
 from pyreserve._system.limits import LIMITS, RLIMIT_AS, Limit
 from pyreserve.doctor.findings import Finding
+from pyreserve.units import WORD
 
 
 def findings(limit: Limit) -> Iterator[Finding]:

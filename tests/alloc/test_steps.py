@@ -18,8 +18,8 @@ from pyreserve import (
     RangeError,
     layouts,
 )
-from pyreserve._arena.arena import WORD
 from pyreserve._region.owner import as_step
+from pyreserve.units import WORD
 
 
 class TestNumbers:

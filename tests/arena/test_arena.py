@@ -36,10 +36,9 @@ from pyreserve import (
     capabilities,
     layouts,
 )
-from pyreserve._arena.arena import WORD
 from pyreserve._system.machine import thp_size
 from pyreserve.layouts import LayoutName, Placement, Request
-from pyreserve.units import round_up
+from pyreserve.units import WORD, round_up
 
 GO_PAGE = 8 * KiB
 LAYOUT_32: LayoutName = "go-tip-2014-12/386"

@@ -13,7 +13,7 @@ from helpers import witness
 from helpers.arenas import PAGE, check, fill, holds, layout_names
 from pyreserve import Arena, Block, KiB, MiB, OutOfMemoryError, Region, layouts
 from pyreserve._alloc.pages import reserve_tables
-from pyreserve._arena.arena import WORD
+from pyreserve.units import WORD
 
 LAYOUTS = [
     name for name in layout_names() if name.startswith(("native", "go-tip", "go1.11", "fallback"))

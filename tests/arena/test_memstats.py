@@ -7,7 +7,7 @@ import pytest
 
 from helpers.arenas import in_child, layout_names
 from pyreserve import MiB, layouts
-from pyreserve._arena.arena import WORD
+from pyreserve.units import WORD
 
 REFUSE = """
     name, resource_name, size = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -21,9 +21,8 @@ from helpers import command, golden
 from helpers.arenas import needs_64_bits, needs_golden_page
 from helpers.processes import COMMAND, environment, refused_in_one_line, run
 from pyreserve import PAGE_SIZE, GiB, KiB, MiB, layouts
-from pyreserve._arena.arena import WORD
 from pyreserve._system import proc
-from pyreserve.units import round_up
+from pyreserve.units import WORD, round_up
 
 DEFAULT = layouts.default_name(WORD)
 LAYOUT_32 = "go-tip-2014-12/386"

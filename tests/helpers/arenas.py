@@ -11,8 +11,8 @@ import pytest
 
 from helpers import golden
 from pyreserve import PAGE_SIZE, Arena, Block, HeapBitmap, KiB, MemStats, layouts
-from pyreserve._arena.arena import WORD
 from pyreserve.layouts import LayoutName
+from pyreserve.units import WORD
 
 PAGE = max(8 * KiB, PAGE_SIZE)
 

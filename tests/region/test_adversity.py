@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from helpers.witness import PATIENCE
-from pyreserve._arena.arena import WORD
+from pyreserve.units import WORD
 
 pytestmark = pytest.mark.skipif(WORD != 8, reason="needs 64-bit addresses")
 

@@ -31,7 +31,7 @@ from pyreserve import (
     ViewError,
     layouts,
 )
-from pyreserve._arena.engine import WORD
+from pyreserve.units import WORD
 
 
 class Kind(NamedTuple):

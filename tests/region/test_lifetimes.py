@@ -26,8 +26,8 @@ from pyreserve import (
     Pool,
     layouts,
 )
-from pyreserve._arena.engine import WORD
 from pyreserve.layouts import LayoutName
+from pyreserve.units import WORD
 
 
 def is_ours(obj: object) -> bool:

@@ -28,8 +28,8 @@ from pyreserve import (
     layouts,
     reserve,
 )
-from pyreserve._arena.arena import WORD
 from pyreserve._region.policies import Mode
+from pyreserve.units import WORD
 
 PAGES = 24
 
