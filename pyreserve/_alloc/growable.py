@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
-from pyreserve._native import ffi
 from pyreserve._region.arrays import import_numpy
+from pyreserve._region.handles import from_buffer, memmove
 from pyreserve._region.owner import Exclusive, as_step
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.reserve import reserve
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _Item = TypeVar("_Item", bound="np.generic")
-
-_from_buffer = ffi.from_buffer
-_memmove = ffi.memmove
 
 # From this many bytes up, discard pages instead of zeroing them. Touching a discarded page costs
 # more than zeroing it, but many may never be touched again.
@@ -144,7 +141,7 @@ class _Growable(Exclusive):
         start, end = self._length, self._length + nbytes
         self._grow_to(end)
         self._dirty_end = max(self._dirty_end, end)
-        _memmove(self._exports.address(start), source, nbytes)
+        memmove(self._exports.address(start), source, nbytes)
         self._length = end
 
     def _grow_to(self, end: int) -> None:
@@ -165,7 +162,7 @@ class _Growable(Exclusive):
         for low, high in ((start, first), (last, end)):
             for at in range(low, high, len(_ZEROS)):
                 nbytes = min(high - at, len(_ZEROS))
-                _memmove(self._exports.address(at), _ZEROS, nbytes)
+                memmove(self._exports.address(at), _ZEROS, nbytes)
 
 
 class GrowableBuffer(_Growable):
@@ -214,7 +211,7 @@ class GrowableBuffer(_Growable):
             BufferError, ValueError: `data` is not contiguous.
             OutOfMemoryError, ReleasedError, StateError: as for `resize`.
         """
-        with _from_buffer(data) as source:
+        with from_buffer(data) as source:
             self._alone(self._append_bytes, source, len(source))
 
     def view(self, lo: int = 0, hi: int | None = None, *, readonly: bool = False) -> memoryview:
@@ -350,7 +347,7 @@ class GrowableArray(_Growable, Generic[_Item]):
         if items.ndim != 1:
             msg = f"values must have one dimension, got shape {items.shape}"
             raise ValueError(msg)
-        with _from_buffer(items.view("uint8")) as source:
+        with from_buffer(items.view("uint8")) as source:
             self._alone(self._append_bytes, source, len(source))
 
     def _as_array(self) -> Any:

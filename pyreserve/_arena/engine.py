@@ -5,7 +5,17 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from pyreserve import layouts
-from pyreserve._native import ffi, lib
+from pyreserve._region.handles import (
+    VM_COMMITTED,
+    VM_RESERVED,
+    claim_near,
+    probe,
+    region_claim,
+    region_commit,
+    region_decommit,
+    region_disclaim,
+    words,
+)
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.region import Region
 from pyreserve._region.reserve import reserve, window
@@ -222,9 +232,9 @@ class Engine:
             claimed = self._offset_and_length(address, address + round_up(request.size, PAGE_SIZE))
             answer = self.placement.granted(request, address, nbytes)
             if answer is not None:
-                self._log_undo(lib.region_disclaim, handle, *claimed)
+                self._log_undo(region_disclaim, handle, *claimed)
                 return answer
-            lib.region_disclaim(handle, *claimed)
+            region_disclaim(handle, *claimed)
             reason = self.placement.out_of_range(address)
         if refusals:
             raise refusals.pop()
@@ -244,17 +254,15 @@ class Engine:
 
     def _request_addresses(self, request: Request) -> tuple[int, int]:
         """Claim the addresses of a request; return an errno and the first address."""
-        handle, access = self.region.exports.handle, lib.VM_COMMITTED if request.committed else 0
+        handle, access = self.region.exports.handle, VM_COMMITTED if request.committed else 0
         size = round_up(request.size, PAGE_SIZE)
         if size >> (8 * WORD - 1):
             return errno.ENOMEM, 0
         if request.exact:
-            err = lib.region_claim(handle, request.hint - self.region.base, size, access)
+            err = region_claim(handle, request.hint - self.region.base, size, access)
             return err, request.hint
-        address = ffi.new("uintptr_t *")
         floor = self.placement.arena_start - self.region.base
-        err = lib.region_claim_near(handle, floor, request.hint, size, access, address)
-        return err, int(address[0])
+        return claim_near(handle, floor, request.hint, size, access)
 
     def _commit_range(self, low: int, high: int) -> None:
         """Make a range of the new placement readable and writable.
@@ -266,12 +274,12 @@ class Engine:
             base = self.region.base
             committed = [(base + at, base + at + n) for at, n in self.region.committed_runs()]
             for gap in layouts.without((low, high), committed):
-                self._log_undo(lib.region_decommit, handle, *self._offset_and_length(*gap))
-            err = lib.region_commit(handle, *self._offset_and_length(low, high))
+                self._log_undo(region_decommit, handle, *self._offset_and_length(*gap))
+            err = region_commit(handle, *self._offset_and_length(low, high))
         elif self.layout.strategy == "probe":
             verb = "map"
-            self._log_undo(lib.region_disclaim, handle, *self._offset_and_length(low, high))
-            err = lib.region_claim(handle, *self._offset_and_length(low, high), lib.VM_COMMITTED)
+            self._log_undo(region_disclaim, handle, *self._offset_and_length(low, high))
+            err = region_claim(handle, *self._offset_and_length(low, high), VM_COMMITTED)
             if err:
                 assert self._undo_log is not None
                 self._undo_log.pop()
@@ -285,7 +293,7 @@ class Engine:
         """Map the metadata of each new arena and store its address in the index."""
         unit = self.layout.unit
         units = [at // unit for low, high in grown.arenas for at in range(low, high, unit)]
-        index = ffi.cast("uintptr_t *", self.metadata[0].base)
+        index = words(self.metadata[0].base)
         for number in units[len(self.metadata) - 1 :]:
             metadata = _reserve_metadata(self.layout.arena_metadata, self._policies)
             self.metadata.append(metadata)
@@ -380,11 +388,8 @@ def _open_probed(layout: Layout, policies: Policies) -> tuple[Region, Placement]
     for hint in layout.hints:
         if hint >> (8 * WORD):
             break
-        err = lib.vm_map_at(hint, _PROBE_SIZE, lib.VM_RESERVED)
+        err = probe(hint, _PROBE_SIZE)
         if err == 0:
-            err = lib.vm_release(hint, _PROBE_SIZE)
-            if err:
-                raise refusal("release", err, _PROBE_SIZE, hint)
             return window(hint, layout.total(), **policies._asdict()), layout.place(hint)
     raise refusal("reserve", err, layout.total())
 
@@ -418,7 +423,7 @@ def _reserve_in_window(layout: Layout, arena: int, policies: Policies) -> tuple[
     for base in _window_bases(layout, metadata + layout.window):
         size = min(metadata + layout.window, top - base)
         region = window(base, size, **policies._asdict())
-        err = lib.region_claim(region.exports.handle, 0, total, lib.VM_RESERVED)
+        err = region_claim(region.exports.handle, 0, total, VM_RESERVED)
         if err == 0:
             return region, layout.place(base, arena)
         if err != errno.EEXIST:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from operator import index as _index
 
 from pyreserve._arena.engine import Engine
-from pyreserve._native import lib
+from pyreserve._region.handles import region_load, region_store
 from pyreserve._region.region import Region
 from pyreserve.errors import RangeError
 
@@ -61,7 +61,7 @@ class HeapBitmap:
     def __getitem__(self, word: int) -> int:
         with self._engine.lock:
             region, offset, shifts = self._entry(_index(word))
-            byte = self._checked(lib.region_load(region.exports.handle, offset))
+            byte = self._checked(region_load(region.exports.handle, offset))
         return sum((byte >> shift & 1) << bit for bit, shift in enumerate(shifts))
 
     def __setitem__(self, word: int, value: int) -> None:
@@ -71,10 +71,10 @@ class HeapBitmap:
             raise RangeError(msg)
         with self._engine.lock:
             region, offset, shifts = self._entry(_index(word))
-            byte = self._checked(lib.region_load(region.exports.handle, offset))
+            byte = self._checked(region_load(region.exports.handle, offset))
             for bit, shift in enumerate(shifts):
                 byte = byte & ~(1 << shift) | (value >> bit & 1) << shift
-            self._checked(lib.region_store(region.exports.handle, offset, byte))
+            self._checked(region_store(region.exports.handle, offset, byte))
 
     def __iter__(self) -> Iterator[int]:
         return (self[word] for word in range(len(self)))

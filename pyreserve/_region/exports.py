@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from pyreserve._native import ffi, lib
 from pyreserve._region import handles
+from pyreserve._region.handles import refused, released
 from pyreserve._region.holders import view_error
-from pyreserve._region.refusals import refused, released
 from pyreserve._region.viewtable import Entry, ViewTable
 from pyreserve._system import forks
 from pyreserve.errors import StateError
@@ -132,7 +132,7 @@ class Exports:
         """Return the address of a byte as a ``char *``. Access through it is at your own risk."""
         if offset <= _MAX_INDEX:
             return self.handle.base + offset
-        return ffi.cast("char *", int(ffi.cast("uintptr_t", self.handle.base)) + offset)
+        return ffi.cast("char *", handles.address_of(self.handle.base) + offset)
 
     def _make_table(self) -> ViewTable:
         self.viewed = True

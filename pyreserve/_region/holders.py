@@ -5,7 +5,7 @@ import sys
 from operator import itemgetter
 from typing import Any
 
-from pyreserve._native import ffi
+from pyreserve._region.handles import Buffer, address_of
 from pyreserve._region.viewtable import Entry
 from pyreserve.errors import ViewError
 
@@ -37,7 +37,7 @@ class _Holders:
 
     def __call__(self) -> list[str]:
         alive = {
-            id(anchor): (int(ffi.cast("uintptr_t", anchor)), hi - lo)
+            id(anchor): (address_of(anchor), hi - lo)
             for ref, lo, hi in self._entries
             if (anchor := ref()) is not None
         }
@@ -96,7 +96,7 @@ def _anchor_behind(holder: Any) -> Any:
     """
     numpy = sys.modules.get("numpy")
     for _ in range(_LONGEST_CHAIN):
-        if type(holder) is ffi.buffer:
+        if type(holder) is Buffer:
             return next(iter(gc.get_referents(holder)), None)
         if type(holder) is memoryview:
             try:

@@ -22,8 +22,8 @@ from pyreserve._native import ffi, lib
 from pyreserve._region import handles
 from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.exports import ENDED, Exports
+from pyreserve._region.handles import address_of, outside, refused, released
 from pyreserve._region.policies import Fork, HugePages, Mode
-from pyreserve._region.refusals import outside, refused, released
 from pyreserve._system.forks import registry_lock as _registry_lock
 from pyreserve._system.limits import refusal
 from pyreserve.errors import StateError
@@ -148,7 +148,7 @@ class Region:
         """Address of the first byte. Access through raw addresses is at your own risk."""
         with (self._exports or self._open_exports()).lock:
             self._alive()
-            return int(ffi.cast("uintptr_t", self._handle.base))
+            return address_of(self._handle.base)
 
     @property
     def committed(self) -> int:
@@ -404,7 +404,7 @@ class Region:
             return f"<Region of {format_size(self._size)}, released>"
         with (self._exports or self._open_exports()).lock:
             runs = self._handle.committed
-            base = int(ffi.cast("uintptr_t", self._handle.base))
+            base = address_of(self._handle.base)
             committed, count = int(runs.total), int(runs.count)
         name = f" {self.name!r}" if self.name else ""
         pieces = f" in {count} piece{'s' if count != 1 else ''}" if count else ""
