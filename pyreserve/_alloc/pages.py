@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
-from pyreserve._alloc.integers import integers, item_width, same_count, wrap_bytes
+from pyreserve._alloc.integers import IntegersForC, integers, item_width, same_count, wrap_bytes
 from pyreserve._native import ffi, lib
 from pyreserve._region.region import Region
 from pyreserve._region.reserve import reserve
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 _RUNS_PER_CALL = 256
 _MAX_PAGES: int = lib.pagealloc_max_pages()
 
-_alloc = lib.pagealloc_alloc
-_alloc_at = lib.pagealloc_alloc_at
-_free = lib.pagealloc_free
-_OUTSIDE: int = lib.PAGEALLOC_OUTSIDE
+# Bound once: an attribute lookup on the library costs a third of an empty call.
+alloc_run = lib.pagealloc_alloc
+alloc_run_at = lib.pagealloc_alloc_at
+free_run = lib.pagealloc_free
+NOT_IN_USE: int = lib.PAGEALLOC_NOT_IN_USE
+OUTSIDE: int = lib.PAGEALLOC_OUTSIDE
 
 
 class PageAllocator:
@@ -134,9 +136,9 @@ class PageAllocator:
         """
         n, align = _index(n), _index(align)
         try:
-            page = _alloc(self._handle, n, align, 0)
+            page = alloc_run(self._handle, n, align, 0)
         except OverflowError:
-            page = _OUTSIDE
+            page = OUTSIDE
         if page < 0:
             self._refuse("alloc", page, 0, n, align)
         return page  # type: ignore[no-any-return]
@@ -149,9 +151,9 @@ class PageAllocator:
         """
         page, n = _index(page), _index(n)
         try:
-            err = _alloc_at(self._handle, page, n)
+            err = alloc_run_at(self._handle, page, n)
         except OverflowError:
-            err = _OUTSIDE
+            err = OUTSIDE
         if err:
             self._refuse("alloc_at", err, page, n)
 
@@ -163,9 +165,9 @@ class PageAllocator:
         """
         page, n = _index(page), _index(n)
         try:
-            err = _free(self._handle, page, n)
+            err = free_run(self._handle, page, n)
         except OverflowError:
-            err = _OUTSIDE
+            err = OUTSIDE
         if err:
             self._refuse("free", err, page, n)
 
@@ -243,10 +245,8 @@ class PageAllocator:
             TypeError, ValueError: `pages` or `lengths` is of another kind.
         """
         first, sizes = integers(pages, "pages"), integers(lengths, "lengths", allow_scalar=True)
-        count, failed = same_count(first, sizes, "pages"), ffi.new("size_t *")
-        err = lib.pagealloc_free_many(self._handle, sizes.struct, first.struct, count, failed)
+        err, at = free_each(self._handle, first, sizes)
         if err:
-            at = failed[0]
             self._refuse("free_many", err, first.item(at), sizes.item(at), at=at)
 
     # -- Python's protocols -------------------------------------------------------------------
@@ -308,7 +308,7 @@ class PageAllocator:
             raise StateError(msg)
         if err == lib.PAGEALLOC_NO_MEMORY:
             raise OutOfMemoryError(errno.ENOMEM, f"{prefix}: the C heap is exhausted", verb=verb)
-        if err == lib.PAGEALLOC_NOT_IN_USE:
+        if err == NOT_IN_USE:
             free = "it is free" if n == 1 else "some are free"
             msg = f"{prefix}: {free} (freed already or never allocated)"
             raise FreeError(msg)
@@ -317,6 +317,17 @@ class PageAllocator:
             raise RangeError(msg)
         msg = f"{prefix}: the allocator has pages [0, {self.npages})"
         raise RangeError(msg)
+
+
+def free_each(handle: Any, pages: IntegersForC, lengths: IntegersForC) -> tuple[int, int]:
+    """Free a run at each of `pages`, all or none; return 0 or a refusal, and the run refused.
+
+    Raises:
+        RangeError: there is another number of lengths than of pages.
+    """
+    count, failed = same_count(pages, lengths, "pages"), ffi.new("size_t *")
+    err = lib.pagealloc_free_many(handle, lengths.struct, pages.struct, count, failed)
+    return err, int(failed[0])
 
 
 def reserve_tables(nbytes: int) -> Region:

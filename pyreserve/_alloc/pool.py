@@ -8,9 +8,17 @@ from operator import index as _index
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyreserve._alloc.integers import integers
-from pyreserve._alloc.pages import PageAllocator
-from pyreserve._native import ffi, lib
+from pyreserve._alloc.pages import (
+    NOT_IN_USE,
+    OUTSIDE,
+    PageAllocator,
+    alloc_run,
+    alloc_run_at,
+    free_each,
+    free_run,
+)
 from pyreserve._region.arrays import ArrayPlan
+from pyreserve._region.handles import memmove
 from pyreserve._region.owner import InSteps, as_step
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.reserve import reserve
@@ -25,9 +33,6 @@ if TYPE_CHECKING:
 
     from pyreserve._alloc.integers import Integers
     from pyreserve._region.arrays import Shape
-
-_alloc = lib.pagealloc_alloc
-_free = lib.pagealloc_free
 
 
 class _Slots(PageAllocator):
@@ -142,7 +147,7 @@ class Pool(InSteps):
         last user left them.
         """
         with self._lock:
-            slot = _alloc(self._handle, 1, 1, 0)
+            slot = alloc_run(self._handle, 1, 1, 0)
             if zero or not 0 <= slot < self._dirty_end:
                 self._commit_and_clear((slot,), zero)
         return slot  # type: ignore[no-any-return]
@@ -161,14 +166,14 @@ class Pool(InSteps):
                 self._alive()
             try:
                 if exports.viewed and 0 <= slot < self._capacity:
-                    low = slot * self._stride
+                    low, high = slot * self._stride, (slot + 1) * self._stride
                     err = exports.remove(
-                        f"free slot {slot}", low, low + self._stride, _free, self._handle, slot, 1
+                        f"free slot {slot}", low, high, free_run, self._handle, slot, 1
                     )
                 else:
-                    err = _free(self._handle, slot, 1)
+                    err = free_run(self._handle, slot, 1)
             except OverflowError:
-                err = lib.PAGEALLOC_OUTSIDE
+                err = OUTSIDE
         if err:
             self._refuse_slot(slot, err)
 
@@ -192,14 +197,11 @@ class Pool(InSteps):
             ViewError: live views hold some of the slots' bytes.
         """
         numbers, length = integers(slots, "slots"), integers(1, "lengths", allow_scalar=True)
-        count, failed = len(numbers.values), ffi.new("size_t *")
         with self._lock, self._exports.removal():
             self._check_views(numbers.values)
-            err = lib.pagealloc_free_many(
-                self._handle, length.struct, numbers.struct, count, failed
-            )
+            err, at = free_each(self._handle, numbers, length)
         if err:
-            self._refuse_slot(numbers.values[failed[0]], err)
+            self._refuse_slot(numbers.item(at), err)
 
     def view(self, slot: int, *, readonly: bool = False) -> memoryview:
         """Return a memoryview of a slot in use: `item_size` unsigned bytes.
@@ -279,7 +281,7 @@ class Pool(InSteps):
                 if not nbytes or not self._region.is_committed(cut, nbytes):
                     self._end, self._dirty_end = cut, min(self._dirty_end, first)
                 if first < self._capacity:
-                    _free(self._handle, first, self._capacity - first)
+                    free_run(self._handle, first, self._capacity - first)
         return nbytes
 
     def release(self) -> None:
@@ -376,7 +378,7 @@ class Pool(InSteps):
         interrupting, self._clearing = self._clearing, True
         try:
             self._alive()
-            ffi.memmove(self._exports.address(offset), bytes(nbytes), nbytes)
+            memmove(self._exports.address(offset), bytes(nbytes), nbytes)
         finally:
             self._clearing = interrupting
             if not interrupting and self._exports.released:  # closed by a call that interrupted
@@ -388,7 +390,7 @@ class Pool(InSteps):
             first = max((stop for _, stop in self._slots.used_runs()), default=0)
             n = self._capacity - first
             # Fails, and is tried again, if a finaliser has allocated one of them since.
-            if not n or not lib.pagealloc_alloc_at(self._handle, first, n):
+            if not n or not alloc_run_at(self._handle, first, n):
                 return first, first * self._stride
 
     def _offset_in_use(self, slot: int) -> int:
@@ -396,7 +398,7 @@ class Pool(InSteps):
         slot = _index(slot)
         self._alive()
         if not self._slots.is_used(slot):
-            self._refuse_slot(slot, lib.PAGEALLOC_NOT_IN_USE)
+            self._refuse_slot(slot, NOT_IN_USE)
         return slot * self._stride
 
     def _check_views(self, slots: Sequence[int]) -> None:
@@ -416,7 +418,7 @@ class Pool(InSteps):
             self._exports.refuse(f"free slot {slot}", low, high)
 
     def _refuse_slot(self, slot: int, err: int) -> NoReturn:
-        if err == lib.PAGEALLOC_NOT_IN_USE and 0 <= slot < self._capacity:
+        if err == NOT_IN_USE and 0 <= slot < self._capacity:
             msg = f"slot {slot} is free: freed already or never allocated"
             raise FreeError(msg)
         msg = f"slot must be in [0, {self._capacity}), got {slot}"
