@@ -8,23 +8,24 @@ from pyreserve import layouts
 from pyreserve._alloc.integers import integers
 from pyreserve._arena.blocks import Block, Blocks
 from pyreserve._arena.engine import Engine, FellBack, Policies
-from pyreserve._arena.heap import Heap, already_freed
+from pyreserve._arena.heap import (
+    Heap,
+    already_freed,
+    handle_array,
+    heap_address,
+    heap_alloc,
+    heap_free,
+    heap_nbytes,
+)
 from pyreserve._arena.heapbitmap import HeapBitmap
 from pyreserve._arena.memstats import MemStats
 from pyreserve._arena.scavenger import FIVE_MINUTES, Scavenger, Worker
-from pyreserve._native import ffi, lib
 from pyreserve._region.owner import OnRegion, as_step
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.region import resident
 from pyreserve.errors import RangeError, StateError
 from pyreserve.layouts import Layout, LayoutName, Piece, Placement
 from pyreserve.units import as_bytes, as_float, format_size, round_up
-
-_alloc = lib.heap_alloc
-_free = lib.heap_free
-_nbytes = lib.heap_nbytes
-_address = lib.heap_address
-_CLOSED: int = lib.HEAP_CLOSED
 
 
 class Arena(OnRegion):
@@ -168,9 +169,9 @@ class Arena(OnRegion):
         if heap.unviewed:
             heap.free_closed()
         try:
-            handle = _alloc(heap.handle, nbytes, align, zero, False)
+            handle = heap_alloc(heap.handle, nbytes, align, zero, False)
         except (OverflowError, TypeError):  # no heap yet, or an argument that C does not take
-            handle = _CLOSED
+            handle = -1
         if handle < 0:
             handle = heap.alloc_slow(nbytes, as_bytes(align), bool(zero))
         return Block(self, handle, nbytes)
@@ -192,11 +193,11 @@ class Arena(OnRegion):
             raise _not_a_block("free", block) from None
         exports, heap, handle = self._exports, self._heap.handle, block._handle
         with self._lock:
-            if exports.viewed and _nbytes(heap, handle) > 0:
-                low = int(_address(heap, handle)) - self._base
-                freed = exports.remove("free", low, low + block._nbytes, _free, heap, handle)
+            if exports.viewed and heap_nbytes(heap, handle) > 0:
+                low = int(heap_address(heap, handle)) - self._base
+                freed = exports.remove("free", low, low + block._nbytes, heap_free, heap, handle)
             else:
-                freed = _free(heap, handle)
+                freed = heap_free(heap, handle)
         if freed < 0:
             self._alive()
             raise already_freed()
@@ -232,7 +233,7 @@ class Arena(OnRegion):
                 if not isinstance(block, Block):
                     raise _not_a_block("free_many", block)
             foreign = next((block for block in listed if block._arena is not self), None)
-            handles = ffi.new("int64_t[]", [block._handle for block in listed])
+            handles = handle_array([block._handle for block in listed])
         if foreign is not None:
             raise _not_of_this_arena(foreign)
         self._heap.free_many(handles)

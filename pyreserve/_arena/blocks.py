@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, overload
 
-from pyreserve._arena.heap import ZEROED, Heap
-from pyreserve._native import ffi
+from pyreserve._arena.heap import ZEROED, Heap, handle_array
 from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.region import Region
 from pyreserve.errors import RangeError
@@ -209,7 +208,7 @@ class Blocks(Sequence[Block]):
     __slots__ = ("_arena", "_handles")
 
     def __init__(self, arena: BlockArena, handles: Any) -> None:
-        """Called by `Arena` alone. `handles` is a cdata array of ``int64_t``."""
+        """Called by `Arena` alone, with a `handle_array`."""
         self._arena = arena
         self._handles = handles
 
@@ -232,9 +231,8 @@ class Blocks(Sequence[Block]):
     def __getitem__(self, key: int | slice) -> "Block | Blocks":
         """Return a Block for an index, and a new Blocks for a slice."""
         if isinstance(key, slice):
-            indices = range(*key.indices(len(self)))
-            handles = ffi.new("int64_t[]", [self._handles[i] for i in indices])
-            return Blocks(self._arena, handles)
+            handles = [self._handles[i] for i in range(*key.indices(len(self)))]
+            return Blocks(self._arena, handle_array(handles))
         i = _index(key)
         if i < 0:
             i += len(self)
