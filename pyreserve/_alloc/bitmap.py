@@ -88,14 +88,14 @@ class Bitmap(OnRegion):
         """Tell whether bit `index` is set."""
         start, _ = self._range(index, _index(index) + 1)
         with self._lock:
-            self._alive()
+            self._check_open()
             return bool(_test(self._handle, start))
 
     def count(self, start: int = 0, stop: int | None = None) -> int:
         """Count the set bits of the range."""
         start, stop = self._range(start, stop)
         with self._lock:
-            self._alive()
+            self._check_open()
             return int(_count(self._handle, start, stop))
 
     def any(self, start: int = 0, stop: int | None = None) -> bool:
@@ -165,7 +165,7 @@ class Bitmap(OnRegion):
         start, stop = self._range(start, stop)
         out = bytearray((stop - start + 7) // 8)
         with self._lock:
-            self._alive()
+            self._check_open()
             if out:
                 lib.lazybitmap_read(self._handle, start, stop, ffi.from_buffer(out))
         return bytes(out)
@@ -236,7 +236,7 @@ class Bitmap(OnRegion):
             raise RangeError(msg)
         bitmap = Bitmap(n)
         with self._lock:
-            self._alive()
+            self._check_open()
             err = lib.lazybitmap_copy(_handle(bitmap), 0, self._handle, start, n)
         if err < 0:
             _refuse_commit(bitmap, err, 0, n)
@@ -244,7 +244,7 @@ class Bitmap(OnRegion):
 
     def __setitem__(self, key: int | slice, value: "bool | Bitmap") -> None:
         """Assign a bool to a bit or a slice, or a Bitmap to a slice of its length and step 1."""
-        self._alive()
+        self._check_open()
         if not isinstance(key, slice):
             start, step, n = self._item(key), 1, 1
         else:
@@ -310,7 +310,7 @@ class Bitmap(OnRegion):
 
     def _change_bits(self, change: Any, start: int, stop: int, step: int) -> int:
         with self._lock:
-            self._alive()
+            self._check_open()
             changed = change(self._handle, start, stop, step)
         if changed < 0:
             _refuse_commit(self, changed, start, stop)
@@ -323,7 +323,7 @@ class Bitmap(OnRegion):
             msg = f"run must be positive, got {run}"
             raise RangeError(msg)
         with self._lock:
-            self._alive()
+            self._check_open()
             first = -1 if run > stop - start else _find(self._handle, start, stop, value, run)
         return None if first < 0 else int(first)
 
@@ -332,7 +332,7 @@ class Bitmap(OnRegion):
         more = True
         while more:
             with self._lock:
-                self._alive()
+                self._check_open()
                 n = lib.lazybitmap_runs(self._handle, start, stop, value, buffer, _RUNS_PER_CALL)
             edges = ffi.unpack(buffer, 2 * n) if n else []
             yield from zip(edges[::2], edges[1::2], strict=True)

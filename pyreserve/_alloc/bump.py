@@ -126,7 +126,7 @@ class BumpArena(Exclusive):
     def in_use(self) -> int:
         """Bytes up to the end of the last block, including gaps between blocks."""
         with self._lock:
-            self._alive()
+            self._check_open()
             return self._start + self._at
 
     # -- blocks -------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class BumpArena(Exclusive):
         if align <= 0 or align & (align - 1):
             msg = f"align must be a power of two, got {align}"
             raise RangeError(msg)
-        return self._alone(self._take, nbytes, align, zero)
+        return self._exclusively(self._take, nbytes, align, zero)
 
     def ndarray(
         self,
@@ -181,7 +181,7 @@ class BumpArena(Exclusive):
         if plan.nbytes:
             alignment = max(8, plan.dtype.alignment) if align is None else align
             return plan.over(self.alloc(plan.nbytes, align=alignment, zero=zero))
-        self._alive()
+        self._check_open()
         return plan.empty()
 
     def _take(self, nbytes: int, align: int, zero: bool) -> memoryview:
@@ -223,7 +223,7 @@ class BumpArena(Exclusive):
 
         The arena keeps a mark until a reset to below it.
         """
-        return self._alone(self._push, True)
+        return self._exclusively(self._push, True)
 
     def reset(self, mark: Mark | None = None, *, keep: bool = True) -> None:
         """Free all blocks above a mark, by default all blocks.
@@ -239,7 +239,7 @@ class BumpArena(Exclusive):
             VMError: refused; the blocks stay in use, their contents are undefined.
             ReleasedError, StateError: as for `alloc`.
         """
-        self._alone(self._reset, mark, keep)
+        self._exclusively(self._reset, mark, keep)
 
     @contextmanager
     def scope(self, *, keep: bool = True) -> Iterator[None]:
@@ -249,13 +249,13 @@ class BumpArena(Exclusive):
         `mark` frees them if the views are gone by then; otherwise a `reset` to an earlier mark
         does.
         """
-        mark = self._alone(self._push, False)
+        mark = self._exclusively(self._push, False)
         try:
             yield
         finally:
             # A live view or a refused decommit must not hide an exception of the block.
             with suppress(PyreserveError):
-                self._alone(self._end_scope, mark, keep)
+                self._exclusively(self._end_scope, mark, keep)
             with self._lock:
                 if self._is_valid(mark):
                     del self._marks[mark.depth :]
@@ -270,7 +270,7 @@ class BumpArena(Exclusive):
             VMError: refused; no block has changed.
             ReleasedError, StateError: as for `alloc`.
         """
-        return self._alone(self._trim)
+        return self._exclusively(self._trim)
 
     def _trim(self) -> int:
         self._retry_scope()
@@ -356,13 +356,13 @@ class BumpArena(Exclusive):
         self._end_window()
         super()._release()
 
-    def _let_go(self) -> None:
+    def _finish_close(self) -> None:
         self._limit = 0  # first: no block may be taken from the window any more
         self._end_window()
-        super()._let_go()
+        super()._finish_close()
 
-    def _alone(self, do: Callable[..., _T], *arguments: object) -> _T:
-        return super()._alone(self._without_fast_path, do, *arguments)  # type: ignore[no-any-return]
+    def _exclusively(self, do: Callable[..., _T], *arguments: object) -> _T:
+        return super()._exclusively(self._without_fast_path, do, *arguments)  # type: ignore[no-any-return]
 
     def _without_fast_path(self, do: Callable[..., _T], *arguments: object) -> _T:
         self._limit = 0

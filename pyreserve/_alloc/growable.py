@@ -77,11 +77,11 @@ class _Growable(Exclusive):
             ReleasedError: it was released or closed.
             StateError: called by a finaliser or signal handler inside another call.
         """
-        self._alone(self._resize, _index(length) * self._itemsize)
+        self._exclusively(self._resize, _index(length) * self._itemsize)
 
     def clear(self) -> None:
         """Set the length to 0, as ``resize(0)`` does."""
-        self._alone(self._resize, 0)
+        self._exclusively(self._resize, 0)
 
     def trim(self) -> int:
         """Decommit the whole OS pages above the length; return their bytes.
@@ -91,10 +91,10 @@ class _Growable(Exclusive):
                 policies of the fresh addresses: see `Region.decommit`.
             ReleasedError, StateError: as for `resize`.
         """
-        return self._alone(self._decommit_tail)
+        return self._exclusively(self._decommit_tail)
 
     def __len__(self) -> int:
-        self._alive()
+        self._check_open()
         return self._length // self._itemsize
 
     def __repr__(self) -> str:
@@ -212,7 +212,7 @@ class GrowableBuffer(_Growable):
             OutOfMemoryError, ReleasedError, StateError: as for `resize`.
         """
         with from_buffer(data) as source:
-            self._alone(self._append_bytes, source, len(source))
+            self._exclusively(self._append_bytes, source, len(source))
 
     def view(self, lo: int = 0, hi: int | None = None, *, readonly: bool = False) -> memoryview:
         """Return a memoryview of [lo, hi), by default of the whole current length.
@@ -225,7 +225,7 @@ class GrowableBuffer(_Growable):
             ReleasedError, StateError: as for `resize`.
         """
         lo, hi = _index(lo), None if hi is None else _index(hi)
-        return self._alone(self._view, lo, hi, bool(readonly))
+        return self._exclusively(self._view, lo, hi, bool(readonly))
 
     def _view(self, lo: int, hi: int | None, readonly: bool) -> memoryview:
         hi = self._length if hi is None else hi
@@ -320,7 +320,7 @@ class GrowableArray(_Growable, Generic[_Item]):
         Raises:
             ReleasedError, StateError: as for `resize`.
         """
-        return self._alone(self._as_array)
+        return self._exclusively(self._as_array)
 
     def append(self, value: Any) -> None:
         """Append one item: any value that numpy converts to the dtype.
@@ -333,7 +333,7 @@ class GrowableArray(_Growable, Generic[_Item]):
         if item.ndim:
             msg = f"value must be a single item, got an array of shape {item.shape}"
             raise ValueError(msg)
-        self._alone(self._append_bytes, item.tobytes(), self._itemsize)
+        self._exclusively(self._append_bytes, item.tobytes(), self._itemsize)
 
     def extend(self, values: "npt.ArrayLike") -> None:
         """Append the items of a one-dimensional array, or of values that numpy converts to one.
@@ -348,7 +348,7 @@ class GrowableArray(_Growable, Generic[_Item]):
             msg = f"values must have one dimension, got shape {items.shape}"
             raise ValueError(msg)
         with from_buffer(items.view("uint8")) as source:
-            self._alone(self._append_bytes, source, len(source))
+            self._exclusively(self._append_bytes, source, len(source))
 
     def _as_array(self) -> Any:
         if not self._length:
@@ -366,13 +366,13 @@ class GrowableArray(_Growable, Generic[_Item]):
         self._cached_view = None
         super()._release()
 
-    def _let_go(self) -> None:
+    def _finish_close(self) -> None:
         self._cached_view = None
-        super()._let_go()
+        super()._finish_close()
 
     def __getitem__(self, key: Any) -> Any:
         """Index the current items as numpy does; a slice is an array without a copy."""
-        return self._alone(self._as_array)[key]
+        return self._exclusively(self._as_array)[key]
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over the current items."""

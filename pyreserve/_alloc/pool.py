@@ -163,7 +163,7 @@ class Pool(InSteps):
         exports = self._exports
         with self._lock:
             if exports.released:
-                self._alive()
+                self._check_open()
             try:
                 if exports.viewed and 0 <= slot < self._capacity:
                     low, high = slot * self._stride, (slot + 1) * self._stride
@@ -181,7 +181,7 @@ class Pool(InSteps):
         """Allocate the `n` lowest free slots, all or none; return their numbers in rising order."""
         n = _index(n)
         with self._lock:
-            self._alive()
+            self._check_open()
             if not 0 <= n <= self._slots.free_pages:
                 raise self._capacity_error(n)
             slots = self._slots.alloc_many(1, array("q", bytes(8 * n)))
@@ -267,7 +267,7 @@ class Pool(InSteps):
                 the policies of the fresh addresses: see `Region.decommit`.
         """
         with self._lock:
-            self._alive()
+            self._check_open()
             # While the tail is allocated, no interrupting call can allocate slots of it.
             first, low = self._alloc_tail()
             cut = min(round_up(low, PAGE_SIZE), self._end)
@@ -293,7 +293,7 @@ class Pool(InSteps):
             StateError: called by a finaliser or signal handler inside another call.
         """
         with self._lock:
-            self._alive()
+            self._check_open()
             if self._clearing:
                 msg = "release called from inside another call on the same pool"
                 raise StateError(msg)
@@ -316,19 +316,19 @@ class Pool(InSteps):
     def __len__(self) -> int:
         """Number of slots in use."""
         with self._lock:
-            self._alive()
+            self._check_open()
             return self._capacity - self._slots.free_pages
 
     def __contains__(self, slot: int) -> bool:
         """Tell whether a slot is in use; False for a number outside the pool."""
         with self._lock:
-            self._alive()
+            self._check_open()
             return self._slots.is_used(slot)
 
     def __iter__(self) -> Iterator[int]:
         """Iterate over the slots in use at this moment, lowest first."""
         with self._lock:
-            self._alive()
+            self._check_open()
             runs = list(self._slots.used_runs())
         return chain.from_iterable(range(start, stop) for start, stop in runs)
 
@@ -356,7 +356,7 @@ class Pool(InSteps):
 
         On an exception the slots are freed.
         """
-        self._alive()
+        self._check_open()
         if slots[0] < 0:
             raise self._capacity_error(1)
         try:
@@ -369,7 +369,7 @@ class Pool(InSteps):
             self._dirty_end = max(self._dirty_end, end)
             if self._exports.released:  # by a call that interrupted this one
                 self._dirty_end = 0
-                self._alive()
+                self._check_open()
         except BaseException:
             self._slots.free_many(slots)
             raise
@@ -377,7 +377,7 @@ class Pool(InSteps):
     def _clear(self, offset: int, nbytes: int) -> None:
         interrupting, self._clearing = self._clearing, True
         try:
-            self._alive()
+            self._check_open()
             memmove(self._exports.address(offset), bytes(nbytes), nbytes)
         finally:
             self._clearing = interrupting
@@ -396,14 +396,14 @@ class Pool(InSteps):
     def _offset_in_use(self, slot: int) -> int:
         """Return the offset of a slot, which must be in use."""
         slot = _index(slot)
-        self._alive()
+        self._check_open()
         if not self._slots.is_used(slot):
             self._refuse_slot(slot, NOT_IN_USE)
         return slot * self._stride
 
     def _check_views(self, slots: Sequence[int]) -> None:
         """Refuse to free slots that live views hold."""
-        self._alive()
+        self._check_open()
         live = self._exports.live(0, self._region.size)
         wanted, stride = set(slots) if live else set(), self._stride
         held = [

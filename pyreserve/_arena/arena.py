@@ -199,7 +199,7 @@ class Arena(OnRegion):
             else:
                 freed = heap_free(heap, handle)
         if freed < 0:
-            self._alive()
+            self._check_open()
             raise already_freed()
 
     def alloc_many(self, sizes: Any) -> Blocks:
@@ -348,13 +348,13 @@ class Arena(OnRegion):
             msg = f"older_than must be at least 0 seconds, got {older_than}"
             raise RangeError(msg)
         with self._lock:
-            self._alive()
+            self._check_open()
             if self._worker is None:
                 self._worker = Worker(self._heap)
         scavenger = self._worker.start(older_than, bool(lazy))
         if self._region.released:  # by another thread
             scavenger.stop()
-            self._alive()
+            self._check_open()
         return scavenger
 
     def stop_scavenger(self) -> None:
@@ -377,7 +377,7 @@ class Arena(OnRegion):
         """
         engine, heap = self._engine, self._heap
         with self._lock:
-            engine.check_alive()
+            engine.check_open()
             heap.free_closed(sweep=True)
             heap_sys = sum(high - low for low, high in engine.placement.arenas)
             stats, inuse = heap.counts()
@@ -431,7 +431,7 @@ class Arena(OnRegion):
         """
         region, heap = self._region, self._heap
         with self._lock, self._exports.removal():
-            self._alive()
+            self._check_open()
             if self._engine.growing:
                 msg = "release called from inside a growth of the same arena"
                 raise StateError(msg)

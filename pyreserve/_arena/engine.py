@@ -173,7 +173,7 @@ class Engine:
         """
         # No view may be created of bytes that a rollback would decommit.
         with self.lock, self.region.exports.removal():
-            self.check_alive()
+            self.check_open()
             if self._undo_log is not None:
                 msg = "grow called from inside another growth of the same arena"
                 raise StateError(msg)
@@ -284,7 +284,7 @@ class Engine:
                 assert self._undo_log is not None
                 self._undo_log.pop()
         if err:
-            self.check_alive()
+            self.check_open()
             conflict = "address space conflict: another mapping was created since the probe"
             reason = conflict if err == errno.EEXIST else None
             raise refusal(verb, err, high - low, low, reason)
@@ -342,7 +342,7 @@ class Engine:
         for metadata in self.metadata:
             metadata.exports.close()
 
-    def check_alive(self) -> None:
+    def check_open(self) -> None:
         """Raise ReleasedError if the arena was released or closed."""
         if self.region.released:
             msg = "the arena was released or closed"

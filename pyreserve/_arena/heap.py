@@ -92,7 +92,7 @@ class Heap:
             msg = f"align must be at most the size of an arena ({layout.unit}), got {align}"
             raise RangeError(msg)
         with self._lock:
-            self._engine.check_alive()
+            self._engine.check_open()
             self._open()
             need = nbytes + (align if align > self._page else 0)
             if need >= _NO_MAXIMUM:
@@ -113,7 +113,7 @@ class Heap:
         handles = ffi.new("int64_t[]", count)
         refused = ffi.new("int64_t *")
         with self._lock:
-            self._engine.check_alive()
+            self._engine.check_open()
             self.free_closed()
             self._open()
             done = 0
@@ -134,7 +134,7 @@ class Heap:
         """Free the blocks of a `handle_array`, all or none."""
         failed = ffi.new("size_t *")
         with self._lock:
-            self._engine.check_alive()
+            self._engine.check_open()
             self.free_closed()
             if self.handle is None:
                 return
@@ -166,7 +166,7 @@ class Heap:
 
     def find(self, address: int) -> tuple[int, int] | None:
         """Return handle and size of the block that contains `address`; None if no block does."""
-        self._engine.check_alive()
+        self._engine.check_open()
         if self.handle is None or not 0 <= address < 1 << (8 * WORD):
             return None
         handle = int(heap_find(self.handle, address))
@@ -175,7 +175,7 @@ class Heap:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Iterate over handles and sizes of all blocks, lowest address first."""
-        self._engine.check_alive()
+        self._engine.check_open()
         return self._iterate()
 
     def _iterate(self) -> Iterator[tuple[int, int]]:
@@ -184,7 +184,7 @@ class Heap:
         n = _BLOCKS_PER_CALL
         while n == _BLOCKS_PER_CALL and self.handle is not None:
             n = int(lib.heap_blocks(self.handle, at, handles, _BLOCKS_PER_CALL))
-            self._engine.check_alive()
+            self._engine.check_open()
             for handle in ffi.unpack(handles, max(n, 0)):
                 nbytes = int(heap_nbytes(self.handle, handle))
                 if nbytes > 0 and not self._is_closed(handle):
@@ -192,7 +192,7 @@ class Heap:
 
     def address(self, handle: int) -> int:
         """Return the address of a block, live or freed."""
-        self._engine.check_alive()
+        self._engine.check_open()
         return int(heap_address(self.handle, handle))
 
     def offset(self, handle: int) -> int:
@@ -208,7 +208,7 @@ class Heap:
 
     def _refuse_stale(self) -> NoReturn:
         """Raise for a handle that names no live block, or because the arena is closed."""
-        self._engine.check_alive()
+        self._engine.check_open()
         raise already_freed()
 
     def is_live(self, handle: int) -> bool:
@@ -320,7 +320,7 @@ class Heap:
         self, runs: Any, left: int, below: int, age: int, lazy: bool, refusals: list[Exception]
     ) -> tuple[int, int]:
         """Give back up to `left` pages below page `below`; return the number of runs and bytes."""
-        self._engine.check_alive()
+        self._engine.check_open()
         self.free_closed()
         if self.handle is None:
             return 0, 0
@@ -335,7 +335,7 @@ class Heap:
     def _give_back_runs(self, runs: Any, n: int, lazy: bool, refusals: list[Exception]) -> int:
         """Give `n` runs of free pages back; return the bytes and add a refusal to `refusals`."""
         if n < 0:
-            self._engine.check_alive()
+            self._engine.check_open()
         total = 0
         for i in range(n):
             address = int(lib.heap_page_address(self.handle, runs[i].start))

@@ -41,7 +41,7 @@ class HeapBitmap:
 
     def __len__(self) -> int:
         """Return the number of words that have entries."""
-        self._engine.check_alive()
+        self._engine.check_open()
         return self._engine.placement.used // self._layout.word
 
     def index(self, address: int) -> int:
@@ -87,7 +87,7 @@ class HeapBitmap:
     def _checked(self, result: int) -> int:
         """Return the result of region_load or region_store; raise if the byte is not committed."""
         if result < 0:
-            self._engine.check_alive()
+            self._engine.check_open()
             msg = "this part of the heap bitmap was decommitted"
             raise RangeError(msg)
         return result

@@ -92,13 +92,13 @@ class OnRegion:
         """Refuse new use; release the addresses when the last view is gone. See `Region.close`."""
         self._exports.close()
 
-    def _alive(self) -> None:
+    def _check_open(self) -> None:
         if self._exports.released:
             msg = f"the {self._noun} was released or closed"
             raise ReleasedError(msg)
 
     def __enter__(self) -> "Self":
-        self._alive()
+        self._check_open()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -153,7 +153,7 @@ class Exclusive(InSteps):
         # A call is in progress: a finaliser or signal handler that interrupts it is refused.
         self._busy = False
 
-    def _alone(self, do: Callable[..., _T], *arguments: object) -> _T:
+    def _exclusively(self, do: Callable[..., _T], *arguments: object) -> _T:
         """Call `do` exclusively: other threads wait, calls that interrupt it are refused.
 
         Raises:
@@ -164,17 +164,17 @@ class Exclusive(InSteps):
             if self._busy:
                 msg = f"called from inside another call on the same {self._noun}"
                 raise StateError(msg)
-            self._alive()
+            self._check_open()
             self._busy = True
             try:
                 return do(*arguments)
             finally:
                 self._busy = False
                 if self._exports.released:  # closed by an interrupting call
-                    self._let_go()
+                    self._finish_close()
 
     def release(self) -> None:  # as OnRegion.release
-        self._alone(self._release)
+        self._exclusively(self._release)
 
     def _release(self) -> None:
         self._exports.release()
@@ -183,7 +183,8 @@ class Exclusive(InSteps):
         with self._lock:
             self._exports.retire()
             if not self._busy:  # otherwise the call in progress still needs the memory
-                self._let_go()
+                self._finish_close()
 
-    def _let_go(self) -> None:
+    def _finish_close(self) -> None:
+        """Close the region. Subclasses first drop their own references to its bytes."""
         self._exports.close()

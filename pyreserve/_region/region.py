@@ -147,7 +147,7 @@ class Region:
     def base(self) -> int:
         """Address of the first byte. Access through raw addresses is at your own risk."""
         with (self._exports or self._open_exports()).lock:
-            self._alive()
+            self._check_open()
             return address_of(self._handle.base)
 
     @property
@@ -170,7 +170,7 @@ class Region:
     def sealed(self) -> bool:
         """Whether the region is sealed until the process ends."""
         with (self._exports or self._open_exports()).lock:
-            self._alive()
+            self._check_open()
             return bool(self._handle.sealed)
 
     def is_committed(self, offset: int, length: int) -> bool:
@@ -187,7 +187,7 @@ class Region:
         if offset < 0 or length <= 0:
             raise outside("is_committed", offset, length, self._size)
         if offset + length > self._size:
-            self._alive()
+            self._check_open()
             return False
         with (self._exports or self._open_exports()).lock:
             answer = _is_committed(self._handle, offset, length)
@@ -352,7 +352,7 @@ class Region:
         offset = _index(offset)
         length = self._size - offset if length is None else _index(length)
         if offset < 0 or length <= 0 or offset + length > self._size:
-            self._alive()
+            self._check_open()
             raise outside("view", offset, length, self._size)
         view = (self._exports or self._open_exports()).view(offset, length)
         return view.toreadonly() if readonly else view
@@ -379,7 +379,7 @@ class Region:
         if plan.nbytes:
             return plan.over(self.view(offset, plan.nbytes, readonly=readonly))
         offset = _index(offset)
-        self._alive()
+        self._check_open()
         if not 0 <= offset <= self._size:
             raise outside("view", offset, 0, self._size)
         return plan.empty(readonly=readonly)
@@ -391,7 +391,7 @@ class Region:
         return self._size
 
     def __enter__(self) -> "Self":
-        self._alive()
+        self._check_open()
         if self._exports is not None and self._exports.owner is not None:
             self._refuse_owned("close", self._exports.owner)
         return self
@@ -420,7 +420,7 @@ class Region:
 
     # -- private ------------------------------------------------------------------------------
 
-    def _alive(self) -> None:
+    def _check_open(self) -> None:
         if self._exports is not None and self._exports.released:
             raise released()
 
@@ -437,7 +437,7 @@ class Region:
             return self._exports
 
     def _refuse_owned(self, verb: str, owner: str) -> NoReturn:
-        self._alive()
+        self._check_open()
         msg = f"cannot {verb} a region that is part of {owner}: use the owner's methods"
         raise StateError(msg)
 
