@@ -346,9 +346,8 @@ class Pool(InSteps):
     def _capacity_error(self, n: int) -> RangeError | OutOfMemoryError:
         if n < 0:
             return RangeError(f"n must not be negative, got {n}")
-        slots = "a slot" if n == 1 else f"{n} slots"
-        msg = f"cannot allocate {slots}: {self._slots.free_pages} of {self._capacity} are free"
-        nbytes = n * self._stride
+        slots, nbytes = "a slot" if n == 1 else f"{n} slots", n * self._stride
+        msg = f"cannot allocate {slots}: {len(self)} of {self._capacity} are in use"
         return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit="capacity")
 
     def _commit_and_clear(self, slots: Sequence[int], zero: bool) -> None:

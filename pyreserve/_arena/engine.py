@@ -156,7 +156,18 @@ class Engine:
         """Take `nbytes` bytes, rounded up to whole pages; return their address."""
         with self.lock:
             nbytes = round_up(nbytes, self.page)
-            address = self.take_pages(nbytes)
+            try:
+                address = self.take_pages(nbytes)
+            except OutOfMemoryError as refused:
+                if refused.verb != "grow":  # the kernel refused a commit or a mapping
+                    raise
+                msg = (
+                    f"cannot allocate {nbytes}-byte block ({self.taken} in use), "
+                    f"{self.region.reserved} reserved: {refused.strerror}"
+                )
+                raise OutOfMemoryError(
+                    errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit=refused.limit
+                ) from None
             self.taken_by_grow += nbytes
         return address
 
@@ -168,6 +179,7 @@ class Engine:
     ) -> int:
         """Grow by whole pages, call `use` with their address, and return it.
 
+        If the layout has no more addresses, the error has the verb ``"grow"`` and only the reason.
         An exception from `use` undoes the growth, unless `used`, the bytes of arena that the heap
         allocates from, has changed: then the heap has taken the pages.
         """
@@ -240,13 +252,9 @@ class Engine:
             raise refusals.pop()
         if reason is None:
             low, high = self.placement.arena
-            reason = f"the arena of {format_size(high - low)} is used up"
-        reserved = self.region.reserved
-        msg = (
-            f"{reason}: cannot allocate {nbytes}-byte block ({self.taken} in use), "
-            f"{reserved} reserved"
-        )
-        raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit=self.limit)
+            left = high - self.placement.arena_used
+            reason = f"the arena of {format_size(high - low)} has {left} bytes left"
+        raise OutOfMemoryError(errno.ENOMEM, reason, verb="grow", nbytes=nbytes, limit=self.limit)
 
     def _log_undo(self, *step: Any) -> None:
         assert self._undo_log is not None
