@@ -122,7 +122,7 @@ class Arena(OnRegion):
 
     @property
     def heap(self) -> Heap:
-        """The C heap of the arena. Low-level, for its blocks."""
+        """Internal: the C heap, for the blocks."""
         return self._heap
 
     @property
