@@ -152,7 +152,8 @@ class Block:
 
         Raises: as `view`.
         """
-        view, self._pin = self._arena.heap.pinned_view(self._handle, self._nbytes)
+        view = self._arena.heap.view(self._handle, self._nbytes)
+        self._pin = view.obj  # keeps the buffer alive, which protects its bytes
         return view
 
     def free(self) -> None:

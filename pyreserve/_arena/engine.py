@@ -449,7 +449,7 @@ def _window_bases(layout: Layout, span: int) -> Iterator[int]:
         mappings = _with_brk_space(proc.read_maps())
     except OSError:
         mappings = []
-    gaps = list(proc.free_gaps(mappings, lowest, _window_top()))
+    gaps = list(proc.free_gaps(mappings, lowest, min(_WINDOW_LIMIT, 1 << address_bits())))
     for base in (*layout.hints, *range(_WINDOW_STEP, _WINDOW_LIMIT, _WINDOW_STEP)):
         if any(low <= base and base + span <= high for low, high in gaps):
             yield base
@@ -457,10 +457,6 @@ def _window_bases(layout: Layout, span: int) -> Iterator[int]:
         with reserve(layout.total()) as anywhere:
             base = anywhere.base
         yield base
-
-
-def _window_top() -> int:
-    return min(_WINDOW_LIMIT, 1 << address_bits())
 
 
 def _with_brk_space(mappings: list[proc.MapsLine]) -> list[proc.MapsLine]:

@@ -226,11 +226,6 @@ class Heap:
                 self._refuse_stale()
         return view
 
-    def pinned_view(self, handle: int, nbytes: int) -> tuple[memoryview, Any]:
-        """Return a new view of a block, and an object that protects its bytes while it is alive."""
-        view = self.view(handle, nbytes)
-        return view, view.obj
-
     # -- closed blocks with live views --------------------------------------------------------
 
     def close_block(self, handle: int, nbytes: int) -> None:
@@ -330,12 +325,12 @@ class Heap:
                 self.handle, below, min(left, 1 << 62), longest, age, lazy, runs, _RUNS_PER_CALL
             )
         )
+        if n < 0:
+            self._engine.check_open()
         return n, self._give_back_runs(runs, n, lazy, refusals)
 
     def _give_back_runs(self, runs: Any, n: int, lazy: bool, refusals: list[Exception]) -> int:
         """Give `n` runs of free pages back; return the bytes and add a refusal to `refusals`."""
-        if n < 0:
-            self._engine.check_open()
         total = 0
         for i in range(n):
             address = int(lib.heap_page_address(self.handle, runs[i].start))
