@@ -11,6 +11,8 @@ from pyreserve.units import KiB
 
 MM = "/sys/kernel/mm"
 """The folder of the kernel's memory management."""
+BUS = "/sys/bus"
+"""The folder of the buses, whose drivers list their devices."""
 THP, HUGETLB = f"{MM}/transparent_hugepage", f"{MM}/hugepages"
 """The folders of transparent huge pages and of the pools of huge pages."""
 
@@ -76,7 +78,7 @@ def virtualised() -> str:
 def has_balloon() -> bool:
     """Return whether a virtio balloon device may reclaim idle memory."""
     try:
-        entries = os.listdir("/sys/bus/virtio/drivers/virtio_balloon")
+        entries = os.listdir(f"{BUS}/virtio/drivers/virtio_balloon")
     except OSError:
         return False
     return any(entry.startswith("virtio") for entry in entries)
@@ -186,7 +188,6 @@ def _choice(switch: str) -> str | None:
 def _text(path: str) -> str | None:
     """Return the text of a file of /sys; None if it is empty or unreadable."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip() or None
+        return proc.sys_text(path).strip() or None
     except OSError:
         return None

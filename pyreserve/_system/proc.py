@@ -1,20 +1,37 @@
-"""The reader of /proc and of the cgroups in /sys: mappings, sizes, settings (proc(5))."""
+"""The one reader of /proc and /sys: mappings, sizes, settings, cgroups (proc(5))."""
 
+import io
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from pyreserve._system.maps import MapTable, perms_text
+from pyreserve._system.maps import MapTable, escape_invalid_utf8, perms_text
 from pyreserve.units import KiB
 
 _PROC = "/proc"
 
 
-def _text(path: str) -> str:
-    """Read a file of /proc under its name there; bytes that are not UTF-8 are surrogate-escaped."""
-    with open(f"{_PROC}/{path}", "rb", buffering=0) as file:
+def open_file(name: str) -> io.FileIO:
+    """Open a file of /proc unbuffered by its name there, such as ``self/maps``."""
+    return open(f"{_PROC}/{name}", "rb", buffering=0)
+
+
+def text(name: str) -> str:
+    """Read a file of /proc by its name there; bytes that are not UTF-8 are surrogate-escaped."""
+    with open_file(name) as file:
         return file.readall().decode(errors="surrogateescape")
+
+
+def sys_text(path: str) -> str:
+    """Read a file of /sys without the last newline; bytes that are not UTF-8 become U+FFFD."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read().removesuffix("\n")
+
+
+def is_mounted() -> bool:
+    """Return whether /proc is mounted."""
+    return any(os.path.exists(f"{_PROC}/{name}") for name in ("self", "stat", "version"))
 
 
 class MapsLine(NamedTuple):
@@ -28,7 +45,7 @@ class MapsLine(NamedTuple):
 
 def read_maps(pid: int | str = "self") -> list[MapsLine]:
     """Read all mappings of a process in address order."""
-    with open(f"{_PROC}/{pid}/maps", "rb", buffering=0) as file:
+    with open_file(f"{pid}/maps") as file:
         table = MapTable.read(file)
     return list(map(MapsLine, table.start, table.end, map(perms_text, table.perms), table.names))
 
@@ -38,33 +55,39 @@ def map_count() -> int:
 
     The vsyscall page, in the kernel's half, is listed but not counted.
     """
-    with open(f"{_PROC}/self/maps", "rb", buffering=0) as file:
+    with open_file("self/maps") as file:
         return MapTable.sums(file).mappings
 
 
-def parse_kib(text: str) -> Iterator[tuple[str, int]]:
+def has_mappings(pid: int) -> bool:
+    """Return whether a process has mappings: a kernel thread and a zombie have none."""
+    with open_file(f"{pid}/maps") as file:
+        return bool(file.read(1))
+
+
+def parse_kib(lines: str) -> Iterator[tuple[str, int]]:
     """Yield (key, KiB) for each line such as ``VmRSS: 12 kB`` of status, meminfo, smaps_rollup."""
     # Not splitlines: a process's name may contain characters that it splits at.
-    for line in text.split("\n"):
+    for line in lines.split("\n"):
         key, _, rest = line.partition(":")
         value = rest.split()
         if len(value) == 2 and value[1] == "kB" and is_natural(value[0]):
             yield key, int(value[0])
 
 
-def is_natural(text: str) -> bool:
-    """Whether `text` is a decimal number of at most 20 digits, as the kernel prints 64 bits."""
-    return text.isascii() and text.isdigit() and len(text) <= 20
+def is_natural(number: str) -> bool:
+    """Whether a text is a decimal number of at most 20 digits, as the kernel prints 64 bits."""
+    return number.isascii() and number.isdigit() and len(number) <= 20
 
 
 def status_kib(pid: int | str = "self") -> dict[str, int]:
     """Read the sizes of /proc/PID/status, such as ``VmSize`` and ``VmRSS``, in KiB."""
-    return dict(parse_kib(_text(f"{pid}/status")))
+    return dict(parse_kib(text(f"{pid}/status")))
 
 
 def rollup_kib(pid: int | str = "self") -> dict[str, int]:
     """Read /proc/PID/smaps_rollup, such as ``Pss``, in KiB."""
-    return dict(parse_kib(_text(f"{pid}/smaps_rollup")))
+    return dict(parse_kib(text(f"{pid}/smaps_rollup")))
 
 
 def started(pid: int) -> int:
@@ -74,17 +97,17 @@ def started(pid: int) -> int:
         OSError: there is no such process.
     """
     # Field 22; field 2, the name, may contain anything.
-    return int(_text(f"{pid}/stat").rpartition(")")[2].split()[19])
+    return int(text(f"{pid}/stat").rpartition(")")[2].split()[19])
 
 
 def meminfo_kib() -> dict[str, int]:
     """Read /proc/meminfo, such as ``Committed_AS`` and ``CommitLimit``, in KiB."""
-    return dict(parse_kib(_text("meminfo")))
+    return dict(parse_kib(text("meminfo")))
 
 
 def vm_setting(name: str) -> int:
     """Read the integer /proc/sys/vm/NAME."""
-    return int(_text(f"sys/vm/{name}"))
+    return int(text(f"sys/vm/{name}"))
 
 
 # The kernel's defaults (Documentation/admin-guide/sysctl/vm.rst; the reserves on 4 GiB or more).
@@ -158,19 +181,16 @@ class MemoryCgroup(NamedTuple):
         Raises:
             FileNotFoundError: the cgroup has no such file.
         """
-        text = self._read(name or self.limit_file).strip()
+        limit = sys_text(f"{self.folder}/{name or self.limit_file}")
         # Version 1 has no word for "unlimited": it prints the maximum of its page counter.
-        return None if text == "max" or int(text) >= 1 << 62 else int(text)
+        return None if limit == "max" or int(limit) >= 1 << 62 else int(limit)
 
     def used(self) -> int:
         """Read the bytes in use, without the page cache."""
-        used, stat = int(self._read(self.use_file)), self._read("memory.stat").splitlines()
-        cache = sum(int(row.split()[1]) for row in stat if row.startswith(self.cache_line))
+        used = int(sys_text(f"{self.folder}/{self.use_file}"))
+        rows = sys_text(f"{self.folder}/memory.stat").splitlines()
+        cache = sum(int(row.split()[1]) for row in rows if row.startswith(self.cache_line))
         return max(0, used - cache)  # read at two different times
-
-    def _read(self, name: str) -> str:
-        with open(f"{self.folder}/{name}", encoding="ascii") as file:
-            return file.read()
 
 
 CGROUP_ROOT = "/sys/fs/cgroup"
@@ -193,7 +213,7 @@ def cgroup_folders(
     Only hierarchies that may have `controller`. `roots`: mount points of versions 2 and 1. The root
     cgroup and one without the controller have none of its files.
     """
-    for line in filter(None, _text(f"{pid}/cgroup").split("\n")):
+    for line in filter(None, text(f"{pid}/cgroup").split("\n")):
         _, controllers, name = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
@@ -225,13 +245,13 @@ def cgroup_memory(pid: int | str = "self") -> Iterator[tuple[int, int]]:
 
 def status(pid: int | str = "self") -> dict[str, str]:
     """Read all fields of /proc/PID/status as text, such as ``CapEff`` and ``Seccomp``."""
-    return parse_status(_text(f"{pid}/status"))
+    return parse_status(text(f"{pid}/status"))
 
 
-def parse_status(text: str) -> dict[str, str]:
+def parse_status(lines: str) -> dict[str, str]:
     """Return the fields of a text of /proc/PID/status, with values as printed."""
     # Not splitlines, as in `parse_kib`.
-    return dict(line.split(":\t", 1) for line in text.split("\n") if ":\t" in line)
+    return dict(line.split(":\t", 1) for line in lines.split("\n") if ":\t" in line)
 
 
 def processes() -> list[int]:
@@ -239,21 +259,36 @@ def processes() -> list[int]:
     return [int(entry) for entry in os.listdir(_PROC) if is_natural(entry)]
 
 
+def command_name(pid: int) -> str:
+    r"""Read the command name of a process (``comm``); bytes that are not UTF-8 as ``\xNN``."""
+    return escape_invalid_utf8(text(f"{pid}/comm").removesuffix("\n"))
+
+
+def user_of(pid: int) -> int:
+    """Return the user ID that owns the files of a process."""
+    return os.stat(f"{_PROC}/{pid}").st_uid
+
+
+def cpu_ticks() -> list[int]:
+    """Read the first line of /proc/stat: ticks that all CPUs spent in each state since boot."""
+    return [int(ticks) for ticks in text("stat").split("\n")[0].split()[1:]]
+
+
 def task_count() -> int:
     """Return the number of processes and threads of the machine (/proc/loadavg)."""
-    return int(_text("loadavg").split()[3].split("/")[1])
+    return int(text("loadavg").split()[3].split("/")[1])
 
 
 def cpu_info() -> dict[str, str]:
     """Return the fields of the first processor of /proc/cpuinfo."""
-    pairs = (line.partition(":") for line in _text("cpuinfo").split("\n\n")[0].split("\n"))
+    pairs = (line.partition(":") for line in text("cpuinfo").split("\n\n")[0].split("\n"))
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def mount_options(path: str) -> list[str]:
     """Return the options of the last mount at `path`; empty if nothing is mounted there."""
     options: list[str] = []
-    for line in _text("self/mounts").split("\n"):
+    for line in text("self/mounts").split("\n"):
         fields = line.split(" ")
         if fields[1:2] == [path]:
             options = fields[3].split(",")
@@ -289,4 +324,4 @@ def capable(capability: int) -> bool:
 
 def kernel_setting(name: str) -> str:
     """Read /proc/sys/kernel/NAME."""
-    return _text(f"sys/kernel/{name}").strip()
+    return text(f"sys/kernel/{name}").strip()

@@ -55,7 +55,7 @@ def _pid_max() -> str | None:
 def _pids_cgroup() -> str | None:
     for group, _ in proc.cgroup_folders("pids", _PIDS_ROOTS):
         try:
-            limit, used = (_read(f"{group}/pids.{name}") for name in ("max", "current"))
+            limit, used = (proc.sys_text(f"{group}/pids.{name}") for name in ("max", "current"))
         except OSError:  # the root cgroup, or no pids controller
             continue
         if limit != "max" and int(used) >= int(limit):
@@ -64,11 +64,6 @@ def _pids_cgroup() -> str | None:
                 "processes and threads"
             )
     return None
-
-
-def _read(path: str) -> str:
-    with open(path, encoding="ascii") as file:
-        return file.read().strip()
 
 
 CHECKS = (

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 import pyreserve
+from pyreserve._system import proc
 from pyreserve.cli.console import (
     Command,
     Output,
@@ -46,13 +46,10 @@ def _complete_pid(_: click.Context, __: click.Parameter, incomplete: str) -> lis
 def _processes() -> Iterator[tuple[str, str]]:
     """Yield the PID and name of each process that this user may read; kernel threads have none."""
     with suppress(OSError):  # no /proc
-        for pid in filter(str.isdigit, os.listdir("/proc")):
+        for pid in proc.processes():
             with suppress(OSError):  # it has ended, or belongs to another user
-                with open(f"/proc/{pid}/maps", "rb") as maps:
-                    if not maps.read(1):
-                        continue
-                with open(f"/proc/{pid}/comm", "rb") as comm:
-                    yield pid, comm.read().decode(errors="replace").rstrip("\n")
+                if proc.has_mappings(pid):
+                    yield str(pid), proc.command_name(pid)
 
 
 _FILE = click.Path(path_type=Path)

@@ -14,11 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
-from pyreserve._system import machine
+from pyreserve._system import machine, proc
 from pyreserve.costs.cells import Cell, Curve
 from pyreserve.costs.child import PIECE, Job
 from pyreserve.costs.planning import Group, Plan
@@ -320,11 +319,9 @@ class _MachineTime:
         (0, 0) if /proc/stat cannot be read.
         """
         try:
-            with Path("/proc/stat").open(encoding="ascii") as stat:
-                fields = [int(field) for field in stat.readline().split()[1:]]
+            user, nice, system, _, _, irq, softirq, stolen = proc.cpu_ticks()[:8]
         except OSError:
             return 0.0, 0.0
-        user, nice, system, _, _, irq, softirq, stolen = fields[:8]
         return (user + nice + system + irq + softirq) / _TICKS, stolen / _TICKS
 
     @staticmethod

@@ -178,7 +178,7 @@ def swap() -> Iterator[Finding]:
 
 def host() -> Iterator[Finding]:
     """Check for a hypervisor, and for a balloon by which it reclaims idle memory."""
-    os.stat("/sys/bus")  # raises if /sys is missing: a balloon would be listed there
+    os.stat(machine.BUS)  # raises if /sys is missing: a balloon would be listed there
     virtualised, balloon = machine.virtualised(), machine.has_balloon()
     values = {"virtualised": virtualised, "balloon": balloon}
     known = "" if virtualised in {"yes", "no"} else f" ({virtualised})"

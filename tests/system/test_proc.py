@@ -320,3 +320,23 @@ class TestAvailableMemory:
         monkeypatch.setattr(proc, "_PROC", tmp_path)
 
         assert proc.status() == {"Name": "x\x0bTHP_enabled:0", "Pid": "5"}
+
+
+class TestProcesses:
+    def test_a_command_name_of_any_bytes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Only the kernel's line end is removed, and bytes that are not UTF-8 are escaped."""
+        (tmp_path / "7").mkdir()
+        (tmp_path / "7/comm").write_bytes(b"a\xff\n\n")
+        monkeypatch.setattr(proc, "_PROC", tmp_path)
+
+        assert proc.command_name(7) == "a\\xff\n"
+
+    def test_a_zombie_has_no_mappings(self) -> None:
+        """The maps of a process that has ended are empty."""
+        child = subprocess.Popen([sys.executable, "-c", ""])
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+
+        assert (proc.has_mappings(os.getpid()), proc.has_mappings(child.pid)) == (True, False)
+        child.wait()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+from pyreserve._system import proc
 from pyreserve.procmem import Sample
 from pyreserve.units import KiB
 
@@ -82,7 +83,7 @@ class Watched:
         stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         sample = self._take(self.pid)
         with suppress(OSError):  # read again each time: exec changes the name
-            self.name = Path(f"/proc/{self.pid}/comm").read_text(errors="replace").rstrip("\n")
+            self.name = proc.command_name(self.pid)
         values: dict[str, int | None] = {
             name: _in_unit(sample, key) for name, key in FIGURES.items()
         }

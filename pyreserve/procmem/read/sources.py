@@ -43,11 +43,12 @@ _EXEC_RETRIES = 4
 _MAX_TEXT = 1 << 22  # bytes; for files other than maps and smaps
 _MAX_PID = (1 << 31) - 1  # pid_t
 _MACHINE = {
-    "meminfo": Path("/proc/meminfo"),
-    "max_map_count": Path("/proc/sys/vm/max_map_count"),
-    "overcommit_memory": Path("/proc/sys/vm/overcommit_memory"),
-    "core_pattern": Path("/proc/sys/kernel/core_pattern"),
+    "meminfo": "meminfo",
+    "max_map_count": "sys/vm/max_map_count",
+    "overcommit_memory": "sys/vm/overcommit_memory",
+    "core_pattern": "sys/kernel/core_pattern",
 }
+"""The files of /proc that are the machine's, and not the process's."""
 
 
 @contextmanager
@@ -116,12 +117,11 @@ class LiveSource:
         if self.pid > _MAX_PID:
             msg = f"there is no such process: pid must be at most {_MAX_PID}"
             raise NoAddressSpaceError(errno.ESRCH, msg)
-        self._folder = Path("/proc", str(self.pid))
 
     @contextmanager
     def open(self, name: str) -> Iterator[io.FileIO]:
         """Open a file of /proc/PID unbuffered."""
-        with self._translate_errors(name), open(self._folder / name, "rb", buffering=0) as file:
+        with self._translate_errors(name), proc.open_file(f"{self.pid}/{name}") as file:
             yield file
 
     def table(self, name: str) -> MapTable:
@@ -178,7 +178,7 @@ class LiveSource:
         """See `Source`."""
         if name in _MACHINE:
             try:
-                return _MACHINE[name].read_text(encoding="utf-8", errors="replace")
+                return proc.text(_MACHINE[name])
             except (FileNotFoundError, PermissionError):  # hidden by a container
                 return None
         if name == "maps":
@@ -202,19 +202,21 @@ class LiveSource:
         except ProcessLookupError:
             raise self.no_address_space_error() from None
         except PermissionError:
-            owner = self._folder.stat().st_uid if self._folder.exists() else "another user"
+            owner = "another user"
+            with suppress(OSError):  # it has just ended
+                owner = f"user {proc.user_of(self.pid)}"
             msg = (
-                f"process {self.pid} belongs to user {owner}: reading its mappings takes root "
+                f"process {self.pid} belongs to {owner}: reading its mappings takes root "
                 "(CAP_SYS_PTRACE), or its own user if it is dumpable; a sandbox may refuse both"
             )
             raise AccessError(errno.EACCES, msg) from None
 
     def _missing_file(self, name: str) -> AccessError | NoAddressSpaceError:
-        if not any(Path("/proc", entry).exists() for entry in ("self", "stat", "version")):
+        if not proc.is_mounted():
             msg = "/proc is not mounted; it is the only source for a process's mappings"
             return AccessError(errno.ENOENT, msg)
         if self._has_memory() or self.pid == os.getpid():
-            msg = f"{self._folder / name} is missing: this kernel lacks it, or a sandbox hides it"
+            msg = f"/proc/{self.pid}/{name} is missing: this kernel lacks it, or a sandbox hides it"
             return AccessError(errno.ENOENT, msg)
         return self.no_address_space_error()
 
