@@ -1,6 +1,5 @@
 """The data of a diagnosis: findings, and how a check that fails becomes one."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -133,6 +132,8 @@ class Diagnosis:
 
     def to_json(self) -> str:
         """Return the JSON text that ``pyreserve doctor --json`` prints."""
+        import json  # noqa: PLC0415
+
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
 

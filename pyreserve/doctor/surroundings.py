@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 
 from pyreserve._system import proc
 from pyreserve.doctor.findings import Finding
@@ -102,7 +101,7 @@ def container() -> Iterator[Finding]:
     """Check whether the process has its own namespaces or a seccomp filter."""
     own, status = proc.own_namespaces(), proc.status()
     filtered = status.get("Seccomp") == "2"
-    marks = [mark for mark in ("/.dockerenv", "/run/.containerenv") if Path(mark).exists()]
+    marks = [mark for mark in ("/.dockerenv", "/run/.containerenv") if os.path.exists(mark)]
     runtime = os.environ.get("container")  # noqa: SIM112  # set by systemd and podman
     values = {
         "namespaces": own,

@@ -1,12 +1,15 @@
 """Compare two explanations, as ``pyreserve explain --json`` writes them."""
 
-from pathlib import Path
-from typing import Any, NamedTuple
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyreserve._system.report import Report, Table
 from pyreserve.procmem.show.explained import CLASS_WORDS
 from pyreserve.procmem.space import SCHEMA, AddressSpace
 from pyreserve.units import KiB, format_size
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _TOTALS = ("vsz", "rss", "pss", "uss", "swap", "page_tables", "mappings")
 _REQUIRED = {"vsz", "mappings"}
@@ -103,7 +106,7 @@ class Difference(NamedTuple):
         }
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def load(path: "str | Path") -> dict[str, Any]:
     """Read a file that ``pyreserve explain --json`` wrote.
 
     Raises:
@@ -113,7 +116,8 @@ def load(path: str | Path) -> dict[str, Any]:
     import json  # noqa: PLC0415
 
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        with open(os.fspath(path), encoding="utf-8") as file:
+            data = json.load(file)
     except (ValueError, RecursionError) as error:
         msg = f"{path} is not JSON: {error}"
         raise ValueError(msg) from None

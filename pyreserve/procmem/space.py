@@ -1,7 +1,6 @@
 """The explanation of an address space: one object for screen, picture, JSON and programs."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyreserve._system.maps import escape_invalid_utf8
@@ -16,6 +15,8 @@ from pyreserve.procmem.show.explained import report
 from pyreserve.units import KiB, format_size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.figure import Figure
 
 SCHEMA = 1
@@ -95,7 +96,7 @@ class AddressSpace:
         """List the `n` largest mappings, largest first."""
         return self._mappings.largest(n)
 
-    def plot(self, path: str | Path | None = None) -> "Figure":
+    def plot(self, path: "str | Path | None" = None) -> "Figure":
         """Draw the picture of ``pyreserve explain --plot``; also write it to a file if given.
 
         Raises:
@@ -106,7 +107,7 @@ class AddressSpace:
         """
         from pyreserve.procmem.show.picture import draw  # noqa: PLC0415 - slow to import
 
-        return draw(self, None if path is None else Path(path))
+        return draw(self, path)
 
     def __str__(self) -> str:
         return report(self).text()
@@ -167,7 +168,7 @@ class AddressSpace:
         return json.dumps(self.to_dict(), indent=2)
 
 
-def explain(pid: int | None = None, *, path: str | Path | None = None) -> AddressSpace:
+def explain(pid: int | None = None, *, path: "str | Path | None" = None) -> AddressSpace:
     """Explain a process's address space: classes, owners, warnings.
 
     Reads /proc/PID/maps, smaps, smaps_rollup, status, limits and cgroup. From 10,000 mappings on,
@@ -193,7 +194,7 @@ def explain(pid: int | None = None, *, path: str | Path | None = None) -> Addres
         if pid is not None:
             msg = "pid and path are mutually exclusive"
             raise ValueError(msg)
-        source = SavedSource(Path(path))
+        source = SavedSource(path)
     else:
         source = LiveSource(pid)
     with name_exhausted_limit():

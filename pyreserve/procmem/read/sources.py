@@ -3,17 +3,20 @@
 import errno
 import io
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from operator import index
-from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pyreserve._system import proc
 from pyreserve._system.limits import refusal
 from pyreserve._system.maps import ROW_BYTES, MapTable, Readable, Sums
 from pyreserve.errors import AccessError, MapsError, NoAddressSpaceError, OutOfMemoryError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Result = TypeVar("Result")
 
@@ -239,34 +242,32 @@ class LiveSource:
 class SavedSource:
     """A folder with files of `SAVED`, plain or compressed (``.gz``). smaps or maps is required."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: "str | Path") -> None:
+        self._folder = os.fspath(folder)
 
-    def _find(self, name: str) -> Path | None:
-        for path in (self._folder / name, self._folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-            if path.exists():  # reading a pipe blocks, a device may be endless
+    def _find(self, name: str) -> str | None:
+        for path in _names(self._folder, name):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                if stat.S_ISREG(os.stat(path).st_mode):
+                    return path
+                # Reading a pipe blocks, and a device may be endless.
                 msg = f"{path} is not a regular file"
                 raise MapsError(msg)
         return None
 
     @contextmanager
-    def _open(self, path: Path) -> Iterator[Readable]:
+    def _open(self, path: str) -> Iterator[Readable]:
         import gzip  # noqa: PLC0415 - slow to import, rarely needed
         import zlib  # noqa: PLC0415
 
         try:
-            if path.suffix == ".gz":
+            if path.endswith(".gz"):
                 with gzip.open(path) as unpacked:
                     yield unpacked
             else:
-                with path.open("rb", buffering=0) as file:
+                with open(path, "rb", buffering=0) as file:
                     yield file
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            msg = f"{path}: {error}"
-            raise MapsError(msg) from None
-        except MapsError as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error, MapsError) as error:
             msg = f"{path}: {error}"
             raise MapsError(msg) from None
 
@@ -279,8 +280,8 @@ class SavedSource:
         """
         path = self._find(name)
         if path is None:
-            msg = "neither smaps nor maps" if self._folder.is_dir() else "no such folder"
-            raise FileNotFoundError(errno.ENOENT, msg, str(self._folder))
+            msg = "neither smaps nor maps" if os.path.isdir(self._folder) else "no such folder"
+            raise FileNotFoundError(errno.ENOENT, msg, self._folder)
         with self._open(path) as file:
             table = MapTable.read(file)
             if not len(table):
@@ -308,7 +309,13 @@ class SavedSource:
             return text.decode(errors="surrogateescape")
 
 
-def save(pid: int | None, folder: str | Path) -> None:
+def _names(folder: str, name: str) -> tuple[str, str]:
+    """Return the paths that a saved file may have: plain and compressed."""
+    path = os.path.join(folder, name)
+    return path, f"{path}.gz"
+
+
+def save(pid: int | None, folder: "str | Path") -> None:
     """Write the files of a process into a folder, for ``explain(path=folder)`` on any machine.
 
     The folder is created if necessary. A failed call leaves no files.
@@ -319,26 +326,28 @@ def save(pid: int | None, folder: str | Path) -> None:
         OSError: a file can't be written.
         OutOfMemoryError: memory ran out; the error names the limit.
     """
-    folder = Path(folder)
+    folder = os.fspath(folder)
     for name in SAVED:
-        if (folder / name).exists() or (folder / f"{name}.gz").exists():
-            raise FileExistsError(errno.EEXIST, f"{name} exists already", str(folder))
+        if any(map(os.path.exists, _names(folder, name))):
+            raise FileExistsError(errno.EEXIST, f"{name} exists already", folder)
     with name_exhausted_limit():
         texts = _read_consistent_texts(LiveSource(pid))
-    existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
+    existed = os.path.exists(folder)
+    os.makedirs(folder, exist_ok=True)
+    written: list[str] = []
     try:
         for name, text in texts.items():
-            with open(folder / name, "xb") as file:  # x: do not follow a link
-                written.append(folder / name)
+            path = os.path.join(folder, name)
+            with open(path, "xb") as file:  # x: do not follow a link
+                written.append(path)
                 file.write(text.encode(errors="surrogateescape"))
     except BaseException:
         for path in written:
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(path)
         if not existed:
             with suppress(OSError):  # another process may have put files there
-                folder.rmdir()
+                os.rmdir(folder)
         raise
 
 

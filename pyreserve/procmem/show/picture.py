@@ -79,7 +79,7 @@ _STYLES: dict[int, dict[str, Any]] = {
 }
 
 
-def draw(space: Explained, path: Path | None = None) -> "Figure":
+def draw(space: Explained, path: str | Path | None = None) -> "Figure":
     """Draw the picture; also write it to a file if given, in the format of the suffix.
 
     Raises:
@@ -87,11 +87,12 @@ def draw(space: Explained, path: Path | None = None) -> "Figure":
         ImportError: matplotlib is missing (extra ``plot``).
         OSError: the file can't be written.
     """
-    if path is not None:
-        check_suffix(path)
+    if path is None:
+        return figure(space)
+    path = Path(path)
+    check_suffix(path)
     picture = figure(space)
-    if path is not None:
-        write_picture(picture, path)
+    write_picture(picture, path)
     return picture
 
 
