@@ -1,7 +1,8 @@
-"""Where limits are read, of this process or another, and the words about them as data."""
+"""What limits have in common: the process they are read of, their use, and their words."""
 
 import resource
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from pyreserve._system import proc
@@ -152,3 +153,51 @@ class CapturedProcess(Process):
     def pipes_core(self) -> bool:
         """See `Process`."""
         return bool(self._machine.get("core_piped"))
+
+
+class Limit:
+    """One limit: how it is read, what it refuses, and its words.
+
+    Attributes:
+        name: the name in `VMError.limit`.
+        topic: the topic in doctor; the name by default.
+        is_slow: all mappings are read; a refusal checks the limit after all others.
+    """
+
+    name: str
+    topic = ""
+    is_slow = False
+
+    def uses(self, _process: Process) -> Iterator[Use]:
+        """Yield each instance of the limit with its use."""
+        return iter(())
+
+    def refuses(self, _verb: str, _err: int) -> bool:
+        """Return whether the limit can refuse a verb with this errno."""
+        return False
+
+    def refusal(self, _nbytes: int, _address: int | None) -> str | None:
+        """Return the clause of an error if the limit refused these bytes to this process.
+
+        Raises:
+            OSError, MemoryError, KeyError, ValueError: it can't be read (`proc.UNREADABLE`).
+        """
+        return None
+
+    def reports(self) -> Iterator[Report]:
+        """Yield the findings of doctor about this process."""
+        return iter(())
+
+    def warning(self, use: Use) -> str:
+        """Return the warning about a process that is near the limit.
+
+        A subclass whose `uses` yields anything overrides it.
+        """
+        raise NotImplementedError
+
+    def warnings(self, process: Process) -> Iterator[str]:
+        """Yield a warning for each instance that is nearly used up; none if it is unreadable."""
+        with suppress(KeyError):
+            for use in self.uses(process):
+                if use.is_near():
+                    yield self.warning(use)

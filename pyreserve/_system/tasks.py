@@ -1,10 +1,13 @@
 """The limits on processes and threads behind an EAGAIN of clone(2)."""
 
 import contextlib
+import errno
 import os
 import resource
+from collections.abc import Callable
 
 from pyreserve._system import proc
+from pyreserve._system.readings import Limit
 
 _PIDS_ROOTS = proc.CGROUP_ROOT, f"{proc.CGROUP_ROOT}/pids"  # versions 2 and 1
 
@@ -66,22 +69,29 @@ def _pids_cgroup() -> str | None:
     return None
 
 
-CHECKS = (
-    ("RLIMIT_NPROC", _rlimit_nproc),
-    ("threads-max", _threads_max),
-    ("pid_max", _pid_max),
-    ("pids cgroup", _pids_cgroup),
+class _TaskLimit(Limit):
+    """A limit on processes and threads.
+
+    Args:
+        name: the name of the limit.
+        check: returns the clause of an error if the limit is reached.
+    """
+
+    def __init__(self, name: str, check: Callable[[], str | None]) -> None:
+        self.name = name
+        self._check = check
+
+    def refuses(self, verb: str, err: int) -> bool:
+        return (verb, err) == ("fork", errno.EAGAIN)
+
+    def refusal(self, _nbytes: int, _address: int | None) -> str | None:
+        return self._check()
+
+
+LIMITS = (
+    _TaskLimit("RLIMIT_NPROC", _rlimit_nproc),
+    _TaskLimit("threads-max", _threads_max),
+    _TaskLimit("pid_max", _pid_max),
+    _TaskLimit("pids cgroup", _pids_cgroup),
 )
-"""Names of the limits, and functions that return the clause of an error if the limit is reached.
-
-In the order in which the kernel checks them (``copy_process``, kernel/fork.c).
-"""
-
-
-def refusing_limit() -> tuple[str, str] | None:
-    """Return name and clause of the limit that is reached; None if no visible one is."""
-    for name, check in CHECKS:
-        clause = check()
-        if clause is not None:
-            return name, clause
-    return None
+"""In the order in which the kernel checks them (``copy_process``, kernel/fork.c)."""

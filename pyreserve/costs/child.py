@@ -4,7 +4,6 @@ It reads a pickled job from standard input and writes each answer as a line of J
 output, so no finished measurement is lost if the process is killed.
 """
 
-import contextlib
 import errno
 import json
 import pickle
@@ -15,8 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyreserve._native import ffi, lib
-from pyreserve._system import tasks
-from pyreserve._system.limits import PAGE_SIZE, refusal
+from pyreserve._system.limits import PAGE_SIZE, refusal, refusing_limit
 from pyreserve.costs.cells import SMALL, Cell, PageKind
 from pyreserve.costs.entries import map_entries
 from pyreserve.costs.programs import Program, Setting, Step
@@ -72,11 +70,10 @@ class Job:
 
 def _no_thread(err: int) -> str:
     """Return why a thread could not be started."""
-    why = f"a thread was refused ({errno.errorcode.get(err, err)})"
-    with contextlib.suppress(OSError):
-        limit = tasks.refusing_limit()
-        why += f": {limit[1]}" if limit else ""
-    return why
+    _, clause = refusing_limit("fork", err, 0)
+    return (
+        f"a thread was refused ({errno.errorcode.get(err, err)}){f': {clause}' if clause else ''}"
+    )
 
 
 class Refused(Exception):  # noqa: N818

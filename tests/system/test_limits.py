@@ -9,8 +9,9 @@ import pytest
 from helpers import witness
 from pyreserve import GiB, KiB, MiB
 from pyreserve._system import limits, proc
-from pyreserve._system.limits import LIMITS, Limit, Rlimit
-from pyreserve._system.readings import OWN, CapturedProcess, Use
+from pyreserve._system.limits import LIMITS
+from pyreserve._system.readings import OWN, CapturedProcess, Limit, Use
+from pyreserve._system.rlimits import RLIMIT_CORE, Rlimit
 from pyreserve.doctor import diagnose
 from pyreserve.procmem.judge.warnings import warnings
 from pyreserve.procmem.read.snapshot import capture
@@ -196,7 +197,7 @@ class TestWarnings:
         """A core dump takes a limit above 0, or a program to which it is piped."""
         process = captured(limit, machine={"core_piped": piped})
 
-        assert limits.RLIMIT_CORE.dumps(process) is dumps
+        assert RLIMIT_CORE.dumps(process) is dumps
 
     def test_figures_of_explain(self) -> None:
         """The warnings count VSZ and mappings as explain does, not as status says."""

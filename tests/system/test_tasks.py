@@ -13,7 +13,7 @@ from helpers import witness
 from pyreserve import PAGE_SIZE
 from pyreserve._native import ffi, lib
 from pyreserve._system import proc, tasks
-from pyreserve._system.limits import refusal
+from pyreserve._system.limits import refusal, refusing_limit
 from pyreserve.costs import child, plan
 
 _NOBODY = 54321  # an id that nobody has
@@ -58,9 +58,9 @@ class TestProcessLimit:
 
         def in_the_child() -> tuple[tuple[int, str, str | None], object]:
             _be_nobody(resource.getrlimit(resource.RLIMIT_NPROC)[0])
-            return fork(), tasks.refusing_limit()
+            return fork(), refusing_limit("fork", errno.EAGAIN, 0)
 
-        assert witness.in_child(in_the_child) == ((0, "", None), None)
+        assert witness.in_child(in_the_child) == ((0, "", None), (None, None))
 
     def test_the_costs_say_it(self) -> None:
         """Cells left empty by a refused fork give the reason."""
@@ -101,11 +101,10 @@ class TestMachineLimits:
             proc, "kernel_setting", lambda key: "2" if key == setting else read(key)
         )
 
-        refusal = tasks.refusing_limit()
+        limit, clause = refusing_limit("fork", errno.EAGAIN, 0)
 
-        assert refusal is not None
-        assert refusal[0] == name
-        assert f"kernel.{setting} is 2, and the machine has " in refusal[1]
+        assert limit == name
+        assert f"kernel.{setting} is 2, and the machine has " in str(clause)
 
 
 @pytest.fixture
@@ -155,7 +154,7 @@ class TestCgroup:
         monkeypatch.setattr(proc, "_PROC", proc_dir)
         monkeypatch.setattr(tasks, "_PIDS_ROOTS", (str(groups), str(groups)))
 
-        assert dict(tasks.CHECKS)["pids cgroup"]() == (
+        assert tasks.LIMITS[-1].refusal(0, None) == (
             f"pids.max of the cgroup {groups / 'a'} is 1,200, and it has 1,200 processes and "
             "threads"
         )
