@@ -146,13 +146,13 @@ class Piece(NamedTuple):
         start: first address.
         end: first address above it.
         perms: permissions, such as ``"rw-p"``.
-        what: the parts of the layout there; see `Placement.what`.
+        parts: the parts of the layout there, such as ``"spans + bitmap"``.
     """
 
     start: int
     end: int
     perms: str
-    what: str
+    parts: str
 
 
 class Answer(NamedTuple):
@@ -241,14 +241,14 @@ class Placement(NamedTuple):
     def maps(self, os_page: int = _X86_PAGE) -> list[Piece]:
         """Lines that /proc/PID/maps shows for the heap, lowest first."""
         mapped = self.mapped(os_page)
-        pieces = [Piece(low, high, "rw-p", self.what(low, high)) for low, high in mapped]
+        pieces = [Piece(low, high, "rw-p", self.parts(low, high)) for low, high in mapped]
         for low, high in self.owned:
             pieces += [
-                Piece(a, b, "---p", self.what(a, b)) for a, b in without((low, high), mapped)
+                Piece(a, b, "---p", self.parts(a, b)) for a, b in without((low, high), mapped)
             ]
         return sorted(pieces)
 
-    def what(self, low: int, high: int) -> str:
+    def parts(self, low: int, high: int) -> str:
         """Name the parts in an address range: ``"spans"``, ``"spans + bitmap"``, ..."""
         names = {"spans": self.spans, "bitmap": self.bitmap, "arena": self.arena}
         return " + ".join(name for name, (a, b) in names.items() if a < high and low < b)
@@ -461,11 +461,11 @@ def get(name: str, *, size: int | str | None = None, word: int = 8) -> Layout:
         ValueError: `size` is a string that is not a size.
     """
     size, word = None if size is None else as_bytes(size), _index(word)
-    known = next((known for known in names() if known == name), None)
-    if known is None:
+    listed = next((listed for listed in names() if listed == name), None)
+    if listed is None:
         msg = f"no layout {name!r}; layouts: {', '.join(names())}"
         raise KeyError(msg)
-    if known == "native":
+    if listed == "native":
         size = (_NATIVE_SIZE_64 if word == 8 else _NATIVE_SIZE_32) if size is None else size
         if size <= 0:
             msg = f"size must be positive, got {size}"
@@ -486,8 +486,8 @@ def get(name: str, *, size: int | str | None = None, word: int = 8) -> Layout:
     if size is not None:
         msg = f"size is valid for the layout native only, got {size} for {name}"
         raise RangeError(msg)
-    layout = _BY_NAME[_ALIASES.get(known, known)]
-    return layout if layout.name == known else layout._replace(name=known)
+    layout = _BY_NAME[_ALIASES.get(listed, listed)]
+    return layout if layout.name == listed else layout._replace(name=listed)
 
 
 def fallback_of(layout: Layout) -> Layout | None:

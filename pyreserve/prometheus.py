@@ -90,7 +90,7 @@ class Registration:
 
 
 def register(
-    thing: Arena | _OnRegion,
+    subject: Arena | _OnRegion,
     name: str | None = None,
     *,
     registry: "CollectorRegistry | None" = None,
@@ -104,31 +104,30 @@ def register(
     exposed, and its name is free again.
 
     Args:
-        thing: an Arena, a Region, or a BumpArena, Pool, Bitmap, GrowableBuffer or GrowableArray.
+        subject: an Arena, a Region, or a BumpArena, Pool, Bitmap, GrowableBuffer or GrowableArray.
         name: value of the label; None: the object's own name, else the layout of an arena, or the
             type in lower case.
         registry: the registry; None: ``prometheus_client.REGISTRY``.
 
     Raises:
         ImportError: prometheus_client is missing (extra ``prometheus``).
-        TypeError: `thing` is of another type, or `name` not a string.
+        TypeError: `subject` is of another type, or `name` not a string.
         ValueError: a live object of this kind has the name, `name` has lone surrogates, or another
             collector has the metrics; nothing has changed.
         ReleasedError: the object is released or closed.
     """
-    if isinstance(thing, Arena):
-        region, default = thing.region, thing.name or str(thing.layout.name)
-        source = _Source("arena", default if name is None else name, ref(thing), _read_arena)
-    elif isinstance(thing, _OnRegion):
-        region = thing if isinstance(thing, Region) else thing.region
-        default = region.name or type(thing).__name__.lower()
+    if isinstance(subject, Arena):
+        region, default = subject.region, subject.name or str(subject.layout.name)
+        source = _Source("arena", default if name is None else name, ref(subject), _read_arena)
+    elif isinstance(subject, _OnRegion):
+        region = subject if isinstance(subject, Region) else subject.region
+        default = region.name or type(subject).__name__.lower()
         # A Bitmap has no weak references; its region lives as long.
-        find = ref(region if isinstance(thing, Bitmap) else thing)
+        find = ref(region if isinstance(subject, Bitmap) else subject)
         source = _Source("region", default if name is None else name, find, _read_region)
     else:
-        msg = (
-            f"thing must be an arena, a region or an object on a region, got {type(thing).__name__}"
-        )
+        kind = type(subject).__name__
+        msg = f"subject must be an arena, a region or an object on a region, got {kind}"
         raise TypeError(msg)
     if region.released:
         msg = f"the {source.kind} was released or closed"
@@ -170,15 +169,15 @@ class _Source:
     read: Callable[[Any], list[_Sample]]
 
     def samples(self) -> list[_Sample]:
-        thing = self.find()
+        subject = self.find()
         try:
-            return [] if thing is None else self.read(thing)
+            return [] if subject is None else self.read(subject)
         except ReleasedError:
             return []
 
     def gone(self) -> bool:
-        thing = self.find()
-        return thing is None or getattr(thing, "released", False)
+        subject = self.find()
+        return subject is None or getattr(subject, "released", False)
 
 
 def _read_arena(arena: Arena) -> list[_Sample]:
@@ -189,16 +188,16 @@ def _read_arena(arena: Arena) -> list[_Sample]:
     ]
 
 
-def _read_region(thing: _OnRegion) -> list[_Sample]:
-    region = thing if isinstance(thing, Region) else thing.region
+def _read_region(subject: _OnRegion) -> list[_Sample]:
+    region = subject if isinstance(subject, Region) else subject.region
     with region.exports.lock:
         samples: list[_Sample] = [
             ("reserved_bytes", (), region.reserved),
             ("committed_bytes", (), region.committed),
             ("resident_bytes", (), resident(region)),
         ]
-        if isinstance(thing, BumpArena | Pool):
-            samples.append(("in_use_bytes", (), thing.in_use))
+        if isinstance(subject, BumpArena | Pool):
+            samples.append(("in_use_bytes", (), subject.in_use))
     return samples
 
 
@@ -288,8 +287,8 @@ class _Exposed:
         core = import_extra("prometheus_client.core", "prometheus", "register")
         target: CollectorRegistry = core.REGISTRY if registry is None else registry
         with self._lock:
-            known = self._collectors.get(target)
-            collector = known or _Collector(core)
+            existing = self._collectors.get(target)
+            collector = existing or _Collector(core)
             others = collector.alive()
             if any((other.kind, other.name) == (source.kind, source.name) for other in others):
                 msg = f"name must be unique among {source.kind} metrics, got {source.name!r} again"
@@ -298,7 +297,7 @@ class _Exposed:
                 target.register(collector)
             except ValueError:
                 # Already registered, which is expected unless the user had unregistered it.
-                if known is None:
+                if existing is None:
                     raise
             collector.sources = [*others, source]
             self._collectors[target] = collector

@@ -294,7 +294,7 @@ class TestNames:
         gone.release()
         heap.release()
 
-        with pytest.raises(TypeError, match=r"thing must be an arena, .* got bytes"):
+        with pytest.raises(TypeError, match=r"subject must be an arena, .* got bytes"):
             register(b"", registry=registry)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="name must be a string, got int"):
             register(region, 5, registry=registry)  # type: ignore[arg-type]

@@ -36,11 +36,11 @@ class FellBack(NamedTuple):
     """Why the requested layout was refused.
 
     Attributes:
-        because: the reason in words.
+        reason: the reason in words.
         limit: the limit that refused it; None if unknown.
     """
 
-    because: str
+    reason: str
     limit: str | None
 
 
@@ -146,7 +146,7 @@ class Engine:
             for low, high in owned:
                 start, end = max(low, mapping.start), min(high, mapping.end)
                 if start < end:
-                    parts = placement.what(start, end)
+                    parts = placement.parts(start, end)
                     pieces.append(Piece(start, end, mapping.perms, parts))
         return pieces
 

@@ -38,9 +38,9 @@ class _Registry:
         with registry_lock:
             self.entries.append((weakref.ref(keeper), address))
             if len(self.entries) > self._limit:
-                # A finaliser that runs here may append: entries after `seen` are kept.
-                seen = len(self.entries)
-                self.entries[:seen] = [e for e in self.entries[:seen] if e[0]() is not None]
+                # A finaliser that runs here may append: entries after `checked` are kept.
+                checked = len(self.entries)
+                self.entries[:checked] = [e for e in self.entries[:checked] if e[0]() is not None]
                 self._limit = 2 * len(self.entries) + _FIRST_LIMIT
 
 

@@ -121,11 +121,11 @@ class StrictCommit(NamedTuple):
                 "for user_reserve (1/32 of this process's VSZ, at most vm.user_reserve_kbytes)",
             ),
         )
-        kept = " and ".join(f"{format_size(size)} {purpose}" for size, purpose in reserves if size)
+        parts = " and ".join(f"{format_size(size)} {purpose}" for size, purpose in reserves if size)
         return (
             f"Committed_AS is {format_size(self.used)} of a CommitLimit of "
             f"{format_size(self.limit)}"
-            + (f", of which the kernel keeps back {kept}" if kept else "")
+            + (f", of which the kernel keeps back {parts}" if parts else "")
         )
 
 
@@ -356,8 +356,8 @@ class _Cgroup(Limit):
             is_limited = True
             left, limit, used, file = min(limits)
             if not os.access(file, os.W_OK):
-                who = "Only root, or the host of the container,"
-                risk = f"{who} can write the file. {risk}"  # noqa: PLW2901
+                writers = "Only root, or the host of the container,"
+                risk = f"{writers} can write the file. {risk}"  # noqa: PLW2901
             yield Report(
                 topic,
                 "limited",
@@ -468,12 +468,12 @@ def refusal(
     reason.
     """
     limit, clause = refusing_limit(verb, err, nbytes, address)
-    where = "" if address is None else f" at {address:#x}"
+    place = "" if address is None else f" at {address:#x}"
     reason = why or clause or _REASONS.get(err, "no known limit explains it")
     cls = OutOfMemoryError if err in _RAN_OUT else VMError
     return cls(
         err,
-        f"{verb} of {format_size(nbytes)}{where} refused ({errno.errorcode.get(err, err)}): "
+        f"{verb} of {format_size(nbytes)}{place} refused ({errno.errorcode.get(err, err)}): "
         f"{reason}",
         verb=verb,
         nbytes=nbytes,

@@ -67,8 +67,8 @@ class Sheet:
 
 def _replace_missing(text: str) -> str:
     """Replace characters that are missing in the font by question marks."""
-    known = _font_characters()
-    return "".join(char if ord(char) in known or char == "\n" else "?" for char in text)
+    drawable = _font_characters()
+    return "".join(char if ord(char) in drawable or char == "\n" else "?" for char in text)
 
 
 @functools.cache

@@ -11,9 +11,9 @@ from pyreserve.units import format_size
 _NEAR = 0.9  # the share of a limit above which a process is warned
 
 
-def rlimit(which: int) -> int | None:
+def rlimit(number: int) -> int | None:
     """Return a soft resource limit in bytes; None if unlimited."""
-    soft, _ = resource.getrlimit(which)
+    soft, _ = resource.getrlimit(number)
     return None if soft == resource.RLIM_INFINITY else soft
 
 

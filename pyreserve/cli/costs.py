@@ -316,7 +316,7 @@ def show(screen: "Screen", table: "CostTable", recommendations: "Recommendations
     for answer in recommendations.answers().values():
         if answer.value is not None:
             screen.text(answer.text, indent=2)
-            screen.text(answer.because, style="dim", indent=4)
+            screen.text(answer.reason, style="dim", indent=4)
 
 
 def _show_machine(screen: "Screen", table: "CostTable") -> None:

@@ -196,14 +196,14 @@ class VszReport(NamedTuple):
             "layout": self.layout,
             "requested_layout": self.requested_layout,
             "strategy": self.strategy,
-            "fell_back": fell_back and {"because": fell_back.because, "limit": fell_back.limit},
+            "fell_back": fell_back and {"reason": fell_back.reason, "limit": fell_back.limit},
             "reservation": {"start": self.start, "end": self.end},
             "arena_start": self.arena_start,
             "arena_used": self.arena_used,
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
             "maps": [
-                [f"{piece.start:08x}-{piece.end:08x}", piece.perms, piece.what]
+                [f"{piece.start:08x}-{piece.end:08x}", piece.perms, piece.parts]
                 for piece in self.maps
             ],
         }
@@ -312,7 +312,7 @@ def show(screen: "Screen", report: VszReport) -> None:
     if report.fell_back is not None:
         screen.text(
             f"{report.requested_layout} fell back to the 32-bit layout, as Go's runtime does: "
-            f"{report.fell_back.because}",
+            f"{report.fell_back.reason}",
             style="yellow",
         )
     screen.blank()
@@ -384,7 +384,7 @@ def _maps(screen: "Screen", report: VszReport, columns: int, gap: int, mark: str
             f"{piece.start:08x}-{piece.end:08x}",
             piece.perms,
             format_size(piece.end - piece.start),
-            piece.what,
+            piece.parts,
             "reserved" if reserved else "committed",
             mark if id(piece) in marked else "",
         ]

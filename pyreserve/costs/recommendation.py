@@ -32,18 +32,18 @@ class Answer:
         value: the figure, in the unit given by its name in `Recommendations`; None if the cells
             that it needs were not measured.
         text: the recommendation in words.
-        because: the figures that it is based on.
+        reason: the figures that it is based on.
     """
 
     value: float | None
     text: str
-    because: str
+    reason: str
 
     def __str__(self) -> str:
-        return f"{self.text.rstrip('.')}. Reason: {self.because}."
+        return f"{self.text.rstrip('.')}. Reason: {self.reason}."
 
     def _repr_html_(self) -> str:
-        return Report(self.text, (f"Reason: {self.because}.",)).html()
+        return Report(self.text, (f"Reason: {self.reason}.",)).html()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Recommendations:
     def to_dict(self) -> dict[str, Any]:
         """Return the answers as a dict for JSON."""
         return {
-            name: {"value": answer.value, "text": answer.text, "because": answer.because}
+            name: {"value": answer.value, "text": answer.text, "reason": answer.reason}
             for name, answer in self.answers().items()
         }
 
@@ -240,7 +240,7 @@ def _idle(model: CostModel, table: CostTable) -> Answer:
     low = seconds_per_gib(discarding.low + touching.low - kept.high) * gib_per_cpu
     high = seconds_per_gib(discarding.high + touching.high - kept.low) * gib_per_cpu
     idle = per_gib * gib_per_cpu
-    because = (
+    reason = (
         f"discarding 1 GiB and touching it again costs {per_gib:.2g} s of CPU time, and this "
         f"machine has {gib_per_cpu:.2g} GiB per CPU: at that price, holding 1 GiB for "
         f"{idle:.2g} s ({low:.2g} to {high:.2g}) costs the same (after Gray and Putzolu's "
@@ -252,11 +252,11 @@ def _idle(model: CostModel, table: CostTable) -> Answer:
     if cold:
         worst_ns = max(entry.times.median / entry.cell.nbytes for entry in cold if entry.times)
         worst = worst_ns * GiB / 1e9
-        because += (
+        reason += (
             f"; if the hypervisor takes the memory, touching 1 GiB again costs {worst:.2g} s, and "
             f"giving it back pays after {worst * gib_per_cpu:.2g} s"
         )
-    return Answer(idle, f"Give back memory that stays idle for more than {idle:.2g} s.", because)
+    return Answer(idle, f"Give back memory that stays idle for more than {idle:.2g} s.", reason)
 
 
 def _lazy(model: CostModel, _table: CostTable) -> Answer:

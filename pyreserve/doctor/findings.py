@@ -166,8 +166,8 @@ def examine(topic: str, check: Check) -> Iterator[Finding]:
 
 def _reason(error: OSError | KeyError | ValueError) -> str:
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}"
+        path = f"{error.filename}: " if error.filename else ""
+        return f"{path}{error.strerror or error}"
     if isinstance(error, KeyError):
         return f"the kernel does not report {error.args[0]}"
     return str(error)

@@ -181,12 +181,12 @@ def host() -> Iterator[Finding]:
     os.stat(machine.BUS)  # raises if /sys is missing: a balloon would be listed there
     virtualised, balloon = machine.virtualised(), machine.has_balloon()
     values = {"virtualised": virtualised, "balloon": balloon}
-    known = "" if virtualised in {"yes", "no"} else f" ({virtualised})"
+    name = "" if virtualised in {"yes", "no"} else f" ({virtualised})"
     if balloon:
         yield Finding(
             "host",
             "limited",
-            f"This is a virtual machine{known} with a balloon.",
+            f"This is a virtual machine{name} with a balloon.",
             "The host may reclaim discarded memory. First touch then costs many times as much; "
             "pyreserve costs lists such samples separately (cold host).",
             "on the host: remove the balloon or its free page reporting",
@@ -201,7 +201,7 @@ def host() -> Iterator[Finding]:
         "good",
         "No hypervisor was detected."
         if virtualised == "no"
-        else f"This is a virtual machine{known} without a balloon.",
+        else f"This is a virtual machine{name} without a balloon.",
         "Discarded memory stays with this machine.",
         values=values,
     )

@@ -162,12 +162,12 @@ def extras() -> Iterator[Finding]:
             "The extras are checked.",
         )
         return
-    wanted: dict[str, list[str]] = {}
+    packages_of: dict[str, list[str]] = {}
     for line in lines:
         match = re.match(r"([\w.-]+).*;.*\bextra\s*==\s*['\"]([\w-]+)['\"]", line)
         if match and match[2] not in _FOR_DEVELOPERS:
-            wanted.setdefault(match[2], []).append(match[1])
-    for extra, packages in wanted.items():
+            packages_of.setdefault(match[2], []).append(match[1])
+    for extra, packages in packages_of.items():
         yield _extra(extra, packages)
 
 

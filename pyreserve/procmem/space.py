@@ -203,22 +203,22 @@ def explain(pid: int | None = None, *, path: "str | Path | None" = None) -> Addr
 
 def explained(snapshot: Capture) -> AddressSpace:
     """Explain a snapshot."""
-    table, known = snapshot.table, snapshot.knows_memory
+    table, knows_memory = snapshot.table, snapshot.knows_memory
     rest_classes = classes.rest_classes(table)
-    totals = classes.totals(table, rest_classes, knows_memory=known)
+    totals = classes.totals(table, rest_classes, knows_memory=knows_memory)
     claims = recognise(snapshot)
     all_owners = owners(table, claims)
     vsz = sum(memory_class.size for memory_class in totals)
     rss = _bytes(snapshot.rss)
     uss = sum(table.private) * KiB
-    resident = uss + sum(table.shared) * KiB if known else rss
+    resident = uss + sum(table.shared) * KiB if knows_memory else rss
     return AddressSpace(
         pid=snapshot.pid,
         name=escape_invalid_utf8(snapshot.facts.get("Name", "")),
         vsz=vsz,
         rss=rss,
         pss=_bytes(snapshot.pss),
-        uss=uss if known else None,
+        uss=uss if knows_memory else None,
         swap=_bytes(snapshot.swap),
         page_tables=_bytes(snapshot.status.get("VmPTE")),
         mappings=table.user_mappings,
@@ -226,14 +226,14 @@ def explained(snapshot: Capture) -> AddressSpace:
         owners=all_owners,
         details={
             **(details.page_figures(table) if table.knows_flags else {}),
-            **(details.address_figures(table, rest_classes) if known else {}),
-            **details.stack_figures(all_owners, knows_memory=known),
+            **(details.address_figures(table, rest_classes) if knows_memory else {}),
+            **details.stack_figures(all_owners, knows_memory=knows_memory),
         },
         ranges=tuple(claims.ranges),
         warnings=tuple(concerns.warnings(snapshot, vsz, resident, table.user_mappings)),
         settled=snapshot.settled,
         missing=snapshot.missing,
-        _mappings=Mappings(table, claims, rest_classes, knows_memory=known),
+        _mappings=Mappings(table, claims, rest_classes, knows_memory=knows_memory),
     )
 
 

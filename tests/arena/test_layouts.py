@@ -252,7 +252,7 @@ class TestTable:
         """Each piece of the article's maps has the names of all parts in it."""
         placement = grown(layouts.get("go-tip-2014-12/amd64"), 1)
 
-        names = [piece.what for piece in placement.maps()]
+        names = [piece.parts for piece in placement.maps()]
 
         assert names == ["spans", "spans + bitmap", "bitmap + arena", "arena"]
 

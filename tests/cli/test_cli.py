@@ -388,7 +388,7 @@ class TestLimits:
 
         assert (report["requested_layout"], report["layout"]) == (DEFAULT, "fallback")
         assert report["fell_back"]["limit"] == "RLIMIT_AS"
-        assert "ulimit -v" in report["fell_back"]["because"]
+        assert "ulimit -v" in report["fell_back"]["reason"]
         reservation = report["reservation"]
         assert reservation["end"] - reservation["start"] == layouts.get("fallback").total()
         assert growth(report, "VmSize") == reservation["end"] - reservation["start"]

@@ -570,7 +570,7 @@ class TestRecommendations:
         assert advice.islands.value == 32765
         for answer in advice.answers().values():
             assert answer.text
-            assert answer.because
+            assert answer.reason
         assert json.dumps(advice.to_dict())
 
     def test_map_entries_of_a_plan(self) -> None:
@@ -587,7 +587,7 @@ class TestRecommendations:
         advice = recommend(costs_tables.table({TOUCH: line(0, 100)}))
 
         assert advice.step_bytes.value is None
-        assert "grow mprotect" in advice.step_bytes.because
+        assert "grow mprotect" in advice.step_bytes.reason
         assert advice.huge_above.value is None
 
     def test_lazy_that_is_no_cheaper(self) -> None:
@@ -706,7 +706,7 @@ class TestText:
 
         assert str(advice.step_bytes) in str(advice)
         assert str(advice.step_bytes).startswith(advice.step_bytes.text)
-        assert str(advice.step_bytes).endswith(f" Reason: {advice.step_bytes.because}.")
+        assert str(advice.step_bytes).endswith(f" Reason: {advice.step_bytes.reason}.")
         assert str(advice).count("Reason: ") == 6
         assert "cells were not measured: step_bytes, huge_step_bytes, idle" in str(touch_only)
         assert str(touch_only.step_bytes).startswith("not known. Reason: grow mprotect")

@@ -131,7 +131,7 @@ def arenas(name: layouts.LayoutName) -> None:
     assert_type(arena.placement, layouts.Placement)
     assert_type(arena.in_use, int)
     if arena.fell_back is not None:
-        assert_type(arena.fell_back.because, str)
+        assert_type(arena.fell_back.reason, str)
         assert_type(arena.fell_back.limit, str | None)
     assert_type(arena.grow("1MiB"), int)
     assert_type(arena.trim(MiB, older_than=1.5, lazy=True), int)
@@ -210,7 +210,7 @@ def plans(name: layouts.LayoutName) -> None:
             assert_type(answer.block, int | None)
     for piece in placement.maps():
         assert_type(piece, layouts.Piece)
-        assert_type((piece.start, piece.end, piece.perms, piece.what), tuple[int, int, str, str])
+        assert_type((piece.start, piece.end, piece.perms, piece.parts), tuple[int, int, str, str])
 
 
 def bump_arenas() -> None:

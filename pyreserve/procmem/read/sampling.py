@@ -34,13 +34,13 @@ class Sample(NamedTuple):
 
     def since(self, before: "Sample") -> "Sample":
         """Return the change of each figure; ``pss`` is None unless both samples know it."""
-        known = self.pss is not None and before.pss is not None
+        both_known = self.pss is not None and before.pss is not None
         return Sample(
             vsz=self.vsz - before.vsz,
             reserved=self.reserved - before.reserved,
             committed=self.committed - before.committed,
             rss=self.rss - before.rss,
-            pss=(self.pss or 0) - (before.pss or 0) if known else None,
+            pss=(self.pss or 0) - (before.pss or 0) if both_known else None,
             mappings=self.mappings - before.mappings,
         )
 

@@ -100,7 +100,7 @@ def capture(source: LiveSource | SavedSource) -> Capture:
         cgroups=_parse_cgroups(source.text("cgroup_memory") or ""),
         live=isinstance(source, LiveSource),
         pid=_pid(source, facts),
-        missing=tuple(name for name, known in readable.items() if not known),
+        missing=tuple(name for name, is_readable in readable.items() if not is_readable),
         knows_memory=files.knows_memory,
         guarded=_guarded_starts(source, table),
     )

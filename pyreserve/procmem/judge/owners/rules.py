@@ -77,9 +77,9 @@ class Rule(NamedTuple):
         else:
             candidates = process.anonymous
         fixed = [
-            (bit, bit if letter == wanted else 0)
-            for (letter, bit), wanted in zip(_LETTERS, self.perms, strict=True)
-            if wanted != "?"
+            (bit, bit if letter == expected else 0)
+            for (letter, bit), expected in zip(_LETTERS, self.perms, strict=True)
+            if expected != "?"
         ]
         mask, value = sum(bit for bit, _ in fixed), sum(bit for _, bit in fixed)
         set_flags = _bits(self.flags)
@@ -202,5 +202,5 @@ PROGRAM_NAMES = (
 
 def owner_named(label: str) -> str:
     """Return the owner of a mapping that its program named."""
-    known = (owner for pattern, owner in PROGRAM_NAMES if re.match(pattern, label))
-    return next(known, f"named {label}")
+    matching = (owner for pattern, owner in PROGRAM_NAMES if re.match(pattern, label))
+    return next(matching, f"named {label}")
