@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 
 class Table(NamedTuple):
-    """Titles and rows of text: the first column is left-aligned, the others right-aligned."""
+    """Titles and rows of text: the first `left` columns are left-aligned, the others right."""
 
     titles: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    left: int = 1
 
 
 class Report(NamedTuple):
@@ -27,18 +28,19 @@ class Report(NamedTuple):
         """Return the report as an HTML fragment, all text escaped."""
         from html import escape  # noqa: PLC0415 - rarely needed
 
-        def cell(tag: str, text: str, column: int) -> str:
-            side = "right" if column else "left"
-            return f'<{tag} style="text-align:{side}">{escape(printable(text))}</{tag}>'
-
-        def row(tag: str, cells: tuple[str, ...]) -> str:
-            return f"<tr>{''.join(cell(tag, text, i) for i, text in enumerate(cells))}</tr>"
+        def row(tag: str, cells: tuple[str, ...], left: int) -> str:
+            sides = ["left" if column < left else "right" for column in range(len(cells))]
+            parts = [
+                f'<{tag} style="text-align:{side}">{escape(printable(text))}</{tag}>'
+                for side, text in zip(sides, cells, strict=True)
+            ]
+            return f"<tr>{''.join(parts)}</tr>"
 
         parts = [f"<p><strong>{escape(printable(self.heading))}</strong></p>"]
         parts += [f"<p>{escape(printable(text))}</p>" for text in self.paragraphs]
         for table in self.tables:
-            body = "".join(row("td", cells) for cells in table.rows)
-            head = row("th", table.titles)
+            body = "".join(row("td", cells, table.left) for cells in table.rows)
+            head = row("th", table.titles, table.left)
             parts.append(f"<table><thead>{head}</thead><tbody>{body}</tbody></table>")
         return f"<div>{''.join(parts)}</div>"
 
@@ -48,7 +50,7 @@ def _text_table(table: Table) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            text.rjust(width) if i else text.ljust(width)
+            text.rjust(width) if i >= table.left else text.ljust(width)
             for i, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines

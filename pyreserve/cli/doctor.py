@@ -38,11 +38,7 @@ def command(as_json: bool, output_file: Path | None) -> None:
 
 def show(screen: "Screen", diagnosis: "Diagnosis") -> None:
     """Draw all findings."""
-    screen.text(
-        ("pyreserve doctor", "bold"),
-        f"  Linux {diagnosis.kernel} {diagnosis.machine}, Python {diagnosis.python}, "
-        f"pid {diagnosis.pid}",
-    )
+    screen.text(("pyreserve doctor", "bold"), f"  {diagnosis.title()}")
     previous = None
     for finding in diagnosis.findings:
         # Good findings are short and form one paragraph.
@@ -53,8 +49,7 @@ def show(screen: "Screen", diagnosis: "Diagnosis") -> None:
     screen.blank()
     screen.text("sysctl -w and echo need root and last until the next boot.", style="dim")
     screen.text("ulimit applies to the shell that then starts the process.", style="dim")
-    counts = diagnosis.counts()
-    screen.text(", ".join(f"{counts[state]} {state}" for state in counts), style="bold")
+    screen.text(diagnosis.summary(), style="bold")
 
 
 def _show(screen: "Screen", finding: "Finding") -> None:
@@ -64,14 +59,11 @@ def _show(screen: "Screen", finding: "Finding") -> None:
         (finding.topic, "bold"),
         f": {finding.fact} {finding.allows}",
     )
-    if finding.change is not None:
-        change = finding.change
-        if finding.command:
-            change = _continued(change, screen.width - _LABEL)
-        screen.labelled(("change", "dim"), _LABEL, (change, "cyan"))
-    for label, text in (("effect", finding.effect), ("risk", finding.risk)):
-        if text is not None:
-            screen.labelled((label, "dim"), _LABEL, text)
+    for label, text in finding.consequences():
+        is_change = label == "change"
+        if is_change and finding.command:
+            text = _continued(text, screen.width - _LABEL)  # noqa: PLW2901
+        screen.labelled((label, "dim"), _LABEL, (text, "cyan" if is_change else ""))
 
 
 def _continued(command: str, width: int) -> str:

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from html import escape
 from textwrap import indent
 from typing import Any, Literal
 
+from pyreserve._system import report
 from pyreserve._system.readings import Report
 
 State = Literal["good", "limited", "missing"]
@@ -44,9 +44,9 @@ class Finding:
     command: bool = True
 
     @classmethod
-    def of(cls, report: Report) -> "Finding":
-        """Return the finding with the words of a report."""
-        return cls(**report._asdict())
+    def of(cls, words: Report) -> "Finding":
+        """Return the finding with these words."""
+        return cls(**words._asdict())
 
     def consequences(self) -> Iterator[tuple[str, str]]:
         """Yield (label, text) of ``change``, ``effect`` and ``risk``, as far as there are any."""
@@ -57,7 +57,7 @@ class Finding:
     def __str__(self) -> str:
         lines = [f"{self.topic}: {self.fact} {self.allows}"]
         lines += [f"    {label}: {text}" for label, text in self.consequences()]
-        return "\n".join(lines)
+        return "\n".join(map(report.printable, lines))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +106,18 @@ class Diagnosis:
         return "\n".join([self.title(), *blocks, self.summary()])
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{finding.state}</td><td>{escape(finding.topic)}</td>"
-            f"<td>{escape(f'{finding.fact} {finding.allows}')}{_html_consequences(finding)}</td>"
-            "</tr>"
+        titles = ("state", "topic", "finding", "change", "effect", "risk")
+        rows: list[tuple[str, ...]] = [
+            (
+                finding.state,
+                finding.topic,
+                f"{finding.fact} {finding.allows}",
+                *(text or "" for text in (finding.change, finding.effect, finding.risk)),
+            )
             for finding in self.findings
-        )
-        return (
-            f"<table><caption>{escape(self.title())}: {self.summary()}</caption>"
-            "<thead><tr><th>state</th><th>topic</th><th>finding</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table>"
-        )
+        ]
+        table = report.Table(titles, rows, left=len(titles))
+        return report.Report(self.title(), (self.summary(),), (table,)).html()
 
     def title(self) -> str:
         """Return one line about the machine and the process."""
@@ -135,14 +136,6 @@ class Diagnosis:
         import json  # noqa: PLC0415
 
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-
-
-def _html_consequences(finding: Finding) -> str:
-    return "".join(
-        f"<br>{label}: {f'<code>{escape(text)}</code>' if is_code else escape(text)}"
-        for label, text in finding.consequences()
-        for is_code in [label == "change" and finding.command]
-    )
 
 
 Check = Callable[[], Iterable[Finding]]
