@@ -1,4 +1,4 @@
-"""Figures in inches, and as files: reproducible, the user's matplotlib settings are ignored."""
+"""Figures placed in inches and written reproducibly, whatever the user's matplotlib settings."""
 
 import functools
 import io

@@ -18,7 +18,10 @@ def rlimit(number: int) -> int | None:
 
 
 class Report(NamedTuple):
-    """The words about a limit or a feature; `pyreserve.doctor.Finding` explains each field."""
+    """The words about a limit or a feature, with the fields of `pyreserve.doctor.Finding`.
+
+    A named tuple: refusals load this module, and dataclasses are slow to import.
+    """
 
     topic: str
     state: Literal["good", "limited", "missing"]

@@ -12,7 +12,7 @@ class Table(NamedTuple):
 
 
 class Report(NamedTuple):
-    """A heading, paragraphs and tables; any text may contain unprintable characters."""
+    """A heading, paragraphs and tables; unprintable characters in their texts are escaped."""
 
     heading: str
     paragraphs: tuple[str, ...] = ()

@@ -20,9 +20,10 @@ _PTRACE_SCOPES = (
 
 
 def other_processes() -> Iterator[Finding]:
-    """Check whose mappings can be read (ptrace(2), "Ptrace access mode checking"); tries process 1.
+    """Check which processes' mappings can be read, by trying process 1.
 
-    Reading maps, smaps and pagemap takes ``PTRACE_MODE_READ``.
+    Reading maps, smaps and pagemap takes ``PTRACE_MODE_READ`` (ptrace(2), "Ptrace access mode
+    checking").
     """
     uid, capable = os.geteuid(), proc.capable(_CAP_SYS_PTRACE)
     refused = None

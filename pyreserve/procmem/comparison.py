@@ -185,7 +185,7 @@ def _change_text(growth: int | None) -> str:
     if growth is None:
         return "can't be compared"
     if not growth:
-        return "is as it was"
+        return "did not change"
     return f"{'grew' if growth > 0 else 'shrank'} by {format_size(abs(growth))}"
 
 

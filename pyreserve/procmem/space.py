@@ -252,8 +252,12 @@ def verdict(space: AddressSpace) -> str:
         f"{format_size(sizes[name])} {text}"
         for name, text, min_percent in (
             ("no_access_reserved", "is reserved address space that costs nothing", 1),
-            ("accessible_untouched", "may be used and is not, and becomes memory at first use", 10),
-            ("file_not_resident", "is of files, read when used", 10),
+            (
+                "accessible_untouched",
+                "is accessible and unused, and becomes memory at first use",
+                10,
+            ),
+            ("file_not_resident", "is mapped from files and read when used", 10),
             ("swapped", "is in swap", 0),
         )
         if sizes.get(name) and 100 * sizes[name] >= min_percent * space.vsz

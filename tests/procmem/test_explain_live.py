@@ -1234,7 +1234,7 @@ class TestDiff:
 
         assert difference.classes == difference.owners == difference.owners_resident == ()
         assert not any(change.by for change in difference.totals)
-        assert difference.verdict == "VSZ is as it was, memory (RSS) is as it was."
+        assert difference.verdict == "VSZ did not change, memory (RSS) did not change."
 
     @pytest.mark.parametrize(
         "garbage",

@@ -1,4 +1,4 @@
-"""Every byte of VSZ is in one class.
+"""The classes of memory: every byte of VSZ is in one of them.
 
 ============================  ======================================================================
 class                         bytes

@@ -38,7 +38,7 @@ def glibc_arenas(process: ProcessMappings) -> None:
         return
     evidence = (
         f"{plural(len(heaps), 'range')} of {format_size(size)}, aligned to it: readable and "
-        "writable from the start, no access to exactly the end"
+        "writable from the start, then without access to the exact end"
         + (", never charged (nr)" if process.knows_flags and not charged else "")
         + (f"; {process.libc} is mapped" if process.libc else "")
     )
@@ -164,7 +164,7 @@ def address_sanitizer(process: ProcessMappings) -> None:
             continue
         evidence = f"all of {low:x}-{high:x} is mapped, where its shadow is"
         shadow = [i for i in inside if process.perms[i] != NONE]
-        process.claim(shadow, "AddressSanitizer shadow", f"{evidence}, a byte for each eight")
+        process.claim(shadow, "AddressSanitizer shadow", f"{evidence}, one byte for each eight")
         process.claim(inside, "AddressSanitizer shadow gap", f"{evidence}: the part without access")
         run = _asan_allocator(process)
         if run is not None:

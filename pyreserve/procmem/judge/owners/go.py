@@ -69,9 +69,9 @@ def _contiguous_heap(process: ProcessMappings, hinted: list[int]) -> bool:
         runtime = _runtime_name(process, placement.start)
         used = placement.used
         evidence = (
-            f"its pieces lie as {layout.name} puts them ({_RELEASES[layout.name]}) with "
-            f"{format_size(used)} of arena used: the bitmap ends at {placement.arena_start:x} and "
-            f"has {layout.bitmap_bits} bits a word of it, spans a word a page"
+            f"its parts lie as in the layout {layout.name} ({_RELEASES[layout.name]}) with "
+            f"{format_size(used)} of arena in use: the bitmap ends at {placement.arena_start:x} "
+            f"and has {layout.bitmap_bits} bits for each word of arena, spans a word for each page"
         )
         for part, (low, high) in (
             ("spans", placement.spans),
@@ -203,7 +203,7 @@ def _arena_heap(process: ProcessMappings, hinted: list[int]) -> bool:
         tables,
         "Go runtime tables",
         "page summaries, 585 MiB reserved for 48-bit addresses (since Go 1.26 512 MiB more), and "
-        "what lies between them",
+        "the mappings between them",
     )
     return True
 

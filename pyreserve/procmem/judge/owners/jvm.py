@@ -125,7 +125,7 @@ def _zgc_heap(process: ProcessMappings) -> bool:
             process.claim(
                 group,
                 "JVM heap (ZGC)",
-                f"{_ZGC} is mapped, in views of one memory with reserved addresses beside it",
+                f"{_ZGC} is mapped, in several views with reserved addresses beside them",
             )
     return True
 

@@ -12,8 +12,6 @@ from pyreserve.units import GiB, KiB, MiB, format_size
 
 _MAX_BSS, _SMALL_BSS = 8 * MiB, 256 * KiB
 _MAX_GUARD = 64 * KiB
-
-
 _ANON_NAME = re.compile(r"\[anon(?:_shmem)?:(.*)\]", re.DOTALL)
 
 
@@ -118,8 +116,8 @@ def _stacks_above_guards(process: ProcessMappings) -> None:
     process.claim(
         pairs,
         "thread stacks",
-        f"{plural(len(pairs) // 2, 'pair')} of a guard without access and what is readable and "
-        f"writable right above it ({largest})"
+        f"{plural(len(pairs) // 2, 'pair')} of a guard without access and a readable and "
+        f"writable mapping right above it ({largest})"
         + (", both mapped for a stack (nh)" if all_marked else ""),
     )
 
@@ -192,7 +190,7 @@ def describe_unknown(process: ProcessMappings) -> None:
     perms = process.perms
     plain = sum([size[i] for i in unclaimed if perms[i] == RW])
     process.claims.evidence[UNKNOWN] = (
-        f"{plural(len(unclaimed), 'anonymous mapping')} of no shape that is known, the largest "
+        f"{plural(len(unclaimed), 'anonymous mapping')} of no known shape, the largest "
         f"{format_size(largest * KiB)} at {address:x}; {format_size(plain * KiB)} readable and "
-        "writable, as malloc's large blocks, Python's arenas and a program's own mmap all look"
+        "writable, like malloc's large blocks, Python's arenas and a program's own mappings"
     )

@@ -115,7 +115,7 @@ class ProcessMappings:
         return not any(self.flags[i] & FLAGS[code] for code in codes.split())
 
     def is_never_charged(self, i: int) -> bool:
-        """Return whether a mapping is MAP_NORESERVE and has no dc, dd or nh, as allocators map."""
+        """Return whether a mapping is MAP_NORESERVE without dc, dd and nh, as allocators map."""
         return self.is_plain(i, never_charged=True)
 
     def is_plain(self, i: int, *, never_charged: bool) -> bool:

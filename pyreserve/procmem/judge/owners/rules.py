@@ -131,7 +131,7 @@ ALLOCATORS = (
     ),
     Rule(
         "mimalloc",
-        "{code} is mapped, and these are where it asks for addresses",
+        "{code} is mapped, and these are at the addresses that it asks for",
         without_flags=True,
         starts=(2 * TiB, 30 * TiB),  # its hints, mimalloc src/os.c
         code="libmimalloc",

@@ -27,14 +27,14 @@ def v8(process: ProcessMappings) -> None:
             process.claim(
                 group,
                 "V8 WebAssembly memories and guards",
-                "4 GiB and more without access, around what is used: V8 reserves some 10 GiB for "
+                "4 GiB and more without access, around the used part: V8 reserves some 10 GiB for "
                 f"each memory, so that compiled code need not check bounds; {program} is mapped",
             )
         else:
             process.claim(
                 group,
                 "V8 heap",
-                f"not for children (dc), as V8 maps; {program} is mapped",
+                f"not inherited by children (dc), like V8's heap; {program} is mapped",
             )
     _sandbox(process, program)
 
@@ -86,5 +86,5 @@ def _sandbox(process: ProcessMappings, program: str) -> None:
             process.claim(
                 group,
                 "PartitionAlloc pools",
-                f"32 GiB aligned to as much, at {low:x}: its two core pools; {program} is mapped",
+                f"32 GiB at {low:x}, aligned to 32 GiB: its two core pools; {program} is mapped",
             )
