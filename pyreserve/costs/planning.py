@@ -4,14 +4,13 @@ import errno
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from operator import index as _index
 
 from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.costs.cells import METHODS, MODES, Cell, page_kinds
 from pyreserve.costs.programs import SCRIPTS, Program, Setting, untouched, write
 from pyreserve.errors import OutOfMemoryError
-from pyreserve.units import GiB, MiB, format_size
+from pyreserve.units import GiB, MiB, as_bytes, format_size
 
 # Memory that no program holds: two interpreters, and the kernel's page tables.
 _OVERHEAD = 128 * MiB
@@ -73,7 +72,9 @@ class Plan:
             raise OutOfMemoryError(errno.ENOMEM, msg, verb="populate", nbytes=self.memory)
 
 
-def plan(*, full: bool = False, only: Iterable[str] | None = None, longest: int = GiB) -> Plan:
+def plan(
+    *, full: bool = False, only: Iterable[str] | None = None, longest: int | str = GiB
+) -> Plan:
     """Choose the cells to measure.
 
     The default answers the common questions in a minute: small pages at lengths from one page to
@@ -83,14 +84,14 @@ def plan(*, full: bool = False, only: Iterable[str] | None = None, longest: int 
     Args:
         full: all page kinds, both modes, one thread to one per CPU, at every power of two.
         only: verbs to measure; None for all.
-        longest: length of the longest piece of memory, in bytes; lengths end at 1 GiB.
-            `Plan.memory` depends on it.
+        longest: length of the longest piece of memory: bytes, or a size such as ``"64MiB"``;
+            lengths end at 1 GiB. `Plan.memory` depends on it.
 
     Raises:
-        ValueError: a verb is unknown, `only` is empty, `longest` is less than an OS page, or no
-            cell remains.
+        ValueError: a verb is unknown, `only` is empty, `longest` is not a size or less than an OS
+            page, or no cell remains.
     """
-    verbs, longest = _verbs(only), _index(longest)
+    verbs, longest = _verbs(only), as_bytes(longest)
     if longest < PAGE_SIZE:
         msg = f"longest must be at least an OS page ({PAGE_SIZE} bytes), got {longest}"
         raise ValueError(msg)

@@ -787,6 +787,7 @@ class TestPlan:
 
         assert max(c.nbytes for c in chosen.cells if c.verb not in {"reserve", "release"}) <= MiB
         assert chosen.memory < 256 * MiB
+        assert plan(longest="1MiB") == chosen
 
     @pytest.mark.parametrize(
         "arguments",
@@ -795,12 +796,13 @@ class TestPlan:
             {"only": []},
             {"only": "x"},
             {"longest": 1},
+            {"longest": "lots"},
             {"only": "collapse", "longest": PAGE_SIZE},
         ],
     )
     def test_what_makes_no_sense(self, arguments: dict[str, Any]) -> None:
-        """An unknown verb, no verb, or a length under a page is a ValueError."""
-        with pytest.raises(ValueError, match=r"the verbs are|longest must be|nothing to"):
+        """An unknown verb, no verb, no size, or a length under a page is a ValueError."""
+        with pytest.raises(ValueError, match=r"the verbs|longest must be|not a size|nothing to"):
             plan(**arguments)
 
     def test_too_little_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -375,6 +375,7 @@ def reports(table: costs.CostTable, arena: Arena, region: Region) -> None:
 
     plan = costs.plan(only=["commit"], longest=MiB)
     assert_type(plan, costs.Plan)
+    assert_type(costs.plan(longest="64MiB"), costs.Plan)
     assert_type(costs.measure(plan, budget=1.5, progress=print), costs.CostTable)
     assert_type(costs.CostTable.load("costs.json"), costs.CostTable)
     assert_type(table.model(), costs.CostModel)
