@@ -26,6 +26,7 @@ from pyreserve.units import format_size, format_time
 if TYPE_CHECKING:
     from rich.table import Table
 
+    import pyreserve.costs.comparison
     import pyreserve.costs.text
     from pyreserve.cli.screen import Screen
     from pyreserve.costs import (
@@ -150,9 +151,11 @@ def command(
     plan.check_memory()
     table = _measure(plan, budget or (_FULL_BUDGET if full else costs.BUDGET))
     if csv is not None:
-        write_csv(table, csv)
+        from pyreserve._system.output import write_text  # noqa: PLC0415
+
+        write_text(csv, table.to_csv())
     if plot is not None:
-        write_plot(table, plot)
+        table.plot(plot)
     comparison = None if old is None else costs.compare(old, table)
 
     def draw(screen: "Screen") -> None:
@@ -160,7 +163,13 @@ def command(
         if comparison is not None:
             show_comparison(screen, comparison, str(compare))
 
-    output.write(lambda: to_json(table, comparison), draw, width=120)
+    def to_json() -> str:
+        document = table.to_dict()
+        if comparison is not None:
+            document["comparison"] = comparison.to_dict()
+        return json.dumps(document, indent=1)
+
+    output.write(to_json, draw, width=120)
     if not table.complete:
         raise click.exceptions.Exit(_INTERRUPTED)
 
@@ -180,52 +189,6 @@ def _measure(plan: "Plan", budget: float) -> "CostTable":
             return pyreserve.costs.measure(plan, budget=budget, progress=show_progress)
         except pyreserve.costs.Interrupted as interrupted:
             return interrupted.table
-
-
-def write_plot(table: "CostTable", path: Path) -> None:
-    """Draw cost against length."""
-    from pyreserve.costs.plot import draw  # noqa: PLC0415
-
-    draw(table, path)
-
-
-def write_csv(table: "CostTable", path: Path) -> None:
-    """Write CSV with a line per cell."""
-    from pyreserve._system.output import write_text  # noqa: PLC0415
-
-    write_text(path, table.to_csv())
-
-
-def to_json(table: "CostTable", comparison: "Comparison | None" = None) -> str:
-    """Return the table's JSON; after a comparison, with its result as ``comparison``."""
-    if comparison is None:
-        return table.to_json()
-    cells = [
-        {
-            "verb": row.cell.verb,
-            "method": row.cell.method,
-            "page_kind": row.cell.page_kind,
-            "mode": row.cell.mode,
-            "bytes": row.cell.nbytes,
-            "threads": row.cell.threads,
-            "host": row.host,
-            "old_median_ns": row.old.median,
-            "new_median_ns": row.new.median,
-            "verdict": row.verdict,
-        }
-        for row in comparison.cells
-    ]
-    document = json.loads(table.to_json())
-    document["comparison"] = {
-        "noisy": comparison.noisy,
-        "machine_differences": [
-            {"name": name, "old": old, "new": new} for name, old, new in comparison.differences
-        ],
-        "cells": cells,
-        "only_old": comparison.only_old,
-        "only_new": comparison.only_new,
-    }
-    return json.dumps(document, indent=1)
 
 
 @contextmanager
@@ -308,7 +271,6 @@ def show(screen: "Screen", table: "CostTable", recommendations: "Recommendations
     _show_machine(screen, table)
     screen.blank()
     _show_costs(screen, table)
-    screen.text(_LEGEND, style="dim")
     _show_cold(screen, table)
     _show_unmeasured(screen, table)
     screen.blank()
@@ -321,16 +283,18 @@ def show(screen: "Screen", table: "CostTable", recommendations: "Recommendations
 
 def _show_machine(screen: "Screen", table: "CostTable") -> None:
     facts = table.machine
-    settings = {int(size): mode for size, mode in facts["transparent_huge_pages"].items()}
-    enabled = [f"{format_size(size)} {mode}" for size, mode in settings.items() if mode != "never"]
+    enabled = [
+        f"{format_size(int(size))} {mode}"
+        for size, mode in facts["transparent_huge_pages"].items()
+        if mode != "never"
+    ]
     virtual = {"no": "not virtualised", "yes": "virtualised"}.get(
         facts["virtualised"], f"virtualised ({facts['virtualised']})"
     )
     balloon = ", with a balloon" if facts["balloon"] else ""
     screen.text(
         ("pyreserve costs", "bold"),
-        f"  {facts['cpu'] or 'unknown CPU'}, {_count(facts['cpus'], 'CPU')}, "
-        f"{format_size(facts['memory'])}, Linux {facts['kernel']}, {virtual}{balloon}",
+        f"  {pyreserve.costs.text.machine_text(facts)}, {virtual}{balloon}",
     )
     call = facts["system_call_ns"]
     screen.text(
@@ -352,27 +316,35 @@ def _count(n: int, noun: str, plural: str = "") -> str:
     return f"{n} {noun if n == 1 else plural or noun + 's'}"
 
 
+_Group = tuple[str, list[tuple[str, list[str]]]]
+"""A group and its curves: of each the label, and the row of `_COLUMNS` without the label."""
+
 _COLUMNS = ("", "pages", "fixed", "per page", "GiB/s", "at", "off", "outliers")
-_LEFT_ALIGNED = {"", "pages", "at", "outliers"}
-_LEGEND = (
-    "Medians, ± half of the 95 % interval. fixed: cost per call. per page: additional cost per OS "
-    "page. up to: not distinguishable from zero. GiB/s: of one thread, at the length in the next "
-    "column, where the cost per page dominates; a touch writes one byte per page. off: largest "
-    "deviation of a median from fixed + per page; large where the cost bends, for instance at a "
-    "cache's size. outliers: their share of the samples, and the worst as a multiple of the "
-    "median. pyreserve.costs.cells describes each verb and method."
-)
+_LEFT_ALIGNED = {"", "pages", "at", "outliers", "cell", "verdict"}
+# How many of `_COLUMNS` are shown, most first; GiB/s and its length go together.
+_CHOICES = (8, 7, 6, 4)
 
 
 def _show_costs(screen: "Screen", table: "CostTable") -> None:
     """Draw the costs with as many columns as fit; on a narrow screen below their labels."""
-    for last in range(len(_COLUMNS), 3, -1):
-        shown = _costs_in(screen, table, last)
+    groups = list(_curves(table))
+    for columns in _CHOICES:
+        shown = _costs_in(screen, groups, columns)
         if screen.fits(shown):
             screen.table(shown)
-            return
-    headings = ("pages", "fixed", "per page")
-    rows = [row[: len(headings)] for _, curves in _curves(table) for _, row in curves]
+            break
+    else:
+        _show_costs_below_labels(screen, groups, columns)
+    screen.text(
+        f"{pyreserve.costs.text.legend(_COLUMNS[:columns])} pyreserve.costs.cells describes each "
+        "verb and method.",
+        style="dim",
+    )
+
+
+def _show_costs_below_labels(screen: "Screen", groups: "list[_Group]", columns: int) -> None:
+    headings = _COLUMNS[1:columns]
+    rows = [row[: len(headings)] for _, curves in groups for _, row in curves]
     setting, *figures = (max(map(len, column)) for column in zip(headings, *rows, strict=True))
 
     def show(cells: Sequence[str]) -> None:
@@ -381,7 +353,7 @@ def _show_costs(screen: "Screen", table: "CostTable") -> None:
         screen.text(" ".join((first.ljust(setting), *aligned)), indent=4)
 
     show(headings)
-    for group, curves in _curves(table):
+    for group, curves in groups:
         screen.text(group, style="bold")
         last_label = None
         for label, row in curves:
@@ -391,21 +363,21 @@ def _show_costs(screen: "Screen", table: "CostTable") -> None:
             last_label = label
 
 
-def _costs_in(screen: "Screen", table: "CostTable", columns: int) -> "Table":
+def _costs_in(screen: "Screen", groups: "list[_Group]", columns: int) -> "Table":
     shown = screen.new_table(1)
     for name in _COLUMNS[:columns]:
         shown.add_column(name, no_wrap=True, justify="left" if name in _LEFT_ALIGNED else "right")
-    for group, rows in _curves(table):
+    for group, curves in groups:
         shown.add_row(screen.styled(group, "bold"))
         last = None
-        for label, row in rows:
+        for label, row in curves:
             shown.add_row(*[f"  {label}" if label != last else "", *row][:columns])
             last = label
     return shown
 
 
-def _curves(table: "CostTable") -> "Iterator[tuple[str, list[tuple[str, list[str]]]]]":
-    """Yield each group with its curves: a label and a row of `_COLUMNS` without the label."""
+def _curves(table: "CostTable") -> "Iterator[_Group]":
+    """Yield each group of verbs that has curves."""
     text = pyreserve.costs.text
     cells, fits = table.curves(), text.sorted_fits(table.model())
     for group, verbs in pyreserve.costs.GROUPS.items():
@@ -478,26 +450,16 @@ def show_comparison(screen: "Screen", comparison: "Comparison", old: str) -> Non
     screen.text(f"Compared with {old}", style="bold")
     for name, before, after in comparison.differences:
         screen.text(f"machine differs: {name} was {_plain(before)}, is {_plain(after)}", indent=2)
-    changed = [row for row in comparison.cells if row.verdict not in {"same", "unsure"}]
-    if changed:
+    titles, rows = pyreserve.costs.comparison.changes_table(comparison)
+    if rows:
         shown = screen.new_table(2, indent=2)
-        shown.add_column("cell")
-        for column in ("before", "now", "ratio"):
-            shown.add_column(column, justify="right", no_wrap=True)
-        shown.add_column("verdict", no_wrap=True)
-        for row in sorted(changed, key=lambda row: -abs(row.ratio - 1)):
-            cold = ", cold host" if row.host == "cold" else ""
-            shown.add_row(
-                f"{row.cell}{cold}",
-                format_time(row.old.median),
-                format_time(row.new.median),
-                f"{row.ratio:.2f}",
-                row.verdict,
-            )
+        for title in titles:
+            left = title in _LEFT_ALIGNED
+            shown.add_column(title, justify="left" if left else "right", no_wrap=title != "cell")
+        for row in rows:
+            shown.add_row(*row)
         screen.table(shown)
-    counts = {v: comparison.count(v) for v in ("same", "slower", "faster", "noisy", "unsure")}
-    summary = ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n or verdict == "same")
-    screen.text(f"{len(comparison.cells)} cells in both runs: {summary}")
+    screen.text(pyreserve.costs.comparison.counts_text(comparison))
     if comparison.only_old or comparison.only_new:
         screen.text(
             f"{comparison.only_old} cells in the old run only, {comparison.only_new} in this only"

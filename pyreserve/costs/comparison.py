@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from pyreserve._system.report import Report, Table
 from pyreserve.costs.cells import Cell
@@ -70,6 +71,32 @@ class Comparison:
         changed = [cell for cell in self.cells if cell.verdict not in {"same", "unsure"}]
         return sorted(changed, key=lambda compared: -abs(compared.ratio - 1))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, as ``pyreserve costs --compare --json`` writes it."""
+        return {
+            "noisy": self.noisy,
+            "machine_differences": [
+                {"name": name, "old": old, "new": new} for name, old, new in self.differences
+            ],
+            "cells": [
+                {
+                    "verb": compared.cell.verb,
+                    "method": compared.cell.method,
+                    "page_kind": compared.cell.page_kind,
+                    "mode": compared.cell.mode,
+                    "bytes": compared.cell.nbytes,
+                    "threads": compared.cell.threads,
+                    "host": compared.host,
+                    "old_median_ns": compared.old.median,
+                    "new_median_ns": compared.new.median,
+                    "verdict": compared.verdict,
+                }
+                for compared in self.cells
+            ],
+            "only_old": self.only_old,
+            "only_new": self.only_new,
+        }
+
     def __str__(self) -> str:
         return self._report().text()
 
@@ -77,10 +104,8 @@ class Comparison:
         return self._report().html()
 
     def _report(self) -> Report:
-        counts = ((self.count(verdict), verdict) for verdict in _VERDICTS)
         paragraphs = [
-            f"{len(self.cells)} cells in both runs: "
-            f"{', '.join(f'{count} {verdict}' for count, verdict in counts)}.",
+            f"{counts_text(self)}.",
             f"In the old run only: {self.only_old} cells; in the new run only: {self.only_new}.",
         ]
         paragraphs += [
@@ -88,9 +113,21 @@ class Comparison:
             for name, before, after in self.differences
         ]
         paragraphs += [f"Changes are reported as noise: {self.noisy}."] if self.noisy else []
-        rows = [_row(compared) for compared in self.changed()]
-        titles = ("cell", "before", "now", "ratio", "verdict")
-        return Report("Costs compared", tuple(paragraphs), (Table(titles, rows),) if rows else ())
+        changes = changes_table(self)
+        return Report("Costs compared", tuple(paragraphs), (changes,) if changes.rows else ())
+
+
+def counts_text(comparison: Comparison) -> str:
+    """Return the number of cells in both tables, and of those with each verdict."""
+    counts = {verdict: comparison.count(verdict) for verdict in _VERDICTS}
+    shown = [f"{n} {verdict}" for verdict, n in counts.items() if n or verdict == "same"]
+    return f"{len(comparison.cells)} cells in both runs: {', '.join(shown)}"
+
+
+def changes_table(comparison: Comparison) -> Table:
+    """Return a row for each changed cell, the largest changes first."""
+    titles = ("cell", "before", "now", "ratio", "verdict")
+    return Table(titles, [_row(compared) for compared in comparison.changed()])
 
 
 def _row(compared: Compared) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from pyreserve.costs.schema import (
     rounded,
     to_dict,
 )
-from pyreserve.costs.text import LEGEND, fits_table, machine_text
+from pyreserve.costs.text import fits_table, legend, machine_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,7 +97,7 @@ class CostTable:
             "not measured.",
             "" if self.complete else "The measurement was interrupted.",
             f"Small changes are doubtful: {self.disturbed}." if self.disturbed else "",
-            LEGEND if self.model().fits else "",
+            legend() if self.model().fits else "",
         ]
         return Report(
             f"Costs of virtual memory on {machine_text(self.machine)}",
@@ -105,9 +105,9 @@ class CostTable:
             (fits_table(self.model()),) if self.model().fits else (),
         )
 
-    def to_json(self) -> str:
-        """Return the JSON of ``pyreserve costs --json``, schema 1; keys carry their unit."""
-        document = {
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, as ``pyreserve costs --json`` writes it; keys carry their unit."""
+        return {
             "schema": SCHEMA,
             "machine": machine_to_dict(self.machine),
             "complete": self.complete,
@@ -120,7 +120,10 @@ class CostTable:
             "cells": [to_dict(entry) for entry in self.cells],
             "model": self.model().to_dict(),
         }
-        return json.dumps(document, indent=1)
+
+    def to_json(self) -> str:
+        """Return the JSON of ``pyreserve costs --json``."""
+        return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "CostTable":

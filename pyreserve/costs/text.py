@@ -1,6 +1,6 @@
-"""The figures of fits as text, for ``str()`` and notebooks. Imports no table."""
+"""The figures of fits as text, for the screen, ``str()`` and notebooks. Imports no table."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pyreserve._system.limits import PAGE_SIZE
@@ -9,11 +9,24 @@ from pyreserve.costs.cells import GROUPS, METHODS, SMALL, Curve
 from pyreserve.costs.model import CostModel, Fit
 from pyreserve.units import format_size, format_time
 
-LEGEND = (
-    "Medians, ± half of the 95 % interval. fixed: cost per call. per page: additional cost per OS "
-    "page. up to: not distinguishable from zero. GiB/s: at the length in the next column, where "
-    "the cost per page dominates. off: largest deviation of a median from fixed + per page."
-)
+TITLES = ("verb and method", "pages", "fixed", "per page", "GiB/s", "at", "off")
+"""The titles of the columns that `fit_row` fills."""
+
+_EXPLANATIONS = {
+    "fixed": "fixed: cost per call.",
+    "per page": "per page: additional cost per OS page. up to: not distinguishable from zero.",
+    "at": "GiB/s: of one thread, at the length in the next column, where the cost per page "
+    "dominates; a touch writes one byte per page.",
+    "off": "off: largest deviation of a median from fixed + per page; large where the cost bends, "
+    "for instance at a cache's size.",
+    "outliers": "outliers: their share of the samples, and the worst as a multiple of the median.",
+}
+
+
+def legend(titles: Iterable[str] = TITLES) -> str:
+    """Return the explanations of the columns with these titles."""
+    explanations = (_EXPLANATIONS[title] for title in titles if title in _EXPLANATIONS)
+    return " ".join(("Medians, ± half of the 95 % interval.", *explanations))
 
 
 def machine_text(machine: Mapping[str, Any]) -> str:
@@ -28,8 +41,7 @@ def machine_text(machine: Mapping[str, Any]) -> str:
 
 def fits_table(model: CostModel) -> Table:
     """Return a row for each fit, in the order of `GROUPS` and `METHODS`."""
-    titles = ("verb and method", "pages", "fixed", "per page", "GiB/s", "at", "off")
-    return Table(titles, [fit_row(fit) for fit in sorted_fits(model)])
+    return Table(TITLES, [fit_row(fit) for fit in sorted_fits(model)])
 
 
 def sorted_fits(model: CostModel) -> list[Fit]:
@@ -47,7 +59,7 @@ def _order(fit: Fit) -> tuple[object, ...]:
 
 
 def fit_row(fit: Fit) -> tuple[str, ...]:
-    """Return the cells of a fit's row in `fits_table`."""
+    """Return the texts of a fit's row, one for each of `TITLES`."""
     longest = fit.points[-1][0]
     # A rate is meaningful only where the cost per page dominates.
     paged = fit.ns_per_page > 1 and fit.ns_per_page * longest > fit.fixed_ns

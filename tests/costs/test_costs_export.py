@@ -21,7 +21,6 @@ from PIL import Image
 
 from pyreserve import GiB, KiB, MiB
 from pyreserve._system.output import check_writable, write_bytes, write_text
-from pyreserve.cli import costs as command
 from pyreserve.cli.console import Output
 from pyreserve.costs import GROUPS, METHODS, Cell, CostTable, Curve, Measured, Noise
 from pyreserve.costs import plot as module
@@ -463,6 +462,11 @@ def write_json(costs: CostTable, path: Path) -> None:
     Output(True, path).write(costs.to_json, lambda _: None)
 
 
+def write_csv(costs: CostTable, path: Path) -> None:
+    """Write a table as ``pyreserve costs --csv FILE`` does."""
+    write_text(path, costs.to_csv())
+
+
 class TestWritingWhole:
     @pytest.fixture
     def broken(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -479,8 +483,8 @@ class TestWritingWhole:
         ("write", "suffix"),
         [
             (write_json, ".json"),
-            (command.write_csv, ".csv"),
-            (command.write_plot, ".svg"),
+            (write_csv, ".csv"),
+            (CostTable.plot, ".svg"),
         ],
     )
     def test_a_failed_write_leaves_the_old_file(

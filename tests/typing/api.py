@@ -381,6 +381,8 @@ def reports(table: costs.CostTable, arena: Arena, region: Region) -> None:
     assert_type(table.model(), costs.CostModel)
     assert_type(costs.recommend(table), costs.Recommendations)
     assert_type(costs.compare(table, table), costs.Comparison)
+    assert_type(costs.compare(table, table).to_dict(), dict[str, Any])
+    assert_type(table.to_dict(), dict[str, Any])
     assert_type(costs.measured_step(huge_pages=True), int)
 
     registration = prometheus.register(arena, "a")
