@@ -59,8 +59,7 @@ VERBS = (
 
 _FULL_BUDGET = 600.0  # seconds
 _INTERRUPTED = 130  # the status that a shell reports after Ctrl-C
-_BAR_REFRESH = 0.2  # seconds between two drawings of the bar, on a terminal
-_LINE_INTERVAL = 10.0  # seconds between two progress lines, elsewhere
+_LINE_INTERVAL = 10.0  # seconds between two progress lines, elsewhere than on a terminal
 
 
 def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> list[Any]:
@@ -193,10 +192,7 @@ def _measure(plan: "Plan", budget: float) -> "CostTable":
 
 @contextmanager
 def progress(plan: "Plan", budget: float) -> "Iterator[Callable[[Progress], None]]":
-    """Report progress on standard error: a bar on a terminal, elsewhere a line every 10 s.
-
-    The caller's thread draws, between two answers of the measuring process.
-    """
+    """Report progress on standard error: a bar on a terminal, elsewhere a line every 10 s."""
     click.echo(
         f"pyreserve costs: measuring {len(plan.cells)} cells for at most {budget:g} s, in up to "
         f"{format_size(plan.memory)} of memory; Ctrl-C ends the run and keeps its results",
@@ -228,42 +224,20 @@ def _progress_lines(budget: float) -> "Callable[[Progress], None]":
 
 @contextmanager
 def _bar(budget: float) -> "Iterator[Callable[[Progress], None]]":
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
-    from rich.progress import Progress as Bar  # noqa: PLC0415
+    from rich.progress import BarColumn, TimeElapsedColumn  # noqa: PLC0415
 
-    console = Console(stderr=True, highlight=False)
-    bar = Bar(
-        TextColumn("{task.fields[doing]}"),
+    from pyreserve.cli.screen import progress_bar  # noqa: PLC0415  # rich is slow to import
+
+    with progress_bar(
+        budget,
+        "{task.fields[doing]}",
         BarColumn(),
         TimeElapsedColumn(),
-        TextColumn("pass {task.fields[passes]}, {task.fields[settled]} cells settled"),
-        console=console,
-        auto_refresh=False,
-        transient=True,
-    )
-    task = bar.add_task("", total=budget, doing="", passes=1, settled=0)
-    drawn = time.monotonic()
-
-    def show(now: "Progress") -> None:
-        nonlocal drawn
-        if time.monotonic() - drawn < _BAR_REFRESH:
-            return
-        drawn = time.monotonic()
-        bar.update(
-            task,
-            completed=now.seconds,
-            doing=now.doing,
-            passes=now.passes + 1,
-            settled=now.settled,
+        "pass {task.fields[passes]}, {task.fields[settled]} cells settled",
+    ) as update:
+        yield lambda now: update(
+            now.seconds, doing=now.doing, passes=now.passes + 1, settled=now.settled
         )
-        bar.refresh()
-
-    bar.start()
-    try:
-        yield show
-    finally:
-        bar.stop()
 
 
 def show(screen: "Screen", table: "CostTable", recommendations: "Recommendations") -> None:

@@ -3,12 +3,19 @@
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from typing import IO, Any
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
+_BAR_REFRESH = 0.2  # seconds between two drawings of a bar
 
 Part = str | tuple[str, str]
 """A text, or a text and its style."""
@@ -169,3 +176,35 @@ class Screen:
         cut = text[: width - len(mark)]
         words = text[: len(cut) + 1].rpartition(" ")[0]
         return (words if 2 * len(words) > width else cut).rstrip(" ,") + mark
+
+
+@contextmanager
+def progress_bar(
+    total: float, *columns: "ProgressColumn | str", delay: float = 0.0
+) -> Iterator[Callable[..., None]]:
+    """Draw a bar on standard error, a terminal, from `delay` seconds on.
+
+    Yields a function that takes the amount done and the fields of the columns. The caller's thread
+    draws: a separate thread would disturb measurements, and add its stack and heap to VSZ.
+    """
+    from rich.progress import Progress  # noqa: PLC0415  # slow to import
+
+    console = Console(stderr=True, highlight=False)
+    bar = Progress(*columns, console=console, auto_refresh=False, transient=True)
+    task = bar.add_task("", total=total)
+    next_drawing = time.monotonic() + delay
+
+    def update(completed: float, **fields: Any) -> None:
+        nonlocal next_drawing
+        if time.monotonic() < next_drawing or not console.is_terminal:
+            return
+        next_drawing = time.monotonic() + _BAR_REFRESH
+        bar.update(task, completed=completed, **fields)
+        bar.start()
+        bar.refresh()
+
+    try:
+        yield update
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _BAR_DELAY = 0.5  # seconds of work before a progress bar is drawn
-_BAR_REFRESH = 0.1  # seconds between two drawings
-
-Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 
 def _complete_layout(_: click.Context, __: click.Parameter, incomplete: str) -> list[Any]:
@@ -101,7 +98,7 @@ def command(
         chosen = layouts.get(name, size=size, word=WORD).name
     except (KeyError, ValueError) as error:
         raise click.BadParameter(str(error.args[0])) from None
-    with reserved(chosen, size, touch, progress) as report:
+    with reserved(chosen, size, touch) as report:
         output.write(report.to_json, lambda screen: show(screen, report))
         if hold is not None:
             _hold(hold)
@@ -211,9 +208,7 @@ class VszReport(NamedTuple):
 
 
 @contextmanager
-def reserved(
-    layout: LayoutName, size: int | None, touch: int, progress: Progress
-) -> Iterator[VszReport]:
+def reserved(layout: LayoutName, size: int | None, touch: int) -> Iterator[VszReport]:
     """Reserve a layout until the block ends: grow by 1 MiB and touch `touch` more bytes.
 
     Raises:
@@ -227,7 +222,7 @@ def reserved(
     before = Sizes.read()
     with Arena(size, layout=layout) as arena:
         arena.grow(MiB)
-        _touch(arena, touch, progress)
+        _touch(arena, touch)
         after = Sizes.read()
         placement = arena.placement
         yield VszReport(
@@ -269,12 +264,14 @@ def _refuse_too_much(touch: int) -> None:
         raise OutOfMemoryError(errno.ENOMEM, msg, verb="populate", nbytes=touch)
 
 
-def _touch(arena: Arena, nbytes: int, progress: Progress) -> None:
-    with progress(nbytes) as advance:
+def _touch(arena: Arena, nbytes: int) -> None:
+    touched = 0
+    with progress(nbytes) as show_progress:
         for step in _steps(nbytes):
             block = arena.grow(step)
             arena.region.populate(block - arena.region.base, step)
-            advance(step)
+            touched += step
+            show_progress(touched)
 
 
 def _steps(nbytes: int) -> Iterator[int]:
@@ -460,49 +457,14 @@ def show_layouts(screen: "Screen") -> None:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Draw a progress bar on standard error, if it is a terminal, after `_BAR_DELAY` seconds.
-
-    Yields a function that takes the bytes done since its last call. The caller's thread draws:
-    a separate thread would add its stack and heap to VSZ.
-    """
+    """Draw a bar if standard error is a terminal; yield a function that takes the touched bytes."""
     if not total or sys.stderr is None or not sys.stderr.isatty():
         yield lambda _: None
         return
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import (  # noqa: PLC0415
-        BarColumn,
-        DownloadColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as Bar  # noqa: PLC0415
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn  # noqa: PLC0415
 
-    bar = Bar(
-        TextColumn("touching"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        auto_refresh=False,
-        transient=True,
-    )
-    task = bar.add_task("touching", total=total)
-    begun = drawn = time.monotonic()
-    started = False
+    from pyreserve.cli.screen import progress_bar  # noqa: PLC0415  # rich is slow to import
 
-    def advance(nbytes: int) -> None:
-        nonlocal started, drawn
-        now = time.monotonic()
-        bar.advance(task, nbytes)
-        if not started and now - begun > _BAR_DELAY and bar.console.is_terminal:
-            bar.start()
-            started = True
-        if started and now - drawn > _BAR_REFRESH:
-            bar.refresh()
-            drawn = now
-
-    try:
-        yield advance
-    finally:
-        if started:
-            bar.stop()
+    columns = ("touching", BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with progress_bar(total, *columns, delay=_BAR_DELAY) as update:
+        yield update
