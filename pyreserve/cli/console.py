@@ -1,6 +1,7 @@
 """What the commands share: help, types of options, and where results go. Does not import rich."""
 
 import io
+import math
 import os
 import sys
 import textwrap
@@ -106,6 +107,61 @@ def _is_number(text: str) -> bool:
     return True
 
 
+class Seconds(click.ParamType):  # type: ignore[type-arg]
+    """A positive, finite number of seconds."""
+
+    name = "seconds"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Parse the number."""
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            self.fail(f"must be a positive number of seconds, got {value}", param, ctx)
+        return seconds
+
+
+class OutputFile(click.Path):
+    """A file to write. One that can't be written is refused before the work starts."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Check the path."""
+        from pyreserve._system.output import check_writable  # noqa: PLC0415
+
+        path = Path(value)
+        try:
+            check_writable(path)
+        except PermissionError as error:
+            self.fail(str(error), param, ctx)
+        return path
+
+
+class Picture(OutputFile):
+    """A picture to write, for the option ``--plot``. Refused too without matplotlib."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Check the suffix, matplotlib and the path."""
+        from pyreserve._system.pictures import check_suffix  # noqa: PLC0415
+
+        try:
+            check_suffix(Path(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if find_spec("matplotlib") is None:
+            click.echo(
+                "pyreserve: --plot needs matplotlib: pip install 'pyreserve[plot]'", err=True
+            )
+            raise click.exceptions.Exit(1)
+        return super().convert(value, param, ctx)
+
+
 class Output(NamedTuple):
     """Where a command's result goes, from the options ``--json`` and ``--output``.
 
@@ -116,13 +172,6 @@ class Output(NamedTuple):
 
     as_json: bool
     path: Path | None
-
-    @classmethod
-    def checked(cls, as_json: bool, path: Path | None) -> "Output":
-        """Return the output; refuse a file that can't be written before the work starts."""
-        if path is not None:
-            check_output(path, "--output")
-        return cls(as_json, path)
 
     def write(
         self, to_json: Callable[[], str], draw: "Callable[[Screen], None]", *, width: int = 100
@@ -157,12 +206,11 @@ class Output(NamedTuple):
 
 def output_options(function: _Function) -> _Function:
     """Add ``--json`` and ``--output``."""
-    file = click.Path(path_type=Path)
     for option in (
         click.option(
             "--output",
             "output_file",
-            type=file,
+            type=OutputFile(),
             metavar="FILE",
             help="Write the result to FILE instead of standard output.",
         ),
@@ -170,31 +218,6 @@ def output_options(function: _Function) -> _Function:
     ):
         function = option(function)
     return function
-
-
-def check_output(path: Path, option: str) -> None:
-    """Refuse a file that can't be written."""
-    from pyreserve._system.output import check_writable  # noqa: PLC0415
-
-    try:
-        check_writable(path)
-    except PermissionError as error:
-        raise click.BadParameter(str(error), param_hint=f"'{option}'") from None
-
-
-def check_picture(path: Path) -> None:
-    """Refuse a picture that can't be drawn: its suffix, matplotlib or its file."""
-    from pyreserve._system.pictures import check_suffix  # noqa: PLC0415
-
-    try:
-        check_suffix(path)
-    except ValueError:
-        msg = f"--plot needs a file name that ends in .png or .svg, got {path}"
-        raise click.BadParameter(msg) from None
-    if find_spec("matplotlib") is None:
-        click.echo("pyreserve: --plot needs matplotlib: pip install 'pyreserve[plot]'", err=True)
-        raise click.exceptions.Exit(1)
-    check_output(path, "--plot")
 
 
 def discard_output() -> None:

@@ -1,7 +1,6 @@
 """``pyreserve costs``: measure what memory operations cost, with progress on standard error."""
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +14,10 @@ import pyreserve
 from pyreserve.cli.console import (
     Command,
     Output,
+    OutputFile,
+    Picture,
+    Seconds,
     Size,
-    check_output,
-    check_picture,
     completions,
     output_options,
 )
@@ -58,7 +58,6 @@ VERBS = (
 """The verbs of `pyreserve.costs.GROUPS`, which help and completion name without importing it."""
 
 _FULL_BUDGET = 600.0  # seconds
-_INTERRUPTED = 130  # the status that a shell reports after Ctrl-C
 _LINE_INTERVAL = 10.0  # seconds between two progress lines, elsewhere than on a terminal
 
 
@@ -78,7 +77,9 @@ def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> l
         ("pyreserve costs --compare old.json", "and tell what changed since"),
     ),
 )
-@click.option("--budget", type=float, metavar="SECONDS", help="Time limit; 50 seconds by default.")
+@click.option(
+    "--budget", type=Seconds(), metavar="SECONDS", help="Time limit; 50 seconds by default."
+)
 @click.option(
     "--full",
     is_flag=True,
@@ -100,16 +101,11 @@ def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> l
 )
 @click.option(
     "--csv",
-    type=click.Path(path_type=Path),
+    type=OutputFile(),
     metavar="FILE",
     help="Write the results as CSV, one line per cell.",
 )
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path),
-    metavar="FILE.png|.svg",
-    help="Draw cost against length.",
-)
+@click.option("--plot", type=Picture(), metavar="FILE.png|.svg", help="Draw cost against length.")
 @click.option(
     "--compare",
     type=click.Path(path_type=Path),
@@ -132,20 +128,12 @@ def command(
 
     Prints what commit, touch, discard, decommit and other verbs cost on this machine.
     """
-    if budget is not None and not 0 < budget < math.inf:
-        msg = f"--budget must be a positive number of seconds, got {budget}"
-        raise click.BadParameter(msg)
     costs = pyreserve.costs
     verbs = None if only is None else [verb.strip() for verb in only.split(",") if verb.strip()]
     try:
         plan = costs.plan(full=full, only=verbs, longest=longest)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
-    output = Output.checked(as_json, output_file)
-    if csv is not None:
-        check_output(csv, "--csv")
-    if plot is not None:
-        check_picture(plot)
     old = None if compare is None else _load(compare)
     plan.check_memory()
     table = _measure(plan, budget or (_FULL_BUDGET if full else costs.BUDGET))
@@ -168,17 +156,16 @@ def command(
             document["comparison"] = comparison.to_dict()
         return json.dumps(document, indent=1)
 
-    output.write(to_json, draw, width=120)
+    Output(as_json, output_file).write(to_json, draw, width=120)
     if not table.complete:
-        raise click.exceptions.Exit(_INTERRUPTED)
+        raise click.Abort  # Ctrl-C
 
 
 def _load(path: Path) -> "CostTable":
     try:
         return pyreserve.costs.CostTable.load(path)
     except ValueError as error:
-        msg = f"--compare {path}: {error}"
-        raise click.BadParameter(msg) from None
+        raise click.BadParameter(str(error), param_hint="'--compare'") from None
 
 
 def _measure(plan: "Plan", budget: float) -> "CostTable":

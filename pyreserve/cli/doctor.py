@@ -31,7 +31,7 @@ def command(as_json: bool, output_file: Path | None) -> None:
     Checks limits, kernel features and settings. Each finding has its consequence and, if it can be
     changed, the command that does so with its effect and risk.
     """
-    output = Output.checked(as_json, output_file)
+    output = Output(as_json, output_file)
     diagnosis = pyreserve.doctor.diagnose()
     output.write(diagnosis.to_json, lambda screen: show(screen, diagnosis), width=80)
 

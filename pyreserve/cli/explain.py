@@ -1,7 +1,6 @@
 """``pyreserve explain``: explain an address space, live, saved, drawn, watched or compared."""
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -15,8 +14,9 @@ from pyreserve._system import proc
 from pyreserve.cli.console import (
     Command,
     Output,
-    check_output,
-    check_picture,
+    OutputFile,
+    Picture,
+    Seconds,
     completions,
     output_options,
 )
@@ -52,7 +52,7 @@ def _processes() -> Iterator[tuple[str, str]]:
                     yield str(pid), proc.command_name(pid)
 
 
-_FILE = click.Path(path_type=Path)
+_PATH = click.Path(path_type=Path)
 
 
 @click.command(
@@ -67,7 +67,7 @@ _FILE = click.Path(path_type=Path)
         ("pyreserve explain --diff old.json new.json", "what changed between two of them"),
     ),
 )
-@click.argument("pid", type=int, required=False, metavar="[PID]", shell_complete=_complete_pid)
+@click.argument("pid", type=int, required=False, shell_complete=_complete_pid)
 @click.option(
     "--top",
     type=click.IntRange(min=0),
@@ -79,30 +79,32 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--watch",
     "interval",
-    type=float,
+    type=Seconds(),
     is_flag=False,
     flag_value="1",
     metavar="[SECONDS]",
     help="Show VSZ, reserved, committed, RSS and PSS over time, every second by default. q or "
     "Ctrl-C ends it.",
 )
-@click.option("--csv", type=_FILE, metavar="FILE", help="With --watch: write the samples to FILE.")
 @click.option(
-    "--plot", type=_FILE, metavar="FILE.png|.svg", help="Draw the blocks of the address space."
+    "--csv", type=OutputFile(), metavar="FILE", help="With --watch: write the samples to FILE."
+)
+@click.option(
+    "--plot", type=Picture(), metavar="FILE.png|.svg", help="Draw the blocks of the address space."
 )
 @click.option(
     "--from",
     "folder",
-    type=_FILE,
+    type=_PATH,
     metavar="DIR",
     help="Explain saved files of /proc/PID (maps, smaps, ...).",
 )
 @click.option(
-    "--save", type=_FILE, metavar="DIR", help="Save the files of /proc/PID in DIR, for --from."
+    "--save", type=_PATH, metavar="DIR", help="Save the files of /proc/PID in DIR, for --from."
 )
 @click.option(
     "--diff",
-    type=_FILE,
+    type=_PATH,
     nargs=2,
     metavar="A.json B.json",
     help="Compare two files written by --json --output.",
@@ -136,11 +138,7 @@ def command(
     }
     given = [name for name, present in outputs.items() if present]
     _check(pid, interval, csv, folder, diff, given)
-    output = Output.checked(as_json, output_file)
-    if csv is not None:
-        check_output(csv, "--csv")
-    if plot is not None:
-        check_picture(plot)
+    output = Output(as_json, output_file)
     if diff is not None:
         _compare(*diff, output)
     elif interval is not None and pid is not None:
@@ -175,8 +173,6 @@ def _check(
         msg = f"PID must be positive, got {pid}"
     elif interval is not None and pid is None:
         msg = "--watch needs a process: pyreserve explain PID --watch [SECONDS]"
-    elif interval is not None and not 0 < interval < math.inf:
-        msg = f"--watch must be a positive number of seconds, got {interval}"
     elif csv is not None and interval is None:
         msg = "--csv needs --watch"
     else:

@@ -89,7 +89,7 @@ def command(
     if hold is not None and not hold >= 0:
         msg = f"--hold must be at least 0 seconds, got {hold}"
         raise click.BadParameter(msg)
-    output = Output.checked(as_json, output_file)
+    output = Output(as_json, output_file)
     if list_layouts:
         output.write(layouts_json, show_layouts, width=140)
         return
@@ -97,7 +97,8 @@ def command(
     try:
         chosen = layouts.get(name, size=size, word=WORD).name
     except (KeyError, ValueError) as error:
-        raise click.BadParameter(str(error.args[0])) from None
+        option = "'--layout'" if isinstance(error, KeyError) else "'--size'"
+        raise click.BadParameter(str(error.args[0]), param_hint=option) from None
     with reserved(chosen, size, touch) as report:
         output.write(report.to_json, lambda screen: show(screen, report))
         if hold is not None:
