@@ -1,9 +1,8 @@
 """``pyreserve explain``: explain an address space, live, saved, drawn, watched or compared."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,14 +24,23 @@ from pyreserve.units import format_size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    import pyreserve.procmem.judge.classes
+    import pyreserve.procmem.comparison
     import pyreserve.procmem.judge.owners
-    import pyreserve.procmem.show.picture
+    import pyreserve.procmem.show.explained
     from pyreserve.cli.screen import Screen
-    from pyreserve.procmem import AddressSpace, Change, Difference, Mapping
+    from pyreserve.procmem import AddressSpace, Difference, Mapping
 
-_STYLES = ("dim yellow", "cyan", "bold red", "magenta", "blue", "red", "dim")
-_UNKNOWN_SIZE = "?"
+# The colours of the classes.
+_STYLES = {
+    "no_access_reserved": "dim yellow",
+    "accessible": "cyan",
+    "accessible_untouched": "cyan",
+    "resident_private": "bold red",
+    "resident_shared": "magenta",
+    "file_not_resident": "blue",
+    "swapped": "red",
+    "special_pfn": "dim",
+}
 _BAR, _MIN_BAR = 20, 5  # columns
 _MIN_NAME = 12
 _GAP = 2
@@ -208,21 +216,8 @@ def _explain(
         pid, folder = None, save
     space = procmem.explain(pid, path=folder)
     if plot is not None:
-        from pyreserve.procmem.show.picture import draw  # noqa: PLC0415
-
-        draw(space, plot)
+        space.plot(plot)
     output.write(space.to_json, lambda screen: show(screen, space, top))
-
-
-@cache
-def _classes() -> dict[str, tuple[str, str]]:
-    """Return the label and the style of each class."""
-    classes = pyreserve.procmem.judge.classes
-    labels = dict(
-        zip(classes.NAMES, zip(classes.WORDS, _STYLES, strict=True), strict=True),
-    )
-    labels[classes.ACCESSIBLE] = classes.ACCESSIBLE_WORDS, "cyan"
-    return labels
 
 
 def show(screen: "Screen", space: "AddressSpace", top: int) -> None:
@@ -262,19 +257,18 @@ def show_difference(screen: "Screen", difference: "Difference") -> None:
     screen.text(screen.printable(difference.verdict))
     if not difference.same_process:
         screen.text("The two files describe different processes.", style="yellow")
-    for title, changes in (
-        ("totals", [change for change in difference.totals if change.by]),
-        ("by class", difference.classes),
-        ("addresses by owner", difference.owners),
-        ("memory by owner", difference.owners_resident),
-    ):
-        if changes:
-            screen.blank()
-            screen.table(_changes(screen, title, changes))
+    for headings, rows in pyreserve.procmem.comparison.changes_tables(difference):
+        screen.blank()
+        screen.table(_changes(screen, headings, rows))
 
 
 def _size(nbytes: int | None) -> str:
-    return _UNKNOWN_SIZE if nbytes is None else format_size(nbytes)
+    return pyreserve.procmem.show.explained.size_text(nbytes)
+
+
+def _label(name: str) -> str:
+    """Return the words of a class."""
+    return pyreserve.procmem.show.explained.CLASS_WORDS[name]
 
 
 def _share(part: int, whole: int) -> str:
@@ -331,9 +325,7 @@ def _shares(screen: "Screen", titles: tuple[str, str], rows: list[_Row], whole: 
 
 def _by_class(screen: "Screen", space: "AddressSpace") -> "Table":
     rows = [
-        _Row(
-            _classes()[item.name][0], item.size, f"{item.mappings:,}", bar=_classes()[item.name][1]
-        )
+        _Row(_label(item.name), item.size, f"{item.mappings:,}", bar=_STYLES[item.name])
         for item in space.classes
         if item.size
     ]
@@ -342,7 +334,7 @@ def _by_class(screen: "Screen", space: "AddressSpace") -> "Table":
 
 
 def _in_memory(space: "AddressSpace", nbytes: int) -> str:
-    return _UNKNOWN_SIZE if space.uss is None else _size(nbytes)
+    return _size(None if space.uss is None else nbytes)
 
 
 def _by_owner(screen: "Screen", space: "AddressSpace") -> "Table":
@@ -410,9 +402,10 @@ def _mappings(screen: "Screen", space: "AddressSpace", mappings: "list[Mapping]"
     addresses = [f"{mapping.start:08x}-{mapping.end:08x}" for mapping in mappings]
     width = max(map(len, addresses))
     for address, mapping in zip(addresses, mappings, strict=True):
-        words, style = _classes()[mapping.class_name or "special_pfn"]
+        class_name = mapping.class_name or "special_pfn"
+        words, style = _label(class_name), _STYLES[class_name]
         if mapping.rss == mapping.size:
-            words, style = "in memory", _classes()["resident_private"][1]
+            words, style = "in memory", _STYLES["resident_private"]
         name = screen.printable(mapping.name)
         screen.fields(
             f"{address:{width}} {mapping.perms} {_size(mapping.size):>10} "
@@ -423,23 +416,14 @@ def _mappings(screen: "Screen", space: "AddressSpace", mappings: "list[Mapping]"
         )
 
 
-def _changes(screen: "Screen", title: str, changes: "Iterable[Change]") -> "Table":
-    rows = []
-    for change in changes:
-        form = "{:,}".format if change.name == "mappings" else _size
-        name = _classes()[change.name][0] if change.name in _classes() else change.name
-        name = screen.printable(name.replace("_", " "))
-        by = f"{'+' if change.by > 0 else '-'}{form(abs(change.by))}"
-        style = "yellow" if change.by > 0 else "green"
-        rows.append(((name, form(change.old), form(change.new), by), style))
-    headings = (title, "before", "after", "change")
-    widths = [
-        max(map(len, column)) for column in zip(headings, *(row for row, _ in rows), strict=True)
-    ]
+def _changes(screen: "Screen", headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> "Table":
+    rows = [(screen.printable(name), *figures) for name, *figures in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     names = max(_MIN_NAME, min(widths[0], screen.width - sum(widths[1:]) - 3 * _GAP))
     table = screen.new_table(_GAP)
     for column, heading in enumerate(headings):
         table.add_column(heading, justify="right" if column else "left", no_wrap=True)
-    for (name, *figures), style in rows:
+    for name, *figures in rows:
+        style = "green" if figures[-1].startswith("-") else "yellow"
         table.add_row(screen.styled(screen.shorten(name, names), ""), *figures, style=style)
     return table

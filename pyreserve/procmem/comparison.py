@@ -1,6 +1,7 @@
 """Compare two explanations, as ``pyreserve explain --json`` writes them."""
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyreserve._system.report import Report, Table
@@ -74,21 +75,10 @@ class Difference(NamedTuple):
         return self._report().html()
 
     def _report(self) -> Report:
-        totals = [change for change in self.totals if change.by]
-        tables = (
-            ("totals", totals),
-            ("by class", self.classes),
-            ("addresses by owner", self.owners),
-            ("memory by owner", self.owners_resident),
-        )
         return Report(
             self.verdict,
             () if self.same_process else ("These are two different processes.",),
-            tuple(
-                Table((title, "before", "after", "change"), list(map(_row, changes)))
-                for title, changes in tables
-                if changes
-            ),
+            tuple(changes_tables(self)),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,6 +94,18 @@ class Difference(NamedTuple):
             "owners_resident": [_to_dict(change, change.name) for change in self.owners_resident],
             "verdict": self.verdict,
         }
+
+
+def changes_tables(difference: Difference) -> Iterator[Table]:
+    """Yield a table for each kind of figures that changed."""
+    for title, changes in (
+        ("totals", [change for change in difference.totals if change.by]),
+        ("by class", difference.classes),
+        ("addresses by owner", difference.owners),
+        ("memory by owner", difference.owners_resident),
+    ):
+        if changes:
+            yield Table((title, "before", "after", "change"), list(map(_row, changes)))
 
 
 def load(path: "str | Path") -> dict[str, Any]:
@@ -191,9 +193,14 @@ def _change_text(growth: int | None) -> str:
 
 def _row(change: Change) -> tuple[str, ...]:
     form = "{:,}".format if change.name == "mappings" else format_size
-    name = CLASS_WORDS.get(change.name, change.name.replace("_", " "))
+    name = "page tables" if change.name == "page_tables" else change.name
     sign = "+" if change.by > 0 else ""
-    return name, form(change.old), form(change.new), f"{sign}{form(change.by)}"
+    return (
+        CLASS_WORDS.get(name, name),
+        form(change.old),
+        form(change.new),
+        f"{sign}{form(change.by)}",
+    )
 
 
 def _to_dict(change: Change, key: str, unit: int = KiB) -> dict[str, Any]:
