@@ -16,10 +16,7 @@ import click
 
 import pyreserve
 from pyreserve import layouts
-from pyreserve._arena.arena import Arena
-from pyreserve._arena.engine import FellBack
 from pyreserve._system import proc
-from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.cli.console import Command, Output, Size, completions, output_options
 from pyreserve.errors import OutOfMemoryError
 from pyreserve.layouts import GO_PAGE, LayoutName, Piece
@@ -28,6 +25,8 @@ from pyreserve.units import WORD, GiB, KiB, MiB, format_size, round_up
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from pyreserve import Arena
+    from pyreserve._arena.arena import FellBack
     from pyreserve.cli.screen import Screen
 
 SCHEMA = 1
@@ -93,6 +92,8 @@ def command(
     if list_layouts:
         output.write(layouts_json, show_layouts, width=140)
         return
+    from pyreserve._arena.arena import WORD  # noqa: PLC0415  # slow to import
+
     name = layouts.default_name(WORD) if layout is None else layout
     try:
         chosen = layouts.get(name, size=size, word=WORD).name
@@ -174,7 +175,7 @@ class VszReport(NamedTuple):
     layout: str
     requested_layout: str
     strategy: str
-    fell_back: FellBack | None
+    fell_back: "FellBack | None"
     start: int
     end: int
     arena_start: int
@@ -221,7 +222,7 @@ def reserved(layout: LayoutName, size: int | None, touch: int) -> Iterator[VszRe
         pass
     ps_before = ps(os.getpid())
     before = Sizes.read()
-    with Arena(size, layout=layout) as arena:
+    with pyreserve.Arena(size, layout=layout) as arena:
         arena.grow(MiB)
         _touch(arena, touch)
         after = Sizes.read()
@@ -249,7 +250,7 @@ def _rehearse(layout: LayoutName, size: int | None) -> None:
     """Run all steps once before, so that only the layout grows between the two readings."""
     for _ in range(2):
         Sizes.read()
-        with Arena(size, layout=layout) as arena:
+        with pyreserve.Arena(size, layout=layout) as arena:
             arena.grow(MiB)
         ps(os.getpid())
     gc.collect()
@@ -265,7 +266,7 @@ def _refuse_too_much(touch: int) -> None:
         raise OutOfMemoryError(errno.ENOMEM, msg, verb="populate", nbytes=touch)
 
 
-def _touch(arena: Arena, nbytes: int) -> None:
+def _touch(arena: "Arena", nbytes: int) -> None:
     touched = 0
     with progress(nbytes) as show_progress:
         for step in _steps(nbytes):
@@ -280,7 +281,7 @@ def _steps(nbytes: int) -> Iterator[int]:
     yield from (MiB for _ in range(nbytes // MiB))
     rest = nbytes % MiB
     if rest:
-        yield round_up(rest, max(GO_PAGE, PAGE_SIZE))
+        yield round_up(rest, max(GO_PAGE, pyreserve.PAGE_SIZE))
 
 
 def ps(pid: int) -> tuple[int, int] | None:
@@ -428,6 +429,8 @@ def verdict(report: VszReport) -> str:
 
 
 def _all_layouts() -> Iterable[layouts.Layout]:
+    from pyreserve._arena.arena import WORD  # noqa: PLC0415  # slow to import
+
     return (layouts.get(name, word=WORD) for name in layouts.names())
 
 

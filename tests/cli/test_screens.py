@@ -346,6 +346,7 @@ class TestFrontDoor:
         code = (
             "import atexit, sys, click\n"
             "heavy = {'rich', 'numpy', 'pyreserve.procmem', 'pyreserve.costs', 'subprocess'}\n"
+            "heavy |= {'pyreserve._arena.arena', 'dataclasses'}\n"
             "heavy -= {*sys.modules}  # click itself imports subprocess on Python 3.10\n"
             "atexit.register(lambda: print('imported', *heavy & {*sys.modules}, file=sys.stderr))\n"
             "from pyreserve.cli import main\n"
