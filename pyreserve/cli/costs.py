@@ -357,7 +357,7 @@ def _outliers(cells: "list[Measured]") -> str:
     if not outliers:
         return ""
     worst = max(t.max / t.median for t in times if t.median > 0)
-    return f"{outliers / samples:.1%}, to {worst:.0f}x"
+    return f"{outliers / samples:.1%}, to {f'{worst:.0f}' if worst >= 10 else f'{worst:.2g}'}x"
 
 
 def _show_cold(screen: "Screen", table: "CostTable") -> None:
@@ -365,7 +365,7 @@ def _show_cold(screen: "Screen", table: "CostTable") -> None:
     if not cold:
         return
     warm = {row.cell: row.times for row in table.cells if row.host == "warm"}
-    shown = screen.new_table(2, indent=2)
+    shown = screen.new_table(2)
     shown.add_column("cell")
     for column in ("cold", "warm", "samples"):
         shown.add_column(column, justify="right", no_wrap=True)
@@ -385,7 +385,7 @@ def _show_cold(screen: "Screen", table: "CostTable") -> None:
         "reclaimed it. No figure above includes them.",
         indent=2,
     )
-    screen.table(shown)
+    screen.table(shown, indent=2)
 
 
 def _show_unmeasured(screen: "Screen", table: "CostTable") -> None:
@@ -413,13 +413,13 @@ def show_comparison(screen: "Screen", comparison: "Comparison", old: str) -> Non
         screen.text(f"machine differs: {name} was {_plain(before)}, is {_plain(after)}", indent=2)
     titles, rows = pyreserve.costs.comparison.changes_table(comparison)
     if rows:
-        shown = screen.new_table(2, indent=2)
+        shown = screen.new_table(2)
         for title in titles:
             left = title in _LEFT_ALIGNED
             shown.add_column(title, justify="left" if left else "right", no_wrap=title != "cell")
         for row in rows:
             shown.add_row(*row)
-        screen.table(shown)
+        screen.table(shown, indent=2)
     screen.text(pyreserve.costs.comparison.counts_text(comparison))
     if comparison.only_old or comparison.only_new:
         screen.text(

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
+_WORD = re.compile(r"(?:\S*\d (?=(?:[KMGTPE]?i?B|[nµm]?s|%)(?!\w)))?\S+")
 _BAR_REFRESH = 0.2  # seconds between two drawings of a bar
 
 Part = str | tuple[str, str]
@@ -27,13 +29,11 @@ class PlainTable(Table):
     rich before 14.1 counts edge padding that it does not draw, and truncates cells.
     """
 
-    def __init__(self, gap: int, *, indent: int = 0, **options: Any) -> None:
-        super().__init__(box=None, pad_edge=False, padding=(0, gap, 0, indent), **options)
+    def __init__(self, gap: int, **options: Any) -> None:
+        super().__init__(box=None, pad_edge=False, padding=(0, gap, 0, 0), **options)
 
     def _get_padding_width(self, column_index: int) -> int:
-        _, right, _, left = self.padding
-        last = column_index == len(self.columns) - 1
-        return (left if column_index > 0 else 0) + (0 if last else right)
+        return 0 if column_index == len(self.columns) - 1 else self.padding[1]
 
 
 class _Console(Console):
@@ -69,10 +69,13 @@ def printable(text: str, console: Console) -> str:
 
 
 def _wrap(text: Text, width: int) -> Iterator[Text]:
-    """Break lines between words; rich breaks words that are longer than a line."""
+    """Break lines between words, but not between a number and its unit.
+
+    rich breaks words that are longer than a line.
+    """
     for paragraph in text.split("\n"):
         start, offsets = 0, []
-        for word in re.finditer(r"\S+", paragraph.plain):
+        for word in _WORD.finditer(paragraph.plain):
             if word.end() - start > width and paragraph.plain[start : word.start()].strip():
                 start = word.start()
                 offsets.append(start)
@@ -140,18 +143,18 @@ class Screen:
         self.line(line)
 
     @staticmethod
-    def new_table(gap: int, *, indent: int = 0, **options: Any) -> Table:
+    def new_table(gap: int, **options: Any) -> Table:
         """Return an empty table; see `PlainTable`."""
-        return PlainTable(gap, indent=indent, **options)
+        return PlainTable(gap, **options)
 
     @staticmethod
     def styled(text: str, style: str) -> Text:
         """Return a cell of a table."""
         return Text(text, style)
 
-    def table(self, table: Table) -> None:
+    def table(self, table: Table, *, indent: int = 0) -> None:
         """Print a table."""
-        self.console.print(table)
+        self.console.print(Padding(table, (0, 0, 0, indent), expand=False) if indent else table)
 
     def widest(self, tables: Iterable[Table]) -> None:
         """Print the first table that fits; if none does, the last."""

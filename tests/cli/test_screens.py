@@ -169,6 +169,28 @@ class TestWidths:
         for width in WIDTHS:
             assert texts[width] - texts[1000] == set()
 
+    @pytest.mark.parametrize("figure", ["4.094 GiB", "(1.5 µs", "99.9 %"])
+    def test_a_number_and_its_unit(self, figure: str) -> None:
+        """No line ends between a number and its unit."""
+        for width in range(len(figure), 40):
+            text = io.StringIO()
+            Screen(width, text).text(f"{figure} of memory, {figure} of it shared")
+
+            assert text.getvalue().count(figure) == 2
+
+    def test_the_legend(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The legend of costs explains the columns that are shown, and no other."""
+        table = all_costs()
+        for width in (60, 80, 100, 120):
+            text = drawn(
+                lambda screen: costs_command.show(screen, table, recommend(table)),
+                width,
+                monkeypatch,
+            )
+            heading = next(row for row in text.splitlines() if "per page" in row)
+            for column in ("GiB/s", "off", "outliers"):
+                assert (f"{column}:" in text) == (column in heading.split())
+
     @pytest.mark.parametrize("name", ["", *COMMANDS])
     def test_help(self, name: str) -> None:
         """Help breaks no word, and has examples."""
