@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pyreserve import Arena
-    from pyreserve._arena.arena import FellBack
+    from pyreserve._arena.engine import FellBack
     from pyreserve.cli.screen import Screen
 
 SCHEMA = 1
@@ -92,8 +92,6 @@ def command(
     if list_layouts:
         output.write(layouts_json, show_layouts, width=140)
         return
-    from pyreserve._arena.arena import WORD  # noqa: PLC0415  # slow to import
-
     name = layouts.default_name(WORD) if layout is None else layout
     try:
         chosen = layouts.get(name, size=size, word=WORD).name
@@ -429,8 +427,6 @@ def verdict(report: VszReport) -> str:
 
 
 def _all_layouts() -> Iterable[layouts.Layout]:
-    from pyreserve._arena.arena import WORD  # noqa: PLC0415  # slow to import
-
     return (layouts.get(name, word=WORD) for name in layouts.names())
 
 

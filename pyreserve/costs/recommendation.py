@@ -237,14 +237,14 @@ def _idle(model: CostModel, table: CostTable) -> Answer:
         return ns * (GiB / nbytes) / 1e9
 
     per_gib = seconds_per_gib(discarding + touching - kept)
-    low = seconds_per_gib(discarding.low + touching.low - kept.high) * gib_per_cpu
+    low = max(0.0, seconds_per_gib(discarding.low + touching.low - kept.high) * gib_per_cpu)
     high = seconds_per_gib(discarding.high + touching.high - kept.low) * gib_per_cpu
     idle = per_gib * gib_per_cpu
     reason = (
-        f"discarding 1 GiB and touching it again costs {per_gib:.2g} s of CPU time, and this "
-        f"machine has {gib_per_cpu:.2g} GiB per CPU: at that price, holding 1 GiB for "
-        f"{idle:.2g} s ({low:.2g} to {high:.2g}) costs the same (after Gray and Putzolu's "
-        "five-minute rule, 1987)"
+        f"discarding 1 GiB and touching it again costs {_two_digits(per_gib)} s of CPU time, and "
+        f"this machine has {_two_digits(gib_per_cpu)} GiB per CPU: at that price, holding 1 GiB "
+        f"for {_two_digits(idle)} s ({_two_digits(low)} to {_two_digits(high)}) costs the same "
+        "(after Gray and Putzolu's five-minute rule, 1987)"
     )
     cold = [
         entry for entry in table.measured() if entry.host == "cold" and entry.cell.verb == "touch"
@@ -253,10 +253,17 @@ def _idle(model: CostModel, table: CostTable) -> Answer:
         worst_ns = max(entry.times.median / entry.cell.nbytes for entry in cold if entry.times)
         worst = worst_ns * GiB / 1e9
         reason += (
-            f"; if the hypervisor takes the memory, touching 1 GiB again costs {worst:.2g} s, and "
-            f"giving it back pays after {worst * gib_per_cpu:.2g} s"
+            f"; if the hypervisor takes the memory, touching 1 GiB again costs "
+            f"{_two_digits(worst)} s, and giving it back pays after "
+            f"{_two_digits(worst * gib_per_cpu)} s"
         )
-    return Answer(idle, f"Give back memory that stays idle for more than {idle:.2g} s.", reason)
+    text = f"Give back memory that stays idle for more than {_two_digits(idle)} s."
+    return Answer(idle, text, reason)
+
+
+def _two_digits(value: float) -> str:
+    """Format with two significant digits, without an exponent."""
+    return f"{float(f'{value:.2g}'):,.10g}"
 
 
 def _lazy(model: CostModel, _table: CostTable) -> Answer:
@@ -290,12 +297,13 @@ def _huge(model: CostModel, _table: CostTable) -> Answer:
     nbytes = _longest(small, huge)
     huge_ns, small_ns = huge.at(nbytes), small.at(nbytes)
     above = min(1.0, huge_ns / small_ns)
-    low, high = huge_ns.low / small_ns.high, huge_ns.high / small_ns.low
+    low, high = huge_ns.low / small_ns.high, min(1.0, huge_ns.high / small_ns.low)
     return Answer(
         above,
         f"Huge pages are faster at first touch if over {above:.0%} ({low:.0%} to {high:.0%}) of "
-        f"each {format_size(size)} is used; fully used, they are {small_ns / huge_ns:.2g} times as "
-        f"fast. Each takes {format_size(size)} of memory, used or not.",
+        f"each {format_size(size)} is used; fully used, they are "
+        f"{_two_digits(small_ns / huge_ns)} times as fast. Each takes "
+        f"{format_size(size)} of memory, used or not.",
         f"touching {format_size(nbytes)} takes {format_time(small_ns)} in small pages and "
         f"{format_time(huge_ns)} in huge pages",
     )

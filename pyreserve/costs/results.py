@@ -48,9 +48,9 @@ class Noise:
     def why(self, cpus: int) -> str | None:
         """Return why small changes are doubtful on a machine of `cpus` CPUs; None if not."""
         if self.other_cpus > max(_OTHERS, cpus / 8):
-            return f"other processes kept {self.other_cpus:.2g} CPUs busy"
+            return f"other processes kept {self.other_cpus:.1f} CPUs busy"
         if self.stolen_cpus > _STOLEN:
-            return f"the hypervisor gave the time of {self.stolen_cpus:.2g} CPUs to others"
+            return f"the hypervisor gave the time of {self.stolen_cpus:.1f} CPUs to others"
         if self.speed_spread > _SPREAD:
             return f"a fixed system call's times differed by {self.speed_spread:.0%} between passes"
         return None

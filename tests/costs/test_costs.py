@@ -573,6 +573,18 @@ class TestRecommendations:
             assert answer.reason
         assert json.dumps(advice.to_dict())
 
+    def test_uncertain_figures_in_words(self) -> None:
+        """Wide intervals on a large machine stay in their bounds, and have no exponents."""
+        costs = {**USUAL, Curve("retouch", "resident"): line(0, 480)}
+        table = costs_tables.table(costs, jitter=3)
+        table.machine["memory"] = 4096 * GiB
+
+        advice = recommend(table)
+
+        assert re.search(r"s \(0 to [\d,]+\) costs the same", advice.idle_seconds.because)
+        assert "to 100%) of each" in advice.huge_above.text
+        assert "e+" not in str(advice)
+
     def test_map_entries_of_a_plan(self) -> None:
         """The reservation takes one map entry, and each piece adds its own."""
         advice = recommend(costs_tables.table(USUAL))
