@@ -30,7 +30,7 @@ retouch   after-fork          the same after a fork: copy on write
 recommit  after-mmap-fixed    mprotect after a decommit by that method; the same for
                               after-mprotect and after-dontneed+mprotect
 fork      inherit, dontfork   fork(2) with touched pages, without and with MADV_DONTFORK; the
-                              fixed cost is that of the measuring Python process
+                              fixed cost is that of forking the measuring Python process
 ========  ==================  ===========================================================
 """
 
@@ -89,7 +89,8 @@ class Cell:
             page of that size), ``"2MiB"``, ``"hugetlb-2MiB"``.
         mode: ``"charge"`` or ``"noreserve"``, as for a region.
         nbytes: length of the piece, in bytes.
-        threads: number of threads that do it at once in one address space, each on its own mapping.
+        threads: number of threads that run it at once in one address space, each on its own
+            mapping.
     """
 
     verb: str
@@ -125,7 +126,7 @@ class Curve:
 
     @classmethod
     def named(cls, verb: str, method: str | None, **rest: Any) -> "Curve":
-        """Return a curve by its attributes; without a method, that of the verb's first.
+        """Return the curve of a verb and a method; without a method, of the verb's first one.
 
         Raises:
             ValueError: the verb is unknown, or does not have the method.

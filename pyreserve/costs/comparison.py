@@ -10,7 +10,7 @@ from pyreserve.costs.stats import Times
 from pyreserve.costs.table import CostTable
 from pyreserve.units import format_time
 
-# Relative change of a median; smaller ones are not significant with this many passes.
+# Smaller relative changes of a median are not significant with this many passes.
 _MIN_CHANGE = 0.05
 _OTHER_SPEED = 0.1  # relative change of a system call's time that makes the comparison noisy
 _VERDICTS = ("same", "slower", "faster", "noisy", "unsure")
@@ -25,8 +25,8 @@ class Compared:
         cell, host: as in `Measured`.
         old, new: its times in the two tables.
         verdict: ``"slower"`` or ``"faster"`` if the intervals do not overlap and the medians differ
-            by at least 5 %; ``"noisy"`` if they do, but one of the runs was disturbed; otherwise
-            ``"same"``, or ``"unsure"`` if an interval is wider than half its median.
+            by at least 5 %, but ``"noisy"`` after a disturbed run. Otherwise ``"same"``, or
+            ``"unsure"`` if an interval is wider than half its median.
     """
 
     cell: Cell

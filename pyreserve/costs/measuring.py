@@ -52,7 +52,7 @@ _ALLOCATING = frozenset(
         ("retouch", "after-fork"),
     }
 )
-_FEW = 64 * MiB  # pieces from this size on have few samples: shorter ones predict the warm time
+_FEW = 64 * MiB  # from this length on samples are few: shorter lengths predict the warm time
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 

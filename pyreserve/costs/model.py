@@ -177,7 +177,7 @@ class CostModel:
             method: a method of the verb; None for the first.
             page_kind: as in `Cell`.
             mode: ``"charge"`` or ``"noreserve"``.
-            threads: number of threads that do it at once.
+            threads: number of threads that run it at once.
 
         Raises:
             ValueError: the verb or the method is unknown, the length is not positive and finite,

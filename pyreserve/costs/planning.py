@@ -12,7 +12,7 @@ from pyreserve.costs.programs import SCRIPTS, Program, Setting, untouched, write
 from pyreserve.errors import OutOfMemoryError
 from pyreserve.units import GiB, MiB, as_bytes, format_size
 
-# Memory that no program holds: two interpreters, and the kernel's page tables.
+# Memory besides that of the programs: two interpreters, and the kernel's page tables.
 _OVERHEAD = 128 * MiB
 _ARTICLE = 136 * GiB  # reserved by Go's first 64-bit layout
 # The cost per page changes at the sizes of the caches and of the kernel's lists of free pages.
@@ -66,7 +66,7 @@ class Plan:
         if self.memory > available:
             msg = (
                 f"measuring needs {format_size(self.memory)} of memory, but only "
-                f"{format_size(available)} is available; a smaller longest piece (--longest) needs "
+                f"{format_size(available)} is available; shorter pieces (longest, --longest) need "
                 "less"
             )
             raise OutOfMemoryError(errno.ENOMEM, msg, verb="populate", nbytes=self.memory)

@@ -34,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The lines of a panel, the number of curves omitted near them, and that of other ones."""
+    """The lines of a panel, and how many curves it omits: those near a line, and others."""
 
     lines: list[Line]
     near: int
@@ -72,7 +72,7 @@ def kinds(curves: Iterable[Curve]) -> tuple[str, str]:
 
 
 def label(curve: Curve, small: str) -> str:
-    """Return the label of a line; page kind `small`, the default mode and a thread are omitted."""
+    """Return a line's label, without page kind `small`, the default mode and a single thread."""
     kind, mode, threads = _setting(curve)
     name = curve.verb if len(METHODS.get(curve.verb, ())) == 1 else f"{curve.verb} {curve.method}"
     setting = [] if kind == small else [format_size(parse_size(kind))]
@@ -87,7 +87,7 @@ def _setting(curve: Curve) -> tuple[str, str, int]:
 
 
 def _is_near(cells: Iterable[Measured], drawn: Iterable[Measured]) -> bool:
-    """Whether the drawn line has all lengths of the cells, with medians in the ratio `NEAR`."""
+    """Whether a drawn line has all lengths of the cells, with medians within the ratio `NEAR`."""
     medians = _medians(drawn)
     ratios = [medians.get(nbytes, math.inf) / ns for nbytes, ns in _medians(cells).items()]
     return all(1 / NEAR <= ratio <= NEAR for ratio in ratios)

@@ -128,7 +128,7 @@ class Setting:
     ) -> Program:
         """Return a program: reserve one unit more than the steps use, do the steps, release.
 
-        A release as the last of the steps is used instead of an untimed one.
+        A release at the end of `steps` replaces the untimed one.
         """
         nbytes = max(step.offset + step.nbytes for step in steps) + self.unit
         whole = [Step("RESERVE", 0, nbytes), Step("ADVISE", 0, nbytes), *steps]

@@ -92,14 +92,14 @@ class Recommendations:
         return Report("Recommendations", known + (missing if unknown else ()))
 
     def entries_of(self, pieces: Mapping[str, int]) -> int:
-        """Return the number of map entries of a reservation whose pieces are used like this.
+        """Return the number of map entries of a reservation with these separate pieces.
 
         Args:
-            pieces: number of separate pieces by way of use, ``"VERB METHOD"`` as in `map_entries`:
+            pieces: number of pieces by way of use, ``"VERB METHOD"`` as in `map_entries`:
                 ``{"commit mprotect": 1000, "guard madvise": 1000}``.
 
         Raises:
-            LookupError: the entries of a way were not counted.
+            LookupError: the entries of a way of use were not counted.
         """
         unknown = [way for way in pieces if way not in self.map_entries]
         if unknown:
@@ -310,7 +310,7 @@ def _huge(model: CostModel, _table: CostTable) -> Answer:
 
 
 def _longest(*fits: Fit) -> int:
-    """Return the longest length, in bytes, that all fits have, reliable if possible."""
+    """Return the longest length, in bytes, that all fits have; a reliable one if there is any."""
     common = set[float].intersection(*({pages for pages, *_ in fit.points} for fit in fits))
     sure = set[float].intersection(
         *({pages for pages, _, low, high in fit.points if high <= _SURE * low} for fit in fits)

@@ -116,8 +116,8 @@ def split_cold(
 
     Args:
         passes: the samples.
-        warm_ups: samples of the same cell from warming up; they help to find the gap, and only the
-            cold ones of them are returned.
+        warm_ups: samples of the same cell from warming up, which help to find the gap. The cold
+            ones are returned, the warm ones are not.
         expected: the ns that shorter pieces predict for a sample; None if that is not known.
 
     Returns:

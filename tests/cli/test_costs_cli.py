@@ -328,7 +328,7 @@ class TestRefusals:
 
         assert ended.returncode == 1
         assert ended.stderr.startswith("pyreserve: measuring needs 1.")
-        assert "200 MiB is available; a smaller longest piece (--longest)" in ended.stderr
+        assert "200 MiB is available; shorter pieces (longest, --longest)" in ended.stderr
         assert ended.stderr.count("\n") == 1
 
 
