@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
+
+from docutils.nodes import image
 
 from pyreserve.layouts import Piece
 
 if TYPE_CHECKING:
+    from docutils.nodes import document
     from sphinx.application import Sphinx
 
 project = "pyreserve"
@@ -27,6 +31,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+maximum_signature_line_length = 100
 autodoc_default_options = {"members": True, "inherited-members": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -35,6 +40,14 @@ napoleon_custom_sections = [("All methods raise", "params_style")]
 
 html_theme = "furo"
 html_title = "pyreserve"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
+
+
+def _short(types: str) -> str:
+    """Spell LayoutName, not its values, and classes without their modules."""
+    types = re.sub(r"(~?typing\.)?Literal\['go-tip[^\]]*\]", "LayoutName", types)
+    return re.sub(r"(?<!~)\bpyreserve(\.\w+)+", r"~\g<0>", types)
 
 
 # napoleon reads "text: text" in a property's first line as a type and its description.
@@ -46,7 +59,7 @@ def _before_napoleon(
 ) -> None:
     """Spell section titles without parentheses, and hide colons that are no sections'."""
     lines[:] = [line.replace("Raises (all methods):", "All methods raise:") for line in lines]
-    if kind in {"attribute", "property"} and lines:
+    if kind in {"attribute", "data", "property"} and lines:
         lines[0] = lines[0].replace(":", _COLON)
 
 
@@ -58,6 +71,8 @@ def _after_napoleon(
         if line.startswith(":ivar "):  # Sphinx takes "start" of "start, end" for a type
             names, colon, text = line.removeprefix(":ivar ").partition(":")
             lines[i] = f":ivar {names.replace(' ', '')}{colon}{text}"
+        elif line.startswith(":vartype "):
+            lines[i] = _short(line)
 
 
 # Made by functions of the package, never by a user's call. Named tuples whose docstring does not
@@ -96,7 +111,7 @@ _NOT_CONSTRUCTED = {
 }
 
 
-def _hide_constructors(
+def _shorten_signature(
     _app: Sphinx,
     _kind: str,
     name: str,
@@ -105,8 +120,10 @@ def _hide_constructors(
     signature: str | None,
     returns: str | None,
 ) -> tuple[str | None, str | None]:
-    """Show no signature of classes that users do not call."""
-    return ("", None) if name in _NOT_CONSTRUCTED else (signature, returns)
+    """Shorten types, and show no signature of classes that users do not call."""
+    if name in _NOT_CONSTRUCTED:
+        return "", None
+    return signature and _short(signature), returns and _short(returns)
 
 
 def _skip_fields(
@@ -116,9 +133,16 @@ def _skip_fields(
     return True if isinstance(member, type(Piece.start)) else None
 
 
+def _fill_width(_app: Sphinx, doctree: document) -> None:
+    """Scale pictures to the page, which makes Sphinx link them to their full size."""
+    for picture in doctree.findall(image):
+        picture["width"] = "100%"
+
+
 def setup(app: Sphinx) -> None:
     """Connect this project's handlers around napoleon's, whose priority is 500."""
     app.connect("autodoc-process-docstring", _before_napoleon, priority=400)
     app.connect("autodoc-process-docstring", _after_napoleon, priority=600)
-    app.connect("autodoc-process-signature", _hide_constructors)
+    app.connect("autodoc-process-signature", _shorten_signature)
     app.connect("autodoc-skip-member", _skip_fields)
+    app.connect("doctree-read", _fill_width)
