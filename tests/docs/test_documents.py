@@ -63,7 +63,7 @@ def test_blocks_run(path: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_named)
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("*.md")), *PAGES], ids=_named)
 def test_relative_links_lead_to_files(page: Path) -> None:
     """A relative link of a page leads to a file of the repository, as on a code host."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
