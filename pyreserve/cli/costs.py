@@ -411,13 +411,13 @@ def show_comparison(screen: "Screen", comparison: "Comparison", old: str) -> Non
     screen.text(f"Compared with {old}", style="bold")
     for name, before, after in comparison.differences:
         screen.text(f"machine differs: {name} was {_plain(before)}, is {_plain(after)}", indent=2)
-    titles, rows = pyreserve.costs.comparison.changes_table(comparison)
-    if rows:
+    changes = pyreserve.costs.comparison.changes_table(comparison)
+    if changes.rows:
         shown = screen.new_table(2)
-        for title in titles:
+        for title in changes.titles:
             left = title in _LEFT_ALIGNED
             shown.add_column(title, justify="left" if left else "right", no_wrap=title != "cell")
-        for row in rows:
+        for row in changes.rows:
             shown.add_row(*row)
         screen.table(shown, indent=2)
     screen.text(pyreserve.costs.comparison.counts_text(comparison))

@@ -257,9 +257,9 @@ def show_difference(screen: "Screen", difference: "Difference") -> None:
     screen.text(screen.printable(difference.verdict))
     if not difference.same_process:
         screen.text("The two files describe different processes.", style="yellow")
-    for headings, rows in pyreserve.procmem.comparison.changes_tables(difference):
+    for changes in pyreserve.procmem.comparison.changes_tables(difference):
         screen.blank()
-        screen.table(_changes(screen, headings, rows))
+        screen.table(_changes(screen, changes.titles, changes.rows))
 
 
 def _size(nbytes: int | None) -> str:

@@ -581,7 +581,7 @@ class TestRecommendations:
 
         advice = recommend(table)
 
-        assert re.search(r"s \(0 to [\d,]+\) costs the same", advice.idle_seconds.because)
+        assert re.search(r"s \(0 to [\d,]+\) costs the same", advice.idle_seconds.reason)
         assert "to 100%) of each" in advice.huge_above.text
         assert "e+" not in str(advice)
 
