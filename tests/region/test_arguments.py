@@ -278,6 +278,8 @@ TAKES_SIZES = {
     "BumpArena.alloc(bad)",
     "GrowableBuffer",
     "GrowableBuffer(huge)",
+    "costs.plan",
+    "costs.plan(bad)",
 }
 TAKES_FLOATS = {"Arena.trim", "Arena.start_scavenger", "costs.measure", "costs.estimate"}
 
