@@ -221,15 +221,17 @@ class Placement(NamedTuple):
 
     def mapped_bitmap(self, os_page: int = _X86_PAGE) -> tuple[int, int]:
         """Mapped address range of the bitmap."""
-        nbytes = self.used * self.layout.bitmap_bits // (8 * self.layout.word)
-        nbytes = round_up(round_up(nbytes, self.layout.page), os_page)
-        return self.arena_start - nbytes, self.arena_start
+        layout, start = self.layout, self.arena_start
+        nbytes = (self.arena_used - start) * layout.bitmap_bits // (8 * layout.word)
+        nbytes = round_up(round_up(nbytes, layout.page), os_page)
+        return start - nbytes, start
 
     def mapped_spans(self, os_page: int = _X86_PAGE) -> tuple[int, int]:
         """Mapped address range of spans."""
-        low, _ = self.spans
-        words = self.used // self.layout.page if self.layout.spans else 0
-        return low, low + round_up(words * self.layout.word, os_page)
+        layout, start = self.layout, self.arena_start
+        low = start - layout.bitmap - layout.spans
+        words = (self.arena_used - start) // layout.page if layout.spans else 0
+        return low, low + round_up(words * layout.word, os_page)
 
     def mapped(self, os_page: int = _X86_PAGE) -> tuple[tuple[int, int], ...]:
         """Readable and writable address ranges, lowest first, adjacent ones joined."""

@@ -1,7 +1,6 @@
 """A bitmap in its own reservation: 2**40 bits take no memory until some are set."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
@@ -151,8 +150,10 @@ class Bitmap(OnRegion):
             _check_alive(self)
             _check_alive(other)
             return False
-        with self._both_locked(other):
-            return bool(lib.lazybitmap_equal(self._handle, _handle(other), self._nbits))
+        equal = self._with(
+            other, lambda handle: lib.lazybitmap_equal(self._handle, handle, self._nbits)
+        )
+        return bool(equal)
 
     __hash__ = None  # type: ignore[assignment]  # a bitmap is mutable
 
@@ -340,13 +341,17 @@ class Bitmap(OnRegion):
             if more:
                 start = edges[-1]
 
-    def _both_locked(self, other: "Bitmap") -> ExitStack:
-        """Lock two bitmaps, in an order that two threads agree on, so that they can't deadlock."""
-        with ExitStack() as stack:
-            for bitmap in sorted((self, other), key=id):
-                stack.enter_context(bitmap.region.exports.lock)
-                _check_alive(bitmap)
-            return stack.pop_all()
+    def _with(self, other: "Bitmap", call: Callable[[Any], int]) -> int:
+        """Return the result of `call` on the handle of `other`, with both bitmaps locked.
+
+        The order of the locks is the same in all threads, so that they can't deadlock.
+        """
+        mine, others = self._exports, other.region.exports
+        first, second = (mine, others) if id(mine) < id(others) else (others, mine)
+        with first.lock, second.lock:
+            self._check_open()
+            _check_alive(other)
+            return call(others.handle)
 
     def _combine(self, other: "Bitmap", operation: int) -> "Self":
         if not isinstance(other, Bitmap):
@@ -354,8 +359,10 @@ class Bitmap(OnRegion):
         if self._nbits != other.nbits:
             msg = f"bitmaps must be of equal length, got {self._nbits} and {other.nbits} bits"
             raise RangeError(msg)
-        with self._both_locked(other):
-            err = lib.lazybitmap_combine(self._handle, _handle(other), self._nbits, operation)
+        err = self._with(
+            other,
+            lambda handle: lib.lazybitmap_combine(self._handle, handle, self._nbits, operation),
+        )
         if err < 0:
             _refuse_commit(self, err, 0, self._nbits)
         return self
@@ -367,8 +374,9 @@ class Bitmap(OnRegion):
             raise RangeError(msg)
         if bits is self:
             return
-        with self._both_locked(bits):
-            err = lib.lazybitmap_copy(self._handle, start, _handle(bits), 0, n)
+        err = self._with(
+            bits, lambda handle: lib.lazybitmap_copy(self._handle, start, handle, 0, n)
+        )
         if err < 0:
             _refuse_commit(self, err, start, start + n)
 

@@ -14,6 +14,7 @@ from pyreserve._arena.heap import (
     handle_array,
     heap_address,
     heap_alloc,
+    heap_find,
     heap_free,
     heap_nbytes,
 )
@@ -25,7 +26,9 @@ from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.region import resident
 from pyreserve.errors import RangeError, StateError
 from pyreserve.layouts import Layout, LayoutName, Piece, Placement
-from pyreserve.units import as_bytes, as_float, format_size, round_up
+from pyreserve.units import WORD, as_bytes, as_float, format_size, round_up
+
+_ADDRESS_END = 1 << (8 * WORD)
 
 
 class Arena(OnRegion):
@@ -46,8 +49,8 @@ class Arena(OnRegion):
             zero there. In Go's layouts up to 1.10 the spans are wiped too: the child finds no block
             that its parent allocated, and cannot free it.
         name: name of all memory of the arena, as for `pyreserve.reserve`.
-        step: minimum growth, bytes or a size: a multiple of the layout's page and of the OS page.
-            None: the layout's rule, 1 MiB in Go's and 2 MiB in ``"native"``.
+        step: minimum growth, bytes or a size: a multiple of the OS page, rounded up to whole pages
+            of the layout. None: the layout's rule, 1 MiB in Go's and 2 MiB in ``"native"``.
             `pyreserve.costs.measured_step` returns a step that suits this machine.
         scavenge_after: if given, a thread gives memory back that was idle for this many seconds
             (`start_scavenger`).
@@ -87,10 +90,6 @@ class Arena(OnRegion):
         step_bytes = None if step is None else as_step(step)
         self._engine = engine = Engine(layout, size, Policies(mode, huge_pages, fork, name))
         growth = round_up(step_bytes or engine.layout.growth, engine.page)
-        if step_bytes not in {None, growth}:
-            engine.release()
-            msg = f"step must be a multiple of the layout's page ({engine.page}), got {step_bytes}"
-            raise RangeError(msg)
         super().__init__(engine.region)
         self._base = engine.region.base
         self._heap = Heap(engine, growth)
@@ -244,8 +243,14 @@ class Arena(OnRegion):
         Raises:
             ReleasedError: the arena was released or closed.
         """
-        handle_and_size = self._heap.find(_index(address))
-        return None if handle_and_size is None else Block(self, *handle_and_size)
+        address = _index(address)
+        self._check_open()
+        heap = self._heap
+        if heap.handle is None or not 0 <= address < _ADDRESS_END:
+            return None
+        handle = heap_find(heap.handle, address)
+        nbytes = heap_nbytes(heap.handle, handle) if handle >= 0 else handle
+        return Block(self, handle, nbytes) if nbytes > 0 and not heap.is_closed(handle) else None
 
     def blocks(self) -> Iterator[Block]:
         """Iterate over all blocks, lowest address first.

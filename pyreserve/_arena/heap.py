@@ -14,7 +14,7 @@ from pyreserve._region.region import Region
 from pyreserve._system import forks
 from pyreserve._system.limits import refusal
 from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError, ViewError
-from pyreserve.units import WORD, MiB, TiB
+from pyreserve.units import MiB, TiB
 
 ZEROED = 1 << lib.HEAP_PAGE_BITS
 """The bit of a handle that says that the block was known to be zero when it was allocated."""
@@ -164,15 +164,6 @@ class Heap:
 
     # -- blocks -------------------------------------------------------------------------------
 
-    def find(self, address: int) -> tuple[int, int] | None:
-        """Return handle and size of the block that contains `address`; None if no block does."""
-        self._engine.check_open()
-        if self.handle is None or not 0 <= address < 1 << (8 * WORD):
-            return None
-        handle = int(heap_find(self.handle, address))
-        nbytes = int(heap_nbytes(self.handle, handle)) if handle >= 0 else handle
-        return (handle, nbytes) if nbytes > 0 and not self._is_closed(handle) else None
-
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Iterate over handles and sizes of all blocks, lowest address first."""
         self._engine.check_open()
@@ -187,7 +178,7 @@ class Heap:
             self._engine.check_open()
             for handle in ffi.unpack(handles, max(n, 0)):
                 nbytes = int(heap_nbytes(self.handle, handle))
-                if nbytes > 0 and not self._is_closed(handle):
+                if nbytes > 0 and not self.is_closed(handle):
                     yield handle, nbytes
 
     def address(self, handle: int) -> int:
@@ -267,7 +258,8 @@ class Heap:
         heap_free(self.handle, handle)
         self._closed_blocks.pop(handle, None)
 
-    def _is_closed(self, handle: int) -> bool:
+    def is_closed(self, handle: int) -> bool:
+        """Return whether the block is closed: not freed yet, because live views show its bytes."""
         return handle & ~ZEROED in self._closed_blocks
 
     # -- give back ----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pyreserve import (
     layouts,
 )
 from pyreserve._region.owner import as_step
-from pyreserve.units import WORD
+from pyreserve.units import WORD, round_up
 
 
 class TestNumbers:
@@ -117,10 +117,17 @@ class TestArenas:
             assert block.nbytes == arena.memstats().heap_sys == MiB
 
     def test_pages_of_the_layout(self) -> None:
-        """A step that is not whole pages of the layout is refused, and nothing stays reserved."""
+        """A step is rounded up to whole pages of the layout."""
+        with Arena(64 * MiB, step=12 * KiB) as arena:
+            arena.alloc(1)
+
+            assert arena.memstats().heap_sys == round_up(12 * KiB, arena.layout.page)
+
+    def test_no_step(self) -> None:
+        """A step that is not whole OS pages is refused, and nothing stays reserved."""
         before = witness.status("VmSize")
 
-        for step in (12 * KiB, 8 * KiB + 1, 0, -8 * KiB):
+        for step in (8 * KiB + 1, 0, -8 * KiB):
             with pytest.raises(RangeError, match="step"):
                 Arena(step=step)
 
