@@ -1,1 +1,1 @@
-"""Containers and allocators, each over one region. Knows _region and _native, not _arena."""
+"""Containers and allocators, each over one region. Knows _region, not _arena."""

@@ -208,8 +208,8 @@ class Arena(OnRegion):
             sizes: sizes in bytes: an iterable of positive integers, or a buffer of integers.
 
         Raises:
-            As `alloc`, for the first size that is refused. No block was allocated then, but the
-            arena may have grown.
+            RangeError, OutOfMemoryError, ReleasedError, StateError: as for `alloc`, for the first
+                size that is refused. No block was allocated then, but the arena may have grown.
         """
         handles = self._heap.alloc_many(integers(sizes, "sizes"))
         return Blocks(self, handles)
@@ -221,7 +221,8 @@ class Arena(OnRegion):
             blocks: `Blocks`, or an iterable of Block.
 
         Raises:
-            As `free`, for the first block that is refused. No block was freed then.
+            FreeError, RangeError, TypeError, ViewError, ReleasedError: as for `free`, for the first
+                block that is refused. No block was freed then.
         """
         if isinstance(blocks, Blocks):
             foreign: Block | Blocks | None = blocks if blocks.arena is not self else None

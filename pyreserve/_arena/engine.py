@@ -250,6 +250,8 @@ class Engine:
             reason = self.placement.out_of_range(address)
         if refusals:
             raise refusals.pop()
+        if reason is None and self.layout.strategy == "arenas":
+            reason = f"none of the addresses that {self.layout.name} tries is free"
         if reason is None:
             low, high = self.placement.arena
             left = high - self.placement.arena_used

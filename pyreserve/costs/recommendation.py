@@ -142,11 +142,10 @@ def recommend(table: CostTable | None = None) -> Recommendations:
 def measured_step(*, huge_pages: bool = False) -> int:
     """Return the growth step that suits this machine, in bytes, for the argument ``step``.
 
-        arena = BumpArena(64 * MiB, step=pyreserve.costs.measured_step())
-
-    It is `Recommendations.step_bytes` of a measurement of at most two seconds, which each process
-    makes once by starting ``sys.executable``. If the cells cannot be measured or memory is short,
-    it is 2 MiB.
+    For example ``BumpArena("64MiB", step=pyreserve.costs.measured_step())``. It is
+    `Recommendations.step_bytes` of a measurement of at most two seconds, which each process makes
+    once by starting ``sys.executable``. If the cells cannot be measured or memory is short, it is
+    2 MiB.
 
     Args:
         huge_pages: whether the memory is backed with transparent huge pages; then the step is

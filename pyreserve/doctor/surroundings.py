@@ -146,7 +146,7 @@ _EXTRAS = {
     "plot": "the option --plot of pyreserve costs and explain",
     "prometheus": "metrics for Prometheus",
 }
-_FOR_DEVELOPERS = {"test", "bench", "dev"}
+_FOR_DEVELOPERS = {"test", "bench", "docs", "dev"}
 
 
 def extras() -> Iterator[Finding]:

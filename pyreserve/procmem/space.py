@@ -284,7 +284,7 @@ def verdict(space: AddressSpace) -> str:
     text = f"VSZ is {format_size(space.vsz)}"
     text += f"{', of which ' if parts else ''}{'; '.join(parts)}{rss_note}."
     if largest is not None and largest.name != UNKNOWN and 2 * largest.size >= space.vsz:
-        text += f" {100 * largest.size / space.vsz:.0f} % is {largest.name}."
+        text += f" Largest owner: {largest.name}, {100 * largest.size / space.vsz:.0f} %."
     if not space.warnings and "limits" in space.missing:
         return f"{text} Whether it comes near a limit is not known: no limits were saved with it."
     if not space.warnings:
