@@ -20,7 +20,7 @@ EXPECTED = {
 
 
 @pytest.mark.skipif(not EXAMPLES, reason="the examples are not beside the tests here")
-def test_each_example_has_something_to_tell() -> None:
+def test_each_example_has_an_expected_output() -> None:
     assert {example.name for example in EXAMPLES} == EXPECTED.keys()
 
 

@@ -202,7 +202,9 @@ class TestRegions:
             ("pyreserve_region_resident_bytes", "cache"): 3 * PAGE_SIZE,
         }
 
-    def test_what_stands_on_one(self, registry: CollectorRegistry, scrape: Scrape) -> None:
+    def test_containers_show_their_regions(
+        self, registry: CollectorRegistry, scrape: Scrape
+    ) -> None:
         """Allocators, growables and bitmaps show their regions and allocated bytes."""
         pool, bump, bits, buffer = Pool(48), BumpArena(MiB), Bitmap(10**6), GrowableBuffer(MiB)
         pool.alloc_many(10)
@@ -486,7 +488,7 @@ class TestProcesses:
             ("page_tables", "page_tables_bytes"),
         ],
     )
-    def test_what_is_not_known(
+    def test_unknown_figures_are_missing(
         self,
         registry: CollectorRegistry,
         scrape: Scrape,

@@ -212,7 +212,7 @@ class TestMaking:
         assert "released" in repr(bits)
         assert "released" in repr(other)
 
-    def test_it_says_what_it_is(self) -> None:
+    def test_repr(self) -> None:
         """The repr gives the number of bits and the committed bytes."""
         with Bitmap(1_000_000) as bits:
             assert "1,000,000 bits" in repr(bits)
@@ -597,7 +597,7 @@ class TestCombining:
         bits.release()
         other.release()
 
-    def test_where_only_one_is_committed(self, name: str) -> None:
+    def test_words_committed_in_one_operand(self, name: str) -> None:
         """Words that are uncommitted in one operand count as clear there."""
         combine, expected = OPERATIONS[name]
         with Bitmap(ODD) as bits, Bitmap(ODD) as other:
@@ -988,7 +988,7 @@ class TestBadInput:
             assert bits.find_set(run) is None
 
     @pytest.mark.parametrize("wrong", [1.0, "1", None, b"1", [1]])
-    def test_what_is_no_integer(self, wrong: Any) -> None:
+    def test_arguments_that_are_not_integers(self, wrong: Any) -> None:
         """An argument that is not an integer is a TypeError everywhere."""
         with Bitmap(100) as bits:
             for call in (bits.set, bits.clear, bits.test, bits.count, bits.find_set):
@@ -1002,7 +1002,7 @@ class TestBadInput:
                 bits[wrong] = True
 
     @pytest.mark.parametrize("value", [2, -1, "1", None, [True]])
-    def test_what_is_no_bit(self, value: Any) -> None:
+    def test_values_that_are_not_booleans(self, value: Any) -> None:
         """A value other than True or False is a TypeError, and nothing changes."""
         with Bitmap(100) as bits:
             with pytest.raises(TypeError, match="True, False"):

@@ -176,7 +176,7 @@ class TestBlocks:
 
     @pytest.mark.parametrize("wrong", [1.0, 8.0, "8", None, b"8", 1j])
     @pytest.mark.parametrize("used", [False, True])
-    def test_what_is_no_integer(self, wrong: Any, used: bool) -> None:
+    def test_arguments_that_are_not_integers(self, wrong: Any, used: bool) -> None:
         """Arguments that are not integers are TypeErrors and allocate nothing."""
         arena = BumpArena(4 * MiB)
         if used:
@@ -293,7 +293,7 @@ class TestCommits:
 
 
 class TestZero:
-    def test_what_was_used_before(self) -> None:
+    def test_reused_bytes(self) -> None:
         """After a reset a block may show old contents; with zero=True it is zero."""
         arena = BumpArena(4 * MiB)
         arena.alloc(300_000)[:] = b"\xaa" * 300_000
@@ -304,7 +304,7 @@ class TestZero:
         assert bytes(arena.alloc(10)) == b"\xaa" * 10
         assert bytes(arena.alloc(300_000, zero=True)) == bytes(300_000)
 
-    def test_only_what_needs_it_is_written(self) -> None:
+    def test_unused_bytes_are_not_touched(self) -> None:
         """Bytes that were never allocated are zero already: zero=True touches none of them."""
         arena = BumpArena(64 * MiB)
         arena.alloc(100)[:] = b"\xaa" * 100

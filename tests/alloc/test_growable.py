@@ -176,7 +176,7 @@ class TestBytes:
         assert bytes(buffer.view()) == b"x" * capacity
 
     @pytest.mark.parametrize("wrong", [1.0, "1", None, 1j])
-    def test_what_is_no_integer(self, wrong: Any) -> None:
+    def test_arguments_that_are_not_integers(self, wrong: Any) -> None:
         """Arguments that are not integers are TypeErrors."""
         buffer = GrowableBuffer(MiB)
         buffer.extend(b"abc")
@@ -388,7 +388,7 @@ class TestZero:
         assert bytes(buffer.view()) == b"b" * 10 + bytes(10) + b"c" + bytes(179)
 
     @pytest.mark.parametrize("mode", ["charge", "noreserve"])
-    def test_what_is_large_takes_no_memory(self, mode: Literal["charge", "noreserve"]) -> None:
+    def test_a_large_range_takes_no_memory(self, mode: Literal["charge", "noreserve"]) -> None:
         """A large range is discarded instead of zeroed, so it takes no memory."""
         buffer = GrowableBuffer(64 * MiB, mode=mode)
         buffer.resize(40 * MiB)
@@ -658,7 +658,7 @@ class TestArrays:
         assert len(late) == 10_000_003
         assert early.__array_interface__["data"] == late.__array_interface__["data"]
 
-    def test_views_refuse_what_would_cut_them(self) -> None:
+    def test_views_pin_their_items(self) -> None:
         """An ndarray, or a slice of one, pins its items; the array's own cached view does not."""
         array = GrowableArray("i4", 1000)
         array.extend(range(100))
@@ -675,7 +675,7 @@ class TestArrays:
         array.resize(49)
         array.release()
 
-    def test_what_is_gained_is_zero(self) -> None:
+    def test_added_items_are_zero(self) -> None:
         """Items that resize adds are zero, also where there were items before."""
         array = GrowableArray("i8", 1000)
         array.extend(range(1, 100))

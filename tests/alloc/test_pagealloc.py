@@ -76,7 +76,7 @@ class TestMaking:
             PageAllocator(npages, capacity=capacity)
 
     @pytest.mark.parametrize("wrong", [1.0, "1", None, np.float32(1)])
-    def test_what_is_no_integer(self, pages: PageAllocator, wrong: Any) -> None:
+    def test_arguments_that_are_not_integers(self, pages: PageAllocator, wrong: Any) -> None:
         """Every method takes integers, and converts nothing to one."""
         calls: tuple[Callable[[Any], object], ...] = (
             PageAllocator,
@@ -420,13 +420,13 @@ class TestBuffers:
         ],
         ids=str,
     )
-    def test_what_nothing_is_written_to(self, pages: PageAllocator, out: Any) -> None:
+    def test_output_buffers_that_are_refused(self, pages: PageAllocator, out: Any) -> None:
         """Other formats, read-only buffers and objects without a buffer are TypeErrors."""
         with unchanged(pages), pytest.raises(TypeError):
             pages.alloc_many([1, 1], out)
 
     @pytest.mark.parametrize("wrong", [np.zeros(2), ["1"], [1.0], "12", None, [None]], ids=str)
-    def test_what_no_lengths_are_read_from(self, pages: PageAllocator, wrong: Any) -> None:
+    def test_input_buffers_that_are_refused(self, pages: PageAllocator, wrong: Any) -> None:
         """Lengths and pages that are not integers are TypeErrors."""
         pages.alloc(10)
         for call in (pages.alloc_many, pages.free_many, lambda n: pages.free_many([0, 1], n)):

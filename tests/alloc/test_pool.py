@@ -72,7 +72,7 @@ class TestMaking:
         with pytest.raises(RangeError):
             Pool(**{"item_size": 8, **wrong})  # type: ignore[arg-type]
 
-    def test_what_is_no_integer(self, pool: Pool) -> None:
+    def test_arguments_that_are_not_integers(self, pool: Pool) -> None:
         """Arguments that are not integers are TypeErrors."""
         pool.alloc()
         calls: tuple[Any, ...] = (
@@ -314,7 +314,7 @@ class TestZero:
 
         assert all(bytes(pool.view(slot)) == bytes(100) for slot in slots)
 
-    def test_what_was_never_used_is_not_touched(self) -> None:
+    def test_unused_slots_are_not_touched(self) -> None:
         """Clearing slots that were never used touches no memory."""
         pool = Pool(64 * KiB, capacity=1024, step=64 * MiB)
 

@@ -28,7 +28,7 @@ class TestNumbers:
         assert as_step(3 * PAGE_SIZE) == 3 * PAGE_SIZE
 
     @pytest.mark.parametrize("step", [0, -PAGE_SIZE, 1, PAGE_SIZE + 1, PAGE_SIZE // 2])
-    def test_what_makes_no_sense(self, step: int) -> None:
+    def test_invalid_steps(self, step: int) -> None:
         """A step must be a positive multiple of the OS page."""
         with pytest.raises(
             RangeError, match=rf"multiple of the OS page \({PAGE_SIZE}\), got {step}"
@@ -36,7 +36,7 @@ class TestNumbers:
             as_step(step)
 
     @pytest.mark.parametrize("wrong", [4096.0, None, b"measured", [4096]])
-    def test_what_is_no_number(self, wrong: Any) -> None:
+    def test_steps_of_another_type(self, wrong: Any) -> None:
         """A step that is neither an integer nor a string is a TypeError."""
         with pytest.raises(TypeError):
             as_step(wrong)

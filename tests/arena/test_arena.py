@@ -438,7 +438,7 @@ class TestGrowth:
                 assert byte_at(any_arena, at) == 1
                 del view
 
-    def test_the_kernel_shows_what_the_plan_says(self, any_arena: Arena) -> None:
+    def test_placement_arena_and_kernel_agree(self, any_arena: Arena) -> None:
         """After each growth placement, arena and kernel agree on every mapping."""
         for nbytes in (1, MiB, 5 * MiB, 100 * MiB, GO_PAGE, 70 * MiB):
             any_arena.grow(nbytes)
@@ -449,7 +449,7 @@ class TestGrowth:
             if placement.layout.strategy == "reserve":
                 assert shown == predicted(any_arena)
 
-    def test_maps_say_what_each_piece_is(self, any_arena: Arena) -> None:
+    def test_arena_and_placement_name_the_same_parts(self, any_arena: Arena) -> None:
         """The arena and its placement name the parts of each mapping alike."""
         any_arena.grow(MiB)
 
@@ -635,7 +635,7 @@ class TestGrowthOf32Bits:
             assert arena.grow(MiB) == plan.arena_start + 512 * MiB
 
     @needs_low_addresses
-    def test_where_its_usual_place_is_taken_it_goes_elsewhere(self) -> None:
+    def test_an_occupied_base_moves_the_arena(self) -> None:
         """With 0x08200000 occupied, 386 is placed elsewhere and still grows to 1792 MiB."""
         result = in_child(
             """
@@ -912,7 +912,7 @@ class TestHeapBitmap:
             assert len(bitmap) == words
 
     @pytest.mark.parametrize("name", FOUR_BITS)
-    def test_what_is_written_is_read(self, name: LayoutName) -> None:
+    def test_two_entries_share_a_byte(self, name: LayoutName) -> None:
         """A byte of the bitmap holds two entries, the lower word in the lower half."""
         with Arena(layout=name) as arena:
             arena.grow(MiB)
@@ -995,7 +995,7 @@ class TestHeapBitmap:
             assert bitmap[0] == bitmap[n - 1] == 0
 
     @pytest.mark.parametrize("wrong", [1.0, "1", None, slice(0, 2)])
-    def test_what_is_no_integer(self, wrong: Any) -> None:
+    def test_arguments_that_are_not_integers(self, wrong: Any) -> None:
         """Words, addresses and entries must be integers."""
         with Arena(layout=layouts.default_name(WORD)) as arena:
             arena.grow(MiB)
@@ -1204,7 +1204,7 @@ class TestRelease:
         gc.collect()
         any_arena.release()
 
-    def test_it_says_what_it_is(self) -> None:
+    def test_repr(self) -> None:
         """The repr has the layout and the bytes in use."""
         with Arena(8 * MiB) as arena:
             arena.grow(MiB)

@@ -99,7 +99,7 @@ class TestAlloc:
 
         assert all(holds(block, byte) for block, byte in live)
 
-    def test_what_a_block_says_of_itself(self, arena: Arena) -> None:
+    def test_the_attributes_of_a_block_agree(self, arena: Arena) -> None:
         """Address, offset, size and view of a block describe the same bytes."""
         for nbytes in SIZES:
             block = arena.alloc(nbytes)
@@ -189,7 +189,7 @@ class TestAlloc:
         with pytest.raises(MemoryError):
             small.alloc(1)
 
-    def test_zero_clears_only_what_was_used(self, small: Arena) -> None:
+    def test_zero_clears_only_reused_blocks(self, small: Arena) -> None:
         """A block of unused pages is zero and says so; a reused one is cleared on request."""
         first = small.alloc(10 * PAGE)
         assert first.zeroed
@@ -494,7 +494,7 @@ class TestProtocols:
         assert same is not None
         same.free()
 
-    def test_it_says_what_it_is(self, small: Arena) -> None:
+    def test_repr(self, small: Arena) -> None:
         """The repr has size and address, or says that the block was freed."""
         block = small.alloc(PAGE)
         assert f"{block.address:#x}" in repr(block)

@@ -248,7 +248,7 @@ class TestTable:
         assert placement.arena_end - placement.arena_start == layout.arena + 4 * KiB
         assert placement.owned == ((address, address + layout.total()),)
 
-    def test_pieces_say_what_they_are(self) -> None:
+    def test_pieces_have_the_names_of_their_parts(self) -> None:
         """Each piece of the article's maps has the names of all parts in it."""
         placement = grown(layouts.get("go-tip-2014-12/amd64"), 1)
 
@@ -467,7 +467,7 @@ class TestGrowthOf32Bits:
         assert placement.arena_end + STEP_32 - placement.window_end == GO_PAGE
         assert requests == [Request(MiB + GO_PAGE, 0, committed=True, exact=False)]
 
-    def test_what_is_wanted_never_overflows_the_window(self) -> None:
+    def test_sizes_above_the_window(self) -> None:
         """A size above the window's makes no request for addresses, only one for memory."""
         placement = full_386()
 
@@ -616,7 +616,7 @@ class TestNames:
             ("native", None),
         ],
     )
-    def test_what_falls_back(self, name: str, other: str | None) -> None:
+    def test_layouts_that_fall_back(self, name: str, other: str | None) -> None:
         """Only the 64-bit layouts up to Go 1.10 fall back to the 32-bit mechanism."""
         fallback = layouts.fallback_of(layouts.get(name))
 
@@ -651,6 +651,8 @@ class TestWithout:
             ([(11, 12), (12, 13), (15, 16)], [(10, 11), (13, 15), (16, 20)]),
         ],
     )
-    def test_what_is_left(self, taken: list[tuple[int, int]], left: list[tuple[int, int]]) -> None:
+    def test_the_remaining_parts_of_a_range(
+        self, taken: list[tuple[int, int]], left: list[tuple[int, int]]
+    ) -> None:
         """`without` yields the parts of a range that no other range covers, lowest first."""
         assert list(layouts.without((10, 20), taken)) == left

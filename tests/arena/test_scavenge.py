@@ -94,7 +94,7 @@ class TestScavenge:
         fill(again, 3)
         assert arena.memstats().heap_released == MiB
 
-    def test_only_what_is_old(self, arena: Arena) -> None:
+    def test_older_than_keeps_recently_freed_pages(self, arena: Arena) -> None:
         """With older_than recently freed pages stay."""
         age, young_age = 0.1, math.inf
         while young_age > age / 2:  # repeat until no delay distorts the ages; the clock is coarse
@@ -239,7 +239,7 @@ class TestBurst:
 
 
 class TestScavenger:
-    def test_it_gives_back_what_is_idle(self) -> None:
+    def test_idle_memory_is_given_back(self) -> None:
         """The thread gives idle memory back by itself, and ends with the arena."""
         arena = Arena()
         scavenger = arena.start_scavenger(0.05)

@@ -301,7 +301,7 @@ class TestTouch:
         assert "RLIMIT_DATA" in line
 
     @pytest.mark.parametrize("size", ["-5", "x", "1.5.2", "", "1YiB", "0.3"])
-    def test_what_is_no_size(self, size: str) -> None:
+    def test_a_malformed_size(self, size: str) -> None:
         """A malformed size is a usage error."""
         done = run_forked("vsz", "--touch", size)
 
@@ -508,7 +508,7 @@ class TestHold:
         assert json.loads(out)["layout"] == "native"
 
     @pytest.mark.parametrize("seconds", ["nan", "-1", "-inf"])
-    def test_what_is_no_time(self, seconds: str) -> None:
+    def test_an_invalid_number_of_seconds(self, seconds: str) -> None:
         """A negative or undefined number of seconds is a usage error."""
         done = run_forked("vsz", "--hold", seconds)
 

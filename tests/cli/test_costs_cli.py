@@ -121,7 +121,7 @@ class TestScreen:
         assert "transparent huge pages: " in out
         assert "vm.overcommit_memory " in out
 
-    def test_it_says_what_it_does_meanwhile(self, quick: tuple[str, str, Path]) -> None:
+    def test_the_time_limit_is_printed_first(self, quick: tuple[str, str, Path]) -> None:
         """At the start it prints the time limit on standard error."""
         _, err, _ = quick
 

@@ -277,7 +277,7 @@ class TestFiles:
         "text",
         ["", "[]", "{}", '{"schema": 2}', "[" * 100_000, '{"schema": 1, "vsz_kib": "1"}', "\0"],
     )
-    def test_what_is_no_explanation(self, tmp_path: Path, text: str) -> None:
+    def test_files_that_are_not_explanations(self, tmp_path: Path, text: str) -> None:
         """A file that is not an explanation raises ValueError."""
         path = tmp_path / "new.json"
         path.write_text(text)
@@ -322,7 +322,7 @@ class TestRefusals:
             (["abc"], "PID"),
         ],
     )
-    def test_what_contradicts_itself(self, arguments: list[str], told: str) -> None:
+    def test_invalid_combinations_of_options(self, arguments: list[str], told: str) -> None:
         """Options that exclude or need each other, and wrong values, end with status 2."""
         refused = run(*arguments, status=2).stderr
 

@@ -270,7 +270,7 @@ class TestSparkline:
         assert sparkline(range(8), 8, 0, 7, ASCII) == ASCII
 
     @pytest.mark.parametrize("value", [0, 5, 1 << 60])
-    def test_what_is_constant(self, value: int) -> None:
+    def test_a_constant_series(self, value: int) -> None:
         """A constant series is a flat line at the bottom, zero or not."""
         assert sparkline([value] * 4, 8, value, value) == "▁▁▁▁"
 
@@ -355,7 +355,7 @@ class TestSampling:
         assert not seen.sample_when_due()
         assert not seen.ended
 
-    def test_what_is_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_history_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The history is bounded; first, low and high are those since the start."""
         seen = self.watched(monkeypatch, 1.0, repeat(0.0))
         for _ in range(3000):
@@ -561,7 +561,7 @@ class TestLines:
         assert {len(line) for line in lines} == {len(lines[0])}
         assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ", line) for line in lines[1:])
 
-    def test_csv_is_what_was_shown(self, child: Child, tmp_path: Path) -> None:
+    def test_csv_has_the_printed_rows(self, child: Child, tmp_path: Path) -> None:
         """The file has the printed rows, even if the watcher is killed."""
         path = tmp_path / "a.csv"
         process = self.start(child, 0.02, path)

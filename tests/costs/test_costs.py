@@ -113,18 +113,18 @@ class TestTimes:
 
         assert hits >= 360
 
-    def test_passes_that_disagree_widen_it(self) -> None:
+    def test_passes_that_disagree_widen_the_interval(self) -> None:
         """The interval is wider where the passes differ more than their samples do."""
         together = summarise([[100.0 + i % 3 for i in range(100)]] * 2)
         apart = summarise([[90.0 + i % 3 for i in range(100)], [110.0 + i % 3 for i in range(100)]])
 
         assert apart.width > 10 * together.width
 
-    def test_a_single_pass(self) -> None:
+    def test_the_interval_of_a_single_pass(self) -> None:
         """The interval of a single pass extends 25 % to either side, however equal its samples."""
         assert summarise([[100.0] * 50]).ci95 == (80, 125)
 
-    def test_one_sample_says_nothing(self) -> None:
+    def test_the_interval_of_a_single_sample(self) -> None:
         """The interval of a single sample is 0 to infinity."""
         assert summarise([[5.0]]).ci95 == (0, math.inf)
 
@@ -149,7 +149,7 @@ def quiet(*passes: list[float]) -> list[list[tuple[float, bool]]]:
 
 
 class TestCold:
-    def test_two_modes_are_parted(self) -> None:
+    def test_slow_samples_are_cold(self) -> None:
         """Samples thirty times as long as the others are cold."""
         warm = [[100.0 + i for i in range(20)] for _ in range(5)]
         cold = [3000.0 + i for i in range(10)]
@@ -164,7 +164,7 @@ class TestCold:
 
         assert split_cold(passes) == ([[100.0] * 60], [[3000.0] * 6])
 
-    def test_what_came_first_joins_no_median(self) -> None:
+    def test_warm_samples_of_the_warm_up_are_left_out(self) -> None:
         """Warm samples of the warm-up are left out: the memory is in another state."""
         assert split_cold(quiet([100.0] * 30), quiet([101.0] * 100)) == ([[100.0] * 30], [])
 
@@ -175,7 +175,7 @@ class TestCold:
 
         assert split_cold(quiet(values)) == ([values], [])
 
-    def test_what_was_preempted_is_not_cold(self) -> None:
+    def test_preempted_samples_are_not_cold(self) -> None:
         """Preempted samples are never cold, however long they are."""
         passes = [[(100.0, False)] * 60 + [(4100.0, True)] * 10]
 
@@ -215,7 +215,7 @@ class TestModel:
         assert fit.ns_per_page == pytest.approx(3, rel=0.02)
         assert fit.residual > 0.5
 
-    def test_estimates_go_through_what_was_measured(self) -> None:
+    def test_estimates_equal_measured_medians(self) -> None:
         """At a measured length the estimate and its interval are those of the median."""
         points = [(1.0, 900.0, 880.0, 950.0), (16.0, 1000.0, 990.0, 1010.0), (256.0, 9e4, 8e4, 1e5)]
         fit = Fit.of(TOUCH, points)
@@ -275,7 +275,7 @@ class TestModel:
             ({"verb": "touch", "pages": 1, "threads": 7}, LookupError),
         ],
     )
-    def test_what_can_not_be_estimated(
+    def test_arguments_without_an_estimate(
         self, arguments: dict[str, Any], error: type[Exception]
     ) -> None:
         """A wrong name is a ValueError, a curve that was not measured a LookupError."""
@@ -400,13 +400,13 @@ class TestTable:
             '{"schema": 1, "machine": {}, "cells": [{}], "noise": {}, "seconds": 1}',
         ],
     )
-    def test_what_is_not_such_json(self, text: str) -> None:
+    def test_text_of_another_form(self, text: str) -> None:
         """Any other text is a ValueError."""
         with pytest.raises(ValueError, match=r"not the output|schema|Expecting"):
             CostTable.from_json(text)
 
     @pytest.mark.parametrize(("path", "value"), HOSTILE)
-    def test_what_is_hostile(self, path: tuple[Any, ...], value: Any) -> None:
+    def test_invalid_values_are_refused(self, path: tuple[Any, ...], value: Any) -> None:
         """An invalid value is refused when it is read, so comparing and recommending never fail."""
         document: Any = json.loads(costs_tables.table({TOUCH: line(100, 7)}).to_json())
         container = document
@@ -433,7 +433,7 @@ class TestTable:
             ),
         ],
     )
-    def test_what_is_only_odd(self, ns: float, nbytes: int) -> None:
+    def test_unusual_values_are_accepted(self, ns: float, nbytes: int) -> None:
         """Times of zero or less, and lengths of partial OS pages, can be compared both ways and
         recommended from."""
         usual = costs_tables.table(USUAL)
@@ -465,7 +465,7 @@ class TestTable:
 
 
 class TestComparison:
-    def test_what_did_not_change(self) -> None:
+    def test_equal_costs_do_not_change(self) -> None:
         """Two runs with the same costs have no changes."""
         old = costs_tables.table(USUAL, seed=1, jitter=0.1)
         new = costs_tables.table(USUAL, seed=2, jitter=0.1)
@@ -477,7 +477,7 @@ class TestComparison:
         assert comparison.noisy is None
         assert comparison.differences == ()
 
-    def test_what_changed(self) -> None:
+    def test_changed_cells(self) -> None:
         """Intervals that do not overlap are a change, with direction and ratio."""
         old = costs_tables.table({TOUCH: line(0, 100), COMMIT: line(900, 0)})
         new = costs_tables.table({TOUCH: line(0, 150), COMMIT: line(450, 0)}, seed=1)
@@ -488,7 +488,7 @@ class TestComparison:
         assert verdicts == {("touch", "slower"), ("commit", "faster")}
         assert {round(compared.ratio, 1) for compared in cells} == {1.5, 0.5}
 
-    def test_what_can_not_be_told(self) -> None:
+    def test_wide_intervals_are_unsure(self) -> None:
         """Cells with an interval wider than half the median are unsure."""
         old = costs_tables.table({TOUCH: line(0, 100)}, jitter=3.0)
         new = costs_tables.table({TOUCH: line(0, 130)}, jitter=3.0, seed=1)
@@ -497,14 +497,14 @@ class TestComparison:
 
         assert comparison.count("unsure") >= 0.8 * len(comparison.cells)
 
-    def test_many_cpus_have_room_for_others(self) -> None:
+    def test_two_busy_cpus_of_64_are_no_noise(self) -> None:
         """On a machine of 64 CPUs, two busy CPUs do not count as noise."""
         table = costs_tables.table({TOUCH: line(0, 100)}, noise=LOUD)
         table.machine["cpus"] = 64
 
         assert table.disturbed is None
 
-    def test_a_change_too_small_to_mean_anything(self) -> None:
+    def test_small_changes_do_not_count(self) -> None:
         """A difference of 3 % is no change, however narrow the intervals."""
         old = costs_tables.table({TOUCH: line(0, 100)}, jitter=1e-4)
         new = costs_tables.table({TOUCH: line(0, 103)}, jitter=1e-4, seed=1)
@@ -594,7 +594,7 @@ class TestRecommendations:
         with pytest.raises(LookupError, match="was not counted"):
             advice.entries_of({"commit magic": 1})
 
-    def test_what_was_not_measured(self) -> None:
+    def test_missing_cells_are_named(self) -> None:
         """An answer whose cells were not measured has no value, and names what is missing."""
         advice = recommend(costs_tables.table({TOUCH: line(0, 100)}))
 
@@ -602,7 +602,7 @@ class TestRecommendations:
         assert "grow mprotect" in advice.step_bytes.reason
         assert advice.huge_above.value is None
 
-    def test_lazy_that_is_no_cheaper(self) -> None:
+    def test_eager_discard_where_lazy_is_no_cheaper(self) -> None:
         """Where lazy discard costs more in total, eager discard is recommended."""
         expensive = {**USUAL, Curve("discard", "free"): line(0, 9000)}
 
@@ -812,7 +812,7 @@ class TestPlan:
             {"only": "collapse", "longest": PAGE_SIZE},
         ],
     )
-    def test_what_makes_no_sense(self, arguments: dict[str, Any]) -> None:
+    def test_invalid_arguments(self, arguments: dict[str, Any]) -> None:
         """An unknown verb, no verb, no size, or a length under a page is a ValueError."""
         with pytest.raises(ValueError, match=r"the verbs|longest must be|not a size|nothing to"):
             plan(**arguments)
@@ -828,7 +828,7 @@ class TestPlan:
         assert children() == before
         plan(longest=32 * MiB).check_memory()
 
-    def test_huge_pages_that_there_are_none_of(self) -> None:
+    def test_missing_page_kinds(self) -> None:
         """A page kind that the machine lacks is not run, and its cells have the reason."""
         lacking = [kind for kind in page_kinds() if kind.why_not and kind.size <= 32 * MiB]
         if not lacking:
@@ -944,12 +944,12 @@ class TestMeasure:
     @pytest.mark.parametrize(
         "wrong", [{"budget": 0}, {"budget": -1}, {"budget": math.inf}, {"width": 0}]
     )
-    def test_what_makes_no_sense(self, wrong: dict[str, Any]) -> None:
+    def test_invalid_budget_or_width(self, wrong: dict[str, Any]) -> None:
         """Budget and width must be positive, and the budget finite."""
         with pytest.raises(ValueError, match="positive"):
             measure(SMALL_PLAN, **wrong)
 
-    def test_ctrl_c_keeps_what_there_is(self) -> None:
+    def test_ctrl_c_keeps_the_measured_cells(self) -> None:
         """An interrupted run returns a valid partial table, and leaves no process."""
         before = children()
 
@@ -1056,7 +1056,7 @@ class TestMeasure:
 
         assert any(table.measured())
 
-    def test_modules_beside_the_caller(
+    def test_modules_of_the_working_directory(
         self, one_pass: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Modules of the working directory are not imported, output of sitecustomize is ignored,

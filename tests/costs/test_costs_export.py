@@ -161,7 +161,7 @@ class TestTheChoiceOfLines:
         assert [line.curve for line in chosen.lines] == [self.SMALL, slowest]
         assert (chosen.near, chosen.others) == (1, 1)
 
-    def test_a_full_panel_counts_what_it_lacks(self) -> None:
+    def test_a_full_panel_counts_its_omitted_curves(self) -> None:
         """No panel has more than nine lines, and each curve is shown once or counted once."""
         curves = everything().curves()
         for verbs in GROUPS.values():
@@ -207,7 +207,7 @@ class TestSpreading:
         for place, height in zip(centres, heights, strict=True):
             assert height / 2 - 1e-9 <= place <= 100 - height / 2 + 1e-9
 
-    def test_what_is_apart_stays(self) -> None:
+    def test_labels_that_do_not_overlap_stay(self) -> None:
         """Labels that do not overlap stay in place; overlapping ones share the movement."""
         assert spread([50, 10, 90], [4, 4, 4], 0, 100) == [50, 10, 90]
         assert spread([50, 50, 90], [4, 6, 4], 0, 100) == [47.5, 52.5, 90]
@@ -369,7 +369,7 @@ class TestThePicture:
         assert picture.texts[0].get_text() == expected
         assert not picture.texts[0].get_parse_math()
 
-    def test_what_has_no_place_on_a_logarithmic_axis(self) -> None:
+    def test_zeros_and_infinities_are_not_drawn(self) -> None:
         """Zero times and infinite bands are not drawn; an empty table is a picture too."""
         curve = Curve("retouch", "resident")
         cells = [cell(curve, 4 * KiB, 0), cell(curve, 16 * KiB, 5, samples=1, passes=1)]

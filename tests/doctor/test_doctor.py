@@ -88,7 +88,7 @@ def check(topic: str) -> Iterator[Finding]:
 
 
 class TestDiagnosis:
-    def test_what_limits_comes_first(self, here: Diagnosis) -> None:
+    def test_findings_are_sorted_by_state(self, here: Diagnosis) -> None:
         """Findings are sorted by state, and each has a topic of its own."""
         states = [STATES.index(finding.state) for finding in here.findings]
         topics = [finding.topic for finding in here.findings]
@@ -111,7 +111,7 @@ class TestDiagnosis:
         with pytest.raises(KeyError):
             here.about("no such topic")
 
-    def test_what_limits_says_what_to_change(self, here: Diagnosis) -> None:
+    def test_limited_findings_name_a_change(self, here: Diagnosis) -> None:
         """Limited and missing findings name a change and its effect; texts are sentences."""
         for finding in here.findings:
             assert re.fullmatch(r".*\.", finding.fact)
@@ -217,7 +217,7 @@ class TestFacts:
 
         assert shows == (here.about("names in maps").state == "good")
 
-    def test_where_core_dumps_go(self, here: Diagnosis) -> None:
+    def test_the_core_pattern(self, here: Diagnosis) -> None:
         """The core pattern agrees with /proc."""
         pattern = Path("/proc/sys/kernel/core_pattern").read_text().strip()
 
@@ -269,7 +269,7 @@ class TestLimits:
 
         assert warns != proc.capable(24)
 
-    def test_the_reservation_is_what_the_limit_leaves(
+    def test_the_largest_reservation_under_a_limit(
         self, limited: dict[str, dict[str, Any]]
     ) -> None:
         """Under RLIMIT_AS the largest reservation is the unused part of the limit."""
@@ -286,7 +286,7 @@ class TestLimits:
 
         assert (before["state"], after["state"]) == ("limited", "good")
 
-    def test_where_sys_is_empty(self) -> None:
+    def test_an_empty_sys(self) -> None:
         """With an empty /sys the findings name the unreadable files and the namespace."""
         if shutil.which("unshare") is None:
             pytest.skip("no unshare here")
@@ -484,7 +484,7 @@ class TestOtherMachines:
             (ValueError("no number"), "no number"),
         ],
     )
-    def test_what_cannot_be_read(self, error: Exception, words: str) -> None:
+    def test_a_check_that_fails(self, error: Exception, words: str) -> None:
         """A check that fails yields its earlier findings, then one that names the error."""
         first = Finding("a", "good", "It is so.", "All.")
 

@@ -223,7 +223,7 @@ class TestOwners:
             ("arena", "reserved", 134_114_312),
         ]
 
-    def test_what_imitates_them_is_not_named(self) -> None:
+    def test_imitations_are_not_named(self) -> None:
         """A program that maps like allocators, runtimes and sanitizers gets none of their names."""
         names = {owner.name for owner in explained("c_imitator").owners}
 
@@ -360,7 +360,7 @@ class TestChargedArenas:
 
         assert owners["glibc malloc arenas"] == 64 * KiB
 
-    def test_merged_with_what_is_below(self, tmp_path: Path) -> None:
+    def test_a_head_merged_with_a_lower_mapping(self, tmp_path: Path) -> None:
         """A mapping that begins below the line and includes the head is divided at the line."""
         head, tail = self.heap(LINE, 0x21000)
         merged = (LINE - (1 << 20), head[1] + (1 << 20), "rw-p", 8, HEAD)
@@ -418,7 +418,7 @@ class TestChargedArenas:
             (LINE + (1 << 20), 0x21000, (64 << 20) - 0x21000, TAIL),  # not aligned
         ],
     )
-    def test_what_is_alike(
+    def test_similar_reservations_are_not_mallocs(
         self, tmp_path: Path, low: int, head: int, tail: int, flags: str
     ) -> None:
         """Reservations of programs that map glibc too are not malloc's."""
@@ -674,7 +674,7 @@ class TestWithout:
         assert any("page tables take" in warning for warning in warned.warnings)
         assert (space.rss, space.page_tables, space.warnings) == (None, 99_999 * KiB, ())
 
-    def test_what_is_not_known_is_not_compared(self, folder: Path) -> None:
+    def test_unknown_figures_are_not_compared(self, folder: Path) -> None:
         """A figure that is unknown in one explanation is no change."""
         whole = explain(path=folder).to_dict()
         (folder / "smaps.gz").unlink()
@@ -727,7 +727,7 @@ class TestWithout:
         with pytest.raises(MapsError, match="no mappings"):
             explain(path=folder)
 
-    def test_what_has_no_end(self, folder: Path) -> None:
+    def test_a_file_that_unpacks_to_too_much(self, folder: Path) -> None:
         """A file that unpacks to more than its maximum is refused before it fills the memory."""
         for name in ("smaps.gz", "status.gz"):
             before = (folder / name).read_bytes() if (folder / name).exists() else None
@@ -737,7 +737,7 @@ class TestWithout:
                 explain(path=folder)
             (folder / name).write_bytes(before or b"")
 
-    def test_what_is_no_file(self, folder: Path) -> None:
+    def test_paths_that_are_not_regular_files(self, folder: Path) -> None:
         """A pipe, a folder and a device in place of a file are refused immediately."""
         (folder / "smaps.gz").unlink()
         for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")):

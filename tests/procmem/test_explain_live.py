@@ -455,7 +455,7 @@ class TestEnds:
                 if not ended(process):
                     break
 
-    def test_before_each_reading_of_what_is_saved(
+    def test_before_each_reading_of_save(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """`save` writes files that can be explained, or none."""
@@ -518,14 +518,14 @@ class TestEnds:
         assert "kernel thread" in refused_in_one_line(run("explain", str(pid)))
 
     @pytest.mark.parametrize("pid", [True, False, 1.0, "1", "self", b"1", "..", [1]])
-    def test_what_is_no_number(self, pid: Any) -> None:
+    def test_pids_that_are_not_integers(self, pid: Any) -> None:
         """pid must be an integer."""
         for read in (explain, sample):
             with pytest.raises(TypeError):
                 read(pid)
 
     @pytest.mark.parametrize("pid", [0, -1, -(2**70)])
-    def test_what_is_not_positive(self, pid: int) -> None:
+    def test_pids_that_are_not_positive(self, pid: int) -> None:
         """pid must be positive."""
         for read in (explain, sample):
             with pytest.raises(ValueError, match="positive"):
@@ -904,7 +904,7 @@ class TestStrangeNames:
         lines = Path(f"/proc/{pid}/maps").read_bytes().split(b"\n")[:-1]
         assert starts == [int(line.partition(b"-")[0], 16) for line in lines]
 
-    def test_json_has_only_what_utf_8_can_write(self, strange: tuple[int, set[str]]) -> None:
+    def test_json_escapes_bytes_that_are_not_utf_8(self, strange: tuple[int, set[str]]) -> None:
         """Bytes that are not UTF-8 are written as \\xNN: JSON readers refuse lone surrogates."""
         pid, _ = strange
         space = explain(pid)
@@ -989,7 +989,7 @@ class TestStrangeNames:
 class TestTrack:
     """`track` measures what a block of code changes."""
 
-    def test_each_verb_changes_what_it_should(self) -> None:
+    def test_each_verb_changes_its_figures(self) -> None:
         """reserve, commit, touch, decommit and release change exactly the right figures."""
         found = fresh_python(
             """
@@ -1153,7 +1153,7 @@ class TestSave:
         assert in_child(refused) == errno.EFBIG
         assert list(tmp_path.iterdir()) == []
 
-    def test_what_is_no_folder(self, tmp_path: Path) -> None:
+    def test_paths_that_are_not_folders(self, tmp_path: Path) -> None:
         """A file in place of the folder or of a parent is refused."""
         file = tmp_path / "file"
         file.write_text("mine")
@@ -1163,7 +1163,7 @@ class TestSave:
                 save(None, folder)
         assert file.read_text() == "mine"
 
-    def test_the_command_explains_what_it_saves(self, stopped: Stopped, tmp_path: Path) -> None:
+    def test_from_shows_the_saved_files(self, stopped: Stopped, tmp_path: Path) -> None:
         """`--save` and `--from` show the same; a second `--save` to the folder is refused."""
         pid, folder = str(stopped("threads")), tmp_path / "saved"
 

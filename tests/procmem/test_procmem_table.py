@@ -113,7 +113,7 @@ class TestReading:
 
         assert read(LINE.replace(b"/tmp/a b", name)).names == [name.decode()]
 
-    def test_what_the_kernel_printed_before_and_after_a_merge(self) -> None:
+    def test_mappings_that_merge_during_printing(self) -> None:
         """Mappings that merged during printing are one mapping."""
         grown = LINE.replace(b"7fdbc9400000", b"7fdbc9500000")
 
@@ -169,7 +169,7 @@ class TestRefusing:
             LINE + b"Rss\n",
         ],
     )
-    def test_what_is_neither_file(self, text: bytes) -> None:
+    def test_malformed_files(self, text: bytes) -> None:
         """The error names the line."""
         with pytest.raises(MapsError, match=r"line \d+ is not in the format of"):
             read(text)
@@ -328,9 +328,7 @@ class TestFuzzed:
         b"00001000-00002000 rw-p 00000000 00:00 0   [vsyscall]\nPrivate_Dirty: 4 kB\n"
         b"VmFlags: rd wr\n"
     )
-    def test_what_looks_like_smaps(
-        self, tmp_path_factory: pytest.TempPathFactory, text: bytes
-    ) -> None:
+    def test_generated_smaps(self, tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:
         """Recognisers and classes accept every file that the parser accepts."""
         folder = tmp_path_factory.mktemp("fuzzed", numbered=True)
         (folder / "smaps").write_bytes(text)
@@ -338,7 +336,7 @@ class TestFuzzed:
         self.explain(folder)
 
     @given(nearly_smaps(), st.sampled_from(["", "VmRSS: 8 kB\n", "VmSwap: 4 kB\nName:\tx\n"]))
-    def test_what_looks_like_maps(
+    def test_generated_maps(
         self, tmp_path_factory: pytest.TempPathFactory, text: bytes, status: str
     ) -> None:
         """Without smaps every byte is in a class and has an owner too."""

@@ -11,7 +11,7 @@ from pyreserve._region.viewtable import ViewTable
 
 
 class TestRemove:
-    def test_what_it_calls(self, region: Region) -> None:
+    def test_results_and_exceptions_of_the_function(self, region: Region) -> None:
         """remove returns what the function returns, and lets its exception through."""
         with region.exports.lock:
             assert region.exports.remove("cut", 0, PAGE_SIZE, divmod, 7, 2) == (3, 1)

@@ -187,7 +187,7 @@ def test_it_goes_with_its_last_reference(act: Callable[[], object]) -> None:
 
 @witness.only_64_bit
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
-def test_where_addresses_are_scarce(act: Callable[[], object]) -> None:
+def test_scarce_addresses(act: Callable[[], object]) -> None:
     """Also if RLIMIT_AS refuses most reservations, so that layouts fall back."""
 
     def child() -> list[str]:

@@ -89,7 +89,7 @@ class TestReservation:
             assert region.base % PAGE_SIZE == 0
 
     @only_64_bit
-    def test_vmsize_grows_by_exactly_what_was_reserved(self) -> None:
+    def test_vmsize_grows_by_exactly_the_reservation(self) -> None:
         """Reserving 136 GiB adds exactly 136 GiB to VmSize and less than 1 MiB to RSS."""
         grown = witness.fresh_python(
             """
@@ -268,7 +268,7 @@ class TestCharge:
 
 
 class TestCounter:
-    def test_each_commit_counts_what_it_adds(self, any_mode: Region) -> None:
+    def test_repeated_commits_count_once(self, any_mode: Region) -> None:
         """Overlapping and repeated commits count each byte once."""
         region, page = any_mode, PAGE_SIZE
 
@@ -287,7 +287,7 @@ class TestCounter:
             assert region.committed == total * page
             assert_books_are_true(region)
 
-    def test_each_decommit_counts_what_it_takes(self, any_mode: Region) -> None:
+    def test_repeated_decommits_count_once(self, any_mode: Region) -> None:
         """Overlapping and repeated decommits subtract each byte once; reserved ones count 0."""
         region, page = any_mode, PAGE_SIZE
         region.commit(0, region.size)
@@ -603,7 +603,7 @@ class TestPlace:
             region.release()
 
     @only_64_bit
-    def test_align_gives_back_what_it_reserved_too_much(self) -> None:
+    def test_an_aligned_reservation_keeps_only_its_size(self) -> None:
         """An aligned reservation adds only its own size to VmSize."""
         grown = witness.fresh_python(
             """
@@ -635,7 +635,7 @@ class TestPlace:
             assert_books_are_true(region)
 
     @pytest.mark.parametrize("shift", [-1, 0, 1])
-    def test_at_never_replaces_what_is_there(self, shift: int) -> None:
+    def test_at_never_replaces_a_mapping(self, shift: int) -> None:
         """`at` an occupied address fails with EEXIST, and the mapping there keeps its bytes."""
         place = a_free_place(8 * PAGE_SIZE)
         occupant = pyreserve.reserve(2 * PAGE_SIZE, at=place + 2 * PAGE_SIZE)

@@ -156,7 +156,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("verb", [*PAGE_VERBS, "view", "is_committed"])
     @pytest.mark.parametrize("value", NO_INTEGERS, ids=repr)
-    def test_what_is_no_integer(self, used: Region, verb: str, value: object) -> None:
+    def test_arguments_that_are_not_integers(self, used: Region, verb: str, value: object) -> None:
         """An offset or length that is not an integer is a TypeError."""
         before = state(used)
 
@@ -346,7 +346,7 @@ class TestReserveArguments:
 
     @pytest.mark.parametrize("word", ["mode", "fork", "huge_pages"])
     @pytest.mark.parametrize("value", [[], {}, bytearray()])
-    def test_words_that_can_not_be_looked_up(self, word: str, value: object) -> None:
+    def test_unhashable_policies(self, word: str, value: object) -> None:
         """An unhashable policy is refused like any unknown one."""
         with pytest.raises((TypeError, ValueError)):
             pyreserve.reserve(PAGE_SIZE, **{word: value})  # type: ignore[arg-type]

@@ -137,7 +137,7 @@ class TestTracemalloc:
         gc.collect()
         assert traced() == 0
 
-    def test_a_child_has_what_its_parent_had(self) -> None:
+    def test_totals_after_a_fork(self) -> None:
         """Parent and child have separate totals after a fork."""
         tracemalloc.start()
         region = reserve(GiB)

@@ -84,7 +84,7 @@ class TestValues:
         else:
             assert caps.transparent_huge_pages is None
 
-    def test_addresses_end_where_it_says(self) -> None:
+    def test_address_bits(self) -> None:
         """All mappings are below 2**address_bits, and the stack is in the upper half."""
         bits = capabilities().address_bits
 
@@ -134,11 +134,11 @@ class TestFeatures:
             ("madv_guard_install", MADV_GUARD_INSTALL),
         ],
     )
-    def test_an_advice_is_offered_if_it_works(self, feature: str, advice: int) -> None:
+    def test_capabilities_of_madvise(self, feature: str, advice: int) -> None:
         """The kernel accepts an advice exactly if the capability is True."""
         assert getattr(capabilities(), feature) is advice_works(advice)
 
-    def test_names_are_offered_if_they_show(self) -> None:
+    def test_names_of_mappings(self) -> None:
         """anon_vma_names is True exactly if a name set here appears in /proc."""
         assert capabilities().anon_vma_names is names_work()
 
@@ -165,7 +165,7 @@ class TestFeatures:
         assert kernel() >= since or not offered
 
     @pytest.mark.parametrize("huge_pages", ["prefer", "never"])
-    def test_what_is_offered_can_be_used(self, huge_pages: str) -> None:
+    def test_huge_page_policies_are_accepted(self, huge_pages: str) -> None:
         """Huge page policies are accepted where there are transparent huge pages."""
         if capabilities().transparent_huge_pages is None:
             pytest.skip("this kernel has no transparent huge pages")
@@ -173,7 +173,7 @@ class TestFeatures:
         with pyreserve.reserve(PAGE_SIZE, huge_pages=huge_pages) as region:  # type: ignore[arg-type]
             region.commit(0, PAGE_SIZE)
 
-    def test_wiping_works_where_it_is_offered(self) -> None:
+    def test_wipe_on_fork(self) -> None:
         """A region with fork="wipe" can be reserved exactly if madv_wipeonfork is True."""
         offered = capabilities().madv_wipeonfork
         expected: contextlib.AbstractContextManager[object] = (
@@ -187,7 +187,7 @@ class TestFeatures:
 
 
 class TestTrying:
-    def test_asking_leaves_nothing_behind(self) -> None:
+    def test_repeated_calls_leave_nothing_behind(self) -> None:
         """Repeated calls leave no mapping and no open file."""
         script = """
 import os
@@ -211,7 +211,7 @@ print(before == now())
 
         assert done.stdout == "True\n"
 
-    def test_the_answer_does_not_change(self) -> None:
+    def test_results_are_equal_and_immutable(self) -> None:
         """Two results are equal, and a result is immutable."""
         caps = capabilities()
 

@@ -226,7 +226,7 @@ class TestUse:
             (Use(0, 1), 0, True),
         ],
     )
-    def test_what_is_left(self, use: Use, left: int | None, near: bool) -> None:
+    def test_the_unused_part_of_a_limit(self, use: Use, left: int | None, near: bool) -> None:
         """A limit leaves what is not used, never less than 0; without a limit nothing is near."""
         assert (use.left(), use.is_near()) == (left, near)
 

@@ -338,7 +338,7 @@ class TestStrictOvercommit:
         monkeypatch.setattr(proc, "_PROC", tmp_path)
         return write
 
-    def test_what_is_kept_back(self, machine: Any) -> None:
+    def test_the_kernels_reserves(self, machine: Any) -> None:
         """The reserves are 8 MiB for root, and 1/32 of the VSZ, at most 128 MiB."""
         machine(vsz=GiB)
         assert limits.strict_commit().left == GiB - 8 * MiB - 32 * MiB

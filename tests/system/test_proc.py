@@ -119,7 +119,7 @@ class TestMaps:
         assert stacks[0] == stacks[1] != stacks[2]
         assert size > 0
 
-    def test_a_process_that_there_is_not(self) -> None:
+    def test_a_process_that_does_not_exist(self) -> None:
         """A process that does not exist raises OSError."""
         with pytest.raises(OSError, match=r"proc"):
             proc.read_maps(2**31 - 1)
@@ -230,13 +230,13 @@ class TestGaps:
             ([(100, 101), (199, 200)], [(101, 199)]),
         ],
     )
-    def test_what_no_mapping_covers(
+    def test_gaps_between_mappings(
         self, mappings: list[tuple[int, int]], gaps: list[tuple[int, int]]
     ) -> None:
         """Gaps are the unmapped parts of the range, lowest first."""
         assert list(proc.free_gaps(mapped(*mappings), 100, 200)) == gaps
 
-    def test_a_reservation_is_no_gap(self) -> None:
+    def test_a_reservation_is_not_a_gap(self) -> None:
         """Reserved addresses are not free until they are released."""
         region = pyreserve.reserve(4 * PAGE_SIZE)
         low, high = region.base, region.base + 4 * PAGE_SIZE

@@ -53,7 +53,7 @@ class TestProcessLimit:
         assert limit == "RLIMIT_NPROC"
         assert f"RLIMIT_NPROC (ulimit -u) is 1, and user {user} has " in why
 
-    def test_what_can_be_forked_is(self) -> None:
+    def test_forks_below_the_limit(self) -> None:
         """Below the limit there is no refusal and no limit is named."""
 
         def in_the_child() -> tuple[tuple[int, str, str | None], object]:

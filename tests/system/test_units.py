@@ -74,7 +74,7 @@ class TestParse:
             "1Z",
         ],
     )
-    def test_what_is_no_size_is_refused(self, text: str) -> None:
+    def test_malformed_sizes_are_refused(self, text: str) -> None:
         """Text that is not a number with a known unit raises ValueError and is quoted in it."""
         with pytest.raises(ValueError, match="not a size") as caught:
             parse_size(text)
@@ -88,7 +88,7 @@ class TestParse:
             parse_size(text)
 
     @pytest.mark.parametrize("value", [4096, 1.5, None, b"4K", Decimal(1), ["4K"]])
-    def test_what_is_no_text_is_refused(self, value: object) -> None:
+    def test_other_types_are_refused(self, value: object) -> None:
         """Only strings are parsed; anything else is a TypeError."""
         with pytest.raises(TypeError, match="string"):
             parse_size(value)  # type: ignore[arg-type]
@@ -120,7 +120,7 @@ class TestFormat:
         assert format_size(nbytes) == text
 
     @given(st.integers(0, 1 << 64))
-    def test_what_is_formatted_can_be_parsed_nearby(self, nbytes: int) -> None:
+    def test_formatted_sizes_can_be_parsed(self, nbytes: int) -> None:
         """Parsing a formatted size differs by at most the rounded digits."""
         text = format_size(nbytes)
         number, unit = text.split()
