@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pyreserve._native import lib
 from pyreserve._system import machine, proc
 from pyreserve._system.limits import PAGE_SIZE, address_bits, refusal
-from pyreserve._system.readings import Report, rlimit
+from pyreserve._system.readings import Assessment, rlimit
 
 
 class Feature(NamedTuple):
@@ -50,14 +50,14 @@ class Feature(NamedTuple):
             raise refusal("map", err, PAGE_SIZE)
         return err == 0
 
-    def report(self) -> Report:
-        """Return the finding of doctor."""
+    def assess(self) -> Assessment:
+        """Return the assessment for doctor."""
         if not self.works():
             return self._missing()
         fact = "It works: a trial succeeded."
-        return Report(self.topic, "good", fact, self.allows, {"works": True})
+        return Assessment(self.topic, "good", fact, self.allows, {"works": True})
 
-    def _missing(self) -> Report:
+    def _missing(self) -> Assessment:
         release, since = os.uname().release, ".".join(map(str, self.since))
         filtered = proc.status().get("Seccomp") == "2"
         if _version(release) < self.since:
@@ -74,7 +74,7 @@ class Feature(NamedTuple):
         else:
             fact = f"Linux has it since {since}, but the trial failed on Linux {release}."
             change = "use a kernel that is configured with it"
-        return Report(
+        return Assessment(
             self.topic,
             "missing",
             fact,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pyreserve._native import lib
 from pyreserve._system import proc, rlimits, tasks
-from pyreserve._system.readings import OWN, Limit, Process, Report, Use
+from pyreserve._system.readings import OWN, Assessment, Limit, Process, Use
 from pyreserve._system.rlimits import RLIMIT_AS
 from pyreserve.errors import OutOfMemoryError, VMError
 from pyreserve.units import KiB, format_size
@@ -62,12 +62,12 @@ class _MapCount(Limit):
     def _count(self, used: int, limit: int) -> str:
         return f"{used:,} mappings and {self._setting} is {limit:,}"
 
-    def reports(self) -> Iterator[Report]:
+    def assess(self) -> Iterator[Assessment]:
         use = self.use(OWN)
         limit, used, left = use.limit or 0, use.used, use.left() or 0
         pieces = left // self._entries_per_range
         ranges = "About {:,} more separate ranges can be committed{}."
-        report = Report(
+        assessment = Assessment(
             self.name,
             "limited" if limit < proc.default_setting(self.name) or left < limit // 2 else "good",
             f"The limit is {limit:,} mappings, of which this process has {used:,}.",
@@ -76,12 +76,12 @@ class _MapCount(Limit):
         )
         raised = min(self._most, max(self._suggested, 4 * limit))
         if raised > limit:
-            report = report._replace(
+            assessment = assessment._replace(
                 change=f"{self._change}={raised}",
                 effect=ranges.format((raised - used) // self._entries_per_range, ""),
                 risk="Each map entry takes about 200 bytes of kernel memory.",
             )
-        yield report
+        yield assessment
 
     def warning(self, use: Use) -> str:
         return (
@@ -182,7 +182,7 @@ class _Overcommit(Limit):
     def _memory_and_swap(self) -> int:
         return (OWN.meminfo_kib("MemTotal") + OWN.meminfo_kib("SwapTotal")) * KiB
 
-    def reports(self) -> Iterator[Report]:
+    def assess(self) -> Iterator[Assessment]:
         mode, most = OWN.setting("overcommit_memory"), self._memory_and_swap()
         ratio, fixed = OWN.setting("overcommit_ratio"), OWN.setting("overcommit_kbytes")
         values = {
@@ -197,7 +197,7 @@ class _Overcommit(Limit):
             strict = strict_commit()
             values |= {"admin_reserve": strict.admin_reserve, "user_reserve": strict.user_reserve}
             setting = f"vm.overcommit_kbytes={fixed}" if fixed else f"vm.overcommit_ratio={ratio}"
-            yield Report(
+            yield Assessment(
                 self.name,
                 "limited",
                 f"{self._setting} is 2 (strict, {setting}): {strict}.",
@@ -224,7 +224,7 @@ class _Overcommit(Limit):
                 f'One commit in mode="charge" is refused above {format_size(most)}; '
                 'mode="noreserve" is never refused.'
             )
-        yield Report(self.name, "good", fact, allows, values)
+        yield Assessment(self.name, "good", fact, allows, values)
 
     def warning(self, use: Use) -> str:
         return (
@@ -266,11 +266,11 @@ class _AddressSpace(Limit):
         bits = address_bits()
         return f"{bits} bits ({format_size(1 << bits)})"
 
-    def reports(self) -> Iterator[Report]:
+    def assess(self) -> Iterator[Assessment]:
         """See `Limit`. One reservation has at most the largest gap, and what RLIMIT_AS leaves."""
         bits, gap, left = address_bits(), self._largest_gap(), RLIMIT_AS.use(OWN).left()
         most = gap if left is None else min(gap, left // PAGE_SIZE * PAGE_SIZE)
-        report = Report(
+        assessment = Assessment(
             self.name,
             "good",
             f"User addresses have {self._bits()}. The largest free range is {format_size(gap)}.",
@@ -285,12 +285,12 @@ class _AddressSpace(Limit):
             command=False,
         )
         if bits <= 32:
-            report = report._replace(
+            assessment = assessment._replace(
                 state="limited",
                 change="use a 64-bit Python",
                 effect="Reservations of many TiB become possible.",
             )
-        yield report
+        yield assessment
 
 
 class _LowestAddress(Limit):
@@ -311,7 +311,7 @@ class _Cgroup(Limit):
     """The memory cgroups above a process. They refuse no verb: the OOM killer ends a process."""
 
     name = "cgroup limit"
-    # Topic, file, `Report.allows`, `Report.effect` and `Report.risk` of each kind of limit.
+    # Topic, file, and the fields allows, effect and risk of the assessment of each kind of limit.
     _KINDS = (
         (
             name,
@@ -341,7 +341,7 @@ class _Cgroup(Limit):
             "page cache left out: soon the kernel kills a process in it"
         )
 
-    def reports(self) -> Iterator[Report]:
+    def assess(self) -> Iterator[Assessment]:
         """See `Limit`. The group that leaves the least is reported, and the one that throttles."""
         total = OWN.meminfo_kib("MemTotal") * KiB
         is_limited = False
@@ -358,7 +358,7 @@ class _Cgroup(Limit):
             if not os.access(file, os.W_OK):
                 writers = "Only root, or the host of the container,"
                 risk = f"{writers} can write the file. {risk}"  # noqa: PLW2901
-            yield Report(
+            yield Assessment(
                 topic,
                 "limited",
                 f"{file} is {Use(limit, used)}.",
@@ -375,12 +375,14 @@ class _Cgroup(Limit):
         if os.listdir(proc.CGROUP_ROOT):
             fact = "No visible memory cgroup has a limit below the machine's memory."
             allows = "All of the machine's memory can be touched."
-            yield Report(self.name, "good", fact, allows, values)
+            yield Assessment(self.name, "good", fact, allows, values)
         else:
             fact = f"No cgroup is visible: nothing is mounted at {proc.CGROUP_ROOT}."
             change = f"mount -t cgroup2 none {proc.CGROUP_ROOT}"
             effect = "The limit is checked."
-            yield Report(self.name, "limited", fact, "A limit may exist.", values, change, effect)
+            yield Assessment(
+                self.name, "limited", fact, "A limit may exist.", values, change, effect
+            )
 
     @staticmethod
     def _limits(name: str) -> Iterator[tuple[int, int, str]]:

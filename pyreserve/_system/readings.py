@@ -1,4 +1,4 @@
-"""What limits have in common: the process they are read of, their use, and their words."""
+"""The base class of limits, the processes they are read from, and the assessments of doctor."""
 
 import resource
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,8 +17,8 @@ def rlimit(number: int) -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-class Report(NamedTuple):
-    """The words about a limit or a feature, with the fields of `pyreserve.doctor.Finding`.
+class Assessment(NamedTuple):
+    """The state of a limit or a feature, with the fields of `pyreserve.doctor.Finding`.
 
     A named tuple: refusals load this module, and dataclasses are slow to import.
     """
@@ -159,7 +159,7 @@ class CapturedProcess(Process):
 
 
 class Limit:
-    """One limit: how it is read, what it refuses, and its words.
+    """One limit: its readings, the calls it refuses, and the texts about it.
 
     Attributes:
         name: the name in `VMError.limit`.
@@ -187,8 +187,8 @@ class Limit:
         """
         return None
 
-    def reports(self) -> Iterator[Report]:
-        """Yield the findings of doctor about this process."""
+    def assess(self) -> Iterator[Assessment]:
+        """Yield assessments of this process, for doctor."""
         return iter(())
 
     def warning(self, use: Use) -> str:

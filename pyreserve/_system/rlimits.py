@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from pyreserve._system import proc
-from pyreserve._system.readings import OWN, Limit, Process, Report, Use
+from pyreserve._system.readings import OWN, Assessment, Limit, Process, Use
 from pyreserve.units import KiB, format_size
 
 _CAP_IPC_LOCK = 14  # linux/capability.h
@@ -36,7 +36,7 @@ class Rlimit(Limit):
         return process.rlimit(self.number, self.row)
 
     def raising(self) -> dict[str, Any]:
-        """Return the advice on raising the limit: the fields ``change`` and ``risk`` of a report.
+        """Return ``change`` and ``risk`` of the assessment: how to raise the limit.
 
         Raising a hard limit takes CAP_SYS_RESOURCE (setrlimit(2)).
         """
@@ -57,8 +57,8 @@ class _SizeRlimit(Rlimit):
         field: the size in /proc/PID/status that counts against the limit.
         figure: the name of that size in warnings.
         condition: the clause of an error before the limit's name.
-        unlimited, limited, effect: `Report.allows` without and with a limit ({left}: the bytes that
-            it leaves), and `Report.effect`.
+        unlimited, limited, effect: `Assessment.allows` without and with a limit ({left}: the bytes
+            that it leaves), and `Assessment.effect`.
     """
 
     field: str
@@ -90,14 +90,14 @@ class _SizeRlimit(Rlimit):
             return f"{self.condition}{self.label} is {format_size(limit)}"
         return f"{self.condition}{self.label} is {use}" if use.used + nbytes > limit else None
 
-    def reports(self) -> Iterator[Report]:
+    def assess(self) -> Iterator[Assessment]:
         """See `Limit`."""
         use = self.use(OWN)
         if use.limit is None:
             fact = f"No limit is set (ulimit {self.option})."
-            yield Report(self.name, "good", fact, self.unlimited, use._asdict())
+            yield Assessment(self.name, "good", fact, self.unlimited, use._asdict())
             return
-        yield Report(
+        yield Assessment(
             self.name,
             "limited",
             f"The limit (ulimit {self.option}) is {use}.",
@@ -157,18 +157,18 @@ class _Locked(_SizeRlimit):
     def refuses(self, verb: str, err: int) -> bool:
         return err == errno.EAGAIN and verb != "fork"
 
-    def reports(self) -> Iterator[Report]:
+    def assess(self) -> Iterator[Assessment]:
         exempt = proc.capable(_CAP_IPC_LOCK)
-        for report in super().reports():
-            values = {**report.values, "cap_ipc_lock": exempt}
+        for assessment in super().assess():
+            values = {**assessment.values, "cap_ipc_lock": exempt}
             limit = values["limit"]
             if exempt and limit is not None:
                 fact = (
                     f"The limit (ulimit -l) is {format_size(limit)}, but CAP_IPC_LOCK overrides it."
                 )
-                yield Report(self.name, "good", fact, self.unlimited, values)
+                yield Assessment(self.name, "good", fact, self.unlimited, values)
             else:
-                yield report._replace(values=values)
+                yield assessment._replace(values=values)
 
 
 class _Stack(Rlimit):
@@ -176,10 +176,10 @@ class _Stack(Rlimit):
 
     name, number, option, row = "RLIMIT_STACK", resource.RLIMIT_STACK, "-s", "stack size"
 
-    def reports(self) -> Iterator[Report]:
+    def assess(self) -> Iterator[Assessment]:
         limit = self.read(OWN)
         if limit is None:
-            yield Report(
+            yield Assessment(
                 self.name,
                 "limited",
                 "No limit is set (ulimit -s).",
@@ -190,7 +190,7 @@ class _Stack(Rlimit):
                 "Mappings lie close below the stack.",
             )
             return
-        yield Report(
+        yield Assessment(
             self.name,
             "good",
             f"The limit (ulimit -s) is {format_size(limit)}.",
@@ -211,7 +211,7 @@ class _Core(Rlimit):
             return self.read(process) != 0 or process.pipes_core()
         return process.pipes_core()
 
-    def reports(self) -> Iterator[Report]:
+    def assess(self) -> Iterator[Assessment]:
         """See `Limit`. What a dump contains: MADV_DONTDUMP in madvise(2)."""
         pattern, limit = proc.kernel_setting("core_pattern"), self.read(OWN)
         values = {"core_pattern": pattern, "limit": limit}
@@ -221,10 +221,10 @@ class _Core(Rlimit):
         piped = OWN.pipes_core()
         if piped or limit is None:
             target = f"the program {pattern[1:].split()[0]}" if piped else pattern
-            yield Report(self.topic, "good", f"They go to {target}.", contents, values)
+            yield Assessment(self.topic, "good", f"They go to {target}.", contents, values)
             return
         risk = "The file contains the process's memory, including secrets."
-        yield Report(
+        yield Assessment(
             self.topic,
             "limited",
             f"{self.label} is {format_size(limit)}; the target is {pattern}.",

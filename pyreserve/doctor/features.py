@@ -9,7 +9,7 @@ from pyreserve.doctor.findings import Finding
 def features() -> Iterator[Finding]:
     """Check for each feature whether it works here, and if not, why."""
     for feature in FEATURES:
-        yield Finding.of(feature.report())
+        yield Finding.of(feature.assess())
 
 
 CHECKS = (("kernel features", features),)

@@ -6,7 +6,7 @@ from textwrap import indent
 from typing import Any, Literal
 
 from pyreserve._system import report
-from pyreserve._system.readings import Report
+from pyreserve._system.readings import Assessment
 
 State = Literal["good", "limited", "missing"]
 STATES: tuple[State, ...] = ("limited", "missing", "good")
@@ -44,9 +44,9 @@ class Finding:
     command: bool = True
 
     @classmethod
-    def of(cls, words: Report) -> "Finding":
-        """Return the finding with these words."""
-        return cls(**words._asdict())
+    def of(cls, assessment: Assessment) -> "Finding":
+        """Return the finding of an assessment."""
+        return cls(**assessment._asdict())
 
     def consequences(self) -> Iterator[tuple[str, str]]:
         """Yield (label, text) of ``change``, ``effect`` and ``risk``, as far as there are any."""

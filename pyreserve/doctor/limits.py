@@ -14,8 +14,8 @@ from pyreserve.units import WORD
 
 def findings(limit: Limit) -> Iterator[Finding]:
     """Check one limit of the table."""
-    for report in limit.reports():
-        finding = Finding.of(report)
+    for assessment in limit.assess():
+        finding = Finding.of(assessment)
         if limit is RLIMIT_AS and finding.state == "limited" and _falls_back(**finding.values):
             consequence = "pyreserve vsz falls back to a smaller layout."
             finding = replace(finding, allows=f"{finding.allows.rstrip('.')}; {consequence}")
