@@ -1,4 +1,4 @@
-"""Exports: the lock of a region, its live views, and the calls that take bytes away.
+"""Exports: the lock of a region, its live views, and the calls that remove bytes.
 
 A region creates its Exports at first use. Containers on the region use them as `Region.exports`.
 """

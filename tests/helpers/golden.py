@@ -50,7 +50,7 @@ class Trace(NamedTuple):
         return FIRST_GROWTH // MiB + self.touched_mib
 
     def ranges(self, base: int = 0) -> list[tuple[int, int, str]]:
-        """Return (start, end, permissions) of the heap, less `base`."""
+        """Return (start, end, permissions) of the heap, relative to `base`."""
         ranges = []
         for addresses, perms in self.heap_maps:
             start, end = (int(address, 16) for address in addresses.split("-"))

@@ -169,7 +169,7 @@ class TestSizes:
 
             after = proc.status_kib()
 
-        # The interpreter may take a little for itself meanwhile.
+        # The interpreter may map a little memory of its own between the readings.
         assert 512 * MiB <= (after["VmSize"] - before["VmSize"]) * KiB < 520 * MiB
         assert 64 * MiB <= (after["VmData"] - before["VmData"]) * KiB < 72 * MiB
         assert after["VmRSS"] > 0
