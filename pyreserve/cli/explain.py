@@ -268,7 +268,7 @@ def _size(nbytes: int | None) -> str:
 
 def _label(name: str) -> str:
     """Return the words of a class."""
-    return pyreserve.procmem.show.explained.CLASS_WORDS[name]
+    return pyreserve.procmem.show.explained.CLASS_LABELS[name]
 
 
 def _share(part: int, whole: int) -> str:

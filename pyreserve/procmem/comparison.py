@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyreserve._system.report import Report, Table
-from pyreserve.procmem.show.explained import CLASS_WORDS
+from pyreserve.procmem.show.explained import CLASS_LABELS
 from pyreserve.procmem.space import SCHEMA, AddressSpace
 from pyreserve.units import KiB, format_size
 
@@ -196,7 +196,7 @@ def _row(change: Change) -> tuple[str, ...]:
     name = "page tables" if change.name == "page_tables" else change.name
     sign = "+" if change.by > 0 else ""
     return (
-        CLASS_WORDS.get(name, name),
+        CLASS_LABELS.get(name, name),
         form(change.old),
         form(change.new),
         f"{sign}{form(change.by)}",

@@ -11,7 +11,7 @@ class                         bytes
 ``resident_shared``           in memory, shared with other processes
 ``file_not_resident``         mapped from a file, not in memory
 ``swapped``                   in swap
-``special_pfn``               the kernel's ``[vvar]`` pages, which no count of memory includes
+``special_pfn``               the kernel's ``[vvar]`` pages, which are in neither RSS nor swap
 ============================  ======================================================================
 
 Without smaps there are three classes: ``no_access_reserved``, ``special_pfn`` and ``accessible``
@@ -37,7 +37,7 @@ NAMES = (
     "swapped",
     "special_pfn",
 )
-WORDS = (
+LABELS = (
     "reserved, no access",
     "accessible, untouched",
     "in memory, its own",
@@ -47,7 +47,7 @@ WORDS = (
     "the kernel's own",
 )
 """Labels of the classes in `NAMES`, for screen and picture."""
-ACCESSIBLE, ACCESSIBLE_WORDS = "accessible", "accessible, in memory or not"
+ACCESSIBLE, ACCESSIBLE_LABEL = "accessible", "accessible, in memory or not"
 """The class of accessible bytes where residency is not known, and its label."""
 NO_ACCESS, UNTOUCHED, PRIVATE, SHARED, FILE, SWAPPED, SPECIAL = range(len(NAMES))
 
@@ -70,7 +70,7 @@ def is_shared_memory(name: str) -> bool:
 
 
 def rest_classes(table: MapTable) -> list[int | None]:
-    """Return for each mapping the class of its bytes outside memory and swap.
+    """Return the class of the bytes of each mapping that are neither resident nor in swap.
 
     A class is an index into `NAMES`; None for ``[vsyscall]``.
     """

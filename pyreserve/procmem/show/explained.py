@@ -5,12 +5,18 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pyreserve._system.report import Report, Table
-from pyreserve.procmem.judge.classes import ACCESSIBLE, ACCESSIBLE_WORDS, NAMES, WORDS, MemoryClass
+from pyreserve.procmem.judge.classes import (
+    ACCESSIBLE,
+    ACCESSIBLE_LABEL,
+    LABELS,
+    NAMES,
+    MemoryClass,
+)
 from pyreserve.procmem.judge.owners import Owner
 from pyreserve.procmem.mappings import Mapping
 from pyreserve.units import format_size
 
-CLASS_WORDS = {**dict(zip(NAMES, WORDS, strict=True)), ACCESSIBLE: ACCESSIBLE_WORDS}
+CLASS_LABELS = {**dict(zip(NAMES, LABELS, strict=True)), ACCESSIBLE: ACCESSIBLE_LABEL}
 _MAX_OWNERS = 12
 
 
@@ -77,7 +83,7 @@ def report(space: Explained) -> Report:
             Table(
                 ("by class", "size", "share", "mappings"),
                 [
-                    (CLASS_WORDS[name], format_size(size), _share(size, space.vsz), f"{count:,}")
+                    (CLASS_LABELS[name], format_size(size), _share(size, space.vsz), f"{count:,}")
                     for name, size, count in space.classes
                     if size
                 ],

@@ -21,13 +21,13 @@ from pyreserve._system.report import printable
 from pyreserve.errors import MapsError
 from pyreserve.procmem.judge.classes import (
     FILE,
+    LABELS,
     NO_ACCESS,
     PRIVATE,
     SHARED,
     SPECIAL,
     SWAPPED,
     UNTOUCHED,
-    WORDS,
 )
 from pyreserve.procmem.show.blocks import (
     Block,
@@ -197,7 +197,7 @@ class _Picture(Sheet):
             x, line = columns[i // rows], y + i % rows * 0.2
             self.box(x, line, 0.26, 0.14, **_STYLES[index])
             self.box(x, line, 0.26, 0.14, facecolor="none", edgecolor=_FRAME, linewidth=0.5)
-            words = f"{WORDS[index]}: {format_size(sizes[index])}"
+            words = f"{LABELS[index]}: {format_size(sizes[index])}"
             self.text(x + 0.33, line + 0.07, words, va="center")
         return y + rows * 0.2
 
