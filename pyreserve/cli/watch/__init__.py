@@ -21,7 +21,7 @@ from pyreserve.cli.watch.watched import COLUMNS, Watched
 from pyreserve.procmem import Sample, sample
 
 _CLOCK_TICK = 1.0  # seconds between two updates of the elapsed time
-_MIN_REFRESH = 0.05  # seconds between two drawings at least
+_MIN_REFRESH = 0.05  # minimum seconds between two drawings
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -52,13 +52,13 @@ def watch(
     if csv is not None:
         check_writable(csv)
     console = console_for()
-    number = None
+    signum = None
     with Watched(pid, interval, take, csv) as watched:
         watched.sample()
         try:
             if console.is_terminal and not console.is_dumb_terminal and sys.stdout.isatty():
                 try:
-                    number = _on_a_screen(watched, console)
+                    signum = _on_a_screen(watched, console)
                 finally:
                     console.print(frame(watched, console))
             else:
@@ -67,10 +67,10 @@ def watch(
             if error.filename is not None or error.errno != errno.EIO:
                 raise
             discard_output()  # the terminal was closed
-    if number == signal.SIGINT:
+    if signum == signal.SIGINT:
         raise KeyboardInterrupt
-    if number is not None:
-        signal.raise_signal(number)  # end as the sender expects: killed by this signal
+    if signum is not None:
+        signal.raise_signal(signum)  # end as the sender expects: killed by this signal
 
 
 def _in_lines(watched: Watched) -> None:
@@ -100,9 +100,9 @@ def _on_a_screen(watched: Watched, console: Console) -> int | None:
                 redirect_stderr=False,
             ) as live,
         ):
-            number = _follow(watched, live, signal_fd, key_fd)
-        if number != signal.SIGTSTP:
-            return number
+            signum = _follow(watched, live, signal_fd, key_fd)
+        if signum != signal.SIGTSTP:
+            return signum
         os.kill(os.getpid(), signal.SIGSTOP)  # Ctrl-Z, with the terminal restored
 
 
@@ -117,9 +117,9 @@ def _follow(watched: Watched, live: Live, signal_fd: int, key_fd: int | None) ->
         next_drawing = drawn + (_MIN_REFRESH if stale else _CLOCK_TICK)
         ready = watched.wait(signal_fd, key_fd, until=min(watched.due, next_drawing))
         if signal_fd in ready:
-            number = os.read(signal_fd, 1)[0]
-            if number != signal.SIGWINCH:
-                return number
+            signum = os.read(signal_fd, 1)[0]
+            if signum != signal.SIGWINCH:
+                return signum
         if key_fd is not None and key_fd in ready:
             pressed = os.read(key_fd, 1024).lower()
             # An empty read means that the terminal hung up.
