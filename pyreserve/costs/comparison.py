@@ -10,8 +10,7 @@ from pyreserve.costs.stats import Times
 from pyreserve.costs.table import CostTable
 from pyreserve.units import format_time
 
-# Smaller relative changes of a median are not significant with this many passes.
-_MIN_CHANGE = 0.05
+_MIN_CHANGE = 0.05  # relative change of a median; a smaller one is no change
 _OTHER_SPEED = 0.1  # relative change of a system call's time that makes the comparison noisy
 _VERDICTS = ("same", "slower", "faster", "noisy", "unsure")
 _WIDE = 0.5  # relative width of an interval above which "same" is "unsure"
@@ -47,10 +46,10 @@ class Compared:
 class Comparison:
     """The result of `compare`.
 
-    ``str()`` gives a summary with a table of the changes, in a notebook as HTML.
+    ``str()`` gives a summary with a table of the changes; a notebook shows it as HTML.
 
     Attributes:
-        cells: the cells that both tables have times of.
+        cells: the cells that have times in both tables.
         noisy: why changes are reported as noise; None if the runs were quiet.
         differences: facts of the machine that differ: name, old value, new value.
         only_old, only_new: number of measured cells that only one table has.
@@ -68,7 +67,9 @@ class Comparison:
 
     def changed(self) -> list[Compared]:
         """Return the cells that are neither the same nor unsure, the largest changes first."""
-        changed = [cell for cell in self.cells if cell.verdict not in {"same", "unsure"}]
+        changed = [
+            compared for compared in self.cells if compared.verdict not in {"same", "unsure"}
+        ]
         return sorted(changed, key=lambda compared: -abs(compared.ratio - 1))
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,8 +164,8 @@ def _times(table: CostTable) -> dict[tuple[Cell, str], Times]:
 
 
 def _verdict(old: Times, new: Times, noisy: bool) -> str:
-    apart = new.ci95[0] > old.ci95[1] or new.ci95[1] < old.ci95[0]
-    if not apart or abs(new.median - old.median) < _MIN_CHANGE * old.median:
+    disjoint = new.ci95[0] > old.ci95[1] or new.ci95[1] < old.ci95[0]
+    if not disjoint or abs(new.median - old.median) < _MIN_CHANGE * old.median:
         return "same" if max(old.width, new.width) <= _WIDE else "unsure"
     if noisy:
         return "noisy"
@@ -174,9 +175,9 @@ def _verdict(old: Times, new: Times, noisy: bool) -> str:
 def _noise(old: CostTable, new: CostTable) -> str | None:
     """Return why the two runs cannot be compared: a disturbed run, or another clock speed."""
     for run, table in (("the old run", old), ("this run", new)):
-        why = table.disturbed
-        if why is not None:
-            return f"{run} was disturbed: {why}"
+        reason = table.disturbed
+        if reason is not None:
+            return f"{run} was disturbed: {reason}"
     before, after = (table.machine.get("system_call_ns") for table in (old, new))
     if before and after and not _differences(old, new) and abs(after / before - 1) > _OTHER_SPEED:
         return (
