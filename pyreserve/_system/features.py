@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from pyreserve._native import lib
 from pyreserve._system import machine, proc
+from pyreserve._system.limitbase import Assessment, rlimit
 from pyreserve._system.limits import PAGE_SIZE, address_bits, refusal
-from pyreserve._system.readings import Assessment, rlimit
 
 
 class Feature(NamedTuple):

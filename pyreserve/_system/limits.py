@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pyreserve._native import lib
 from pyreserve._system import proc, rlimits, tasks
-from pyreserve._system.readings import OWN, Assessment, Limit, Process, Use
+from pyreserve._system.limitbase import OWN, Assessment, Limit, Process, Use
 from pyreserve._system.rlimits import RLIMIT_AS
 from pyreserve.errors import OutOfMemoryError, VMError
 from pyreserve.units import KiB, format_size

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from pyreserve._system import proc
-from pyreserve._system.readings import OWN, Assessment, Limit, Process, Use
+from pyreserve._system.limitbase import OWN, Assessment, Limit, Process, Use
 from pyreserve.units import KiB, format_size
 
 _CAP_IPC_LOCK = 14  # linux/capability.h

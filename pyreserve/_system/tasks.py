@@ -7,7 +7,7 @@ import resource
 from collections.abc import Callable
 
 from pyreserve._system import proc
-from pyreserve._system.readings import Limit
+from pyreserve._system.limitbase import Limit
 
 _PIDS_ROOTS = proc.CGROUP_ROOT, f"{proc.CGROUP_ROOT}/pids"  # versions 2 and 1
 

@@ -16,7 +16,7 @@ from typing import Any
 from pyreserve._native import ffi, lib
 from pyreserve._system.limits import PAGE_SIZE, refusal, refusing_limit
 from pyreserve.costs.cells import SMALL, Cell, PageKind
-from pyreserve.costs.entries import map_entries
+from pyreserve.costs.map_entries import map_entries
 from pyreserve.costs.programs import Program, Setting, Step
 from pyreserve.costs.stats import Sample
 from pyreserve.units import MiB, format_size, round_up

@@ -6,7 +6,7 @@ from textwrap import indent
 from typing import Any, Literal
 
 from pyreserve._system import report
-from pyreserve._system.readings import Assessment
+from pyreserve._system.limitbase import Assessment
 
 State = Literal["good", "limited", "missing"]
 STATES: tuple[State, ...] = ("limited", "missing", "good")

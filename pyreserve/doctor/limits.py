@@ -5,8 +5,8 @@ from dataclasses import replace
 from functools import partial
 
 from pyreserve import layouts
+from pyreserve._system.limitbase import Limit
 from pyreserve._system.limits import LIMITS
-from pyreserve._system.readings import Limit
 from pyreserve._system.rlimits import RLIMIT_AS
 from pyreserve.doctor.findings import Finding
 from pyreserve.units import WORD

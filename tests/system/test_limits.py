@@ -9,8 +9,8 @@ import pytest
 from helpers import witness
 from pyreserve import GiB, KiB, MiB
 from pyreserve._system import limits, proc
+from pyreserve._system.limitbase import OWN, CapturedProcess, Limit, Use
 from pyreserve._system.limits import LIMITS
-from pyreserve._system.readings import OWN, CapturedProcess, Limit, Use
 from pyreserve._system.rlimits import RLIMIT_CORE, Rlimit
 from pyreserve.doctor import diagnose
 from pyreserve.procmem.judge.warnings import warnings

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
+from pyreserve._system.limitbase import CapturedProcess, percent
 from pyreserve._system.limits import LIMITS
 from pyreserve._system.maps import FLAGS, SHARED
-from pyreserve._system.readings import CapturedProcess, percent
 from pyreserve._system.rlimits import RLIMIT_CORE
 from pyreserve.procmem.read.snapshot import Capture
 from pyreserve.units import GiB, KiB, format_size
