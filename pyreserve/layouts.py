@@ -32,21 +32,21 @@ from pyreserve.units import GiB, KiB, MiB, as_bytes, format_size, round_up
 
 Strategy = Literal["reserve", "probe", "arenas"]
 LayoutName = Literal[
-    "go-tip-2014-12/amd64",
-    "go1.4/amd64",
-    "go1.5/amd64",
-    "go1.10/amd64",
-    "go1.11/amd64",
-    "go-tip-2014-12/386",
-    "go1.4/386",
-    "go1.5/386",
-    "fallback",
     "native",
     "go1.3/amd64",
+    "go1.4/amd64",
+    "go-tip-2014-12/amd64",
+    "go1.5/amd64",
     "go1.6/amd64",
     "go1.7/amd64",
     "go1.8/amd64",
     "go1.9/amd64",
+    "go1.10/amd64",
+    "go1.11/amd64",
+    "go1.4/386",
+    "go-tip-2014-12/386",
+    "go1.5/386",
+    "fallback",
 ]
 """The name of a layout: `names` lists all."""
 

@@ -48,6 +48,9 @@ class _Growable(Exclusive):
         huge_pages: HugePages,
         name: str | None,
     ) -> None:
+        if size <= 0:
+            msg = f"capacity must be positive, got {size // self._itemsize}"
+            raise RangeError(msg)
         prefer = huge_pages == "prefer"
         step = as_step(step)
         # Align the base to the step, or for a small capacity to a power of two that holds it. With

@@ -95,7 +95,10 @@ class Region:
         self._name = name
 
     def __del__(self) -> None:
-        exports = self._exports
+        try:
+            exports = self._exports
+        except AttributeError:  # Region() without arguments raised TypeError
+            return
         if exports is None or exports is ENDED:
             handle, self._handle, self._exports = self._handle, handles.CLOSED, ENDED
             if handle is not handles.CLOSED and not handles.reuse(handle):

@@ -242,6 +242,7 @@ def show(screen: "Screen", space: "AddressSpace", top: int) -> None:
     _evidence(screen, space)
     if space.ranges:
         screen.blank()
+        screen.text("parts of the heap", style="bold")
         screen.widest(_ranges(screen, space, gap) for gap in (_GAP, 1))
     mappings = space.maps() if top < 0 else space.top(top)
     if mappings:

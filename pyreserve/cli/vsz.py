@@ -363,6 +363,7 @@ def _sizes(screen: "Screen", report: VszReport, gap: int) -> "Table":
 _MAPS = (
     (6, 3, "<- inaccessible"),
     (6, 2, "<- inaccessible"),
+    (6, 1, "<- inaccessible"),
     (5, 2, "<- inaccessible"),
     (5, 2, "<-"),
     (5, 1, "<-"),

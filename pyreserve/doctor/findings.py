@@ -85,12 +85,14 @@ class Diagnosis:
         """Return the finding with this topic, for instance the ``limit`` of a `VMError`.
 
         Raises:
-            KeyError: no finding has this topic.
+            KeyError: no finding has this topic; the message lists the topics.
         """
         for finding in self.findings:
             if finding.topic == topic:
                 return finding
-        raise KeyError(topic)
+        topics = ", ".join(finding.topic for finding in self.findings)
+        msg = f"no finding {topic!r}; topics: {topics}"
+        raise KeyError(msg)
 
     def counts(self) -> dict[State, int]:
         """Count the findings in each state."""

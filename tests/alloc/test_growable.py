@@ -161,6 +161,13 @@ class TestBytes:
         assert len(buffer) == 0
         assert buffer.committed == 4 * MiB
 
+    @pytest.mark.parametrize("capacity", [0, -3])
+    def test_no_capacity(self, capacity: int) -> None:
+        """The message names the argument, in the caller's unit."""
+        for make in (GrowableBuffer, lambda n: GrowableArray("f8", n)):
+            with pytest.raises(RangeError, match=f"capacity must be positive, got {capacity}$"):
+                make(capacity)
+
     @pytest.mark.parametrize("capacity", [1, 7, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1])
     def test_to_the_last_byte(self, capacity: int) -> None:
         """The capacity is exactly the number asked for."""

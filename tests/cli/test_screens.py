@@ -15,6 +15,7 @@ from rich.console import Console
 from helpers import command, costs_tables
 from helpers.captures import FOLDER, NAMES
 from helpers.processes import COMMAND, environment
+from helpers.witness import only_64_bit
 from pyreserve import GiB, KiB, MiB, layouts
 from pyreserve.cli import costs as costs_command
 from pyreserve.cli import doctor as doctor_command
@@ -205,6 +206,14 @@ class TestWidths:
 
 
 class TestOutput:
+    @only_64_bit
+    def test_the_inaccessible_mappings_are_marked(self) -> None:
+        """In 80 columns vsz marks both reserved mappings, and says that they are reserved."""
+        text = run("vsz", COLUMNS="80").stdout
+
+        assert len(re.findall(r"reserved +<- inaccessible", text)) == 2
+        assert max(map(len, text.splitlines())) <= 80
+
     def test_columns_in_a_pipe(self) -> None:
         """COLUMNS sets the width of a screen in a pipe."""
         lines = run("explain", "--from", str(FOLDER / "redis"), COLUMNS="60").stdout.splitlines()

@@ -108,8 +108,8 @@ class TestDiagnosis:
             "address space",
         ):
             assert here.about(limit).topic == limit
-        with pytest.raises(KeyError):
-            here.about("no such topic")
+        with pytest.raises(KeyError, match=r"no finding 'rlimit_as'; topics: .*RLIMIT_AS"):
+            here.about("rlimit_as")
 
     def test_limited_findings_name_a_change(self, here: Diagnosis) -> None:
         """Limited and missing findings name a change and its effect; texts are sentences."""

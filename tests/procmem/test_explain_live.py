@@ -33,7 +33,7 @@ from helpers.witness import PATIENCE, fresh_python, in_child, only_64_bit
 from pyreserve import PAGE_SIZE, GiB, KiB, MiB, Region, TiB, explain, reserve, track
 from pyreserve._system import proc
 from pyreserve._system.maps import MapTable
-from pyreserve.errors import AccessError, NoAddressSpaceError, RangeError
+from pyreserve.errors import AccessError, NoAddressSpaceError, RangeError, StateError
 from pyreserve.procmem import AddressSpace, Owner, Sample, compare, load, sample, save
 from pyreserve.procmem.read import snapshot
 from pyreserve.procmem.read.sources import LiveSource
@@ -988,6 +988,12 @@ class TestStrangeNames:
 
 class TestTrack:
     """`track` measures what a block of code changes."""
+
+    def test_before_its_block(self) -> None:
+        """Before the ``with`` block the figures are refused."""
+        for read in (lambda: track().vsz, lambda: str(track()), lambda: track().before):
+            with pytest.raises(StateError, match="track must be entered first"):
+                read()
 
     def test_each_verb_changes_its_figures(self) -> None:
         """reserve, commit, touch, decommit and release change exactly the right figures."""

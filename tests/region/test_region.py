@@ -815,6 +815,12 @@ class TestLifetime:
     # So large that no mapping made later extends down to its base.
     SIZE = 4 * GiB
 
+    def test_a_region_made_without_reserve(self) -> None:
+        """Only `reserve` makes regions; calling Region is a TypeError, without a second error."""
+        with pytest.raises(TypeError):
+            Region()  # type: ignore[call-arg]
+        gc.collect()  # pytest would report an exception in __del__
+
     def test_a_dropped_region_is_unmapped(self) -> None:
         """A garbage region without views is unmapped."""
         region: Region | None = pyreserve.reserve(self.SIZE)

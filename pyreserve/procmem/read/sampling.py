@@ -4,7 +4,7 @@ import errno
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyreserve._system import proc
-from pyreserve.errors import AccessError
+from pyreserve.errors import AccessError, StateError
 from pyreserve.procmem.read.sources import LiveSource, name_exhausted_limit
 from pyreserve.units import KiB, format_size
 
@@ -96,7 +96,7 @@ class track:  # noqa: N801 - used like a function
     Entering, leaving and reading raise what `sample` raises.
     """
 
-    _before: Sample
+    _before: Sample | None = None
     _after: Sample | None = None
 
     def __init__(self) -> None:
@@ -114,7 +114,14 @@ class track:  # noqa: N801 - used like a function
 
     @property
     def before(self) -> Sample:
-        """The sample taken at the beginning of the block."""
+        """The sample taken at the beginning of the block.
+
+        Raises:
+            StateError: the ``with`` block has not begun.
+        """
+        if self._before is None:
+            msg = "track must be entered first: with pyreserve.track() as t"
+            raise StateError(msg)
         return self._before
 
     @property
