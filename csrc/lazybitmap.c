@@ -36,15 +36,16 @@ static int commit_words(struct region *bits, uint64_t start, uint64_t stop, stru
     size_t lo = (size_t)(start / 8 / step * step);
     size_t hi = (size_t)smaller(bits->size, round_up((stop + 7) / 8, step));
     struct run gap;
-    int err = 0;
-    while (err == 0 && runs_next_gap(&bits->committed, lo, hi, &gap)) {
-        err = runs_grow(fresh);
+    bool gaps = false;
+    for (size_t at = lo; runs_next_gap(&bits->committed, at, hi, &gap); at = gap.hi) {
+        int err = runs_grow(fresh);
         if (err != 0)
-            break;
+            return err;
         runs_add(fresh, gap.lo, gap.hi); /* even if refused: the gap may have stayed accessible */
-        err = region_commit(bits, gap.lo, gap.hi - gap.lo);
+        gaps = true;
     }
-    return err;
+    /* One commit of the whole: a commit for each gap would insert each into the books. */
+    return gaps ? region_commit(bits, lo, hi - lo) : 0;
 }
 
 /* Ends the commits of a change: if one was refused (`err`), decommits all of `fresh`. Frees `fresh`

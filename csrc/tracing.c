@@ -3,11 +3,6 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
-#include <stdlib.h>
-#include <string.h>
-
-/* Empty books keep the storage of up to this many pieces. */
-enum { SMALL = 64 };
 
 struct allocator { /* PyMemAllocatorEx */
     void *context, *malloc, *calloc, *realloc, *free;

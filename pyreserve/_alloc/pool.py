@@ -273,7 +273,9 @@ class Pool(InSteps):
             cut = min(round_up(low, PAGE_SIZE), self._end)
             nbytes = self._end - cut
             try:
-                if low < cut:
+                # Bytes from _dirty_end up are zero, or no longer committed after a trim by an
+                # interrupting call.
+                if first < self._dirty_end and low < cut:
                     self._clear(low, cut - low)
                 if nbytes:
                     self._exports.decommit(cut, nbytes)

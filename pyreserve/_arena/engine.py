@@ -255,7 +255,10 @@ class Engine:
         if reason is None:
             low, high = self.placement.arena
             left = high - self.placement.arena_used
-            reason = f"the arena of {format_size(high - low)} has {left} bytes left"
+            reason = (
+                f"the arena of {format_size(high - low)} has {left} bytes left, and growth needs "
+                f"{nbytes}"
+            )
         raise OutOfMemoryError(errno.ENOMEM, reason, verb="grow", nbytes=nbytes, limit=self.limit)
 
     def _log_undo(self, *step: Any) -> None:

@@ -125,6 +125,11 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]
         return seconds
 
 
+def _is_completing(ctx: click.Context | None) -> bool:
+    """Return whether a shell completes the line, which must print nothing."""
+    return ctx is not None and ctx.resilient_parsing
+
+
 class OutputFile(click.Path):
     """A file to write. One that can't be written is refused before the work starts."""
 
@@ -136,6 +141,8 @@ class OutputFile(click.Path):
         from pyreserve._system.output import check_writable  # noqa: PLC0415
 
         path = Path(value)
+        if _is_completing(ctx):
+            return path
         try:
             check_writable(path)
         except PermissionError as error:
@@ -148,6 +155,8 @@ class Picture(OutputFile):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Check the suffix, matplotlib and the path."""
+        if _is_completing(ctx):
+            return Path(value)
         from pyreserve._system.pictures import check_suffix  # noqa: PLC0415
 
         try:

@@ -428,6 +428,26 @@ class TestMemory:
 
         assert bytes(view) == b"\xaa" * 100
 
+    def test_trim_inside_trim(self, pool: Pool) -> None:
+        """A signal handler may trim between the decommit of another trim and its books."""
+        pool.free(pool.alloc())
+        returned = []
+
+        def interrupt(frame: Any, event: str, _argument: Any) -> None:
+            if event == "return" and frame.f_code.co_name == "decommit":
+                sys.setprofile(None)
+                returned.append(pool.trim())
+
+        committed = pool.committed
+        sys.setprofile(interrupt)
+        try:
+            returned.append(pool.trim())
+        finally:
+            sys.setprofile(None)
+
+        assert returned == [0, committed]
+        assert (pool.committed, pool.alloc(zero=True)) == (0, 0)
+
 
 class TestRelease:
     def test_everything_is_refused_afterwards(self, pool: Pool) -> None:

@@ -349,6 +349,8 @@ class TestFrontDoor:
             "touch,retouch",
             "touch,recommit",
         ]
+        # Earlier options are not checked: their messages would appear at each TAB.
+        assert "--json" in self.complete("explain", "--plot", "x.gif", "--csv", "/no/x", "--j")
         with subprocess.Popen(["sleep", "1000"]) as sleeper:
             try:
                 assert str(sleeper.pid) in self.complete("explain", str(sleeper.pid)[:-1])

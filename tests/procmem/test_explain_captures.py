@@ -708,8 +708,22 @@ class TestWithout:
 
     def test_no_folder(self, tmp_path: Path) -> None:
         """A missing folder is reported as missing."""
-        with pytest.raises(FileNotFoundError, match="no such folder"):
-            explain(path=tmp_path / "nothing")
+        for path in (tmp_path / "nothing", "a\0b"):
+            with pytest.raises(FileNotFoundError, match="no such folder"):
+                explain(path=path)
+
+    def test_a_link_to_itself(self, tmp_path: Path) -> None:
+        """A file that can't be found counts as missing."""
+        (tmp_path / "smaps").symlink_to(tmp_path / "smaps")
+
+        with pytest.raises(FileNotFoundError, match="neither smaps nor maps"):
+            explain(path=tmp_path)
+
+    def test_the_current_folder(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An empty path is the current folder, as in pathlib."""
+        monkeypatch.chdir(folder)
+
+        assert explain(path="").vsz == explain(path=folder).vsz
 
     @pytest.mark.parametrize("cut", [10, 100, 3000])
     def test_a_file_cut_short(self, folder: Path, cut: int) -> None:

@@ -243,16 +243,23 @@ class SavedSource:
     """A folder with files of `SAVED`, plain or compressed (``.gz``). smaps or maps is required."""
 
     def __init__(self, folder: "str | Path") -> None:
-        self._folder = os.fspath(folder)
+        self._folder = os.fspath(folder) or "."
 
     def _find(self, name: str) -> str | None:
         for path in _names(self._folder, name):
-            with suppress(FileNotFoundError, NotADirectoryError):
-                if stat.S_ISREG(os.stat(path).st_mode):
-                    return path
-                # Reading a pipe blocks, and a device may be endless.
-                msg = f"{path} is not a regular file"
-                raise MapsError(msg)
+            try:
+                mode = os.stat(path).st_mode
+            except ValueError:  # a path with a null byte
+                continue
+            except OSError as error:
+                if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+                    continue
+                raise
+            if stat.S_ISREG(mode):
+                return path
+            # Reading a pipe blocks, and a device may be endless.
+            msg = f"{path} is not a regular file"
+            raise MapsError(msg)
         return None
 
     @contextmanager
@@ -326,7 +333,7 @@ def save(pid: int | None, folder: "str | Path") -> None:
         OSError: a file can't be written.
         OutOfMemoryError: memory ran out; the error names the limit.
     """
-    folder = os.fspath(folder)
+    folder = os.fspath(folder) or "."
     for name in SAVED:
         if any(map(os.path.exists, _names(folder, name))):
             raise FileExistsError(errno.EEXIST, f"{name} exists already", folder)
