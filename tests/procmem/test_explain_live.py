@@ -213,7 +213,7 @@ class TestOwners:
         assert owners["pyreserve Go spans"] * KiB == 128 * MiB
         assert space.ranges[0][:2] == (0xC000000000, 0xC000001000)
         assert space.ranges[-1] == (0xC208100000, 0xE208002000, "---p", "arena")
-        assert "is pyreserve Go arena" in space.verdict
+        assert "Largest owner: pyreserve Go arena" in space.verdict
 
     def test_numpy(self, stopped: Stopped) -> None:
         """numpy's libraries are mapped files; an array looks like any large malloc block."""
