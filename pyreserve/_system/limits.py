@@ -344,12 +344,14 @@ class _Cgroup(Limit):
     def assess(self) -> Iterator[Assessment]:
         """See `Limit`. The group that leaves the least is reported, and the one that throttles."""
         total = OWN.meminfo_kib("MemTotal") * KiB
-        is_limited = False
+        is_visible = is_limited = False
         for topic, name, allows, effect, risk in self._KINDS:
+            groups = list(self._groups(name))
+            is_visible |= bool(groups)
             limits = [
                 (limit - used, limit, used, file)
-                for limit, used, file in self._limits(name)
-                if limit < total
+                for limit, used, file in groups
+                if limit is not None and limit < total
             ]
             if not limits:
                 continue
@@ -372,7 +374,7 @@ class _Cgroup(Limit):
             return
         # Without a cgroup mount a limit can exist and stay invisible.
         values = {"file": None, "limit": None}
-        if os.listdir(proc.CGROUP_ROOT):
+        if is_visible or os.listdir(proc.CGROUP_ROOT):
             fact = "No visible memory cgroup has a limit below the machine's memory."
             allows = "All of the machine's memory can be touched."
             yield Assessment(self.name, "good", fact, allows, values)
@@ -385,13 +387,13 @@ class _Cgroup(Limit):
             )
 
     @staticmethod
-    def _limits(name: str) -> Iterator[tuple[int, int, str]]:
-        """Yield the limit in the file `name`, its use and its file of each limited group."""
+    def _groups(name: str) -> Iterator[tuple[int | None, int, str]]:
+        """Yield the limit in the file `name`, its use and its path of each group that has it."""
         for group in proc.memory_cgroups():
             with suppress(FileNotFoundError):  # the root, or no memory controller
                 limit = group.limit(name)
-                if limit is not None:
-                    yield limit, group.used(), f"{group.folder}/{name or group.limit_file}"
+                used = 0 if limit is None else group.used()
+                yield limit, used, f"{group.folder}/{name or group.limit_file}"
 
 
 class _Memory(Limit):
