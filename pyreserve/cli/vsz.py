@@ -252,6 +252,7 @@ def _rehearse(layout: LayoutName, size: int | None) -> None:
             arena.grow(MiB)
         ps(os.getpid())
     gc.collect()
+    bytearray(96 * KiB)  # freed at once: malloc's heap then has space, and need not grow
 
 
 def _refuse_too_much(touch: int) -> None:
