@@ -147,8 +147,8 @@ class Bitmap(OnRegion):
         if not isinstance(other, Bitmap):
             return NotImplemented
         if self._nbits != other.nbits:
-            _check_alive(self)
-            _check_alive(other)
+            self._check_open()
+            _check_open(other)
             return False
         equal = self._with(
             other, lambda handle: lib.lazybitmap_equal(self._handle, handle, self._nbits)
@@ -350,7 +350,7 @@ class Bitmap(OnRegion):
         first, second = (mine, others) if id(mine) < id(others) else (others, mine)
         with first.lock, second.lock:
             self._check_open()
-            _check_alive(other)
+            _check_open(other)
             return call(others.handle)
 
     def _combine(self, other: "Bitmap", operation: int) -> "Self":
@@ -385,12 +385,12 @@ def _handle(bitmap: Bitmap) -> Any:
     return bitmap.region.exports.handle
 
 
-def _check_alive(bitmap: Bitmap) -> None:
+def _check_open(bitmap: Bitmap) -> None:
     if bitmap.released:
         msg = "the bitmap was released or closed"
         raise ReleasedError(msg)
 
 
 def _refuse_commit(bitmap: Bitmap, err: int, start: int, stop: int) -> NoReturn:
-    _check_alive(bitmap)
+    _check_open(bitmap)
     raise refusal("commit", -err, (stop - start + 7) // 8, bitmap.base + start // 8)
