@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _BAR_DELAY = 0.5  # seconds of work before a progress bar is drawn
+_ATTEMPTS = 3  # reservations, until VSZ grows by nothing else
 
 
 def _complete_layout(_: click.Context, __: click.Parameter, incomplete: str) -> list[Any]:
@@ -216,14 +217,9 @@ def reserved(layout: LayoutName, size: int | None, touch: int) -> Iterator[VszRe
     """
     _refuse_too_much(touch)
     _rehearse(layout, size)
-    with progress(touch):  # loads what a bar needs, and draws none
-        pass
     ps_before = ps(os.getpid())
-    before = Sizes.read()
-    with pyreserve.Arena(size, layout=layout) as arena:
-        arena.grow(MiB)
-        _touch(arena, touch)
-        after = Sizes.read()
+    before, arena, after = _measure(layout, size, touch)
+    with arena:
         placement = arena.placement
         yield VszReport(
             pid=os.getpid(),
@@ -247,12 +243,35 @@ def reserved(layout: LayoutName, size: int | None, touch: int) -> Iterator[VszRe
 def _rehearse(layout: LayoutName, size: int | None) -> None:
     """Run all steps once before, so that only the layout grows between the two readings."""
     for _ in range(2):
-        Sizes.read()
-        with pyreserve.Arena(size, layout=layout) as arena:
-            arena.grow(MiB)
+        _reserve_between_readings(layout, size, 0)[1].release()
         ps(os.getpid())
     gc.collect()
-    bytearray(96 * KiB)  # freed at once: malloc's heap then has space, and need not grow
+
+
+def _measure(layout: LayoutName, size: int | None, touch: int) -> "tuple[Sizes, Arena, Sizes]":
+    """Reserve the layout, again if VSZ grew by anything else: malloc grows its heap at times."""
+    for _ in range(_ATTEMPTS - 1):
+        before, arena, after = _reserve_between_readings(layout, size, touch)
+        mapped = sum(piece.end - piece.start for piece in arena.maps())
+        # The metadata of whole arenas lies elsewhere, and maps() has only the arenas.
+        if arena.layout.strategy == "arenas" or (after.vsz - before.vsz) * KiB == mapped:
+            return before, arena, after
+        arena.release()
+    return _reserve_between_readings(layout, size, touch)
+
+
+def _reserve_between_readings(
+    layout: LayoutName, size: int | None, touch: int
+) -> "tuple[Sizes, Arena, Sizes]":
+    before = Sizes.read()
+    arena = pyreserve.Arena(size, layout=layout)
+    try:
+        arena.grow(MiB)
+        _touch(arena, touch)
+        return before, arena, Sizes.read()
+    except BaseException:
+        arena.close()
+        raise
 
 
 def _refuse_too_much(touch: int) -> None:
