@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from pyreserve import prometheus as prometheus
     from pyreserve._alloc.bitmap import Bitmap
     from pyreserve._alloc.bump import BumpArena
-    from pyreserve._alloc.growable import GrowableArray, GrowableBuffer
+    from pyreserve._alloc.growablearray import GrowableArray
+    from pyreserve._alloc.growablebuffer import GrowableBuffer
     from pyreserve._alloc.pages import PageAllocator
     from pyreserve._alloc.pool import Pool
     from pyreserve._arena.arena import Arena
@@ -105,8 +106,8 @@ _HOMES = {
     "Blocks": "_arena.blocks",
     "BumpArena": "_alloc.bump",
     "Capabilities": "_system.features",
-    "GrowableArray": "_alloc.growable",
-    "GrowableBuffer": "_alloc.growable",
+    "GrowableArray": "_alloc.growablearray",
+    "GrowableBuffer": "_alloc.growablebuffer",
     "HeapBitmap": "_arena.heapbitmap",
     "MemStats": "_arena.memstats",
     "PageAllocator": "_alloc.pages",

@@ -1139,11 +1139,10 @@ class TestTheEnd:
         assert repr(buffer) == "<GrowableBuffer 'log' for 4,194,304 bytes, released>"
 
     def test_no_copies(self) -> None:
-        """Pickling and copying are TypeErrors."""
-        for thing in (GrowableBuffer(MiB), GrowableArray("i4", 5)):
-            for copier in (pickle.dumps, copy.copy, copy.deepcopy):
-                with pytest.raises(TypeError, match="addresses of this process"):
-                    copier(thing)
+        """Pickling and copying a buffer are TypeErrors."""
+        for copier in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match="addresses of this process"):
+                copier(GrowableBuffer(MiB))
 
     def test_in_a_garbage_cycle(self) -> None:
         """A finaliser of a cycle that contains the buffer gets an error, not a crash."""
