@@ -76,12 +76,13 @@ static bool committed_bounds(const struct region *region, size_t lo, size_t hi, 
     return true;
 }
 
-/* Maps `total` bytes so that `*start` + `guard` is a multiple of `align`: at the first try if the
+/* Maps `total` bytes so that `*start` + `offset` is a multiple of `align`: at the first try if the
  * kernel happens to align it, else by mapping `align` more and unmapping both ends. */
-static int map_aligned(uintptr_t hint, size_t total, size_t guard, size_t align, int access,
+static int map_aligned(uintptr_t hint, size_t total, size_t offset, size_t align, int access,
                        uintptr_t *start) {
+    offset &= align - 1; /* keeps the sums below from wrapping around */
     int err = vm_map(hint, total, access, start);
-    if (err != 0 || ((*start + guard) & (align - 1)) == 0)
+    if (err != 0 || ((*start + offset) & (align - 1)) == 0)
         return err;
     err = vm_release(*start, total);
     if (err != 0)
@@ -93,19 +94,19 @@ static int map_aligned(uintptr_t hint, size_t total, size_t guard, size_t align,
     err = vm_map(0, total + align, access, &wide);
     if (err != 0)
         return err;
-    *start = (uintptr_t)round_up(wide + guard, align) - guard;
+    size_t below = (size_t)(round_up(wide + offset, align) - offset - wide), above = align - below;
+    *start = wide + below;
     /* Unmap both ends. If that is refused, unmap all that is left. */
-    size_t before = *start - wide, after = align - before;
-    if (before > 0)
-        err = vm_release(wide, before);
+    if (below > 0)
+        err = vm_release(wide, below);
     if (err != 0) {
         (void)vm_release(wide, total + align);
         return err;
     }
-    if (after > 0)
-        err = vm_release(*start + total, after);
+    if (above > 0)
+        err = vm_release(*start + total, above);
     if (err != 0)
-        (void)vm_release(*start, total + after);
+        (void)vm_release(*start, total + above);
     return err;
 }
 
@@ -129,7 +130,7 @@ int region_reserve(struct region *region, size_t size, int accounting, int advic
     size_t guard = region->guard = options->guard;
     if (size == 0)
         return REGION_OUTSIDE;
-    if ((size | guard | options->address) & (region->page - 1))
+    if ((size | guard | options->lead | options->address) & (region->page - 1))
         return REGION_MISALIGNED;
     int err = runs_grow(&region->reserved);
     if (err != 0)
@@ -147,7 +148,7 @@ int region_reserve(struct region *region, size_t size, int accounting, int advic
     if (options->exact)
         err = vm_map_at(start, total, access);
     else if (options->align > region->page)
-        err = map_aligned(start, total, guard, options->align, access, &start);
+        err = map_aligned(start, total, guard + options->lead, options->align, access, &start);
     else
         err = vm_map(start, total, access, &start);
     if (err != 0)

@@ -63,7 +63,8 @@ struct region {
 struct region_options {
     uintptr_t address; /* a hint; 0: anywhere */
     bool exact;        /* refuse any other address */
-    size_t align;      /* the base is a multiple of this power of two; 0: of the OS page */
+    size_t align;      /* base + lead is a multiple of this power of two; 0: of the OS page */
+    size_t lead;       /* bytes by which the base precedes such a multiple; whole OS pages */
     size_t guard;      /* bytes of guard at each end */
     char name[80];
 };

@@ -229,6 +229,45 @@ static void the_base_is_aligned_and_the_rest_given_back(void) {
         }
 }
 
+static struct region *reserve_below(size_t size, size_t align, size_t lead, size_t guard) {
+    struct region_options wish = {.align = align, .lead = lead, .guard = guard};
+    struct region *region = closed();
+    return opened(region, region_reserve(region, size, 0, 0, &wish));
+}
+
+static void a_lead_puts_the_base_below_an_aligned_address(void) {
+    const size_t guards[] = {0, page, 3 * page};
+    for (size_t align = page; align <= (size_t)1 << 30; align *= 4)
+        for (size_t lead = page; lead <= 16 * page; lead *= 4)
+            for (size_t i = 0; i < 3; i++) {
+                size_t before = witness_status("VmSize:"), guard = guards[i];
+                struct region *region = reserve_below(5 * page, align, lead, guard);
+                REQUIRE(region != NULL);
+                CHECK((((uintptr_t)region->base + lead) & (align - 1)) == 0);
+                CHECK(witness_status("VmSize:") == before + 5 * page + 2 * guard);
+                CHECK(witness_all((uintptr_t)region->base - guard, 5 * page + 2 * guard, '-'));
+                end(region);
+                CHECK(witness_status("VmSize:") == before);
+            }
+}
+
+static void a_lead_counts_modulo_the_alignment(void) {
+    size_t align = 64 * page;
+    struct region *region = reserve_below(page, align, (size_t)0 - page, page);
+    CHECK(region != NULL && (((uintptr_t)region->base - page) & (align - 1)) == 0);
+    end(region);
+    region = reserve_below(page, align, align, 0);
+    CHECK(region != NULL && ((uintptr_t)region->base & (align - 1)) == 0);
+    end(region);
+    region = reserve_below(page, 0, page, 0);
+    CHECK(region != NULL);
+    end(region);
+    errno = 0;
+    CHECK(reserve_below(page, align, page - 1, 0) == NULL && errno == REGION_MISALIGNED);
+    CHECK(reserve_below(SIZE_MAX / page * page, align, page, 0) == NULL && errno == ENOMEM);
+    CHECK(reserve_below(page, SIZE_MAX / 2 + 1, page, 0) == NULL && errno == ENOMEM);
+}
+
 static void an_aligned_hint_is_kept(void) {
     size_t align = (size_t)1 << 21;
     uintptr_t place = free_place() & ~(align - 1);
@@ -1063,6 +1102,8 @@ int main(void) {
     RUN(a_taken_address_leads_elsewhere_unless_exact);
     RUN(an_exact_reserve_overwrites_nothing);
     RUN(the_base_is_aligned_and_the_rest_given_back);
+    RUN(a_lead_puts_the_base_below_an_aligned_address);
+    RUN(a_lead_counts_modulo_the_alignment);
     RUN(an_aligned_hint_is_kept);
     RUN(guards_are_never_accessible);
     RUN(what_does_not_fit_the_addresses_is_refused_with_enomem);
