@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyreserve._region.arrays import ArrayPlan
+from pyreserve._region.growth import Steps, as_step
 from pyreserve._region.holders import view_error
-from pyreserve._region.owner import Exclusive, as_step
+from pyreserve._region.owner import Exclusive
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.reserve import reserve
 from pyreserve._region.viewtable import Entry
@@ -106,7 +107,8 @@ class BumpArena(Exclusive):
     ) -> None:
         step = as_step(step)
         region = reserve(size, mode=mode, huge_pages=huge_pages, fork=fork, name=name)
-        super().__init__(region, step, small_first=huge_pages != "prefer")
+        self._base = region.base
+        super().__init__(region, Steps(self._base, step, small_first=huge_pages != "prefer"))
         self._marks: list[Mark] = []
         self._window = _EMPTY
         # Offset of the window.

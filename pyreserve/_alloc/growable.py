@@ -10,9 +10,10 @@ import errno
 from operator import index as _index
 from typing import Any, ClassVar
 
+from pyreserve._region.growth import Steps, as_step
 from pyreserve._region.handles import memmove
 from pyreserve._region.holders import view_error
-from pyreserve._region.owner import Exclusive, as_step
+from pyreserve._region.owner import Exclusive
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.reserve import reserve
 from pyreserve._system.limits import PAGE_SIZE
@@ -52,7 +53,7 @@ class Growable(Exclusive):
         # huge_pages="prefer", `reserve` aligns.
         align = None if prefer else min(step & -step, 1 << max(size - 1, 0).bit_length())
         region = reserve(size, align=align, mode=mode, fork=fork, huge_pages=huge_pages, name=name)
-        super().__init__(region, step, small_first=not prefer)
+        super().__init__(region, Steps(region.base, step, small_first=not prefer))
         self._size = size
         self._count = 0  # items
         self._front = 0  # offset of the first item, in bytes

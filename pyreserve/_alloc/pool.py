@@ -18,8 +18,9 @@ from pyreserve._alloc.pages import (
     free_run,
 )
 from pyreserve._region.arrays import ArrayPlan
+from pyreserve._region.growth import Steps, as_step
 from pyreserve._region.handles import memmove
-from pyreserve._region.owner import InSteps, as_step
+from pyreserve._region.owner import InSteps
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.reserve import reserve
 from pyreserve._system.limits import PAGE_SIZE
@@ -115,7 +116,7 @@ class Pool(InSteps):
             fork=fork,
             name=name,
         )
-        super().__init__(region, step, small_first=False)
+        super().__init__(region, Steps(region.base, step, small_first=False))
         self._item_size, self._stride, self._capacity = size, stride, nslots
         self._clearing = False  # a call is writing zeros to slots
         # Slots below this number were allocated before: committed, and maybe not zero.
