@@ -77,16 +77,20 @@ static bool committed_bounds(const struct region *region, size_t lo, size_t hi, 
 }
 
 /* Maps `total` bytes so that `*start` + `offset` is a multiple of `align`: at the first try if the
- * kernel happens to align it, else by mapping `align` more and unmapping both ends. */
+ * hint or the kernel happens to be right, else by mapping `align` more and unmapping both ends. */
 static int map_aligned(uintptr_t hint, size_t total, size_t offset, size_t align, int access,
                        uintptr_t *start) {
     offset &= align - 1; /* keeps the sums below from wrapping around */
-    int err = vm_map(hint, total, access, start);
-    if (err != 0 || ((*start + offset) & (align - 1)) == 0)
-        return err;
-    err = vm_release(*start, total);
-    if (err != 0)
-        return err;
+    int err;
+    /* The kernel aligns large mappings to huge pages, which is wrong with an offset. */
+    if (hint != 0 || offset == 0) {
+        err = vm_map(hint, total, access, start);
+        if (err != 0 || ((*start + offset) & (align - 1)) == 0)
+            return err;
+        err = vm_release(*start, total);
+        if (err != 0)
+            return err;
+    }
     /* Map more, and choose the aligned place inside. */
     if (total > SIZE_MAX - align)
         return ENOMEM;
