@@ -7,7 +7,9 @@ whole of it was committed at its first touch, so plans end on multiples of the h
 from functools import cache
 from typing import Protocol
 
-from pyreserve._region.policies import HugePages
+from pyreserve._region.policies import Fork, HugePages, Mode
+from pyreserve._region.region import Region
+from pyreserve._region.reserve import reserve, reserve_below
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve._system.machine import thp_size
 from pyreserve.errors import RangeError
@@ -92,15 +94,59 @@ class Growth:
         return SMALL + round_up(max(need, committed + ahead) - SMALL, self._line)
 
 
+def reserve_to_grow(
+    size: int,
+    *,
+    step: int | None,
+    mode: Mode,
+    fork: Fork,
+    huge_pages: HugePages | None,
+    name: str | None,
+) -> Region:
+    """Reserve a region of `size` bytes for `growth_plan` with the same `step`.
+
+    `step` is as returned by `as_step`; None: the plan is `Growth`. `huge_pages` None is the
+    system's setting with a step, else the best for this machine.
+
+    Raises:
+        TypeError, ValueError, OutOfMemoryError, VMError: as for `reserve`.
+    """
+    if step is None:
+        if huge_pages is None:
+            # A small region has no space for a huge page above the line.
+            small = size < SMALL + _line_size("default")
+            huge_pages = "default" if small else _best_huge_pages()
+        if huge_pages == "prefer":
+            line = _line_size(huge_pages)
+            return reserve_below(
+                line, SMALL, size, mode=mode, fork=fork, huge_pages=huge_pages, name=name
+            )
+        align = None
+    else:
+        huge_pages = "default" if huge_pages is None else huge_pages
+        # Align the base to the step, or for a small capacity to a power of two that holds it. With
+        # huge_pages="prefer", `reserve` aligns.
+        fits = 1 << max(size - 1, 0).bit_length()
+        align = None if huge_pages == "prefer" else min(step & -step, fits)
+    return reserve(size, align=align, mode=mode, fork=fork, huge_pages=huge_pages, name=name)
+
+
+def growth_plan(region: Region, step: int | None) -> Plan:
+    """Return the plan for a region of `reserve_to_grow`."""
+    if step is None:
+        return Growth(_line_size(region.huge_pages))
+    return Steps(region.base, step, small_first=region.huge_pages != "prefer")
+
+
 @cache
-def line_size() -> int:
+def _line_size(huge_pages: HugePages) -> int:
     """Return the distance of lines: the size of a huge page, or 2 MiB if none is worth using."""
-    size = thp_size()
-    return size if size is not None and size <= _MAX_HUGE_PAGE else 2 * MiB
+    size = thp_size() or 2 * MiB
+    return size if huge_pages == "prefer" or size <= _MAX_HUGE_PAGE else 2 * MiB
 
 
 @cache
-def chosen_huge_pages() -> HugePages:
+def _best_huge_pages() -> HugePages:
     """Return the policy of huge pages that suits growing containers on this machine."""
     size = thp_size()
     if size is None:

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NoReturn, TypeVar
 
 from pyreserve._region.growth import Plan
+from pyreserve._region.handles import region_commit
 from pyreserve._region.region import Region
 from pyreserve._system.limits import PAGE_SIZE
-from pyreserve.errors import OutOfMemoryError, ReleasedError, StateError
+from pyreserve.errors import ReleasedError, StateError
 from pyreserve.units import round_up
 
 if TYPE_CHECKING:
@@ -113,15 +114,11 @@ class InSteps(OnRegion):
             return
         need = round_up(end, PAGE_SIZE)
         ahead = min(self._plan.end(begin, need), self._region.size) - need
-        while True:
-            try:
-                self._region.commit(begin, need + ahead - begin)
-            except OutOfMemoryError:
-                if not ahead:
-                    raise
-                ahead = ahead // 2 // PAGE_SIZE * PAGE_SIZE
-            else:
-                break
+        handle = self._exports.handle
+        while (err := region_commit(handle, begin, need + ahead - begin)) and ahead:
+            ahead = ahead // 2 // PAGE_SIZE * PAGE_SIZE
+        if err:
+            self._region.commit(begin, need - begin)  # raises, unless memory was freed
         self._end = max(self._end, need + ahead)  # an interrupting call may have committed more
 
 

@@ -18,7 +18,7 @@ from pyreserve._region.region import Region
 from pyreserve._system.limits import PAGE_SIZE, refusal
 from pyreserve._system.machine import thp_size
 from pyreserve.errors import RangeError
-from pyreserve.units import WORD, as_bytes
+from pyreserve.units import WORD, as_bytes, round_up
 
 _ADDRESS_LIMIT = 1 << (8 * WORD)
 # Bound once: an attribute lookup on the library costs a third of an empty call.
@@ -80,12 +80,7 @@ def reserve(
         raise RangeError(msg)
     if size % PAGE_SIZE:
         size += PAGE_SIZE - size % PAGE_SIZE
-    try:
-        accounting, advice = POLICIES[mode, fork, huge_pages, not dump]
-    except (KeyError, TypeError):
-        raise unknown_word(mode, fork, huge_pages) from None
-    if accounting:
-        mode, accounting = effective_mode(mode)
+    mode, accounting, advice = _policies(mode, fork, huge_pages, no_dump=not dump)
     if huge_pages == "prefer" and align is None and at is None:
         align = thp_size()
     if at is None and hint is None and align is None and not guard and name is None:
@@ -94,17 +89,42 @@ def reserve(
         options = _placement_options(at, hint, align, guard, name)
     handle = handles.take()
     region = Region(handle, size, mode, fork, huge_pages, name)
-    try:
-        err = _reserve(handle, size, accounting, advice, options)
-    except OverflowError:  # size does not fit in size_t
-        err = errno.ENOMEM
-    if err:
-        raise refusal("reserve", err, size + (align or 0) + 2 * PAGE_SIZE * bool(guard), at)
+    total = size + (align or 0) + 2 * PAGE_SIZE * bool(guard)
+    _open(handle, size, accounting, advice, options, total, at)
     if seal:
         err = lib.region_seal(handle)
         if err:
             region.release()
             raise refusal("seal", err, size)
+    return region
+
+
+def reserve_below(
+    line: int,
+    lead: int,
+    size: int,
+    *,
+    mode: Mode,
+    fork: Fork,
+    huge_pages: HugePages,
+    name: str | None,
+) -> Region:
+    """Reserve `size` bytes, rounded up to whole OS pages, from `lead` bytes below a line.
+
+    A line is a multiple of `line`, a power of two; `size` is positive, `lead` whole OS pages.
+
+    Raises:
+        TypeError, ValueError, OutOfMemoryError, VMError: as for `reserve`.
+    """
+    mode, accounting, advice = _policies(mode, fork, huge_pages)
+    options = ffi.new("struct region_options *")
+    options.align, options.lead = line, lead
+    if name is not None:
+        options.name = _checked_name(name)
+    size = round_up(size, PAGE_SIZE)
+    handle = handles.take()
+    region = Region(handle, size, mode, fork, huge_pages, name)
+    _open(handle, size, accounting, advice, options, size + line)
     return region
 
 
@@ -127,12 +147,7 @@ def window(
     """
     size &= -PAGE_SIZE
     shown_name = _NULL if name is None else _checked_name(name)
-    try:
-        accounting, advice = POLICIES[mode, fork, huge_pages, True]
-    except (KeyError, TypeError):
-        raise unknown_word(mode, fork, huge_pages) from None
-    if accounting:
-        mode, accounting = effective_mode(mode)
+    mode, accounting, advice = _policies(mode, fork, huge_pages)
     handle = handles.take()
     region = Region(handle, size, mode, fork, huge_pages, name)
     try:
@@ -142,6 +157,37 @@ def window(
     if err:
         raise refusal("reserve", err, size, start)
     return region
+
+
+def _open(
+    handle: Any,
+    size: int,
+    accounting: int,
+    advice: int,
+    options: Any,
+    total: int,
+    at: int | None = None,
+) -> None:
+    """Call region_reserve. `total` is the number of bytes that a refusal names."""
+    try:
+        err = _reserve(handle, size, accounting, advice, options)
+    except OverflowError:  # size does not fit in size_t
+        err = errno.ENOMEM
+    if err:
+        raise refusal("reserve", err, total, at)
+
+
+def _policies(
+    mode: Mode, fork: Fork, huge_pages: HugePages, *, no_dump: bool = True
+) -> tuple[Mode, int, int]:
+    """Return the mode that takes effect, and the accounting and advice of C."""
+    try:
+        accounting, advice = POLICIES[mode, fork, huge_pages, no_dump]
+    except (KeyError, TypeError):
+        raise unknown_word(mode, fork, huge_pages) from None
+    if accounting:
+        mode, accounting = effective_mode(mode)
+    return mode, accounting, advice
 
 
 def _placement_options(
