@@ -7,15 +7,16 @@ while a call in progress uses it, the region refuses to take its bytes away.
 """
 
 import errno
+from functools import partial
 from operator import index as _index
 from typing import Any, ClassVar
 
-from pyreserve._region.growth import Steps, as_step
+from pyreserve._alloc.capacity import reserve_default
+from pyreserve._region.growth import as_step, growth_plan, reserve_to_grow
 from pyreserve._region.handles import memmove
 from pyreserve._region.holders import view_error
 from pyreserve._region.owner import Exclusive
 from pyreserve._region.policies import Fork, HugePages, Mode
-from pyreserve._region.reserve import reserve
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError, RangeError
 from pyreserve.units import KiB, MiB, format_size, round_up
@@ -37,24 +38,23 @@ class Growable(Exclusive):
 
     def __init__(
         self,
-        size: int,
-        step: int | str,
+        size: int | None,
+        step: int | str | None,
         mode: Mode,
         fork: Fork,
-        huge_pages: HugePages,
+        huge_pages: HugePages | None,
         name: str | None,
     ) -> None:
-        if size <= 0:
+        if size is not None and size <= 0:
             msg = f"capacity must be positive, got {size // self._itemsize}"
             raise RangeError(msg)
-        prefer = huge_pages == "prefer"
-        step = as_step(step)
-        # Align the base to the step, or for a small capacity to a power of two that holds it. With
-        # huge_pages="prefer", `reserve` aligns.
-        align = None if prefer else min(step & -step, 1 << max(size - 1, 0).bit_length())
-        region = reserve(size, align=align, mode=mode, fork=fork, huge_pages=huge_pages, name=name)
-        super().__init__(region, Steps(region.base, step, small_first=not prefer))
-        self._size = size
+        step = None if step is None else as_step(step)
+        make = partial(
+            reserve_to_grow, step=step, mode=mode, fork=fork, huge_pages=huge_pages, name=name
+        )
+        region = reserve_default(make, self._itemsize) if size is None else make(size)
+        super().__init__(region, growth_plan(region, step))
+        self._size = region.size // self._itemsize * self._itemsize if size is None else size
         self._count = 0  # items
         self._front = 0  # offset of the first item, in bytes
         # Bytes above both _dirty_end and the first item behind the last one are zero.

@@ -1,5 +1,6 @@
 """GrowableArray: a numpy array that grows in place."""
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -13,7 +14,6 @@ from pyreserve._alloc.growable import Growable
 from pyreserve._region.arrays import import_numpy
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve.errors import RangeError, ReleasedError, StateError
-from pyreserve.units import MiB
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +52,8 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
 
     Args:
         dtype: numpy dtype of the items: no references, a fixed size, no shape of its own.
-        capacity: items to reserve addresses for: the maximum length.
+        capacity: items to reserve addresses for: the maximum length. None: as many as fit in the
+            default capacity of a `GrowableBuffer`.
         item_shape: the shape of an item, an int or a tuple; ``()``: single numbers.
         step, mode, fork, huge_pages, name: as for `GrowableBuffer`.
 
@@ -71,41 +72,41 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     def __init__(
         self,
         dtype: "np.dtype[_Item] | type[_Item]",
-        capacity: int,
+        capacity: int | None = ...,
         *,
         item_shape: int | tuple[int, ...] = ...,
-        step: int | str = ...,
+        step: int | str | None = ...,
         mode: Mode = ...,
         fork: Fork = ...,
-        huge_pages: HugePages = ...,
+        huge_pages: HugePages | None = ...,
         name: str | None = ...,
     ) -> None: ...
     @overload
     def __init__(
         self: "GrowableArray[Any]",
         dtype: "npt.DTypeLike",
-        capacity: int,
+        capacity: int | None = ...,
         *,
         item_shape: int | tuple[int, ...] = ...,
-        step: int | str = ...,
+        step: int | str | None = ...,
         mode: Mode = ...,
         fork: Fork = ...,
-        huge_pages: HugePages = ...,
+        huge_pages: HugePages | None = ...,
         name: str | None = ...,
     ) -> None: ...
     def __init__(
         self,
         dtype: Any,
-        capacity: int,
+        capacity: int | None = None,
         *,
         item_shape: int | tuple[int, ...] = (),
-        step: int | str = 2 * MiB,
+        step: int | str | None = None,
         mode: Mode = "charge",
         fork: Fork = "copy",
-        huge_pages: HugePages = "default",
+        huge_pages: HugePages | None = None,
         name: str | None = None,
     ) -> None:
-        numpy = self._numpy = import_numpy("GrowableArray")
+        numpy = self._numpy = sys.modules.get("numpy") or import_numpy("GrowableArray")
         self._dtype = kind = numpy.dtype(dtype)
         if kind.kind not in _PLAIN_KINDS or kind.hasobject or not kind.itemsize or kind.subdtype:
             msg = f"dtype must have a fixed size, without references or shape, got {kind!r}"
@@ -127,7 +128,8 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         # before any are cut off.
         self._cached_view: Any = None
         self._appender: Appender | None = None  # the one that has the window
-        super().__init__(_index(capacity) * self._itemsize, step, mode, fork, huge_pages, name)
+        size = None if capacity is None else _index(capacity) * self._itemsize
+        super().__init__(size, step, mode, fork, huge_pages, name)
 
     # -- what it is ---------------------------------------------------------------------------
 

@@ -7,25 +7,35 @@ from pyreserve._alloc.growable import Growable
 from pyreserve._region.handles import from_buffer, memmove
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve.errors import RangeError
-from pyreserve.units import MiB, as_bytes
+from pyreserve.units import as_bytes
 
 
 class GrowableBuffer(Growable):
     """A buffer of up to `capacity` bytes that grows in place; initially empty.
 
     Growing never moves a byte or invalidates a view, and new bytes are zero. Bytes below the length
-    are never decommitted, and bytes in a live view never cut off. Each commit ends at an address
-    that is a multiple of `step`, so that the kernel can use huge pages. The first one is 64 KiB, in
-    small pages, unless huge pages are preferred.
+    are never decommitted, and bytes in a live view never cut off.
+
+    Memory is committed ahead of the length: at first twice as much, in small pages, and above one
+    huge page (2 MiB) an eighth more, at least 2 MiB and at most 64 MiB, in whole huge pages. What
+    is committed ahead takes no memory until it is used, but in mode ``"charge"`` it is charged
+    against the commit limit. If the kernel refuses, less is committed ahead, at last nothing.
 
     Any thread may call it. A finaliser or signal handler that interrupts a call may get
     StateError, but never sees a half-done change.
 
     Args:
-        capacity: bytes to reserve, or a size such as ``"1GiB"``: the maximum length.
+        capacity: bytes to reserve, or a size such as ``"1GiB"``: the maximum length. None: twice
+            the machine's memory, at least 64 GiB; less on 32-bit and under RLIMIT_AS, and the more
+            addresses other default capacities take: together at most a quarter of all.
         step: bytes to commit at a time, a multiple of the OS page; see
-            `pyreserve.costs.measured_step` for the best one on this machine.
-        mode, fork, huge_pages, name: as for `pyreserve.reserve`, whose exceptions apply too.
+            `pyreserve.costs.measured_step`. Each commit then ends at an address that is a multiple
+            of it; the first one is 64 KiB, unless huge pages are preferred. None: the growing steps
+            described above.
+        huge_pages: as for `pyreserve.reserve`. None: ``"prefer"`` if a huge page is at most 32 MiB
+            and the capacity above that of a huge page, else small pages; with a `step`,
+            ``"default"``. Without a `step`, the first 64 KiB are small pages in any case.
+        mode, fork, name: as for `pyreserve.reserve`, whose exceptions apply too.
 
     Raises:
         RangeError: `capacity` is not positive, or `step` not a positive multiple of the OS page.
@@ -38,15 +48,16 @@ class GrowableBuffer(Growable):
 
     def __init__(
         self,
-        capacity: int | str,
+        capacity: int | str | None = None,
         *,
-        step: int | str = 2 * MiB,
+        step: int | str | None = None,
         mode: Mode = "charge",
         fork: Fork = "copy",
-        huge_pages: HugePages = "default",
+        huge_pages: HugePages | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(as_bytes(capacity), step, mode, fork, huge_pages, name)
+        size = None if capacity is None else as_bytes(capacity)
+        super().__init__(size, step, mode, fork, huge_pages, name)
 
     def extend(self, data: Any) -> None:
         """Append the bytes of a C-contiguous buffer, which may be a view of this one. One copy.

@@ -290,6 +290,7 @@ def page_allocators(lengths: npt.NDArray[np.int64]) -> None:
 
 def growing(values: GrowableArray[np.float64], anything: GrowableArray[Any]) -> None:
     buffer = GrowableBuffer("1GiB", step="2MiB", mode="noreserve", name="g")
+    GrowableBuffer(huge_pages="never", step=None)
     GrowableBuffer(GiB, huge_pages="always")  # type: ignore[arg-type]
     common(buffer)
     buffer.extend(b"1234")
@@ -300,6 +301,7 @@ def growing(values: GrowableArray[np.float64], anything: GrowableArray[Any]) -> 
 
     assert_type(GrowableArray(np.float64, 1000), GrowableArray[np.float64])
     assert_type(GrowableArray(np.dtype(np.int16), 1000, fork="wipe"), GrowableArray[np.int16])
+    assert_type(GrowableArray(np.float32, huge_pages=None), GrowableArray[np.float32])
     assert_type(GrowableArray("f4", 1000, step="2MiB"), GrowableArray[Any])
     GrowableArray(np.float64, 1000, mode="none")  # type: ignore[call-overload]
     assert_type(values.array, npt.NDArray[np.float64])
