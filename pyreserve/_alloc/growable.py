@@ -177,11 +177,16 @@ class Growable(Exclusive):
             self._truncate(count)
             return
         self._make_room(count)
-        start, end = self._offset(self._count), self._offset(count)
         if zero:
-            self._clear(start, min(end, max(self._dirty_end, start + self._itemsize)))
-        self._dirty_end = max(self._dirty_end, end)
+            self._zero_up_to(count)
+        self._dirty_end = max(self._dirty_end, self._offset(count))
         self._count = count
+
+    def _zero_up_to(self, count: int) -> None:
+        """Zero the items from the length up to `count`, which have memory."""
+        start, end = self._offset(self._count), self._offset(count)
+        if start < end:
+            self._clear(start, min(end, max(self._dirty_end, start + self._itemsize)))
 
     def _truncate(self, count: int) -> None:
         if count < 0:

@@ -1,16 +1,19 @@
 """GrowableBuffer: bytes that grow in place."""
 
+import io
 from operator import index as _index
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from pyreserve._alloc.growable import Growable
-from pyreserve._region.handles import from_buffer, memmove
+from pyreserve._alloc.bufferfile import BufferFile
+from pyreserve._region.arrays import import_numpy
 from pyreserve._region.policies import Fork, HugePages, Mode
-from pyreserve.errors import RangeError
 from pyreserve.units import as_bytes
 
+if TYPE_CHECKING:
+    import numpy as np
 
-class GrowableBuffer(Growable):
+
+class GrowableBuffer(BufferFile):
     """A buffer of up to `capacity` bytes that grows in place; initially empty.
 
     Growing never moves a byte or invalidates a view, and new bytes are zero. Bytes below the length
@@ -20,6 +23,11 @@ class GrowableBuffer(Growable):
     huge page (2 MiB) an eighth more, at least 2 MiB and at most 64 MiB, in whole huge pages. What
     is committed ahead takes no memory until it is used, but in mode ``"charge"`` it is charged
     against the commit limit. If the kernel refuses, less is committed ahead, at last nothing.
+
+    It has the methods of ``bytearray`` that move no bytes, and those of a binary file in memory, as
+    ``io.BytesIO``. Slices, ``+`` and ``*`` are ``bytes``; ``+=`` and ``*=`` work in place. Iteration
+    gives ints; an empty one is true, as a file is. From Python 3.12 on it is a buffer itself, and
+    keeps the memory of bytes that it exported so committed as long as it lives; before, use `view`.
 
     Any thread may call it. A finaliser or signal handler that interrupts a call may get
     StateError, but never sees a half-done change.
@@ -44,8 +52,6 @@ class GrowableBuffer(Growable):
     After `release` or `close`, everything raises `ReleasedError`, a ValueError.
     """
 
-    _noun, _unit = "buffer", "bytes"
-
     def __init__(
         self,
         capacity: int | str | None = None,
@@ -59,48 +65,68 @@ class GrowableBuffer(Growable):
         size = None if capacity is None else as_bytes(capacity)
         super().__init__(size, step, mode, fork, huge_pages, name)
 
-    def extend(self, data: Any) -> None:
-        """Append the bytes of a C-contiguous buffer, which may be a view of this one. One copy.
+    def spare(self, n: int) -> memoryview:
+        """Return a writable memoryview over the next `n` bytes, not part of this buffer yet.
+
+        `advance` makes the first of them part, without a copy: after ``recv_into``, for example.
+        Their contents are undefined. Until `advance`, other calls that add bytes write to the same
+        memory.
 
         Raises:
-            TypeError: `data` is not a buffer.
-            BufferError, ValueError: `data` is not contiguous.
+            RangeError: `n` is negative.
             OutOfMemoryError, ReleasedError, StateError: as for `resize`.
         """
-        with from_buffer(data) as source:
-            self._exclusively(self._append_bytes, source, len(source))
+        return self._exclusively(self._spare_view, _index(n))
 
-    def view(self, lo: int = 0, hi: int | None = None, *, readonly: bool = False) -> memoryview:
-        """Return a memoryview of [lo, hi), by default of the whole current length.
+    def __buffer__(self, flags: int, /) -> memoryview:
+        """Export the bytes as a buffer (PEP 688, Python 3.12); before, use `view`.
 
-        It keeps its length when the buffer grows. While it, or anything made from it, is alive, its
-        bytes can't be cut off; see `pyreserve.Region.view`.
-
-        Raises:
-            RangeError: not ``0 <= lo <= hi <= len(buffer)``.
-            ReleasedError, StateError: as for `resize`.
+        The memory stays committed as long as this object lives, since a consumer may keep no more
+        than a reference to it.
         """
-        lo, hi = _index(lo), None if hi is None else _index(hi)
-        return self._exclusively(self._view, lo, hi, bool(readonly))
+        return self._exclusively(self._export)
 
-    def _view(self, lo: int, hi: int | None, readonly: bool) -> memoryview:
-        hi = self._count if hi is None else hi
-        if not 0 <= lo <= hi <= self._count:
-            msg = f"view must satisfy 0 <= lo <= hi <= {self._count}, got [{lo}, {hi})"
-            raise RangeError(msg)
-        if lo < hi:
-            return self._region.view(self._front + lo, hi - lo, readonly=readonly)
-        return memoryview(b"" if readonly else bytearray())
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> "np.ndarray[Any, Any]":
+        """Return an ndarray of uint8 over `view`, or of another dtype: numpy's array protocol."""
+        numpy = import_numpy("GrowableBuffer")
+        kind = numpy.dtype("u1" if dtype is None else dtype)
+        if copy is False and kind != "u1":
+            msg = f"bytes can't become {kind} without a copy (copy=False)"
+            raise ValueError(msg)
+        array: np.ndarray[Any, Any] = numpy.asarray(self.view())
+        return array.astype(kind, copy=bool(copy))
 
-    def _over(self, view: memoryview | None) -> Any:
-        return memoryview(bytearray()) if view is None else view
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickle as plain data: class, capacity, bytes, position. Protocol 5: bytes out of band."""
+        data: Any = self[:] if _index(protocol) < 5 else _picklable(self.view(readonly=True))
+        return _rebuild, (type(self), self.capacity, data, self.tell())
 
-    def _append_bytes(self, source: Any, nbytes: int) -> None:
-        """Append `nbytes` bytes at `source`, which may lie in this object."""
-        if not nbytes:
-            return
-        end = self._count + nbytes
-        self._make_room(end)
-        self._dirty_end = max(self._dirty_end, self._offset(end))
-        memmove(self._exports.address(self._offset(self._count)), source, nbytes)
-        self._count = end
+    def __copy__(self) -> "GrowableBuffer":
+        """Return a buffer with the same capacity, bytes and position."""
+        return _rebuild(type(self), self.capacity, self, self.tell())
+
+    def __deepcopy__(self, memo: Any) -> "GrowableBuffer":
+        """As `__copy__`."""
+        return self.__copy__()
+
+    def _spare_view(self, n: int) -> memoryview:
+        offset = self._spare(n)
+        return self._region.view(offset, n) if n else memoryview(bytearray())
+
+
+io.BufferedIOBase.register(GrowableBuffer)
+
+
+def _picklable(view: memoryview) -> Any:
+    from pickle import PickleBuffer  # noqa: PLC0415  # needed by no import of this package
+
+    return PickleBuffer(view)
+
+
+def _rebuild(kind: type[GrowableBuffer], capacity: int, data: Any, position: int) -> GrowableBuffer:
+    """Create a buffer from its pickled parts, without the constructor of a subclass."""
+    buffer = kind.__new__(kind)
+    GrowableBuffer.__init__(buffer, capacity)
+    buffer.extend(data)
+    buffer.seek(position)
+    return buffer

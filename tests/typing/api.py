@@ -298,6 +298,14 @@ def growing(values: GrowableArray[np.float64], anything: GrowableArray[Any]) -> 
     buffer.clear()
     assert_type((len(buffer), buffer.capacity, buffer.trim()), tuple[int, int, int])
     assert_type(buffer.view(0, 4, readonly=True), memoryview)
+    assert_type((buffer[0], buffer[:2], buffer.pop()), tuple[int, bytes, int])
+    buffer[:2] = b"12"
+    buffer["a"]  # type: ignore[call-overload]
+    buffer += bytearray(2)
+    assert_type((buffer.find(b"1"), b"1" in buffer, buffer == b"1"), tuple[int, bool, bool])
+    assert_type((buffer + b"1", list(buffer), buffer.spare(3)), tuple[bytes, list[int], memoryview])
+    assert_type((buffer.write(b"1"), buffer.read(1), buffer.tell()), tuple[int, bytes, int])
+    assert_type((buffer.readlines(), buffer.closed), tuple[list[bytes], bool])
 
     assert_type(GrowableArray(np.float64, 1000), GrowableArray[np.float64])
     assert_type(GrowableArray(np.dtype(np.int16), 1000, fork="wipe"), GrowableArray[np.int16])
