@@ -25,9 +25,9 @@ class GrowableBuffer(BufferFile):
     against the commit limit. If the kernel refuses, less is committed ahead, at last nothing.
 
     It has the methods of ``bytearray`` that move no bytes, and those of a binary file in memory, as
-    ``io.BytesIO``. Slices, ``+`` and ``*`` are ``bytes``; ``+=`` and ``*=`` work in place. Iteration
-    gives ints; an empty one is true, as a file is. From Python 3.12 on it is a buffer itself, and
-    keeps the memory of bytes that it exported so committed as long as it lives; before, use `view`.
+    ``io.BytesIO``. Slices, ``+`` and ``*`` are ``bytes``; ``+=`` and ``*=`` work in place.
+    Iteration gives ints; an empty one is true, as a file is. From Python 3.12 on it is a buffer
+    itself, and bytes that it exported so stay committed as long as it lives; before, use `view`.
 
     Any thread may call it. A finaliser or signal handler that interrupts a call may get
     StateError, but never sees a half-done change.
