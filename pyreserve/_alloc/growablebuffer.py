@@ -63,6 +63,7 @@ class GrowableBuffer(BufferFile):
         name: str | None = None,
     ) -> None:
         size = None if capacity is None else as_bytes(capacity)
+        self._asked = size  # None: a copy, perhaps on another machine, has the default there
         super().__init__(size, step, mode, fork, huge_pages, name)
 
     def spare(self, n: int) -> memoryview:
@@ -99,11 +100,11 @@ class GrowableBuffer(BufferFile):
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickle as plain data: class, capacity, bytes, position. Protocol 5: bytes out of band."""
         data: Any = self[:] if _index(protocol) < 5 else _picklable(self.view(readonly=True))
-        return _rebuild, (type(self), self.capacity, data, self.tell())
+        return _rebuild, (type(self), self._asked, data, self.tell())
 
     def __copy__(self) -> "GrowableBuffer":
         """Return a buffer with the same capacity, bytes and position."""
-        return _rebuild(type(self), self.capacity, self, self.tell())
+        return _rebuild(type(self), self._asked, self, self.tell())
 
     def __deepcopy__(self, memo: Any) -> "GrowableBuffer":
         """As `__copy__`."""
@@ -123,7 +124,9 @@ def _picklable(view: memoryview) -> Any:
     return PickleBuffer(view)
 
 
-def _rebuild(kind: type[GrowableBuffer], capacity: int, data: Any, position: int) -> GrowableBuffer:
+def _rebuild(
+    kind: type[GrowableBuffer], capacity: int | None, data: Any, position: int
+) -> GrowableBuffer:
     """Create a buffer from its pickled parts, without the constructor of a subclass."""
     buffer = kind.__new__(kind)
     GrowableBuffer.__init__(buffer, capacity)

@@ -302,6 +302,7 @@ class TestBuffer:
         for other in copies:
             assert (other, other.tell(), other.capacity) == (buffer, 3, buffer.capacity)
             assert type(other) is Log
+            other.extend(b"!")
             assert other.base != buffer.base
 
 
