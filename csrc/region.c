@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "shared.h"
 #include "vm.h"
 #include "words.h"
 
@@ -60,10 +61,34 @@ static int unmap_piece(struct region *region, size_t lo, size_t hi, size_t befor
 /* Gives newly mapped bytes the advice and the name of the region. */
 static int apply_policy(const struct region *region, uintptr_t address, size_t length) {
     int err = region->advice ? vm_advise(address, length, region->advice) : 0;
-    /* The name is only information; kernels without CONFIG_ANON_VMA_NAME refuse it. */
-    if (err == 0 && region->name[0] != '\0')
+    /* The name is only information; kernels without CONFIG_ANON_VMA_NAME refuse it. A file has it. */
+    if (err == 0 && !region->shared && region->name[0] != '\0')
         (void)vm_name(address, length, region->name);
     return err;
+}
+
+/* The bytes of the file behind `length` bytes of a shared region. */
+static size_t file_length(const struct region *region, size_t length) {
+    return region->mirrored ? length / 2 : length;
+}
+
+static int allocate(const struct region *region, size_t offset, size_t length) {
+    return shared_allocate(region->file, offset, file_length(region, length));
+}
+
+static int punch(const struct region *region, size_t offset, size_t length) {
+    return vm_file_punch(region->file, offset, file_length(region, length));
+}
+
+/* REGION_MIRRORED for part of a mirrored region, else 0. */
+static int check_whole(const struct region *region, size_t length) {
+    return region->mirrored && length != region->size ? REGION_MIRRORED : 0;
+}
+
+static void close_file(struct region *region) {
+    if (region->shared)
+        (void)vm_file_close(region->file);
+    region->shared = region->mirrored = false;
 }
 
 /* The smallest range that contains all committed bytes of [lo, hi); false if there are none. */
@@ -122,7 +147,55 @@ static void initialise(struct region *region, size_t size, int accounting, int a
     region->accounting = accounting;
     region->advice = advice;
     region->sealed = region->retired = false;
+    region->shared = region->mirrored = region->strict = false;
     memset(region->name, 0, sizeof region->name);
+}
+
+/* Creates the file of a shared region. */
+static int open_file(struct region *region, const struct region_options *options) {
+    bool mirrored = options->mirrored;
+    size_t length = mirrored ? region->size / 2 : region->size;
+    if ((mirrored && (region->size & 1)) || (length & (region->page - 1)))
+        return REGION_MISALIGNED;
+    const char *name = region->name[0] != '\0' ? region->name : "pyreserve";
+    int err = shared_create(name, length, &region->file);
+    region->shared = err == 0;
+    region->mirrored = err == 0 && mirrored;
+    region->strict = options->strict;
+    return err;
+}
+
+/* Maps the file at `base`, in the place of what is mapped there. */
+static int map_file(const struct region *region, uintptr_t base) {
+    size_t part = file_length(region, region->size);
+    int err = vm_renew_file(base, part, VM_RESERVED, region->file);
+    if (err == 0 && region->mirrored)
+        err = vm_renew_file(base + part, part, VM_RESERVED, region->file);
+    return err;
+}
+
+/* Maps the region with its guards, `total` bytes, at `*start`. */
+static int map_whole(struct region *region, size_t total, const struct region_options *options,
+                     uintptr_t *start) {
+    size_t guard = region->guard;
+    int access = VM_RESERVED | region->accounting;
+    *start = options->address > guard ? options->address - guard : options->address;
+    int err;
+    if (options->exact)
+        err = vm_map_at(*start, total, access);
+    else if (options->align > region->page)
+        err = map_aligned(*start, total, guard + options->lead, options->align, access, start);
+    else
+        err = vm_map(*start, total, access, start);
+    if (err != 0)
+        return err;
+    if (region->shared)
+        err = map_file(region, *start + guard);
+    if (err == 0)
+        err = apply_policy(region, *start, total);
+    if (err != 0)
+        (void)vm_release(*start, total);
+    return err;
 }
 
 int region_reserve(struct region *region, size_t size, int accounting, int advice,
@@ -145,21 +218,13 @@ int region_reserve(struct region *region, size_t size, int accounting, int advic
         return EINVAL;
     memcpy(region->name, options->name, sizeof region->name - 1);
 
-    /* Map the region with its guards, then give the whole the policy. */
-    size_t total = size + 2 * guard;
-    int access = VM_RESERVED | accounting;
-    uintptr_t start = options->address > guard ? options->address - guard : options->address;
-    if (options->exact)
-        err = vm_map_at(start, total, access);
-    else if (options->align > region->page)
-        err = map_aligned(start, total, guard + options->lead, options->align, access, &start);
-    else
-        err = vm_map(start, total, access, &start);
-    if (err != 0)
-        return err;
-    err = apply_policy(region, start, total);
+    if (options->shared || options->mirrored)
+        err = open_file(region, options);
+    uintptr_t start;
+    if (err == 0)
+        err = map_whole(region, size + 2 * guard, options, &start);
     if (err != 0) {
-        (void)vm_release(start, total);
+        close_file(region);
         return err;
     }
     region->base = (char *)(start + guard);
@@ -242,10 +307,19 @@ int region_disclaim(struct region *region, size_t offset, size_t length) {
     return err != 0 ? err : unmap_piece(region, offset, offset + length, 0, 0);
 }
 
+/* Makes a gap readable and writable. */
+static int open_gap(const struct region *region, const struct run *gap) {
+    int err = region->shared ? allocate(region, gap->lo, gap->hi - gap->lo) : 0;
+    return err != 0 ? err
+                    : vm_protect(address_of(region, gap->lo), gap->hi - gap->lo, VM_COMMITTED);
+}
+
 /* Removes access from a gap that a refused commit may have opened, in full or in part. */
 static int reprotect(const struct region *region, const struct run *gap) {
     uintptr_t address = address_of(region, gap->lo);
     int err = vm_protect(address, gap->hi - gap->lo, VM_RESERVED);
+    if (region->shared)
+        return err != 0 ? err : punch(region, gap->lo, gap->hi - gap->lo);
     /* If the gap had merged with touched memory, only a new mapping refunds its charge. */
     if (err == 0 && !(region->accounting & VM_NORESERVE) &&
         vm_renew(address, gap->hi - gap->lo, VM_RESERVED) == 0)
@@ -281,16 +355,19 @@ static int remap(struct region *region, size_t lo, size_t hi) {
 /* Returns [lo, hi) to reserved in the kernel and in the books, which must have space. */
 static int decommit_range(struct region *region, size_t lo, size_t hi) {
     uintptr_t address = address_of(region, lo);
-    bool charged = !(region->accounting & VM_NORESERVE);
+    bool charged = !region->shared && !(region->accounting & VM_NORESERVE);
     /* Without a charge to refund, remove access and then drop the contents. */
     int err = charged ? 0 : vm_protect(address, hi - lo, VM_RESERVED);
-    if (!charged && err == 0 && vm_discard(address, hi - lo) == 0) {
+    int kept = 1;
+    if (!charged && err == 0)
+        kept = region->shared ? punch(region, lo, hi - lo) : vm_discard(address, hi - lo);
+    if (kept == 0) {
         record_decommit(region, lo, hi);
         return 0;
     }
     /* Otherwise remap: that refunds the charge and works on mlocked pages. */
     if (err == 0)
-        err = remap(region, lo, hi);
+        err = region->shared ? kept : remap(region, lo, hi);
     if (err == 0) {
         record_decommit(region, lo, hi);
         return apply_policy(region, address, hi - lo);
@@ -308,12 +385,14 @@ int region_commit(struct region *region, size_t offset, size_t length) {
     struct run gap;
     if (err != 0 || !runs_next_gap(&region->committed, offset, end, &gap))
         return err;
-    err = runs_grow(&region->committed);
+    err = check_whole(region, length);
+    if (err == 0)
+        err = runs_grow(&region->committed);
     if (err != 0)
         return err;
     /* Open the gaps one by one; the books stay as they were until all are open. */
     for (size_t at = offset; runs_next_gap(&region->committed, at, end, &gap); at = gap.hi) {
-        err = vm_protect(address_of(region, gap.lo), gap.hi - gap.lo, VM_COMMITTED);
+        err = open_gap(region, &gap);
         if (err != 0)
             break;
     }
@@ -334,7 +413,9 @@ int region_decommit(struct region *region, size_t offset, size_t length) {
     struct run all;
     if (err != 0 || !committed_bounds(region, offset, offset + length, &all))
         return err;
-    err = runs_grow(&region->committed);
+    err = check_whole(region, length);
+    if (err == 0)
+        err = runs_grow(&region->committed);
     return err != 0 ? err : decommit_range(region, all.lo, all.hi);
 }
 
@@ -348,13 +429,24 @@ static int check_committed(const struct region *region, size_t offset, size_t le
 
 int region_populate(struct region *region, size_t offset, size_t length) {
     int err = check_committed(region, offset, length);
+    /* Discarded pages of a file. For a mirrored region, all: the range may be in either half. */
+    if (err == 0 && region->mirrored)
+        err = allocate(region, 0, region->size);
+    else if (err == 0 && region->shared)
+        err = allocate(region, offset, length);
     return err != 0 ? err : vm_populate(address_of(region, offset), length);
 }
 
 int region_discard(struct region *region, size_t offset, size_t length, bool lazy) {
     int err = check_committed(region, offset, length);
+    if (err == 0)
+        err = check_whole(region, length);
     if (err != 0)
         return err;
+    if (region->shared) {
+        err = punch(region, offset, length);
+        return err == 0 && region->strict ? allocate(region, offset, length) : err;
+    }
     if (lazy) {
         err = vm_discard_lazy(address_of(region, offset), length);
         if (err != EINVAL)
@@ -426,6 +518,7 @@ static int unmap(struct region *region) {
     }
     runs_empty(&region->reserved);
     runs_empty(&region->committed);
+    close_file(region);
     region->base = NULL;
     return 0;
 }
@@ -442,9 +535,13 @@ void region_retire(struct region *region) {
 
 void region_end(struct region *region) {
     struct run piece;
-    if (region->base != NULL && !region->sealed && unmap(region) != 0)
+    if (region->base != NULL && !region->sealed && unmap(region) != 0) {
         for (size_t at = 0; runs_next(&region->committed, at, region->size, &piece); at = piece.hi)
             (void)vm_discard(address_of(region, piece.lo), piece.hi - piece.lo);
+        if (region->shared)
+            (void)punch(region, 0, region->size);
+    }
+    close_file(region);
     runs_clear(&region->reserved);
     runs_clear(&region->committed);
     runs_clear(&region->traced);
