@@ -28,12 +28,18 @@ static int check_range(const struct region *region, size_t offset, size_t length
     return 0;
 }
 
+/* The bytes of memory behind `length` bytes of a region. */
+static size_t memory_length(const struct region *region, size_t length) {
+    return region->mirrored ? length / 2 : length;
+}
+
 /* Record [lo, hi) as committed, or as reserved again. Need runs_grow on `committed` before. */
 static void record_commit(struct region *region, size_t lo, size_t hi) {
     struct run gap;
     if (tracing_is_on())
         for (size_t at = lo; runs_next_gap(&region->committed, at, hi, &gap); at = gap.hi)
-            tracing_add(&region->traced, address_of(region, 0), gap.lo, gap.hi);
+            tracing_add(&region->traced, address_of(region, 0), gap.lo,
+                        gap.lo + memory_length(region, gap.hi - gap.lo));
     runs_add(&region->committed, lo, hi);
 }
 
@@ -67,17 +73,12 @@ static int apply_policy(const struct region *region, uintptr_t address, size_t l
     return err;
 }
 
-/* The bytes of the file behind `length` bytes of a shared region. */
-static size_t file_length(const struct region *region, size_t length) {
-    return region->mirrored ? length / 2 : length;
-}
-
 static int allocate(const struct region *region, size_t offset, size_t length) {
-    return shared_allocate(region->file, offset, file_length(region, length));
+    return shared_allocate(region->file, offset, memory_length(region, length));
 }
 
 static int punch(const struct region *region, size_t offset, size_t length) {
-    return vm_file_punch(region->file, offset, file_length(region, length));
+    return vm_file_punch(region->file, offset, memory_length(region, length));
 }
 
 /* REGION_MIRRORED for part of a mirrored region, else 0. */
@@ -167,7 +168,7 @@ static int open_file(struct region *region, const struct region_options *options
 
 /* Maps the file at `base`, in the place of what is mapped there. */
 static int map_file(const struct region *region, uintptr_t base) {
-    size_t part = file_length(region, region->size);
+    size_t part = memory_length(region, region->size);
     int err = vm_renew_file(base, part, VM_RESERVED, region->file);
     if (err == 0 && region->mirrored)
         err = vm_renew_file(base + part, part, VM_RESERVED, region->file);
