@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.growth import Steps, as_step
 from pyreserve._region.holders import view_error
-from pyreserve._region.owner import Exclusive
+from pyreserve._region.owner import Exclusive, InSteps
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.reserve import reserve
 from pyreserve._region.viewtable import Entry
@@ -68,7 +68,7 @@ class Mark:
         return f"Mark(offset={self._offset}, depth={self._depth})"
 
 
-class BumpArena(Exclusive):
+class BumpArena(Exclusive, InSteps):
     """An arena of `size` bytes that commits memory in place as its blocks need it.
 
     The first commit is 64 KiB, in small pages. Each later one ends at an address that is a multiple

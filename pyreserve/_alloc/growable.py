@@ -15,7 +15,7 @@ from pyreserve._alloc.capacity import reserve_default
 from pyreserve._region.growth import as_step, growth_plan, reserve_to_grow
 from pyreserve._region.handles import memmove
 from pyreserve._region.holders import view_error
-from pyreserve._region.owner import Exclusive
+from pyreserve._region.owner import Exclusive, InSteps
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError, RangeError
@@ -27,7 +27,7 @@ _DISCARD_FROM = 32 * MiB
 _ZEROS = bytes(64 * KiB)
 
 
-class Growable(Exclusive):
+class Growable(Exclusive, InSteps):
     """Items from the front of a region up.
 
     Subclasses set `_unit`, the plural of the item for messages, and define `_over`.

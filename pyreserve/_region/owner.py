@@ -122,13 +122,11 @@ class InSteps(OnRegion):
         self._end = max(self._end, need + ahead)  # an interrupting call may have committed more
 
 
-class Exclusive(InSteps):
-    """An `InSteps` object that runs one call at a time and refuses calls that interrupt another."""
+class Exclusive(OnRegion):
+    """An object that runs one call at a time and refuses calls that interrupt another."""
 
-    def __init__(self, region: Region, plan: Plan) -> None:
-        super().__init__(region, plan)
-        # A call is in progress: a finaliser or signal handler that interrupts it is refused.
-        self._busy = False
+    # A call is in progress: a finaliser or signal handler that interrupts it is refused.
+    _busy = False
 
     def _exclusively(self, do: Callable[..., _T], *arguments: object) -> _T:
         """Call `do` exclusively: other threads wait, calls that interrupt it are refused.
