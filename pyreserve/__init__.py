@@ -6,6 +6,7 @@
 - `layouts` describes Go's address-space layouts; an `Arena` reserves one and allocates in it.
 - `BumpArena`, `Pool` and `PageAllocator` are simpler allocators.
 - `GrowableBuffer` and `GrowableArray` grow in place: existing views stay valid.
+- `RingArray` keeps the latest items; any number of them is one array without a copy.
 - `explain` describes a process's address space, `track` how a block of code changes it.
 - `capabilities` lists the features of this kernel and the limits of this process.
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from pyreserve._alloc.growablebuffer import GrowableBuffer
     from pyreserve._alloc.pages import PageAllocator
     from pyreserve._alloc.pool import Pool
+    from pyreserve._alloc.ring import RingArray
     from pyreserve._arena.arena import Arena
     from pyreserve._arena.blocks import Block, Blocks
     from pyreserve._arena.heapbitmap import HeapBitmap
@@ -82,6 +84,7 @@ __all__ = [
     "RangeError",
     "Region",
     "ReleasedError",
+    "RingArray",
     "Scavenger",
     "StateError",
     "TiB",
@@ -113,6 +116,7 @@ _HOMES = {
     "PageAllocator": "_alloc.pages",
     "Pool": "_alloc.pool",
     "Region": "_region.region",
+    "RingArray": "_alloc.ring",
     "Scavenger": "_arena.scavenger",
     "capabilities": "_system.features",
     "explain": "procmem",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 from pyreserve._alloc.appender import REFUSED, Appender, make_appender
 from pyreserve._alloc.arrayoperators import ArrayOperators
 from pyreserve._alloc.growable import Growable
-from pyreserve._region.arrays import import_numpy
+from pyreserve._region.arrays import import_numpy, item_dtype
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve.errors import RangeError, ReleasedError, StateError
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item", bound="np.generic")
 _T = TypeVar("_T")
 
-# Kinds of numpy dtypes whose items hold no references.
-_PLAIN_KINDS = frozenset("biufcmMSUV")
 # Formats of items that a memoryview stores faster than numpy, and as numpy does or not at all.
 _FAST_FORMATS = frozenset("bBhHiIlLqQfd?")
 # Items of an iterable that are converted at a time.
@@ -107,10 +105,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         name: str | None = None,
     ) -> None:
         numpy = self._numpy = sys.modules.get("numpy") or import_numpy("GrowableArray")
-        self._dtype = kind = numpy.dtype(dtype)
-        if kind.kind not in _PLAIN_KINDS or kind.hasobject or not kind.itemsize or kind.subdtype:
-            msg = f"dtype must have a fixed size, without references or shape, got {kind!r}"
-            raise TypeError(msg)
+        self._dtype = kind = item_dtype(dtype, "GrowableArray")
         sides = item_shape if isinstance(item_shape, tuple) else (item_shape,)
         self._item_shape = tuple(map(_index, sides))
         if min(self._item_shape, default=1) <= 0:
@@ -136,7 +131,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     @property
     def dtype(self) -> "np.dtype[_Item]":
         """The dtype of the items."""
-        return self._dtype  # type: ignore[no-any-return]
+        return self._dtype
 
     @property
     def item_shape(self) -> tuple[int, ...]:
