@@ -293,6 +293,8 @@ class Region:
             RangeError: the range is not whole OS pages inside the region, or not all committed.
             StateError: the region is part of an arena or another object, which alone may do this.
             VMError: the kernel refused (before Linux 5.18: memory locked by mlock).
+            OutOfMemoryError: a shared region under ``vm.overcommit_memory=2``: the contents are
+                dropped, but not all pages allocated again. `populate` tries once more.
             ReleasedError: the region is released or closed.
         """
         offset = _index(offset)
