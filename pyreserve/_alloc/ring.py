@@ -128,12 +128,12 @@ class RingArray(Exclusive, Generic[_Item]):
                 one-dimensional. Nothing has changed.
             ReleasedError, StateError: as for `append`.
         """
-        numpy = self._numpy
+        numpy, dtype = self._numpy, self._dtype
         items: Any = values
-        if type(items) is not numpy.ndarray or items.dtype != self._dtype:
+        if type(items) is not numpy.ndarray or (items.dtype is not dtype and items.dtype != dtype):
             if hasattr(items, "__next__"):
-                items = numpy.fromiter(items, self._dtype)
-            items = numpy.asarray(items, dtype=self._dtype)
+                items = numpy.fromiter(items, dtype)
+            items = numpy.asarray(items, dtype=dtype)
         if items.ndim != 1:
             msg = f"values must have one dimension, got shape {items.shape}"
             raise ValueError(msg)
@@ -150,8 +150,8 @@ class RingArray(Exclusive, Generic[_Item]):
         with self._lock:
             while True:
                 at, length, total = state = self._state
-                end, length = at + n, min(length + n, capacity)
-                where = slice(at, end)
+                end, where, length = at + n, slice(at, at + n), length + n
+                length = length if length < capacity else capacity
                 after = end if end < capacity else end - capacity, length, total + count
                 if self._state is state: window[where] = items; self._state = after; return  # fmt: skip  # noqa: E501, E701, E702
 
