@@ -56,8 +56,7 @@ class Region:
     end of a ``with`` block, or garbage, its addresses stay reserved until the last view is gone.
     `discard` keeps bytes readable, so it is allowed under views, which then read zero.
 
-    The bytes of a shared region (``reserve(shared=True)``) are those of a file in memory, and a
-    forked child shares them:
+    The bytes of a region made with ``shared=True`` are those of a file in memory:
 
     - `commit` allocates memory for the whole range at once, so that no later access runs out of
       memory, which would end the process (SIGBUS).
@@ -452,11 +451,10 @@ class Region:
             committed, count = int(runs.total), int(runs.count)
         name = f" {self.name!r}" if self.name else ""
         pieces = f" in {count} piece{'s' if count != 1 else ''}" if count else ""
-        sealed = ", sealed" if self._handle.sealed else ""
-        shared = ", shared" if self.shared else ""
+        kind = ", shared" * self.shared + ", sealed" * bool(self._handle.sealed)
         return (
             f"<Region{name} {base:#x}-{base + self._size:#x} of {format_size(self._size)}: "
-            f"{format_size(committed)} committed{pieces}, mode {self.mode}{shared}{sealed}>"
+            f"{format_size(committed)} committed{pieces}, mode {self.mode}{kind}>"
         )
 
     def __reduce__(self) -> NoReturn:
