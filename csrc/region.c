@@ -457,6 +457,29 @@ int region_discard(struct region *region, size_t offset, size_t length, bool laz
     return vm_discard(address_of(region, offset), length);
 }
 
+int region_slide(struct region *region, size_t *front, size_t length) {
+    const size_t chunk = (size_t)2 << 20, from = *front;
+    int known = region_is_committed(region, from, length);
+    if (known != 1)
+        return known == 0 ? REGION_NOT_COMMITTED : known;
+    size_t end = (size_t)round_up(length, region->page);
+    int err = region_commit(region, 0, end);
+    if (err != 0)
+        return err;
+    /* Upwards, so that no byte is overwritten before it is copied. A page whose last byte is copied
+     * can be discarded unless it is part of the destination; a refusal costs only memory. */
+    for (size_t at = 0; at < length && from > 0; at += chunk) {
+        size_t n = (size_t)smaller(chunk, length - at);
+        memmove(region->base + at, region->base + from + at, n);
+        size_t lo = (size_t)larger(end, (from + at) / region->page * region->page);
+        size_t hi = (from + at + n) / region->page * region->page;
+        if (lo < hi)
+            (void)vm_discard(address_of(region, lo), hi - lo);
+    }
+    *front = 0;
+    return 0;
+}
+
 int region_is_committed(const struct region *region, size_t offset, size_t length) {
     if (!is_open(region))
         return REGION_RELEASED;

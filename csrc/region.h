@@ -129,6 +129,12 @@ int region_decommit(struct region *region, size_t offset, size_t length);
 int region_populate(struct region *region, size_t offset, size_t length);
 int region_discard(struct region *region, size_t offset, size_t length, bool lazy);
 
+/* Moves the `length` committed bytes at offset `*front` to offset 0 and sets `*front` to 0. Any
+ * alignment. Commits what they need at offset 0. The source stays committed; its bytes outside the
+ * destination are undefined afterwards. Discards source pages as they are copied, so that at most
+ * 2 MiB take memory twice. */
+int region_slide(struct region *region, size_t *front, size_t length);
+
 /* Whether the whole range is committed: 1, 0 or REGION_RELEASED. Any alignment; a range that is not
  * inside the region is not committed. */
 int region_is_committed(const struct region *region, size_t offset, size_t length);

@@ -32,6 +32,11 @@ def words(start: int) -> Any:
     return ffi.cast("uintptr_t *", start)
 
 
+def offset_cell(offset: int) -> Any:
+    """Return a ``size_t *`` to a cell of its own, which calls of C can change."""
+    return ffi.new("size_t *", offset)
+
+
 def claim_near(handle: Any, floor: int, hint: int, length: int, access: int) -> tuple[int, int]:
     """Call region_claim_near; return an errno and the address."""
     start = ffi.new("uintptr_t *")

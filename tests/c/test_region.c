@@ -610,6 +610,79 @@ static void is_committed_takes_any_alignment(void) {
     end(region);
 }
 
+/* ---- sliding */
+
+/* The byte that the tests below store `i` bytes behind the front. */
+static char mark(size_t i) {
+    return (char)(i * 31 + i / page * 7 + 1);
+}
+
+static void mark_from(struct region *region, size_t front, size_t length) {
+    for (size_t i = 0; i < length; i++)
+        region->base[front + i] = mark(i);
+}
+
+static bool is_marked(const struct region *region, size_t front, size_t length) {
+    for (size_t i = 0; i < length; i++)
+        if (region->base[front + i] != mark(i))
+            return false;
+    return true;
+}
+
+static void a_slide_moves_all_bytes_to_the_start(void) {
+    size_t fronts[] = {0, 1, page - 1, page, 2 * page + 5, 9 * page};
+    size_t lengths[] = {1, page - 1, page, page + 1, 5 * page + 77};
+    EACH_ACCOUNTING(accounting)
+        for (size_t f = 0; f < 6; f++)
+            for (size_t n = 0; n < 5; n++) {
+                size_t front = fronts[f], length = lengths[n];
+                struct region *region = reserved(16, accounting);
+                size_t first = front / page, pages = (front + length + page - 1) / page - first;
+                REQUIRE(commit(region, first, pages));
+                mark_from(region, front, length);
+                CHECK(region_slide(region, &front, length) == 0);
+                CHECK(front == 0 && is_marked(region, 0, length));
+                CHECK(region_is_committed(region, 0, length) == 1);
+                CHECK(region_is_committed(region, first * page, pages * page) == 1);
+                end(region);
+            }
+}
+
+static void a_slide_leaves_no_memory_behind(void) {
+    size_t length = (size_t)8 << 20, front = length + page;
+    struct region *region = closed();
+    REQUIRE(region_reserve(region, 4 * length, 0, 0, NULL) == 0);
+    REQUIRE(region_commit(region, front, length) == 0);
+    mark_from(region, front, length);
+    CHECK(region_slide(region, &front, length) == 0);
+    CHECK(is_marked(region, 0, length));
+    CHECK(witness_resident(at(region, 0), 4 * length) == (long)(length / page));
+    end(region);
+}
+
+static void a_refused_slide_moves_nothing(void) {
+    EACH_ACCOUNTING(accounting) {
+        struct region *region = reserved(16, accounting);
+        size_t front = 4 * page + 3, length = 6 * page;
+        REQUIRE(commit(region, 4, 7));
+        mark_from(region, front, length);
+        REQUIRE(limit_data(3 * page));
+        int err = region_slide(region, &front, length);
+        REQUIRE(unlimit(RLIMIT_DATA));
+        CHECK(err == ENOMEM && front == 4 * page + 3);
+        CHECK(shows(region, "----wwwwwww-----") && is_marked(region, front, length));
+
+        length += page;
+        CHECK(region_slide(region, &front, length) == REGION_NOT_COMMITTED);
+        CHECK(region_slide(region, &front, 0) == REGION_NOT_COMMITTED);
+        CHECK(region_slide(region, &front, SIZE_MAX) == REGION_NOT_COMMITTED);
+        CHECK(front == 4 * page + 3 && is_marked(region, front, 6 * page));
+        region_retire(region);
+        CHECK(region_slide(region, &front, page) == REGION_RELEASED);
+        end(region);
+    }
+}
+
 static void a_released_region_says_so(void) {
     struct region *region = reserved(4, 0);
     uintptr_t address = 7;
@@ -1119,6 +1192,9 @@ int main(void) {
     RUN(wrong_ranges_are_told_apart_without_overflow);
     RUN(only_committed_bytes_are_populated_and_discarded);
     RUN(is_committed_takes_any_alignment);
+    RUN(a_slide_moves_all_bytes_to_the_start);
+    RUN(a_slide_leaves_no_memory_behind);
+    RUN(a_refused_slide_moves_nothing);
     RUN(a_released_region_says_so);
     RUN(a_window_maps_and_owns_nothing);
     RUN(a_window_must_be_a_range_of_addresses);
