@@ -20,11 +20,14 @@ class Appender(NamedTuple):
 
     Attributes:
         append: appends one item.
+        prepare: takes the index of the next item, for a `take_back` without a window.
         lend: takes a window, and the index of the next item.
-        take_back: gives the window up; returns the index of the next item.
+        take_back: gives the window up; returns the index of the next item. Until the next `prepare`
+            or `lend` another call, after one that was interrupted, returns the same.
     """
 
     append: Callable[[Any], None]
+    prepare: Callable[[int], None]
     lend: Callable[[Any, int], None]
     take_back: Callable[[], int]
 
@@ -61,6 +64,10 @@ def make_appender(
                 n = at
             raise
 
+    def prepare(count: int) -> None:
+        nonlocal taken
+        taken = count
+
     def lend(sequence: Any, count: int) -> None:
         nonlocal window, n, taken
         n, taken = count, -1
@@ -68,8 +75,9 @@ def make_appender(
 
     def take_back() -> int:
         nonlocal window, n, taken
-        window = nothing
-        taken, n = n, _NOT_LENT
+        if n < _NOT_LENT:  # a refused append leaves _NOT_LENT + 1
+            window = nothing
+            taken, n = n, _NOT_LENT
         return taken
 
-    return Appender(append, lend, take_back)
+    return Appender(append, prepare, lend, take_back)

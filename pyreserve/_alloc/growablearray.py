@@ -443,6 +443,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         else:
             self._append(item)
         if self._count < self._room:
+            appender.prepare(self._count)
             self._appender = appender
             appender.lend(self._cells, self._count)
             self._close_window()

@@ -940,6 +940,7 @@ class TestThreads:
         """After an exception from a signal handler, each piece is there whole or not at all."""
         buffer = GrowableBuffer(64 * MiB, step=64 * KiB)
         array = GrowableArray("u4", 16 * MiB, step=64 * KiB)
+        append = array.appender()
         pieces, struck = [bytes([n + 1]) * 5000 for n in range(64)], 0
 
         class Struck(Exception):  # noqa: N818
@@ -957,6 +958,7 @@ class TestThreads:
                         for piece in pieces:
                             buffer.extend(piece)
                             array.append(len(array))
+                            append(len(array))
                         buffer.resize(len(buffer) + 5000)
                         buffer.resize(5000)
                         buffer.trim()
