@@ -21,14 +21,15 @@ class Appender(NamedTuple):
     Attributes:
         append: appends one item.
         prepare: takes the index of the next item, for a `take_back` without a window.
-        lend: takes a window, and the index of the next item.
+        lend: takes a window, the index of the next item, and the number of items that were dropped
+            before the first one of the window.
         take_back: gives the window up; returns the index of the next item. Until the next `prepare`
             or `lend` another call, after one that was interrupted, returns the same.
     """
 
     append: Callable[[Any], None]
     prepare: Callable[[int], None]
-    lend: Callable[[Any, int], None]
+    lend: Callable[[Any, int, int], None]
     take_back: Callable[[], int]
 
 
@@ -41,10 +42,12 @@ def make_appender(
         scalars: the types whose values run no Python code when they are stored.
         nothing: a window without items.
         append_slowly: appends a value that the window refused, then lends the window again. Its
-            second argument is the index at which the value is already counted, else None.
+            second argument is None, or if the value is counted already, the number of items before
+            it, with those dropped.
     """
     window, n = nothing, _NOT_LENT
     taken = -1  # the index of the next item when the window was taken back
+    before = 0  # items dropped before the first one of the window
 
     def append(value: Any) -> None:
         nonlocal n
@@ -58,7 +61,7 @@ def make_appender(
         except REFUSED:
             if n == at + 1 and window is not nothing:
                 n = at
-            append_slowly(value, at if taken == at + 1 else None)
+            append_slowly(value, before + at if taken == at + 1 else None)
         except BaseException:
             if n == at + 1:
                 n = at
@@ -68,9 +71,9 @@ def make_appender(
         nonlocal taken
         taken = count
 
-    def lend(sequence: Any, count: int) -> None:
-        nonlocal window, n, taken
-        n, taken = count, -1
+    def lend(sequence: Any, count: int, dropped: int) -> None:
+        nonlocal window, n, taken, before
+        n, taken, before = count, -1, dropped
         window = sequence
 
     def take_back() -> int:

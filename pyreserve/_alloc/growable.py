@@ -1,9 +1,13 @@
 """Items that grow in place: the base of GrowableBuffer and GrowableArray.
 
 All addresses are reserved at once; memory is committed in steps as the length grows. Nothing moves,
-so growth invalidates no view. The container keeps a *window*, one sequence over the committed items
-from the front up, and writes new items into it. The window is a view of the region as any other:
-while a call in progress uses it, the region refuses to take its bytes away.
+so growth invalidates no view. Items dropped from the front leave their addresses unused; when
+those above the last item are used up, the items move to the start of the region once, if no view
+shows them.
+
+The container keeps a *window*, one sequence over the committed items from the front up, and writes
+new items into it. The window is a view of the region as any other: while a call in progress uses
+it, the region refuses to take its bytes away.
 """
 
 import errno
@@ -11,14 +15,15 @@ from functools import partial
 from operator import index as _index
 from typing import Any, ClassVar
 
+from pyreserve._alloc.behind import Behind
 from pyreserve._alloc.capacity import reserve_default
 from pyreserve._region.growth import as_step, growth_plan, reserve_to_grow
-from pyreserve._region.handles import memmove
+from pyreserve._region.handles import memmove, offset_cell
 from pyreserve._region.holders import view_error
 from pyreserve._region.owner import Exclusive, InSteps
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._system.limits import PAGE_SIZE
-from pyreserve.errors import OutOfMemoryError, RangeError
+from pyreserve.errors import OutOfMemoryError, RangeError, VMError
 from pyreserve.units import KiB, MiB, format_size, round_up
 
 # From this many bytes up, discard pages instead of zeroing them. Touching a discarded page costs
@@ -57,20 +62,29 @@ class Growable(Exclusive, InSteps):
         self._size = region.size // self._itemsize * self._itemsize if size is None else size
         self._count = 0  # items
         self._front = 0  # offset of the first item, in bytes
+        self._dropped = 0  # items dropped from the front
+        self._behind = Behind()  # the memory below the front
         # Bytes above both _dirty_end and the first item behind the last one are zero.
         self._dirty_end = 0
         self._spare_end = 0  # offset of the end of the last `spare`
         # Consumers of the buffer protocol may keep nothing but this object, so the bytes that it
         # exported, at the offsets [low, high), stay committed as long as it lives.
-        self._pin: memoryview | None = None
-        self._pinned = (0, 0)
+        self._pins: list[tuple[memoryview, int, int]] = []
         self._room = 0  # items in the window
+        self._shown: memoryview | None = None  # the view behind the window
+        self._shown_from = 0  # offset at which the region exported it
         self._window: Any = self._over(None)
 
     @property
     def capacity(self) -> int:
         """The maximum length."""
         return self._size // self._itemsize
+
+    @property
+    def dropped(self) -> int:
+        """How many items `drop_front` has removed in all."""
+        self._check_open()
+        return self._dropped
 
     def resize(self, length: int, *, zero: bool = True) -> None:
         """Set the length. New items are zero; memory above the length stays committed.
@@ -93,8 +107,32 @@ class Growable(Exclusive, InSteps):
         """Set the length to 0, as ``resize(0)`` does."""
         self._exclusively(self._resize, 0, True)
 
+    def drop_front(self, n: int) -> None:
+        """Remove the first `n` items; indices count from the new front. Nothing moves.
+
+        Whole OS pages below the front are decommitted at once, except those under a view, which
+        stays right: these are decommitted by the first later `drop_front` or `trim` after the view
+        is gone. Bytes that this object exported by the buffer protocol count as viewed as long as
+        it lives. The time of a call grows with the number of views that show removed items.
+
+        If the kernel refuses to decommit (max_map_count), the items are removed all the same, and
+        later calls try again: raising would say that nothing has changed. `committed` shows the
+        memory, and `trim` raises the refusal.
+
+        Removed items use up addresses. When growth needs more than there are up to the capacity, it
+        moves the items to the start of the region, or raises OutOfMemoryError while a view is alive
+        (``limit="capacity"``).
+
+        Raises:
+            RangeError: not ``0 <= n <= length``; nothing has changed.
+            ReleasedError, StateError: as for `resize`.
+        """
+        self._exclusively(self._drop_front, _index(n))
+
     def trim(self) -> int:
-        """Decommit the whole OS pages above the length; return their bytes.
+        """Decommit the whole OS pages above the length and below the front; return their bytes.
+
+        Pages below the front stay while views show them.
 
         Raises:
             ViewError: live views of `spare` hold bytes above the length; nothing has changed.
@@ -102,7 +140,7 @@ class Growable(Exclusive, InSteps):
                 policies of the fresh addresses: see `Region.decommit`.
             ReleasedError, StateError: as for `resize`.
         """
-        return self._exclusively(self._decommit_tail)
+        return self._exclusively(self._trim)
 
     def advance(self, n: int) -> None:
         """Make the first `n` items of the last `spare` part of this container.
@@ -138,22 +176,25 @@ class Growable(Exclusive, InSteps):
 
     def _make_room(self, count: int) -> None:
         """Commit the memory of the first `count` items, and open a window that shows them."""
-        end = self._offset(count)
-        if end > self._size:
-            msg = (
-                f"cannot grow to {count} {self._unit}: {self._count} of {self.capacity} are in use"
-            )
-            raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=end, limit="capacity")
-        self._commit(end)
+        if self._offset(count) > self._size:
+            self._move_to_start(count)
+        self._commit(self._offset(count))
         if count > self._room:
             self._room = 0
             items = (min(self._end, self._size) - self._front) // self._itemsize
-            self._window = self._over(self._region.view(self._front, items * self._itemsize))
-            self._room = items
+            low, nbytes = self._front, items * self._itemsize
+            self._open_window(self._region.view(low, nbytes), low, items)
+
+    def _open_window(self, view: memoryview, low: int, items: int) -> None:
+        """Show `view`, which begins at the front and is part of a view exported from `low` up."""
+        self._shown, self._shown_from = view, low
+        self._window = self._over(view)
+        self._room = items
 
     def _close_window(self) -> None:
         """Let go of the window, so that its bytes can be taken away."""
         self._room = 0
+        self._shown = None
         self._window = self._over(None)
 
     def _drop_cached(self) -> None:
@@ -164,11 +205,12 @@ class Growable(Exclusive, InSteps):
         low, end = self._front, self._offset(self._count)
         if low == end:
             return memoryview(bytearray())
-        if end > self._pinned[1]:
-            low = self._pinned[0] if self._pin is not None else low
-            self._pin = self._region.view(low, end - low)
-            self._pinned = low, end
-        return self._region.view(self._front, end - self._front)
+        _, first, last = self._pins[-1] if self._pins else (None, low, low)
+        if end > last:
+            # Extend the last pin unless bytes between it and the front may be decommitted.
+            older, first = (self._pins[:-1], first) if low <= last else (self._pins, low)
+            self._pins = [*older, (self._region.view(first, end - first), first, end)]
+        return self._region.view(low, end - low)
 
     # -- lengths ------------------------------------------------------------------------------
 
@@ -202,26 +244,91 @@ class Growable(Exclusive, InSteps):
             self._count = count
 
     def _refuse_views(self, verb: str, low: int, high: int) -> None:
-        """Raise ViewError if views other than the window and the pin show bytes of [low, high)."""
+        """Raise ViewError if views other than the window and the pins show bytes of [low, high)."""
         held = self._exports.live(low, high)
-        for own in ((self._front, self._offset(self._room)), self._pinned):
+        owned = [(first, last) for _, first, last in self._pins]
+        if self._room:
+            owned.append((self._shown_from, self._offset(self._room)))
+        for own in owned:
             same = [at for at, (_, *span) in enumerate(held) if tuple(span) == own]
             if same:
                 del held[same[0]]
         if held:
             raise view_error(f"cannot {verb} [{low:#x}, {high:#x})", held, verb)
 
-    def _decommit_tail(self) -> int:
+    def _trim(self) -> int:
+        before = self._region.committed
+        self._decommit_tail()
+        refusal = self._behind.give_back(self._exports, self._front)
+        if refusal:
+            raise refusal
+        return before - self._region.committed
+
+    def _decommit_tail(self) -> None:
         region, cut = self._region, round_up(self._offset(self._count), PAGE_SIZE)
-        cut = max(cut, round_up(self._pinned[1], PAGE_SIZE))
-        before = region.committed
+        if self._pins:
+            cut = max(cut, round_up(self._pins[-1][2], PAGE_SIZE))
         if cut < region.size:
             self._close_window()
             # Lower _end first: if this call is interrupted, committing again is harmless.
             self._end = min(self._end, cut)
             self._exports.decommit(cut, region.size - cut)
             self._dirty_end = min(self._dirty_end, cut)
-        return before - region.committed
+
+    # -- the front ----------------------------------------------------------------------------
+
+    def _drop_front(self, n: int) -> None:
+        if not 0 <= n <= self._count:
+            msg = f"n must be in [0, {self._count}], the {self._unit} there are, got {n}"
+            raise RangeError(msg)
+        front, room = self._offset(n), self._room - n
+        # Keep the window, which is cheaper than a new one, while it pins no whole page.
+        rest = None
+        if self._shown is not None and room > 0 and not self._behind.passes_page(front):
+            rest = self._shown[n * self._itemsize :]
+        self._drop_cached()
+        self._close_window()
+        # Together: no signal handler runs between assignments.
+        self._front, self._count, self._dropped = front, self._count - n, self._dropped + n
+        if rest is not None:
+            self._open_window(rest, self._shown_from, room)
+        self._behind.give_back(self._exports, front)
+
+    def _move_to_start(self, count: int) -> None:
+        """Move the items to the start of the region, so that there is space for `count` items."""
+        nbytes, length = count * self._itemsize, self._count * self._itemsize
+        msg = f"cannot grow to {count} {self._unit}: "
+        if nbytes > self._size:
+            msg += f"{self._count} of {self.capacity} are in use"
+            raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit="capacity")
+        exports, region, cut = self._exports, self._region, round_up(length, PAGE_SIZE)
+        self._drop_cached()
+        self._close_window()
+        with exports.removal():
+            held = exports.live(0, region.size)
+            if held:
+                msg += "its addresses are used up, and live views keep the items from moving"
+                holders = view_error("cannot move the items to the start", held)
+                raise OutOfMemoryError(
+                    errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit="capacity"
+                ) from holders
+            self._dirty_end = max(self._dirty_end, self._offset(self._count + 1))
+            front, behind = offset_cell(self._front), Behind()
+            try:
+                if length:
+                    exports.slide(front, length)
+                else:
+                    front[0] = 0
+            finally:
+                # Without a call, so no signal handler runs before all is consistent.
+                if front[0] == 0:
+                    self._front, self._end, self._spare_end, self._behind = 0, cut, 0, behind
+            try:
+                if cut < region.size:
+                    exports.decommit(cut, region.size - cut)
+                self._dirty_end = cut
+            except VMError:  # it stays committed above _end; `trim` tries again
+                pass
 
     def _spare(self, n: int) -> int:
         """Commit memory for `n` more items; return the offset of the first."""
@@ -257,7 +364,7 @@ class Growable(Exclusive, InSteps):
     def _release(self) -> None:
         self._drop_cached()
         self._close_window()
-        if self._pin is None:
+        if not self._pins:
             super()._release()
             return
         with self._exports.removal():

@@ -437,15 +437,16 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         self._exclusively(self._append_and_lend, appender, self._as_item(value), at)
 
     def _append_and_lend(self, appender: Appender, item: Any, at: int | None) -> None:
-        if at is not None and at + 1 == self._count:  # counted already
+        index = self._count if at is None else at - self._dropped
+        if 0 <= index == self._count - 1:  # counted already
             self._make_room(self._count)
-            self._window[at] = item
-        else:
+            self._window[index] = item
+        elif index >= 0:  # else counted and dropped again
             self._append(item)
         if self._count < self._room:
             appender.prepare(self._count)
             self._appender = appender
-            appender.lend(self._cells, self._count)
+            appender.lend(self._cells, self._count, self._dropped)
             self._close_window()
 
     def _exclusively(self, do: Callable[..., _T], *arguments: object) -> _T:

@@ -30,6 +30,7 @@ from pyreserve import (
     Bitmap,
     Block,
     BumpArena,
+    GrowableBuffer,
     OutOfMemoryError,
     PageAllocator,
     Pool,
@@ -538,6 +539,58 @@ class Make(Scene):
     end = undo
 
 
+class Drop(Scene):
+    """A buffer of 16 pages from which five are dropped, the third of them under a view."""
+
+    def __init__(self, mode: Any = "charge") -> None:
+        super().__init__()
+        self.buffer = GrowableBuffer(16 * PAGE_SIZE, step=4 * PAGE_SIZE, mode=mode)
+        self.text = b"".join(bytes([n]) * PAGE_SIZE for n in range(1, 17))
+        self.buffer.extend(self.text)
+        self.view: memoryview | None = self.buffer.view(2 * PAGE_SIZE, 3 * PAGE_SIZE)
+
+    def act(self) -> None:
+        self.buffer.drop_front(5 * PAGE_SIZE)
+
+    def look(self) -> dict[str, object]:
+        return {"dropped": self.buffer.dropped, **_region(self.buffer.region)}
+
+    def is_intact(self) -> bool:
+        assert self.view is None or bytes(self.view) == bytes([3]) * PAGE_SIZE
+        return bytes(self.buffer.view()) == self.text[self.buffer.dropped :]
+
+    def undo(self) -> None:
+        self.buffer.drop_front(0)
+        expected = [(2 * PAGE_SIZE, PAGE_SIZE), (5 * PAGE_SIZE, 11 * PAGE_SIZE)]
+        assert self.buffer.region.committed_runs() == expected
+
+    def end(self) -> None:
+        self.view = None
+        self.buffer.release()
+        del self.buffer
+
+
+class Move(Drop):
+    """The addresses of a buffer are used up, so its seven pages move to the start."""
+
+    def __init__(self, mode: Any = "charge") -> None:
+        super().__init__(mode)
+        self.view = None
+        self.buffer.drop_front(9 * PAGE_SIZE)
+
+    def act(self) -> None:
+        self.buffer.extend(bytes([17]) * 2 * PAGE_SIZE)
+        self.text += bytes([17]) * 2 * PAGE_SIZE
+
+    def may_differ(self, refused: str) -> set[str]:
+        # The bytes have moved, or pages were given back by another way.
+        return {"committed", "shown", "maps"}
+
+    def undo(self) -> None:
+        self.buffer.trim()
+        assert self.buffer.region.committed_runs() == [(0, 9 * PAGE_SIZE)]
+
+
 class RegionScene(Scene):
     """A region with two committed runs of pages, [1, 4) and [6, 9), and an operation on it."""
 
@@ -724,6 +777,11 @@ def _other_place(fault: Fault) -> bool:
     return fault.err == errno.EEXIST and not fault.more
 
 
+def _moves(fault: Fault) -> bool:
+    """Memory at the start is needed first; what is refused later only stays committed."""
+    return fault.call != "mprotect(rw)" or (fault.k > 1 and not fault.more)
+
+
 def _old_kernel(fault: Fault) -> bool:
     """If the kernel does not know this advice, another way is used."""
     return fault.err == errno.EINVAL and fault.call != "madvise(dontdump)"
@@ -831,6 +889,10 @@ OPERATIONS: dict[str, Operation] = {
     "BumpArena.alloc": _operation(BumpScene, _needs_less),
     "BumpArena.reset": _operation(BumpReset),
     "BumpArena.reset under a window": _operation(BumpResetUnderWindow, _old_kernel),
+    "drop_front": _operation(Drop, _always),
+    "drop_front, never charged": _operation(partial(Drop, "noreserve"), _always),
+    "move a buffer": _operation(Move, _moves),
+    "move a buffer, never charged": _operation(partial(Move, "noreserve"), _moves),
     "Pool": _operation(
         partial(Make, lambda: Pool(64), lambda pool: pool.alloc()), _after_tables(_never)
     ),
