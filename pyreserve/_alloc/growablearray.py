@@ -41,7 +41,8 @@ def _scalar_types() -> frozenset[type]:
 class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     """A numpy array of up to `capacity` items that grows in place; one dtype, initially empty.
 
-    Growing never moves an item: earlier ndarrays stay valid and share memory with later ones.
+    Growing never moves an item, except as `drop_front` says: earlier ndarrays stay valid and share
+    memory with later ones.
     Sizes, memory and threads are as for `GrowableBuffer`. The class is generic in the type of its
     items, such as ``GrowableArray[np.float64]``; numpy's type of the dtype determines it.
 
@@ -310,7 +311,8 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Assign to items as numpy does."""
-        if type(key) is int and 0 <= key < self._count and type(value) in self._scalars:
+        # The length last: no other thread runs between this check and the assignment.
+        if type(key) is int and type(value) in self._scalars and 0 <= key < self._count:
             try:
                 self._cells[key] = value
             except REFUSED:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class GrowableBuffer(BufferFile):
     """A buffer of up to `capacity` bytes that grows in place; initially empty.
 
-    Growing never moves a byte or invalidates a view, and new bytes are zero. Bytes below the length
-    are never decommitted, and bytes in a live view never cut off.
+    Growing never invalidates a view, or moves a byte except as `drop_front` says; new bytes are
+    zero. Bytes below the length are never decommitted, and bytes in a live view never cut off.
 
     Memory is committed ahead of the length: at first twice as much, in small pages, and above one
     huge page (2 MiB) an eighth more, at least 2 MiB and at most 64 MiB, in whole huge pages. What
