@@ -326,6 +326,8 @@ def growing(values: GrowableArray[np.float64], anything: GrowableArray[Any]) -> 
     assert_type(values.dtype, np.dtype[np.float64])
     assert_type(anything.array, npt.NDArray[Any])
     assert_type((len(values), values.capacity, values.trim()), tuple[int, int, int])
+    assert_type(values.dropped, int)
+    values.drop_front(0)
     common(values)
     values.append(1.5)
     values.extend([1, 2.5])
