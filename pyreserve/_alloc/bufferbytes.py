@@ -25,7 +25,6 @@ class BufferBytes(Growable):
     """
 
     _noun, _unit = "buffer", "bytes"
-    _dropped = 0  # bytes dropped from the front
     _position = 0  # of the file, in bytes from the first one, also if that is dropped
 
     # -- growing ------------------------------------------------------------------------------
