@@ -28,8 +28,10 @@ def _reflected(op: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 def _in_place(op: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     def method(self: Any, other: Any) -> Any:
-        op(self.array, other)
-        return self
+        array = self.array
+        result = op(array, other)
+        # Another object: `other` refused numpy's operators and answered itself.
+        return self if result is array else result
 
     return method
 
