@@ -66,7 +66,7 @@ class Growable(Exclusive, InSteps):
         self._behind = Behind()  # the memory below the front
         # Bytes above both _dirty_end and the first item behind the last one are zero.
         self._dirty_end = 0
-        self._spare_end = 0  # offset of the end of the last `spare`
+        self._spared = (0, 0)  # offsets of what the last `spare` gave and `advance` did not take
         # Consumers of the buffer protocol may keep nothing but this object, so the bytes that it
         # exported, at the offsets [low, high), stay committed as long as it lives.
         self._pins: list[tuple[memoryview, int, int]] = []
@@ -146,7 +146,8 @@ class Growable(Exclusive, InSteps):
         """Make the first `n` items of the last `spare` part of this container.
 
         Raises:
-            RangeError: `n` is negative, or more than `spare` gave.
+            RangeError: `n` is negative, or more than `spare` gave, or the length was changed by
+                another call since.
             ReleasedError, StateError: as for `resize`.
         """
         self._exclusively(self._advance, _index(n))
@@ -322,7 +323,7 @@ class Growable(Exclusive, InSteps):
             finally:
                 # Without a call, so no signal handler runs before all is consistent.
                 if front[0] == 0:
-                    self._front, self._end, self._spare_end, self._behind = 0, cut, 0, behind
+                    self._front, self._end, self._spared, self._behind = 0, cut, (0, 0), behind
             try:
                 if cut < region.size:
                     exports.decommit(cut, region.size - cut)
@@ -336,16 +337,21 @@ class Growable(Exclusive, InSteps):
             msg = f"n must not be negative, got {n}"
             raise RangeError(msg)
         self._make_room(self._count + n)
-        self._spare_end = self._offset(self._count + n)
-        self._dirty_end = max(self._dirty_end, self._spare_end)
-        return self._offset(self._count)
+        start, end = self._offset(self._count), self._offset(self._count + n)
+        self._dirty_end = max(self._dirty_end, end)
+        self._spared = start, end
+        return start
 
     def _advance(self, n: int) -> None:
-        if n < 0 or self._offset(self._count + n) > min(self._spare_end, self._end):
-            given = max(self._spare_end - self._offset(self._count), 0) // self._itemsize
+        start, (low, high) = self._offset(self._count), self._spared
+        # After other calls that changed the length, the next items are not those of `spare`.
+        given = (min(high, self._end) - start) // self._itemsize if start == low else 0
+        if not 0 <= n <= given:
             msg = f"n must be in [0, {given}], the {self._unit} of the last spare, got {n}"
             raise RangeError(msg)
-        self._count += n
+        if n:
+            self._spared = self._offset(self._count + n), high
+            self._count += n
 
     def _clear(self, start: int, end: int) -> None:
         """Zero the committed bytes [start, end), which are in no view of items."""
