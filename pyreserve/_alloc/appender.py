@@ -1,86 +1,110 @@
-"""The fastest way to append: a closure that writes into a window lent to it.
+"""The fastest way to append: a closure that writes into cells, a sequence lent to it.
 
-While it has the window, the container has none: every call of the container first takes the window
-back, and with it the number of items appended. The closure counts an item before it writes it, so
-that a call that takes the window back between the two cannot lose the item.
+While it has them, the container has no window: every call of the container first takes the cells
+back, and with them the number of items appended. The closure counts an item before it writes it, so
+that a call that takes the cells back between the two cannot lose the item.
 """
 
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-# The index of the next item while the window is not lent: no sequence has it.
-_NOT_LENT = sys.maxsize
-# Raised by a window that has no such item, or cannot store the value.
+from pyreserve.errors import ReleasedError
+
+# With a GIL neither another thread nor a signal handler runs between the bytecodes of a store into
+# a memoryview and of an assignment to an attribute.
+HAS_GIL: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
+# Raised by cells that have no such item, or cannot store the value.
 REFUSED = (IndexError, TypeError, ValueError, OverflowError)
+NO_CELLS = memoryview(b"")
 
 
-class Appender(NamedTuple):
-    """The functions that share one closure.
+class Lease(NamedTuple):
+    """The functions by which a container lends cells to its appender.
 
     Attributes:
-        append: appends one item.
-        prepare: takes the index of the next item, for a `take_back` without a window.
-        lend: takes a window, the index of the next item, and the number of items that were dropped
-            before the first one of the window.
-        take_back: gives the window up; returns the index of the next item. Until the next `prepare`
-            or `lend` another call, after one that was interrupted, returns the same.
+        lend: gives the cells, the index of the next item, and the number of items that were dropped
+            before the first one of the cells.
+        take_back: takes the cells back; returns the index of the next item. Called again, it
+            returns the same index until the next `lend`.
     """
 
-    append: Callable[[Any], None]
-    prepare: Callable[[int], None]
     lend: Callable[[Any, int, int], None]
     take_back: Callable[[], int]
 
 
 def make_appender(
-    scalars: frozenset[type], nothing: Any, append_slowly: Callable[[Any, int | None], None]
-) -> Appender:
-    """Create an appender without a window.
+    usual: type,
+    scalars: frozenset[type],
+    limit: float | None,
+    append_slowly: Callable[[Lease, Any, int | None], None],
+) -> Callable[[Any], None]:
+    """Create an appender without cells. It does not keep the container alive.
 
     Args:
+        usual: the type of most values, one of `scalars`.
         scalars: the types whose values run no Python code when they are stored.
-        nothing: a window without items.
-        append_slowly: appends a value that the window refused, then lends the window again. Its
-            second argument is None, or if the value is counted already, the number of items before
-            it, with those dropped.
+        limit: the largest of their values that the cells can hold, or None.
+        append_slowly: a method of the container, which appends a value that the cells refused, then
+            lends cells again. Its last argument is None, or if the value is counted already, the
+            number of items before it, with those dropped.
     """
-    window, n = nothing, _NOT_LENT
-    taken = -1  # the index of the next item when the window was taken back
-    before = 0  # items dropped before the first one of the window
+    cells, n, lent = NO_CELLS, 0, False
+    taken = 0  # the index of the next item when cells were last lent or taken back
+    before = 0  # items dropped before the first one of the cells
 
     def append(value: Any) -> None:
         nonlocal n
-        if type(value) not in scalars:
-            append_slowly(value, None)
+        if type(value) is not usual and type(value) not in scalars:
+            slowly(value, None)
             return
         at = n
         try:
             n = at + 1
-            window[at] = value
+            cells[at] = value
         except REFUSED:
-            if n == at + 1 and window is not nothing:
+            if n == at + 1:
                 n = at
-            append_slowly(value, before + at if taken == at + 1 else None)
+            slowly(value, before + at if taken == at + 1 else None)
         except BaseException:
             if n == at + 1:
                 n = at
             raise
 
-    def prepare(count: int) -> None:
-        nonlocal taken
-        taken = count
+    def append_within(value: Any) -> None:
+        if type(value) in scalars and not -limit <= value <= limit:  # type: ignore[operator]
+            slowly(value, None)
+        else:
+            append(value)
 
+    def slowly(value: Any, at: int | None) -> None:
+        bound = method()
+        if bound is None:
+            msg = "the array of this appender is gone"
+            raise ReleasedError(msg)
+        bound(lease, value, at)
+
+    # A signal handler may raise between any two lines of these: a second call completes them.
     def lend(sequence: Any, count: int, dropped: int) -> None:
-        nonlocal window, n, taken, before
-        n, taken, before = count, -1, dropped
-        window = sequence
+        nonlocal cells, n, taken, before, lent
+        n = taken = count
+        before = dropped
+        lent = True
+        cells = sequence
 
     def take_back() -> int:
-        nonlocal window, n, taken
-        if n < _NOT_LENT:  # a refused append leaves _NOT_LENT + 1
-            window = nothing
-            taken, n = n, _NOT_LENT
+        nonlocal cells, taken, lent
+        cells = NO_CELLS
+        if lent:
+            taken = n
+            lent = False
         return taken
 
-    return Appender(append, prepare, lend, take_back)
+    def forget(_: object) -> None:
+        take_back()
+
+    lease = Lease(lend, take_back)
+    # When the container dies, its memory must not live as long as the appender.
+    method = weakref.WeakMethod(append_slowly, forget)
+    return append if limit is None else append_within

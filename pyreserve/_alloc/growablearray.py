@@ -1,19 +1,19 @@
 """GrowableArray: a numpy array that grows in place."""
 
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from itertools import islice
+from math import prod
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
 
-from pyreserve._alloc.appender import REFUSED, Appender, make_appender
+from pyreserve._alloc.appender import HAS_GIL, NO_CELLS, REFUSED, Lease, make_appender
 from pyreserve._alloc.arrayoperators import ArrayOperators
+from pyreserve._alloc.arrayvalues import as_item, as_items, is_array_like, is_raw, plain_types
 from pyreserve._alloc.growable import Growable
 from pyreserve._region.arrays import import_numpy, item_dtype
 from pyreserve._region.policies import Fork, HugePages, Mode
-from pyreserve.errors import RangeError, ReleasedError, StateError
+from pyreserve.errors import RangeError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,20 +22,9 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item", bound="np.generic")
 _T = TypeVar("_T")
 
-# Formats of items that a memoryview stores faster than numpy, and as numpy does or not at all.
-_FAST_FORMATS = frozenset("bBhHiIlLqQfd?")
+_NO = sys.maxsize  # an index that no cells have
 # Items of an iterable that are converted at a time.
-_CHUNK = 4096
-
-
-@cache
-def _scalar_types() -> frozenset[type]:
-    """Return the types of numbers that convert without running Python code."""
-    numpy = import_numpy("GrowableArray")
-    kinds = {
-        kind for kind in numpy.sctypeDict.values() if issubclass(kind, (numpy.number, numpy.bool_))
-    }
-    return frozenset({bool, int, float, complex, *kinds})
+_PIECE = 4096
 
 
 class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
@@ -113,18 +102,19 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
             msg = f"item_shape must have positive sides, got {self._item_shape}"
             raise RangeError(msg)
         self._none = numpy.empty((0, *self._item_shape), kind)
-        self._itemsize = int(kind.itemsize)
-        for side in self._item_shape:
-            self._itemsize *= side
+        self._itemsize = prod(self._item_shape, start=int(kind.itemsize))
         # Single items whose value numpy copies out: reading one keeps no memory alive.
         self._scalar = not self._item_shape and kind.kind != "V"
-        self._scalars = _scalar_types()
+        self._raw = self._scalar and is_raw(kind)  # cells are memoryviews
+        self._one_step = self._raw and HAS_GIL
+        self._plain = _, self._scalars, self._limit = plain_types(kind)
         self._ndarray = numpy.ndarray
         # The view behind the last `array`, for the next one. It pins bytes, so it is dropped
         # before any are cut off.
         self._cached_view: Any = None
-        self._appender: Appender | None = None  # the one that has the window
-        size = None if capacity is None else _index(capacity) * self._itemsize
+        self._lease: Lease | None = None  # of the appender that has the cells
+        self._wanted = None if capacity is None else _index(capacity)
+        size = None if self._wanted is None else self._wanted * self._itemsize
         super().__init__(size, step, mode, fork, huge_pages, name)
 
     # -- what it is ---------------------------------------------------------------------------
@@ -186,23 +176,22 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
                 of `item_shape`.
             OutOfMemoryError, ReleasedError, StateError: as for `resize`.
         """
-        if type(value) in self._scalars:
-            with self._lock:
-                if not self._busy:
-                    n = self._count
-                    self._busy = True
-                    try:
-                        self._cells[n] = value
-                    except REFUSED:  # no room, or not a value of this type: see below
-                        pass
-                    else:
-                        self._count = n + 1
-                        return
-                    finally:
-                        self._busy = False
-                        if self._exports.released:  # closed by an interrupting call
-                            self._finish_close()
-        self._exclusively(self._append, self._as_item(value))
+        limit = self._limit
+        if type(value) in self._scalars and (limit is None or -limit <= value <= limit):
+            try:
+                if not self._one_step:
+                    with self._lock:
+                        if not self._busy:
+                            n = self._count
+                            self._cells[n] = value
+                            self._count = n + 1
+                            return
+                else:  # in one line, so that not even a tracer runs in between
+                    self._cells[n], self._count = value, (n := self._count if not self._busy else _NO) + 1  # fmt: skip  # noqa: E501
+                    return
+            except REFUSED:  # no room, or not a value of this type
+                pass
+        self._exclusively(self._append, as_item(value, self._dtype, self._item_shape))
 
     def appender(self) -> "Callable[[Any], None]":
         """Return a function that appends one item, as `append` does, in less time.
@@ -213,63 +202,38 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         """
         if not self._scalar:
             return self.append
-        method = weakref.WeakMethod(self._append_slowly)
-
-        def append_slowly(value: Any, at: int | None) -> None:
-            bound = method()
-            if bound is None:
-                msg = "the array of this appender is gone"
-                raise ReleasedError(msg)
-            bound(appender, value, at)
-
-        appender = make_appender(self._scalars, self._none, append_slowly)
-        return appender.append
+        return make_appender(*self._plain, self._append_slowly)
 
     def extend(self, values: "npt.ArrayLike | Iterable[Any]") -> None:
         """Append the items of an array, a sequence or any other iterable.
 
         What numpy converts to an array at once is appended wholly or not at all. Other iterables
-        are consumed in pieces: if one raises, the pieces before stay, as with ``list.extend``.
+        are consumed in pieces of some thousand items: if one raises, the items before stay, as with
+        ``list.extend``; if a value of a piece is refused, the pieces before stay.
 
         Raises:
             TypeError, ValueError, OverflowError: raised by numpy, or the values are not items of
                 `item_shape`.
             OutOfMemoryError, ReleasedError, StateError: as for `resize`.
         """
-        kind = type(values)
-        if (
-            values.shape[1:] == self._item_shape and values.ndim  # type: ignore[union-attr]
-            if kind is self._ndarray
-            # numpy would repeat the items of a single row.
-            else (kind is list or kind is tuple) and self._scalar and len(values) > 1  # type: ignore[arg-type]
-        ):
-            with self._lock:
-                if not self._busy:
-                    start = self._count
-                    end = start + len(values)  # type: ignore[arg-type]
-                    self._busy = True
-                    try:
-                        if end <= self._room:
-                            dirty_end = self._front + end * self._itemsize
-                            if dirty_end > self._dirty_end:  # noqa: PLR1730  # faster than max()
-                                self._dirty_end = dirty_end
-                            self._window[start:end] = values
-                            self._count = end
-                            return
-                    # Convert again below: numpy's message is then about the values alone, and
-                    # values that use this array can.
-                    except (*REFUSED, StateError):
-                        pass
-                    finally:
-                        self._busy = False
-                        if self._exports.released:  # closed by an interrupting call
-                            self._finish_close()
-        if self._is_array_like(values):
-            self._extend_by(values)
-            return
-        iterator = iter(values)  # type: ignore[arg-type]
-        while chunk := list(islice(iterator, _CHUNK)):
-            self._extend_by(chunk)
+        items: Any = values
+        if type(values) is not self._ndarray:
+            if not is_array_like(values):
+                self._extend_in_pieces(values)
+                return
+            items = as_items(values, self._dtype, self._item_shape)
+        if self._one_step:
+            try:
+                start = self._count
+                end = start + len(items)
+                part = slice(start, end)  # may run a finaliser, which may append
+                # In one line, as in `append`.
+                self._cells[part if self._count == start and not self._busy else _NO], self._count = items, end  # fmt: skip  # noqa: E501
+                return  # noqa: TRY300
+            except REFUSED:  # no room, or not an array of this dtype and shape
+                pass
+        items = as_items(items, self._dtype, self._item_shape)
+        self._exclusively(self._append_items, items)
 
     def spare(self, n: int) -> "npt.NDArray[_Item]":
         """Return a writable array over the next `n` items, which are not part of this array yet.
@@ -296,37 +260,46 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     # -- Python's and numpy's protocols -------------------------------------------------------
 
     def __len__(self) -> int:
-        if self._appender is not None:
+        if self._lease is not None:
             return self._exclusively(lambda: self._count)
         return super().__len__()
 
+    @overload
+    def __getitem__(self, key: slice) -> "npt.NDArray[_Item]": ...
+    @overload
+    def __getitem__(self, key: Any) -> Any: ...
     def __getitem__(self, key: Any) -> Any:
-        """Index the current items as numpy does; a slice is an array without a copy."""
+        """Index the current items as numpy does.
+
+        A slice is an array without a copy; it pins its own items, from its first to its last.
+        """
         if type(key) is int and 0 <= key < self._count:
             try:
                 return self._values[key]
             except IndexError:  # the window is closed, or items are rows
                 pass
-        return self._exclusively(self._as_array)[key]
+        return self._pick(key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Assign to items as numpy does."""
-        # The length last: no other thread runs between this check and the assignment.
-        if type(key) is int and type(value) in self._scalars and 0 <= key < self._count:
+        limit = self._limit
+        if type(key) is int and type(value) in self._scalars:
             try:
-                self._cells[key] = value
+                # The length last: no other thread runs between this check and the assignment.
+                if (limit is None or -limit <= value <= limit) and 0 <= key < self._count:
+                    self._cells[key] = value
+                    return
             except REFUSED:
                 pass
-            else:
-                return
         self._exclusively(self._as_array)[key] = value
 
+    def __delitem__(self, key: Any) -> NoReturn:
+        msg = "items can't be deleted: views show them where they are; pop() removes the last"
+        raise TypeError(msg)
+
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over the current items."""
         return iter(self.array)
 
     def __contains__(self, value: Any) -> bool:
-        """Tell whether an element equals `value`, as numpy does."""
         return value in self.array
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> "np.ndarray[Any, Any]":
@@ -339,11 +312,14 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         """Apply a ufunc to `array`: numpy's protocol for operands and for ``out=``."""
-        out = options.get("out", ())
-        if out:
-            options["out"] = tuple(map(_as_operand, out))
+        out = options.get("out")
+        options = {name: _as_operand(option) for name, option in options.items()}  # out, where
         result = getattr(ufunc, method)(*map(_as_operand, inputs), **options)
-        return out[0] if len(out) == 1 and isinstance(out[0], GrowableArray) else result
+        if not isinstance(out, tuple):
+            return result
+        made = result if len(out) > 1 else (result,)
+        results = tuple(m if o is None else o for m, o in zip(made, out, strict=True))
+        return results if len(results) > 1 else results[0]
 
     def __buffer__(self, flags: int, /) -> memoryview:
         """Export the items as a buffer (PEP 688, Python 3.12).
@@ -363,22 +339,32 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         return (1, 0)
 
     def __reduce__(self) -> Any:
-        """Pickle and copy as plain data: dtype, capacity, item shape and items."""
-        return _rebuild, (type(self), self._dtype, self.capacity, self._item_shape, self.array)
+        """Pickle and copy as plain data: dtype, capacity, item shape and items.
+
+        Attributes that a subclass added are kept; its constructor is not called.
+        """
+        kind = type(self)
+        parts = kind, self._dtype, self._wanted, self._item_shape, self.array
+        if kind is GrowableArray:
+            return _rebuild, parts
+        own = vars(GrowableArray(self._dtype, 1))
+        return _rebuild, parts, {name: v for name, v in vars(self).items() if name not in own}
 
     # -- inside -------------------------------------------------------------------------------
 
     def _over(self, view: memoryview | None) -> Any:
-        window = self._none
-        if view is not None:
-            window = self._numpy.frombuffer(view, self._dtype).reshape(-1, *self._item_shape)
         # Sequences over the same memory: to store single numbers, and to read them.
-        self._cells = self._values = window if self._scalar else self._none
-        if self._scalar and self._dtype.isnative and self._dtype.kind in "biuf":
-            cells = memoryview(window)
-            if cells.format in _FAST_FORMATS:
-                self._cells = cells
+        if view is None:
+            self._cells, self._values = NO_CELLS, self._none
+            return self._none
+        window = self._shaped(view)
+        if self._scalar:
+            self._cells, self._values = memoryview(window) if self._raw else window, window
         return window
+
+    def _shaped(self, view: memoryview) -> Any:
+        array = self._numpy.frombuffer(view, self._dtype)
+        return array.reshape(-1, *self._item_shape) if self._item_shape else array
 
     def _as_array(self) -> Any:
         nbytes = self._count * self._itemsize
@@ -387,40 +373,45 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         if self._cached_view is None or self._cached_view.nbytes != nbytes:
             self._cached_view = self._region.view(self._front, nbytes)
         # A new array for each caller, who may change its shape or dtype.
-        array = self._numpy.frombuffer(self._cached_view, self._dtype)
-        return array.reshape(-1, *self._item_shape) if self._item_shape else array
+        return self._shaped(self._cached_view)
+
+    def _pick(self, key: Any) -> Any:
+        if type(key) is int:
+            at, values = key + self._count, self._values
+            if key < 0 <= at < len(values):
+                return values[at]
+            n = len(self)
+            if -n <= key < n:
+                return self._exclusively(self._part, key % n, key % n + 1)[0]
+        elif type(key) is slice:
+            start, stop, step = key.indices(len(self))
+            if step > 0:
+                part = self._exclusively(self._part, start, stop)
+                return part if step == 1 else part[::step]
+        return self._exclusively(self._as_array)[key]
+
+    def _part(self, start: int, stop: int) -> Any:
+        """Return the items [start, stop), as many as there are."""
+        stop = min(stop, self._count)
+        if start >= stop:
+            return self._none.copy()
+        if stop - start == self._count:
+            return self._as_array()
+        nbytes = (stop - start) * self._itemsize
+        return self._shaped(self._exports.view(self._offset(start), nbytes))
 
     def _export_items(self) -> memoryview:
         self._export()  # pins them
         return memoryview(self._as_array())
 
-    def _as_item(self, value: Any) -> Any:
-        item = self._numpy.array(value, dtype=self._dtype)
-        if item.shape != self._item_shape:
-            shape = f"of shape {self._item_shape}" if self._item_shape else "a single item"
-            msg = f"value must be {shape}, got an array of shape {item.shape}"
-            raise ValueError(msg)
-        return item
-
-    def _is_array_like(self, values: Any) -> bool:
-        """Whether numpy converts `values` to an array of their items."""
-        if hasattr(values, "__getitem__") or hasattr(values, "__array__"):
-            return True
-        try:
-            memoryview(values).release()
-        except TypeError:
-            return not hasattr(values, "__iter__")
-        return True
-
-    def _extend_by(self, values: Any) -> None:
-        items = self._numpy.asarray(values, dtype=self._dtype)
-        if items.shape[1:] != self._item_shape or not items.ndim:
-            if items.shape == (0,):  # an empty list of rows
-                return
-            rows = f", then the item shape {self._item_shape}" if self._item_shape else ""
-            msg = f"values must have one dimension{rows}, got shape {items.shape}"
-            raise ValueError(msg)
-        self._exclusively(self._append_items, items)
+    def _extend_in_pieces(self, values: Any) -> None:
+        iterator, piece = iter(values), [None] * _PIECE
+        while len(piece) == _PIECE:
+            piece = []
+            try:
+                piece.extend(islice(iterator, _PIECE))
+            finally:  # if `values` raises, what it gave before is appended
+                GrowableArray.extend(self, piece)
 
     def _append(self, item: Any) -> None:
         n = self._count
@@ -435,21 +426,24 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         self._window[start:end] = items
         self._count = end
 
-    def _append_slowly(self, appender: Appender, value: Any, at: int | None) -> None:
-        self._exclusively(self._append_and_lend, appender, self._as_item(value), at)
+    def _append_slowly(self, lease: Lease, value: Any, at: int | None) -> None:
+        item = as_item(value, self._dtype, self._item_shape)
+        self._exclusively(self._append_and_lend, lease, item, at)
 
-    def _append_and_lend(self, appender: Appender, item: Any, at: int | None) -> None:
+    def _append_and_lend(self, lease: Lease, item: Any, at: int | None) -> None:
         index = self._count if at is None else at - self._dropped
-        if 0 <= index == self._count - 1:  # counted already
+        if 0 <= index < self._count:  # counted already
             self._make_room(self._count)
             self._window[index] = item
         elif index >= 0:  # else counted and dropped again
             self._append(item)
-        if self._count < self._room:
-            appender.prepare(self._count)
-            self._appender = appender
-            appender.lend(self._cells, self._count, self._dropped)
+        count, cells = self._count, self._cells
+        if count < self._room:
+            # Never two windows, always a right count: a signal handler may raise at any line.
             self._close_window()
+            lease.lend(NO_CELLS, count, self._dropped)
+            self._lease = lease
+            lease.lend(cells, count, self._dropped)
 
     def _exclusively(self, do: Callable[..., _T], *arguments: object) -> _T:
         return super()._exclusively(self._after_appender, do, *arguments)  # type: ignore[no-any-return]
@@ -459,25 +453,23 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         return do(*arguments)
 
     def _take_back(self) -> None:
-        """Take the window back from the appender, and count the appended items."""
-        if self._appender is not None:
-            self._count = self._appender.take_back()
-            self._appender = None
+        if self._lease is not None:  # count the items that its appender appended
+            self._count = self._lease.take_back()
+            self._lease = None
 
     def _spare_array(self, n: int) -> Any:
         offset = self._spare(n)
-        if not n:
-            return self._none.copy()
-        items = self._numpy.frombuffer(self._region.view(offset, n * self._itemsize), self._dtype)
-        return items.reshape(-1, *self._item_shape)
+        view = self._region.view(offset, n * self._itemsize) if n else None
+        return self._none.copy() if view is None else self._shaped(view)
 
     def _pop(self) -> Any:
-        if not self._count:
+        n = self._count - 1
+        if n < 0:
             msg = "pop from an empty array"
             raise IndexError(msg)
-        item = self._as_array()[-1]
-        item = item if self._scalar else item.copy()
-        self._truncate(self._count - 1)
+        self._make_room(n + 1)
+        item = self._window[n] if self._scalar else self._window[n].copy()
+        self._truncate(n)
         return item
 
     def _drop_cached(self) -> None:
@@ -489,13 +481,15 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
 
 
 def _as_operand(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_as_operand, value))
     return value.array if isinstance(value, GrowableArray) else value
 
 
 def _rebuild(
-    kind: type[GrowableArray[Any]], dtype: Any, capacity: int, item_shape: Any, items: Any
+    kind: type[GrowableArray[Any]], dtype: Any, capacity: int | None, item_shape: Any, items: Any
 ) -> GrowableArray[Any]:
-    """Create an array from its pickled parts."""
-    array = kind(dtype, capacity, item_shape=item_shape)
-    array.extend(items)
+    array = kind.__new__(kind)
+    GrowableArray.__init__(array, dtype, capacity, item_shape=item_shape)
+    GrowableArray.extend(array, items)
     return array

@@ -26,7 +26,6 @@ from pyreserve import (
     VMError,
     reserve,
 )
-from pyreserve._alloc.appender import make_appender
 from pyreserve._region.exports import Exports
 from pyreserve._region.policies import HugePages
 
@@ -211,14 +210,11 @@ class TestAppender:
                 array.drop_front(n)
                 raise IndexError
 
-        appender = make_appender(
-            array._scalars,
-            array._none,
-            lambda value, at: array._append_slowly(appender, value, at),
-        )
-        appender.append(9)
-        appender.lend(Dropping(), 10, 0)
-        appender.append(10)
+        append = array.appender()
+        append(9)
+        assert array._lease is not None
+        array._lease.lend(Dropping(), 10, 0)
+        append(10)
 
         assert array.array.tolist() == list(range(n, 11))
 
@@ -259,7 +255,7 @@ class TestMemory:
     def test_an_array_holds_its_items(self) -> None:
         """An ndarray of the items, or a slice of it, keeps the pages of all of them."""
         array = numbers(4)
-        held = array[ITEMS : ITEMS + 2]
+        held = array.array[ITEMS : ITEMS + 2]
 
         array.extend(range(4 * ITEMS, 8 * ITEMS))
         array.drop_front(7 * ITEMS)
@@ -269,6 +265,16 @@ class TestMemory:
         del held
         array.drop_front(0)
         assert runs(array) == [(7, 1)]
+
+    def test_a_slice_holds_its_own_pages(self) -> None:
+        """A slice of an array keeps the pages of its own items alone."""
+        array = numbers(4)
+        held = array[ITEMS : ITEMS + 2]
+
+        array.drop_front(3 * ITEMS)
+
+        assert runs(array) == [(1, 1), (3, 1)]
+        assert held.tolist() == [ITEMS, ITEMS + 1]
 
     def test_many_views(self) -> None:
         """Of a thousand pages, exactly those under views stay."""

@@ -1,0 +1,128 @@
+"""Values that become items of an array: which are stored at once, and how others are converted."""
+
+from functools import cache, lru_cache
+from struct import error, pack
+from typing import TYPE_CHECKING, Any
+
+from pyreserve._region.arrays import import_numpy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# Formats of items that a memoryview stores faster than numpy, and as numpy does or not at all.
+_FAST_FORMATS = frozenset("bBhHiIlLqQfd?")
+# Lists of these lengths are packed by `struct`, twice as fast as numpy converts them.
+_PACKED = range(16, 1 << 16)
+_PACKED_FORMATS = frozenset("bBhHiIlLqQfd")
+_LISTS = frozenset({list, tuple})
+_FLOAT32_MAX = 3.4028234663852886e38
+# Python's types of which numpy copies the values, by the character of the dtype.
+_COPIED: dict[str, set[type]] = {
+    "U": {str},
+    "S": {bytes},
+    "D": {float, complex},
+    "d": {float},
+    "g": {float},
+}
+
+
+def is_raw(dtype: "np.dtype[Any]") -> bool:
+    """Whether a memoryview stores items of this dtype."""
+    return dtype.isnative and dtype.char in _FAST_FORMATS
+
+
+@cache
+def _numpy() -> Any:
+    return import_numpy("GrowableArray")
+
+
+@cache
+def _integers() -> set[type]:
+    numpy = _numpy()
+    kinds = {kind for kind in numpy.sctypeDict.values() if issubclass(kind, numpy.integer)}
+    return {bool, int, *kinds} - {numpy.timedelta64}
+
+
+@lru_cache(maxsize=64)
+def plain_types(dtype: "np.dtype[Any]") -> tuple[type, frozenset[type], float | None]:
+    """Return the types whose values are stored without running Python code, and their limit.
+
+    Other values may run some: a method of theirs, or the handler of a warning of numpy. The usual
+    type comes first, then all of them. Values beyond the limit, if there is one, overflow, which
+    numpy warns of.
+    """
+    if not is_raw(dtype):
+        return dtype.type, frozenset({dtype.type, *_COPIED.get(dtype.char, ())}), None
+    numpy = _numpy()
+    if dtype.kind == "b":
+        return bool, frozenset({*_integers(), numpy.bool_}), None
+    if dtype.kind != "f":
+        return int, frozenset(_integers()), None
+    kinds = frozenset({*_integers(), float, numpy.bool_, numpy.float32, numpy.float64})
+    if dtype.char == "f":
+        return float, kinds, _FLOAT32_MAX
+    return float, kinds | {numpy.float16}, None
+
+
+def as_item(value: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Any:
+    """Return a value as an array of the dtype and shape of an item.
+
+    Raises:
+        TypeError, ValueError, OverflowError: raised by numpy, or the shape is another.
+    """
+    item = _numpy().array(value, dtype=dtype)
+    if item.shape != shape:
+        wanted = f"of shape {shape}" if shape else "a single item"
+        msg = f"value must be {wanted}, got an array of shape {item.shape}"
+        raise ValueError(msg)
+    return item
+
+
+def _packed(values: Any, dtype: "np.dtype[Any]") -> bytes | None:
+    """Return the bytes of numbers of a native dtype; None if numpy must convert them."""
+    if type(values[0]) not in plain_types(dtype)[1]:
+        return None
+    # Only the standard format refuses floats that overflow.
+    order = "=" if dtype.char == "f" else "@"
+    try:
+        return pack(f"{order}{len(values)}{dtype.char}", *values)
+    except (error, TypeError, ValueError, OverflowError):
+        return None
+
+
+def as_items(values: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Any:
+    """Return values as an array of items of this dtype and shape.
+
+    Raises:
+        TypeError, ValueError, OverflowError: raised by numpy, or the shape is another.
+    """
+    numpy = _numpy()
+    if (
+        type(values) in _LISTS
+        and not shape
+        and len(values) in _PACKED
+        and dtype.isnative
+        and dtype.char in _PACKED_FORMATS
+    ):
+        packed = _packed(values, dtype)
+        if packed is not None:
+            return numpy.frombuffer(packed, dtype)
+    items = numpy.asarray(values, dtype=dtype)
+    if items.shape == (0,):  # an empty list, also of rows
+        return items.reshape(0, *shape)
+    if not items.ndim or items.shape[1:] != shape:
+        rows = f", then the item shape {shape}" if shape else ""
+        msg = f"values must have one dimension{rows}, got shape {items.shape}"
+        raise ValueError(msg)
+    return items
+
+
+def is_array_like(values: Any) -> bool:
+    """Whether numpy converts `values` to an array of their items."""
+    if hasattr(values, "__getitem__") or hasattr(values, "__array__"):
+        return True
+    try:
+        memoryview(values).release()
+    except TypeError:
+        return not hasattr(values, "__iter__")
+    return True
