@@ -5,7 +5,7 @@ A line with ``type: ignore`` must be an error: mypy reports the comment if it is
 
 import types
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -329,10 +329,39 @@ def growing(values: GrowableArray[np.float64], anything: GrowableArray[Any]) -> 
     assert_type(values.dropped, int)
     values.drop_front(0)
     common(values)
+
+
+def growing_in_place(values: GrowableArray[np.float64]) -> None:
     values.append(1.5)
+    assert_type(values.appender(), Callable[[Any], None])
     values.extend([1, 2.5])
-    values.resize(10)
+    values.extend(values.array)
+    values.extend(values)
+    values.extend(i / 2 for i in range(10))
+    values.extend({1.5: "a"}.keys())
+    values.extend(5.5, 6.5)  # type: ignore[call-arg]
+    values.resize(10, zero=False)
+    values.resize(10, False)  # type: ignore[call-arg]
     np.asarray(values)
+
+    rows = GrowableArray(np.float32, item_shape=(3, 4))
+    assert_type(rows, GrowableArray[np.float32])
+    assert_type((rows.item_shape, rows.shape), tuple[tuple[int, ...], tuple[int, ...]])
+    assert_type((rows.ndim, rows.size, rows.itemsize, rows.nbytes), tuple[int, int, int, int])
+    rows.append([[1, 2, 3, 4]] * 3)
+    GrowableArray("f4", item_shape=[3])  # type: ignore[call-overload]
+
+    assert_type(values.spare(3), npt.NDArray[np.float64])
+    values.advance(3)
+    assert_type(values[2:5], npt.NDArray[np.float64])
+    assert_type((values[0], values[[1, 2]], values.pop()), tuple[Any, Any, Any])
+    values[0] = 1.5
+    values[2:5] = values[0:3]
+    assert_type(iter(values), Iterator[Any])
+    assert_type(1.5 in values, bool)
+    assert_type((values + 1, 1 - values, -values, values > 1), tuple[Any, Any, Any, Any])
+    values += 1
+    assert_type(values, GrowableArray[np.float64])
 
 
 def rings(values: RingArray[np.float64], anything: RingArray[Any]) -> None:
