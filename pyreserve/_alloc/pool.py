@@ -2,10 +2,10 @@
 
 import errno
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pyreserve._alloc.integers import integers
 from pyreserve._alloc.pages import (
@@ -21,10 +21,18 @@ from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.handles import memmove
 from pyreserve._region.owner import InSteps, as_step
 from pyreserve._region.policies import Fork, HugePages, Mode
+from pyreserve._region.region import resident_in
 from pyreserve._region.reserve import reserve
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve._system.machine import thp_size
-from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, StateError
+from pyreserve.errors import (
+    FreeError,
+    OutOfMemoryError,
+    RangeError,
+    StateError,
+    ViewError,
+    VMError,
+)
 from pyreserve.units import GiB, MiB, as_bytes, format_size, round_up
 
 if TYPE_CHECKING:
@@ -33,6 +41,11 @@ if TYPE_CHECKING:
 
     from pyreserve._alloc.integers import Integers
     from pyreserve._region.arrays import Shape
+
+_T = TypeVar("_T")
+
+# A pool in this many committed pieces takes no more map entries: `trim` discards from there on.
+_MAX_PIECES = 512
 
 
 class _Slots(PageAllocator):
@@ -117,8 +130,11 @@ class Pool(InSteps):
         )
         super().__init__(region, step, small_first=False)
         self._item_size, self._stride, self._capacity = size, stride, nslots
-        self._clearing = False  # a call is writing zeros to slots
-        # Slots below this number were allocated before: committed, and maybe not zero.
+        self._busy = False  # a call commits, clears or trims
+        # Slots below _ready are committed. Only `trim` lowers it and _end, first of all and never
+        # inside another call, so that a call may raise them after it has committed.
+        self._ready = 0
+        # Slots below _dirty_end were allocated before, and maybe are not zero.
         self._dirty_end = 0
 
     # -- state --------------------------------------------------------------------------------
@@ -144,12 +160,12 @@ class Pool(InSteps):
         """Allocate the lowest free slot; return its number.
 
         Its bytes are zero if it was never allocated before, and with `zero`; else they are as its
-        last user left them.
+        last user left them, or zero where `trim` gave their page back.
         """
         with self._lock:
             slot = alloc_run(self._handle, 1, 1, 0)
-            if zero or not 0 <= slot < self._dirty_end:
-                self._commit_and_clear((slot,), zero)
+            if zero or not 0 <= slot < self._ready:
+                self._prepare((slot,), zero)
         return slot  # type: ignore[no-any-return]
 
     def free(self, slot: int) -> None:
@@ -186,7 +202,7 @@ class Pool(InSteps):
                 raise self._capacity_error(n)
             slots = self._slots.alloc_many(1, array("q", bytes(8 * n)))
             if n:
-                self._commit_and_clear(slots, zero)
+                self._prepare(slots, zero)
         return slots
 
     def free_many(self, slots: "Integers") -> None:
@@ -260,31 +276,23 @@ class Pool(InSteps):
     # -- memory -------------------------------------------------------------------------------
 
     def trim(self) -> int:
-        """Decommit the whole OS pages above the highest slot in use; return their bytes.
+        """Give back every whole OS page without a slot in use; return the bytes given back.
+
+        The pages are decommitted, and committed again when their slots are allocated. A hole
+        between slots in use costs two map entries, and each of them costs a system call again when
+        it is filled. So the tail and the largest holes are decommitted until the pool is in 512
+        pieces. Other holes are discarded: that gives back their memory, not their commit charge,
+        and counts what was in memory.
+
+        Called by a finaliser or signal handler inside another call on the pool, it does nothing.
 
         Raises:
-            VMError: refused (max_map_count); nothing has changed, unless the kernel refused only
-                the policies of the fresh addresses: see `Region.decommit`.
+            ViewError: nothing was given back, because views from `region` show bytes of all holes.
+            VMError: nothing was given back, because the kernel refused (max_map_count).
         """
         with self._lock:
             self._check_open()
-            # While the tail is allocated, no interrupting call can allocate slots of it.
-            first, low = self._alloc_tail()
-            cut = min(round_up(low, PAGE_SIZE), self._end)
-            nbytes = self._end - cut
-            try:
-                # Bytes from _dirty_end up are zero, or no longer committed after a trim by an
-                # interrupting call.
-                if first < self._dirty_end and low < cut:
-                    self._clear(low, cut - low)
-                if nbytes:
-                    self._exports.decommit(cut, nbytes)
-            finally:
-                if not nbytes or not self._region.is_committed(cut, nbytes):
-                    self._end, self._dirty_end = cut, min(self._dirty_end, first)
-                if first < self._capacity:
-                    free_run(self._handle, first, self._capacity - first)
-        return nbytes
+            return 0 if self._busy else self._exclusively(self._trim)
 
     def release(self) -> None:
         """Release all addresses. The table of slots is freed with this object.
@@ -296,11 +304,11 @@ class Pool(InSteps):
         """
         with self._lock:
             self._check_open()
-            if self._clearing:
+            if self._busy:
                 msg = "release called from inside another call on the same pool"
                 raise StateError(msg)
             self._exports.release()
-            self._dirty_end = 0  # makes every `alloc` check whether the pool was released
+            self._ready = 0  # makes every `alloc` check whether the pool was released
 
     def close(self) -> None:
         """Refuse new use; release the addresses with the last view. See `Region.close`.
@@ -309,8 +317,8 @@ class Pool(InSteps):
         """
         with self._lock:
             self._exports.retire()
-            self._dirty_end = 0
-            if not self._clearing:  # else the interrupted call still needs the memory
+            self._ready = 0
+            if not self._busy:  # else the interrupted call still needs the memory
                 self._exports.close()
 
     # -- Python's protocols -------------------------------------------------------------------
@@ -352,7 +360,18 @@ class Pool(InSteps):
         msg = f"cannot allocate {slots}: {len(self)} of {self._capacity} are in use"
         return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit="capacity")
 
-    def _commit_and_clear(self, slots: Sequence[int], zero: bool) -> None:
+    def _exclusively(self, do: Callable[..., _T], *arguments: object) -> _T:
+        """Call `do` while `trim` does nothing, `release` is refused and `close` is deferred."""
+        interrupting, self._busy = self._busy, True
+        try:
+            return do(*arguments)
+        finally:
+            self._busy = interrupting
+            if not interrupting and self._exports.released:  # closed by a call that interrupted
+                self._ready = 0
+                self._exports.close()
+
+    def _prepare(self, slots: Sequence[int], zero: bool) -> None:
         """Commit newly allocated slots, in rising order; clear dirty ones if `zero`.
 
         On an exception the slots are freed.
@@ -361,38 +380,100 @@ class Pool(InSteps):
         if slots[0] < 0:
             raise self._capacity_error(1)
         try:
-            end = slots[-1] + 1
-            self._commit(end * self._stride)
-            if zero:
-                for slot in slots:
-                    if slot < self._dirty_end:
-                        self._clear(slot * self._stride, self._item_size)
-            self._dirty_end = max(self._dirty_end, end)
-            if self._exports.released:  # by a call that interrupted this one
-                self._dirty_end = 0
-                self._check_open()
+            self._exclusively(self._commit_and_clear, slots, zero)
         except BaseException:
             self._slots.free_many(slots)
             raise
 
-    def _clear(self, offset: int, nbytes: int) -> None:
-        interrupting, self._clearing = self._clearing, True
-        try:
-            self._check_open()
-            memmove(self._exports.address(offset), bytes(nbytes), nbytes)
-        finally:
-            self._clearing = interrupting
-            if not interrupting and self._exports.released:  # closed by a call that interrupted
-                self._exports.close()
+    def _commit_and_clear(self, slots: Sequence[int], zero: bool) -> None:
+        end = slots[-1] + 1
+        self._commit(end * self._stride)  # with every hole below: those slots are all in use
+        if zero:
+            for slot in slots:
+                if slot < self._dirty_end:
+                    self._clear(slot * self._stride, self._item_size)
+        self._dirty_end = max(self._dirty_end, end)
+        self._ready = min(self._end // self._stride, self._dirty_end)
+        self._check_open()  # a call that interrupted this one may have closed the pool
 
-    def _alloc_tail(self) -> tuple[int, int]:
-        """Allocate all slots above the highest in use; return the first of them and its offset."""
-        while True:
-            first = max((stop for _, stop in self._slots.used_runs()), default=0)
-            n = self._capacity - first
-            # Fails, and is tried again, if a finaliser has allocated one of them since.
-            if not n or not alloc_run_at(self._handle, first, n):
-                return first, first * self._stride
+    def _clear(self, offset: int, nbytes: int) -> None:
+        self._check_open()
+        memmove(self._exports.address(offset), bytes(nbytes), nbytes)
+
+    def _trim(self) -> int:
+        given, pieces = 0, len(self._region.committed_runs())
+        refusals: list[Exception] = []
+        runs = sorted(self._runs_with_pages(), key=self._worth)
+        while runs:
+            first, stop = runs.pop()
+            if alloc_run_at(self._handle, first, stop - first):
+                # An interrupting call has allocated some of the slots: try what is left.
+                runs += [run for run in self._runs_with_pages() if first <= run[0] < stop]
+                continue
+            # While the run is allocated, no other call can use its slots: not until the books
+            # are right again.
+            try:
+                if stop < self._capacity and pieces >= _MAX_PIECES:
+                    given += self._discard(first, stop)
+                else:
+                    decommitted = self._decommit(first, stop)
+                    given += decommitted
+                    pieces += decommitted > 0
+            except (ViewError, VMError) as refused:
+                refusals.append(refused.with_traceback(None))
+                if isinstance(refused, VMError):
+                    break
+            finally:
+                free_run(self._handle, first, stop - first)
+        if refusals and not given:
+            raise refusals.pop()
+        return given
+
+    def _runs_with_pages(self) -> list[tuple[int, int]]:
+        """Return the runs of free slots that contain whole pages, and the tail."""
+        return [
+            run for run in self._slots.free_runs() if self._worth(run)[0] or self._pages_of(*run)[1]
+        ]
+
+    def _pages_of(self, first: int, stop: int) -> tuple[int, int]:
+        """Return offset and bytes of the whole pages inside a run of slots; of the tail, all."""
+        lo = round_up(first * self._stride, PAGE_SIZE)
+        hi = stop * self._stride // PAGE_SIZE * PAGE_SIZE
+        return lo, max((self._region.size if stop == self._capacity else hi) - lo, 0)
+
+    def _worth(self, run: tuple[int, int]) -> tuple[bool, int]:
+        """Order runs by the memory that a map entry gives back: the tail costs none."""
+        return run[1] == self._capacity, run[1] - run[0]
+
+    def _decommit(self, first: int, stop: int) -> int:
+        """Decommit the whole pages of an allocated run; return the bytes that were committed."""
+        lo, nbytes = self._pages_of(first, stop)
+        start, dirty = first * self._stride, first < self._dirty_end and stop == self._capacity
+        # The tail reads zero from now on: clear what shares a page with a slot in use.
+        if dirty and start < lo and self._region.is_committed(start, lo - start):
+            self._clear(start, lo - start)
+        before = self._region.committed
+        try:
+            if nbytes:
+                self._exports.decommit(lo, nbytes)
+        finally:
+            end = min(self._end, lo + nbytes)
+            if end > lo and not self._region.is_committed(lo, end - lo):
+                self._end, self._ready = min(self._end, lo), min(self._ready, first)
+        if stop == self._capacity:
+            self._ready, self._dirty_end = min(self._ready, first), min(self._dirty_end, first)
+        return max(before - self._region.committed, 0)  # an interrupting call may have committed
+
+    def _discard(self, first: int, stop: int) -> int:
+        """Discard the whole pages of an allocated run; return the bytes that were in memory."""
+        lo, nbytes = self._pages_of(first, stop)
+        if not self._region.is_committed(lo, nbytes):  # next to a hole: it only has to grow
+            return self._decommit(first, stop)
+        given = resident_in(self._region, lo, nbytes)
+        if given:
+            exports = self._exports
+            exports.remove("trim", lo, lo + nbytes, exports.discard, lo, nbytes)
+        return given
 
     def _offset_in_use(self, slot: int) -> int:
         """Return the offset of a slot, which must be in use."""

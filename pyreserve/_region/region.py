@@ -450,10 +450,13 @@ class Region:
 
 def resident(region: Region) -> int:
     """Return the number of bytes of a region that are resident, as counted by mincore(2)."""
-    total, nbytes = 0, ffi.new("size_t *")
-    for offset, length in region.committed_runs():
-        err = lib.vm_resident(region.base + offset, length, nbytes)
-        if err:
-            raise refusal("inspect", err, length, region.base + offset)
-        total += int(nbytes[0])
-    return total
+    return sum(resident_in(region, *run) for run in region.committed_runs())
+
+
+def resident_in(region: Region, offset: int, length: int) -> int:
+    """Return the number of resident bytes in [offset, offset + length), which must be mapped."""
+    address, nbytes = region.base + offset, ffi.new("size_t *")
+    err = lib.vm_resident(address, length, nbytes)
+    if err:
+        raise refusal("inspect", err, length, address)
+    return int(nbytes[0])

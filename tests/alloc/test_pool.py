@@ -7,6 +7,8 @@ import resource
 import sys
 import threading
 from array import array
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -417,6 +419,107 @@ class TestMemory:
         assert (pool.committed, len(pool)) == (0, 0)
         assert pool.alloc() == 0
 
+    def test_trim_holes(self) -> None:
+        """trim decommits the whole pages between used slots; their slots can be used again."""
+        pool = Pool(PAGE_SIZE, capacity=100, align=1, step=8 * PAGE_SIZE)
+        for slot in pool.alloc_many(100):
+            pool.view(slot)[:] = b"\xaa" * PAGE_SIZE
+        pool.free_many([*range(10), *range(20, 30), 50])
+
+        assert pool.trim() == 21 * PAGE_SIZE
+
+        left = witness.runs(pool.base, pool.reserved)
+        assert [(lo // PAGE_SIZE, n // PAGE_SIZE) for lo, n in left] == [
+            (10, 10),
+            (30, 20),
+            (51, 49),
+        ]
+        assert pool.committed == 79 * PAGE_SIZE
+        assert witness.total_kib(pool.base, pool.reserved, "Rss") * KiB == 79 * PAGE_SIZE
+        assert pool.trim() == 0
+        slots = pool.alloc_many(21)
+        assert list(slots) == [*range(10), *range(20, 30), 50]
+        assert all(bytes(pool.view(slot)) == bytes(PAGE_SIZE) for slot in slots)
+        assert all(bytes(pool.view(slot)) == b"\xaa" * PAGE_SIZE for slot in (10, 19, 30, 49, 99))
+        assert pool.committed == 100 * PAGE_SIZE
+        assert len(witness.spans(pool.base, pool.reserved)) == 1
+        gc.collect()
+        pool.release()
+
+    def test_a_hole_is_filled_in_steps(self) -> None:
+        """A slot in a hole commits to the end of its step, as a new slot does."""
+        pool = Pool(PAGE_SIZE, capacity=100, align=1, step=8 * PAGE_SIZE)
+        pool.alloc_many(100)
+        pool.free_many(range(99))
+        pool.trim()
+
+        committed = []
+        for _ in range(20):
+            pool.alloc()
+            committed.append(pool.committed // PAGE_SIZE)
+
+        assert committed == [9] * 8 + [17] * 8 + [25] * 4
+        pool.release()
+
+    def test_a_hole_that_is_not_filled(self) -> None:
+        """If the kernel refuses the memory of a hole, no slot is taken and the hole stays."""
+
+        def child() -> None:
+            pool = Pool(64 * KiB, capacity=4096, step=MiB)
+            pool.alloc_many(64)
+            pool.free_many(range(16, 48))
+            pool.trim()
+            before, used = pool.committed, witness.status("VmData")
+            resource.setrlimit(resource.RLIMIT_DATA, (used, resource.RLIM_INFINITY))
+            for ask in (pool.alloc, lambda: pool.alloc_many(33)):
+                with pytest.raises(OutOfMemoryError) as caught:
+                    ask()
+                assert caught.value.limit == "RLIMIT_DATA"
+                assert (len(pool), pool.committed) == (32, before)
+            resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2)
+            assert list(pool.alloc_many(33)) == [*range(16, 48), 64]
+            pool.view(47)[:] = b"x" * 64 * KiB
+
+        witness.in_child(child)
+
+    def test_trim_many_holes(self) -> None:
+        """Beyond 512 pieces holes are discarded, the smallest ones: no map entries are taken."""
+        pool = Pool(PAGE_SIZE, capacity=4096, align=1)
+        for slot in pool.alloc_many(4096):
+            pool.view(slot)[0] = 1
+        pool.free_many(range(0, 2000, 2))  # holes of a page
+        pool.free_many([slot for slot in range(2000, 4000) if slot % 4])  # of three pages
+
+        given = pool.trim()
+
+        assert given == 2500 * PAGE_SIZE
+        assert pool.committed >= (4096 - 3 * 512) * PAGE_SIZE
+        assert len(witness.runs(pool.base, pool.reserved)) <= 512 + 1
+        assert witness.total_kib(pool.base, pool.reserved, "Rss") * KiB == 1596 * PAGE_SIZE
+        assert pool.trim() == 0
+        assert all(pool.view(slot)[0] == 1 for slot in pool)
+        assert not any(pool.view(slot)[0] for slot in pool.alloc_many(2500))
+        gc.collect()
+        pool.release()
+
+    def test_trim_under_a_view_of_the_region(self) -> None:
+        """A hole that a view of the region shows stays; if there is no other, that is an error."""
+        pool = Pool(PAGE_SIZE, capacity=10, align=1, step=PAGE_SIZE)
+        pool.alloc_many(10)
+        pool.free_many([2, 5])
+        view = pool.region.view(5 * PAGE_SIZE, 8)
+        view[0] = 7
+
+        assert pool.trim() == PAGE_SIZE
+        with pytest.raises(ViewError):
+            pool.trim()
+
+        assert (view[0], len(pool), pool.committed) == (7, 8, 9 * PAGE_SIZE)
+        del view
+        assert pool.trim() == PAGE_SIZE
+        assert list(pool.alloc_many(2)) == [2, 5]
+        pool.release()
+
     def test_trim_under_views(self, pool: Pool) -> None:
         """A view keeps its slot in use, so trim never decommits bytes under a view."""
         pool.alloc_many(50)
@@ -447,6 +550,60 @@ class TestMemory:
 
         assert returned == [0, committed]
         assert (pool.committed, pool.alloc(zero=True)) == (0, 0)
+
+    @pytest.mark.parametrize("act", ["alloc", "free and trim", "close"])
+    def test_calls_inside_trim_and_alloc(self, act: str) -> None:
+        """Whatever a signal handler does inside a call, slots in use are accessible afterwards."""
+
+        def interrupt(pool: Pool) -> None:
+            if act == "alloc":
+                pool.alloc(zero=True)
+            elif act == "close":
+                pool.close()
+            else:
+                pool.free_many(list(pool)[:3])
+                pool.trim()
+
+        def child() -> int:
+            strike = 0
+            while _interrupted(interrupt, strike):
+                strike += 1
+            return strike
+
+        assert witness.in_child(child) > 30
+
+
+def _interrupted(act: Callable[[Pool], None], strike: int) -> bool:
+    """Use a pool, and call `act` at the given Python or C call; tell whether there were as many."""
+    pool = Pool(PAGE_SIZE // 2, capacity=64, align=1, step=2 * PAGE_SIZE)
+    pool.alloc_many(60)
+    pool.free_many([*range(4), *range(10, 20), *range(30, 50)])
+    events = 0
+
+    def profile(*_: Any) -> None:
+        nonlocal events
+        events += 1
+        if events > strike:
+            sys.setprofile(None)
+            act(pool)
+
+    sys.setprofile(profile)
+    try:
+        with suppress(ReleasedError):
+            pool.trim()
+            pool.alloc_many(3, zero=True)
+            pool.alloc()
+            pool.trim()
+            pool.alloc()
+    finally:
+        sys.setprofile(None)
+    if not pool.released:
+        pool.alloc_many(64 - len(pool))
+        for slot in range(64):
+            pool.view(slot)[:] = b"x" * (PAGE_SIZE // 2)
+        gc.collect()
+        pool.release()
+    return events > strike
 
 
 class TestRelease:

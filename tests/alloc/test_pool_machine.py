@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from helpers import witness
 from helpers.profiles import examples
 from pyreserve import PAGE_SIZE
 from pyreserve._alloc.pool import Pool
@@ -20,13 +21,13 @@ slots = st.integers(0, CAPACITY - 1)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """A pool, the set of slots in use, and the byte that fills each slot."""
+    """A pool, the set of slots in use, and the bytes of the pool, free slots included."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = Pool(SIZE, capacity=CAPACITY, align=16, step=PAGE_SIZE)
         self.used: set[int] = set()
-        self.fill = bytearray(CAPACITY)
+        self.bytes = bytearray(CAPACITY * STRIDE + PAGE_SIZE)
         self.views: dict[int, memoryview] = {}
 
     @initialize(pages=st.integers(1, 8))
@@ -48,7 +49,11 @@ class PoolMachine(RuleBasedStateMachine):
     def write(self, slot: int, byte: int) -> None:
         """Fill a slot."""
         self.pool.view(slot)[:] = bytes([byte]) * SIZE
-        self.fill[slot] = byte
+        self.set_bytes(slot, byte)
+
+    def set_bytes(self, slot: int, byte: int) -> None:
+        """Fill a slot of the model."""
+        self.bytes[slot * STRIDE : slot * STRIDE + SIZE] = bytes([byte]) * SIZE
 
     @rule(zero=st.booleans(), byte=st.none() | st.integers(0, 255))
     def allocate(self, zero: bool, byte: int | None) -> None:
@@ -63,7 +68,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert [slot] == self.lowest_free(1)
         self.used.add(slot)
         if zero:
-            self.fill[slot] = 0
+            self.set_bytes(slot, 0)
         if byte is not None:
             self.write(slot, byte)
 
@@ -80,7 +85,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert list(slots_taken) == self.lowest_free(n)
         self.used.update(slots_taken)
         for slot in slots_taken:
-            self.fill[slot] = 0 if zero else self.fill[slot]
+            if zero:
+                self.set_bytes(slot, 0)
         for slot in slots_taken[::2]:
             self.write(slot, byte)
 
@@ -126,14 +132,25 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def trim(self) -> None:
-        """Decommit the tail."""
+        """Give back every whole page without a used slot, and no other; the tail reads zero."""
         before = self.pool.committed
 
         given = self.pool.trim()
 
-        first = max(self.used, default=-1) + 1
-        assert self.pool.committed == before - given == -(-first * STRIDE // PAGE_SIZE) * PAGE_SIZE
-        self.fill[first:] = bytes(CAPACITY - first)
+        touched = {
+            page
+            for slot in self.used
+            for page in range(slot * STRIDE // PAGE_SIZE, -(-(slot + 1) * STRIDE // PAGE_SIZE))
+        }
+        assert self.pool.committed == before - given == len(touched) * PAGE_SIZE
+        region = self.pool.region
+        accessible = witness.perms_by_page(region.base, region.size, PAGE_SIZE)
+        assert {i for i, perms in enumerate(accessible) if perms == witness.COMMITTED} == touched
+        assert witness.total_kib(region.base, region.size, "Rss") * 1024 <= len(touched) * PAGE_SIZE
+        for page in set(range(region.size // PAGE_SIZE)) - touched:
+            self.bytes[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = bytes(PAGE_SIZE)
+        tail = (max(self.used, default=-1) + 1) * STRIDE
+        self.bytes[tail:] = bytes(len(self.bytes) - tail)
 
     @invariant()
     def the_same_slots_are_in_use(self) -> None:
@@ -144,10 +161,21 @@ class PoolMachine(RuleBasedStateMachine):
         assert all((slot in self.pool) == (slot in self.used) for slot in range(CAPACITY))
 
     @invariant()
+    def slots_in_use_are_committed(self) -> None:
+        """The kernel gives access to every slot in use."""
+        base = self.pool.base
+        spans = witness.spans(base, self.pool.reserved)
+        for slot in self.used:
+            lo, hi = base + slot * STRIDE, base + slot * STRIDE + SIZE
+            over = [span for span in spans if span.start < hi and span.end > lo]
+            assert over
+            assert {span.perms for span in over} == {witness.COMMITTED}
+
+    @invariant()
     def contents_are_as_they_were_left(self) -> None:
         """Each slot in use has the bytes that were left there."""
         for slot in self.used:
-            assert self.pool.view(slot) == bytes([self.fill[slot]]) * SIZE
+            assert self.pool.view(slot) == self.bytes[slot * STRIDE : slot * STRIDE + SIZE]
 
 
 TestPoolMachine = PoolMachine.TestCase

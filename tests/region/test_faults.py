@@ -500,6 +500,42 @@ class PoolTrim(PoolScene):
         self.pool.free(600)
 
 
+class PoolHole(PoolTrim):
+    """The free slots lie between slots in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool.trim()
+        self.pool.free_many(range(6, 599))
+
+    def act(self) -> None:
+        self.pool.trim()
+        pages = -(-600 * 112 // PAGE_SIZE) - (599 * 112 // PAGE_SIZE - 1)
+        assert self.pool.committed == pages * PAGE_SIZE
+
+    def undo(self) -> None:
+        slot = self.pool.alloc_many(100)[-1]
+        assert witness.peek(self.pool.address(slot), 100) == bytes(100)
+        self.pool.free_many(range(6, 106))
+
+
+class PoolFill(PoolHole):
+    """Slots in a hole are allocated again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool.trim()
+
+    def act(self) -> None:
+        self.created = list(self.pool.alloc_many(593))
+
+    def may_differ(self, refused: str) -> set[str]:
+        return set()
+
+    def undo(self) -> None:
+        self.pool.free_many(self.created)
+
+
 class Make(Scene):
     """The creation of an object, and its first use."""
 
@@ -786,6 +822,8 @@ OPERATIONS: dict[str, Operation] = {
     "Pool.alloc": _operation(PoolOne, _needs_less),
     "Pool.alloc_many": _operation(PoolScene, _needs_less),
     "Pool.trim": _operation(PoolTrim),
+    "Pool.trim, a hole": _operation(PoolHole),
+    "Pool.alloc_many in a hole": _operation(PoolFill, _needs_less),
     "PageAllocator": _operation(
         partial(Make, lambda: PageAllocator(1000), _use_pages), _does_without
     ),
