@@ -42,7 +42,8 @@ enum region_refusal {
     REGION_MISALIGNED = -3,    /* not whole OS pages */
     REGION_NOT_RESERVED = -4,  /* the region does not own all of it */
     REGION_NOT_COMMITTED = -5, /* some of it is not committed */
-    REGION_SEALED = -6
+    REGION_SEALED = -6,
+    REGION_GUARDED = -7        /* some of it is a guard */
 };
 
 struct region {
@@ -57,6 +58,7 @@ struct region {
     char name[80]; /* empty: none */
     struct runs reserved, committed;
     struct runs traced; /* pieces reported to tracemalloc, which may touch */
+    size_t cell, cell_guard; /* the last cell_guard bytes of each `cell` bytes are a guard; 0: none */
 };
 
 /* Placement options for region_reserve; zero-initialise for defaults. */
@@ -107,6 +109,18 @@ int region_discard(struct region *region, size_t offset, size_t length, bool laz
 /* Whether the whole range is committed: 1, 0 or REGION_RELEASED. Any alignment; a range that is not
  * inside the region is not committed. */
 int region_is_committed(const struct region *region, size_t offset, size_t length);
+
+/* Whether the whole range may be exported, at any alignment: 1, or a refusal if the region is not
+ * open, not all of the range is committed, or it meets the guard of a cell. */
+int region_export(const struct region *region, size_t offset, size_t length);
+
+/* Divides the region into cells of `cell` bytes, each of which ends with `guard` bytes of guard
+ * pages (vm_guard), once they are installed. The guards count as committed. */
+int region_set_cells(struct region *region, size_t cell, size_t guard);
+
+/* Installs the guards of the cells [first, stop), which must be committed. A decommit removes
+ * them. If the kernel refuses, some of them may be installed. */
+int region_guard_cells(struct region *region, size_t first, size_t stop);
 
 /* Copies up to `max` runs of committed (else reserved) bytes to `out`; returns how many exist. */
 size_t region_runs(const struct region *region, bool committed, struct run *out, size_t max);

@@ -11,18 +11,19 @@ from pyreserve._alloc.integers import integers
 from pyreserve._alloc.pages import (
     NOT_IN_USE,
     OUTSIDE,
-    PageAllocator,
     alloc_run,
     alloc_run_at,
     free_each,
     free_run,
 )
+from pyreserve._alloc.slots import Geometry, Slots
 from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.handles import memmove
 from pyreserve._region.owner import InSteps, as_step
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.region import resident_in
 from pyreserve._region.reserve import reserve
+from pyreserve._system.features import GUARD_PAGES
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve._system.machine import thp_size
 from pyreserve.errors import (
@@ -33,7 +34,7 @@ from pyreserve.errors import (
     ViewError,
     VMError,
 )
-from pyreserve.units import GiB, MiB, as_bytes, format_size, round_up
+from pyreserve.units import MiB, format_size, round_up
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,17 +47,6 @@ _T = TypeVar("_T")
 
 # A pool in this many committed pieces takes no more map entries: `trim` discards from there on.
 _MAX_PIECES = 512
-
-
-class _Slots(PageAllocator):
-    """The slots of a pool, as pages."""
-
-    __slots__ = ()
-
-    @property
-    def handle(self) -> Any:
-        """The ``struct pagealloc *``, for calls of C."""
-        return self._handle
 
 
 class Pool(InSteps):
@@ -74,6 +64,10 @@ class Pool(InSteps):
             most 16.
         step: bytes to commit at a time, a multiple of the OS page; see
             `pyreserve.costs.measured_step` for the best one on this machine.
+        guard: an access behind a slot ends the process with SIGSEGV: each slot, rounded up to
+            `align`, ends where a guard begins that is an OS page, or `align` if that is more. With
+            ``align=1`` the first byte behind a slot is one of the guard. Guards take addresses and
+            commit charge, but no memory and no map entries (MADV_GUARD_INSTALL, Linux 6.13).
         mode, huge_pages, fork, name: as for `pyreserve.reserve`, whose exceptions apply too.
 
     Any number of threads may use a pool. A forked child has its own copy.
@@ -83,6 +77,7 @@ class Pool(InSteps):
         RangeError: an argument is out of range, or not a slot of this pool.
         OutOfMemoryError: no free slot (``limit`` is ``"capacity"``), or the kernel refused memory;
             nothing has changed.
+        VMError: the kernel refused a guard; no slot is allocated, but more may be committed.
         ReleasedError: the pool was released or closed.
     """
 
@@ -95,44 +90,40 @@ class Pool(InSteps):
         capacity: int | None = None,
         align: int | str | None = None,
         step: int | str = 2 * MiB,
+        guard: bool = False,
         mode: Mode = "charge",
         huge_pages: HugePages = "default",
         fork: Fork = "copy",
         name: str | None = None,
     ) -> None:
         """Reserve the addresses."""
-        size = as_bytes(item_size)
-        align = min(1 << max(size - 1, 0).bit_length(), 16) if align is None else as_bytes(align)
-        if size <= 0:
-            msg = f"item_size must be positive, got {size}"
-            raise RangeError(msg)
-        if align <= 0 or align & (align - 1):
-            msg = f"align must be a power of two, got {align}"
-            raise RangeError(msg)
-        stride = round_up(size, align)
-        nslots = max(GiB // stride, 1) if capacity is None else _index(capacity)
-        if nslots <= 0:
-            msg = f"capacity must be positive, got {nslots}"
-            raise RangeError(msg)
+        self._place = place = Geometry(item_size, capacity, align, guard)
         step = as_step(step)
+        if guard:
+            GUARD_PAGES.require("guard=True")
+            if fork == "wipe":  # a child would have no guards
+                msg = 'guard=True and fork="wipe" are mutually exclusive'
+                raise ValueError(msg)
         # Slots are the pages of this allocator.
-        self._slots = _Slots(nslots, capacity=nslots)
+        self._slots = Slots(place.count, capacity=place.count)
         self._handle = self._slots.handle
         # Steps must end on multiples of their own size to be backed with huge pages.
-        base_align = max(align, step & -step, thp_size() or 1 if huge_pages == "prefer" else 1)
+        huge = thp_size() or 1 if huge_pages == "prefer" else 1
         region = reserve(
-            nslots * stride,
-            align=base_align,
+            place.count * place.stride,
+            align=max(place.align, step & -step, huge),
             mode=mode,
             huge_pages=huge_pages,
             fork=fork,
             name=name,
         )
         super().__init__(region, step, small_first=False)
-        self._item_size, self._stride, self._capacity = size, stride, nslots
+        if guard:
+            self._exports.set_cells(place.stride, place.guard)
+        self._item_size, self._stride, self._capacity = place.size, place.stride, place.count
         self._busy = False  # a call commits, clears or trims
-        # Slots below _ready are committed. Only `trim` lowers it and _end, first of all and never
-        # inside another call, so that a call may raise them after it has committed.
+        # Slots below _ready are committed and guarded. `trim` alone lowers it and _end, and never
+        # runs inside another call: a call may raise them after it has committed.
         self._ready = 0
         # Slots below _dirty_end were allocated before, and maybe are not zero.
         self._dirty_end = 0
@@ -391,9 +382,12 @@ class Pool(InSteps):
         if zero:
             for slot in slots:
                 if slot < self._dirty_end:
-                    self._clear(slot * self._stride, self._item_size)
+                    self._clear(slot * self._stride + self._place.start, self._item_size)
         self._dirty_end = max(self._dirty_end, end)
-        self._ready = min(self._end // self._stride, self._dirty_end)
+        ready = min(self._end // self._stride, self._dirty_end)
+        if self._place.guard and ready > self._ready:
+            self._exports.guard_cells(self._ready, ready)
+        self._ready = ready
         self._check_open()  # a call that interrupted this one may have closed the pool
 
     def _clear(self, offset: int, nbytes: int) -> None:
@@ -410,8 +404,7 @@ class Pool(InSteps):
                 # An interrupting call has allocated some of the slots: try what is left.
                 runs += [run for run in self._runs_with_pages() if first <= run[0] < stop]
                 continue
-            # While the run is allocated, no other call can use its slots: not until the books
-            # are right again.
+            # While the run is allocated, no other call can use its slots.
             try:
                 if stop < self._capacity and pieces >= _MAX_PIECES:
                     given += self._discard(first, stop)
@@ -481,7 +474,7 @@ class Pool(InSteps):
         self._check_open()
         if not self._slots.is_used(slot):
             self._refuse_slot(slot, NOT_IN_USE)
-        return slot * self._stride
+        return slot * self._stride + self._place.start
 
     def _check_views(self, slots: Sequence[int]) -> None:
         """Refuse to free slots that live views hold."""

@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 _buffer = ffi.buffer
 _decommit = lib.region_decommit
 _discard = lib.region_discard
-_is_committed = lib.region_is_committed
+_export = lib.region_export
 _MAX_INDEX = sys.maxsize
 
 
@@ -86,7 +86,7 @@ class Exports:
         The range must lie within the region.
 
         Raises:
-            RangeError: not all of the range is committed.
+            RangeError: not all of the range is committed, or it meets a guard of `set_cells`.
             ReleasedError: the region is released or closed.
             StateError: called by a finaliser or signal handler inside another call on the region.
         """
@@ -107,10 +107,9 @@ class Exports:
                 exported = _buffer(anchor, length)
                 # Register first, then check: a later decommit is refused, an earlier one is seen.
                 table.add(anchor, offset, offset + length)
-                committed = _is_committed(self.handle, offset, length)
-                if committed != 1:
-                    err = committed or lib.REGION_NOT_COMMITTED
-                    raise refused(self.handle, self._size, "view", err, offset, length)
+                allowed = _export(self.handle, offset, length)
+                if allowed != 1:
+                    raise refused(self.handle, self._size, "view", allowed, offset, length)
                 return memoryview(exported)
             finally:
                 self._depth = 0
@@ -218,6 +217,32 @@ class Exports:
                 err = lib.REGION_OUTSIDE
         if err:
             raise refused(self.handle, self._size, "discard", err, offset, length)
+
+    # -- guards -------------------------------------------------------------------------------
+
+    def set_cells(self, cell: int, guard: int) -> None:
+        """Divide the region into cells that end with `guard` bytes of guard pages.
+
+        From now on `view` refuses ranges that meet a guard. Sizes are multiples of the OS page.
+        """
+        err = lib.region_set_cells(self.handle, cell, guard)
+        if err:
+            raise refused(self.handle, self._size, "guard", err, 0, cell)
+
+    def guard_cells(self, first: int, stop: int) -> None:
+        """Install the guards of the committed cells [first, stop). A decommit removes them.
+
+        The caller holds `lock`.
+
+        Raises:
+            VMError: refused; some of the guards may be installed.
+            ReleasedError: the region is released or closed.
+        """
+        err = lib.region_guard_cells(self.handle, first, stop)
+        if err:
+            cell = int(self.handle.cell)
+            nbytes = (stop - first) * cell
+            raise refused(self.handle, self._size, "guard", err, first * cell, nbytes)
 
     # -- the end ------------------------------------------------------------------------------
 

@@ -1,10 +1,14 @@
 """Slots of equal size: allocated, viewed, freed, cleared and trimmed."""
 
 import copy
+import errno
 import gc
 import pickle
 import resource
+import signal
+import subprocess
 import sys
+import textwrap
 import threading
 from array import array
 from collections.abc import Callable
@@ -12,15 +16,26 @@ from contextlib import suppress
 from itertools import pairwise
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 from helpers import witness
-from pyreserve import PAGE_SIZE, KiB, MiB
+from pyreserve import PAGE_SIZE, KiB, MiB, capabilities
 from pyreserve._alloc.pool import Pool
+from pyreserve._region.exports import Exports
+from pyreserve._region.policies import Mode
+from pyreserve._system.features import Feature
 from pyreserve._system.machine import thp_size
-from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError, ViewError
+from pyreserve.errors import (
+    FreeError,
+    OutOfMemoryError,
+    RangeError,
+    ReleasedError,
+    ViewError,
+    VMError,
+)
 
 
 @pytest.fixture
@@ -863,6 +878,155 @@ class TestNdarray:
         for shape in (0, 1):
             with pytest.raises(FreeError):
                 pool.ndarray(slot, shape)
+
+
+guards = pytest.mark.skipif(
+    not capabilities().madv_guard_install, reason="this kernel has no MADV_GUARD_INSTALL"
+)
+
+
+def dies(pool: Pool, slot: int, offset: int) -> bool:
+    """Tell whether writing at an offset from a slot ends a process by SIGSEGV."""
+    return witness.faults(pool.address(slot) + offset)
+
+
+@guards
+class TestGuards:
+    @pytest.mark.parametrize(
+        ("size", "align", "first"),
+        [
+            (100, 1, 100),
+            (100, None, 112),
+            (PAGE_SIZE, None, PAGE_SIZE),
+            (PAGE_SIZE + 8, 8, PAGE_SIZE + 8),
+            (10, 2 * PAGE_SIZE, 2 * PAGE_SIZE),
+        ],
+    )
+    def test_an_overflow_faults(self, size: int, align: int | None, first: int) -> None:
+        """The first byte behind a slot, rounded up to its alignment, ends the process."""
+        pool = Pool(size, capacity=10, align=align, step=PAGE_SIZE, guard=True)
+        slots = pool.alloc_many(3)
+
+        for slot in slots:
+            pool.view(slot)[:] = bytes([slot + 1]) * size
+            assert pool.address(slot) % (align or 1) == 0
+            assert not dies(pool, slot, first - 1)
+            assert dies(pool, slot, first)
+            assert dies(pool, slot, first + PAGE_SIZE - 1)
+        assert all(bytes(pool.view(slot)) == bytes([slot + 1]) * size for slot in slots)
+        assert witness.peek(pool.address(1), size) == bytes([2]) * size
+        assert pool.ndarray(2, size).tolist() == [3] * size
+        assert pool.in_use == 3 * (pool.address(1) - pool.address(0))
+        pool.free_many(slots)
+
+    def test_an_overflow_by_the_writer_itself(self) -> None:
+        """A write behind a slot ends the process that makes it."""
+        script = """
+            import ctypes
+            from pyreserve import Pool
+            pool = Pool(100, align=1, guard=True)
+            slot = pool.alloc()
+            ctypes.memset(pool.address(slot), 1, 100)
+            print("in bounds", flush=True)
+            ctypes.memset(pool.address(slot), 1, 101)
+            print("out of bounds", flush=True)
+        """
+
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+        assert (done.returncode, done.stdout) == (-signal.SIGSEGV, "in bounds\n")
+
+    def test_no_map_entries(self) -> None:
+        """The guards of a thousand slots take no map entries and no memory."""
+        pool = Pool(PAGE_SIZE, capacity=1000, guard=True, step=64 * PAGE_SIZE)
+        for slot in pool.alloc_many(1000):
+            pool.view(slot)[0] = 1
+
+        assert len(witness.spans(pool.base, pool.reserved)) == 1
+        assert witness.total_kib(pool.base, pool.reserved, "Rss") * KiB == 1000 * PAGE_SIZE
+        gc.collect()
+        pool.release()
+
+    @pytest.mark.parametrize("mode", ["charge", "noreserve"])
+    def test_guards_after_a_trim(self, mode: Mode) -> None:
+        """Slots in a hole or in the tail have their guards again when they are allocated again."""
+        pool = Pool(100, capacity=64, step=8 * PAGE_SIZE, guard=True, mode=mode)
+        pool.alloc_many(64)
+        pool.free_many([*range(8), *range(20, 30), *range(50, 64)])
+
+        assert pool.trim() == 32 * 2 * PAGE_SIZE
+        assert pool.committed == 32 * 2 * PAGE_SIZE
+        assert list(pool.alloc_many(12)) == [*range(8), *range(20, 24)]
+        assert pool.alloc() == 24
+        pool.alloc_many(19)
+
+        assert all(dies(pool, slot, 112) and not dies(pool, slot, 111) for slot in pool)
+        assert not any(bytes(pool.view(slot)) != bytes(100) for slot in pool)
+
+    def test_guards_after_a_discard(self) -> None:
+        """A hole that is discarded keeps its guards."""
+        pool = Pool(100, capacity=1400, guard=True)
+        for slot in pool.alloc_many(1400):
+            pool.view(slot)[0] = 1
+        pool.free_many(range(0, 1400, 2))
+
+        assert pool.trim() >= 700 * PAGE_SIZE
+        assert len(witness.runs(pool.base, pool.reserved)) <= 513
+        pool.alloc_many(700)
+
+        assert all(dies(pool, slot, 112) for slot in range(0, 1400, 50))
+        gc.collect()
+        pool.release()
+
+    def test_the_region_shows_no_guards(self) -> None:
+        """A view of the region that would meet a guard is a RangeError."""
+        pool = Pool(PAGE_SIZE, capacity=4, guard=True)
+        pool.alloc_many(4)
+
+        assert bytes(pool.region.view(2 * PAGE_SIZE, PAGE_SIZE)) == bytes(PAGE_SIZE)
+        for offset, length in ((0, PAGE_SIZE + 1), (PAGE_SIZE, 1), (0, 8 * PAGE_SIZE)):
+            with pytest.raises(RangeError, match="some of it is a guard"):
+                pool.region.view(offset, length)
+            with pytest.raises(RangeError, match="guard"):
+                pool.region.ndarray(offset, length)
+        gc.collect()
+        pool.release()
+
+    def test_a_child_has_guards(self) -> None:
+        """A forked child has the guards too; fork="wipe" would drop them and is refused."""
+        pool = Pool(64, capacity=4, guard=True)
+        pool.alloc()
+
+        assert witness.in_child(lambda: dies(pool, 0, 64) and not dies(pool, 0, 63))
+        with pytest.raises(ValueError, match="mutually exclusive"):
+            Pool(64, guard=True, fork="wipe")
+
+    def test_a_guard_that_is_refused(self) -> None:
+        """If the kernel refuses a guard, no slot is allocated."""
+        pool = Pool(64, capacity=4, guard=True)
+        refuse = VMError(errno.EINVAL, "no", verb="guard")
+        with (
+            patch.object(Exports, "guard_cells", side_effect=refuse),
+            pytest.raises(VMError, match="no"),
+        ):
+            pool.alloc()
+
+        assert len(pool) == 0
+        assert dies(pool, pool.alloc(), 64)
+
+
+def test_guards_are_missing() -> None:
+    """On a kernel without guard pages guard=True is a VMError that says so."""
+    with (
+        patch.object(Feature, "works", return_value=False),
+        pytest.raises(VMError, match=r"guard=True needs guard pages: .*To have it"),
+    ):
+        Pool(64, guard=True)
 
 
 class TestPolicies:

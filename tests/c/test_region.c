@@ -571,6 +571,55 @@ static void is_committed_takes_any_alignment(void) {
     end(region);
 }
 
+static void cells_end_with_guards_that_a_decommit_removes(void) {
+    EACH_ACCOUNTING(accounting) {
+        struct region *region = reserved(9, accounting);
+        REQUIRE(commit(region, 0, 9));
+        CHECK(region_guard_cells(region, 0, 1) == REGION_OUTSIDE);
+        CHECK(region_set_cells(region, 3 * page, 1) == REGION_MISALIGNED);
+        CHECK(region_set_cells(region, page, page) == REGION_OUTSIDE);
+        CHECK(region_set_cells(region, 3 * page, 0) == REGION_OUTSIDE);
+        CHECK(region_set_cells(region, 3 * page, page) == 0);
+        CHECK(region_guard_cells(region, 1, 1) == REGION_OUTSIDE);
+        CHECK(region_guard_cells(region, 0, 4) == REGION_OUTSIDE);
+        *byte(region, 4) = 42;
+        int err = region_guard_cells(region, 0, 3);
+        CHECK(err == vm_try_guard());
+        if (err == 0) {
+            CHECK(shows(region, "wwwwwwwww"));
+            for (size_t cell = 0; cell < 3; cell++)
+                CHECK(signal_on_write(at(region, 3 * cell + 2)) == SIGSEGV);
+            CHECK(region_guard_cells(region, 1, 2) == 0); /* again */
+            CHECK(region_discard(region, 0, 3 * page, false) == 0);
+            CHECK(signal_on_write(at(region, 2)) == SIGSEGV);
+            CHECK(decommit(region, 3, 3));
+            CHECK(region_guard_cells(region, 0, 3) == REGION_NOT_COMMITTED);
+            CHECK(commit(region, 3, 3) && region_guard_cells(region, 1, 2) == 0);
+            CHECK(signal_on_write(at(region, 5)) == SIGSEGV && *byte(region, 4) == 0);
+        }
+        end(region);
+    }
+}
+
+static void guards_are_not_exported(void) {
+    struct region *region = reserved(8, 0);
+    REQUIRE(commit(region, 0, 7));
+    CHECK(region_export(region, 0, 7 * page) == 1);
+    CHECK(region_export(region, 0, 8 * page) == REGION_NOT_COMMITTED);
+    REQUIRE(region_set_cells(region, 3 * page, page) == 0);
+    CHECK(region_export(region, 0, 2 * page) == 1);
+    CHECK(region_export(region, 4 * page, page) == 1);
+    CHECK(region_export(region, 0, 2 * page + 1) == REGION_GUARDED);
+    CHECK(region_export(region, 2 * page, 1) == REGION_GUARDED);
+    CHECK(region_export(region, 3 * page - 1, 2) == REGION_GUARDED);
+    CHECK(region_export(region, 0, 4 * page) == REGION_GUARDED);
+    CHECK(region_release(region) == 0);
+    CHECK(region_export(region, 0, page) == REGION_RELEASED);
+    CHECK(region_set_cells(region, 3 * page, page) == REGION_RELEASED);
+    CHECK(region_guard_cells(region, 0, 1) == REGION_RELEASED);
+    end(region);
+}
+
 static void a_released_region_says_so(void) {
     struct region *region = reserved(4, 0);
     uintptr_t address = 7;
@@ -1078,6 +1127,8 @@ int main(void) {
     RUN(wrong_ranges_are_told_apart_without_overflow);
     RUN(only_committed_bytes_are_populated_and_discarded);
     RUN(is_committed_takes_any_alignment);
+    RUN(cells_end_with_guards_that_a_decommit_removes);
+    RUN(guards_are_not_exported);
     RUN(a_released_region_says_so);
     RUN(a_window_maps_and_owns_nothing);
     RUN(a_window_must_be_a_range_of_addresses);

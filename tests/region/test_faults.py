@@ -34,6 +34,7 @@ from pyreserve import (
     Pool,
     Region,
     VMError,
+    capabilities,
     reserve,
 )
 from pyreserve._native import ffi, lib
@@ -71,6 +72,7 @@ _NAMES = {
     ("a", 16): "madvise(dontdump)",
     ("a", 23): "madvise(populate)",
     ("a", 24): "madvise(dontneed locked)",
+    ("a", 102): "madvise(guard)",
     ("n", 0): "prctl(name)",
     ("r", 0): "mincore",
     ("s", 0): "mseal",
@@ -481,6 +483,28 @@ class PoolOne(PoolScene):
         self.created = [self.pool.alloc()]
 
 
+class PoolGuarded(PoolScene):
+    """New slots have to be committed and guarded."""
+
+    def __init__(self) -> None:
+        Scene.__init__(self)
+        self.pool = Pool(100, capacity=100, step=64 * KiB, guard=True)
+        self.pool.alloc_many(20)
+        self.keep(self.pool.address(5), 100, 7)
+
+    def act(self) -> None:
+        self.created = list(self.pool.alloc_many(10))
+
+    def may_differ(self, refused: str) -> set[str]:
+        # The slots stay committed; they are not used before they are guarded.
+        return {"books", "committed", "shown", "maps"} if refused == "madvise(guard)" else set()
+
+    def undo(self) -> None:
+        slot = self.created[-1] if self.created else self.pool.alloc_many(10)[-1]
+        assert witness.faults(self.pool.address(slot) + 112)
+        self.pool.free_many(range(20, 30))
+
+
 class PoolTrim(PoolScene):
     def __init__(self) -> None:
         super().__init__()
@@ -742,6 +766,10 @@ def _needs_less(fault: Fault) -> bool:
     return not fault.more
 
 
+def _needs_less_memory(fault: Fault) -> bool:
+    return fault.call == "mprotect(rw)" and not fault.more
+
+
 def _other_way(fault: Fault) -> bool:
     """A range of several mappings is joined into one before it is replaced."""
     return fault.call == "mmap(fixed)" and not fault.more
@@ -821,6 +849,11 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "Pool.alloc": _operation(PoolOne, _needs_less),
     "Pool.alloc_many": _operation(PoolScene, _needs_less),
+    **(
+        {"Pool.alloc_many with guards": _operation(PoolGuarded, _needs_less_memory)}
+        if capabilities().madv_guard_install
+        else {}
+    ),
     "Pool.trim": _operation(PoolTrim),
     "Pool.trim, a hole": _operation(PoolHole),
     "Pool.alloc_many in a hole": _operation(PoolFill, _needs_less),
