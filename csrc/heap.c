@@ -363,16 +363,27 @@ int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero
     return handle;
 }
 
-int64_t heap_free(struct heap *heap, int64_t handle) {
+static int64_t free_block(struct heap *heap, int64_t handle, bool viewed_too) {
     uint32_t now = sys_milliseconds();
     pagealloc_lock(heap->pages);
-    int64_t nbytes = size_of(heap, handle);
+    /* Under the lock: a view sets `viewed` before it looks under this lock whether its block is
+     * live. */
+    bool refused = !viewed_too && __atomic_load_n(&heap->region->viewed, __ATOMIC_RELAXED);
+    int64_t nbytes = refused ? HEAP_VIEWED : size_of(heap, handle);
     if (nbytes > 0) {
         erase_block(heap, page_of(handle), (uint64_t)nbytes, now);
         free_pages(heap, page_of(handle), pages_for(heap, (uint64_t)nbytes));
     }
     pagealloc_unlock(heap->pages);
     return nbytes;
+}
+
+int64_t heap_free(struct heap *heap, int64_t handle) {
+    return free_block(heap, handle, true);
+}
+
+int64_t heap_free_unviewed(struct heap *heap, int64_t handle) {
+    return free_block(heap, handle, false);
 }
 
 int64_t heap_rename(struct heap *heap, int64_t handle, int64_t *renamed) {

@@ -10,6 +10,11 @@ static uintptr_t address_of(const struct region *region, size_t offset) {
     return (uintptr_t)region->base + offset;
 }
 
+/* The lock under which others read it orders it. */
+static void set_viewed(struct region *region, bool viewed) {
+    __atomic_store_n(&region->viewed, viewed, __ATOMIC_RELAXED);
+}
+
 static bool is_open(const struct region *region) {
     return region->base != NULL && !region->retired;
 }
@@ -118,6 +123,7 @@ static void initialise(struct region *region, size_t size, int accounting, int a
     region->advice = advice;
     region->sealed = region->retired = false;
     region->cell = region->cell_guard = 0;
+    set_viewed(region, false);
     memset(region->name, 0, sizeof region->name);
 }
 
@@ -368,7 +374,8 @@ int region_is_committed(const struct region *region, size_t offset, size_t lengt
     return runs_contain(&region->committed, offset, offset + length);
 }
 
-int region_export(const struct region *region, size_t offset, size_t length) {
+int region_export(struct region *region, size_t offset, size_t length) {
+    set_viewed(region, true);
     int known = region_is_committed(region, offset, length);
     if (known != 1)
         return known == 0 ? REGION_NOT_COMMITTED : known;
@@ -460,6 +467,7 @@ static int unmap(struct region *region) {
     }
     runs_empty(&region->reserved);
     runs_empty(&region->committed);
+    set_viewed(region, true);
     region->base = NULL;
     return 0;
 }
@@ -471,6 +479,7 @@ int region_release(struct region *region) {
 }
 
 void region_retire(struct region *region) {
+    set_viewed(region, true);
     region->retired = true;
 }
 

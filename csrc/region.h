@@ -18,7 +18,7 @@
  *    checked without overflow, and a wrong one returns a negative enum region_refusal;
  *  - 0 is success; a positive result is the errno of the refused system call, and the region is as
  *    it was before;
- *  - not synchronised: the owner holds a lock around each call.
+ *  - not synchronised: the owner holds a lock around each call. Only `viewed` may be read without.
  *
  * A region is open, retired or closed. Zero bytes are a closed region. region_reserve and
  * region_window open a closed region; region_release closes it but keeps the storage of its books
@@ -55,6 +55,7 @@ struct region {
     int advice;     /* enum vm_advice, kept on every byte owned */
     bool sealed;
     bool retired;   /* accepts only region_end */
+    bool viewed;    /* views may show bytes; also set while the region is not open */
     char name[80]; /* empty: none */
     struct runs reserved, committed;
     struct runs traced; /* pieces reported to tracemalloc, which may touch */
@@ -110,9 +111,15 @@ int region_discard(struct region *region, size_t offset, size_t length, bool laz
  * inside the region is not committed. */
 int region_is_committed(const struct region *region, size_t offset, size_t length);
 
-/* Whether the whole range may be exported, at any alignment: 1, or a refusal if the region is not
- * open, not all of the range is committed, or it meets the guard of a cell. */
-int region_export(const struct region *region, size_t offset, size_t length);
+/* Sets `viewed`, then tells whether a view may show the range, at any alignment: 1, or a refusal if
+ * the region is not open, not all of the range is committed, or it meets the guard of a cell.
+ *
+ * `viewed` is what a call that takes bytes away without the owner's lock goes by: it holds another
+ * lock under which bytes become free, and refuses while `viewed` is set. A view is made in this
+ * order: it is known to the owner, `viewed` is set, its bytes are checked under that other lock. So
+ * either the check finds them free, or the call finds `viewed` set. The owner, which knows the live
+ * views and refuses new ones for as long, clears `viewed` when none is left. */
+int region_export(struct region *region, size_t offset, size_t length);
 
 /* Divides the region into cells of `cell` bytes, each of which ends with `guard` bytes of guard
  * pages (vm_guard), once they are installed. The guards count as committed. */

@@ -2,10 +2,10 @@
 
 import errno
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pyreserve._alloc.integers import integers
 from pyreserve._alloc.pages import (
@@ -15,6 +15,8 @@ from pyreserve._alloc.pages import (
     alloc_run_at,
     free_each,
     free_run,
+    free_run_unless,
+    is_run_used,
 )
 from pyreserve._alloc.slots import Geometry, Slots
 from pyreserve._region.arrays import ArrayPlan
@@ -24,17 +26,15 @@ from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.region import resident_in
 from pyreserve._region.reserve import reserve
 from pyreserve._system.features import GUARD_PAGES
-from pyreserve._system.limits import PAGE_SIZE
 from pyreserve._system.machine import thp_size
 from pyreserve.errors import (
-    FreeError,
     OutOfMemoryError,
     RangeError,
     StateError,
     ViewError,
     VMError,
 )
-from pyreserve.units import MiB, format_size, round_up
+from pyreserve.units import MiB, format_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
     from pyreserve._alloc.integers import Integers
     from pyreserve._region.arrays import Shape
-
-_T = TypeVar("_T")
 
 # A pool in this many committed pieces takes no more map entries: `trim` discards from there on.
 _MAX_PIECES = 512
@@ -120,7 +118,9 @@ class Pool(InSteps):
         super().__init__(region, step, small_first=False)
         if guard:
             self._exports.set_cells(place.stride, place.guard)
-        self._item_size, self._stride, self._capacity = place.size, place.stride, place.count
+        self._item_size, self._capacity = place.size, place.count
+        self._stride, self._start, self._guard = place.stride, place.start, place.guard
+        self._viewed, self._keep = self._exports.viewed_flag, self._exports.handle  # its owner
         self._busy = False  # a call commits, clears or trims
         # Slots below _ready are committed and guarded. `trim` alone lowers it and _end, and never
         # runs inside another call: a call may raise them after it has committed.
@@ -153,10 +153,9 @@ class Pool(InSteps):
         Its bytes are zero if it was never allocated before, and with `zero`; else they are as its
         last user left them, or zero where `trim` gave their page back.
         """
-        with self._lock:
-            slot = alloc_run(self._handle, 1, 1, 0)
-            if zero or not 0 <= slot < self._ready:
-                self._prepare((slot,), zero)
+        slot = alloc_run(self._handle, 1, 1, 0)
+        if zero or not 0 <= slot < self._ready:
+            return self._alloc_slowly(slot, zero)
         return slot  # type: ignore[no-any-return]
 
     def free(self, slot: int) -> None:
@@ -167,22 +166,12 @@ class Pool(InSteps):
             ViewError: live views hold some of its bytes.
         """
         slot = _index(slot)
-        exports = self._exports
-        with self._lock:
-            if exports.released:
-                self._check_open()
-            try:
-                if exports.viewed and 0 <= slot < self._capacity:
-                    low, high = slot * self._stride, (slot + 1) * self._stride
-                    err = exports.remove(
-                        f"free slot {slot}", low, high, free_run, self._handle, slot, 1
-                    )
-                else:
-                    err = free_run(self._handle, slot, 1)
-            except OverflowError:
-                err = OUTSIDE
-        if err:
-            self._refuse_slot(slot, err)
+        try:  # without the lock: see `region_export` in csrc/region.h
+            if self._exports.viewed or free_run_unless(self._handle, slot, 1, self._viewed):
+                self._free_slowly(slot)
+        except OverflowError:
+            self._check_open()
+            self._place.refuse(slot, OUTSIDE)
 
     def alloc_many(self, n: int, *, zero: bool = False) -> "array[int]":
         """Allocate the `n` lowest free slots, all or none; return their numbers in rising order."""
@@ -191,7 +180,10 @@ class Pool(InSteps):
             self._check_open()
             if not 0 <= n <= self._slots.free_pages:
                 raise self._capacity_error(n)
-            slots = self._slots.alloc_many(1, array("q", bytes(8 * n)))
+            try:
+                slots = self._slots.alloc_many(1, array("q", bytes(8 * n)))
+            except OutOfMemoryError:  # another thread has allocated some since
+                raise self._capacity_error(n) from None
             if n:
                 self._prepare(slots, zero)
         return slots
@@ -208,7 +200,7 @@ class Pool(InSteps):
             self._check_views(numbers.values)
             err, at = free_each(self._handle, numbers, length)
         if err:
-            self._refuse_slot(numbers.item(at), err)
+            self._place.refuse(numbers.item(at), err)
 
     def view(self, slot: int, *, readonly: bool = False) -> memoryview:
         """Return a memoryview of a slot in use: `item_size` unsigned bytes.
@@ -221,10 +213,18 @@ class Pool(InSteps):
             StateError: called by a finaliser or signal handler inside another call.
         """
         slot = _index(slot)
-        with self._lock:
-            view = self._region.view(self._offset_in_use(slot), self._item_size, readonly=readonly)
-            self._offset_in_use(slot)  # raises if a signal handler has freed the slot since
-        return view
+        if not 0 <= slot < self._capacity:
+            self._check_open()
+            self._place.refuse(slot, OUTSIDE)
+        try:
+            view = self._exports.view(slot * self._stride + self._start, self._item_size)
+        except RangeError:  # not committed
+            self._offset_in_use(slot)
+            raise
+        # The view is known by now: the slot cannot be freed any more, if it is in use.
+        if not is_run_used(self._handle, slot, 1):
+            self._place.refuse(slot, NOT_IN_USE)
+        return view.toreadonly() if readonly else view
 
     def ndarray(
         self,
@@ -270,11 +270,9 @@ class Pool(InSteps):
         """Give back every whole OS page without a slot in use; return the bytes given back.
 
         The pages are decommitted, and committed again when their slots are allocated. A hole
-        between slots in use costs two map entries, and each of them costs a system call again when
-        it is filled. So the tail and the largest holes are decommitted until the pool is in 512
-        pieces. Other holes are discarded: that gives back their memory, not their commit charge,
-        and counts what was in memory.
-
+        between slots in use takes two map entries. So the tail and the largest holes are
+        decommitted until the pool is in 512 pieces. Other holes are discarded: that gives back
+        their memory, which is counted, but not their commit charge.
         Called by a finaliser or signal handler inside another call on the pool, it does nothing.
 
         Raises:
@@ -283,7 +281,13 @@ class Pool(InSteps):
         """
         with self._lock:
             self._check_open()
-            return 0 if self._busy else self._exclusively(self._trim)
+            if self._busy:
+                return 0
+            self._busy = True
+            try:
+                return self._trim()
+            finally:
+                self._leave(False)
 
     def release(self) -> None:
         """Release all addresses. The table of slots is freed with this object.
@@ -351,16 +355,32 @@ class Pool(InSteps):
         msg = f"cannot allocate {slots}: {len(self)} of {self._capacity} are in use"
         return OutOfMemoryError(errno.ENOMEM, msg, verb="alloc", nbytes=nbytes, limit="capacity")
 
-    def _exclusively(self, do: Callable[..., _T], *arguments: object) -> _T:
-        """Call `do` while `trim` does nothing, `release` is refused and `close` is deferred."""
-        interrupting, self._busy = self._busy, True
-        try:
-            return do(*arguments)
-        finally:
-            self._busy = interrupting
-            if not interrupting and self._exports.released:  # closed by a call that interrupted
-                self._ready = 0
-                self._exports.close()
+    def _alloc_slowly(self, slot: int, zero: bool) -> int:
+        """Prepare a slot that was allocated without the lock; if there was none, try again."""
+        with self._lock:
+            if slot < 0:  # maybe only because a `trim` has allocated the free ones
+                slot = alloc_run(self._handle, 1, 1, 0)
+            self._prepare((slot,), zero)
+        return slot
+
+    def _free_slowly(self, slot: int) -> None:
+        with self._lock:
+            self._check_open()
+            low, high = slot * self._stride, (slot + 1) * self._stride
+            if self._exports.viewed and 0 <= slot < self._capacity:
+                verb = f"free slot {slot}"
+                err = self._exports.remove(verb, low, high, free_run, self._handle, slot, 1)
+            else:
+                err = free_run(self._handle, slot, 1)
+        if err:
+            self._place.refuse(slot, err)
+
+    def _leave(self, interrupting: bool) -> None:
+        """End a call that has set `_busy`; `interrupting` is the value before."""
+        self._busy = interrupting
+        if not interrupting and self._exports.released:  # closed by a call that interrupted
+            self._ready = 0
+            self._exports.close()
 
     def _prepare(self, slots: Sequence[int], zero: bool) -> None:
         """Commit newly allocated slots, in rising order; clear dirty ones if `zero`.
@@ -370,41 +390,46 @@ class Pool(InSteps):
         self._check_open()
         if slots[0] < 0:
             raise self._capacity_error(1)
+        interrupting, self._busy = self._busy, True
         try:
-            self._exclusively(self._commit_and_clear, slots, zero)
+            last, dirty_end = slots[-1], self._dirty_end
+            if last >= self._ready:
+                self._make_ready(last + 1)
+            for slot in slots if zero else ():
+                if slot < dirty_end:
+                    self._clear(slot * self._stride + self._start, self._item_size)
+            self._check_open()  # a call that interrupted this one may have closed the pool
         except BaseException:
             self._slots.free_many(slots)
             raise
+        finally:
+            self._leave(interrupting)
 
-    def _commit_and_clear(self, slots: Sequence[int], zero: bool) -> None:
-        end = slots[-1] + 1
+    def _make_ready(self, end: int) -> None:
+        """Commit and guard the slots up to `end`."""
         self._commit(end * self._stride)  # with every hole below: those slots are all in use
-        if zero:
-            for slot in slots:
-                if slot < self._dirty_end:
-                    self._clear(slot * self._stride + self._place.start, self._item_size)
         self._dirty_end = max(self._dirty_end, end)
         ready = min(self._end // self._stride, self._dirty_end)
-        if self._place.guard and ready > self._ready:
+        if self._guard and ready > self._ready:
             self._exports.guard_cells(self._ready, ready)
         self._ready = ready
-        self._check_open()  # a call that interrupted this one may have closed the pool
 
     def _clear(self, offset: int, nbytes: int) -> None:
-        self._check_open()
+        if self._exports.released:
+            self._check_open()
         memmove(self._exports.address(offset), bytes(nbytes), nbytes)
 
-    def _trim(self) -> int:
+    def _trim(self) -> int:  # no other call can use a run's slots while they are allocated
         given, pieces = 0, len(self._region.committed_runs())
         refusals: list[Exception] = []
-        runs = sorted(self._runs_with_pages(), key=self._worth)
+        runs = self._place.by_worth(self._slots.free_runs())
         while runs:
             first, stop = runs.pop()
             if alloc_run_at(self._handle, first, stop - first):
-                # An interrupting call has allocated some of the slots: try what is left.
-                runs += [run for run in self._runs_with_pages() if first <= run[0] < stop]
+                # Another call has allocated some of the slots.
+                left = (run for run in self._slots.free_runs() if first <= run[0] < stop)
+                runs += self._place.by_worth(left)
                 continue
-            # While the run is allocated, no other call can use its slots.
             try:
                 if stop < self._capacity and pieces >= _MAX_PIECES:
                     given += self._discard(first, stop)
@@ -422,25 +447,9 @@ class Pool(InSteps):
             raise refusals.pop()
         return given
 
-    def _runs_with_pages(self) -> list[tuple[int, int]]:
-        """Return the runs of free slots that contain whole pages, and the tail."""
-        return [
-            run for run in self._slots.free_runs() if self._worth(run)[0] or self._pages_of(*run)[1]
-        ]
-
-    def _pages_of(self, first: int, stop: int) -> tuple[int, int]:
-        """Return offset and bytes of the whole pages inside a run of slots; of the tail, all."""
-        lo = round_up(first * self._stride, PAGE_SIZE)
-        hi = stop * self._stride // PAGE_SIZE * PAGE_SIZE
-        return lo, max((self._region.size if stop == self._capacity else hi) - lo, 0)
-
-    def _worth(self, run: tuple[int, int]) -> tuple[bool, int]:
-        """Order runs by the memory that a map entry gives back: the tail costs none."""
-        return run[1] == self._capacity, run[1] - run[0]
-
     def _decommit(self, first: int, stop: int) -> int:
         """Decommit the whole pages of an allocated run; return the bytes that were committed."""
-        lo, nbytes = self._pages_of(first, stop)
+        lo, nbytes = self._place.pages_of(first, stop)
         start, dirty = first * self._stride, first < self._dirty_end and stop == self._capacity
         # The tail reads zero from now on: clear what shares a page with a slot in use.
         if dirty and start < lo and self._region.is_committed(start, lo - start):
@@ -459,7 +468,7 @@ class Pool(InSteps):
 
     def _discard(self, first: int, stop: int) -> int:
         """Discard the whole pages of an allocated run; return the bytes that were in memory."""
-        lo, nbytes = self._pages_of(first, stop)
+        lo, nbytes = self._place.pages_of(first, stop)
         if not self._region.is_committed(lo, nbytes):  # next to a hole: it only has to grow
             return self._decommit(first, stop)
         given = resident_in(self._region, lo, nbytes)
@@ -473,8 +482,8 @@ class Pool(InSteps):
         slot = _index(slot)
         self._check_open()
         if not self._slots.is_used(slot):
-            self._refuse_slot(slot, NOT_IN_USE)
-        return slot * self._stride + self._place.start
+            self._place.refuse(slot, NOT_IN_USE)
+        return slot * self._stride + self._start
 
     def _check_views(self, slots: Sequence[int]) -> None:
         """Refuse to free slots that live views hold."""
@@ -491,10 +500,3 @@ class Pool(InSteps):
             slot = min(held)
             low, high = slot * stride, (slot + 1) * stride
             self._exports.refuse(f"free slot {slot}", low, high)
-
-    def _refuse_slot(self, slot: int, err: int) -> NoReturn:
-        if err == NOT_IN_USE and 0 <= slot < self._capacity:
-            msg = f"slot {slot} is free: freed already or never allocated"
-            raise FreeError(msg)
-        msg = f"slot must be in [0, {self._capacity}), got {slot}"
-        raise RangeError(msg)

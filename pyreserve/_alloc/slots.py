@@ -1,11 +1,12 @@
 """The places of a pool's slots in its region, and the allocator of their numbers."""
 
+from collections.abc import Iterable
 from operator import index as _index
-from typing import Any
+from typing import Any, NoReturn
 
-from pyreserve._alloc.pages import PageAllocator
+from pyreserve._alloc.pages import NOT_IN_USE, PageAllocator
 from pyreserve._system.limits import PAGE_SIZE
-from pyreserve.errors import RangeError
+from pyreserve.errors import FreeError, RangeError
 from pyreserve.units import GiB, as_bytes, round_up
 
 
@@ -62,3 +63,32 @@ class Geometry:
         if self.count <= 0:
             msg = f"capacity must be positive, got {self.count}"
             raise RangeError(msg)
+
+    def pages_of(self, first: int, stop: int) -> tuple[int, int]:
+        """Return offset and bytes of the whole pages inside a run of slots.
+
+        Those of a run up to the last slot reach to the end of the region.
+        """
+        lo, end = round_up(first * self.stride, PAGE_SIZE), stop * self.stride
+        hi = round_up(end, PAGE_SIZE) if stop == self.count else end // PAGE_SIZE * PAGE_SIZE
+        return lo, max(hi - lo, 0)
+
+    def by_worth(self, runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the tail and the runs with whole pages, most bytes for a map entry last.
+
+        The tail takes no map entry.
+        """
+        worth = [
+            (stop == self.count, stop - first, first)
+            for first, stop in runs
+            if stop == self.count or self.pages_of(first, stop)[1]
+        ]
+        return [(first, first + n) for _, n, first in sorted(worth)]
+
+    def refuse(self, slot: int, err: int) -> NoReturn:
+        """Raise the exception for a refusal of C, an enum pagealloc_refusal."""
+        if err == NOT_IN_USE and 0 <= slot < self.count:
+            msg = f"slot {slot} is free: freed already or never allocated"
+            raise FreeError(msg)
+        msg = f"slot must be in [0, {self.count}), got {slot}"
+        raise RangeError(msg)

@@ -23,6 +23,7 @@ ZEROED = 1 << lib.HEAP_PAGE_BITS
 heap_alloc = lib.heap_alloc
 heap_find = lib.heap_find
 heap_free = lib.heap_free
+heap_free_unviewed = lib.heap_free_unviewed
 heap_nbytes = lib.heap_nbytes
 heap_address = lib.heap_address
 _NO_MAXIMUM = 1 << 62  # bytes: more than any address space
@@ -208,14 +209,29 @@ class Heap:
 
     def view(self, handle: int, nbytes: int) -> memoryview:
         """Return a new view of a block."""
-        with self._lock:
-            address = int(heap_address(self.handle, handle))
-            if heap_nbytes(self.handle, handle) < 0:
-                self._refuse_stale()
-            view = self._region.view(address - self._base, nbytes)
-            if heap_nbytes(self.handle, handle) < 0:  # freed by a signal handler
-                self._refuse_stale()
+        heap = self.handle
+        try:
+            view = self._exports.view(int(heap_address(heap, handle)) - self._base, nbytes)
+        except RangeError:  # not committed: freed and trimmed
+            self.nbytes(handle)
+            raise
+        # The view is known by now: the block cannot be freed any more, if it is live.
+        if heap_nbytes(heap, handle) < 0:
+            self._refuse_stale()
         return view
+
+    def free(self, handle: int) -> None:
+        """Free a block that may be viewed."""
+        exports, heap = self._exports, self.handle
+        with self._lock:
+            nbytes = int(heap_nbytes(heap, handle))
+            if exports.viewed and nbytes > 0:
+                low = int(heap_address(heap, handle)) - self._base
+                nbytes = exports.remove("free", low, low + nbytes, heap_free, heap, handle)
+            else:
+                nbytes = heap_free(heap, handle)
+        if nbytes < 0:
+            self._refuse_stale()
 
     # -- closed blocks with live views --------------------------------------------------------
 

@@ -354,9 +354,10 @@ class Region:
         """
         offset = _index(offset)
         length = self._size - offset if length is None else _index(length)
-        if offset < 0 or length <= 0 or offset + length > self._size:
+        size = self._size
+        if not 0 <= offset <= size - length < size:
             self._check_open()
-            raise outside("view", offset, length, self._size)
+            raise outside("view", offset, length, size)
         view = (self._exports or self._open_exports()).view(offset, length)
         return view.toreadonly() if readonly else view
 

@@ -206,6 +206,18 @@ class TestSlots:
                 with pytest.raises(FreeError, match=f"slot {free} is free"):
                     use(free)
 
+    def test_a_free_slot_without_memory(self) -> None:
+        """A slot that was never allocated, or was trimmed, is a FreeError too."""
+        pool = Pool(PAGE_SIZE, capacity=100, step=PAGE_SIZE)
+        pool.alloc_many(3)
+        pool.free(1)
+        pool.trim()
+
+        for slot in (1, 50):
+            for use in (pool.free, pool.view, pool.address):
+                with pytest.raises(FreeError, match=f"slot {slot} is free"):
+                    use(slot)
+
     @pytest.mark.parametrize("slot", [-1, 100, 1 << 40, 1 << 64, -(1 << 70)])
     def test_no_such_slot(self, pool: Pool, slot: int) -> None:
         """A slot outside the pool is a RangeError."""
@@ -719,6 +731,48 @@ class TestThreads:
 
         assert errors == []
         assert len(pool) == 0
+
+    def test_a_viewed_slot_stays_among_threads(self) -> None:
+        """A slot that a thread has got a view of is not freed by others while the view lives."""
+        pool = Pool(64, capacity=3, step=PAGE_SIZE)
+        pool.alloc_many(3)
+        wrong: list[object] = []
+        seen = [0]
+
+        def look() -> None:
+            for i in range(4000):
+                slot = i % 3
+                try:
+                    view = pool.view(slot)
+                except FreeError:
+                    continue
+                seen[0] += 1
+                wrong.extend(slot for _ in range(3) if slot not in pool)
+                del view
+
+        def reuse() -> None:
+            for i in range(4000):
+                with suppress(ViewError, FreeError):
+                    pool.free(i % 3)
+                    if i % 5 == 0:
+                        pool.trim()
+                with suppress(OutOfMemoryError):
+                    pool.alloc()
+
+        threads = [threading.Thread(target=work) for work in (look, reuse, look, reuse)]
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(before)
+
+        assert wrong == []
+        assert seen[0] > 100
+        pool.release()
 
     def test_a_release_among_users(self) -> None:
         """Threads that use a pool while another releases it get ReleasedError and nothing worse."""

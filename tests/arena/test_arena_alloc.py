@@ -260,6 +260,17 @@ class TestFree:
         del held
         arena.free_many([other, block])
 
+    def test_freed_and_decommitted(self, small: Arena) -> None:
+        """A freed block is a FreeError also when its memory is gone."""
+        block = small.alloc(2 * MiB)
+        block.free()
+        small.trim()
+        assert small.committed < 2 * MiB
+
+        for use in (block.view, block.free, lambda: block.ndarray(8)):
+            with pytest.raises(FreeError):
+                use()
+
 
 class TestMany:
     @pytest.mark.parametrize("width", "bBhHiIqQ")

@@ -992,6 +992,27 @@ static void a_renamed_block_is_freed_for_others(void) {
     machine_end(m);
 }
 
+static void a_block_that_may_be_viewed_is_freed_by_its_owner_alone(void) {
+    struct machine *m = small_heap(&plain, 100);
+    int64_t first = heap_alloc(&m->heap, 100, 1, false, true);
+    int64_t second = heap_alloc(&m->heap, 200, 1, false, true);
+    CHECK(heap_free_unviewed(&m->heap, first) == 100);
+    CHECK(heap_free_unviewed(&m->heap, first) == HEAP_NO_BLOCK);
+    CHECK(region_export(&m->region, 0, 1) == 1 && m->region.viewed);
+    CHECK(heap_free_unviewed(&m->heap, second) == HEAP_VIEWED);
+    CHECK(heap_nbytes(&m->heap, second) == 200);
+    CHECK(heap_free_unviewed(&m->heap, first) == HEAP_VIEWED);
+    m->region.viewed = false;
+    CHECK(heap_free_unviewed(&m->heap, second) == 200);
+    int64_t third = heap_alloc(&m->heap, 300, 1, false, true);
+    CHECK(region_export(&m->region, 0, 1) == 1);
+    CHECK(heap_free(&m->heap, third) == 300);
+    heap_close(&m->heap, true);
+    m->region.viewed = false;
+    CHECK(heap_free_unviewed(&m->heap, third) == HEAP_CLOSED);
+    machine_end(m);
+}
+
 /* A block that another caller allocates between an allocation and its undo has a serial number of its
  * own. */
 static void an_undoing_gives_no_number_twice(void) {
@@ -1153,6 +1174,7 @@ int main(void) {
     RUN(a_refused_add_changes_nothing);
     RUN(extents_are_so_many);
     RUN(a_renamed_block_is_freed_for_others);
+    RUN(a_block_that_may_be_viewed_is_freed_by_its_owner_alone);
     RUN(an_undoing_gives_no_number_twice);
     RUN(pages_being_given_back_are_nobodys);
     RUN(flat_heaps_hold_what_the_model_holds);

@@ -601,6 +601,21 @@ static void cells_end_with_guards_that_a_decommit_removes(void) {
     }
 }
 
+static void viewed_is_set_by_an_export_and_by_the_end(void) {
+    struct region *region = reserved(4, 0);
+    REQUIRE(commit(region, 0, 2));
+    CHECK(!region->viewed);
+    CHECK(region_export(region, 3 * page, page) == REGION_NOT_COMMITTED && region->viewed);
+    region->viewed = false;
+    CHECK(region_export(region, 0, page) == 1 && region->viewed);
+    region->viewed = false;
+    CHECK(region_release(region) == 0 && region->viewed);
+    CHECK(region_reserve(region, 4 * page, 0, 0, NULL) == 0 && !region->viewed);
+    region_retire(region);
+    CHECK(region->viewed);
+    end(region);
+}
+
 static void guards_are_not_exported(void) {
     struct region *region = reserved(8, 0);
     REQUIRE(commit(region, 0, 7));
@@ -1128,6 +1143,7 @@ int main(void) {
     RUN(only_committed_bytes_are_populated_and_discarded);
     RUN(is_committed_takes_any_alignment);
     RUN(cells_end_with_guards_that_a_decommit_removes);
+    RUN(viewed_is_set_by_an_export_and_by_the_end);
     RUN(guards_are_not_exported);
     RUN(a_released_region_says_so);
     RUN(a_window_maps_and_owns_nothing);
