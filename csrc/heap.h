@@ -123,6 +123,12 @@ int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero
 int64_t heap_free(struct heap *heap, int64_t handle);
 int64_t heap_free_unviewed(struct heap *heap, int64_t handle);
 
+/* Changes the size of a block in place; its handle and the contents that both sizes have stay. More
+ * pages are taken behind it if they are free, which `may_commit` serves as in heap_alloc; what
+ * they contain is undefined. If they are not, the result is a refusal of pagealloc_alloc_at. Pages
+ * that the block no longer needs are freed. Returns its former size. */
+int64_t heap_resize(struct heap *heap, int64_t handle, uint64_t nbytes, bool may_commit);
+
 /* Replaces the handle of a block by `*renamed`; the old handle is invalid from then on. Returns
  * 0. */
 int64_t heap_rename(struct heap *heap, int64_t handle, int64_t *renamed);

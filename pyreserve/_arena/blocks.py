@@ -8,7 +8,7 @@ from pyreserve._arena.heap import ZEROED, Heap, handle_array
 from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.region import Region
 from pyreserve.errors import RangeError
-from pyreserve.units import format_size
+from pyreserve.units import as_bytes, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -68,7 +68,7 @@ class Block:
     @property
     def nbytes(self) -> int:
         """Requested size in bytes. The block occupies whole pages of the layout."""
-        return self._nbytes
+        return self._arena.heap.nbytes_or(self._handle, self._nbytes)
 
     @property
     def address(self) -> int:
@@ -138,8 +138,8 @@ class Block:
             FreeError, ReleasedError, StateError: as for `view`.
         """
         plan = ArrayPlan(shape, dtype)
-        if plan.nbytes > self._nbytes:
-            msg = f"shape and dtype must fit into {self._nbytes} bytes, got {plan.nbytes}"
+        if plan.nbytes > self.nbytes:
+            msg = f"shape and dtype must fit into {self.nbytes} bytes, got {plan.nbytes}"
             raise RangeError(msg)
         if not plan.nbytes:
             self._arena.heap.nbytes(self._handle)
@@ -155,6 +155,30 @@ class Block:
         view = self._arena.heap.view(self._handle, self._nbytes)
         self._pin = view.obj  # keeps the buffer alive, which protects its bytes
         return view
+
+    def resize(self, nbytes: int | str) -> None:
+        """Change the size in place, to bytes or a size such as ``"64KiB"``.
+
+        A larger block takes the free pages behind it, and the arena grows for its last block. The
+        new bytes have undefined contents. A smaller block gives the pages that it no longer needs
+        to other blocks. Address, other contents and live views stay.
+
+        Raises:
+            RangeError: `nbytes` is not positive.
+            OutOfMemoryError: the pages behind the block are not free, or the kernel refused.
+                Nothing has changed, except that the arena may have grown.
+            ViewError: live views show bytes that would be cut; nothing has changed.
+            FreeError: the block was freed or closed.
+            ReleasedError: the arena was released or closed.
+            StateError: a finaliser or signal handler called this during a growth, and the arena
+                has to grow again.
+        """
+        nbytes = as_bytes(nbytes)
+        if nbytes <= 0:
+            msg = f"nbytes must be positive, got {nbytes}"
+            raise RangeError(msg)
+        self._arena.heap.resize(self._handle, nbytes)
+        self._nbytes = nbytes
 
     def free(self) -> None:
         """Free the block. Raises as `Arena.free`."""
@@ -176,7 +200,7 @@ class Block:
         self.close()
 
     def __len__(self) -> int:
-        return self._nbytes
+        return self.nbytes
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Block):
@@ -188,7 +212,7 @@ class Block:
 
     def __repr__(self) -> str:
         state = ", freed" if self.freed else f" at {self.address:#x}"
-        return f"<Block of {format_size(self._nbytes)}{state}>"
+        return f"<Block of {format_size(self.nbytes)}{state}>"
 
     def __reduce__(self) -> NoReturn:
         msg = "Block cannot be pickled or copied: its memory belongs to this process"

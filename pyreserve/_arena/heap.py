@@ -44,6 +44,7 @@ class Heap:
     Attributes:
         handle: ``struct heap *``; None until the first allocation. `Arena` passes it to C itself
             in its two hot calls.
+        resized: whether a block was ever resized: Block objects may then have an old size.
         unviewed: closed blocks whose last view is gone, to be freed by `free_closed`.
         tables: the region of the heap's tables; None until the first allocation.
     """
@@ -59,6 +60,7 @@ class Heap:
         "_region",
         "_step",
         "handle",
+        "resized",
         "tables",
         "unviewed",
     )
@@ -69,6 +71,7 @@ class Heap:
         self._base, self._exports = engine.region.base, engine.region.exports
         self._page, self._step = engine.page, step
         self.handle: Any = None
+        self.resized = False
         self.tables: Region | None = None
         # Closed blocks by their new handle. The callback of a view cannot take the lock, so it
         # only appends to `unviewed`.
@@ -198,6 +201,11 @@ class Heap:
             self._refuse_stale()
         return nbytes
 
+    def nbytes_or(self, handle: int, nbytes: int) -> int:
+        """Return the size of a block that may have been resized; `nbytes` if it is not live."""
+        size = int(heap_nbytes(self.handle, handle)) if self.resized else 0
+        return size if size > 0 else nbytes
+
     def _refuse_stale(self) -> NoReturn:
         """Raise for a handle that names no live block, or because the arena is closed."""
         self._engine.check_open()
@@ -208,17 +216,19 @@ class Heap:
         return bool(heap_nbytes(self.handle, handle) >= 0)
 
     def view(self, handle: int, nbytes: int) -> memoryview:
-        """Return a new view of a block."""
+        """Return a new view of a block that has, or had before it was resized, this size."""
         heap = self.handle
-        try:
-            view = self._exports.view(int(heap_address(heap, handle)) - self._base, nbytes)
-        except RangeError:  # not committed: freed and trimmed
-            self.nbytes(handle)
-            raise
-        # The view is known by now: the block cannot be freed any more, if it is live.
-        if heap_nbytes(heap, handle) < 0:
-            self._refuse_stale()
-        return view
+        while True:
+            try:
+                view = self._exports.view(int(heap_address(heap, handle)) - self._base, nbytes)
+            except RangeError:  # not committed: freed or cut, and trimmed
+                if self.nbytes(handle) == nbytes:
+                    raise
+            else:
+                # The view is known by now: a live block can no longer be freed, or cut to less.
+                if heap_nbytes(heap, handle) == nbytes:
+                    return view
+            nbytes = self.nbytes(handle)
 
     def free(self, handle: int) -> None:
         """Free a block that may be viewed."""
@@ -233,6 +243,38 @@ class Heap:
         if nbytes < 0:
             self._refuse_stale()
 
+    def resize(self, handle: int, nbytes: int) -> None:
+        """Change the size of a block in place; see `Block.resize`."""
+        with self._lock, self._exports.removal():
+            self._engine.check_open()
+            self.free_closed()
+            old = self.nbytes(handle)
+            if nbytes < old:
+                low = self.offset(handle)
+                self._exports.refuse("shrink", low + nbytes, low + old)
+            self.resized = True
+            size = min(nbytes, _NO_MAXIMUM)
+            result = int(lib.heap_resize(self.handle, handle, size, True))
+            if result == lib.PAGEALLOC_FOREIGN and self._grow_behind(handle, old, nbytes):
+                result = int(lib.heap_resize(self.handle, handle, nbytes, True))
+        if result in (lib.HEAP_NO_BLOCK, lib.HEAP_CLOSED):  # by an interrupting call
+            self._refuse_stale()
+        if result <= lib.HEAP_ERRNO:
+            raise self._alloc_error(result, nbytes)
+        if result < 0:
+            msg = f"cannot resize {old}-byte block to {nbytes}: the pages behind it are not free"
+            raise OutOfMemoryError(errno.ENOMEM, msg, verb="resize", nbytes=nbytes)
+
+    def _grow_behind(self, handle: int, old: int, nbytes: int) -> bool:
+        """Grow the heap behind its last block; return False for another block."""
+        page, tail = self._page, int(lib.heap_tail(self.handle))
+        behind = (handle & ZEROED - 1) + -(-old // page)
+        if behind + tail // page != self.handle.end or nbytes >= _NO_MAXIMUM:
+            return False
+        lacking = (-(-nbytes // page) - -(-old // page)) * page
+        self._grow(lacking, lacking, nbytes)
+        return True
+
     # -- closed blocks with live views --------------------------------------------------------
 
     def close_block(self, handle: int, nbytes: int) -> None:
@@ -240,7 +282,7 @@ class Heap:
         with self._lock:
             if not self._exports.released:
                 # Recorded first, so that an interruption cannot lose the block.
-                closed = _ClosedBlock(self, nbytes)
+                closed = _ClosedBlock(self, self.nbytes_or(handle, nbytes))
                 self.unviewed.append(closed)
                 lib.heap_rename(self.handle, handle, closed.handle)
                 self.free_closed()
