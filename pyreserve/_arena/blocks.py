@@ -44,7 +44,8 @@ class Block:
     Dropping a Block object does not free its block; `Arena.block_at` and `Arena.blocks` return a
     new object for it. Two Block objects for the same block are equal.
 
-    Leaving a ``with`` block closes the block. From Python 3.12 on a Block is itself a buffer.
+    Leaving a ``with`` block closes the block. ``np.asarray`` of a Block is an array of its bytes.
+    From Python 3.12 on a Block is itself a buffer.
     Exporting that buffer pins the bytes as long as the Block object lives, because some consumers
     (``np.ndarray(buffer=...)``, ``torch.frombuffer``) keep only a reference to the object. `view`
     pins them only as long as the view, or an object made from it, is alive.
@@ -146,6 +147,22 @@ class Block:
             return plan.empty(readonly=readonly)
         view = self.view()[: plan.nbytes]
         return plan.over(view.toreadonly() if readonly else view)
+
+    def __array__(
+        self, dtype: "npt.DTypeLike | None" = None, copy: bool | None = None
+    ) -> "np.ndarray[Any, Any]":
+        """Return the bytes as an ndarray that protects the block as a `view` does.
+
+        For numpy before Python 3.12, where a Block is no buffer. Raises: as `ndarray`; ValueError
+        if `dtype` needs a copy and `copy` is False.
+        """
+        array = self.ndarray(self.nbytes)
+        if dtype is None or array.dtype == dtype:
+            return array.copy() if copy else array
+        if copy is False:
+            msg = f"dtype must be uint8 without a copy, got {dtype!r}"
+            raise ValueError(msg)
+        return array.astype(dtype)
 
     def __buffer__(self, flags: int, /) -> memoryview:
         """Export the bytes as a buffer (PEP 688), pinned as long as this object lives.

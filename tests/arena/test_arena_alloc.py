@@ -634,6 +634,42 @@ class TestProtocols:
         assert same is not None
         same.free()
 
+    def test_as_an_array(self, small: Arena) -> None:
+        """np.asarray of a block shares its bytes and protects them."""
+        block = small.alloc(100)
+        array = np.asarray(block)
+
+        assert (array.shape, array.dtype.name) == ((100,), "uint8")
+        array[:] = 7
+        assert bytes(block.view()) == bytes([7]) * 100
+        assert np.array(block).tolist() == [7] * 100
+        assert not np.shares_memory(np.array(block), array)
+        assert np.asarray(block, "f8").tolist() == [7.0] * 100
+        assert np.add(block, 1).tolist() == [8] * 100
+        with pytest.raises(ViewError):
+            block.free()
+
+    def test_the_array_protocol(self, small: Arena) -> None:
+        """__array__ copies only if it must or is asked to; its array protects the block."""
+        block = small.alloc(16)
+        block.view()[:] = bytes(range(16))
+
+        array = block.__array__()
+        array[0] = 99
+        assert block.view()[0] == 99
+        assert block.__array__("uint8", copy=False)[0] == 99
+        assert block.__array__(copy=True).base is None
+        assert block.__array__("f4").dtype == np.float32
+        with pytest.raises(ValueError, match="dtype must be uint8"):
+            block.__array__("f4", copy=False)
+        with pytest.raises(ViewError):
+            block.free()
+        del array
+        block.free()
+        for use in (block.__array__, lambda: np.asarray(block)):
+            with pytest.raises(FreeError):
+                use()
+
     def test_repr(self, small: Arena) -> None:
         """The repr has size and address, or says that the block was freed."""
         block = small.alloc(PAGE)
