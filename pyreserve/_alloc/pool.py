@@ -102,7 +102,6 @@ class Pool(InSteps):
             if fork == "wipe":  # a child would have no guards
                 msg = 'guard=True and fork="wipe" are mutually exclusive'
                 raise ValueError(msg)
-        # Slots are the pages of this allocator.
         self._slots = Slots(place.count, capacity=place.count)
         self._handle = self._slots.handle
         # Steps must end on multiples of their own size to be backed with huge pages.
@@ -473,8 +472,7 @@ class Pool(InSteps):
             return self._decommit(first, stop)
         given = resident_in(self._region, lo, nbytes)
         if given:
-            exports = self._exports
-            exports.remove("trim", lo, lo + nbytes, exports.discard, lo, nbytes)
+            self._exports.remove("trim", lo, lo + nbytes, self._exports.discard, lo, nbytes)
         return given
 
     def _offset_in_use(self, slot: int) -> int:

@@ -7,32 +7,29 @@ from functools import partial
 from typing import Any, NoReturn
 
 from pyreserve._alloc.integers import IntegersForC
-from pyreserve._alloc.pages import close_with, reserve_tables
+from pyreserve._arena.cheap import (
+    ZEROED,
+    already_freed,
+    heap_address,
+    heap_alloc,
+    heap_find,
+    heap_free,
+    heap_nbytes,
+    open_heap,
+)
 from pyreserve._arena.engine import Engine
 from pyreserve._native import ffi, lib
 from pyreserve._region.region import Region
-from pyreserve._system import forks
 from pyreserve._system.limits import refusal
-from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError, ViewError
-from pyreserve.units import MiB, TiB
+from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError, ViewError
+from pyreserve.units import MiB
 
-ZEROED = 1 << lib.HEAP_PAGE_BITS
-"""The bit of a handle that says that the block was known to be zero when it was allocated."""
-
-# Bound once: an attribute lookup on the library costs a third of an empty call.
-heap_alloc = lib.heap_alloc
-heap_find = lib.heap_find
-heap_free = lib.heap_free
-heap_free_unviewed = lib.heap_free_unviewed
-heap_nbytes = lib.heap_nbytes
-heap_address = lib.heap_address
 _NO_MAXIMUM = 1 << 62  # bytes: more than any address space
 _BLOCKS_PER_CALL = 256
 _RUNS_PER_CALL = 256
 _MAX_RUN_BYTES = 64 * MiB  # given back in one system call: bounds how long the lock is held
 # Seconds that a scavenger waits for the lock before it checks whether it was stopped.
 _LOCK_POLL_SECONDS = 0.05
-_SPREAD_BYTES = TiB  # the tables' capacity where each arena is mapped separately (Go 1.11)
 
 
 class Heap:
@@ -429,41 +426,10 @@ class Heap:
     # -- the C heap ---------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Create the C heap. Its tables are a reservation whose pages get memory at first touch."""
+        """Create the C heap."""
         if self.handle is not None:
             return
-        engine = self._engine
-        layout, placement = engine.layout, engine.placement
-        own_spans = not layout.spans and not layout.arena_metadata
-        if layout.arena_metadata:
-            arena_bytes = _SPREAD_BYTES
-        else:
-            arena_bytes = placement.window_end - placement.arena_start
-        capacity = min(arena_bytes // self._page, 1 << lib.HEAP_PAGE_BITS)
-        tables = reserve_tables(lib.heap_bytes(capacity, own_spans))
-        metadata = ffi.new("struct heap_metadata *")
-        metadata.page = self._page
-        metadata.word = layout.word
-        metadata.bitmap_bits = layout.bitmap_bits
-        metadata.start = placement.arena_start
-        metadata.spans = ffi.cast("void *", placement.spans[0] if layout.spans else 0)
-        if layout.arena_metadata:
-            metadata.index = ffi.cast("uintptr_t *", engine.metadata[0].base)
-            metadata.unit = layout.unit
-            metadata.unit_bitmap = engine.unit_bitmap
-        heap = ffi.new("struct heap *")
-        lib.heap_open(
-            heap,
-            ffi.cast("void *", tables.base),
-            capacity,
-            own_spans,
-            self._exports.handle,
-            metadata,
-        )
-        # This cdata keeps all memory of the heap alive. The collector does not track it and calls
-        # hold a reference, so it outlives every finaliser that may still use the arena.
-        close_with(heap, tables, self._region, engine.metadata)
-        forks.register_tables(heap, heap.pages)
+        tables, heap = open_heap(self._engine)
         # A signal handler or finaliser may have created a heap with blocks: keep that one.
         if self.handle is None:
             self.tables, self.handle = tables, heap
@@ -566,13 +532,3 @@ class _ClosedBlock:
         heap = self._heap()
         if not self._anchors and heap is not None:
             heap.unviewed.append(self)
-
-
-def handle_array(handles: list[int]) -> Any:
-    """Return a cdata array of handles, eight bytes each."""
-    return ffi.new("int64_t[]", handles)
-
-
-def already_freed(name: str = "the block") -> FreeError:
-    """Create the exception for a block that was freed or closed before."""
-    return FreeError(f"{name} was already freed or closed")

@@ -248,6 +248,31 @@ class ArenaScene(Scene):
         del self.arena
 
 
+class ResizeBlock(ArenaScene):
+    """The last block grows beyond the arena."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.last = self.arena.alloc(100)
+        self.keep(self.last.address, 100, 3)
+
+    def act(self) -> None:
+        self.last.resize(self.nbytes)
+
+    def undo(self) -> None:
+        ctypes.memset(self.last.address + self.nbytes - 100, 7, 100)
+        self.last.resize(100)
+
+
+class ResizeOverReleased(ResizeBlock):
+    """A block grows over pages that were decommitted."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.arena.alloc(self.nbytes).free()
+        self.arena.trim()
+
+
 class FirstBlock(ArenaScene):
     """The first allocation opens the heap."""
 
@@ -832,6 +857,8 @@ OPERATIONS: dict[str, Operation] = {
         f"alloc_many grows {name}": Operation(partial(AllocMany, name), copes)
         for name, copes in _GROWS.items()
     },
+    "Block.resize": _operation(partial(ResizeBlock, "native"), _needs_less),
+    "Block.resize recommits": _operation(partial(ResizeOverReleased, "native")),
     "scavenge": _operation(partial(Scavenge, "go-tip-2014-12/amd64"), _always),
     "scavenge go1.11": _operation(partial(Scavenge, "go1.11/amd64"), _always),
     "scavenge, never charged": _operation(
