@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from pyreserve._region.arrays import Shape
 
 
+# Whether a block of any arena was ever resized: Block objects may then have an old size.
+_any_resized = False
+
+
 class BlockArena(Protocol):
     """The arena of a block, as this module knows it. `pyreserve.Arena` is the only one."""
 
@@ -70,6 +74,8 @@ class Block:
     @property
     def nbytes(self) -> int:
         """Requested size in bytes. The block occupies whole pages of the layout."""
+        if not _any_resized:  # not a call for each size that cannot have changed
+            return self._nbytes
         return self._arena.heap.nbytes_or(self._handle, self._nbytes)
 
     @property
@@ -195,6 +201,8 @@ class Block:
         if nbytes <= 0:
             msg = f"nbytes must be positive, got {nbytes}"
             raise RangeError(msg)
+        global _any_resized  # noqa: PLW0603
+        _any_resized = True
         self._arena.heap.resize(self._handle, nbytes)
         self._nbytes = nbytes
 
