@@ -11,6 +11,7 @@ MODULES = (
     "runs",
     "bitmap",
     "tracing",
+    "shared",
     "region",
     "lazybitmap",
     "pagealloc",

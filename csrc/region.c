@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "shared.h"
 #include "vm.h"
 #include "words.h"
 
@@ -32,12 +33,18 @@ static int check_range(const struct region *region, size_t offset, size_t length
     return 0;
 }
 
+/* The bytes of memory behind `length` bytes of a region. */
+static size_t memory_length(const struct region *region, size_t length) {
+    return region->mirrored ? length / 2 : length;
+}
+
 /* Record [lo, hi) as committed, or as reserved again. Need runs_grow on `committed` before. */
 static void record_commit(struct region *region, size_t lo, size_t hi) {
     struct run gap;
     if (tracing_is_on())
         for (size_t at = lo; runs_next_gap(&region->committed, at, hi, &gap); at = gap.hi)
-            tracing_add(&region->traced, address_of(region, 0), gap.lo, gap.hi);
+            tracing_add(&region->traced, address_of(region, 0), gap.lo,
+                        gap.lo + memory_length(region, gap.hi - gap.lo));
     runs_add(&region->committed, lo, hi);
 }
 
@@ -65,10 +72,29 @@ static int unmap_piece(struct region *region, size_t lo, size_t hi, size_t befor
 /* Gives newly mapped bytes the advice and the name of the region. */
 static int apply_policy(const struct region *region, uintptr_t address, size_t length) {
     int err = region->advice ? vm_advise(address, length, region->advice) : 0;
-    /* The name is only information; kernels without CONFIG_ANON_VMA_NAME refuse it. */
-    if (err == 0 && region->name[0] != '\0')
+    /* The name is only information; kernels without CONFIG_ANON_VMA_NAME refuse it. A file has it. */
+    if (err == 0 && !region->shared && region->name[0] != '\0')
         (void)vm_name(address, length, region->name);
     return err;
+}
+
+static int allocate(const struct region *region, size_t offset, size_t length) {
+    return shared_allocate(region->file, offset, memory_length(region, length));
+}
+
+static int punch(const struct region *region, size_t offset, size_t length) {
+    return vm_file_punch(region->file, offset, memory_length(region, length));
+}
+
+/* REGION_MIRRORED for part of a mirrored region, else 0. */
+static int check_whole(const struct region *region, size_t length) {
+    return region->mirrored && length != region->size ? REGION_MIRRORED : 0;
+}
+
+static void close_file(struct region *region) {
+    if (region->shared)
+        (void)vm_file_close(region->file);
+    region->shared = region->mirrored = false;
 }
 
 /* The smallest range that contains all committed bytes of [lo, hi); false if there are none. */
@@ -81,16 +107,21 @@ static bool committed_bounds(const struct region *region, size_t lo, size_t hi, 
     return true;
 }
 
-/* Maps `total` bytes so that `*start` + `guard` is a multiple of `align`: at the first try if the
- * kernel happens to align it, else by mapping `align` more and unmapping both ends. */
-static int map_aligned(uintptr_t hint, size_t total, size_t guard, size_t align, int access,
+/* Maps `total` bytes so that `*start` + `offset` is a multiple of `align`: at the first try if the
+ * hint or the kernel happens to be right, else by mapping `align` more and unmapping both ends. */
+static int map_aligned(uintptr_t hint, size_t total, size_t offset, size_t align, int access,
                        uintptr_t *start) {
-    int err = vm_map(hint, total, access, start);
-    if (err != 0 || ((*start + guard) & (align - 1)) == 0)
-        return err;
-    err = vm_release(*start, total);
-    if (err != 0)
-        return err;
+    offset &= align - 1; /* keeps the sums below from wrapping around */
+    int err;
+    /* The kernel aligns large mappings to huge pages, which is wrong with an offset. */
+    if (hint != 0 || offset == 0) {
+        err = vm_map(hint, total, access, start);
+        if (err != 0 || ((*start + offset) & (align - 1)) == 0)
+            return err;
+        err = vm_release(*start, total);
+        if (err != 0)
+            return err;
+    }
     /* Map more, and choose the aligned place inside. */
     if (total > SIZE_MAX - align)
         return ENOMEM;
@@ -98,19 +129,19 @@ static int map_aligned(uintptr_t hint, size_t total, size_t guard, size_t align,
     err = vm_map(0, total + align, access, &wide);
     if (err != 0)
         return err;
-    *start = (uintptr_t)round_up(wide + guard, align) - guard;
+    size_t below = (size_t)(round_up(wide + offset, align) - offset - wide), above = align - below;
+    *start = wide + below;
     /* Unmap both ends. If that is refused, unmap all that is left. */
-    size_t before = *start - wide, after = align - before;
-    if (before > 0)
-        err = vm_release(wide, before);
+    if (below > 0)
+        err = vm_release(wide, below);
     if (err != 0) {
         (void)vm_release(wide, total + align);
         return err;
     }
-    if (after > 0)
-        err = vm_release(*start + total, after);
+    if (above > 0)
+        err = vm_release(*start + total, above);
     if (err != 0)
-        (void)vm_release(*start, total + after);
+        (void)vm_release(*start, total + above);
     return err;
 }
 
@@ -124,7 +155,55 @@ static void initialise(struct region *region, size_t size, int accounting, int a
     region->sealed = region->retired = false;
     region->cell = region->cell_guard = 0;
     set_viewed(region, false);
+    region->shared = region->mirrored = region->strict = false;
     memset(region->name, 0, sizeof region->name);
+}
+
+/* Creates the file of a shared region. */
+static int open_file(struct region *region, const struct region_options *options) {
+    bool mirrored = options->mirrored;
+    size_t length = mirrored ? region->size / 2 : region->size;
+    if ((mirrored && (region->size & 1)) || (length & (region->page - 1)))
+        return REGION_MISALIGNED;
+    const char *name = region->name[0] != '\0' ? region->name : "pyreserve";
+    int err = shared_create(name, length, &region->file);
+    region->shared = err == 0;
+    region->mirrored = err == 0 && mirrored;
+    region->strict = options->strict;
+    return err;
+}
+
+/* Maps the file at `base`, in the place of what is mapped there. */
+static int map_file(const struct region *region, uintptr_t base) {
+    size_t part = memory_length(region, region->size);
+    int err = vm_renew_file(base, part, VM_RESERVED, region->file);
+    if (err == 0 && region->mirrored)
+        err = vm_renew_file(base + part, part, VM_RESERVED, region->file);
+    return err;
+}
+
+/* Maps the region with its guards, `total` bytes, at `*start`. */
+static int map_whole(struct region *region, size_t total, const struct region_options *options,
+                     uintptr_t *start) {
+    size_t guard = region->guard;
+    int access = VM_RESERVED | region->accounting;
+    *start = options->address > guard ? options->address - guard : options->address;
+    int err;
+    if (options->exact)
+        err = vm_map_at(*start, total, access);
+    else if (options->align > region->page)
+        err = map_aligned(*start, total, guard + options->lead, options->align, access, start);
+    else
+        err = vm_map(*start, total, access, start);
+    if (err != 0)
+        return err;
+    if (region->shared)
+        err = map_file(region, *start + guard);
+    if (err == 0)
+        err = apply_policy(region, *start, total);
+    if (err != 0)
+        (void)vm_release(*start, total);
+    return err;
 }
 
 int region_reserve(struct region *region, size_t size, int accounting, int advice,
@@ -136,7 +215,7 @@ int region_reserve(struct region *region, size_t size, int accounting, int advic
     size_t guard = region->guard = options->guard;
     if (size == 0)
         return REGION_OUTSIDE;
-    if ((size | guard | options->address) & (region->page - 1))
+    if ((size | guard | options->lead | options->address) & (region->page - 1))
         return REGION_MISALIGNED;
     int err = runs_grow(&region->reserved);
     if (err != 0)
@@ -147,21 +226,13 @@ int region_reserve(struct region *region, size_t size, int accounting, int advic
         return EINVAL;
     memcpy(region->name, options->name, sizeof region->name - 1);
 
-    /* Map the region with its guards, then give the whole the policy. */
-    size_t total = size + 2 * guard;
-    int access = VM_RESERVED | accounting;
-    uintptr_t start = options->address > guard ? options->address - guard : options->address;
-    if (options->exact)
-        err = vm_map_at(start, total, access);
-    else if (options->align > region->page)
-        err = map_aligned(start, total, guard, options->align, access, &start);
-    else
-        err = vm_map(start, total, access, &start);
-    if (err != 0)
-        return err;
-    err = apply_policy(region, start, total);
+    if (options->shared || options->mirrored)
+        err = open_file(region, options);
+    uintptr_t start;
+    if (err == 0)
+        err = map_whole(region, size + 2 * guard, options, &start);
     if (err != 0) {
-        (void)vm_release(start, total);
+        close_file(region);
         return err;
     }
     region->base = (char *)(start + guard);
@@ -244,10 +315,19 @@ int region_disclaim(struct region *region, size_t offset, size_t length) {
     return err != 0 ? err : unmap_piece(region, offset, offset + length, 0, 0);
 }
 
+/* Makes a gap readable and writable. */
+static int open_gap(const struct region *region, const struct run *gap) {
+    int err = region->shared ? allocate(region, gap->lo, gap->hi - gap->lo) : 0;
+    return err != 0 ? err
+                    : vm_protect(address_of(region, gap->lo), gap->hi - gap->lo, VM_COMMITTED);
+}
+
 /* Removes access from a gap that a refused commit may have opened, in full or in part. */
 static int reprotect(const struct region *region, const struct run *gap) {
     uintptr_t address = address_of(region, gap->lo);
     int err = vm_protect(address, gap->hi - gap->lo, VM_RESERVED);
+    if (region->shared)
+        return err != 0 ? err : punch(region, gap->lo, gap->hi - gap->lo);
     /* If the gap had merged with touched memory, only a new mapping refunds its charge. */
     if (err == 0 && !(region->accounting & VM_NORESERVE) &&
         vm_renew(address, gap->hi - gap->lo, VM_RESERVED) == 0)
@@ -283,16 +363,19 @@ static int remap(struct region *region, size_t lo, size_t hi) {
 /* Returns [lo, hi) to reserved in the kernel and in the books, which must have space. */
 static int decommit_range(struct region *region, size_t lo, size_t hi) {
     uintptr_t address = address_of(region, lo);
-    bool charged = !(region->accounting & VM_NORESERVE);
+    bool charged = !region->shared && !(region->accounting & VM_NORESERVE);
     /* Without a charge to refund, remove access and then drop the contents. */
     int err = charged ? 0 : vm_protect(address, hi - lo, VM_RESERVED);
-    if (!charged && err == 0 && vm_discard(address, hi - lo) == 0) {
+    int kept = 1;
+    if (!charged && err == 0)
+        kept = region->shared ? punch(region, lo, hi - lo) : vm_discard(address, hi - lo);
+    if (kept == 0) {
         record_decommit(region, lo, hi);
         return 0;
     }
     /* Otherwise remap: that refunds the charge and works on mlocked pages. */
     if (err == 0)
-        err = remap(region, lo, hi);
+        err = region->shared ? kept : remap(region, lo, hi);
     if (err == 0) {
         record_decommit(region, lo, hi);
         return apply_policy(region, address, hi - lo);
@@ -310,12 +393,14 @@ int region_commit(struct region *region, size_t offset, size_t length) {
     struct run gap;
     if (err != 0 || !runs_next_gap(&region->committed, offset, end, &gap))
         return err;
-    err = runs_grow(&region->committed);
+    err = check_whole(region, length);
+    if (err == 0)
+        err = runs_grow(&region->committed);
     if (err != 0)
         return err;
     /* Open the gaps one by one; the books stay as they were until all are open. */
     for (size_t at = offset; runs_next_gap(&region->committed, at, end, &gap); at = gap.hi) {
-        err = vm_protect(address_of(region, gap.lo), gap.hi - gap.lo, VM_COMMITTED);
+        err = open_gap(region, &gap);
         if (err != 0)
             break;
     }
@@ -336,7 +421,9 @@ int region_decommit(struct region *region, size_t offset, size_t length) {
     struct run all;
     if (err != 0 || !committed_bounds(region, offset, offset + length, &all))
         return err;
-    err = runs_grow(&region->committed);
+    err = check_whole(region, length);
+    if (err == 0)
+        err = runs_grow(&region->committed);
     return err != 0 ? err : decommit_range(region, all.lo, all.hi);
 }
 
@@ -350,13 +437,24 @@ static int check_committed(const struct region *region, size_t offset, size_t le
 
 int region_populate(struct region *region, size_t offset, size_t length) {
     int err = check_committed(region, offset, length);
+    /* Discarded pages of a file. For a mirrored region, all: the range may be in either half. */
+    if (err == 0 && region->mirrored)
+        err = allocate(region, 0, region->size);
+    else if (err == 0 && region->shared)
+        err = allocate(region, offset, length);
     return err != 0 ? err : vm_populate(address_of(region, offset), length);
 }
 
 int region_discard(struct region *region, size_t offset, size_t length, bool lazy) {
     int err = check_committed(region, offset, length);
+    if (err == 0)
+        err = check_whole(region, length);
     if (err != 0)
         return err;
+    if (region->shared) {
+        err = punch(region, offset, length);
+        return err == 0 && region->strict ? allocate(region, offset, length) : err;
+    }
     if (lazy) {
         err = vm_discard_lazy(address_of(region, offset), length);
         if (err != EINVAL)
@@ -364,6 +462,29 @@ int region_discard(struct region *region, size_t offset, size_t length, bool laz
         /* No MADV_FREE before Linux 4.5: discarding at once keeps the same promise. */
     }
     return vm_discard(address_of(region, offset), length);
+}
+
+int region_slide(struct region *region, size_t *front, size_t length) {
+    const size_t chunk = (size_t)2 << 20, from = *front;
+    int known = region_is_committed(region, from, length);
+    if (known != 1)
+        return known == 0 ? REGION_NOT_COMMITTED : known;
+    size_t end = (size_t)round_up(length, region->page);
+    int err = region_commit(region, 0, end);
+    if (err != 0)
+        return err;
+    /* Upwards, so that no byte is overwritten before it is copied. A page whose last byte is copied
+     * can be discarded unless it is part of the destination; a refusal costs only memory. */
+    for (size_t at = 0; at < length && from > 0; at += chunk) {
+        size_t n = (size_t)smaller(chunk, length - at);
+        memmove(region->base + at, region->base + from + at, n);
+        size_t lo = (size_t)larger(end, (from + at) / region->page * region->page);
+        size_t hi = (from + at + n) / region->page * region->page;
+        if (lo < hi)
+            (void)vm_discard(address_of(region, lo), hi - lo);
+    }
+    *front = 0;
+    return 0;
 }
 
 int region_is_committed(const struct region *region, size_t offset, size_t length) {
@@ -468,6 +589,7 @@ static int unmap(struct region *region) {
     runs_empty(&region->reserved);
     runs_empty(&region->committed);
     set_viewed(region, true);
+    close_file(region);
     region->base = NULL;
     return 0;
 }
@@ -485,9 +607,13 @@ void region_retire(struct region *region) {
 
 void region_end(struct region *region) {
     struct run piece;
-    if (region->base != NULL && !region->sealed && unmap(region) != 0)
+    if (region->base != NULL && !region->sealed && unmap(region) != 0) {
         for (size_t at = 0; runs_next(&region->committed, at, region->size, &piece); at = piece.hi)
             (void)vm_discard(address_of(region, piece.lo), piece.hi - piece.lo);
+        if (region->shared)
+            (void)punch(region, 0, region->size);
+    }
+    close_file(region);
     runs_clear(&region->reserved);
     runs_clear(&region->committed);
     runs_clear(&region->traced);

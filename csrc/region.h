@@ -1,5 +1,5 @@
 /* region: one reservation and its books: which of its bytes are reserved and which committed. Uses
- * vm, runs and tracing.
+ * vm, shared, runs and tracing.
  *
  * A region is a range of addresses [base, base + size). The set `reserved` holds the bytes that it
  * owns, `committed` those of them that are readable and writable. Both are exact after every call;
@@ -12,6 +12,21 @@
  *    Decommit by a new MAP_FIXED mapping: only that refunds the charge of touched memory;
  *  - VM_NORESERVE: never charged in overcommit modes 0 and 1. Decommit by mprotect, then
  *    MADV_DONTNEED, in this order so that no other thread can touch the pages in between.
+ *
+ * The bytes of a region are private, or a shared region's: those of a file in memory (csrc/shared.h),
+ * which a forked child shares. What the verbs mean there:
+ *  - commit allocates the pages, then opens them, so that no access to committed bytes runs out of
+ *    memory (SIGBUS). Bytes read as zero if they were never committed, or decommitted since;
+ *  - discard gives the pages back at once, also with `lazy`. Every mapping then reads zero. The next
+ *    access allocates a page again, which the kernel may refuse (SIGBUS) in overcommit mode 2, and
+ *    before Linux 5.2 in mode 0; so with `strict` discard itself allocates the pages again, and
+ *    gives no memory back. Populate allocates discarded pages, too;
+ *  - decommit closes the range and gives the pages back;
+ *  - the books are those of one process. Contents are dropped for all of them, and a refused commit
+ *    may drop what another process wrote to the bytes that it asked for. So one process alone
+ *    should commit, discard and decommit.
+ * A mirrored region is shared, and its second half shows the bytes of its first. It is committed,
+ * discarded and decommitted as a whole.
  *
  * Holds for every function here:
  *  - offsets and lengths are bytes and multiples of the OS page, lengths are positive; both are
@@ -43,7 +58,8 @@ enum region_refusal {
     REGION_NOT_RESERVED = -4,  /* the region does not own all of it */
     REGION_NOT_COMMITTED = -5, /* some of it is not committed */
     REGION_SEALED = -6,
-    REGION_GUARDED = -7        /* some of it is a guard */
+    REGION_MIRRORED = -7,      /* a mirrored region takes this verb as a whole */
+    REGION_GUARDED = -8        /* some of it is a guard */
 };
 
 struct region {
@@ -56,6 +72,8 @@ struct region {
     bool sealed;
     bool retired;   /* accepts only region_end */
     bool viewed;    /* views may show bytes; also set while the region is not open */
+    bool shared, mirrored, strict; /* see region_options */
+    int file;       /* the descriptor of a shared region's file */
     char name[80]; /* empty: none */
     struct runs reserved, committed;
     struct runs traced; /* pieces reported to tracemalloc, which may touch */
@@ -66,13 +84,19 @@ struct region {
 struct region_options {
     uintptr_t address; /* a hint; 0: anywhere */
     bool exact;        /* refuse any other address */
-    size_t align;      /* the base is a multiple of this power of two; 0: of the OS page */
+    size_t align;      /* base + lead is a multiple of this power of two; 0: of the OS page */
+    size_t lead;       /* bytes by which the base precedes such a multiple; whole OS pages */
     size_t guard;      /* bytes of guard at each end */
+    bool shared;       /* a region over a file in memory; its accounting is charged */
+    bool mirrored;     /* and its second half shows the bytes of its first; implies `shared` */
+    bool strict;       /* discard allocates shared pages again */
     char name[80];
 };
 
 /* Opens a region of `size` bytes; `options` may be NULL. EEXIST if any byte of an exact place is
- * mapped, ENOMEM also if the size with its guards does not fit the address type. */
+ * mapped, ENOMEM also if the size with its guards does not fit the address type. For a shared region
+ * also the refusals of shared_create, and REGION_MISALIGNED unless each half of a mirrored one is
+ * whole OS pages. */
 int region_reserve(struct region *region, size_t size, int accounting, int advice,
                    const struct region_options *options);
 
@@ -103,9 +127,16 @@ int region_commit(struct region *region, size_t offset, size_t length);
 int region_decommit(struct region *region, size_t offset, size_t length);
 
 /* Back a committed range with memory now, or drop its contents: at once, with `lazy` when the
- * kernel needs memory (at once before Linux 4.5). */
+ * kernel needs memory (at once before Linux 4.5). A refused discard of a strict region has dropped
+ * the contents. */
 int region_populate(struct region *region, size_t offset, size_t length);
 int region_discard(struct region *region, size_t offset, size_t length, bool lazy);
+
+/* Moves the `length` committed bytes at offset `*front` to offset 0 and sets `*front` to 0. Any
+ * alignment. Commits what they need at offset 0. The source stays committed; its bytes outside the
+ * destination are undefined afterwards. Discards source pages as they are copied, so that at most
+ * 2 MiB take memory twice. */
+int region_slide(struct region *region, size_t *front, size_t length);
 
 /* Whether the whole range is committed: 1, 0 or REGION_RELEASED. Any alignment; a range that is not
  * inside the region is not committed. */
@@ -149,7 +180,8 @@ int region_release(struct region *region);
 void region_retire(struct region *region);
 
 /* Unmaps what the region still owns, unless it is sealed, and frees the storage of its books. If
- * the kernel refuses to unmap, the addresses stay mapped and their contents are discarded. */
+ * the kernel refuses to unmap, the addresses stay mapped and their contents are discarded. The file
+ * of a shared region is closed. */
 void region_end(struct region *region);
 
 #endif

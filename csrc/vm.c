@@ -2,6 +2,7 @@
 #include "vm.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -44,6 +45,24 @@
 #define SYS_mseal 462
 #endif
 
+#ifndef SYS_memfd_create
+#if defined(__x86_64__)
+#define SYS_memfd_create 319
+#elif defined(__i386__)
+#define SYS_memfd_create 356
+#elif defined(__arm__)
+#define SYS_memfd_create 385
+#else
+#define SYS_memfd_create 279 /* asm-generic, which aarch64 uses */
+#endif
+#endif
+enum { CLOSE_ON_EXEC = 1, ALLOW_SEALING = 2, NO_EXEC_SEAL = 8 }; /* MFD_ */
+enum { SEAL_SEAL = 1, SEAL_SHRINK = 2, SEAL_GROW = 4 };          /* F_SEAL_ */
+enum { KEEP_SIZE = 1, PUNCH_HOLE = 2 };                          /* FALLOC_FL_ */
+#ifndef F_ADD_SEALS
+#define F_ADD_SEALS 1033
+#endif
+
 /* On 32-bit systems SYS_mmap, where there is one, takes its arguments from a structure. */
 #ifdef SYS_mmap2
 #define VM_SYS_MMAP SYS_mmap2
@@ -69,9 +88,9 @@ static void *pointer(uintptr_t address) {
 
 #ifdef SANITIZED
 static intptr_t library_call(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d,
-                             uintptr_t e) {
+                             uintptr_t e, uintptr_t f) {
     if (number == VM_SYS_MMAP)
-        return (intptr_t)mmap(pointer(a), b, (int)c, (int)d, -1, 0);
+        return (intptr_t)mmap(pointer(a), b, (int)c, (int)d, (int)e, 0);
     if (number == SYS_munmap)
         return munmap(pointer(a), b);
     if (number == SYS_mprotect)
@@ -82,15 +101,14 @@ static intptr_t library_call(long number, uintptr_t a, uintptr_t b, uintptr_t c,
         return mincore(pointer(a), b, (unsigned char *)pointer(c));
     if (number == SYS_prctl)
         return prctl((int)a, b, c, d, e);
-    return syscall(number, a, b, c, d, e, (uintptr_t)0);
+    return syscall(number, a, b, c, d, e, f);
 }
 #endif
 
 static intptr_t default_call(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d,
                              uintptr_t e, uintptr_t f) {
 #ifdef SANITIZED
-    (void)f;
-    intptr_t got = library_call(number, a, b, c, d, e);
+    intptr_t got = library_call(number, a, b, c, d, e, f);
 #else
     intptr_t got = syscall(number, a, b, c, d, e, f);
 #endif
@@ -263,6 +281,54 @@ int vm_address_bits(void) {
 
 int vm_seal(uintptr_t address, size_t length) {
     return call_kernel(SYS_mseal, address, length, 0, 0, 0, 0, NULL);
+}
+
+int vm_file_create(const char *name, bool no_exec, int *fd) {
+    uintptr_t flags = CLOSE_ON_EXEC | ALLOW_SEALING | (no_exec ? NO_EXEC_SEAL : 0), got;
+    int err = call_kernel(SYS_memfd_create, (uintptr_t)name, flags, 0, 0, 0, 0, &got);
+    if (err == 0)
+        *fd = (int)got;
+    return err;
+}
+
+int vm_file_resize(int fd, size_t length) {
+    return call_kernel(SYS_ftruncate, (uintptr_t)fd, length, 0, 0, 0, 0, NULL);
+}
+
+int vm_file_seal(int fd) {
+#ifdef SYS_fcntl64
+    long number = SYS_fcntl64;
+#else
+    long number = SYS_fcntl;
+#endif
+    return call_kernel(number, (uintptr_t)fd, F_ADD_SEALS, SEAL_SHRINK | SEAL_GROW | SEAL_SEAL, 0,
+                       0, 0, NULL);
+}
+
+static int allocate(int fd, int mode, size_t offset, size_t length) {
+#if UINTPTR_MAX > UINT32_MAX
+    return call_kernel(SYS_fallocate, (uintptr_t)fd, (uintptr_t)mode, offset, length, 0, 0, NULL);
+#else /* the 64-bit arguments take two registers each, the low half first */
+    return call_kernel(SYS_fallocate, (uintptr_t)fd, (uintptr_t)mode, offset, 0, length, 0, NULL);
+#endif
+}
+
+int vm_file_allocate(int fd, size_t offset, size_t length) {
+    return allocate(fd, KEEP_SIZE, offset, length);
+}
+
+int vm_file_punch(int fd, size_t offset, size_t length) {
+    return allocate(fd, KEEP_SIZE | PUNCH_HOLE, offset, length);
+}
+
+int vm_file_close(int fd) {
+    return call_kernel(SYS_close, (uintptr_t)fd, 0, 0, 0, 0, 0, NULL);
+}
+
+int vm_renew_file(uintptr_t address, size_t length, int access, int fd) {
+    uintptr_t got;
+    return call_kernel(VM_SYS_MMAP, address, length, (uintptr_t)protection(access),
+                       MAP_SHARED | MAP_FIXED | MAP_NORESERVE, (uintptr_t)fd, 0, &got);
 }
 
 /* Tries a call on a committed page, or on an empty range if there is no memory or map entry for

@@ -14,6 +14,7 @@
 #ifndef PYRESERVE_VM_H
 #define PYRESERVE_VM_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -33,8 +34,9 @@ enum vm_advice {
     VM_HUGE_NEVER = 16    /* MADV_NOHUGEPAGE */
 };
 
-/* All system calls of this module (mmap, munmap, mprotect, madvise, mincore, mseal, and the prctl
- * that names a mapping) pass one function. It takes the arguments of syscall(2): the number
+/* All system calls of this module (mmap, munmap, mprotect, madvise, mincore, mseal, the prctl that
+ * names a mapping, and memfd_create, ftruncate, fcntl, fallocate and close for files in memory) pass
+ * one function. It takes the arguments of syscall(2): the number
  * (SYS_munmap, ...; for mmap SYS_mmap2 where it exists, whose offset counts pages) and six values,
  * unused ones 0. It returns the result of the kernel or minus an errno; errno is unspecified.
  *
@@ -114,6 +116,32 @@ int vm_resident(uintptr_t address, size_t length, size_t *nbytes);
 /* Forbids later changes of the range's access or address until the process ends (mseal, Linux
  * 6.10). */
 int vm_seal(uintptr_t address, size_t length);
+
+/* Files in memory (memfd), whose bytes all their mappings share. Offsets and lengths of a file are
+ * whole OS pages too.
+ *
+ * vm_file_create makes an empty file, which exec closes and which may be sealed. `name`, at most 249
+ * bytes, is shown in /proc/PID/maps. With `no_exec` the file can never be executed (EINVAL before
+ * Linux 6.3). ENOSYS before Linux 3.17. */
+int vm_file_create(const char *name, bool no_exec, int *fd);
+
+/* Sets the length. EFBIG, after a SIGXFSZ, above RLIMIT_FSIZE. */
+int vm_file_resize(int fd, size_t length);
+
+/* Fixes the length and the set of seals for good. */
+int vm_file_seal(int fd);
+
+/* Gives each page of the range memory; contents stay. A refusal allocates nothing and takes nothing
+ * away. EINTR if a signal arrives, ENOSPC if the memory would exceed the commit limit. */
+int vm_file_allocate(int fd, size_t offset, size_t length);
+
+/* Gives back the memory of the range, which then reads as zero in all mappings. */
+int vm_file_punch(int fd, size_t offset, size_t length);
+
+int vm_file_close(int fd);
+
+/* Like vm_renew, with the first `length` bytes of the file. */
+int vm_renew_file(uintptr_t address, size_t length, int access, int fd);
 
 /* The vm_try functions test the running kernel: they use a feature on a temporary mapping, or on an
  * empty range where no mapping can be created. 0: it works; else the errno of the refusal. */

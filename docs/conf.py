@@ -24,6 +24,7 @@ exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown"}
 highlight_language = "none"  # a block without a language is an illustration
 default_role = "py:obj"  # `name` in docstrings
+suppress_warnings = ["ref.python"]  # array[int] in a signature matches every attribute `array`
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3

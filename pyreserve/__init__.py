@@ -6,6 +6,7 @@
 - `layouts` describes Go's address-space layouts; an `Arena` reserves one and allocates in it.
 - `BumpArena`, `Pool` and `PageAllocator` are simpler allocators.
 - `GrowableBuffer` and `GrowableArray` grow in place: existing views stay valid.
+- `RingArray` keeps the latest items; any number of them is one array without a copy.
 - `explain` describes a process's address space, `track` how a block of code changes it.
 - `capabilities` lists the features of this kernel and the limits of this process.
 
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
     from pyreserve import prometheus as prometheus
     from pyreserve._alloc.bitmap import Bitmap
     from pyreserve._alloc.bump import BumpArena
-    from pyreserve._alloc.growable import GrowableArray, GrowableBuffer
+    from pyreserve._alloc.growablearray import GrowableArray
+    from pyreserve._alloc.growablebuffer import GrowableBuffer
     from pyreserve._alloc.pages import PageAllocator
     from pyreserve._alloc.pool import Pool
+    from pyreserve._alloc.ring import RingArray
     from pyreserve._arena.arena import Arena
     from pyreserve._arena.blocks import Block, Blocks
     from pyreserve._arena.heapbitmap import HeapBitmap
@@ -81,6 +84,7 @@ __all__ = [
     "RangeError",
     "Region",
     "ReleasedError",
+    "RingArray",
     "Scavenger",
     "StateError",
     "TiB",
@@ -105,13 +109,14 @@ _HOMES = {
     "Blocks": "_arena.blocks",
     "BumpArena": "_alloc.bump",
     "Capabilities": "_system.features",
-    "GrowableArray": "_alloc.growable",
-    "GrowableBuffer": "_alloc.growable",
+    "GrowableArray": "_alloc.growablearray",
+    "GrowableBuffer": "_alloc.growablebuffer",
     "HeapBitmap": "_arena.heapbitmap",
     "MemStats": "_arena.memstats",
     "PageAllocator": "_alloc.pages",
     "Pool": "_alloc.pool",
     "Region": "_region.region",
+    "RingArray": "_alloc.ring",
     "Scavenger": "_arena.scavenger",
     "capabilities": "_system.features",
     "explain": "procmem",

@@ -34,7 +34,8 @@ class VMError(PyreserveError, OSError):
         limit: the limit that refused, if known: ``"RLIMIT_AS"``, ``"RLIMIT_DATA"``,
             ``"RLIMIT_MEMLOCK"``, ``"overcommit"``, ``"max_map_count"``, ``"mmap_min_addr"``,
             ``"address space"``, ``"capacity"`` (the object is full), ``"layout"`` (the bounds of a
-            Go layout); else None.
+            Go layout); of shared regions also ``"RLIMIT_FSIZE"``, ``"RLIMIT_NOFILE"``,
+            ``"cgroup limit"`` and ``"memory"``; else None.
     """
 
     def __init__(  # OSError takes its errno from the first two arguments

@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyreserve._region.arrays import ArrayPlan
+from pyreserve._region.growth import Steps, as_step
 from pyreserve._region.holders import view_error
-from pyreserve._region.owner import Exclusive, as_step
+from pyreserve._region.owner import Exclusive, InSteps
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.reserve import reserve
 from pyreserve._region.viewtable import Entry
@@ -67,7 +68,7 @@ class Mark:
         return f"Mark(offset={self._offset}, depth={self._depth})"
 
 
-class BumpArena(Exclusive):
+class BumpArena(Exclusive, InSteps):
     """An arena of `size` bytes that commits memory in place as its blocks need it.
 
     The first commit is 64 KiB, in small pages. Each later one ends at an address that is a multiple
@@ -106,7 +107,8 @@ class BumpArena(Exclusive):
     ) -> None:
         step = as_step(step)
         region = reserve(size, mode=mode, huge_pages=huge_pages, fork=fork, name=name)
-        super().__init__(region, step, small_first=huge_pages != "prefer")
+        self._base = region.base
+        super().__init__(region, Steps(self._base, step, small_first=huge_pages != "prefer"))
         self._marks: list[Mark] = []
         self._window = _EMPTY
         # Offset of the window.

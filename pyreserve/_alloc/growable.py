@@ -1,74 +1,95 @@
-"""Buffers and arrays that grow in place: nothing moves, so growth invalidates no view.
+"""Items that grow in place: the base of GrowableBuffer and GrowableArray.
 
-All addresses are reserved at once; memory is committed in steps as the length grows. No view shows
-bytes above the length, so these may be written or decommitted at any time.
+All addresses are reserved at once; memory is committed in steps as the length grows. Nothing moves,
+so growth invalidates no view. Items dropped from the front leave their addresses unused; when
+those above the last item are used up, the items move to the start of the region once, if no view
+shows them.
+
+The container keeps a *window*, one sequence over the committed items from the front up, and writes
+new items into it. The window is a view of the region as any other: while a call in progress uses
+it, the region refuses to take its bytes away.
 """
 
 import errno
-from collections.abc import Iterator
+from functools import partial
 from operator import index as _index
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
+from typing import Any, ClassVar
 
-from pyreserve._region.arrays import import_numpy
-from pyreserve._region.handles import from_buffer, memmove
-from pyreserve._region.owner import Exclusive, as_step
+from pyreserve._alloc.behind import Behind
+from pyreserve._alloc.capacity import reserve_default
+from pyreserve._region.growth import as_step, growth_plan, reserve_to_grow
+from pyreserve._region.handles import memmove, offset_cell
+from pyreserve._region.holders import view_error
+from pyreserve._region.owner import Exclusive, InSteps
 from pyreserve._region.policies import Fork, HugePages, Mode
-from pyreserve._region.reserve import reserve
 from pyreserve._system.limits import PAGE_SIZE
-from pyreserve.errors import OutOfMemoryError, RangeError
-from pyreserve.units import KiB, MiB, as_bytes, format_size, round_up
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-_Item = TypeVar("_Item", bound="np.generic")
+from pyreserve.errors import OutOfMemoryError, RangeError, VMError
+from pyreserve.units import KiB, MiB, format_size, round_up
 
 # From this many bytes up, discard pages instead of zeroing them. Touching a discarded page costs
 # more than zeroing it, but many may never be touched again.
 _DISCARD_FROM = 32 * MiB
 _ZEROS = bytes(64 * KiB)
 
-# Kinds of numpy dtypes whose items hold no references.
-_PLAIN_KINDS = frozenset("biufcmMSUV")
 
+class Growable(Exclusive, InSteps):
+    """Items from the front of a region up.
 
-class _Growable(Exclusive):
-    """Items from the start of a region up: the base of GrowableBuffer and GrowableArray."""
+    Subclasses set `_unit`, the plural of the item for messages, and define `_over`.
+    """
 
-    _unit: ClassVar[str]  # plural of the item, for messages
+    _unit: ClassVar[str]
     _itemsize = 1  # bytes
 
     def __init__(
         self,
-        size: int,
-        step: int | str,
+        size: int | None,
+        step: int | str | None,
         mode: Mode,
         fork: Fork,
-        huge_pages: HugePages,
+        huge_pages: HugePages | None,
         name: str | None,
     ) -> None:
-        if size <= 0:
+        if size is not None and size <= 0:
             msg = f"capacity must be positive, got {size // self._itemsize}"
             raise RangeError(msg)
-        prefer = huge_pages == "prefer"
-        step = as_step(step)
-        # Align the base to the step, or for a small capacity to a power of two that holds it. With
-        # huge_pages="prefer", `reserve` aligns.
-        align = None if prefer else min(step & -step, 1 << max(size - 1, 0).bit_length())
-        region = reserve(size, align=align, mode=mode, fork=fork, huge_pages=huge_pages, name=name)
-        super().__init__(region, step, small_first=not prefer)
-        self._size = size
-        # In bytes. Bytes from _dirty_end up, which is never below _length, are zero.
-        self._length = self._dirty_end = 0
+        step = None if step is None else as_step(step)
+        make = partial(
+            reserve_to_grow, step=step, mode=mode, fork=fork, huge_pages=huge_pages, name=name
+        )
+        region = reserve_default(make, self._itemsize) if size is None else make(size)
+        super().__init__(region, growth_plan(region, step))
+        self._size = region.size // self._itemsize * self._itemsize if size is None else size
+        self._count = 0  # items
+        self._front = 0  # offset of the first item, in bytes
+        self._dropped = 0  # items dropped from the front
+        self._behind = Behind()  # the memory below the front
+        # Bytes above both _dirty_end and the first item behind the last one are zero.
+        self._dirty_end = 0
+        self._spare_end = 0  # offset of the end of the last `spare`
+        # Consumers of the buffer protocol may keep nothing but this object, so the bytes that it
+        # exported, at the offsets [low, high), stay committed as long as it lives.
+        self._pins: list[tuple[memoryview, int, int]] = []
+        self._room = 0  # items in the window
+        self._shown: memoryview | None = None  # the view behind the window
+        self._shown_from = 0  # offset at which the region exported it
+        self._window: Any = self._over(None)
 
     @property
     def capacity(self) -> int:
         """The maximum length."""
         return self._size // self._itemsize
 
-    def resize(self, length: int) -> None:
+    @property
+    def dropped(self) -> int:
+        """How many items `drop_front` has removed in all."""
+        self._check_open()
+        return self._dropped
+
+    def resize(self, length: int, *, zero: bool = True) -> None:
         """Set the length. New items are zero; memory above the length stays committed.
+
+        With ``zero=False`` new items are as earlier items left their bytes, which is faster.
 
         Raises:
             RangeError: `length` is negative.
@@ -80,25 +101,59 @@ class _Growable(Exclusive):
             ReleasedError: it was released or closed.
             StateError: called by a finaliser or signal handler inside another call.
         """
-        self._exclusively(self._resize, _index(length) * self._itemsize)
+        self._exclusively(self._resize, _index(length), bool(zero))
 
     def clear(self) -> None:
         """Set the length to 0, as ``resize(0)`` does."""
-        self._exclusively(self._resize, 0)
+        self._exclusively(self._resize, 0, True)
 
-    def trim(self) -> int:
-        """Decommit the whole OS pages above the length; return their bytes.
+    def drop_front(self, n: int) -> None:
+        """Remove the first `n` items; indices count from the new front. Nothing moves.
+
+        Whole OS pages below the front are decommitted at once, except those under a view, which
+        stays right: these are decommitted by the first later `drop_front` or `trim` after the view
+        is gone. Bytes that this object exported by the buffer protocol count as viewed as long as
+        it lives. The time of a call grows with the number of views that show removed items.
+
+        If the kernel refuses to decommit (max_map_count), the items are removed all the same, and
+        later calls try again: raising would say that nothing has changed. `committed` shows the
+        memory, and `trim` raises the refusal.
+
+        Removed items use up addresses. When growth needs more than there are up to the capacity, it
+        moves the items to the start of the region, or raises OutOfMemoryError while a view is alive
+        (``limit="capacity"``).
 
         Raises:
+            RangeError: not ``0 <= n <= length``; nothing has changed.
+            ReleasedError, StateError: as for `resize`.
+        """
+        self._exclusively(self._drop_front, _index(n))
+
+    def trim(self) -> int:
+        """Decommit the whole OS pages above the length and below the front; return their bytes.
+
+        Pages below the front stay while views show them.
+
+        Raises:
+            ViewError: live views of `spare` hold bytes above the length; nothing has changed.
             VMError: refused; the pages are still committed, unless the kernel refused only the
                 policies of the fresh addresses: see `Region.decommit`.
             ReleasedError, StateError: as for `resize`.
         """
-        return self._exclusively(self._decommit_tail)
+        return self._exclusively(self._trim)
+
+    def advance(self, n: int) -> None:
+        """Make the first `n` items of the last `spare` part of this container.
+
+        Raises:
+            RangeError: `n` is negative, or more than `spare` gave.
+            ReleasedError, StateError: as for `resize`.
+        """
+        self._exclusively(self._advance, _index(n))
 
     def __len__(self) -> int:
         self._check_open()
-        return self._length // self._itemsize
+        return self._count
 
     def __repr__(self) -> str:
         name = f" {self._region.name!r}" if self._region.name else ""
@@ -109,54 +164,191 @@ class _Growable(Exclusive):
             f"{self.capacity:,}, {format_size(self.committed)} committed>"
         )
 
-    def _decommit_tail(self) -> int:
-        region, cut = self._region, round_up(self._length, PAGE_SIZE)
-        before = region.committed
-        if cut < before:
+    # -- the window ---------------------------------------------------------------------------
+
+    def _over(self, view: memoryview | None) -> Any:
+        """Return the items over a view, for the window; for None a window without items."""
+        raise NotImplementedError
+
+    def _offset(self, count: int) -> int:
+        """Return the offset of an item, in bytes from the base."""
+        return self._front + count * self._itemsize
+
+    def _make_room(self, count: int) -> None:
+        """Commit the memory of the first `count` items, and open a window that shows them."""
+        if self._offset(count) > self._size:
+            self._move_to_start(count)
+        self._commit(self._offset(count))
+        if count > self._room:
+            self._room = 0
+            items = (min(self._end, self._size) - self._front) // self._itemsize
+            low, nbytes = self._front, items * self._itemsize
+            self._open_window(self._region.view(low, nbytes), low, items)
+
+    def _open_window(self, view: memoryview, low: int, items: int) -> None:
+        """Show `view`, which begins at the front and is part of a view exported from `low` up."""
+        self._shown, self._shown_from = view, low
+        self._window = self._over(view)
+        self._room = items
+
+    def _close_window(self) -> None:
+        """Let go of the window, so that its bytes can be taken away."""
+        self._room = 0
+        self._shown = None
+        self._window = self._over(None)
+
+    def _drop_cached(self) -> None:
+        """Let go of views that this object keeps for later, other than the window and the pin."""
+
+    def _export(self) -> memoryview:
+        """Return a view of all items for the buffer protocol; pin them."""
+        low, end = self._front, self._offset(self._count)
+        if low == end:
+            return memoryview(bytearray())
+        _, first, last = self._pins[-1] if self._pins else (None, low, low)
+        if end > last:
+            # Extend the last pin unless bytes between it and the front may be decommitted.
+            older, first = (self._pins[:-1], first) if low <= last else (self._pins, low)
+            self._pins = [*older, (self._region.view(first, end - first), first, end)]
+        return self._region.view(low, end - low)
+
+    # -- lengths ------------------------------------------------------------------------------
+
+    def _resize(self, count: int, zero: bool) -> None:
+        if count < self._count:
+            self._truncate(count)
+            return
+        self._make_room(count)
+        if zero:
+            self._zero_up_to(count)
+        self._dirty_end = max(self._dirty_end, self._offset(count))
+        self._count = count
+
+    def _zero_up_to(self, count: int) -> None:
+        """Zero the items from the length up to `count`, which have memory."""
+        start, end = self._offset(self._count), self._offset(count)
+        if start < end:
+            self._clear(start, min(end, max(self._dirty_end, start + self._itemsize)))
+
+    def _truncate(self, count: int) -> None:
+        if count < 0:
+            msg = f"length must not be negative, got {count}"
+            raise RangeError(msg)
+        with self._exports.removal():
+            if count < self._count:
+                self._drop_cached()
+                if not self._room:  # an interrupted call may have left one
+                    self._close_window()
+                self._refuse_views("cut off", self._offset(count), self._offset(self._count))
+                self._dirty_end = max(self._dirty_end, self._offset(self._count + 1))
+            self._count = count
+
+    def _refuse_views(self, verb: str, low: int, high: int) -> None:
+        """Raise ViewError if views other than the window and the pins show bytes of [low, high)."""
+        held = self._exports.live(low, high)
+        owned = [(first, last) for _, first, last in self._pins]
+        if self._room:
+            owned.append((self._shown_from, self._offset(self._room)))
+        for own in owned:
+            same = [at for at, (_, *span) in enumerate(held) if tuple(span) == own]
+            if same:
+                del held[same[0]]
+        if held:
+            raise view_error(f"cannot {verb} [{low:#x}, {high:#x})", held, verb)
+
+    def _trim(self) -> int:
+        before = self._region.committed
+        self._decommit_tail()
+        refusal = self._behind.give_back(self._exports, self._front)
+        if refusal:
+            raise refusal
+        return before - self._region.committed
+
+    def _decommit_tail(self) -> None:
+        region, cut = self._region, round_up(self._offset(self._count), PAGE_SIZE)
+        if self._pins:
+            cut = max(cut, round_up(self._pins[-1][2], PAGE_SIZE))
+        if cut < region.size:
+            self._close_window()
             # Lower _end first: if this call is interrupted, committing again is harmless.
             self._end = min(self._end, cut)
             self._exports.decommit(cut, region.size - cut)
             self._dirty_end = min(self._dirty_end, cut)
-        return before - region.committed
 
-    def _resize(self, length: int) -> None:
-        if length < self._length:
-            self._truncate(length)
-            return
-        self._grow_to(length)
-        self._clear(self._length, min(length, self._dirty_end))
-        self._dirty_end = max(self._dirty_end, length)
-        self._length = length
+    # -- the front ----------------------------------------------------------------------------
 
-    def _truncate(self, length: int) -> None:
-        if length < 0:
-            msg = f"length must not be negative, got {length // self._itemsize}"
+    def _drop_front(self, n: int) -> None:
+        if not 0 <= n <= self._count:
+            msg = f"n must be in [0, {self._count}], the {self._unit} there are, got {n}"
             raise RangeError(msg)
-        with self._exports.removal():
-            if length < self._length:
-                self._exports.refuse("cut off", length, self._length)
-            self._length = length
+        front, room = self._offset(n), self._room - n
+        # Keep the window, which is cheaper than a new one, while it pins no whole page.
+        rest = None
+        if self._shown is not None and room > 0 and not self._behind.passes_page(front):
+            rest = self._shown[n * self._itemsize :]
+        self._drop_cached()
+        self._close_window()
+        # Together: no signal handler runs between assignments.
+        self._front, self._count, self._dropped = front, self._count - n, self._dropped + n
+        if rest is not None:
+            self._open_window(rest, self._shown_from, room)
+        self._behind.give_back(self._exports, front)
 
-    def _append_bytes(self, source: Any, nbytes: int) -> None:
-        """Append `nbytes` bytes at `source`, which may lie in this object."""
-        if not nbytes:
-            return
-        start, end = self._length, self._length + nbytes
-        self._grow_to(end)
-        self._dirty_end = max(self._dirty_end, end)
-        memmove(self._exports.address(start), source, nbytes)
-        self._length = end
+    def _move_to_start(self, count: int) -> None:
+        """Move the items to the start of the region, so that there is space for `count` items."""
+        nbytes, length = count * self._itemsize, self._count * self._itemsize
+        msg = f"cannot grow to {count} {self._unit}: "
+        if nbytes > self._size:
+            msg += f"{self._count} of {self.capacity} are in use"
+            raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit="capacity")
+        exports, region, cut = self._exports, self._region, round_up(length, PAGE_SIZE)
+        self._drop_cached()
+        self._close_window()
+        with exports.removal():
+            held = exports.live(0, region.size)
+            if held:
+                msg += "its addresses are used up, and live views keep the items from moving"
+                holders = view_error("cannot move the items to the start", held)
+                raise OutOfMemoryError(
+                    errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit="capacity"
+                ) from holders
+            self._dirty_end = max(self._dirty_end, self._offset(self._count + 1))
+            front, behind = offset_cell(self._front), Behind()
+            try:
+                if length:
+                    exports.slide(front, length)
+                else:
+                    front[0] = 0
+            finally:
+                # Without a call, so no signal handler runs before all is consistent.
+                if front[0] == 0:
+                    self._front, self._end, self._spare_end, self._behind = 0, cut, 0, behind
+            try:
+                if cut < region.size:
+                    exports.decommit(cut, region.size - cut)
+                self._dirty_end = cut
+            except VMError:  # it stays committed above _end; `trim` tries again
+                pass
 
-    def _grow_to(self, end: int) -> None:
-        """Commit the bytes below `end`, which must be within the capacity."""
-        if end > self._size:
-            items, length = end // self._itemsize, self._length // self._itemsize
-            msg = f"cannot grow to {items} {self._unit}: {length} of {self.capacity} are in use"
-            raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=end, limit="capacity")
-        self._commit(end)
+    def _spare(self, n: int) -> int:
+        """Commit memory for `n` more items; return the offset of the first."""
+        if n < 0:
+            msg = f"n must not be negative, got {n}"
+            raise RangeError(msg)
+        self._make_room(self._count + n)
+        self._spare_end = self._offset(self._count + n)
+        self._dirty_end = max(self._dirty_end, self._spare_end)
+        return self._offset(self._count)
+
+    def _advance(self, n: int) -> None:
+        if n < 0 or self._offset(self._count + n) > min(self._spare_end, self._end):
+            given = max(self._spare_end - self._offset(self._count), 0) // self._itemsize
+            msg = f"n must be in [0, {given}], the {self._unit} of the last spare, got {n}"
+            raise RangeError(msg)
+        self._count += n
 
     def _clear(self, start: int, end: int) -> None:
-        """Zero the committed bytes [start, end), which are in no view."""
+        """Zero the committed bytes [start, end), which are in no view of items."""
         first, last = round_up(start, PAGE_SIZE), end // PAGE_SIZE * PAGE_SIZE
         if last - first < _DISCARD_FROM:
             first = last = end
@@ -167,224 +359,19 @@ class _Growable(Exclusive):
                 nbytes = min(high - at, len(_ZEROS))
                 memmove(self._exports.address(at), _ZEROS, nbytes)
 
-
-class GrowableBuffer(_Growable):
-    """A buffer of up to `capacity` bytes that grows in place; initially empty.
-
-    Growing never moves a byte or invalidates a view, and new bytes are zero. Bytes below the length
-    are never decommitted, and bytes in a live view never cut off. Each commit ends at an address
-    that is a multiple of `step`, so that the kernel can use huge pages. The first one is 64 KiB, in
-    small pages, unless huge pages are preferred.
-
-    Any thread may call it. A finaliser or signal handler that interrupts a call may get
-    StateError, but never sees a half-done change.
-
-    Args:
-        capacity: bytes to reserve, or a size such as ``"1GiB"``: the maximum length.
-        step: bytes to commit at a time, a multiple of the OS page; see
-            `pyreserve.costs.measured_step` for the best one on this machine.
-        mode, fork, huge_pages, name: as for `pyreserve.reserve`, whose exceptions apply too.
-
-    Raises:
-        RangeError: `capacity` is not positive, or `step` not a positive multiple of the OS page.
-        ValueError: an unknown policy, or a string that is not a size.
-
-    After `release` or `close`, everything raises `ReleasedError`, a ValueError.
-    """
-
-    _noun, _unit = "buffer", "bytes"
-
-    def __init__(
-        self,
-        capacity: int | str,
-        *,
-        step: int | str = 2 * MiB,
-        mode: Mode = "charge",
-        fork: Fork = "copy",
-        huge_pages: HugePages = "default",
-        name: str | None = None,
-    ) -> None:
-        super().__init__(as_bytes(capacity), step, mode, fork, huge_pages, name)
-
-    def extend(self, data: Any) -> None:
-        """Append the bytes of a C-contiguous buffer, which may be a view of this one. One copy.
-
-        Raises:
-            TypeError: `data` is not a buffer.
-            BufferError, ValueError: `data` is not contiguous.
-            OutOfMemoryError, ReleasedError, StateError: as for `resize`.
-        """
-        with from_buffer(data) as source:
-            self._exclusively(self._append_bytes, source, len(source))
-
-    def view(self, lo: int = 0, hi: int | None = None, *, readonly: bool = False) -> memoryview:
-        """Return a memoryview of [lo, hi), by default of the whole current length.
-
-        It keeps its length when the buffer grows. While it, or anything made from it, is alive, its
-        bytes can't be cut off; see `pyreserve.Region.view`.
-
-        Raises:
-            RangeError: not ``0 <= lo <= hi <= len(buffer)``.
-            ReleasedError, StateError: as for `resize`.
-        """
-        lo, hi = _index(lo), None if hi is None else _index(hi)
-        return self._exclusively(self._view, lo, hi, bool(readonly))
-
-    def _view(self, lo: int, hi: int | None, readonly: bool) -> memoryview:
-        hi = self._length if hi is None else hi
-        if not 0 <= lo <= hi <= self._length:
-            msg = f"view must satisfy 0 <= lo <= hi <= {self._length}, got [{lo}, {hi})"
-            raise RangeError(msg)
-        if lo < hi:
-            return self._region.view(lo, hi - lo, readonly=readonly)
-        return memoryview(b"" if readonly else bytearray())
-
-
-class GrowableArray(_Growable, Generic[_Item]):
-    """A numpy array of up to `capacity` items that grows in place; one dtype, initially empty.
-
-    Growing never moves an item: earlier ndarrays stay valid and share memory with later ones.
-    Sizes, memory and threads are as for `GrowableBuffer`. The class is generic in the type of its
-    items, such as ``GrowableArray[np.float64]``; numpy's type of the dtype determines it.
-
-    Args:
-        dtype: numpy dtype of the items: no references, a fixed size, no shape of its own.
-        capacity: items to reserve addresses for: the maximum length.
-        step, mode, fork, huge_pages, name: as for `GrowableBuffer`.
-
-    Raises:
-        ImportError: numpy is missing (extra ``numpy``).
-        TypeError: a dtype with references, without a size, or with a shape of its own.
-        RangeError, ValueError: as for `GrowableBuffer`.
-
-    After `release` or `close`, everything raises `ReleasedError`, a ValueError.
-    """
-
-    _noun, _unit = "array", "items"
-
-    @overload
-    def __init__(
-        self,
-        dtype: "np.dtype[_Item] | type[_Item]",
-        capacity: int,
-        *,
-        step: int | str = ...,
-        mode: Mode = ...,
-        fork: Fork = ...,
-        huge_pages: HugePages = ...,
-        name: str | None = ...,
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: "GrowableArray[Any]",
-        dtype: "npt.DTypeLike",
-        capacity: int,
-        *,
-        step: int | str = ...,
-        mode: Mode = ...,
-        fork: Fork = ...,
-        huge_pages: HugePages = ...,
-        name: str | None = ...,
-    ) -> None: ...
-    def __init__(
-        self,
-        dtype: Any,
-        capacity: int,
-        *,
-        step: int | str = 2 * MiB,
-        mode: Mode = "charge",
-        fork: Fork = "copy",
-        huge_pages: HugePages = "default",
-        name: str | None = None,
-    ) -> None:
-        self._numpy = import_numpy("GrowableArray")
-        self._dtype = kind = self._numpy.dtype(dtype)
-        if kind.kind not in _PLAIN_KINDS or kind.hasobject or not kind.itemsize or kind.subdtype:
-            msg = f"dtype must have a fixed size, without references or shape, got {kind!r}"
-            raise TypeError(msg)
-        self._itemsize = int(kind.itemsize)
-        # The view behind the last `array`, for the next one. It pins bytes, so it is dropped
-        # before any are cut off.
-        self._cached_view: Any = None
-        super().__init__(_index(capacity) * self._itemsize, step, mode, fork, huge_pages, name)
-
-    @property
-    def dtype(self) -> "np.dtype[_Item]":
-        """The dtype of the items."""
-        return self._dtype  # type: ignore[no-any-return]
-
-    @property
-    def array(self) -> "npt.NDArray[_Item]":
-        """An ndarray over the current items, without a copy.
-
-        It keeps its length when this array grows. While it, or anything made from it, is alive, its
-        items can't be cut off.
-
-        Raises:
-            ReleasedError, StateError: as for `resize`.
-        """
-        return self._exclusively(self._as_array)
-
-    def append(self, value: Any) -> None:
-        """Append one item: any value that numpy converts to the dtype.
-
-        Raises:
-            TypeError, ValueError, OverflowError: raised by numpy, or `value` is not a single item.
-            OutOfMemoryError, ReleasedError, StateError: as for `resize`.
-        """
-        item = self._numpy.array(value, dtype=self._dtype)
-        if item.ndim:
-            msg = f"value must be a single item, got an array of shape {item.shape}"
-            raise ValueError(msg)
-        self._exclusively(self._append_bytes, item.tobytes(), self._itemsize)
-
-    def extend(self, values: "npt.ArrayLike") -> None:
-        """Append the items of a one-dimensional array, or of values that numpy converts to one.
-
-        Raises:
-            TypeError, ValueError, OverflowError: raised by numpy, or `values` is not
-                one-dimensional.
-            OutOfMemoryError, ReleasedError, StateError: as for `resize`.
-        """
-        items = self._numpy.asarray(values, dtype=self._dtype, order="C")
-        if items.ndim != 1:
-            msg = f"values must have one dimension, got shape {items.shape}"
-            raise ValueError(msg)
-        with from_buffer(items.view("uint8")) as source:
-            self._exclusively(self._append_bytes, source, len(source))
-
-    def _as_array(self) -> Any:
-        if not self._length:
-            return self._numpy.empty(0, self._dtype)
-        if self._cached_view is None or self._cached_view.nbytes != self._length:
-            self._cached_view = self._region.view(0, self._length)
-        # A new array for each caller, who may change its shape or dtype.
-        return self._numpy.frombuffer(self._cached_view, dtype=self._dtype)
-
-    def _truncate(self, length: int) -> None:
-        self._cached_view = None
-        super()._truncate(length)
+    # -- the end ------------------------------------------------------------------------------
 
     def _release(self) -> None:
-        self._cached_view = None
-        super()._release()
+        self._drop_cached()
+        self._close_window()
+        if not self._pins:
+            super()._release()
+            return
+        with self._exports.removal():
+            self._refuse_views("release", 0, self._region.size)
+            self._exports.close()
 
     def _finish_close(self) -> None:
-        self._cached_view = None
+        self._drop_cached()
+        self._close_window()
         super()._finish_close()
-
-    def __getitem__(self, key: Any) -> Any:
-        """Index the current items as numpy does; a slice is an array without a copy."""
-        return self._exclusively(self._as_array)[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        """Iterate over the current items."""
-        return iter(self.array)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> "np.ndarray[Any, Any]":
-        """Return `array`, or a copy for another dtype or ``copy=True``: numpy's array protocol."""
-        kind = self._dtype if dtype is None else self._numpy.dtype(dtype)
-        if copy is False and kind != self._dtype:
-            msg = f"items of {self._dtype} can't become {kind} without a copy (copy=False)"
-            raise ValueError(msg)
-        return self.array.astype(kind, copy=bool(copy))

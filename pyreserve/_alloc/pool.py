@@ -20,8 +20,9 @@ from pyreserve._alloc.pages import (
 )
 from pyreserve._alloc.slots import Geometry, Slots
 from pyreserve._region.arrays import ArrayPlan
+from pyreserve._region.growth import Steps, as_step
 from pyreserve._region.handles import memmove
-from pyreserve._region.owner import InSteps, as_step
+from pyreserve._region.owner import InSteps
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.region import resident_in
 from pyreserve._region.reserve import reserve
@@ -114,7 +115,7 @@ class Pool(InSteps):
             fork=fork,
             name=name,
         )
-        super().__init__(region, step, small_first=False)
+        super().__init__(region, Steps(region.base, step, small_first=False))
         if guard:
             self._exports.set_cells(place.stride, place.guard)
         self._item_size, self._capacity = place.size, place.count

@@ -19,7 +19,8 @@ from pyreserve._arena.heap import Heap
 from pyreserve._arena.heapbitmap import HeapBitmap
 from pyreserve._arena.memstats import MemStats
 from pyreserve._arena.scavenger import FIVE_MINUTES, Scavenger, Worker
-from pyreserve._region.owner import OnRegion, as_step
+from pyreserve._region.growth import as_step
+from pyreserve._region.owner import OnRegion
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._region.region import resident
 from pyreserve.errors import RangeError, StateError

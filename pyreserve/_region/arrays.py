@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 _SEQUENCES = (tuple, list)
+# Kinds of numpy dtypes whose items hold no references.
+_PLAIN_KINDS = frozenset("biufcmMSUV")
 
 
 class ArrayPlan:
@@ -59,6 +61,21 @@ class ArrayPlan:
         array: np.ndarray[Any, Any] = self._numpy.empty(self._sides, self.dtype)
         array.flags.writeable = not readonly
         return array
+
+
+def item_dtype(dtype: "npt.DTypeLike", user: str) -> "np.dtype[Any]":
+    """Return the numpy dtype of the items of a container, checked.
+
+    Raises:
+        ImportError: numpy is missing, as for `import_numpy`.
+        TypeError: numpy has no such dtype, or it has references, no size, or a shape of its own.
+    """
+    numpy = sys.modules.get("numpy") or import_numpy(user)
+    kind: np.dtype[Any] = numpy.dtype(dtype)
+    if kind.kind not in _PLAIN_KINDS or kind.hasobject or not kind.itemsize or kind.subdtype:
+        msg = f"dtype must have a fixed size, without references or shape, got {kind!r}"
+        raise TypeError(msg)
+    return kind
 
 
 def import_numpy(user: str) -> Any:

@@ -257,6 +257,20 @@ class Exports:
             nbytes = (stop - first) * cell
             raise refused(self.handle, self._size, "guard", err, first * cell, nbytes)
 
+    def slide(self, front: Any, length: int) -> None:
+        """Move the bytes at the offset in the cell `front` to offset 0, and set the cell to 0.
+
+        The copy and the change of the cell are one step for signal handlers; see `offset_cell`. The
+        bytes must be committed, and in no view.
+
+        Raises:
+            OutOfMemoryError: refused to commit memory at the start; nothing has changed.
+        """
+        with self.lock:
+            err = lib.region_slide(self.handle, front, length)
+        if err:
+            raise refused(self.handle, self._size, "commit", err, 0, length)
+
     # -- the end ------------------------------------------------------------------------------
 
     def release(self) -> None:

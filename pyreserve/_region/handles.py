@@ -32,6 +32,11 @@ def words(start: int) -> Any:
     return ffi.cast("uintptr_t *", start)
 
 
+def offset_cell(offset: int) -> Any:
+    """Return a ``size_t *`` to a cell of its own, which calls of C can change."""
+    return ffi.new("size_t *", offset)
+
+
 def claim_near(handle: Any, floor: int, hint: int, length: int, access: int) -> tuple[int, int]:
     """Call region_claim_near; return an errno and the address."""
     start = ffi.new("uintptr_t *")
@@ -130,6 +135,7 @@ def refused(handle: Any, size: int, verb: str, err: int, offset: int, length: in
             lib.REGION_NOT_RESERVED: "not all of it is reserved",
             lib.REGION_NOT_COMMITTED: "not all of it is committed",
             lib.REGION_GUARDED: "some of it is a guard",
+            lib.REGION_MIRRORED: "a mirrored region takes this verb as a whole",
         }[err]
         return RangeError(f"cannot {verb} {length} bytes at offset {offset}: {reason}")
-    return refusal(verb, err, length, address)
+    return refusal(verb, err, length, address, shared=bool(handle.shared))

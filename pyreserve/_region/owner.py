@@ -1,35 +1,19 @@
-"""OnRegion: the base class of objects that own a region; commits in steps."""
+"""OnRegion: the base class of objects that own a region; commits ahead by a plan."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NoReturn, TypeVar
 
+from pyreserve._region.growth import Plan
+from pyreserve._region.handles import region_commit
 from pyreserve._region.region import Region
 from pyreserve._system.limits import PAGE_SIZE
-from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError, StateError
-from pyreserve.units import KiB, as_bytes, round_up
+from pyreserve.errors import ReleasedError, StateError
+from pyreserve.units import round_up
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _T = TypeVar("_T")
-
-
-def as_step(step: int | str) -> int:
-    """Check a commit step and return it in bytes.
-
-    Args:
-        step: bytes, or a size such as ``"2MiB"``; a positive multiple of the OS page.
-
-    Raises:
-        TypeError: `step` is neither an integer nor a string.
-        RangeError: `step` is not a positive multiple of the OS page.
-        ValueError: the string is not a size.
-    """
-    nbytes = as_bytes(step)
-    if nbytes <= 0 or nbytes % PAGE_SIZE:
-        msg = f"step must be a positive multiple of the OS page ({PAGE_SIZE}), got {nbytes}"
-        raise RangeError(msg)
-    return nbytes
 
 
 class OnRegion:
@@ -112,46 +96,37 @@ class OnRegion:
 
 
 class InSteps(OnRegion):
-    """An object that commits its region in steps, from the base upward.
+    """An object that commits its region in steps, from the base upward, as a plan says."""
 
-    Each commit ends at a multiple of the step. With `small_first` the first commit is 64 KiB, which
-    is too short for a huge page: many objects never need more.
-    """
-
-    def __init__(self, region: Region, step: int, *, small_first: bool) -> None:
+    def __init__(self, region: Region, plan: Plan) -> None:
         super().__init__(region)
-        self._step, self._base = step, region.base
-        small = max(64 * KiB, PAGE_SIZE)
-        self._first = small if small < step and small_first else 0
+        self._plan = plan
         # Bytes below _end are committed; bytes above may be, and committing them again is harmless.
         self._end = 0
 
     def _commit(self, end: int) -> None:
-        """Commit to the end of a step; if refused, only up to `end`. The caller holds the lock."""
+        """Commit up to `end` and ahead as planned; if refused, less ahead, at last none.
+
+        The caller holds the lock.
+        """
         begin = self._end
         if end <= begin:
             return
-        size, ahead = self._region.size, self._first
-        if begin or end > ahead:
-            ahead = round_up(self._base + end, self._step) - self._base
-        need, ahead = round_up(end, PAGE_SIZE), min(ahead, size)
-        try:
-            self._region.commit(begin, ahead - begin)
-        except OutOfMemoryError:
-            if ahead == need:
-                raise
-            self._region.commit(begin, need - begin)
-            ahead = need
-        self._end = max(self._end, ahead)  # an interrupting call may have committed more
+        need = round_up(end, PAGE_SIZE)
+        ahead = min(self._plan.end(begin, need), self._region.size) - need
+        handle = self._exports.handle
+        while (err := region_commit(handle, begin, need + ahead - begin)) and ahead:
+            ahead = ahead // 2 // PAGE_SIZE * PAGE_SIZE
+        if err:
+            self._region.commit(begin, need - begin)  # raises, unless memory was freed
+        self._end = max(self._end, need + ahead)  # an interrupting call may have committed more
 
 
-class Exclusive(InSteps):
-    """An `InSteps` object that runs one call at a time and refuses calls that interrupt another."""
+class Exclusive(OnRegion):
+    """An object that runs one call at a time and refuses calls that interrupt another."""
 
-    def __init__(self, region: Region, step: int, *, small_first: bool) -> None:
-        super().__init__(region, step, small_first=small_first)
-        # A call is in progress: a finaliser or signal handler that interrupts it is refused.
-        self._busy = False
+    # A call is in progress: a finaliser or signal handler that interrupts it is refused.
+    _busy = False
 
     def _exclusively(self, do: Callable[..., _T], *arguments: object) -> _T:
         """Call `do` exclusively: other threads wait, calls that interrupt it are refused.

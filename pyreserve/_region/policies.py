@@ -8,6 +8,7 @@ from pyreserve._system import proc
 Mode = Literal["charge", "noreserve"]
 Fork = Literal["copy", "wipe"]
 HugePages = Literal["default", "prefer", "never"]
+RegionFork = Literal["copy", "wipe", "share"]
 
 _MODES = {"charge": 0, "noreserve": lib.VM_NORESERVE}
 _FORKS = {"copy": 0, "wipe": lib.VM_WIPE_ON_FORK}
@@ -34,9 +35,26 @@ def effective_mode(mode: Mode) -> tuple[Mode, int]:
     """
     if mode not in _MODES:
         raise unknown_word(mode, "copy", "default")
-    if mode == "noreserve" and proc.setting_or_default("overcommit_memory") == 2:
+    if mode == "noreserve" and is_strict():
         mode = "charge"
     return mode, _MODES[mode]
+
+
+def check_shared(mode: Mode, fork: Fork) -> None:
+    """Check the policies of a shared region.
+
+    Raises:
+        ValueError: they need private memory.
+    """
+    for argument, value in (("mode", "noreserve"), ("fork", "wipe")):
+        if value in (mode, fork):  # they may be unhashable
+            msg = f"{argument} must not be {value!r} with shared=True: that needs private memory"
+            raise ValueError(msg)
+
+
+def is_strict() -> bool:
+    """Return whether vm.overcommit_memory is 2: every page is charged, shared ones too."""
+    return proc.setting_or_default("overcommit_memory") == 2
 
 
 def unknown_word(mode: object, fork: object, huge_pages: object) -> ValueError:

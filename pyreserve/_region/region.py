@@ -11,6 +11,9 @@ decommit back to reserved; memory and charge given back        ``mmap(MAP_FIXED,
 release  give the addresses back                               ``munmap``
 ======== ===================================================== =====================================
 
+On shared memory commit is ``fallocate`` and ``mprotect``; discard is ``fallocate(PUNCH_HOLE)``, the
+same as ``MADV_REMOVE``; decommit is ``mprotect(PROT_NONE)``, then as discard.
+
 Sizes, offsets and lengths are in bytes. Verbs take whole OS pages (`pyreserve.PAGE_SIZE`). A length
 of None reaches to the end of the region.
 """
@@ -23,7 +26,7 @@ from pyreserve._region import handles
 from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.exports import ENDED, Exports
 from pyreserve._region.handles import address_of, outside, refused, released
-from pyreserve._region.policies import Fork, HugePages, Mode
+from pyreserve._region.policies import HugePages, Mode, RegionFork
 from pyreserve._system.forks import registry_lock as _registry_lock
 from pyreserve._system.limits import refusal
 from pyreserve.errors import StateError
@@ -53,6 +56,18 @@ class Region:
     end of a ``with`` block, or garbage, its addresses stay reserved until the last view is gone.
     `discard` keeps bytes readable, so it is allowed under views, which then read zero.
 
+    The bytes of a region made with ``shared=True`` are those of a file in memory:
+
+    - `commit` allocates memory for the whole range at once, so that no later access runs out of
+      memory, which would end the process (SIGBUS).
+    - `discard` gives memory back at once, also with `lazy`. An access, even a read, allocates again
+      what it touches; `populate` does so in advance. The kernel may refuse to allocate under
+      ``vm.overcommit_memory=2``, so there `discard` allocates at once and gives nothing back.
+      (The setting is read by `reserve`. Linux before 5.2 may refuse also with 0.)
+    - `decommit` gives memory back, `release` all of it once no other process has the file.
+    - Each process has its own record of what is committed, but there is one content: `discard`,
+      `decommit` and a refused `commit` drop it for all. So let only one process call them.
+
     All methods are thread-safe. After a fork the child has its own copy, see `fork`. A finaliser or
     signal handler that interrupts a call on a region may call all methods of that region except
     `view` and `ndarray`, which raise StateError there.
@@ -78,7 +93,7 @@ class Region:
         handle: Any,
         size: int,
         mode: Mode,
-        fork: Fork,
+        fork: RegionFork,
         huge_pages: HugePages,
         name: str | None,
     ) -> None:
@@ -90,7 +105,7 @@ class Region:
         self._exports: Exports | None = None
         self._size = size
         self._mode: Mode = mode
-        self._fork: Fork = fork
+        self._fork: RegionFork = fork
         self._huge_pages: HugePages = huge_pages
         self._name = name
 
@@ -119,14 +134,37 @@ class Region:
         return self._mode
 
     @property
-    def fork(self) -> Fork:
-        """Contents in a forked child: ``"copy"`` or ``"wipe"``; see `reserve`."""
+    def fork(self) -> RegionFork:
+        """Contents in a forked child: ``"copy"``, ``"wipe"`` or ``"share"``; see `reserve`."""
         return self._fork
 
     @property
     def huge_pages(self) -> HugePages:
         """Policy of huge pages: ``"default"``, ``"prefer"`` or ``"never"``; see `reserve`."""
         return self._huge_pages
+
+    @property
+    def shared(self) -> bool:
+        """Whether the bytes are those of a file in memory; see `reserve`."""
+        return self._fork == "share"
+
+    @property
+    def fd(self) -> int:
+        """The file descriptor of a shared region, which owns it: duplicate it, never close it.
+
+        Offsets in the file are offsets in the region; the file's size is fixed. A forked child
+        inherits the descriptor; exec closes it.
+
+        Raises:
+            StateError: the region is private.
+            ReleasedError: the region is released or closed.
+        """
+        with (self._exports or self._open_exports()).lock:
+            self._check_open()
+            if not self.shared:
+                msg = "a private region has no file descriptor: reserve with shared=True"
+                raise StateError(msg)
+            return int(self._handle.file)
 
     @property
     def name(self) -> str | None:
@@ -254,6 +292,8 @@ class Region:
             RangeError: the range is not whole OS pages inside the region, or not all committed.
             StateError: the region is part of an arena or another object, which alone may do this.
             VMError: the kernel refused (before Linux 5.18: memory locked by mlock).
+            OutOfMemoryError: a shared region under ``vm.overcommit_memory=2``: the contents are
+                dropped, but not all pages allocated again. `populate` tries once more.
             ReleasedError: the region is released or closed.
         """
         offset = _index(offset)
@@ -412,10 +452,10 @@ class Region:
             committed, count = int(runs.total), int(runs.count)
         name = f" {self.name!r}" if self.name else ""
         pieces = f" in {count} piece{'s' if count != 1 else ''}" if count else ""
-        sealed = ", sealed" if self._handle.sealed else ""
+        kind = ", shared" * self.shared + ", sealed" * bool(self._handle.sealed)
         return (
             f"<Region{name} {base:#x}-{base + self._size:#x} of {format_size(self._size)}: "
-            f"{format_size(committed)} committed{pieces}, mode {self.mode}{sealed}>"
+            f"{format_size(committed)} committed{pieces}, mode {self.mode}{kind}>"
         )
 
     def __reduce__(self) -> NoReturn:

@@ -11,14 +11,16 @@ from pyreserve._region.policies import (
     Fork,
     HugePages,
     Mode,
+    check_shared,
     effective_mode,
+    is_strict,
     unknown_word,
 )
 from pyreserve._region.region import Region
 from pyreserve._system.limits import PAGE_SIZE, refusal
 from pyreserve._system.machine import thp_size
 from pyreserve.errors import RangeError
-from pyreserve.units import WORD, as_bytes
+from pyreserve.units import WORD, as_bytes, round_up
 
 _ADDRESS_LIMIT = 1 << (8 * WORD)
 # Bound once: an attribute lookup on the library costs a third of an empty call.
@@ -39,6 +41,7 @@ def reserve(
     guard: bool = False,
     name: str | None = None,
     seal: bool = False,
+    shared: bool = False,
 ) -> Region:
     """Reserve `size` bytes of addresses, rounded up to whole OS pages: no memory, no charge.
 
@@ -55,23 +58,29 @@ def reserve(
         dump: include the region in core dumps (default: MADV_DONTDUMP).
         fork: contents in a forked child: ``"copy"``, or ``"wipe"``: zeros (MADV_WIPEONFORK),
             which copies no page tables. In mode ``"charge"`` the child is charged for the
-            committed bytes either way (``dup_mmap``, Linux kernel/fork.c).
+            committed bytes either way (``dup_mmap``, Linux kernel/fork.c). A child always shares a
+            shared region, and ``Region.fork`` is ``"share"``.
         huge_pages: ``"prefer"`` (MADV_HUGEPAGE, the base aligned to a huge page), ``"never"``
-            (MADV_NOHUGEPAGE), or ``"default"``: the system's setting.
+            (MADV_NOHUGEPAGE), or ``"default"``: the system's setting. A shared region gets huge
+            pages only if /sys/kernel/mm/transparent_hugepage/shmem_enabled allows them.
         guard: add an OS page that is never accessible at each end, in addition to `size`.
         name: shown in /proc/PID/maps as ``[anon:NAME]`` if the kernel has CONFIG_ANON_VMA_NAME
             (prctl(2), PR_SET_VMA_ANON_NAME); 1 to 79 printable ASCII characters except brackets,
             backslash, dollar sign and backquote.
         seal: commit the whole region and forbid unmapping it or changing its access until the
             process ends (mseal, Linux 6.10): it can be discarded, never decommitted or released.
+        shared: a region over a file in memory of its own (memfd_create, Linux 3.17), `Region.fd`,
+            which shows in /proc/PID/maps as ``/memfd:NAME``. A commit allocates its memory at once;
+            see `Region`. Only with mode ``"charge"``, and not with ``fork="wipe"``.
 
     Raises:
         TypeError: a number is not an integer, or `name` not a string.
         ValueError: an invalid or conflicting argument (`RangeError` for sizes and addresses).
         OutOfMemoryError: refused; ``limit`` names the limit, such as ``"address space"``.
-        VMError: `at` is occupied (EEXIST), or this kernel lacks a policy.
+        VMError: `at` is occupied (EEXIST), or this kernel lacks a policy. For a shared region also
+            EMFILE (``limit`` is ``"RLIMIT_NOFILE"``) and EFBIG (``"RLIMIT_FSIZE"``).
     """
-    size, guard = as_bytes(size), bool(guard)
+    size, guard, shared = as_bytes(size), bool(guard), bool(shared)
     at = None if at is None else _index(at)
     hint = None if hint is None else _index(hint)
     align = None if align is None else as_bytes(align)
@@ -80,31 +89,76 @@ def reserve(
         raise RangeError(msg)
     if size % PAGE_SIZE:
         size += PAGE_SIZE - size % PAGE_SIZE
-    try:
-        accounting, advice = POLICIES[mode, fork, huge_pages, not dump]
-    except (KeyError, TypeError):
-        raise unknown_word(mode, fork, huge_pages) from None
-    if accounting:
-        mode, accounting = effective_mode(mode)
+    if shared:
+        check_shared(mode, fork)
+    mode, accounting, advice = _policies(mode, fork, huge_pages, no_dump=not dump)
     if huge_pages == "prefer" and align is None and at is None:
         align = thp_size()
-    if at is None and hint is None and align is None and not guard and name is None:
+    if shared:
+        options = _placement_options(at, hint, align, guard, name)
+        options.shared, options.strict = True, is_strict()
+    elif at is None and hint is None and align is None and not guard and name is None:
         options = _NULL
     else:
         options = _placement_options(at, hint, align, guard, name)
     handle = handles.take()
-    region = Region(handle, size, mode, fork, huge_pages, name)
-    try:
-        err = _reserve(handle, size, accounting, advice, options)
-    except OverflowError:  # size does not fit in size_t
-        err = errno.ENOMEM
-    if err:
-        raise refusal("reserve", err, size + (align or 0) + 2 * PAGE_SIZE * bool(guard), at)
+    region = Region(handle, size, mode, "share" if shared else fork, huge_pages, name)
+    total = size + (align or 0) + 2 * PAGE_SIZE * bool(guard)
+    _open(handle, size, accounting, advice, options, total, at)
     if seal:
         err = lib.region_seal(handle)
         if err:
             region.release()
-            raise refusal("seal", err, size)
+            raise refusal("seal", err, size, shared=shared)
+    return region
+
+
+def reserve_mirrored(size: int, *, name: str | None = None) -> Region:
+    """Reserve and commit a shared region whose second half shows the bytes of its first.
+
+    Args:
+        size: bytes of memory, whole OS pages; the region has twice as many.
+        name: as for `reserve`.
+
+    Raises:
+        OutOfMemoryError, VMError, TypeError, ValueError: as for `reserve` and `Region.commit`.
+    """
+    options = _placement_options(None, None, None, False, name)
+    options.mirrored, options.strict = True, is_strict()
+    handle = handles.take()
+    region = Region(handle, 2 * size, "charge", "share", "default", name)
+    _, accounting, advice = _policies("charge", "copy", "default")
+    _open(handle, 2 * size, accounting, advice, options, 2 * size)
+    region.commit()
+    return region
+
+
+def reserve_below(
+    line: int,
+    lead: int,
+    size: int,
+    *,
+    mode: Mode,
+    fork: Fork,
+    huge_pages: HugePages,
+    name: str | None,
+) -> Region:
+    """Reserve `size` bytes, rounded up to whole OS pages, from `lead` bytes below a line.
+
+    A line is a multiple of `line`, a power of two; `size` is positive, `lead` whole OS pages.
+
+    Raises:
+        TypeError, ValueError, OutOfMemoryError, VMError: as for `reserve`.
+    """
+    mode, accounting, advice = _policies(mode, fork, huge_pages)
+    options = ffi.new("struct region_options *")
+    options.align, options.lead = line, lead
+    if name is not None:
+        options.name = _checked_name(name)
+    size = round_up(size, PAGE_SIZE)
+    handle = handles.take()
+    region = Region(handle, size, mode, fork, huge_pages, name)
+    _open(handle, size, accounting, advice, options, size + line)
     return region
 
 
@@ -127,12 +181,7 @@ def window(
     """
     size &= -PAGE_SIZE
     shown_name = _NULL if name is None else _checked_name(name)
-    try:
-        accounting, advice = POLICIES[mode, fork, huge_pages, True]
-    except (KeyError, TypeError):
-        raise unknown_word(mode, fork, huge_pages) from None
-    if accounting:
-        mode, accounting = effective_mode(mode)
+    mode, accounting, advice = _policies(mode, fork, huge_pages)
     handle = handles.take()
     region = Region(handle, size, mode, fork, huge_pages, name)
     try:
@@ -142,6 +191,38 @@ def window(
     if err:
         raise refusal("reserve", err, size, start)
     return region
+
+
+def _open(
+    handle: Any,
+    size: int,
+    accounting: int,
+    advice: int,
+    options: Any,
+    total: int,
+    at: int | None = None,
+) -> None:
+    """Call region_reserve. `total` is the number of bytes that a refusal names."""
+    try:
+        err = _reserve(handle, size, accounting, advice, options)
+    except OverflowError:  # size does not fit in size_t
+        err = errno.ENOMEM
+    if err:
+        why = "this kernel has no memfd_create (Linux 3.17)" if err == errno.ENOSYS else None
+        raise refusal("reserve", err, total, at, why)
+
+
+def _policies(
+    mode: Mode, fork: Fork, huge_pages: HugePages, *, no_dump: bool = True
+) -> tuple[Mode, int, int]:
+    """Return the mode that takes effect, and the accounting and advice of C."""
+    try:
+        accounting, advice = POLICIES[mode, fork, huge_pages, no_dump]
+    except (KeyError, TypeError):
+        raise unknown_word(mode, fork, huge_pages) from None
+    if accounting:
+        mode, accounting = effective_mode(mode)
+    return mode, accounting, advice
 
 
 def _placement_options(

@@ -12,12 +12,14 @@ from typing import NamedTuple
 from pyreserve._native import lib
 from pyreserve._system import proc, rlimits, tasks
 from pyreserve._system.limitbase import OWN, Assessment, Limit, Process, Use
-from pyreserve._system.rlimits import RLIMIT_AS
+from pyreserve._system.rlimits import ALLOCATE, RLIMIT_AS
 from pyreserve.errors import OutOfMemoryError, VMError
 from pyreserve.units import KiB, format_size
 
 PAGE_SIZE: int = lib.vm_page_size()
-_RAN_OUT = {errno.ENOMEM, errno.EAGAIN}
+# The verbs that allocate the pages of a shared region.
+_ALLOCATING = {"commit", "populate", "discard", "seal"}
+_RAN_OUT = {errno.ENOMEM, errno.EAGAIN, errno.ENOSPC}
 
 
 def address_bits() -> int:
@@ -162,7 +164,7 @@ class _Overcommit(Limit):
                 yield Use(limit * KiB, used * KiB)
 
     def refuses(self, verb: str, err: int) -> bool:
-        return err == errno.ENOMEM and verb != "reserve"
+        return err in {errno.ENOMEM, errno.ENOSPC} and verb != "reserve"
 
     def refusal(self, nbytes: int, _address: int | None) -> str | None:
         mode = OWN.setting("overcommit_memory")
@@ -308,7 +310,10 @@ class _LowestAddress(Limit):
 
 
 class _Cgroup(Limit):
-    """The memory cgroups above a process. They refuse no verb: the OOM killer ends a process."""
+    """The memory cgroups above a process. Only a shared region's pages are refused (ENOMEM).
+
+    Otherwise the OOM killer ends a process.
+    """
 
     name = "cgroup limit"
     # Topic, file, and the fields allows, effect and risk of the assessment of each kind of limit.
@@ -334,6 +339,15 @@ class _Cgroup(Limit):
     def uses(self, process: Process) -> Iterator[Use]:
         for limit, used in process.cgroups():
             yield Use(limit, used)
+
+    def refuses(self, verb: str, err: int) -> bool:
+        return verb == ALLOCATE and err == errno.ENOMEM
+
+    def refusal(self, nbytes: int, _address: int | None) -> str | None:
+        for use in self.uses(OWN):
+            if nbytes > (use.left() or 0):
+                return f"the limit of a memory cgroup is {use}"
+        return None
 
     def warning(self, use: Use) -> str:
         return (
@@ -397,13 +411,20 @@ class _Cgroup(Limit):
 
 
 class _Memory(Limit):
-    """The machine's memory. It refuses no verb."""
+    """The machine's memory. It refuses only to allocate a shared region's pages."""
 
     name = "memory"
 
     def uses(self, process: Process) -> Iterator[Use]:
         total = process.meminfo_kib("MemTotal")
         yield Use(total * KiB, (total - process.meminfo_kib("MemAvailable")) * KiB)
+
+    def refuses(self, verb: str, err: int) -> bool:
+        return verb == ALLOCATE and err == errno.ENOMEM
+
+    def refusal(self, nbytes: int, _address: int | None) -> str | None:
+        use = next(self.uses(OWN))
+        return f"the machine's memory is {use}" if nbytes > (use.left() or 0) else None
 
     def warning(self, use: Use) -> str:
         return (
@@ -419,6 +440,8 @@ LIMITS: tuple[Limit, ...] = (
     _AddressSpace(),
     RLIMIT_AS,
     rlimits.RLIMIT_DATA,
+    rlimits.RLIMIT_FSIZE,
+    rlimits.RLIMIT_NOFILE,
     rlimits.RLIMIT_MEMLOCK,
     _Cgroup(),
     _Memory(),
@@ -463,15 +486,22 @@ _REASONS = {
 
 
 def refusal(
-    verb: str, err: int, nbytes: int, address: int | None = None, why: str | None = None
+    verb: str,
+    err: int,
+    nbytes: int,
+    address: int | None = None,
+    why: str | None = None,
+    *,
+    shared: bool = False,
 ) -> VMError:
     """Return the exception for a verb that the kernel refused with errno `err`.
 
     It names the verb, the bytes, the address, the errno and, if known, the limit. The verb
     ``"map"`` reserves and commits in one call; ``"fork"`` creates a process. `why` replaces the
-    reason.
+    reason. `shared` bytes are those of a file in memory.
     """
-    limit, clause = refusing_limit(verb, err, nbytes, address)
+    allocates = shared and verb in _ALLOCATING
+    limit, clause = refusing_limit(ALLOCATE if allocates else verb, err, nbytes, address)
     place = "" if address is None else f" at {address:#x}"
     reason = why or clause or _REASONS.get(err, "no known limit explains it")
     cls = OutOfMemoryError if err in _RAN_OUT else VMError

@@ -38,7 +38,7 @@ def facts() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "architecture": platform.machine(),
         "kernel": platform.release(),
-        "memory": _memory(),
+        "memory": memory(),
         "page_size": PAGE_SIZE,
         "overcommit_memory": proc.setting_or_default("overcommit_memory"),
         "max_map_count": proc.setting_or_default("max_map_count"),
@@ -53,7 +53,8 @@ def facts() -> dict[str, Any]:
     }
 
 
-def _memory() -> int:
+def memory() -> int:
+    """Return the size of the machine's memory in bytes."""
     try:
         return proc.meminfo_kib()["MemTotal"] * KiB
     except proc.UNREADABLE:

@@ -11,6 +11,8 @@ from pyreserve._system.limitbase import OWN, Assessment, Limit, Process, Use
 from pyreserve.units import KiB, format_size
 
 _CAP_IPC_LOCK = 14  # linux/capability.h
+ALLOCATE = "allocate"
+"""The verb, for limits, of allocating the pages of a shared region: no limit on private memory."""
 
 
 class Rlimit(Limit):
@@ -138,7 +140,7 @@ class _Data(_SizeRlimit):
     effect = "Only memory and overcommit bound commits."
 
     def refuses(self, verb: str, err: int) -> bool:
-        return err == errno.ENOMEM and verb != "reserve"
+        return err == errno.ENOMEM and verb not in {"reserve", ALLOCATE}
 
 
 class _Locked(_SizeRlimit):
@@ -169,6 +171,33 @@ class _Locked(_SizeRlimit):
                 yield Assessment(self.name, "good", fact, self.unlimited, values)
             else:
                 yield assessment._replace(values=values)
+
+
+class _FileSize(Rlimit):
+    """It bounds the file of a shared region."""
+
+    name, number, option, row = "RLIMIT_FSIZE", resource.RLIMIT_FSIZE, "-f", "file size"
+
+    def refuses(self, _verb: str, err: int) -> bool:
+        return err == errno.EFBIG
+
+    def refusal(self, nbytes: int, _address: int | None) -> str | None:
+        limit = self.read(OWN)
+        if limit is None or nbytes <= limit:
+            return None
+        return f"{self.label} is {format_size(limit)}"
+
+
+class _OpenFiles(Rlimit):
+    """It bounds the descriptors of a process, one for each shared region."""
+
+    name, number, option, row = "RLIMIT_NOFILE", resource.RLIMIT_NOFILE, "-n", "open files"
+
+    def refuses(self, _verb: str, err: int) -> bool:
+        return err == errno.EMFILE
+
+    def refusal(self, _nbytes: int, _address: int | None) -> str | None:
+        return f"{self.label} is {self.read(OWN)}, and a shared region takes a file descriptor"
 
 
 class _Stack(Rlimit):
@@ -238,5 +267,7 @@ class _Core(Rlimit):
 RLIMIT_AS = _AddressSpace()
 RLIMIT_DATA = _Data()
 RLIMIT_MEMLOCK = _Locked()
+RLIMIT_FSIZE = _FileSize()
+RLIMIT_NOFILE = _OpenFiles()
 RLIMIT_STACK = _Stack()
 RLIMIT_CORE = _Core()

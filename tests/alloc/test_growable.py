@@ -1,10 +1,8 @@
 """Buffers and arrays that grow in place: their bytes, views, and memory as /proc shows it."""
 
 import array as stdlib_array
-import copy
 import ctypes
 import gc
-import pickle
 import signal
 import subprocess
 import sys
@@ -73,10 +71,9 @@ class TestBytes:
         assert witness.peek(buffer.base, 12) == b"hello, world"
 
     def test_nothing_at_first(self) -> None:
-        """A new buffer or array has addresses, no memory, and is false."""
+        """A new buffer has addresses, no memory and no bytes."""
         buffer = GrowableBuffer(GiB)
 
-        assert not buffer
         assert len(buffer) == buffer.committed == witness.nbytes(buffer.base, GiB) == 0
         assert buffer.capacity == GiB
 
@@ -106,7 +103,7 @@ class TestBytes:
 
     @pytest.mark.parametrize(
         "wrong",
-        ["text", 5, None, [1, 2], memoryview(b"abcd")[::2], np.zeros((4, 4))[:, 1]],
+        ["text", 5, None, [1, 256], ["a"], memoryview(b"abcd")[::2], np.zeros((4, 4))[:, 1]],
         ids=lambda wrong: type(wrong).__name__,
     )
     def test_from_no_buffer(self, wrong: Any) -> None:
@@ -153,7 +150,7 @@ class TestBytes:
 
     def test_cleared(self) -> None:
         """After clear the length is 0, and the memory is still committed."""
-        buffer = GrowableBuffer(64 * MiB)
+        buffer = GrowableBuffer(64 * MiB, step=STEP)
         buffer.extend(b"x" * (3 * MiB))
 
         buffer.clear()
@@ -189,7 +186,6 @@ class TestBytes:
         buffer.extend(b"abc")
         before = state(buffer)
         calls: Calls = (
-            lambda: GrowableArray("f8", wrong),
             lambda: buffer.resize(wrong),
             lambda: buffer.view(wrong),
         )
@@ -197,8 +193,11 @@ class TestBytes:
         for call in calls:
             with pytest.raises(TypeError):
                 call()
-        with pytest.raises(ValueError if wrong == "1" else TypeError):
-            GrowableBuffer("one byte" if wrong == "1" else wrong)
+        if wrong is not None:  # None is the default capacity
+            with pytest.raises(TypeError):
+                GrowableArray("f8", wrong)
+            with pytest.raises(ValueError if wrong == "1" else TypeError):
+                GrowableBuffer("one byte" if wrong == "1" else wrong)
 
         assert state(buffer) == before
 
@@ -397,7 +396,7 @@ class TestZero:
     @pytest.mark.parametrize("mode", ["charge", "noreserve"])
     def test_a_large_range_takes_no_memory(self, mode: Literal["charge", "noreserve"]) -> None:
         """A large range is discarded instead of zeroed, so it takes no memory."""
-        buffer = GrowableBuffer(64 * MiB, mode=mode)
+        buffer = GrowableBuffer(64 * MiB, mode=mode, huge_pages="never")
         buffer.resize(40 * MiB)
         view = np.frombuffer(buffer.view(), np.uint8)
         view[:: PAGE_SIZE // 2] = 0xAA
@@ -426,7 +425,7 @@ class TestZero:
 class TestCommits:
     def test_the_steps(self) -> None:
         """The first commit is 64 KiB; later ones end at multiples of the step, as the base does."""
-        buffer = GrowableBuffer(64 * MiB)
+        buffer = GrowableBuffer(64 * MiB, step=STEP)
         ends: list[int] = []
 
         for _ in range(10 * MiB // 4096):
@@ -492,7 +491,7 @@ class TestShrinkToFit:
         self, length: int, mode: Literal["charge", "noreserve"]
     ) -> None:
         """trim decommits the pages above the length and returns their bytes."""
-        buffer = GrowableBuffer(64 * MiB, mode=mode)
+        buffer = GrowableBuffer(64 * MiB, mode=mode, step=STEP)
         buffer.extend(b"\xaa" * (9 * MiB))
         buffer.resize(length)
 
@@ -505,7 +504,7 @@ class TestShrinkToFit:
 
     def test_under_views(self) -> None:
         """Views up to the very end do not prevent trim."""
-        buffer = GrowableBuffer(64 * MiB)
+        buffer = GrowableBuffer(64 * MiB, step=STEP)
         buffer.extend(b"\xaa" * (3 * MiB + 5))
         view = buffer.view()
 
@@ -514,7 +513,7 @@ class TestShrinkToFit:
 
     def test_growing_again(self) -> None:
         """After trim the buffer grows by steps again."""
-        buffer = GrowableBuffer(64 * MiB)
+        buffer = GrowableBuffer(64 * MiB, step=STEP)
         buffer.extend(bytes(3 * MiB))
         buffer.clear()
         buffer.trim()
@@ -602,7 +601,7 @@ print(json.dumps([limits, same, kept, len(buffer), len(array)]))
         assert result[3:] == [32 * MiB, 4 * MiB + 3]
 
     def test_a_refused_step(self) -> None:
-        """If a whole step is refused, only the memory of the length is committed."""
+        """If a whole step is refused, less is committed ahead."""
         result = witness.fresh_python(
             LIMITED
             + """
@@ -614,12 +613,14 @@ buffer.view()[-1] = 1
 first = buffer.committed
 limits = refused(lambda: buffer.resize(32 * MiB))
 allow(None)
-buffer.resize(3 * MiB)
+buffer.resize(9 * MiB)
 print(json.dumps([first, limits[0], buffer.committed]))
 """
         )
 
-        assert result == [2 * MiB + PAGE_SIZE, "RLIMIT_DATA", 256 * MiB]
+        committed, *rest = result
+        assert 2 * MiB + PAGE_SIZE <= committed <= 8 * MiB + FIRST
+        assert rest == ["RLIMIT_DATA", 256 * MiB]
 
 
 class TestArrays:
@@ -939,6 +940,7 @@ class TestThreads:
         """After an exception from a signal handler, each piece is there whole or not at all."""
         buffer = GrowableBuffer(64 * MiB, step=64 * KiB)
         array = GrowableArray("u4", 16 * MiB, step=64 * KiB)
+        append = array.appender()
         pieces, struck = [bytes([n + 1]) * 5000 for n in range(64)], 0
 
         class Struck(Exception):  # noqa: N818
@@ -956,6 +958,7 @@ class TestThreads:
                         for piece in pieces:
                             buffer.extend(piece)
                             array.append(len(array))
+                            append(len(array))
                         buffer.resize(len(buffer) + 5000)
                         buffer.resize(5000)
                         buffer.trim()
@@ -1015,7 +1018,7 @@ class TestThreads:
                 return 2.0
 
         array.append(Value())
-        array.extend([Value(), 3])  # type: ignore[arg-type]
+        array.extend([Value(), 3])
 
         assert array.array.tolist() == [1, 2, 1, 2, 3]
 
@@ -1137,13 +1140,6 @@ class TestTheEnd:
         assert repr(array).startswith("<GrowableArray of 1 items: capacity 5,000, ")
         buffer.release()
         assert repr(buffer) == "<GrowableBuffer 'log' for 4,194,304 bytes, released>"
-
-    def test_no_copies(self) -> None:
-        """Pickling and copying are TypeErrors."""
-        for thing in (GrowableBuffer(MiB), GrowableArray("i4", 5)):
-            for copier in (pickle.dumps, copy.copy, copy.deepcopy):
-                with pytest.raises(TypeError, match="addresses of this process"):
-                    copier(thing)
 
     def test_in_a_garbage_cycle(self) -> None:
         """A finaliser of a cycle that contains the buffer gets an error, not a crash."""

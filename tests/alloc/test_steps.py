@@ -18,7 +18,7 @@ from pyreserve import (
     RangeError,
     layouts,
 )
-from pyreserve._region.owner import as_step
+from pyreserve._region.growth import as_step
 from pyreserve.units import WORD, round_up
 
 

@@ -20,13 +20,17 @@
 #ifndef SYS_mseal
 #define SYS_mseal 462
 #endif
+#ifndef SYS_memfd_create
+#define SYS_memfd_create (-1)
+#endif
 
 enum { CALLS = 4096 };
 
 struct faults_call {
     int verb;       /* 'm' mmap, 'u' munmap, 'p' mprotect, 'a' madvise, 'n' prctl that names, 'r' mincore,
-                       's' mseal, '?' any other, which vm must not make */
-    int argument;   /* flags of mmap, access of mprotect, advice of madvise */
+                       's' mseal, 'f' memfd_create, 't' ftruncate, 'l' fcntl, 'e' fallocate,
+                       'c' close, '?' any other, which vm must not make */
+    int argument;   /* flags of mmap, access of mprotect, advice of madvise, mode of fallocate */
     uint64_t length;
     int refused;    /* the errno of an injected refusal, else 0 */
 };
@@ -80,6 +84,16 @@ static struct faults_call call_of(long number, uintptr_t b, uintptr_t c, uintptr
         return (struct faults_call){'r', 0, b, 0};
     case SYS_mseal:
         return (struct faults_call){'s', 0, b, 0};
+    case SYS_memfd_create:
+        return (struct faults_call){'f', 0, 0, 0};
+    case SYS_ftruncate:
+        return (struct faults_call){'t', 0, b, 0};
+    case SYS_fcntl:
+        return (struct faults_call){'l', 0, 0, 0};
+    case SYS_fallocate:
+        return (struct faults_call){'e', (int)b, d, 0};
+    case SYS_close:
+        return (struct faults_call){'c', 0, 0, 0};
     default:
         return (struct faults_call){'?', (int)number, 0, 0};
     }

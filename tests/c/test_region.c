@@ -229,6 +229,45 @@ static void the_base_is_aligned_and_the_rest_given_back(void) {
         }
 }
 
+static struct region *reserve_below(size_t size, size_t align, size_t lead, size_t guard) {
+    struct region_options wish = {.align = align, .lead = lead, .guard = guard};
+    struct region *region = closed();
+    return opened(region, region_reserve(region, size, 0, 0, &wish));
+}
+
+static void a_lead_puts_the_base_below_an_aligned_address(void) {
+    const size_t guards[] = {0, page, 3 * page};
+    for (size_t align = page; align <= (size_t)1 << 30; align *= 4)
+        for (size_t lead = page; lead <= 16 * page; lead *= 4)
+            for (size_t i = 0; i < 3; i++) {
+                size_t before = witness_status("VmSize:"), guard = guards[i];
+                struct region *region = reserve_below(5 * page, align, lead, guard);
+                REQUIRE(region != NULL);
+                CHECK((((uintptr_t)region->base + lead) & (align - 1)) == 0);
+                CHECK(witness_status("VmSize:") == before + 5 * page + 2 * guard);
+                CHECK(witness_all((uintptr_t)region->base - guard, 5 * page + 2 * guard, '-'));
+                end(region);
+                CHECK(witness_status("VmSize:") == before);
+            }
+}
+
+static void a_lead_counts_modulo_the_alignment(void) {
+    size_t align = 64 * page;
+    struct region *region = reserve_below(page, align, (size_t)0 - page, page);
+    CHECK(region != NULL && (((uintptr_t)region->base - page) & (align - 1)) == 0);
+    end(region);
+    region = reserve_below(page, align, align, 0);
+    CHECK(region != NULL && ((uintptr_t)region->base & (align - 1)) == 0);
+    end(region);
+    region = reserve_below(page, 0, page, 0);
+    CHECK(region != NULL);
+    end(region);
+    errno = 0;
+    CHECK(reserve_below(page, align, page - 1, 0) == NULL && errno == REGION_MISALIGNED);
+    CHECK(reserve_below(SIZE_MAX / page * page, align, page, 0) == NULL && errno == ENOMEM);
+    CHECK(reserve_below(page, SIZE_MAX / 2 + 1, page, 0) == NULL && errno == ENOMEM);
+}
+
 static void an_aligned_hint_is_kept(void) {
     size_t align = (size_t)1 << 21;
     uintptr_t place = free_place() & ~(align - 1);
@@ -633,6 +672,79 @@ static void guards_are_not_exported(void) {
     CHECK(region_set_cells(region, 3 * page, page) == REGION_RELEASED);
     CHECK(region_guard_cells(region, 0, 1) == REGION_RELEASED);
     end(region);
+}
+
+/* ---- sliding */
+
+/* The byte that the tests below store `i` bytes behind the front. */
+static char mark(size_t i) {
+    return (char)(i * 31 + i / page * 7 + 1);
+}
+
+static void mark_from(struct region *region, size_t front, size_t length) {
+    for (size_t i = 0; i < length; i++)
+        region->base[front + i] = mark(i);
+}
+
+static bool is_marked(const struct region *region, size_t front, size_t length) {
+    for (size_t i = 0; i < length; i++)
+        if (region->base[front + i] != mark(i))
+            return false;
+    return true;
+}
+
+static void a_slide_moves_all_bytes_to_the_start(void) {
+    size_t fronts[] = {0, 1, page - 1, page, 2 * page + 5, 9 * page};
+    size_t lengths[] = {1, page - 1, page, page + 1, 5 * page + 77};
+    EACH_ACCOUNTING(accounting)
+        for (size_t f = 0; f < 6; f++)
+            for (size_t n = 0; n < 5; n++) {
+                size_t front = fronts[f], length = lengths[n];
+                struct region *region = reserved(16, accounting);
+                size_t first = front / page, pages = (front + length + page - 1) / page - first;
+                REQUIRE(commit(region, first, pages));
+                mark_from(region, front, length);
+                CHECK(region_slide(region, &front, length) == 0);
+                CHECK(front == 0 && is_marked(region, 0, length));
+                CHECK(region_is_committed(region, 0, length) == 1);
+                CHECK(region_is_committed(region, first * page, pages * page) == 1);
+                end(region);
+            }
+}
+
+static void a_slide_leaves_no_memory_behind(void) {
+    size_t length = (size_t)8 << 20, front = length + page;
+    struct region *region = closed();
+    REQUIRE(region_reserve(region, 4 * length, 0, 0, NULL) == 0);
+    REQUIRE(region_commit(region, front, length) == 0);
+    mark_from(region, front, length);
+    CHECK(region_slide(region, &front, length) == 0);
+    CHECK(is_marked(region, 0, length));
+    CHECK(witness_resident(at(region, 0), 4 * length) == (long)(length / page));
+    end(region);
+}
+
+static void a_refused_slide_moves_nothing(void) {
+    EACH_ACCOUNTING(accounting) {
+        struct region *region = reserved(16, accounting);
+        size_t front = 4 * page + 3, length = 6 * page;
+        REQUIRE(commit(region, 4, 7));
+        mark_from(region, front, length);
+        REQUIRE(limit_data(3 * page));
+        int err = region_slide(region, &front, length);
+        REQUIRE(unlimit(RLIMIT_DATA));
+        CHECK(err == ENOMEM && front == 4 * page + 3);
+        CHECK(shows(region, "----wwwwwww-----") && is_marked(region, front, length));
+
+        length += page;
+        CHECK(region_slide(region, &front, length) == REGION_NOT_COMMITTED);
+        CHECK(region_slide(region, &front, 0) == REGION_NOT_COMMITTED);
+        CHECK(region_slide(region, &front, SIZE_MAX) == REGION_NOT_COMMITTED);
+        CHECK(front == 4 * page + 3 && is_marked(region, front, 6 * page));
+        region_retire(region);
+        CHECK(region_slide(region, &front, page) == REGION_RELEASED);
+        end(region);
+    }
 }
 
 static void a_released_region_says_so(void) {
@@ -1127,6 +1239,8 @@ int main(void) {
     RUN(a_taken_address_leads_elsewhere_unless_exact);
     RUN(an_exact_reserve_overwrites_nothing);
     RUN(the_base_is_aligned_and_the_rest_given_back);
+    RUN(a_lead_puts_the_base_below_an_aligned_address);
+    RUN(a_lead_counts_modulo_the_alignment);
     RUN(an_aligned_hint_is_kept);
     RUN(guards_are_never_accessible);
     RUN(what_does_not_fit_the_addresses_is_refused_with_enomem);
@@ -1145,6 +1259,9 @@ int main(void) {
     RUN(cells_end_with_guards_that_a_decommit_removes);
     RUN(viewed_is_set_by_an_export_and_by_the_end);
     RUN(guards_are_not_exported);
+    RUN(a_slide_moves_all_bytes_to_the_start);
+    RUN(a_slide_leaves_no_memory_behind);
+    RUN(a_refused_slide_moves_nothing);
     RUN(a_released_region_says_so);
     RUN(a_window_maps_and_owns_nothing);
     RUN(a_window_must_be_a_range_of_addresses);

@@ -2,6 +2,7 @@
 #include "vm.h"
 
 #include <errno.h>
+#include <sys/stat.h>
 #include <signal.h>
 #include <sys/wait.h>
 
@@ -82,6 +83,12 @@ static bool asked_once(long number) {
 #define SYS_mseal 462
 #endif
 
+#ifdef SYS_fcntl64
+#define SYS_FCNTL SYS_fcntl64
+#else
+#define SYS_FCNTL SYS_fcntl
+#endif
+
 static void mapping_calls_pass_the_function_given(void) {
     uintptr_t at = 0;
     size_t seen = 0;
@@ -99,6 +106,14 @@ static void mapping_calls_pass_the_function_given(void) {
     CHECK(asked_once(SYS_prctl));
     (void)vm_try_seal();
     CHECK(asked_once(SYS_mseal));
+    int fd = -1;
+    CHECK(vm_file_create("counted", false, &fd) == 0 && asked_once(SYS_memfd_create));
+    CHECK(vm_file_resize(fd, page) == 0 && asked_once(SYS_ftruncate));
+    CHECK(vm_file_seal(fd) == 0 && asked_once(SYS_FCNTL));
+    CHECK(vm_file_allocate(fd, 0, page) == 0 && asked_once(SYS_fallocate));
+    CHECK(vm_file_punch(fd, 0, page) == 0 && asked_once(SYS_fallocate));
+    CHECK(vm_renew_file(at, page, VM_RESERVED, fd) == 0 && asked_once(SYS_MMAP));
+    CHECK(vm_file_close(fd) == 0 && asked_once(SYS_close));
     CHECK(vm_release(at, 2 * page) == 0 && asked_once(SYS_munmap));
     CHECK(vm_replace(NULL) == count_calls);
     CHECK(vm_map(0, page, VM_RESERVED, &at) == 0 && vm_release(at, page) == 0 && asked == 0);
@@ -118,9 +133,36 @@ static void what_the_function_refuses_is_refused(void) {
     CHECK(vm_advise(at, page, VM_NO_DUMP) == EAGAIN && vm_name(at, page, "no") == EAGAIN);
     CHECK(vm_resident(at, page, &seen) == EAGAIN && seen == 7);
     CHECK(vm_seal(at, page) == EAGAIN && vm_release(at, page) == EAGAIN);
+    int fd = 7;
+    CHECK(vm_file_create("no", true, &fd) == EAGAIN && fd == 7 && vm_file_close(fd) == EAGAIN);
+    CHECK(vm_file_resize(fd, page) == EAGAIN && vm_file_seal(fd) == EAGAIN);
+    CHECK(vm_file_allocate(fd, 0, page) == EAGAIN && vm_file_punch(fd, 0, page) == EAGAIN);
+    CHECK(vm_renew_file(at, page, VM_RESERVED, fd) == EAGAIN);
     refusal = 0;
     (void)vm_replace(NULL);
     CHECK(witness_all(at, page, 'w') && vm_release(at, page) == 0);
+}
+
+static void a_file_is_shared_by_its_mappings_and_keeps_its_length(void) {
+    int fd = -1;
+    uintptr_t at = mapped(4, VM_RESERVED);
+    struct stat file;
+    REQUIRE(vm_file_create("a file", false, &fd) == 0 && vm_file_resize(fd, 2 * page) == 0);
+    CHECK(vm_file_seal(fd) == 0 && ftruncate(fd, 0) == -1 && ftruncate(fd, 1 << 20) == -1);
+    CHECK(fcntl(fd, F_GETFD) == FD_CLOEXEC);
+    CHECK(vm_renew_file(at, 2 * page, VM_COMMITTED, fd) == 0);
+    CHECK(vm_renew_file(at + 2 * page, 2 * page, VM_RESERVED, fd) == 0);
+    CHECK(vm_protect(at + 2 * page, 2 * page, VM_COMMITTED) == 0);
+    CHECK(witness_named(at, "/memfd:a file (deleted)"));
+    CHECK(fstat(fd, &file) == 0 && file.st_blocks == 0);
+    CHECK(vm_file_allocate(fd, page, page) == 0);
+    CHECK(fstat(fd, &file) == 0 && (size_t)file.st_blocks * 512 == page);
+    *(volatile char *)(at + page) = 42;
+    CHECK(*(volatile char *)(at + 3 * page) == 42);
+    CHECK(vm_file_allocate(fd, 0, 2 * page) == 0 && *(volatile char *)(at + page) == 42);
+    CHECK(vm_file_punch(fd, page, page) == 0 && *(volatile char *)(at + 3 * page) == 0);
+    CHECK(vm_file_close(fd) == 0 && vm_file_close(fd) == EBADF);
+    CHECK(vm_release(at, 4 * page) == 0);
 }
 
 static void the_page_size_is_the_kernels(void) {
@@ -557,6 +599,7 @@ int main(void) {
     page = vm_page_size();
     RUN(mapping_calls_pass_the_function_given);
     RUN(what_the_function_refuses_is_refused);
+    RUN(a_file_is_shared_by_its_mappings_and_keeps_its_length);
     RUN(the_page_size_is_the_kernels);
     RUN(addresses_end_above_the_first_stack);
     RUN(features_are_known_where_no_mapping_can_be_made);

@@ -10,6 +10,7 @@ import errno
 import gc
 import json
 import mmap
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -29,10 +30,12 @@ from pyreserve import (
     Bitmap,
     Block,
     BumpArena,
+    GrowableBuffer,
     OutOfMemoryError,
     PageAllocator,
     Pool,
     Region,
+    RingArray,
     VMError,
     capabilities,
     reserve,
@@ -63,6 +66,7 @@ _NAMES = {
     ("m", 0): "mmap",
     ("m", 0x10): "mmap(fixed)",
     ("m", _EXACT): "mmap(exact)",
+    ("m", 0x11): "mmap(file)",
     ("u", 0): "munmap",
     ("p", 0): "mprotect(none)",
     ("p", mmap.PROT_READ | mmap.PROT_WRITE): "mprotect(rw)",
@@ -76,6 +80,12 @@ _NAMES = {
     ("n", 0): "prctl(name)",
     ("r", 0): "mincore",
     ("s", 0): "mseal",
+    ("f", 0): "memfd_create",
+    ("t", 0): "ftruncate",
+    ("l", 0): "fcntl(seal)",
+    ("e", 1): "fallocate",
+    ("e", 3): "fallocate(punch)",
+    ("c", 0): "close",
 }
 # The errors that each call is refused with. (EEXIST: the address is occupied.)
 _ERRORS = {
@@ -88,6 +98,13 @@ _ERRORS = {
     "prctl(name)": (errno.ENOMEM, errno.EINVAL),
     "mincore": (errno.ENOMEM, errno.EAGAIN),
     "mseal": (errno.ENOMEM, errno.ENOSYS),
+    "mmap(file)": (errno.ENOMEM,),
+    "memfd_create": (errno.EMFILE, errno.EINVAL, errno.ENOSYS),
+    "ftruncate": (errno.EFBIG,),
+    "fcntl(seal)": (errno.EPERM,),
+    "fallocate": (errno.ENOMEM, errno.ENOSPC),
+    "fallocate(punch)": (errno.ENOMEM, errno.EPERM),
+    "close": (errno.EINTR,),
 }
 _ADVICE_ERRORS = (errno.ENOMEM, errno.EAGAIN, errno.EINVAL)
 
@@ -607,13 +624,67 @@ class Make(Scene):
     end = undo
 
 
+class Drop(Scene):
+    """A buffer of 16 pages from which five are dropped, the third of them under a view."""
+
+    def __init__(self, mode: Any = "charge") -> None:
+        super().__init__()
+        self.buffer = GrowableBuffer(16 * PAGE_SIZE, step=4 * PAGE_SIZE, mode=mode)
+        self.text = b"".join(bytes([n]) * PAGE_SIZE for n in range(1, 17))
+        self.buffer.extend(self.text)
+        self.view: memoryview | None = self.buffer.view(2 * PAGE_SIZE, 3 * PAGE_SIZE)
+
+    def act(self) -> None:
+        self.buffer.drop_front(5 * PAGE_SIZE)
+
+    def look(self) -> dict[str, object]:
+        return {"dropped": self.buffer.dropped, **_region(self.buffer.region)}
+
+    def is_intact(self) -> bool:
+        assert self.view is None or bytes(self.view) == bytes([3]) * PAGE_SIZE
+        return bytes(self.buffer.view()) == self.text[self.buffer.dropped :]
+
+    def undo(self) -> None:
+        self.buffer.drop_front(0)
+        expected = [(2 * PAGE_SIZE, PAGE_SIZE), (5 * PAGE_SIZE, 11 * PAGE_SIZE)]
+        assert self.buffer.region.committed_runs() == expected
+
+    def end(self) -> None:
+        self.view = None
+        self.buffer.release()
+        del self.buffer
+
+
+class Move(Drop):
+    """The addresses of a buffer are used up, so its seven pages move to the start."""
+
+    def __init__(self, mode: Any = "charge") -> None:
+        super().__init__(mode)
+        self.view = None
+        self.buffer.drop_front(9 * PAGE_SIZE)
+
+    def act(self) -> None:
+        self.buffer.extend(bytes([17]) * 2 * PAGE_SIZE)
+        self.text += bytes([17]) * 2 * PAGE_SIZE
+
+    def may_differ(self, refused: str) -> set[str]:
+        # The bytes have moved, or pages were given back by another way.
+        return {"committed", "shown", "maps"}
+
+    def undo(self) -> None:
+        self.buffer.trim()
+        assert self.buffer.region.committed_runs() == [(0, 9 * PAGE_SIZE)]
+
+
 class RegionScene(Scene):
     """A region with two committed runs of pages, [1, 4) and [6, 9), and an operation on it."""
+
+    shared = False
 
     def __init__(self, do: Callable[[Region], object], mode: Any = "charge") -> None:
         super().__init__()
         self.do = do
-        self.region = reserve(16 * PAGE_SIZE, mode=mode)
+        self.region = reserve(16 * PAGE_SIZE, mode=mode, shared=self.shared)
         for first, tag in ((1, 3), (6, 4)):
             self.region.commit(first * PAGE_SIZE, 3 * PAGE_SIZE)
             self.keep(self.region.base + first * PAGE_SIZE, 3 * PAGE_SIZE, tag)
@@ -650,6 +721,29 @@ class Decommit(RegionScene):
     def may_differ(self, refused: str) -> set[str]:
         # The bytes are decommitted; only the region's policies were refused.
         return {"committed", "shown", "maps"} if refused == "madvise(dontdump)" else set()
+
+
+class SharedScene(RegionScene):
+    """The same with a shared region; its file and all descriptors are observed too."""
+
+    shared = True
+
+    def look(self) -> dict[str, object]:
+        files = {"descriptors": len(os.listdir("/proc/self/fd"))}
+        region = self.region
+        if region.released:
+            return {"released": True, **files}
+        return {
+            **_region(region),
+            "shown": witness.runs(region.base, region.size, "rw-s"),
+            "allocated": os.fstat(region.fd).st_blocks * 512,
+            **files,
+        }
+
+
+class CommitShared(SharedScene):
+    def is_intact(self) -> bool:
+        return Scene.is_intact(self)
 
 
 class BitmapScene(Scene):
@@ -729,7 +823,7 @@ class Fault:
 
     @property
     def ran_out(self) -> bool:
-        return self.err in {errno.ENOMEM, errno.EAGAIN}
+        return self.err in {errno.ENOMEM, errno.EAGAIN, errno.ENOSPC}
 
 
 def _never(fault: Fault) -> bool:
@@ -768,6 +862,11 @@ def _other_place(fault: Fault) -> bool:
     return fault.err == errno.EEXIST and not fault.more
 
 
+def _moves(fault: Fault) -> bool:
+    """Memory at the start is needed first; what is refused later only stays committed."""
+    return fault.call != "mprotect(rw)" or (fault.k > 1 and not fault.more)
+
+
 def _old_kernel(fault: Fault) -> bool:
     """If the kernel does not know this advice, another way is used."""
     return fault.err == errno.EINVAL and fault.call != "madvise(dontdump)"
@@ -798,6 +897,16 @@ def _needs_less_memory(fault: Fault) -> bool:
 def _other_way(fault: Fault) -> bool:
     """A range of several mappings is joined into one before it is replaced."""
     return fault.call == "mmap(fixed)" and not fault.more
+
+
+def _older_file(fault: Fault) -> bool:
+    """Before Linux 6.3 a file is made without MFD_NOEXEC_SEAL. close is never tried again."""
+    older = fault.call == "memfd_create" and fault.err == errno.EINVAL and not fault.more
+    return older or fault.call == "close"
+
+
+def _closes(fault: Fault) -> bool:
+    return fault.call == "close"
 
 
 def _fresh_mapping(fault: Fault) -> bool:
@@ -871,6 +980,10 @@ OPERATIONS: dict[str, Operation] = {
     "BumpArena.alloc": _operation(BumpScene, _needs_less),
     "BumpArena.reset": _operation(BumpReset),
     "BumpArena.reset under a window": _operation(BumpResetUnderWindow, _old_kernel),
+    "drop_front": _operation(Drop, _always),
+    "drop_front, never charged": _operation(partial(Drop, "noreserve"), _always),
+    "move a buffer": _operation(Move, _moves),
+    "move a buffer, never charged": _operation(partial(Move, "noreserve"), _moves),
     "Pool": _operation(
         partial(Make, lambda: Pool(64), lambda pool: pool.alloc()), _after_tables(_never)
     ),
@@ -912,6 +1025,27 @@ OPERATIONS: dict[str, Operation] = {
         partial(RegionScene, lambda region: region.populate(PAGE_SIZE, PAGE_SIZE)), _old_kernel
     ),
     "Region.release": _operation(partial(RegionScene, lambda region: region.release())),
+    "reserve shared": _operation(
+        partial(Make, lambda: reserve(MiB, shared=True, guard=True), _use_region), _older_file
+    ),
+    "RingArray": _operation(
+        partial(Make, lambda: RingArray("f8", 1000), lambda ring: ring.append(1)), _older_file
+    ),
+    "Region.commit, shared": _operation(
+        partial(CommitShared, lambda region: region.commit(0, 16 * PAGE_SIZE))
+    ),
+    "Region.decommit, shared": _operation(
+        partial(SharedScene, lambda region: region.decommit(0, 16 * PAGE_SIZE))
+    ),
+    "Region.discard, shared": _operation(
+        partial(SharedScene, lambda region: region.discard(PAGE_SIZE, PAGE_SIZE))
+    ),
+    "Region.populate, shared": _operation(
+        partial(SharedScene, lambda region: region.populate(PAGE_SIZE, PAGE_SIZE)), _old_kernel
+    ),
+    "Region.release, shared": _operation(
+        partial(SharedScene, lambda region: region.release()), _closes
+    ),
     "Bitmap.set": _operation(partial(BitmapScene, lambda bitmap: bitmap.set(1 << 20, 1 << 22))),
     "Bitmap.set steps": _operation(partial(BitmapScene, _sliced)),
     "Bitmap.copy": _operation(BitmapCopy),
@@ -1075,6 +1209,17 @@ mprotect(rw) ENOMEM
 munmap ENOMEM
 prctl(name) EINVAL
 prctl(name) ENOMEM
+close EINTR
+fallocate ENOMEM
+fallocate ENOSPC
+fallocate(punch) ENOMEM
+fallocate(punch) EPERM
+fcntl(seal) EPERM
+ftruncate EFBIG
+memfd_create EINVAL
+memfd_create EMFILE
+memfd_create ENOSYS
+mmap(file) ENOMEM
 """.strip().splitlines()
 
 

@@ -1,5 +1,6 @@
 """Random operations on a region, against a model and with the kernel as the witness."""
 
+import os
 from typing import Literal
 
 import pytest
@@ -19,6 +20,7 @@ import pyreserve
 from helpers import witness
 from helpers.profiles import examples
 from pyreserve import PAGE_SIZE, RangeError, Region, ReleasedError, ViewError
+from pyreserve._region import reserve as placement
 
 PAGES = 20
 SIZE = PAGES * PAGE_SIZE
@@ -32,6 +34,7 @@ class RegionMachine(RuleBasedStateMachine):
     """The model has for each page None if reserved, else the set of bytes that may fill it."""
 
     held = Bundle("held")
+    reserved, committed = witness.RESERVED, witness.COMMITTED
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,12 +199,12 @@ class RegionMachine(RuleBasedStateMachine):
         if self.region is None or self.region.released:
             return
         region = self.region
-        expected = [witness.RESERVED if p is None else witness.COMMITTED for p in self.pages]
+        expected = [self.reserved if p is None else self.committed for p in self.pages]
         assert witness.perms_by_page(self.base, SIZE, PAGE_SIZE) == expected
-        committed = expected.count(witness.COMMITTED) * PAGE_SIZE
-        assert region.committed == committed == witness.nbytes(self.base, SIZE)
+        committed = expected.count(self.committed) * PAGE_SIZE
+        assert region.committed == committed == witness.nbytes(self.base, SIZE, self.committed)
         assert region.reserved == region.size == SIZE
-        assert region.committed_runs() == witness.runs(self.base, SIZE)
+        assert region.committed_runs() == witness.runs(self.base, SIZE, self.committed)
 
     @invariant()
     def the_contents_agree(self) -> None:
@@ -216,7 +219,7 @@ class RegionMachine(RuleBasedStateMachine):
         if self.region is None or self.region.released:
             return
         seen = witness.pieces(self.base, SIZE)
-        sizes = sum(piece.end - piece.start for piece in seen if piece.perms == witness.COMMITTED)
+        sizes = sum(piece.end - piece.start for piece in seen if piece.perms == self.committed)
         assert self.region.committed == sizes
         for view, _, _ in self.views:
             view.release()
@@ -225,6 +228,41 @@ class RegionMachine(RuleBasedStateMachine):
         assert self.region.released
 
 
+class SharedMachine(RegionMachine):
+    """The same with a shared region, whose file has memory for what is committed alone."""
+
+    reserved, committed = "---s", "rw-s"
+
+    @initialize(
+        mode=st.just("charge"), guard=st.booleans(), fork=st.just("copy"), strict=st.booleans()
+    )
+    def reserve(
+        self,
+        mode: Literal["charge", "noreserve"],
+        guard: bool,
+        fork: Literal["copy", "wipe"],
+        strict: bool,
+    ) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(placement, "is_strict", lambda: strict)
+            self.region = pyreserve.reserve(SIZE, mode=mode, guard=guard, fork=fork, shared=True)
+        self.base = self.region.base
+        self.strict = strict
+
+    @invariant()
+    def the_file_agrees(self) -> None:
+        if self.region is None or self.region.released:
+            return
+        allocated = os.fstat(self.region.fd).st_blocks * 512
+        assert allocated <= self.region.committed
+        if self.strict:
+            assert allocated == self.region.committed
+
+
 TestRegionMachine = RegionMachine.TestCase
 TestRegionMachine.__doc__ = """Any order of verbs leaves the region in the state of the model."""
 TestRegionMachine.settings = settings(max_examples=examples(80), stateful_step_count=40)
+
+TestSharedMachine = SharedMachine.TestCase
+TestSharedMachine.__doc__ = """Any order of verbs leaves a shared region in that state, too."""
+TestSharedMachine.settings = settings(max_examples=examples(40), stateful_step_count=40)

@@ -42,6 +42,7 @@ from pyreserve import (
     RangeError,
     Region,
     ReleasedError,
+    RingArray,
     Scavenger,
     StateError,
     TiB,
@@ -77,6 +78,8 @@ def regions() -> None:
         assert_type(region, Region)
     reserve(GiB, at=1 << 40, align="2MiB", dump=True, guard=True, seal=True)
     reserve(GiB, hint=1 << 40, mode="noreserve", fork="wipe", huge_pages="prefer")
+    reserve(GiB, shared=True)
+    reserve(GiB, fork="share")  # type: ignore[arg-type]
     reserve(1.5)  # type: ignore[arg-type]
     reserve(GiB, GiB)  # type: ignore[call-arg]
     reserve(GiB, mode="none")  # type: ignore[arg-type]
@@ -86,10 +89,11 @@ def regions() -> None:
     assert_type(len(region), int)
     assert_type((region.base, region.reserved, region.committed), tuple[int, int, int])
     assert_type(region.mode, Literal["charge", "noreserve"])
-    assert_type(region.fork, Literal["copy", "wipe"])
+    assert_type(region.fork, Literal["copy", "wipe", "share"])
     assert_type(region.huge_pages, Literal["default", "prefer", "never"])
     assert_type(region.name, str | None)
-    assert_type((region.sealed, region.released), tuple[bool, bool])
+    assert_type((region.sealed, region.released, region.shared), tuple[bool, bool, bool])
+    assert_type(region.fd, int)
     assert_type(region.is_committed(0, 1), bool)
     assert_type(region.committed_runs(), list[tuple[int, int]])
     region.commit()
@@ -107,7 +111,13 @@ def regions() -> None:
 
 
 def common(
-    container: Arena | BumpArena | Pool | Bitmap | GrowableBuffer | GrowableArray[Any],
+    container: Arena
+    | BumpArena
+    | Pool
+    | Bitmap
+    | GrowableBuffer
+    | GrowableArray[Any]
+    | RingArray[Any],
 ) -> None:
     assert_type((container.base, container.reserved, container.committed), tuple[int, int, int])
     assert_type(container.name, str | None)
@@ -290,6 +300,7 @@ def page_allocators(lengths: npt.NDArray[np.int64]) -> None:
 
 def growing(values: GrowableArray[np.float64], anything: GrowableArray[Any]) -> None:
     buffer = GrowableBuffer("1GiB", step="2MiB", mode="noreserve", name="g")
+    GrowableBuffer(huge_pages="never", step=None)
     GrowableBuffer(GiB, huge_pages="always")  # type: ignore[arg-type]
     common(buffer)
     buffer.extend(b"1234")
@@ -297,20 +308,56 @@ def growing(values: GrowableArray[np.float64], anything: GrowableArray[Any]) -> 
     buffer.clear()
     assert_type((len(buffer), buffer.capacity, buffer.trim()), tuple[int, int, int])
     assert_type(buffer.view(0, 4, readonly=True), memoryview)
+    assert_type((buffer[0], buffer[:2], buffer.pop()), tuple[int, bytes, int])
+    buffer[:2] = b"12"
+    buffer["a"]  # type: ignore[call-overload]
+    buffer += bytearray(2)
+    assert_type((buffer.find(b"1"), b"1" in buffer, buffer == b"1"), tuple[int, bool, bool])
+    assert_type((buffer + b"1", list(buffer), buffer.spare(3)), tuple[bytes, list[int], memoryview])
+    assert_type((buffer.write(b"1"), buffer.read(1), buffer.tell()), tuple[int, bytes, int])
+    assert_type((buffer.readlines(), buffer.closed), tuple[list[bytes], bool])
 
     assert_type(GrowableArray(np.float64, 1000), GrowableArray[np.float64])
     assert_type(GrowableArray(np.dtype(np.int16), 1000, fork="wipe"), GrowableArray[np.int16])
+    assert_type(GrowableArray(np.float32, huge_pages=None), GrowableArray[np.float32])
     assert_type(GrowableArray("f4", 1000, step="2MiB"), GrowableArray[Any])
     GrowableArray(np.float64, 1000, mode="none")  # type: ignore[call-overload]
     assert_type(values.array, npt.NDArray[np.float64])
     assert_type(values.dtype, np.dtype[np.float64])
     assert_type(anything.array, npt.NDArray[Any])
     assert_type((len(values), values.capacity, values.trim()), tuple[int, int, int])
+    assert_type(values.dropped, int)
+    values.drop_front(0)
     common(values)
     values.append(1.5)
     values.extend([1, 2.5])
     values.resize(10)
     np.asarray(values)
+
+
+def rings(values: RingArray[np.float64], anything: RingArray[Any]) -> None:
+    assert_type(RingArray(np.float64, 1000), RingArray[np.float64])
+    assert_type(RingArray(np.dtype(np.int16), 1000, name="r"), RingArray[np.int16])
+    assert_type(RingArray("f4", 1000), RingArray[Any])
+    RingArray("f4")  # type: ignore[call-overload]
+    RingArray("f4", 1000, fork="wipe")  # type: ignore[call-overload]
+    common(anything)
+    with values as same:
+        assert_type(same, RingArray[np.float64])
+    values.append(1.5)
+    values.extend([1, 2])
+    values.extend(np.zeros(3))
+    values.extend(range(3))
+    values.extend(float(i) for i in range(3))
+    assert_type(values.last(2), npt.NDArray[np.float64])
+    assert_type(values.last(2, copy=True), npt.NDArray[np.float64])
+    values.last("2")  # type: ignore[arg-type]
+    assert_type(values.array, npt.NDArray[np.float64])
+    assert_type((len(values), values.capacity, values.total), tuple[int, int, int])
+    assert_type(values.dtype, np.dtype[np.float64])
+    for item in values:
+        print(item, values[0], values[-1:])
+    values.clear()
 
 
 def errors(refused: OutOfMemoryError, viewed: ViewError) -> None:

@@ -25,6 +25,7 @@ _RECOGNISERS: tuple[rules.Rule | Callable[[ProcessMappings], None], ...] = (
     go.go,
     ghc.ghc,
     ours.regions,
+    ours.shared_regions,
     allocators.address_sanitizer,
     allocators.glibc_arenas,
     jvm.jvm,

@@ -14,8 +14,11 @@ def own_regions(process: ProcessMappings) -> None:
     """Claim the regions of this process, whose addresses are known."""
     if not process.capture.live or process.capture.pid != os.getpid():
         return
+    evidence = "this process's own regions, by their addresses"
     for low, high in live_ranges():
-        process.claim_range(low, high, NAME, "this process's own regions, by their addresses")
+        process.claim_range(low, high, NAME, evidence)
+        shared = (i for i in process.mappings_in(low, high) if _is_in_memory_file(process, i))
+        process.claim(shared, NAME, evidence)
 
 
 def regions(process: ProcessMappings) -> None:
@@ -40,3 +43,25 @@ def regions(process: ProcessMappings) -> None:
         "reserved without access and kept out of core dumps (dd), as pyreserve does by default; "
         f"{process.pyreserve} is mapped",
     )
+
+
+def shared_regions(process: ProcessMappings) -> None:
+    """Claim another process's shared regions: files in memory kept out of core dumps (``dd``)."""
+    if process.pyreserve is None or not process.knows_flags:
+        return
+    process.claim(
+        (
+            i
+            for i, _ in process.named
+            if _is_in_memory_file(process, i)
+            and process.is_unclaimed(i)
+            and process.has_flags(i, "sh dd")
+        ),
+        NAME,
+        "shared memory (memfd) kept out of core dumps (dd), as pyreserve does by default; "
+        f"{process.pyreserve} is mapped",
+    )
+
+
+def _is_in_memory_file(process: ProcessMappings, i: int) -> bool:
+    return bool(process.inode[i]) and process.names[i].startswith("/memfd:")

@@ -1,0 +1,74 @@
+"""The operators of an object that stands for an ndarray, its attribute `array`."""
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+_BINARY = (
+    "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift",
+    "and_", "or_", "xor",
+)  # fmt: skip
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+_UNARY = ("neg", "pos", "abs", "invert")
+
+
+def _method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = f"Apply {name} to `array`, as numpy does."
+    return function
+
+
+def _binary(op: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    return lambda self, other: op(self.array, other)
+
+
+def _reflected(op: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    return lambda self, other: op(other, self.array)
+
+
+def _in_place(op: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    def method(self: Any, other: Any) -> Any:
+        op(self.array, other)
+        return self
+
+    return method
+
+
+def _unary(op: Callable[[Any], Any]) -> Callable[..., Any]:
+    return lambda self: op(self.array)
+
+
+def _divmod(self: Any, other: Any) -> Any:
+    return divmod(self.array, other)
+
+
+def _rdivmod(self: Any, other: Any) -> Any:
+    return divmod(other, self.array)
+
+
+def _methods() -> dict[str, Any]:
+    methods: dict[str, Any] = {"__divmod__": _divmod, "__rdivmod__": _rdivmod, "__hash__": None}
+    for word in _BINARY:
+        name = word.strip("_")
+        methods[f"__{name}__"] = _binary(getattr(operator, word))
+        methods[f"__r{name}__"] = _reflected(getattr(operator, word))
+        methods[f"__i{name}__"] = _in_place(getattr(operator, f"i{name}"))
+    for name in _COMPARISONS:
+        methods[f"__{name}__"] = _binary(getattr(operator, name))
+    for name in _UNARY:
+        methods[f"__{name}__"] = _unary(getattr(operator, name))
+    return {
+        name: method if method is None else _method(name, method)
+        for name, method in methods.items()
+    }
+
+
+if TYPE_CHECKING:
+    from numpy.lib.mixins import NDArrayOperatorsMixin
+
+    class ArrayOperators(NDArrayOperatorsMixin):
+        """The operators."""
+
+else:
+    # numpy's own mixin would import numpy together with this package.
+    ArrayOperators = type("ArrayOperators", (), {"__slots__": (), **_methods()})

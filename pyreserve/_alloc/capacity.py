@@ -1,0 +1,113 @@
+"""The default capacity of growing containers: addresses for more than the machine's memory.
+
+All regions of a default size together take at most a quarter of the address space, and of
+RLIMIT_AS: the more they take, the less the next one gets.
+"""
+
+import resource
+import weakref
+from collections.abc import Callable
+from functools import cache
+
+from pyreserve._region.region import Region
+from pyreserve._system import proc
+from pyreserve._system.limitbase import OWN, rlimit
+from pyreserve._system.limits import address_bits
+from pyreserve._system.machine import memory
+from pyreserve._system.rlimits import RLIMIT_AS
+from pyreserve.errors import OutOfMemoryError
+from pyreserve.units import WORD, GiB, MiB
+
+_LEAST, _GRAIN = MiB, 2 * MiB
+_FIRST = 64 * GiB
+# Of the addresses for all defaults, the first takes at most a quarter.
+_LARGEST_SHARE = 4
+
+
+class _Defaults:
+    """Estimates the bytes that regions of a default size take.
+
+    It has no lock: threads that add regions at the same time make the estimate less exact.
+    """
+
+    def __init__(self) -> None:
+        self._regions: list[tuple[weakref.ref[Region], int]] = []  # some of them gone
+        self._bytes = self._bytes_found = self._found = 0
+
+    def add(self, region: Region) -> None:
+        """Count a new region."""
+        self._regions.append((weakref.ref(region), region.size))
+        self._bytes += region.size
+
+    def nbytes(self, pool: int) -> int:
+        """Return the estimate, in which few regions count that are gone.
+
+        A new search for them costs little: it follows a sixteenth of `pool`, or an eighth more
+        regions.
+        """
+        new = len(self._regions) - self._found
+        if new > 16 + self._found // 8 or self._bytes - self._bytes_found > pool // 16:
+            self._regions = found = [entry for entry in self._regions if entry[0]() is not None]
+            self._found = len(found)
+            self._bytes = self._bytes_found = sum(size for _, size in found)
+        return self._bytes
+
+
+_defaults = _Defaults()
+
+
+def reserve_default(reserve: Callable[[int], Region], least: int) -> Region:
+    """Reserve a region of the default size, or smaller ones until the kernel grants one.
+
+    Args:
+        reserve: reserves a region of a size in bytes; raises OutOfMemoryError if refused.
+        least: bytes that the container needs at least; the result has at least 1 MiB too.
+
+    Raises:
+        OutOfMemoryError: the kernel refused the least size too.
+    """
+    least = max(least, _LEAST)
+    size = max(_default_size() // _GRAIN * _GRAIN, least)
+    while True:
+        try:
+            region = reserve(size)
+        except OutOfMemoryError:
+            if size == least:
+                raise
+            size = max(size // 2 // _GRAIN * _GRAIN, least)
+        else:
+            _defaults.add(region)
+            return region
+
+
+def _default_size() -> int:
+    """Return the bytes of the next default: all of it at first, less the more others take."""
+    limit = rlimit(resource.RLIMIT_AS)
+    pool, first = _pool(limit)
+    taken = _defaults.nbytes(pool)
+    if taken * 4 > pool:
+        # A full size does not exceed a quarter of the pool, so this never exceeds what is left.
+        left = max(0, pool - taken)
+        first = min(first, 2 * first * left * left // (pool * pool))
+    return first if limit is None else min(first, _limited_size(limit))
+
+
+def _limited_size(limit: int) -> int:
+    """Return an eighth of what RLIMIT_AS leaves: malloc needs addresses too."""
+    try:
+        left = RLIMIT_AS.use(OWN).left()
+    except proc.UNREADABLE:
+        left = None
+    return (limit if left is None else left) // 8
+
+
+@cache
+def _pool(limit: int | None) -> tuple[int, int]:
+    """Return the bytes that all defaults may take, and the size of the first."""
+    space = 1 << address_bits()
+    if WORD == 4:
+        space = min(space, 3 * GiB)
+    if limit is not None:
+        space = min(space, limit)
+    pool = max(space // 4, 1)
+    return pool, min(max(2 * memory(), _FIRST), pool // _LARGEST_SHARE)

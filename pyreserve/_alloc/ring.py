@@ -1,0 +1,315 @@
+"""A ring of the latest items, mapped twice in a row: any number of them is one contiguous array.
+
+An item in the second half of the mapping is the same memory as in the first. So whatever follows
+the last item of the first half, even the first item again, follows it in memory too.
+"""
+
+import math
+from collections.abc import Iterator
+from operator import index as _index
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+
+from pyreserve._region.arrays import import_numpy, item_dtype
+from pyreserve._region.owner import Exclusive
+from pyreserve._region.reserve import reserve_mirrored
+from pyreserve._system.limits import PAGE_SIZE
+from pyreserve.errors import RangeError
+from pyreserve.units import MiB, format_size, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy as np
+    import numpy.typing as npt
+
+_Item = TypeVar("_Item", bound="np.generic")
+
+# A capacity may be rounded up to this many bytes, or to twice what was asked for.
+_MOST_ROUNDING = 64 * MiB
+_NUMBERS = "biufc"  # kinds of dtypes
+
+
+class RingArray(Exclusive, Generic[_Item]):
+    """The last `capacity` items that were appended, as a numpy array of one dtype.
+
+    `last` returns any number of the latest items as one contiguous ndarray without a copy: the same
+    memory is mapped twice in a row. Such an array shows memory, not items: once `capacity` items
+    less its length were appended after it, further ones overwrite what it shows.
+    ``last(n, copy=True)`` keeps the items.
+
+    All memory is allocated by the constructor, so that appending never fails for lack of memory.
+    `region` is shared, and twice as long as the memory; ``reserved`` and ``committed`` count the
+    addresses of both halves. A forked child shares the memory but counts for itself: let only one
+    of the processes append.
+
+    Any thread may call it. A finaliser or signal handler that interrupts a call may get StateError.
+    The class is generic in the type of its items, such as ``RingArray[np.float64]``.
+
+    Args:
+        dtype: numpy dtype of the items: no references, a fixed size, no shape of its own.
+        capacity: items to keep at least. It is rounded up so that the items fill whole OS pages.
+        name: shown in /proc/PID/maps as ``/memfd:NAME``; as for `pyreserve.reserve`.
+
+    Raises:
+        ImportError: numpy is missing (extra ``numpy``).
+        TypeError: a dtype with references, without a size, or with a shape of its own.
+        RangeError: `capacity` is not positive, or rounding it up would more than double it and
+            take over 64 MiB: items of an odd size fill whole pages only together.
+        OutOfMemoryError, VMError, ValueError: as for ``pyreserve.reserve(shared=True)`` and
+            `Region.commit`.
+
+    After `release` or `close`, everything raises `ReleasedError`, a ValueError.
+    """
+
+    _noun = "ring array"
+
+    @overload
+    def __init__(
+        self, dtype: "np.dtype[_Item] | type[_Item]", capacity: int, *, name: str | None = ...
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "RingArray[Any]", dtype: "npt.DTypeLike", capacity: int, *, name: str | None = ...
+    ) -> None: ...
+    def __init__(self, dtype: Any, capacity: int, *, name: str | None = None) -> None:
+        self._numpy = import_numpy("RingArray")
+        self._dtype = kind = item_dtype(dtype, "RingArray")
+        self._capacity = _rounded(_index(capacity), kind.itemsize)
+        # Values of these types are converted without running any code of theirs.
+        numbers = {bool, int, float, complex, kind.type} if kind.kind in _NUMBERS else ()
+        self._direct = frozenset(numbers)
+        # Index of the next item, below the capacity; number of items; number ever appended.
+        self._state = (0, 0, 0)
+        region = reserve_mirrored(self._capacity * kind.itemsize, name=name)
+        super().__init__(region)
+        # The array over both halves; all others are its slices and keep its view alive. None
+        # during a release, and once released or closed.
+        self._window: Any = self._make_window()
+
+    def _make_window(self) -> Any:
+        region = self._region
+        return self._numpy.frombuffer(self._exports.view(0, region.size), self._dtype)
+
+    # -- appending ----------------------------------------------------------------------------
+    #
+    # The lock keeps other threads away, but not a finaliser or signal handler, which may append at
+    # any call or new container. So the new state is made first, and dropped if there is another by
+    # then. Nothing runs between that check, the write and the new state: they are on one line
+    # because a tracer may run code between two.
+
+    def append(self, value: Any) -> None:
+        """Append one item: any value that numpy converts to the dtype.
+
+        Raises:
+            TypeError, ValueError, OverflowError: raised by numpy, or `value` is not a single item.
+            ReleasedError: it was released or closed.
+            StateError: called by a finaliser or signal handler inside `release`.
+        """
+        if type(value) not in self._direct:
+            value = self._single(value)
+        window = self._window
+        if window is None:
+            window = self._open_window()
+        capacity = self._capacity
+        with self._lock:
+            while True:
+                at, length, total = state = self._state
+                end = at + 1
+                after = end if end < capacity else 0, length + (length < capacity), total + 1
+                if self._state is state: window[at] = value; self._state = after; return  # fmt: skip  # noqa: E501, E701, E702
+
+    def extend(self, values: "npt.ArrayLike | Iterable[Any]") -> None:
+        """Append the items of a one-dimensional array, or of values that numpy converts to one.
+
+        Of more values than the capacity the last ones stay. An iterator is read to its end first.
+
+        Raises:
+            TypeError, ValueError, OverflowError: raised by numpy, or `values` is not
+                one-dimensional. Nothing has changed.
+            ReleasedError, StateError: as for `append`.
+        """
+        numpy, dtype = self._numpy, self._dtype
+        items: Any = values
+        if type(items) is not numpy.ndarray or (items.dtype is not dtype and items.dtype != dtype):
+            if hasattr(items, "__next__"):
+                items = numpy.fromiter(items, dtype)
+            items = numpy.asarray(items, dtype=dtype)
+        if items.ndim != 1:
+            msg = f"values must have one dimension, got shape {items.shape}"
+            raise ValueError(msg)
+        window = self._window
+        if window is None:
+            window = self._open_window()
+        n = count = len(items)
+        capacity = self._capacity
+        if n > capacity:
+            items, n = items[n - capacity :], capacity
+        # Items of this ring: numpy does not see that the two halves are the same memory.
+        if items.base is not None and numpy.may_share_memory(items, window):
+            items = items.copy()
+        with self._lock:
+            while True:
+                at, length, total = state = self._state
+                end, where, length = at + n, slice(at, at + n), length + n
+                length = length if length < capacity else capacity
+                after = end if end < capacity else end - capacity, length, total + count
+                if self._state is state: window[where] = items; self._state = after; return  # fmt: skip  # noqa: E501, E701, E702
+
+    def clear(self) -> None:
+        """Forget all items; `total` and arrays from before stay as they are.
+
+        Raises:
+            ReleasedError: it was released or closed.
+            StateError: called by a finaliser or signal handler inside `clear`, `release` or a copy.
+        """
+        self._exclusively(self._clear)
+
+    def _clear(self) -> None:
+        while True:
+            at, _, total = state = self._state
+            after = at, 0, total
+            if self._state is state: self._state = after; return  # fmt: skip  # noqa: E701, E702
+
+    def _single(self, value: Any) -> Any:
+        """Convert a value to an array of one item, which may run code of the value."""
+        item = self._numpy.array(value, dtype=self._dtype)
+        if item.ndim:
+            msg = f"value must be a single item, got an array of shape {item.shape}"
+            raise ValueError(msg)
+        return item
+
+    def _open_window(self) -> Any:
+        """Return the window once no other thread is releasing; raise if there is none."""
+        return self._exclusively(getattr, self, "_window")
+
+    # -- items --------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int:
+        """The maximum number of items."""
+        return self._capacity
+
+    @property
+    def dtype(self) -> "np.dtype[_Item]":
+        """The dtype of the items."""
+        return self._dtype
+
+    @property
+    def total(self) -> int:
+        """The number of items ever appended.
+
+        Raises:
+            ReleasedError: it was released or closed.
+        """
+        self._check_open()
+        return self._state[2]
+
+    @property
+    def array(self) -> "npt.NDArray[_Item]":
+        """An ndarray over all items, oldest first, without a copy; see `last`."""
+        window = self._window
+        if window is None:
+            window = self._open_window()
+        end, length, _ = self._state  # one reading: another thread may clear the ring
+        if end < length:
+            end += self._capacity
+        return window[end - length : end] if length else self._none(0, 0)
+
+    def last(self, n: int, *, copy: bool = False) -> "npt.NDArray[_Item]":
+        """Return an ndarray over the last `n` items, oldest first.
+
+        Without `copy` it is a slice of the ring's memory: writable, and overwritten by later items.
+        While it, or anything made from it, is alive, the memory can't be released. A copy is of one
+        moment, whatever other threads append.
+
+        Raises:
+            RangeError: not ``0 <= n <= len(ring)``.
+            ReleasedError: it was released or closed.
+            StateError: as for `append`; with `copy`, as for `clear`.
+        """
+        n = _index(n)
+        if copy:
+            return self._exclusively(self._copy, n)
+        window = self._window
+        if window is None:
+            window = self._open_window()
+        end, length, _ = self._state
+        if n > length or n < 1:
+            return self._none(n, length)
+        if end < n:
+            end += self._capacity
+        return window[end - n : end]  # type: ignore[no-any-return]
+
+    def _none(self, n: int, length: int) -> "npt.NDArray[_Item]":
+        if n:
+            msg = f"n must be from 0 to the {length} items of the ring, got {n}"
+            raise RangeError(msg)
+        array: npt.NDArray[_Item] = self._numpy.empty(0, self._dtype)
+        return array
+
+    def _copy(self, n: int | None) -> "npt.NDArray[_Item]":
+        return (self.array if n is None else self.last(n)).copy()
+
+    def __len__(self) -> int:
+        self._check_open()
+        return self._state[1]
+
+    def __getitem__(self, key: Any) -> Any:
+        """Index the items as numpy does, the oldest is 0; a slice is an array without a copy."""
+        return self.array[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over a copy of the items."""
+        return iter(self._exclusively(self._copy, None))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> "np.ndarray[Any, Any]":
+        """Return `array`, or a copy for another dtype or ``copy=True``: numpy's array protocol."""
+        kind = self._dtype if dtype is None else self._numpy.dtype(dtype)
+        if copy is False and kind != self._dtype:
+            msg = f"items of {self._dtype} can't become {kind} without a copy (copy=False)"
+            raise ValueError(msg)
+        return self.array.astype(kind, copy=bool(copy))
+
+    def __repr__(self) -> str:
+        name = f" {self._region.name!r}" if self._region.name else ""
+        kind = f"<{type(self).__name__}{name} of {self._dtype}"
+        if self.released:
+            return f"{kind}, capacity {self._capacity:,}, released>"
+        _, length, total = self._state
+        return f"{kind}: {length:,} of {self._capacity:,} items, {total:,} appended in all>"
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        self._window = None
+        try:
+            super()._release()
+        except BaseException:
+            if not self._exports.released:
+                self._window = self._make_window()
+            raise
+
+    def _finish_close(self) -> None:
+        self._window = None
+        super()._finish_close()
+
+
+def _rounded(capacity: int, itemsize: int) -> int:
+    """Return the capacity rounded up so that the items fill whole OS pages.
+
+    Raises:
+        RangeError: `capacity` is not positive, or would become much larger.
+    """
+    if capacity <= 0:
+        msg = f"capacity must be positive, got {capacity}"
+        raise RangeError(msg)
+    unit = PAGE_SIZE // math.gcd(PAGE_SIZE, itemsize)
+    rounded = round_up(capacity, unit)
+    if rounded * itemsize > _MOST_ROUNDING and rounded > 2 * capacity:
+        msg = (
+            f"capacity must be a multiple of {unit} ({format_size(unit * itemsize)}) for items of "
+            f"{itemsize} bytes to fill whole OS pages, got {capacity}: ask for {rounded}, or pad "
+            "the dtype"
+        )
+        raise RangeError(msg)
+    return rounded
