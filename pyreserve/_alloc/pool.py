@@ -24,8 +24,8 @@ from pyreserve._region.growth import Steps, as_step
 from pyreserve._region.handles import memmove
 from pyreserve._region.owner import InSteps
 from pyreserve._region.policies import Fork, HugePages, Mode
-from pyreserve._region.region import resident_in
 from pyreserve._region.reserve import reserve
+from pyreserve._region.residency import resident_in
 from pyreserve._system.features import GUARD_PAGES
 from pyreserve._system.machine import thp_size
 from pyreserve.errors import (
@@ -125,8 +125,7 @@ class Pool(InSteps):
         # Slots below _ready are committed and guarded. `trim` alone lowers it and _end, and never
         # runs inside another call: a call may raise them after it has committed.
         self._ready = 0
-        # Slots below _dirty_end were allocated before, and maybe are not zero.
-        self._dirty_end = 0
+        self._dirty_end = 0  # slots below were allocated before, and maybe are not zero
 
     # -- state --------------------------------------------------------------------------------
 

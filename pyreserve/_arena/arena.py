@@ -22,7 +22,7 @@ from pyreserve._arena.scavenger import FIVE_MINUTES, Scavenger, Worker
 from pyreserve._region.growth import as_step
 from pyreserve._region.owner import OnRegion
 from pyreserve._region.policies import Fork, HugePages, Mode
-from pyreserve._region.region import resident
+from pyreserve._region.residency import resident
 from pyreserve.errors import RangeError, StateError
 from pyreserve.layouts import Layout, LayoutName, Piece, Placement
 from pyreserve.units import WORD, as_bytes, as_float, format_size, round_up

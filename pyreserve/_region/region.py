@@ -21,14 +21,13 @@ of None reaches to the end of the region.
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pyreserve._native import ffi, lib
+from pyreserve._native import lib
 from pyreserve._region import handles
 from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.exports import ENDED, Exports
 from pyreserve._region.handles import address_of, outside, refused, released
 from pyreserve._region.policies import HugePages, Mode, RegionFork
 from pyreserve._system.forks import registry_lock as _registry_lock
-from pyreserve._system.limits import refusal
 from pyreserve.errors import StateError
 from pyreserve.units import format_size
 
@@ -487,17 +486,3 @@ class Region:
 
     def _fail(self, verb: str, err: int, offset: int, length: int) -> NoReturn:
         raise refused(self._handle, self._size, verb, err, offset, length)
-
-
-def resident(region: Region) -> int:
-    """Return the number of bytes of a region that are resident, as counted by mincore(2)."""
-    return sum(resident_in(region, *run) for run in region.committed_runs())
-
-
-def resident_in(region: Region, offset: int, length: int) -> int:
-    """Return the number of resident bytes in [offset, offset + length), which must be mapped."""
-    address, nbytes = region.base + offset, ffi.new("size_t *")
-    err = lib.vm_resident(address, length, nbytes)
-    if err:
-        raise refusal("inspect", err, length, address)
-    return int(nbytes[0])
