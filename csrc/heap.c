@@ -363,16 +363,56 @@ int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero
     return handle;
 }
 
-int64_t heap_free(struct heap *heap, int64_t handle) {
+static int64_t free_block(struct heap *heap, int64_t handle, bool viewed_too) {
     uint32_t now = sys_milliseconds();
     pagealloc_lock(heap->pages);
-    int64_t nbytes = size_of(heap, handle);
+    /* Under the lock: a view sets `viewed` before it looks under this lock whether its block is
+     * live. */
+    bool refused = !viewed_too && __atomic_load_n(&heap->region->viewed, __ATOMIC_RELAXED);
+    int64_t nbytes = refused ? HEAP_VIEWED : size_of(heap, handle);
     if (nbytes > 0) {
         erase_block(heap, page_of(handle), (uint64_t)nbytes, now);
         free_pages(heap, page_of(handle), pages_for(heap, (uint64_t)nbytes));
     }
     pagealloc_unlock(heap->pages);
     return nbytes;
+}
+
+int64_t heap_free(struct heap *heap, int64_t handle) {
+    return free_block(heap, handle, true);
+}
+
+int64_t heap_free_unviewed(struct heap *heap, int64_t handle) {
+    return free_block(heap, handle, false);
+}
+
+int64_t heap_resize(struct heap *heap, int64_t handle, uint64_t nbytes, bool may_commit) {
+    uint32_t now = sys_milliseconds();
+    uint64_t page = page_of(handle);
+    pagealloc_lock(heap->pages);
+    int64_t result = nbytes == 0 ? HEAP_EMPTY : size_of(heap, handle);
+    uint64_t before = result > 0 ? pages_for(heap, (uint64_t)result) : 0;
+    uint64_t after = result > 0 ? pages_for(heap, nbytes) : 0;
+    /* Take the pages behind the block first: all that can be refused. */
+    int64_t refused = 0;
+    if (after > before)
+        refused = pagealloc_alloc_at_held(heap->pages, page + before, after - before);
+    if (after > before && refused == 0)
+        refused = commit_released(heap, page + before, after - before, may_commit);
+    if (refused != 0)
+        result = refused;
+    if (result > 0) {
+        uintptr_t address = address_of(heap, page);
+        write_spans(heap, address, before, 0);
+        write_spans(heap, address, after, nbytes);
+        heap->requested += nbytes - (uint64_t)result;
+        for (uint64_t i = page + after; i < page + before; i++)
+            heap->notes[i] = now;
+        if (after < before)
+            free_pages(heap, page + after, before - after);
+    }
+    pagealloc_unlock(heap->pages);
+    return result;
 }
 
 int64_t heap_rename(struct heap *heap, int64_t handle, int64_t *renamed) {

@@ -49,6 +49,7 @@ enum heap_refusal {
     HEAP_EMPTY = -103,      /* a block of 0 bytes was requested */
     HEAP_COMMIT = -104,     /* released pages must be committed first: call with `may_commit` */
     HEAP_SCATTERED = -105,  /* below earlier addresses, or more than HEAP_EXTENTS ranges of them */
+    HEAP_VIEWED = -106,     /* views may show bytes of the region */
     HEAP_ERRNO = -1000
 };
 
@@ -117,8 +118,16 @@ int64_t heap_tail(struct heap *heap);
  * them; otherwise the result is HEAP_COMMIT. Returns the handle. */
 int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero, bool may_commit);
 
-/* Frees a block. Returns its size. */
+/* Frees a block; the second one only while the region's `viewed` is not set (HEAP_VIEWED). Returns
+ * its size. */
 int64_t heap_free(struct heap *heap, int64_t handle);
+int64_t heap_free_unviewed(struct heap *heap, int64_t handle);
+
+/* Changes the size of a block in place; its handle and the contents that both sizes have stay. More
+ * pages are taken behind it if they are free, which `may_commit` serves as in heap_alloc; what
+ * they contain is undefined. If they are not, the result is a refusal of pagealloc_alloc_at. Pages
+ * that the block no longer needs are freed. Returns its former size. */
+int64_t heap_resize(struct heap *heap, int64_t handle, uint64_t nbytes, bool may_commit);
 
 /* Replaces the handle of a block by `*renamed`; the old handle is invalid from then on. Returns
  * 0. */

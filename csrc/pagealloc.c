@@ -955,6 +955,17 @@ int64_t pagealloc_free(struct pagealloc *pages, uint64_t page, uint64_t n) {
     LOCKED(int64_t, pages, pagealloc_free_held(pages, page, n));
 }
 
+int64_t pagealloc_free_unless(struct pagealloc *pages, uint64_t page, uint64_t n,
+                              const bool *veto) {
+    LOCKED(int64_t, pages,
+           __atomic_load_n(veto, __ATOMIC_RELAXED) ? PAGEALLOC_VETOED
+                                                   : pagealloc_free_held(pages, page, n));
+}
+
+bool pagealloc_in_use(struct pagealloc *pages, uint64_t page, uint64_t n) {
+    LOCKED(bool, pages, pagealloc_in_use_held(pages, page, n));
+}
+
 uint64_t pagealloc_free_pages(struct pagealloc *pages) {
     LOCKED(uint64_t, pages, pagealloc_free_pages_held(pages));
 }

@@ -43,7 +43,8 @@ enum pagealloc_refusal {
     PAGEALLOC_IN_USE = -5,     /* some of the pages are in use, or part of the arena already */
     PAGEALLOC_NO_MEMORY = -6,  /* the list of parts could not grow */
     PAGEALLOC_ALIGNMENT = -7,  /* not a power of two, or the phase is not below it */
-    PAGEALLOC_NARROW = -8      /* a page number does not fit the type of the output */
+    PAGEALLOC_NARROW = -8,     /* a page number does not fit the type of the output */
+    PAGEALLOC_VETOED = -9      /* the caller's flag is set */
 };
 
 /* An array of integers that no other thread changes during a call. `width` is 1, 2, 4 or 8 bytes,
@@ -92,6 +93,12 @@ int64_t pagealloc_alloc_at(struct pagealloc *pages, uint64_t page, uint64_t n);
  * Returns 0. */
 int64_t pagealloc_free(struct pagealloc *pages, uint64_t page, uint64_t n);
 
+/* pagealloc_free, but only while `*veto`, which is read with the lock held, is not set. */
+int64_t pagealloc_free_unless(struct pagealloc *pages, uint64_t page, uint64_t n, const bool *veto);
+
+/* Whether all of [page, page + n) is part of the arena and in use. */
+bool pagealloc_in_use(struct pagealloc *pages, uint64_t page, uint64_t n);
+
 /* Allocate `count` runs of lengths[i] pages and write their first pages to first[i], or free such
  * runs: all or none. On a refusal `*failed` is the index of the refused run, and the contents of
  * first[] after an allocation are undefined. Return 0. */
@@ -134,7 +141,7 @@ int64_t pagealloc_add_held(struct pagealloc *pages, uint64_t page, uint64_t n);
 /* The lowest run of at least `n` free pages; false if there is none. */
 bool pagealloc_lowest_held(const struct pagealloc *pages, uint64_t n, struct pagealloc_run *run);
 
-/* Whether all of [page, page + n) is part of the arena and in use. */
+/* pagealloc_in_use. */
 bool pagealloc_in_use_held(const struct pagealloc *pages, uint64_t page, uint64_t n);
 
 /* The highest run of free pages that starts below `stop`, clipped there; false if there is none. */

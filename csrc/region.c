@@ -11,6 +11,11 @@ static uintptr_t address_of(const struct region *region, size_t offset) {
     return (uintptr_t)region->base + offset;
 }
 
+/* The lock under which others read it orders it. */
+static void set_viewed(struct region *region, bool viewed) {
+    __atomic_store_n(&region->viewed, viewed, __ATOMIC_RELAXED);
+}
+
 static bool is_open(const struct region *region) {
     return region->base != NULL && !region->retired;
 }
@@ -148,6 +153,8 @@ static void initialise(struct region *region, size_t size, int accounting, int a
     region->accounting = accounting;
     region->advice = advice;
     region->sealed = region->retired = false;
+    region->cell = region->cell_guard = 0;
+    set_viewed(region, false);
     region->shared = region->mirrored = region->strict = false;
     memset(region->name, 0, sizeof region->name);
 }
@@ -488,6 +495,45 @@ int region_is_committed(const struct region *region, size_t offset, size_t lengt
     return runs_contain(&region->committed, offset, offset + length);
 }
 
+int region_export(struct region *region, size_t offset, size_t length) {
+    set_viewed(region, true);
+    int known = region_is_committed(region, offset, length);
+    if (known != 1)
+        return known == 0 ? REGION_NOT_COMMITTED : known;
+    /* The range must lie in one cell, below its guard. */
+    size_t usable = region->cell - region->cell_guard;
+    if (region->cell != 0 &&
+        (length > usable || offset % region->cell > usable - length))
+        return REGION_GUARDED;
+    return 1;
+}
+
+int region_set_cells(struct region *region, size_t cell, size_t guard) {
+    if (!is_open(region))
+        return REGION_RELEASED;
+    if ((cell | guard) & (region->page - 1))
+        return REGION_MISALIGNED;
+    if (guard == 0 || cell <= guard)
+        return REGION_OUTSIDE;
+    region->cell = cell;
+    region->cell_guard = guard;
+    return 0;
+}
+
+int region_guard_cells(struct region *region, size_t first, size_t stop) {
+    if (!is_open(region))
+        return REGION_RELEASED;
+    if (region->cell == 0 || first >= stop || stop > region->size / region->cell)
+        return REGION_OUTSIDE;
+    size_t cell = region->cell, guard = region->cell_guard;
+    if (!runs_contain(&region->committed, first * cell, stop * cell))
+        return REGION_NOT_COMMITTED;
+    int err = 0;
+    for (size_t at = first + 1; at <= stop && err == 0; at++)
+        err = vm_guard(address_of(region, at * cell - guard), guard);
+    return err;
+}
+
 size_t region_runs(const struct region *region, bool committed, struct run *out, size_t max) {
     const struct runs *set = committed ? &region->committed : &region->reserved;
     for (size_t i = 0; i < set->count && i < max; i++)
@@ -542,6 +588,7 @@ static int unmap(struct region *region) {
     }
     runs_empty(&region->reserved);
     runs_empty(&region->committed);
+    set_viewed(region, true);
     close_file(region);
     region->base = NULL;
     return 0;
@@ -554,6 +601,7 @@ int region_release(struct region *region) {
 }
 
 void region_retire(struct region *region) {
+    set_viewed(region, true);
     region->retired = true;
 }
 

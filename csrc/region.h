@@ -33,7 +33,7 @@
  *    checked without overflow, and a wrong one returns a negative enum region_refusal;
  *  - 0 is success; a positive result is the errno of the refused system call, and the region is as
  *    it was before;
- *  - not synchronised: the owner holds a lock around each call.
+ *  - not synchronised: the owner holds a lock around each call. Only `viewed` may be read without.
  *
  * A region is open, retired or closed. Zero bytes are a closed region. region_reserve and
  * region_window open a closed region; region_release closes it but keeps the storage of its books
@@ -58,7 +58,8 @@ enum region_refusal {
     REGION_NOT_RESERVED = -4,  /* the region does not own all of it */
     REGION_NOT_COMMITTED = -5, /* some of it is not committed */
     REGION_SEALED = -6,
-    REGION_MIRRORED = -7       /* a mirrored region takes this verb as a whole */
+    REGION_MIRRORED = -7,      /* a mirrored region takes this verb as a whole */
+    REGION_GUARDED = -8        /* some of it is a guard */
 };
 
 struct region {
@@ -70,11 +71,13 @@ struct region {
     int advice;     /* enum vm_advice, kept on every byte owned */
     bool sealed;
     bool retired;   /* accepts only region_end */
+    bool viewed;    /* views may show bytes; also set while the region is not open */
     bool shared, mirrored, strict; /* see region_options */
     int file;       /* the descriptor of a shared region's file */
     char name[80]; /* empty: none */
     struct runs reserved, committed;
     struct runs traced; /* pieces reported to tracemalloc, which may touch */
+    size_t cell, cell_guard; /* the last cell_guard bytes of each `cell` bytes are a guard; 0: none */
 };
 
 /* Placement options for region_reserve; zero-initialise for defaults. */
@@ -138,6 +141,24 @@ int region_slide(struct region *region, size_t *front, size_t length);
 /* Whether the whole range is committed: 1, 0 or REGION_RELEASED. Any alignment; a range that is not
  * inside the region is not committed. */
 int region_is_committed(const struct region *region, size_t offset, size_t length);
+
+/* Sets `viewed`, then tells whether a view may show the range, at any alignment: 1, or a refusal if
+ * the region is not open, not all of the range is committed, or it meets the guard of a cell.
+ *
+ * `viewed` is what a call that takes bytes away without the owner's lock goes by: it holds another
+ * lock under which bytes become free, and refuses while `viewed` is set. A view is made in this
+ * order: it is known to the owner, `viewed` is set, its bytes are checked under that other lock. So
+ * either the check finds them free, or the call finds `viewed` set. The owner, which knows the live
+ * views and refuses new ones for as long, clears `viewed` when none is left. */
+int region_export(struct region *region, size_t offset, size_t length);
+
+/* Divides the region into cells of `cell` bytes, each of which ends with `guard` bytes of guard
+ * pages (vm_guard), once they are installed. The guards count as committed. */
+int region_set_cells(struct region *region, size_t cell, size_t guard);
+
+/* Installs the guards of the cells [first, stop), which must be committed. A decommit removes
+ * them. If the kernel refuses, some of them may be installed. */
+int region_guard_cells(struct region *region, size_t first, size_t stop);
 
 /* Copies up to `max` runs of committed (else reserved) bytes to `out`; returns how many exist. */
 size_t region_runs(const struct region *region, bool committed, struct run *out, size_t max);

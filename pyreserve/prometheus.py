@@ -18,7 +18,8 @@ from pyreserve._alloc.bump import BumpArena
 from pyreserve._alloc.pool import Pool
 from pyreserve._arena.arena import Arena
 from pyreserve._region.owner import OnRegion
-from pyreserve._region.region import Region, resident
+from pyreserve._region.region import Region
+from pyreserve._region.residency import resident
 from pyreserve._system import forks, proc
 from pyreserve._system.extras import import_extra
 from pyreserve.errors import PyreserveError, ReleasedError

@@ -29,6 +29,8 @@ _MAX_PAGES: int = lib.pagealloc_max_pages()
 alloc_run = lib.pagealloc_alloc
 alloc_run_at = lib.pagealloc_alloc_at
 free_run = lib.pagealloc_free
+free_run_unless = lib.pagealloc_free_unless
+is_run_used = lib.pagealloc_in_use
 NOT_IN_USE: int = lib.PAGEALLOC_NOT_IN_USE
 OUTSIDE: int = lib.PAGEALLOC_OUTSIDE
 
@@ -106,8 +108,7 @@ class PageAllocator:
         page = _index(page)
         if not 0 <= page < self._capacity:
             return False
-        run = ffi.new("struct pagealloc_run *")
-        return bool(lib.pagealloc_runs(self._handle, False, page, page + 1, run, 1))
+        return bool(is_run_used(self._handle, page, 1))
 
     def free_runs(self) -> Iterator[tuple[int, int]]:
         """Iterate over the runs of free pages as (start, stop), lowest first.

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, overload
 
-from pyreserve._arena.heap import ZEROED, Heap, handle_array
+from pyreserve._arena.cheap import ZEROED, handle_array
+from pyreserve._arena.heap import Heap
 from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.region import Region
 from pyreserve.errors import RangeError
-from pyreserve.units import format_size
+from pyreserve.units import as_bytes, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from pyreserve._region.arrays import Shape
+
+
+# Whether a block of any arena was ever resized: Block objects may then have an old size.
+_any_resized = False
 
 
 class BlockArena(Protocol):
@@ -44,7 +49,8 @@ class Block:
     Dropping a Block object does not free its block; `Arena.block_at` and `Arena.blocks` return a
     new object for it. Two Block objects for the same block are equal.
 
-    Leaving a ``with`` block closes the block. From Python 3.12 on a Block is itself a buffer.
+    Leaving a ``with`` block closes the block. ``np.asarray`` of a Block is an array of its bytes.
+    From Python 3.12 on a Block is itself a buffer.
     Exporting that buffer pins the bytes as long as the Block object lives, because some consumers
     (``np.ndarray(buffer=...)``, ``torch.frombuffer``) keep only a reference to the object. `view`
     pins them only as long as the view, or an object made from it, is alive.
@@ -68,7 +74,9 @@ class Block:
     @property
     def nbytes(self) -> int:
         """Requested size in bytes. The block occupies whole pages of the layout."""
-        return self._nbytes
+        if not _any_resized:  # not a call for each size that cannot have changed
+            return self._nbytes
+        return self._arena.heap.nbytes_or(self._handle, self._nbytes)
 
     @property
     def address(self) -> int:
@@ -138,14 +146,30 @@ class Block:
             FreeError, ReleasedError, StateError: as for `view`.
         """
         plan = ArrayPlan(shape, dtype)
-        if plan.nbytes > self._nbytes:
-            msg = f"shape and dtype must fit into {self._nbytes} bytes, got {plan.nbytes}"
+        if plan.nbytes > self.nbytes:
+            msg = f"shape and dtype must fit into {self.nbytes} bytes, got {plan.nbytes}"
             raise RangeError(msg)
         if not plan.nbytes:
             self._arena.heap.nbytes(self._handle)
             return plan.empty(readonly=readonly)
         view = self.view()[: plan.nbytes]
         return plan.over(view.toreadonly() if readonly else view)
+
+    def __array__(
+        self, dtype: "npt.DTypeLike | None" = None, copy: bool | None = None
+    ) -> "np.ndarray[Any, Any]":
+        """Return the bytes as an ndarray that protects the block as a `view` does.
+
+        For numpy before Python 3.12, where a Block is no buffer. Raises: as `ndarray`; ValueError
+        if `dtype` needs a copy and `copy` is False.
+        """
+        array = self.ndarray(self.nbytes)
+        if dtype is None or array.dtype == dtype:
+            return array.copy() if copy else array
+        if copy is False:
+            msg = f"dtype must be uint8 without a copy, got {dtype!r}"
+            raise ValueError(msg)
+        return array.astype(dtype)
 
     def __buffer__(self, flags: int, /) -> memoryview:
         """Export the bytes as a buffer (PEP 688), pinned as long as this object lives.
@@ -155,6 +179,32 @@ class Block:
         view = self._arena.heap.view(self._handle, self._nbytes)
         self._pin = view.obj  # keeps the buffer alive, which protects its bytes
         return view
+
+    def resize(self, nbytes: int | str) -> None:
+        """Change the size in place, to bytes or a size such as ``"64KiB"``.
+
+        A larger block takes the free pages behind it, and the arena grows for its last block. The
+        new bytes have undefined contents. A smaller block gives the pages that it no longer needs
+        to other blocks. Address, other contents and live views stay.
+
+        Raises:
+            RangeError: `nbytes` is not positive.
+            OutOfMemoryError: the pages behind the block are not free, or the kernel refused.
+                Nothing has changed, except that the arena may have grown.
+            ViewError: live views show bytes that would be cut; nothing has changed.
+            FreeError: the block was freed or closed.
+            ReleasedError: the arena was released or closed.
+            StateError: a finaliser or signal handler called this during a growth, and the arena
+                has to grow again.
+        """
+        nbytes = as_bytes(nbytes)
+        if nbytes <= 0:
+            msg = f"nbytes must be positive, got {nbytes}"
+            raise RangeError(msg)
+        global _any_resized  # noqa: PLW0603
+        _any_resized = True
+        self._arena.heap.resize(self._handle, nbytes)
+        self._nbytes = nbytes
 
     def free(self) -> None:
         """Free the block. Raises as `Arena.free`."""
@@ -176,7 +226,7 @@ class Block:
         self.close()
 
     def __len__(self) -> int:
-        return self._nbytes
+        return self.nbytes
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Block):
@@ -188,7 +238,7 @@ class Block:
 
     def __repr__(self) -> str:
         state = ", freed" if self.freed else f" at {self.address:#x}"
-        return f"<Block of {format_size(self._nbytes)}{state}>"
+        return f"<Block of {format_size(self.nbytes)}{state}>"
 
     def __reduce__(self) -> NoReturn:
         msg = "Block cannot be pickled or copied: its memory belongs to this process"

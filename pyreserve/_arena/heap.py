@@ -7,31 +7,29 @@ from functools import partial
 from typing import Any, NoReturn
 
 from pyreserve._alloc.integers import IntegersForC
-from pyreserve._alloc.pages import close_with, reserve_tables
+from pyreserve._arena.cheap import (
+    ZEROED,
+    already_freed,
+    heap_address,
+    heap_alloc,
+    heap_find,
+    heap_free,
+    heap_nbytes,
+    open_heap,
+)
 from pyreserve._arena.engine import Engine
 from pyreserve._native import ffi, lib
 from pyreserve._region.region import Region
-from pyreserve._system import forks
 from pyreserve._system.limits import refusal
-from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError, ViewError
-from pyreserve.units import MiB, TiB
+from pyreserve.errors import OutOfMemoryError, RangeError, ReleasedError, ViewError
+from pyreserve.units import MiB
 
-ZEROED = 1 << lib.HEAP_PAGE_BITS
-"""The bit of a handle that says that the block was known to be zero when it was allocated."""
-
-# Bound once: an attribute lookup on the library costs a third of an empty call.
-heap_alloc = lib.heap_alloc
-heap_find = lib.heap_find
-heap_free = lib.heap_free
-heap_nbytes = lib.heap_nbytes
-heap_address = lib.heap_address
 _NO_MAXIMUM = 1 << 62  # bytes: more than any address space
 _BLOCKS_PER_CALL = 256
 _RUNS_PER_CALL = 256
 _MAX_RUN_BYTES = 64 * MiB  # given back in one system call: bounds how long the lock is held
 # Seconds that a scavenger waits for the lock before it checks whether it was stopped.
 _LOCK_POLL_SECONDS = 0.05
-_SPREAD_BYTES = TiB  # the tables' capacity where each arena is mapped separately (Go 1.11)
 
 
 class Heap:
@@ -43,6 +41,7 @@ class Heap:
     Attributes:
         handle: ``struct heap *``; None until the first allocation. `Arena` passes it to C itself
             in its two hot calls.
+        resized: whether a block was ever resized: Block objects may then have an old size.
         unviewed: closed blocks whose last view is gone, to be freed by `free_closed`.
         tables: the region of the heap's tables; None until the first allocation.
     """
@@ -58,6 +57,7 @@ class Heap:
         "_region",
         "_step",
         "handle",
+        "resized",
         "tables",
         "unviewed",
     )
@@ -68,6 +68,7 @@ class Heap:
         self._base, self._exports = engine.region.base, engine.region.exports
         self._page, self._step = engine.page, step
         self.handle: Any = None
+        self.resized = False
         self.tables: Region | None = None
         # Closed blocks by their new handle. The callback of a view cannot take the lock, so it
         # only appends to `unviewed`.
@@ -197,6 +198,11 @@ class Heap:
             self._refuse_stale()
         return nbytes
 
+    def nbytes_or(self, handle: int, nbytes: int) -> int:
+        """Return the size of a block that may have been resized; `nbytes` if it is not live."""
+        size = int(heap_nbytes(self.handle, handle)) if self.resized else 0
+        return size if size > 0 else nbytes
+
     def _refuse_stale(self) -> NoReturn:
         """Raise for a handle that names no live block, or because the arena is closed."""
         self._engine.check_open()
@@ -207,15 +213,64 @@ class Heap:
         return bool(heap_nbytes(self.handle, handle) >= 0)
 
     def view(self, handle: int, nbytes: int) -> memoryview:
-        """Return a new view of a block."""
+        """Return a new view of a block that has, or had before it was resized, this size."""
+        heap = self.handle
+        while True:
+            try:
+                view = self._exports.view(int(heap_address(heap, handle)) - self._base, nbytes)
+            except RangeError:  # not committed: freed or cut, and trimmed
+                if self.nbytes(handle) == nbytes:
+                    raise
+            else:
+                # The view is known by now: a live block can no longer be freed, or cut to less.
+                if heap_nbytes(heap, handle) == nbytes:
+                    return view
+            nbytes = self.nbytes(handle)
+
+    def free(self, handle: int) -> None:
+        """Free a block that may be viewed."""
+        exports, heap = self._exports, self.handle
         with self._lock:
-            address = int(heap_address(self.handle, handle))
-            if heap_nbytes(self.handle, handle) < 0:
-                self._refuse_stale()
-            view = self._region.view(address - self._base, nbytes)
-            if heap_nbytes(self.handle, handle) < 0:  # freed by a signal handler
-                self._refuse_stale()
-        return view
+            nbytes = int(heap_nbytes(heap, handle))
+            if exports.viewed and nbytes > 0:
+                low = int(heap_address(heap, handle)) - self._base
+                nbytes = exports.remove("free", low, low + nbytes, heap_free, heap, handle)
+            else:
+                nbytes = heap_free(heap, handle)
+        if nbytes < 0:
+            self._refuse_stale()
+
+    def resize(self, handle: int, nbytes: int) -> None:
+        """Change the size of a block in place; see `Block.resize`."""
+        with self._lock, self._exports.removal():
+            self._engine.check_open()
+            self.free_closed()
+            old = self.nbytes(handle)
+            if nbytes < old:
+                low = self.offset(handle)
+                self._exports.refuse("shrink", low + nbytes, low + old)
+            self.resized = True
+            size = min(nbytes, _NO_MAXIMUM)
+            result = int(lib.heap_resize(self.handle, handle, size, True))
+            if result == lib.PAGEALLOC_FOREIGN and self._grow_behind(handle, old, nbytes):
+                result = int(lib.heap_resize(self.handle, handle, nbytes, True))
+        if result in (lib.HEAP_NO_BLOCK, lib.HEAP_CLOSED):  # by an interrupting call
+            self._refuse_stale()
+        if result <= lib.HEAP_ERRNO:
+            raise self._alloc_error(result, nbytes)
+        if result < 0:
+            msg = f"cannot resize {old}-byte block to {nbytes}: the pages behind it are not free"
+            raise OutOfMemoryError(errno.ENOMEM, msg, verb="resize", nbytes=nbytes)
+
+    def _grow_behind(self, handle: int, old: int, nbytes: int) -> bool:
+        """Grow the heap behind its last block; return False for another block."""
+        page, tail = self._page, int(lib.heap_tail(self.handle))
+        behind = (handle & ZEROED - 1) + -(-old // page)
+        if behind + tail // page != self.handle.end or nbytes >= _NO_MAXIMUM:
+            return False
+        lacking = (-(-nbytes // page) - -(-old // page)) * page
+        self._grow(lacking, lacking, nbytes)
+        return True
 
     # -- closed blocks with live views --------------------------------------------------------
 
@@ -224,7 +279,7 @@ class Heap:
         with self._lock:
             if not self._exports.released:
                 # Recorded first, so that an interruption cannot lose the block.
-                closed = _ClosedBlock(self, nbytes)
+                closed = _ClosedBlock(self, self.nbytes_or(handle, nbytes))
                 self.unviewed.append(closed)
                 lib.heap_rename(self.handle, handle, closed.handle)
                 self.free_closed()
@@ -371,41 +426,10 @@ class Heap:
     # -- the C heap ---------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Create the C heap. Its tables are a reservation whose pages get memory at first touch."""
+        """Create the C heap."""
         if self.handle is not None:
             return
-        engine = self._engine
-        layout, placement = engine.layout, engine.placement
-        own_spans = not layout.spans and not layout.arena_metadata
-        if layout.arena_metadata:
-            arena_bytes = _SPREAD_BYTES
-        else:
-            arena_bytes = placement.window_end - placement.arena_start
-        capacity = min(arena_bytes // self._page, 1 << lib.HEAP_PAGE_BITS)
-        tables = reserve_tables(lib.heap_bytes(capacity, own_spans))
-        metadata = ffi.new("struct heap_metadata *")
-        metadata.page = self._page
-        metadata.word = layout.word
-        metadata.bitmap_bits = layout.bitmap_bits
-        metadata.start = placement.arena_start
-        metadata.spans = ffi.cast("void *", placement.spans[0] if layout.spans else 0)
-        if layout.arena_metadata:
-            metadata.index = ffi.cast("uintptr_t *", engine.metadata[0].base)
-            metadata.unit = layout.unit
-            metadata.unit_bitmap = engine.unit_bitmap
-        heap = ffi.new("struct heap *")
-        lib.heap_open(
-            heap,
-            ffi.cast("void *", tables.base),
-            capacity,
-            own_spans,
-            self._exports.handle,
-            metadata,
-        )
-        # This cdata keeps all memory of the heap alive. The collector does not track it and calls
-        # hold a reference, so it outlives every finaliser that may still use the arena.
-        close_with(heap, tables, self._region, engine.metadata)
-        forks.register_tables(heap, heap.pages)
+        tables, heap = open_heap(self._engine)
         # A signal handler or finaliser may have created a heap with blocks: keep that one.
         if self.handle is None:
             self.tables, self.handle = tables, heap
@@ -508,13 +532,3 @@ class _ClosedBlock:
         heap = self._heap()
         if not self._anchors and heap is not None:
             heap.unviewed.append(self)
-
-
-def handle_array(handles: list[int]) -> Any:
-    """Return a cdata array of handles, eight bytes each."""
-    return ffi.new("int64_t[]", handles)
-
-
-def already_freed(name: str = "the block") -> FreeError:
-    """Create the exception for a block that was freed or closed before."""
-    return FreeError(f"{name} was already freed or closed")

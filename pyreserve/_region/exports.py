@@ -14,17 +14,17 @@ from pyreserve._native import ffi, lib
 from pyreserve._region import handles
 from pyreserve._region.handles import refused, released
 from pyreserve._region.holders import view_error
-from pyreserve._region.viewtable import Entry, ViewTable
+from pyreserve._region.viewtable import MANY, Entry, ViewTable
 from pyreserve._system import forks
 from pyreserve.errors import StateError
 
 _T = TypeVar("_T")
 
 # Bound once: an attribute lookup on the library costs a third of an empty call.
-_buffer = ffi.buffer
+_buffer, _memoryview, _ref = ffi.buffer, memoryview, weakref.ref
 _decommit = lib.region_decommit
 _discard = lib.region_discard
-_is_committed = lib.region_is_committed
+_export = lib.region_export
 _MAX_INDEX = sys.maxsize
 
 
@@ -44,15 +44,17 @@ class Exports:
         owner: the object that alone may discard, decommit, release and close, for messages; None
             if the region has no such owner.
         released: whether the region is released or closed.
-        viewed: whether a view was ever made. While this is False, a caller that holds `lock` may
+        viewed: whether a view may be alive. While this is False, a caller that holds `lock` may
             take bytes away by one call of C without `remove`.
         heaps: number of C heaps that use `handle`. While there is one, the region does not end with
             the Region object.
     """
 
     __slots__ = (
+        "_base",
         "_closed",
         "_depth",
+        "_new",
         "_size",
         "_table",
         "handle",
@@ -72,6 +74,8 @@ class Exports:
         self.heaps = 0
         self._size = size
         self._table: ViewTable | None = None
+        self._new: list[Entry] | None = None  # of the table
+        self._base: Any = None
         # Number of nested calls during which no view may be made.
         self._depth = 0
         # The addresses are released, or kept only for live views.
@@ -86,7 +90,7 @@ class Exports:
         The range must lie within the region.
 
         Raises:
-            RangeError: not all of the range is committed.
+            RangeError: not all of the range is committed, or it meets a guard of `set_cells`.
             ReleasedError: the region is released or closed.
             StateError: called by a finaliser or signal handler inside another call on the region.
         """
@@ -94,26 +98,23 @@ class Exports:
             if self._depth:
                 msg = "view cannot be called from inside another call on the same region"
                 raise StateError(msg)
-            if self.released:
-                raise released()
-            self._depth = 1
-            try:
-                table = self._table
-                if table is None:
-                    table = self._make_table()
-                base = self.handle.base
-                # A new cdata for each view: it lives exactly as long as the buffer made from it.
-                anchor = base + offset if offset <= _MAX_INDEX else self.address(offset)
-                exported = _buffer(anchor, length)
-                # Register first, then check: a later decommit is refused, an earlier one is seen.
-                table.add(anchor, offset, offset + length)
-                committed = _is_committed(self.handle, offset, length)
-                if committed != 1:
-                    err = committed or lib.REGION_NOT_COMMITTED
-                    raise refused(self.handle, self._size, "view", err, offset, length)
-                return memoryview(exported)
-            finally:
-                self._depth = 0
+            new = self._new
+            if new is None:
+                if self.released:
+                    raise released()
+                new = self._make_table()
+            # A new cdata for each view: it lives exactly as long as the buffer made from it.
+            anchor = self._base + offset if offset <= _MAX_INDEX else self.address(offset)
+            exported = _buffer(anchor, length)
+            # Register first, then check: a later decommit is refused, an earlier one is seen.
+            new.append((_ref(anchor), offset, offset + length))
+            self.viewed = True
+            allowed = _export(self.handle, offset, length)
+            if allowed != 1:
+                raise refused(self.handle, self._size, "view", allowed, offset, length)
+            if len(new) > MANY and self._table is not None:
+                self._table.flush()
+        return _memoryview(exported)
 
     def live(self, lo: int, hi: int) -> list[Entry]:
         """Return the live views that show bytes of [lo, hi), each as (weak reference, start, end).
@@ -134,10 +135,12 @@ class Exports:
             return self.handle.base + offset
         return ffi.cast("char *", handles.address_of(self.handle.base) + offset)
 
-    def _make_table(self) -> ViewTable:
-        self.viewed = True
-        _tables[id(self)] = self._table = table = ViewTable(self._size)
-        return table
+    def _make_table(self) -> list[Entry]:
+        self._base = self.handle.base
+        if self._table is None:
+            _tables[id(self)] = self._table = ViewTable(self._size)
+        self._new = self._table.new
+        return self._new
 
     def runs(self, *, committed: bool) -> list[tuple[int, int]]:
         """Return the committed, else the reserved ranges as (offset, length), lowest first.
@@ -156,6 +159,11 @@ class Exports:
                 raise released()
         return [(runs[i].lo, runs[i].hi - runs[i].lo) for i in range(count)]
 
+    @property
+    def viewed_flag(self) -> Any:
+        """The ``bool *`` that C calls without `lock` go by. Valid while `handle` is referenced."""
+        return ffi.addressof(self.handle, "viewed")
+
     # -- taking bytes away --------------------------------------------------------------------
 
     def remove(self, verb: str, lo: int, hi: int, act: Callable[..., _T], *arguments: object) -> _T:
@@ -169,8 +177,12 @@ class Exports:
         """
         before, self._depth = self._depth, self._depth + 1
         try:
-            if self.viewed:
-                self.refuse(verb, lo, hi)
+            table = self._table
+            if self.viewed and table is not None:
+                if table.live(lo, hi):
+                    self.refuse(verb, lo, hi)
+                if not table.filled and not table.new and not self.released:
+                    self.viewed = self.handle.viewed = False
             return act(*arguments)
         finally:
             self._depth = before
@@ -218,6 +230,32 @@ class Exports:
                 err = lib.REGION_OUTSIDE
         if err:
             raise refused(self.handle, self._size, "discard", err, offset, length)
+
+    # -- guards -------------------------------------------------------------------------------
+
+    def set_cells(self, cell: int, guard: int) -> None:
+        """Divide the region into cells that end with `guard` bytes of guard pages.
+
+        From now on `view` refuses ranges that meet a guard. Sizes are multiples of the OS page.
+        """
+        err = lib.region_set_cells(self.handle, cell, guard)
+        if err:
+            raise refused(self.handle, self._size, "guard", err, 0, cell)
+
+    def guard_cells(self, first: int, stop: int) -> None:
+        """Install the guards of the committed cells [first, stop). A decommit removes them.
+
+        The caller holds `lock`.
+
+        Raises:
+            VMError: refused; some of the guards may be installed.
+            ReleasedError: the region is released or closed.
+        """
+        err = lib.region_guard_cells(self.handle, first, stop)
+        if err:
+            cell = int(self.handle.cell)
+            nbytes = (stop - first) * cell
+            raise refused(self.handle, self._size, "guard", err, first * cell, nbytes)
 
     def slide(self, front: Any, length: int) -> None:
         """Move the bytes at the offset in the cell `front` to offset 0, and set the cell to 0.

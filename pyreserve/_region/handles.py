@@ -134,6 +134,7 @@ def refused(handle: Any, size: int, verb: str, err: int, offset: int, length: in
             lib.REGION_MISALIGNED: f"both must be multiples of the OS page ({PAGE_SIZE})",
             lib.REGION_NOT_RESERVED: "not all of it is reserved",
             lib.REGION_NOT_COMMITTED: "not all of it is committed",
+            lib.REGION_GUARDED: "some of it is a guard",
             lib.REGION_MIRRORED: "a mirrored region takes this verb as a whole",
         }[err]
         return RangeError(f"cannot {verb} {length} bytes at offset {offset}: {reason}")

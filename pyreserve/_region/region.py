@@ -21,14 +21,13 @@ of None reaches to the end of the region.
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pyreserve._native import ffi, lib
+from pyreserve._native import lib
 from pyreserve._region import handles
 from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.exports import ENDED, Exports
 from pyreserve._region.handles import address_of, outside, refused, released
 from pyreserve._region.policies import HugePages, Mode, RegionFork
 from pyreserve._system.forks import registry_lock as _registry_lock
-from pyreserve._system.limits import refusal
 from pyreserve.errors import StateError
 from pyreserve.units import format_size
 
@@ -394,9 +393,10 @@ class Region:
         """
         offset = _index(offset)
         length = self._size - offset if length is None else _index(length)
-        if offset < 0 or length <= 0 or offset + length > self._size:
+        size = self._size
+        if not 0 <= offset <= size - length < size:
             self._check_open()
-            raise outside("view", offset, length, self._size)
+            raise outside("view", offset, length, size)
         view = (self._exports or self._open_exports()).view(offset, length)
         return view.toreadonly() if readonly else view
 
@@ -486,14 +486,3 @@ class Region:
 
     def _fail(self, verb: str, err: int, offset: int, length: int) -> NoReturn:
         raise refused(self._handle, self._size, verb, err, offset, length)
-
-
-def resident(region: Region) -> int:
-    """Return the number of bytes of a region that are resident, as counted by mincore(2)."""
-    total, nbytes = 0, ffi.new("size_t *")
-    for offset, length in region.committed_runs():
-        err = lib.vm_resident(region.base + offset, length, nbytes)
-        if err:
-            raise refusal("inspect", err, length, region.base + offset)
-        total += int(nbytes[0])
-    return total

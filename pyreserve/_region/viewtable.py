@@ -7,9 +7,13 @@ counter misses. The reference is to the anchor because the garbage collector cle
 to objects that it tracks before it runs finalisers, which may still use the buffer; it does not
 track a plain cdata. There are no weakref callbacks: dead references are removed when a lookup meets
 them, and all at once when twice as many buffers were added as were alive at the last sweep.
+
+Most buffers die before anything looks for them. So a new one is only appended to a list, and sorted
+in by the next lookup if it is still alive.
 """
 
 import weakref
+from itertools import chain
 from typing import Any
 
 # A bucket of level k covers 2**(16 + 3k) bytes. A buffer belongs to the bucket where it begins, at
@@ -19,6 +23,9 @@ from typing import Any
 _FIRST_SHIFT = 16
 _STEP = 3
 _SWEEP_MIN = 256
+
+# Number of new entries from which on `flush` is called.
+MANY = 256
 
 # The anchor of a buffer, and the offsets of its start and end.
 Entry = tuple["weakref.ref[Any]", int, int]
@@ -36,67 +43,94 @@ class ViewTable:
     """The live buffers of one region.
 
     Not synchronised: `Exports` holds its lock around each call. A finaliser or signal handler that
-    interrupts a call may call `live`, which then only reads, but not `add`.
+    interrupts a call may append to `new` and call `live`, which then only reads.
+
+    Attributes:
+        new: entries that were appended since the last `flush`.
+        filled: levels with entries. Without these and without `new` ones no buffer is alive.
     """
 
-    __slots__ = ("_active", "_filled", "_levels", "_until_sweep")
+    __slots__ = ("_active", "_levels", "_until_sweep", "filled", "new")
 
     def __init__(self, size: int) -> None:
         top = max(0, -(-(size.bit_length() - _FIRST_SHIFT) // _STEP))
         self._levels: list[dict[int, _Bucket]] = [{} for _ in range(top + 1)]
-        self._filled: list[int] = []  # levels with entries
+        self.filled: list[int] = []
         self._until_sweep = _SWEEP_MIN
-        # A call is in progress. Stays True after an exception until the next `add`.
+        self.new: list[Entry] = []
+        # A call is in progress.
         self._active = False
 
-    def add(self, anchor: Any, lo: int, hi: int) -> None:
-        """Add the buffer over [lo, hi) with this anchor."""
+    def flush(self) -> None:
+        """Sort the new buffers in, except the dead ones. An interrupting call does nothing."""
+        if self._active:
+            return
         self._active = True
-        if self._until_sweep == 0:
+        try:
+            n = len(self.new)
+            for entry in [entry for entry in self.new[:n] if entry[0]() is not None]:
+                self._add(entry)
+            del self.new[:n]  # only now: an interrupting call finds each entry in one of the places
+        finally:
+            self._active = False
+
+    def _add(self, entry: Entry) -> None:
+        if self._until_sweep <= 0:
             self._sweep()
         self._until_sweep -= 1
-        bits = (hi - lo - 1).bit_length() - _FIRST_SHIFT  # as in `_level_of`, without the call
-        level = 0 if bits <= 0 else min(-(-bits // _STEP), len(self._levels) - 1)
-        index = lo >> (_FIRST_SHIFT + _STEP * level)
+        level = self._level_of(entry[2] - entry[1])
+        index = entry[1] >> (_FIRST_SHIFT + _STEP * level)
         bucket = self._levels[level].get(index)
         if bucket is None:
             bucket = self._new_bucket(level, index)
-        if level not in self._filled:
-            self._filled.append(level)
-        bucket.entries.append((weakref.ref(anchor), lo, hi))
-        self._active = False
+        if level not in self.filled:
+            self.filled.append(level)
+        bucket.entries.append(entry)
 
     def live(self, lo: int, hi: int) -> list[Entry]:
         """Return every live buffer that overlaps [lo, hi); remove the dead references met."""
-        prune, active, self._active = not self._active, self._active, True
         overlapping: list[Entry] = []
-        # From the level where the range spans at most three buckets, look buckets up by index;
-        # below it, visit only the buckets that exist.
-        start = self._level_of(hi - lo)
-        below = False
-        for level in self._filled:
-            if level < start:
-                below = True
-                continue
-            shift = _FIRST_SHIFT + _STEP * level
-            buckets = self._levels[level]
-            for index in range((lo >> shift) - 1, ((hi - 1) >> shift) + 1):
-                if index in buckets:
-                    self._scan(buckets[index], lo, hi, overlapping, prune)
-        if below:
-            for bucket in self._spanned(start, lo, hi):
-                self._descend(bucket, start, lo, hi, overlapping, prune)
-        self._active = active
+        if self.new:
+            self.flush()
+            if self.new:  # this call interrupts another one
+                entries = list(self.new)
+                overlapping = [e for e in entries if e[1] < hi and e[2] > lo and e[0]() is not None]
+        if not self.filled:
+            return overlapping
+        prune, active, self._active = not self._active, self._active, True
+        try:
+            self._until_sweep -= 1
+            if self._until_sweep <= 0 and prune:
+                self._sweep()
+            # From the level where the range spans at most three buckets, look buckets up by index;
+            # below it, visit only the buckets that exist.
+            start = self._level_of(hi - lo)
+            below = False
+            for level in self.filled:
+                if level < start:
+                    below = True
+                    continue
+                shift = _FIRST_SHIFT + _STEP * level
+                buckets = self._levels[level]
+                for index in range((lo >> shift) - 1, ((hi - 1) >> shift) + 1):
+                    if index in buckets:
+                        self._scan(buckets[index], lo, hi, overlapping, prune)
+            if below:
+                for bucket in self._spanned(start, lo, hi):
+                    self._descend(bucket, start, lo, hi, overlapping, prune)
+        finally:
+            self._active = active
         return overlapping
 
     def anchors(self) -> list[Any]:
         """Return the anchors of all live buffers."""
-        anchors = (
-            entry[0]()
+        sorted_in = (
+            entry
             for buckets in self._levels
             for bucket in buckets.values()
             for entry in bucket.entries
         )
+        anchors = (entry[0]() for entry in chain(self.new, sorted_in))
         return [anchor for anchor in anchors if anchor is not None]
 
     def _level_of(self, length: int) -> int:
@@ -161,5 +195,5 @@ class ViewTable:
                 del buckets[index]
             if alive > below:
                 filled.append(level)
-        self._filled = filled
+        self.filled = filled
         self._until_sweep = 2 * alive + _SWEEP_MIN

@@ -14,6 +14,7 @@ from pyreserve._native import lib
 from pyreserve._system import machine, proc
 from pyreserve._system.limitbase import Assessment, rlimit
 from pyreserve._system.limits import PAGE_SIZE, address_bits, refusal
+from pyreserve.errors import VMError
 
 
 class Feature(NamedTuple):
@@ -49,6 +50,13 @@ class Feature(NamedTuple):
         if err == errno.ENOMEM:
             raise refusal("map", err, PAGE_SIZE)
         return err == 0
+
+    def require(self, user: str) -> None:
+        """Raise `VMError` unless the feature works; the message says that `user` needs it."""
+        if not self.works():
+            missing = self._missing()
+            msg = f"{user} needs {self.topic}: {missing.fact} To have it, {missing.change}."
+            raise VMError(self.attempt(), msg, verb="guard")
 
     def assess(self) -> Assessment:
         """Return the assessment for doctor."""
@@ -92,6 +100,16 @@ def _version(release: str) -> tuple[int, int]:
     return (int(digits[1]), int(digits[2])) if digits else (0, 0)
 
 
+GUARD_PAGES = Feature(
+    "madv_guard_install",
+    lib.vm_try_guard,
+    "guard pages",
+    (6, 13),
+    "Pool(guard=True) is supported: MADV_GUARD_INSTALL guards pages without map entries.",
+    "Pool(guard=True) is refused, and reserve(guard=True) uses PROT_NONE mappings.",
+    "Pool(guard=True) is supported: guard pages cost no map entries.",
+)
+
 FEATURES = (
     Feature(
         "madv_populate_write",
@@ -120,15 +138,7 @@ FEATURES = (
         'reserve(fork="wipe") is refused.',
         'reserve(fork="wipe") is supported.',
     ),
-    Feature(
-        "madv_guard_install",
-        lib.vm_try_guard,
-        "guard pages",
-        (6, 13),
-        "MADV_GUARD_INSTALL guards pages without map entries; pyreserve costs measures it.",
-        "Guard pages cost map entries: reserve(guard=True) uses PROT_NONE mappings.",
-        "Guard pages cost no map entries.",
-    ),
+    GUARD_PAGES,
     Feature(
         "mseal",
         lib.vm_try_seal,

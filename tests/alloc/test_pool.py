@@ -1,24 +1,41 @@
 """Slots of equal size: allocated, viewed, freed, cleared and trimmed."""
 
 import copy
+import errno
 import gc
 import pickle
 import resource
+import signal
+import subprocess
 import sys
+import textwrap
 import threading
 from array import array
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 from helpers import witness
-from pyreserve import PAGE_SIZE, KiB, MiB
+from pyreserve import PAGE_SIZE, KiB, MiB, capabilities
 from pyreserve._alloc.pool import Pool
+from pyreserve._region.exports import Exports
+from pyreserve._region.policies import Mode
+from pyreserve._system.features import Feature
 from pyreserve._system.machine import thp_size
-from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, ReleasedError, ViewError
+from pyreserve.errors import (
+    FreeError,
+    OutOfMemoryError,
+    RangeError,
+    ReleasedError,
+    ViewError,
+    VMError,
+)
 
 
 @pytest.fixture
@@ -188,6 +205,18 @@ class TestSlots:
             for free in (slot, 99):
                 with pytest.raises(FreeError, match=f"slot {free} is free"):
                     use(free)
+
+    def test_a_free_slot_without_memory(self) -> None:
+        """A slot that was never allocated, or was trimmed, is a FreeError too."""
+        pool = Pool(PAGE_SIZE, capacity=100, step=PAGE_SIZE)
+        pool.alloc_many(3)
+        pool.free(1)
+        pool.trim()
+
+        for slot in (1, 50):
+            for use in (pool.free, pool.view, pool.address):
+                with pytest.raises(FreeError, match=f"slot {slot} is free"):
+                    use(slot)
 
     @pytest.mark.parametrize("slot", [-1, 100, 1 << 40, 1 << 64, -(1 << 70)])
     def test_no_such_slot(self, pool: Pool, slot: int) -> None:
@@ -417,6 +446,107 @@ class TestMemory:
         assert (pool.committed, len(pool)) == (0, 0)
         assert pool.alloc() == 0
 
+    def test_trim_holes(self) -> None:
+        """trim decommits the whole pages between used slots; their slots can be used again."""
+        pool = Pool(PAGE_SIZE, capacity=100, align=1, step=8 * PAGE_SIZE)
+        for slot in pool.alloc_many(100):
+            pool.view(slot)[:] = b"\xaa" * PAGE_SIZE
+        pool.free_many([*range(10), *range(20, 30), 50])
+
+        assert pool.trim() == 21 * PAGE_SIZE
+
+        left = witness.runs(pool.base, pool.reserved)
+        assert [(lo // PAGE_SIZE, n // PAGE_SIZE) for lo, n in left] == [
+            (10, 10),
+            (30, 20),
+            (51, 49),
+        ]
+        assert pool.committed == 79 * PAGE_SIZE
+        assert witness.total_kib(pool.base, pool.reserved, "Rss") * KiB == 79 * PAGE_SIZE
+        assert pool.trim() == 0
+        slots = pool.alloc_many(21)
+        assert list(slots) == [*range(10), *range(20, 30), 50]
+        assert all(bytes(pool.view(slot)) == bytes(PAGE_SIZE) for slot in slots)
+        assert all(bytes(pool.view(slot)) == b"\xaa" * PAGE_SIZE for slot in (10, 19, 30, 49, 99))
+        assert pool.committed == 100 * PAGE_SIZE
+        assert len(witness.spans(pool.base, pool.reserved)) == 1
+        gc.collect()
+        pool.release()
+
+    def test_a_hole_is_filled_in_steps(self) -> None:
+        """A slot in a hole commits to the end of its step, as a new slot does."""
+        pool = Pool(PAGE_SIZE, capacity=100, align=1, step=8 * PAGE_SIZE)
+        pool.alloc_many(100)
+        pool.free_many(range(99))
+        pool.trim()
+
+        committed = []
+        for _ in range(20):
+            pool.alloc()
+            committed.append(pool.committed // PAGE_SIZE)
+
+        assert committed == [9] * 8 + [17] * 8 + [25] * 4
+        pool.release()
+
+    def test_a_hole_that_is_not_filled(self) -> None:
+        """If the kernel refuses the memory of a hole, no slot is taken and the hole stays."""
+
+        def child() -> None:
+            pool = Pool(64 * KiB, capacity=4096, step=MiB)
+            pool.alloc_many(64)
+            pool.free_many(range(16, 48))
+            pool.trim()
+            before, used = pool.committed, witness.status("VmData")
+            resource.setrlimit(resource.RLIMIT_DATA, (used, resource.RLIM_INFINITY))
+            for ask in (pool.alloc, lambda: pool.alloc_many(33)):
+                with pytest.raises(OutOfMemoryError) as caught:
+                    ask()
+                assert caught.value.limit == "RLIMIT_DATA"
+                assert (len(pool), pool.committed) == (32, before)
+            resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2)
+            assert list(pool.alloc_many(33)) == [*range(16, 48), 64]
+            pool.view(47)[:] = b"x" * 64 * KiB
+
+        witness.in_child(child)
+
+    def test_trim_many_holes(self) -> None:
+        """Beyond 512 pieces holes are discarded, the smallest ones: no map entries are taken."""
+        pool = Pool(PAGE_SIZE, capacity=4096, align=1)
+        for slot in pool.alloc_many(4096):
+            pool.view(slot)[0] = 1
+        pool.free_many(range(0, 2000, 2))  # holes of a page
+        pool.free_many([slot for slot in range(2000, 4000) if slot % 4])  # of three pages
+
+        given = pool.trim()
+
+        assert given == 2500 * PAGE_SIZE
+        assert pool.committed >= (4096 - 3 * 512) * PAGE_SIZE
+        assert len(witness.runs(pool.base, pool.reserved)) <= 512 + 1
+        assert witness.total_kib(pool.base, pool.reserved, "Rss") * KiB == 1596 * PAGE_SIZE
+        assert pool.trim() == 0
+        assert all(pool.view(slot)[0] == 1 for slot in pool)
+        assert not any(pool.view(slot)[0] for slot in pool.alloc_many(2500))
+        gc.collect()
+        pool.release()
+
+    def test_trim_under_a_view_of_the_region(self) -> None:
+        """A hole that a view of the region shows stays; if there is no other, that is an error."""
+        pool = Pool(PAGE_SIZE, capacity=10, align=1, step=PAGE_SIZE)
+        pool.alloc_many(10)
+        pool.free_many([2, 5])
+        view = pool.region.view(5 * PAGE_SIZE, 8)
+        view[0] = 7
+
+        assert pool.trim() == PAGE_SIZE
+        with pytest.raises(ViewError):
+            pool.trim()
+
+        assert (view[0], len(pool), pool.committed) == (7, 8, 9 * PAGE_SIZE)
+        del view
+        assert pool.trim() == PAGE_SIZE
+        assert list(pool.alloc_many(2)) == [2, 5]
+        pool.release()
+
     def test_trim_under_views(self, pool: Pool) -> None:
         """A view keeps its slot in use, so trim never decommits bytes under a view."""
         pool.alloc_many(50)
@@ -447,6 +577,60 @@ class TestMemory:
 
         assert returned == [0, committed]
         assert (pool.committed, pool.alloc(zero=True)) == (0, 0)
+
+    @pytest.mark.parametrize("act", ["alloc", "free and trim", "close"])
+    def test_calls_inside_trim_and_alloc(self, act: str) -> None:
+        """Whatever a signal handler does inside a call, slots in use are accessible afterwards."""
+
+        def interrupt(pool: Pool) -> None:
+            if act == "alloc":
+                pool.alloc(zero=True)
+            elif act == "close":
+                pool.close()
+            else:
+                pool.free_many(list(pool)[:3])
+                pool.trim()
+
+        def child() -> int:
+            strike = 0
+            while _interrupted(interrupt, strike):
+                strike += 1
+            return strike
+
+        assert witness.in_child(child) > 30
+
+
+def _interrupted(act: Callable[[Pool], None], strike: int) -> bool:
+    """Use a pool, and call `act` at the given Python or C call; tell whether there were as many."""
+    pool = Pool(PAGE_SIZE // 2, capacity=64, align=1, step=2 * PAGE_SIZE)
+    pool.alloc_many(60)
+    pool.free_many([*range(4), *range(10, 20), *range(30, 50)])
+    events = 0
+
+    def profile(*_: Any) -> None:
+        nonlocal events
+        events += 1
+        if events > strike:
+            sys.setprofile(None)
+            act(pool)
+
+    sys.setprofile(profile)
+    try:
+        with suppress(ReleasedError):
+            pool.trim()
+            pool.alloc_many(3, zero=True)
+            pool.alloc()
+            pool.trim()
+            pool.alloc()
+    finally:
+        sys.setprofile(None)
+    if not pool.released:
+        pool.alloc_many(64 - len(pool))
+        for slot in range(64):
+            pool.view(slot)[:] = b"x" * (PAGE_SIZE // 2)
+        gc.collect()
+        pool.release()
+    return events > strike
 
 
 class TestRelease:
@@ -547,6 +731,48 @@ class TestThreads:
 
         assert errors == []
         assert len(pool) == 0
+
+    def test_a_viewed_slot_stays_among_threads(self) -> None:
+        """A slot that a thread has got a view of is not freed by others while the view lives."""
+        pool = Pool(64, capacity=3, step=PAGE_SIZE)
+        pool.alloc_many(3)
+        wrong: list[object] = []
+        seen = [0]
+
+        def look() -> None:
+            for i in range(4000):
+                slot = i % 3
+                try:
+                    view = pool.view(slot)
+                except FreeError:
+                    continue
+                seen[0] += 1
+                wrong.extend(slot for _ in range(3) if slot not in pool)
+                del view
+
+        def reuse() -> None:
+            for i in range(4000):
+                with suppress(ViewError, FreeError):
+                    pool.free(i % 3)
+                    if i % 5 == 0:
+                        pool.trim()
+                with suppress(OutOfMemoryError):
+                    pool.alloc()
+
+        threads = [threading.Thread(target=work) for work in (look, reuse, look, reuse)]
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(before)
+
+        assert wrong == []
+        assert seen[0] > 100
+        pool.release()
 
     def test_a_release_among_users(self) -> None:
         """Threads that use a pool while another releases it get ReleasedError and nothing worse."""
@@ -706,6 +932,155 @@ class TestNdarray:
         for shape in (0, 1):
             with pytest.raises(FreeError):
                 pool.ndarray(slot, shape)
+
+
+guards = pytest.mark.skipif(
+    not capabilities().madv_guard_install, reason="this kernel has no MADV_GUARD_INSTALL"
+)
+
+
+def dies(pool: Pool, slot: int, offset: int) -> bool:
+    """Tell whether writing at an offset from a slot ends a process by SIGSEGV."""
+    return witness.faults(pool.address(slot) + offset)
+
+
+@guards
+class TestGuards:
+    @pytest.mark.parametrize(
+        ("size", "align", "first"),
+        [
+            (100, 1, 100),
+            (100, None, 112),
+            (PAGE_SIZE, None, PAGE_SIZE),
+            (PAGE_SIZE + 8, 8, PAGE_SIZE + 8),
+            (10, 2 * PAGE_SIZE, 2 * PAGE_SIZE),
+        ],
+    )
+    def test_an_overflow_faults(self, size: int, align: int | None, first: int) -> None:
+        """The first byte behind a slot, rounded up to its alignment, ends the process."""
+        pool = Pool(size, capacity=10, align=align, step=PAGE_SIZE, guard=True)
+        slots = pool.alloc_many(3)
+
+        for slot in slots:
+            pool.view(slot)[:] = bytes([slot + 1]) * size
+            assert pool.address(slot) % (align or 1) == 0
+            assert not dies(pool, slot, first - 1)
+            assert dies(pool, slot, first)
+            assert dies(pool, slot, first + PAGE_SIZE - 1)
+        assert all(bytes(pool.view(slot)) == bytes([slot + 1]) * size for slot in slots)
+        assert witness.peek(pool.address(1), size) == bytes([2]) * size
+        assert pool.ndarray(2, size).tolist() == [3] * size
+        assert pool.in_use == 3 * (pool.address(1) - pool.address(0))
+        pool.free_many(slots)
+
+    def test_an_overflow_by_the_writer_itself(self) -> None:
+        """A write behind a slot ends the process that makes it."""
+        script = """
+            import ctypes
+            from pyreserve import Pool
+            pool = Pool(100, align=1, guard=True)
+            slot = pool.alloc()
+            ctypes.memset(pool.address(slot), 1, 100)
+            print("in bounds", flush=True)
+            ctypes.memset(pool.address(slot), 1, 101)
+            print("out of bounds", flush=True)
+        """
+
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+        assert (done.returncode, done.stdout) == (-signal.SIGSEGV, "in bounds\n")
+
+    def test_no_map_entries(self) -> None:
+        """The guards of a thousand slots take no map entries and no memory."""
+        pool = Pool(PAGE_SIZE, capacity=1000, guard=True, step=64 * PAGE_SIZE)
+        for slot in pool.alloc_many(1000):
+            pool.view(slot)[0] = 1
+
+        assert len(witness.spans(pool.base, pool.reserved)) == 1
+        assert witness.total_kib(pool.base, pool.reserved, "Rss") * KiB == 1000 * PAGE_SIZE
+        gc.collect()
+        pool.release()
+
+    @pytest.mark.parametrize("mode", ["charge", "noreserve"])
+    def test_guards_after_a_trim(self, mode: Mode) -> None:
+        """Slots in a hole or in the tail have their guards again when they are allocated again."""
+        pool = Pool(100, capacity=64, step=8 * PAGE_SIZE, guard=True, mode=mode)
+        pool.alloc_many(64)
+        pool.free_many([*range(8), *range(20, 30), *range(50, 64)])
+
+        assert pool.trim() == 32 * 2 * PAGE_SIZE
+        assert pool.committed == 32 * 2 * PAGE_SIZE
+        assert list(pool.alloc_many(12)) == [*range(8), *range(20, 24)]
+        assert pool.alloc() == 24
+        pool.alloc_many(19)
+
+        assert all(dies(pool, slot, 112) and not dies(pool, slot, 111) for slot in pool)
+        assert not any(bytes(pool.view(slot)) != bytes(100) for slot in pool)
+
+    def test_guards_after_a_discard(self) -> None:
+        """A hole that is discarded keeps its guards."""
+        pool = Pool(100, capacity=1400, guard=True)
+        for slot in pool.alloc_many(1400):
+            pool.view(slot)[0] = 1
+        pool.free_many(range(0, 1400, 2))
+
+        assert pool.trim() >= 700 * PAGE_SIZE
+        assert len(witness.runs(pool.base, pool.reserved)) <= 513
+        pool.alloc_many(700)
+
+        assert all(dies(pool, slot, 112) for slot in range(0, 1400, 50))
+        gc.collect()
+        pool.release()
+
+    def test_the_region_shows_no_guards(self) -> None:
+        """A view of the region that would meet a guard is a RangeError."""
+        pool = Pool(PAGE_SIZE, capacity=4, guard=True)
+        pool.alloc_many(4)
+
+        assert bytes(pool.region.view(2 * PAGE_SIZE, PAGE_SIZE)) == bytes(PAGE_SIZE)
+        for offset, length in ((0, PAGE_SIZE + 1), (PAGE_SIZE, 1), (0, 8 * PAGE_SIZE)):
+            with pytest.raises(RangeError, match="some of it is a guard"):
+                pool.region.view(offset, length)
+            with pytest.raises(RangeError, match="guard"):
+                pool.region.ndarray(offset, length)
+        gc.collect()
+        pool.release()
+
+    def test_a_child_has_guards(self) -> None:
+        """A forked child has the guards too; fork="wipe" would drop them and is refused."""
+        pool = Pool(64, capacity=4, guard=True)
+        pool.alloc()
+
+        assert witness.in_child(lambda: dies(pool, 0, 64) and not dies(pool, 0, 63))
+        with pytest.raises(ValueError, match="mutually exclusive"):
+            Pool(64, guard=True, fork="wipe")
+
+    def test_a_guard_that_is_refused(self) -> None:
+        """If the kernel refuses a guard, no slot is allocated."""
+        pool = Pool(64, capacity=4, guard=True)
+        refuse = VMError(errno.EINVAL, "no", verb="guard")
+        with (
+            patch.object(Exports, "guard_cells", side_effect=refuse),
+            pytest.raises(VMError, match="no"),
+        ):
+            pool.alloc()
+
+        assert len(pool) == 0
+        assert dies(pool, pool.alloc(), 64)
+
+
+def test_guards_are_missing() -> None:
+    """On a kernel without guard pages guard=True is a VMError that says so."""
+    with (
+        patch.object(Feature, "works", return_value=False),
+        pytest.raises(VMError, match=r"guard=True needs guard pages: .*To have it"),
+    ):
+        Pool(64, guard=True)
 
 
 class TestPolicies:

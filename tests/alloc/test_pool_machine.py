@@ -7,33 +7,42 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from helpers import witness
 from helpers.profiles import examples
-from pyreserve import PAGE_SIZE
+from pyreserve import PAGE_SIZE, capabilities
 from pyreserve._alloc.pool import Pool
 from pyreserve.errors import FreeError, OutOfMemoryError, ViewError
 
 CAPACITY = 40
-# A stride with which slots begin and end inside OS pages, and some span two pages.
+# A size with which slots begin and end inside OS pages, and some span two pages.
 SIZE, STRIDE = PAGE_SIZE * 3 // 4 - 5, PAGE_SIZE * 3 // 4
+GUARDED = capabilities().madv_guard_install
 
 slots = st.integers(0, CAPACITY - 1)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """A pool, the set of slots in use, and the byte that fills each slot."""
+    """A pool, the set of slots in use, and the bytes of the pool, free slots included."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = Pool(SIZE, capacity=CAPACITY, align=16, step=PAGE_SIZE)
         self.used: set[int] = set()
-        self.fill = bytearray(CAPACITY)
+        self.stride, self.start = STRIDE, 0
+        self.bytes = bytearray(2 * CAPACITY * PAGE_SIZE)
         self.views: dict[int, memoryview] = {}
 
-    @initialize(pages=st.integers(1, 8))
-    def begin(self, pages: int) -> None:
-        """Start with a step of some OS pages."""
+    @initialize(pages=st.integers(1, 8), guard=st.booleans() if GUARDED else st.just(False))
+    def begin(self, pages: int, guard: bool) -> None:
+        """Start with a step of some OS pages, and with or without guards."""
         self.pool.release()
-        self.pool = Pool(SIZE, capacity=CAPACITY, align=16, step=pages * PAGE_SIZE)
+        self.pool = Pool(SIZE, capacity=CAPACITY, align=16, step=pages * PAGE_SIZE, guard=guard)
+        if guard:
+            self.stride, self.start = 2 * PAGE_SIZE, PAGE_SIZE - STRIDE
+
+    def offset(self, slot: int) -> int:
+        """Return the offset of a slot's first byte."""
+        return slot * self.stride + self.start
 
     def teardown(self) -> None:
         """Release the addresses."""
@@ -48,7 +57,11 @@ class PoolMachine(RuleBasedStateMachine):
     def write(self, slot: int, byte: int) -> None:
         """Fill a slot."""
         self.pool.view(slot)[:] = bytes([byte]) * SIZE
-        self.fill[slot] = byte
+        self.set_bytes(slot, byte)
+
+    def set_bytes(self, slot: int, byte: int) -> None:
+        """Fill a slot of the model."""
+        self.bytes[self.offset(slot) : self.offset(slot) + SIZE] = bytes([byte]) * SIZE
 
     @rule(zero=st.booleans(), byte=st.none() | st.integers(0, 255))
     def allocate(self, zero: bool, byte: int | None) -> None:
@@ -63,7 +76,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert [slot] == self.lowest_free(1)
         self.used.add(slot)
         if zero:
-            self.fill[slot] = 0
+            self.set_bytes(slot, 0)
         if byte is not None:
             self.write(slot, byte)
 
@@ -80,7 +93,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert list(slots_taken) == self.lowest_free(n)
         self.used.update(slots_taken)
         for slot in slots_taken:
-            self.fill[slot] = 0 if zero else self.fill[slot]
+            if zero:
+                self.set_bytes(slot, 0)
         for slot in slots_taken[::2]:
             self.write(slot, byte)
 
@@ -126,28 +140,53 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def trim(self) -> None:
-        """Decommit the tail."""
+        """Give back every whole page without a used slot, and no other; the tail reads zero."""
         before = self.pool.committed
 
         given = self.pool.trim()
 
-        first = max(self.used, default=-1) + 1
-        assert self.pool.committed == before - given == -(-first * STRIDE // PAGE_SIZE) * PAGE_SIZE
-        self.fill[first:] = bytes(CAPACITY - first)
+        touched = {
+            page
+            for slot in self.used
+            for page in range(
+                slot * self.stride // PAGE_SIZE, -(-(slot + 1) * self.stride // PAGE_SIZE)
+            )
+        }
+        assert self.pool.committed == before - given == len(touched) * PAGE_SIZE
+        region = self.pool.region
+        accessible = witness.perms_by_page(region.base, region.size, PAGE_SIZE)
+        assert {i for i, perms in enumerate(accessible) if perms == witness.COMMITTED} == touched
+        assert witness.total_kib(region.base, region.size, "Rss") * 1024 <= len(touched) * PAGE_SIZE
+        for page in set(range(region.size // PAGE_SIZE)) - touched:
+            self.bytes[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = bytes(PAGE_SIZE)
+        tail = (max(self.used, default=-1) + 1) * self.stride
+        self.bytes[tail:] = bytes(len(self.bytes) - tail)
 
     @invariant()
     def the_same_slots_are_in_use(self) -> None:
         """Both have the same slots in use."""
         assert list(self.pool) == sorted(self.used)
         assert len(self.pool) == len(self.used)
-        assert self.pool.in_use == len(self.used) * STRIDE
+        assert self.pool.in_use == len(self.used) * self.stride
         assert all((slot in self.pool) == (slot in self.used) for slot in range(CAPACITY))
+
+    @invariant()
+    def slots_in_use_are_committed(self) -> None:
+        """The kernel gives access to every slot in use."""
+        base = self.pool.base
+        spans = witness.spans(base, self.pool.reserved)
+        for slot in self.used:
+            lo, hi = base + self.offset(slot), base + self.offset(slot) + SIZE
+            over = [span for span in spans if span.start < hi and span.end > lo]
+            assert over
+            assert {span.perms for span in over} == {witness.COMMITTED}
 
     @invariant()
     def contents_are_as_they_were_left(self) -> None:
         """Each slot in use has the bytes that were left there."""
         for slot in self.used:
-            assert self.pool.view(slot) == bytes([self.fill[slot]]) * SIZE
+            lo = self.offset(slot)
+            assert self.pool.view(slot) == self.bytes[lo : lo + SIZE]
 
 
 TestPoolMachine = PoolMachine.TestCase

@@ -260,6 +260,146 @@ class TestFree:
         del held
         arena.free_many([other, block])
 
+    def test_freed_and_decommitted(self, small: Arena) -> None:
+        """A freed block is a FreeError also when its memory is gone."""
+        block = small.alloc(2 * MiB)
+        block.free()
+        small.trim()
+        assert small.committed < 2 * MiB
+
+        for use in (block.view, block.free, lambda: block.ndarray(8)):
+            with pytest.raises(FreeError):
+                use()
+
+
+class TestResize:
+    def test_in_place(self, arena: Arena) -> None:
+        """A block grows over free pages and shrinks; address, handle and contents stay."""
+        block, spare = arena.alloc(100), arena.alloc(5 * PAGE)
+        last = arena.alloc(PAGE)
+        fill(block, 7)
+        fill(last, 9)
+        spare.free()
+        address = block.address
+
+        block.resize(6 * PAGE - 5)
+
+        assert (block.address, block.nbytes, len(block)) == (address, 6 * PAGE - 5, 6 * PAGE - 5)
+        assert bytes(block.view()[:100]) == bytes([7]) * 100
+        assert block.ndarray(6 * PAGE - 5).size == 6 * PAGE - 5
+        assert arena.block_at(address + 5 * PAGE) == block
+        assert arena.in_use == 7 * PAGE
+        assert arena.memstats().heap_alloc == 7 * PAGE - 5
+        block.resize("10")
+        assert (bytes(block.view()), arena.in_use) == (bytes([7]) * 10, 2 * PAGE)
+        assert arena.block_at(address + PAGE) is None
+        assert holds(last, 9)
+        assert (arena.memstats().mallocs, arena.memstats().frees) == (3, 1)
+
+    def test_the_last_block_grows_the_arena(self, arena: Arena) -> None:
+        """The last block can grow beyond what the arena has committed."""
+        block = arena.alloc(PAGE)
+        fill(block, 7)
+
+        block.resize(10 * MiB)
+
+        view = block.view()
+        assert bytes(view[:PAGE]) == bytes([7]) * PAGE
+        assert not any(view[PAGE::4096])
+        view[-1] = 1
+        assert [(b.address, b.nbytes) for b in arena.blocks()] == [(block.address, 10 * MiB)]
+
+    def test_neighbours_are_in_the_way(self, arena: Arena) -> None:
+        """A block that has no free pages behind it is a MemoryError; nothing has changed."""
+        block, other = arena.alloc(PAGE), arena.alloc(PAGE)
+        before = books(arena)
+
+        with pytest.raises(OutOfMemoryError, match="the pages behind it are not free") as caught:
+            block.resize(PAGE + 1)
+
+        assert isinstance(caught.value, MemoryError)
+        assert (caught.value.verb, caught.value.nbytes) == ("resize", PAGE + 1)
+        assert books(arena) == before
+        other.free()
+        block.resize(PAGE + 1)
+
+    def test_impossible_sizes(self, small: Arena) -> None:
+        """Sizes that are not positive or larger than the arena are refused."""
+        block = small.alloc(PAGE)
+        for nbytes in (0, -1, -(1 << 70)):
+            with pytest.raises(RangeError, match="nbytes must be positive"):
+                block.resize(nbytes)
+        for nbytes in (5 * MiB, 1 << 61, 1 << 63, 1 << 64, 1 << 80):
+            with pytest.raises(OutOfMemoryError):
+                block.resize(nbytes)
+        with pytest.raises(TypeError):
+            block.resize(1.5)  # type: ignore[arg-type]
+        assert block.nbytes == PAGE
+
+    def test_under_views(self, arena: Arena) -> None:
+        """A block may grow under a view, and shrink to what its views show."""
+        block = arena.alloc(PAGE)
+        view = block.view()
+        view[:] = bytes([7]) * PAGE
+
+        block.resize(3 * PAGE)
+        assert bytes(view) == bytes([7]) * PAGE
+        block.resize(PAGE)
+        with pytest.raises(ViewError, match="cannot shrink"):
+            block.resize(PAGE - 1)
+
+        assert block.nbytes == PAGE
+        del view
+        block.resize(PAGE - 1)
+
+    def test_other_objects_of_the_block(self, arena: Arena) -> None:
+        """Other Block objects of the block have its new size; they can't reach what was cut."""
+        block = arena.alloc(4 * PAGE)
+        same = arena.block_at(block.address)
+        assert same is not None
+        block.resize(10)
+        arena.trim()
+
+        assert (same.nbytes, len(same), len(same.view())) == (10, 10, 10)
+        with pytest.raises(RangeError, match="must fit into 10 bytes"):
+            same.ndarray(11)
+        block.resize(2 * PAGE)
+        assert len(same.view()) == 2 * PAGE
+        assert same == block
+        same.free()
+        for use in (block.free, lambda: block.resize(5), block.view):
+            with pytest.raises(FreeError):
+                use()
+
+    def test_a_closed_block(self, small: Arena) -> None:
+        """A block that was resized and closed under a view is freed with the view."""
+        block = small.alloc(PAGE)
+        same = small.block_at(block.address)
+        assert same is not None
+        block.resize(3 * PAGE)
+        view = block.view()[2 * PAGE :]
+
+        same.close()
+
+        with pytest.raises(FreeError):
+            block.resize(PAGE)
+        assert small.in_use == 3 * PAGE
+        del view
+        assert small.in_use == 0
+
+    def test_memory_that_was_given_back(self, small: Arena) -> None:
+        """A block that grows over decommitted pages gets memory that reads zero."""
+        block, big = small.alloc(PAGE), small.alloc(3 * MiB)
+        fill(big, 5)
+        big.free()
+        small.trim()
+        released = small.memstats().heap_released
+
+        block.resize(2 * MiB)
+
+        assert not any(block.view()[PAGE::4096])
+        assert small.memstats().heap_released == released - (2 * MiB - PAGE)
+
 
 class TestMany:
     @pytest.mark.parametrize("width", "bBhHiIqQ")
@@ -493,6 +633,42 @@ class TestProtocols:
         same = small.block_at(address)
         assert same is not None
         same.free()
+
+    def test_as_an_array(self, small: Arena) -> None:
+        """np.asarray of a block shares its bytes and protects them."""
+        block = small.alloc(100)
+        array = np.asarray(block)
+
+        assert (array.shape, array.dtype.name) == ((100,), "uint8")
+        array[:] = 7
+        assert bytes(block.view()) == bytes([7]) * 100
+        assert np.array(block).tolist() == [7] * 100
+        assert not np.shares_memory(np.array(block), array)
+        assert np.asarray(block, "f8").tolist() == [7.0] * 100
+        assert np.add(block, 1).tolist() == [8] * 100
+        with pytest.raises(ViewError):
+            block.free()
+
+    def test_the_array_protocol(self, small: Arena) -> None:
+        """__array__ copies only if it must or is asked to; its array protects the block."""
+        block = small.alloc(16)
+        block.view()[:] = bytes(range(16))
+
+        array = block.__array__()
+        array[0] = 99
+        assert block.view()[0] == 99
+        assert block.__array__("uint8", copy=False)[0] == 99
+        assert block.__array__(copy=True).base is None
+        assert block.__array__("f4").dtype == np.float32
+        with pytest.raises(ValueError, match="dtype must be uint8"):
+            block.__array__("f4", copy=False)
+        with pytest.raises(ViewError):
+            block.free()
+        del array
+        block.free()
+        for use in (block.__array__, lambda: np.asarray(block)):
+            with pytest.raises(FreeError):
+                use()
 
     def test_repr(self, small: Arena) -> None:
         """The repr has size and address, or says that the block was freed."""

@@ -24,6 +24,7 @@ class ArenaMachine(RuleBasedStateMachine):
         super().__init__()
         self.live: dict[int, tuple[Block, int]] = {}
         self.views: dict[int, memoryview] = {}
+        self.shown: dict[int, int] = {}  # sizes of the buffers behind the views
         self.calls = 0
 
     @initialize(name=st.sampled_from(layout_names()), small=st.booleans())
@@ -99,10 +100,34 @@ class ArenaMachine(RuleBasedStateMachine):
                 del self.live[address]
 
     @precondition(lambda self: self.live)
+    @rule(data=st.data(), nbytes=SIZES)
+    def resize(self, data: st.DataObject, nbytes: int) -> None:
+        address = self.pick(data)
+        block, byte = self.live[address]
+        kept, before = min(block.nbytes, nbytes), self.arena.memstats()
+        same = self.arena.block_at(address)
+        assert same is not None
+        try:
+            block.resize(nbytes)
+        except ViewError:
+            assert nbytes < self.shown[address]
+            assert address in self.views
+        except OutOfMemoryError:
+            assert nbytes > block.nbytes
+            assert self.arena.memstats().heap_alloc == before.heap_alloc
+        else:
+            assert address not in self.views or nbytes >= self.shown[address]
+            assert (block.address, block.nbytes, same.nbytes) == (address, nbytes, nbytes)
+            assert bytes(block.view()[:kept]) == bytes([byte]) * kept
+            assert len(same.view()) == len(same) == nbytes
+            fill(block, byte)
+
+    @precondition(lambda self: self.live)
     @rule(data=st.data())
     def look(self, data: st.DataObject) -> None:
         address = self.pick(data)
         self.views[address] = self.live[address][0].view()[:1]
+        self.shown[address] = self.live[address][0].nbytes
 
     @precondition(lambda self: self.views)
     @rule(data=st.data())
@@ -237,6 +262,27 @@ class PagesMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
         self.leave(data.draw(st.sampled_from(sorted(self.live)))).free()
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), nbytes=SIZES)
+    def resize(self, data: st.DataObject, nbytes: int) -> None:
+        first = data.draw(st.sampled_from(sorted(self.live)))
+        block, before = self.live[first]
+        after = -(-nbytes // PAGE)
+        behind = self.used[first + before : first + after]
+        if any(behind) or first + after > len(self.used):
+            with pytest.raises(OutOfMemoryError):
+                block.resize(nbytes)
+            return
+        block.resize(nbytes)
+        fill(block, 0xA5)
+        self.used[first : first + before] = bytes(before)
+        self.used[first : first + after] = bytes([1]) * after
+        if after < before:
+            cut = before - after
+            self.dirty[first + after : first + before] = bytes([self.DIRTY]) * cut
+        self.released[first : first + after] = bytes(after)
+        self.live[first] = block, after
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())

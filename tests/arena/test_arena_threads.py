@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -11,7 +12,17 @@ import pytest
 
 from helpers import witness
 from helpers.arenas import PAGE, check, fill, holds, layout_names
-from pyreserve import Arena, Block, KiB, MiB, OutOfMemoryError, Region, layouts
+from pyreserve import (
+    Arena,
+    Block,
+    FreeError,
+    KiB,
+    MiB,
+    OutOfMemoryError,
+    Region,
+    ViewError,
+    layouts,
+)
 from pyreserve._alloc.pages import reserve_tables
 from pyreserve.units import WORD
 
@@ -113,6 +124,44 @@ class TestFork:
 
 
 class TestThreads:
+    def test_a_viewed_block_stays(self, arena: Arena) -> None:
+        """A block that a thread has got a view of is not freed by others while the view lives."""
+        blocks = [arena.alloc(PAGE) for _ in range(3)]
+        wrong: list[object] = []
+        seen = [0]
+
+        def look() -> None:
+            for i in range(4000):
+                block = blocks[i % 3]
+                try:
+                    view = block.view()
+                except FreeError:
+                    continue
+                seen[0] += 1
+                wrong.extend(block for _ in range(3) if block.freed)
+                del view
+
+        def reuse() -> None:
+            for i in range(4000):
+                with suppress(ViewError, FreeError):
+                    blocks[i % 3].free()
+                    blocks[i % 3] = arena.alloc(PAGE)
+
+        threads = [threading.Thread(target=work) for work in (look, reuse, look, reuse)]
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(before)
+
+        assert wrong == []
+        assert seen[0] > 100
+        assert len(list(arena.blocks())) == 3
+
     def test_no_block_is_taken_for_another(self) -> None:
         """A freed block never equals a later one, even after refused lists."""
         blocks: list[Block] = []
@@ -309,7 +358,7 @@ class TestInterrupted:
                 interrupting.append(arena.alloc(PAGE))
                 return reserve_tables(*args, **kwargs)
 
-            monkeypatch.setattr("pyreserve._arena.heap.reserve_tables", interrupted)
+            monkeypatch.setattr("pyreserve._arena.cheap.reserve_tables", interrupted)
 
             block = arena.alloc(PAGE)
 

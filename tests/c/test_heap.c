@@ -455,6 +455,40 @@ static void try_free(struct machine *m, size_t i) {
     settle(m);
 }
 
+static void try_resize(struct machine *m, size_t i, uint64_t nbytes, bool region) {
+    struct block *block = &m->blocks[i];
+    uint64_t old = block->nbytes;
+    size_t page = page_index(m, block->address), before = pages_of(m, old);
+    size_t after = pages_of(m, nbytes), end = page + before;
+    CHECK(intact(block, before * m->kind.page));
+    int64_t handle = one_in(2) ? block->handle : block->handle & ~ZEROED;
+    int64_t result = heap_resize(&m->heap, handle, nbytes, region);
+    bool fits = after <= before;
+    if (!fits && page + after <= m->kind.pages) {
+        fits = all(m->part, end, after - before) && !any(m->used, end, after - before);
+        CHECK(all(m->part, end, after - before) == (result != PAGEALLOC_FOREIGN));
+    }
+    if (!fits) {
+        CHECK(result == PAGEALLOC_IN_USE || result == PAGEALLOC_FOREIGN ||
+              result == PAGEALLOC_OUTSIDE);
+    } else if (result == HEAP_COMMIT) {
+        CHECK(!region && after > before && any(m->released, end, after - before));
+    } else if (CHECK(result == (int64_t)old)) {
+        if (after > before) {
+            take_committed(m, end, after - before);
+            mark(m, m->used, end, after - before, true);
+            mark(m, m->released, end, after - before, false);
+        } else {
+            mark(m, m->used, page + after, before - after, false);
+            mark(m, m->dirty, page + after, before - after, true);
+        }
+        block->nbytes = nbytes;
+        fill(block, after * m->kind.page);
+    }
+    CHECK(heap_nbytes(&m->heap, handle) == (int64_t)block->nbytes);
+    settle(m);
+}
+
 /* A handle of a freed block, or one that never existed. */
 static void try_stale(struct machine *m) {
     int64_t handle = -1 - (int64_t)below(100);
@@ -466,6 +500,7 @@ static void try_stale(struct machine *m) {
         handle = m->blocks[below(m->count)].handle ^ (int64_t)1 << (HEAP_PAGE_BITS + 20);
     CHECK(heap_free(&m->heap, handle) == HEAP_NO_BLOCK);
     CHECK(heap_nbytes(&m->heap, handle) == HEAP_NO_BLOCK);
+    CHECK(heap_resize(&m->heap, handle, 1, true) == HEAP_NO_BLOCK);
     size_t failed = 77;
     CHECK(heap_free_many(&m->heap, &handle, 1, false, &failed) == HEAP_NO_BLOCK && failed == 0);
     settle(m);
@@ -727,6 +762,8 @@ static void step(struct machine *m) {
                   !one_in(3));
     else if (choice < 70 && m->count > 0)
         try_free(m, below(m->count));
+    else if (choice < 74 && m->count > 0)
+        try_resize(m, below(m->count), random_size(m), !one_in(3));
     else if (choice < 76)
         try_stale(m);
     else if (choice < 80)
@@ -992,6 +1029,51 @@ static void a_renamed_block_is_freed_for_others(void) {
     machine_end(m);
 }
 
+static void a_block_that_may_be_viewed_is_freed_by_its_owner_alone(void) {
+    struct machine *m = small_heap(&plain, 100);
+    int64_t first = heap_alloc(&m->heap, 100, 1, false, true);
+    int64_t second = heap_alloc(&m->heap, 200, 1, false, true);
+    CHECK(heap_free_unviewed(&m->heap, first) == 100);
+    CHECK(heap_free_unviewed(&m->heap, first) == HEAP_NO_BLOCK);
+    CHECK(region_export(&m->region, 0, 1) == 1 && m->region.viewed);
+    CHECK(heap_free_unviewed(&m->heap, second) == HEAP_VIEWED);
+    CHECK(heap_nbytes(&m->heap, second) == 200);
+    CHECK(heap_free_unviewed(&m->heap, first) == HEAP_VIEWED);
+    m->region.viewed = false;
+    CHECK(heap_free_unviewed(&m->heap, second) == 200);
+    int64_t third = heap_alloc(&m->heap, 300, 1, false, true);
+    CHECK(region_export(&m->region, 0, 1) == 1);
+    CHECK(heap_free(&m->heap, third) == 300);
+    heap_close(&m->heap, true);
+    m->region.viewed = false;
+    CHECK(heap_free_unviewed(&m->heap, third) == HEAP_CLOSED);
+    machine_end(m);
+}
+
+static void a_block_is_resized_where_it_lies(void) {
+    struct machine *m = small_heap(&plain, 100);
+    for (size_t i = 0; i < 3; i++)
+        try_alloc(m, 2 * 8192, 1, false, true);
+    CHECK(heap_resize(&m->heap, m->blocks[0].handle, 0, true) == HEAP_EMPTY);
+    try_resize(m, 0, 2 * 8192 + 1, true); /* the next block is in the way */
+    try_resize(m, 0, 8192 + 1, true);
+    try_resize(m, 0, 8192, true);
+    try_resize(m, 0, 2 * 8192, true);
+    try_resize(m, 2, 96 * 8192, true); /* to the last page */
+    try_resize(m, 2, 96 * 8192 + 1, true);
+    CHECK(heap_resize(&m->heap, m->blocks[2].handle, UINT64_MAX, true) < 0);
+    CHECK(heap_find(&m->heap, page_start(m, 99)) == (m->blocks[2].handle & ~ZEROED));
+    try_resize(m, 2, 1, true);
+    CHECK(heap_find(&m->heap, page_start(m, 5)) == HEAP_NO_BLOCK);
+    compare_all(m);
+    struct heap_stats stats;
+    heap_measure(&m->heap, &stats);
+    CHECK(stats.requested == 4 * 8192 + 1 && stats.in_use == 5 * 8192 && stats.mallocs == 3);
+    heap_close(&m->heap, true);
+    CHECK(heap_resize(&m->heap, m->blocks[0].handle, 1, true) == HEAP_CLOSED);
+    machine_end(m);
+}
+
 /* A block that another caller allocates between an allocation and its undo has a serial number of its
  * own. */
 static void an_undoing_gives_no_number_twice(void) {
@@ -1153,6 +1235,8 @@ int main(void) {
     RUN(a_refused_add_changes_nothing);
     RUN(extents_are_so_many);
     RUN(a_renamed_block_is_freed_for_others);
+    RUN(a_block_that_may_be_viewed_is_freed_by_its_owner_alone);
+    RUN(a_block_is_resized_where_it_lies);
     RUN(an_undoing_gives_no_number_twice);
     RUN(pages_being_given_back_are_nobodys);
     RUN(flat_heaps_hold_what_the_model_holds);

@@ -1118,6 +1118,26 @@ static void a_page_too_high_for_its_integer_is_refused(void) {
     machine_end(&m);
 }
 
+static void a_veto_keeps_pages_in_use(void) {
+    struct machine m = machine_start(2000);
+    bool veto = true;
+    (void)try_add(&m, 0, 2000);
+    CHECK(!pagealloc_in_use(m.pages, 5, 1));
+    CHECK(pagealloc_alloc(m.pages, 1000, 1, 0) == 0);
+    CHECK(pagealloc_in_use(m.pages, 5, 995) && !pagealloc_in_use(m.pages, 5, 996));
+    CHECK(!pagealloc_in_use(m.pages, 5, 0) && !pagealloc_in_use(m.pages, 5, UINT64_MAX));
+    CHECK(pagealloc_free_unless(m.pages, 5, 10, &veto) == PAGEALLOC_VETOED);
+    CHECK(pagealloc_in_use(m.pages, 0, 1000));
+    veto = false;
+    CHECK(pagealloc_free_unless(m.pages, 5, 10, &veto) == 0);
+    CHECK(pagealloc_free_unless(m.pages, 5, 1, &veto) == PAGEALLOC_NOT_IN_USE);
+    CHECK(pagealloc_free_unless(m.pages, 2000, 1, &veto) == PAGEALLOC_OUTSIDE);
+    CHECK(pagealloc_in_use(m.pages, 0, 5) && !pagealloc_in_use(m.pages, 14, 1));
+    CHECK(pagealloc_free_pages(m.pages) == 1010);
+    CHECK(pagealloc_alloc_at(m.pages, 5, 10) == 0 && pagealloc_free(m.pages, 0, 1000) == 0);
+    machine_end(&m);
+}
+
 static void freeing_many_is_undone_exactly(void) {
     struct machine m = machine_start(HUGE_CAPACITY);
     (void)try_add(&m, 0, HUGE_CAPACITY - 5);
@@ -1278,6 +1298,7 @@ static void run_all(bool wide) {
     RUN(a_run_of_2_to_the_33_pages_costs_next_to_no_memory);
     RUN(many_runs_are_allocated_all_or_none);
     RUN(a_page_too_high_for_its_integer_is_refused);
+    RUN(a_veto_keeps_pages_in_use);
     RUN(freeing_many_is_undone_exactly);
     RUN(small_machines_agree_with_a_byte_a_page);
     RUN(machines_of_two_levels_agree_with_a_byte_a_page);

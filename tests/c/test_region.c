@@ -610,6 +610,70 @@ static void is_committed_takes_any_alignment(void) {
     end(region);
 }
 
+static void cells_end_with_guards_that_a_decommit_removes(void) {
+    EACH_ACCOUNTING(accounting) {
+        struct region *region = reserved(9, accounting);
+        REQUIRE(commit(region, 0, 9));
+        CHECK(region_guard_cells(region, 0, 1) == REGION_OUTSIDE);
+        CHECK(region_set_cells(region, 3 * page, 1) == REGION_MISALIGNED);
+        CHECK(region_set_cells(region, page, page) == REGION_OUTSIDE);
+        CHECK(region_set_cells(region, 3 * page, 0) == REGION_OUTSIDE);
+        CHECK(region_set_cells(region, 3 * page, page) == 0);
+        CHECK(region_guard_cells(region, 1, 1) == REGION_OUTSIDE);
+        CHECK(region_guard_cells(region, 0, 4) == REGION_OUTSIDE);
+        *byte(region, 4) = 42;
+        int err = region_guard_cells(region, 0, 3);
+        CHECK(err == vm_try_guard());
+        if (err == 0) {
+            CHECK(shows(region, "wwwwwwwww"));
+            for (size_t cell = 0; cell < 3; cell++)
+                CHECK(signal_on_write(at(region, 3 * cell + 2)) == SIGSEGV);
+            CHECK(region_guard_cells(region, 1, 2) == 0); /* again */
+            CHECK(region_discard(region, 0, 3 * page, false) == 0);
+            CHECK(signal_on_write(at(region, 2)) == SIGSEGV);
+            CHECK(decommit(region, 3, 3));
+            CHECK(region_guard_cells(region, 0, 3) == REGION_NOT_COMMITTED);
+            CHECK(commit(region, 3, 3) && region_guard_cells(region, 1, 2) == 0);
+            CHECK(signal_on_write(at(region, 5)) == SIGSEGV && *byte(region, 4) == 0);
+        }
+        end(region);
+    }
+}
+
+static void viewed_is_set_by_an_export_and_by_the_end(void) {
+    struct region *region = reserved(4, 0);
+    REQUIRE(commit(region, 0, 2));
+    CHECK(!region->viewed);
+    CHECK(region_export(region, 3 * page, page) == REGION_NOT_COMMITTED && region->viewed);
+    region->viewed = false;
+    CHECK(region_export(region, 0, page) == 1 && region->viewed);
+    region->viewed = false;
+    CHECK(region_release(region) == 0 && region->viewed);
+    CHECK(region_reserve(region, 4 * page, 0, 0, NULL) == 0 && !region->viewed);
+    region_retire(region);
+    CHECK(region->viewed);
+    end(region);
+}
+
+static void guards_are_not_exported(void) {
+    struct region *region = reserved(8, 0);
+    REQUIRE(commit(region, 0, 7));
+    CHECK(region_export(region, 0, 7 * page) == 1);
+    CHECK(region_export(region, 0, 8 * page) == REGION_NOT_COMMITTED);
+    REQUIRE(region_set_cells(region, 3 * page, page) == 0);
+    CHECK(region_export(region, 0, 2 * page) == 1);
+    CHECK(region_export(region, 4 * page, page) == 1);
+    CHECK(region_export(region, 0, 2 * page + 1) == REGION_GUARDED);
+    CHECK(region_export(region, 2 * page, 1) == REGION_GUARDED);
+    CHECK(region_export(region, 3 * page - 1, 2) == REGION_GUARDED);
+    CHECK(region_export(region, 0, 4 * page) == REGION_GUARDED);
+    CHECK(region_release(region) == 0);
+    CHECK(region_export(region, 0, page) == REGION_RELEASED);
+    CHECK(region_set_cells(region, 3 * page, page) == REGION_RELEASED);
+    CHECK(region_guard_cells(region, 0, 1) == REGION_RELEASED);
+    end(region);
+}
+
 /* ---- sliding */
 
 /* The byte that the tests below store `i` bytes behind the front. */
@@ -1192,6 +1256,9 @@ int main(void) {
     RUN(wrong_ranges_are_told_apart_without_overflow);
     RUN(only_committed_bytes_are_populated_and_discarded);
     RUN(is_committed_takes_any_alignment);
+    RUN(cells_end_with_guards_that_a_decommit_removes);
+    RUN(viewed_is_set_by_an_export_and_by_the_end);
+    RUN(guards_are_not_exported);
     RUN(a_slide_moves_all_bytes_to_the_start);
     RUN(a_slide_leaves_no_memory_behind);
     RUN(a_refused_slide_moves_nothing);

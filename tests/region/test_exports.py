@@ -1,13 +1,21 @@
 """Exports: the lock and the live views of a region, for containers built on it."""
 
 import contextlib
+import sys
 import threading
+import weakref
+from typing import Any
 
 import pytest
 
 import pyreserve
 from pyreserve import PAGE_SIZE, Region, ReleasedError, StateError, ViewError
 from pyreserve._region.viewtable import ViewTable
+
+
+def add(table: ViewTable, exported: Any, lo: int, hi: int) -> None:
+    table.new.append((weakref.ref(exported), lo, hi))
+    table.flush()
 
 
 class TestRemove:
@@ -81,7 +89,7 @@ class TestRemove:
 
 class TestViews:
     def test_viewed(self, region: Region) -> None:
-        """viewed tells whether a view was ever made; live lists the live ones."""
+        """viewed tells whether a view may be alive; live lists the live ones."""
         region.commit()
         exports = region.exports
 
@@ -93,6 +101,55 @@ class TestViews:
         assert exports.live(7, region.size) == []
         del view
         assert exports.live(0, region.size) == []
+
+    @pytest.mark.parametrize("others", [0, 1000])
+    def test_viewed_ends(self, region: Region, others: int) -> None:
+        """viewed ends, some removals after the last view, however many there were."""
+        region.commit()
+        exports = region.exports
+        kept = [region.view(i, 1) for i in range(others + 1)]
+        with exports.lock:
+            for _ in range(3 * others + 3000):
+                exports.remove("cut", PAGE_SIZE, 2 * PAGE_SIZE, int)
+            assert exports.viewed
+            assert exports.handle.viewed
+
+            kept.clear()
+            for _ in range(3 * others + 3000):
+                exports.remove("cut", PAGE_SIZE, 2 * PAGE_SIZE, int)
+            assert not exports.viewed
+            assert not exports.handle.viewed
+        view = region.view(0, 1)
+        assert exports.viewed
+        assert exports.handle.viewed
+        with pytest.raises(ViewError):
+            region.decommit()
+        del view
+
+    def test_a_removal_inside_a_view(self, region: Region) -> None:
+        """A signal handler that removes bytes inside a call of view does not lose that view."""
+        region.commit()
+        exports, events, strike = region.exports, 0, 0
+        while events >= strike:
+            exports.viewed = exports.handle.viewed = False
+            events = 0
+
+            def interrupt(*_: object, strike: int = strike) -> None:
+                nonlocal events
+                events += 1
+                if events == strike:
+                    exports.remove("cut", 4 * PAGE_SIZE, 5 * PAGE_SIZE, int)
+
+            sys.setprofile(interrupt)
+            view = exports.view(0, 8)
+            sys.setprofile(None)
+            assert exports.viewed
+            assert exports.handle.viewed
+            with pytest.raises(ViewError):
+                region.decommit()
+            del view
+            strike += 1
+        assert strike > 5
 
     def test_the_object_behind_a_view_pins_its_bytes(self, region: Region) -> None:
         """The obj of a view keeps the bytes in place without the view."""
@@ -110,7 +167,7 @@ class TestViews:
         """The table prunes dead entries, but not while one of its own calls is interrupted."""
         table, kept = ViewTable(1 << 40), threading.Event()
         for _ in range(5):
-            table.add(threading.Event(), 0, 10)
+            add(table, threading.Event(), 0, 10)
         new_bucket, sizes = ViewTable._new_bucket, []
 
         def entries() -> int:
@@ -121,7 +178,7 @@ class TestViews:
             return new_bucket(self, level, index)
 
         monkeypatch.setattr(ViewTable, "_new_bucket", interrupted)
-        table.add(kept, 1 << 30, (1 << 30) + 10)
+        add(table, kept, 1 << 30, (1 << 30) + 10)
 
         assert all(size == ([], 5) for size in sizes)
         assert sizes

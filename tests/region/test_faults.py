@@ -37,6 +37,7 @@ from pyreserve import (
     Region,
     RingArray,
     VMError,
+    capabilities,
     reserve,
 )
 from pyreserve._native import ffi, lib
@@ -75,6 +76,7 @@ _NAMES = {
     ("a", 16): "madvise(dontdump)",
     ("a", 23): "madvise(populate)",
     ("a", 24): "madvise(dontneed locked)",
+    ("a", 102): "madvise(guard)",
     ("n", 0): "prctl(name)",
     ("r", 0): "mincore",
     ("s", 0): "mseal",
@@ -261,6 +263,31 @@ class ArenaScene(Scene):
         self.created = []
         self.arena.release()
         del self.arena
+
+
+class ResizeBlock(ArenaScene):
+    """The last block grows beyond the arena."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.last = self.arena.alloc(100)
+        self.keep(self.last.address, 100, 3)
+
+    def act(self) -> None:
+        self.last.resize(self.nbytes)
+
+    def undo(self) -> None:
+        ctypes.memset(self.last.address + self.nbytes - 100, 7, 100)
+        self.last.resize(100)
+
+
+class ResizeOverReleased(ResizeBlock):
+    """A block grows over pages that were decommitted."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.arena.alloc(self.nbytes).free()
+        self.arena.trim()
 
 
 class FirstBlock(ArenaScene):
@@ -498,6 +525,28 @@ class PoolOne(PoolScene):
         self.created = [self.pool.alloc()]
 
 
+class PoolGuarded(PoolScene):
+    """New slots have to be committed and guarded."""
+
+    def __init__(self) -> None:
+        Scene.__init__(self)
+        self.pool = Pool(100, capacity=100, step=64 * KiB, guard=True)
+        self.pool.alloc_many(20)
+        self.keep(self.pool.address(5), 100, 7)
+
+    def act(self) -> None:
+        self.created = list(self.pool.alloc_many(10))
+
+    def may_differ(self, refused: str) -> set[str]:
+        # The slots stay committed; they are not used before they are guarded.
+        return {"books", "committed", "shown", "maps"} if refused == "madvise(guard)" else set()
+
+    def undo(self) -> None:
+        slot = self.created[-1] if self.created else self.pool.alloc_many(10)[-1]
+        assert witness.faults(self.pool.address(slot) + 112)
+        self.pool.free_many(range(20, 30))
+
+
 class PoolTrim(PoolScene):
     def __init__(self) -> None:
         super().__init__()
@@ -515,6 +564,42 @@ class PoolTrim(PoolScene):
         assert self.pool.alloc(zero=True) == 600
         assert witness.peek(self.pool.address(600), 100) == bytes(100)
         self.pool.free(600)
+
+
+class PoolHole(PoolTrim):
+    """The free slots lie between slots in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool.trim()
+        self.pool.free_many(range(6, 599))
+
+    def act(self) -> None:
+        self.pool.trim()
+        pages = -(-600 * 112 // PAGE_SIZE) - (599 * 112 // PAGE_SIZE - 1)
+        assert self.pool.committed == pages * PAGE_SIZE
+
+    def undo(self) -> None:
+        slot = self.pool.alloc_many(100)[-1]
+        assert witness.peek(self.pool.address(slot), 100) == bytes(100)
+        self.pool.free_many(range(6, 106))
+
+
+class PoolFill(PoolHole):
+    """Slots in a hole are allocated again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool.trim()
+
+    def act(self) -> None:
+        self.created = list(self.pool.alloc_many(593))
+
+    def may_differ(self, refused: str) -> set[str]:
+        return set()
+
+    def undo(self) -> None:
+        self.pool.free_many(self.created)
 
 
 class Make(Scene):
@@ -805,6 +890,10 @@ def _needs_less(fault: Fault) -> bool:
     return not fault.more
 
 
+def _needs_less_memory(fault: Fault) -> bool:
+    return fault.call == "mprotect(rw)" and not fault.more
+
+
 def _other_way(fault: Fault) -> bool:
     """A range of several mappings is joined into one before it is replaced."""
     return fault.call == "mmap(fixed)" and not fault.more
@@ -877,6 +966,8 @@ OPERATIONS: dict[str, Operation] = {
         f"alloc_many grows {name}": Operation(partial(AllocMany, name), copes)
         for name, copes in _GROWS.items()
     },
+    "Block.resize": _operation(partial(ResizeBlock, "native"), _needs_less),
+    "Block.resize recommits": _operation(partial(ResizeOverReleased, "native")),
     "scavenge": _operation(partial(Scavenge, "go-tip-2014-12/amd64"), _always),
     "scavenge go1.11": _operation(partial(Scavenge, "go1.11/amd64"), _always),
     "scavenge, never charged": _operation(
@@ -898,7 +989,14 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "Pool.alloc": _operation(PoolOne, _needs_less),
     "Pool.alloc_many": _operation(PoolScene, _needs_less),
+    **(
+        {"Pool.alloc_many with guards": _operation(PoolGuarded, _needs_less_memory)}
+        if capabilities().madv_guard_install
+        else {}
+    ),
     "Pool.trim": _operation(PoolTrim),
+    "Pool.trim, a hole": _operation(PoolHole),
+    "Pool.alloc_many in a hole": _operation(PoolFill, _needs_less),
     "PageAllocator": _operation(
         partial(Make, lambda: PageAllocator(1000), _use_pages), _does_without
     ),

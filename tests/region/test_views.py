@@ -25,6 +25,11 @@ class Exported:
     """A weakly referenceable stand-in for an ffi.buffer."""
 
 
+def add(table: ViewTable, exported: Any, lo: int, hi: int) -> None:
+    table.new.append((weakref.ref(exported), lo, hi))
+    table.flush()
+
+
 def buckets(table: ViewTable) -> int:
     return sum(len(level) for level in table._levels)
 
@@ -272,7 +277,7 @@ class TestTable:
         for step, argument in [*steps, ("ask", ((0, size), True))]:
             if step == "add":
                 exported = Exported()
-                table.add(exported, *argument)
+                add(table, exported, *argument)
                 alive.append((exported, *argument))
                 del exported
             elif step == "drop" and alive:
@@ -300,7 +305,7 @@ class TestTable:
             length = min(size, 1 << random.randrange(size.bit_length()))
             lo = random.randrange(size - length + 1)
             exported = Exported()
-            table.add(exported, lo, lo + length)
+            add(table, exported, lo, lo + length)
             alive.append((exported, lo, lo + length))
             del exported
             if len(alive) > 100:
@@ -317,7 +322,7 @@ class TestTable:
         table = ViewTable(GiB)
         gone = [Exported() for _ in range(10)]
         for exported in gone:
-            table.add(exported, 0, 10)
+            add(table, exported, 0, 10)
         del gone[:], exported
 
         unpruned = live(table, 0, 10, prune=False)
@@ -330,7 +335,7 @@ class TestTable:
     def test_it_keeps_nothing_alive(self) -> None:
         """The table does not keep a buffer alive."""
         table, exported = ViewTable(GiB), Exported()
-        table.add(exported, 0, 10)
+        add(table, exported, 0, 10)
         watch = weakref.ref(exported)
 
         del exported
@@ -376,20 +381,20 @@ class TestTableStruck:
         while not survived:
             table, dead, kept = ViewTable(1 << 40), Exported(), Exported()
             new, late = Exported(), Exported()
-            table.add(dead, 3 << 30, (3 << 30) + 5)
-            table.add(kept, 5 << 30, (5 << 30) + 9)
+            add(table, dead, 3 << 30, (3 << 30) + 5)
+            add(table, kept, 5 << 30, (5 << 30) + 9)
             del dead
             if sweeping:
                 table._until_sweep = 0
             try:
                 with struck_after(opcodes):
-                    table.add(new, lo, hi)
+                    add(table, new, lo, hi)
                 survived = True
             except Struck:
                 pass
             opcodes += 1
 
-            table.add(late, lo + 8, hi + 8)
+            add(table, late, lo + 8, hi + 8)
 
             live_ranges = live(table, 0, 1 << 40, prune=True)
             assert (lo + 8, hi + 8) in live_ranges
@@ -411,7 +416,7 @@ class TestTableSize:
 
         for i in range(1_000_000):
             lo = i << 25
-            table.add(Exported(), lo, lo + (PAGE_SIZE << i % 12))
+            add(table, Exported(), lo, lo + (PAGE_SIZE << i % 12))
             if i % 9973 == 0:
                 largest = max(largest, entries(table) + buckets(table))
 
@@ -435,10 +440,10 @@ class TestTableSize:
         table, largest = ViewTable(1 << 46), 0
         alive = [Exported() for _ in range(1000)]
         for i, exported in enumerate(alive):
-            table.add(exported, i << 30, (i << 30) + 10)
+            add(table, exported, i << 30, (i << 30) + 10)
 
         for i in range(30_000):
-            table.add(Exported(), i << 25, (i << 25) + 10)
+            add(table, Exported(), i << 25, (i << 25) + 10)
             if i % 997 == 0:
                 largest = max(largest, entries(table))
 
