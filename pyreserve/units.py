@@ -70,6 +70,18 @@ def as_bytes(size: int | str) -> int:
     return parse_size(size) if isinstance(size, str) else _index(size)
 
 
+def as_count(number: int, name: str) -> int:
+    """Return a number of items, the argument `name`.
+
+    Raises:
+        TypeError: `number` is not an integer; a size such as ``"1GiB"`` is in bytes.
+    """
+    if isinstance(number, str):
+        msg = f"{name} is a number of items, not of bytes: must be an integer, got {number!r}"
+        raise TypeError(msg)
+    return _index(number)
+
+
 def format_size(nbytes: int) -> str:
     """Format a number of bytes with four significant digits and a binary unit: ``136.1 GiB``."""
     nbytes = _index(nbytes)

@@ -140,7 +140,7 @@ class BufferBytes(Growable):
     def __delitem__(self, key: Any) -> None:
         """Refuse: the bytes behind would have to move."""
         msg = "bytes can't be deleted from the middle of a buffer, as the others never move: "
-        raise TypeError(msg + "use resize or pop for the last ones")
+        raise TypeError(msg + "resize or pop removes the last ones, drop_front the first")
 
     def __iter__(self) -> Iterator[int]:
         """Iterate over the current bytes, as ints. An unfinished iterator pins them as a view."""

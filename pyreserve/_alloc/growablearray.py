@@ -14,6 +14,7 @@ from pyreserve._alloc.growable import Growable
 from pyreserve._region.arrays import import_numpy, item_dtype
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve.errors import RangeError
+from pyreserve.units import as_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,7 +114,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         # before any are cut off.
         self._cached_view: Any = None
         self._lease: Lease | None = None  # of the appender that has the cells
-        self._wanted = None if capacity is None else _index(capacity)
+        self._wanted = None if capacity is None else as_count(capacity, "capacity")
         size = None if self._wanted is None else self._wanted * self._itemsize
         super().__init__(size, step, mode, fork, huge_pages, name)
 
@@ -293,7 +294,8 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         self._exclusively(self._as_array)[key] = value
 
     def __delitem__(self, key: Any) -> NoReturn:
-        msg = "items can't be deleted: views show them where they are; pop() removes the last"
+        msg = "items can't be deleted: views show them where they are; pop() removes the last, "
+        msg += "drop_front() the first"
         raise TypeError(msg)
 
     def __iter__(self) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from pyreserve._region.owner import Exclusive
 from pyreserve._region.reserve import reserve_mirrored
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import RangeError
-from pyreserve.units import MiB, format_size, round_up
+from pyreserve.units import MiB, as_count, format_size, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -74,7 +74,7 @@ class RingArray(Exclusive, Generic[_Item]):
     def __init__(self, dtype: Any, capacity: int, *, name: str | None = None) -> None:
         self._numpy = import_numpy("RingArray")
         self._dtype = kind = item_dtype(dtype, "RingArray")
-        self._capacity = _rounded(_index(capacity), kind.itemsize)
+        self._capacity = _rounded(as_count(capacity, "capacity"), kind.itemsize)
         # Values of these types are converted without running any code of theirs.
         numbers = {bool, int, float, complex, kind.type} if kind.kind in _NUMBERS else ()
         self._direct = frozenset(numbers)
@@ -242,7 +242,7 @@ class RingArray(Exclusive, Generic[_Item]):
 
     def _none(self, n: int, length: int) -> "npt.NDArray[_Item]":
         if n:
-            msg = f"n must be from 0 to the {length} items of the ring, got {n}"
+            msg = f"n must be in [0, {length}], the items of the ring, got {n}"
             raise RangeError(msg)
         array: npt.NDArray[_Item] = self._numpy.empty(0, self._dtype)
         return array

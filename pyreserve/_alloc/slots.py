@@ -1,13 +1,12 @@
 """The places of a pool's slots in its region, and the allocator of their numbers."""
 
 from collections.abc import Iterable
-from operator import index as _index
 from typing import Any, NoReturn
 
 from pyreserve._alloc.pages import NOT_IN_USE, PageAllocator
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import FreeError, RangeError
-from pyreserve.units import GiB, as_bytes, round_up
+from pyreserve.units import GiB, as_bytes, as_count, round_up
 
 
 class Slots(PageAllocator):
@@ -59,7 +58,9 @@ class Geometry:
             self.guard = max(align, PAGE_SIZE)
             body = round_up(size, self.guard)
             self.start, self.stride = body - self.stride, body + self.guard
-        self.count = max(GiB // self.stride, 1) if capacity is None else _index(capacity)
+        self.count = (
+            max(GiB // self.stride, 1) if capacity is None else as_count(capacity, "capacity")
+        )
         if self.count <= 0:
             msg = f"capacity must be positive, got {self.count}"
             raise RangeError(msg)

@@ -259,7 +259,9 @@ class Heap:
         if result <= lib.HEAP_ERRNO:
             raise self._alloc_error(result, nbytes)
         if result < 0:
-            msg = f"cannot resize {old}-byte block to {nbytes}: the pages behind it are not free"
+            msg = (
+                f"cannot resize a block from {old} to {nbytes} bytes: pages behind it are not free"
+            )
             raise OutOfMemoryError(errno.ENOMEM, msg, verb="resize", nbytes=nbytes)
 
     def _grow_behind(self, handle: int, old: int, nbytes: int) -> bool:

@@ -22,8 +22,10 @@ from pyreserve import (
     KiB,
     MiB,
     OutOfMemoryError,
+    Pool,
     RangeError,
     ReleasedError,
+    RingArray,
     ViewError,
 )
 
@@ -164,6 +166,14 @@ class TestBytes:
         for make in (GrowableBuffer, lambda n: GrowableArray("f8", n)):
             with pytest.raises(RangeError, match=f"capacity must be positive, got {capacity}$"):
                 make(capacity)
+
+    def test_capacity_in_bytes(self) -> None:
+        """A capacity in items is refused as a size, by a message that says its unit."""
+        for make in (GrowableArray, RingArray):
+            with pytest.raises(TypeError, match=r"capacity is a number of items, .* got '1GiB'"):
+                make("f8", "1GiB")  # type: ignore[call-overload]
+        with pytest.raises(TypeError, match="capacity is a number of items"):
+            Pool(48, capacity="1GiB")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("capacity", [1, 7, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1])
     def test_to_the_last_byte(self, capacity: int) -> None:

@@ -314,7 +314,7 @@ class TestResize:
         block, other = arena.alloc(PAGE), arena.alloc(PAGE)
         before = books(arena)
 
-        with pytest.raises(OutOfMemoryError, match="the pages behind it are not free") as caught:
+        with pytest.raises(OutOfMemoryError, match="pages behind it are not free") as caught:
             block.resize(PAGE + 1)
 
         assert isinstance(caught.value, MemoryError)
