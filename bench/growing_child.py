@@ -340,7 +340,7 @@ def _ring(contestant: str, capacity: int) -> tuple[Callable[[Any], object], Call
         ring: Any = RingArray("f8", capacity)
         return ring.extend, lambda: ring.last(1_000_000)
     if contestant == "numpy-ringbuffer":
-        from numpy_ringbuffer import RingBuffer  # type: ignore[import-untyped]
+        from numpy_ringbuffer import RingBuffer
 
         peer: Any = RingBuffer(capacity, np.dtype("f8"))
         return peer.extend, lambda: np.asarray(peer)[-1_000_000:]
