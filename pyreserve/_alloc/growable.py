@@ -15,8 +15,8 @@ from functools import partial
 from operator import index as _index
 from typing import Any, ClassVar
 
-from pyreserve._alloc.behind import Behind
 from pyreserve._alloc.capacity import reserve_default
+from pyreserve._alloc.droppedpages import DroppedPages
 from pyreserve._region.growth import as_step, growth_plan, reserve_to_grow
 from pyreserve._region.handles import memmove, offset_cell
 from pyreserve._region.holders import view_error
@@ -63,7 +63,7 @@ class Growable(Exclusive, InSteps):
         self._count = 0  # items
         self._front = 0  # offset of the first item, in bytes
         self._dropped = 0  # items dropped from the front
-        self._behind = Behind()  # the memory below the front
+        self._dropped_pages = DroppedPages()
         # Bytes above both _dirty_end and the first item behind the last one are zero.
         self._dirty_end = 0
         self._spared = (0, 0)  # offsets of what the last `spare` gave and `advance` did not take
@@ -260,7 +260,7 @@ class Growable(Exclusive, InSteps):
     def _trim(self) -> int:
         before = self._region.committed
         self._decommit_tail()
-        refusal = self._behind.give_back(self._exports, self._front)
+        refusal = self._dropped_pages.decommit(self._exports, self._front)
         if refusal:
             raise refusal
         return before - self._region.committed
@@ -285,7 +285,7 @@ class Growable(Exclusive, InSteps):
         front, room = self._offset(n), self._room - n
         # Keep the window, which is cheaper than a new one, while it pins no whole page.
         rest = None
-        if self._shown is not None and room > 0 and not self._behind.passes_page(front):
+        if self._shown is not None and room > 0 and not self._dropped_pages.has_new(front):
             rest = self._shown[n * self._itemsize :]
         self._drop_cached()
         self._close_window()
@@ -293,7 +293,7 @@ class Growable(Exclusive, InSteps):
         self._front, self._count, self._dropped = front, self._count - n, self._dropped + n
         if rest is not None:
             self._open_window(rest, self._shown_from, room)
-        self._behind.give_back(self._exports, front)
+        self._dropped_pages.decommit(self._exports, front)
 
     def _move_to_start(self, count: int) -> None:
         """Move the items to the start of the region, so that there is space for `count` items."""
@@ -314,7 +314,7 @@ class Growable(Exclusive, InSteps):
                     errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit="capacity"
                 ) from holders
             self._dirty_end = max(self._dirty_end, self._offset(self._count + 1))
-            front, behind = offset_cell(self._front), Behind()
+            front, at_start = offset_cell(self._front), (0, cut, (0, 0), DroppedPages())
             try:
                 if length:
                     exports.slide(front, length)
@@ -323,7 +323,7 @@ class Growable(Exclusive, InSteps):
             finally:
                 # Without a call, so no signal handler runs before all is consistent.
                 if front[0] == 0:
-                    self._front, self._end, self._spared, self._behind = 0, cut, (0, 0), behind
+                    self._front, self._end, self._spared, self._dropped_pages = at_start
             try:
                 if cut < region.size:
                     exports.decommit(cut, region.size - cut)

@@ -7,17 +7,17 @@ from typing import Any
 from pyreserve import layouts
 from pyreserve._alloc.integers import integers
 from pyreserve._arena.blocks import Block, Blocks
-from pyreserve._arena.cheap import (
+from pyreserve._arena.engine import Engine, FellBack, Policies
+from pyreserve._arena.heap import Heap
+from pyreserve._arena.heapbitmap import HeapBitmap
+from pyreserve._arena.memstats import MemStats
+from pyreserve._arena.nativeheap import (
     handle_array,
     heap_alloc,
     heap_find,
     heap_free_unviewed,
     heap_nbytes,
 )
-from pyreserve._arena.engine import Engine, FellBack, Policies
-from pyreserve._arena.heap import Heap
-from pyreserve._arena.heapbitmap import HeapBitmap
-from pyreserve._arena.memstats import MemStats
 from pyreserve._arena.scavenger import FIVE_MINUTES, Scavenger, Worker
 from pyreserve._region.growth import as_step
 from pyreserve._region.owner import OnRegion

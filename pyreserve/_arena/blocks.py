@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, overload
 
-from pyreserve._arena.cheap import ZEROED, handle_array
 from pyreserve._arena.heap import Heap
+from pyreserve._arena.nativeheap import ZEROED, handle_array
 from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.region import Region
 from pyreserve.errors import RangeError

@@ -1,4 +1,4 @@
-"""Heap: the C heap of an arena, which allocates blocks from the pages of an engine."""
+"""Heap: the C heap of an arena: its growth and its refusals."""
 
 import errno
 import weakref
@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any, NoReturn
 
 from pyreserve._alloc.integers import IntegersForC
-from pyreserve._arena.cheap import (
+from pyreserve._arena.engine import Engine
+from pyreserve._arena.nativeheap import (
     ZEROED,
     already_freed,
     heap_address,
@@ -17,7 +18,6 @@ from pyreserve._arena.cheap import (
     heap_nbytes,
     open_heap,
 )
-from pyreserve._arena.engine import Engine
 from pyreserve._native import ffi, lib
 from pyreserve._region.region import Region
 from pyreserve._system.limits import refusal

@@ -358,7 +358,7 @@ class TestInterrupted:
                 interrupting.append(arena.alloc(PAGE))
                 return reserve_tables(*args, **kwargs)
 
-            monkeypatch.setattr("pyreserve._arena.cheap.reserve_tables", interrupted)
+            monkeypatch.setattr("pyreserve._arena.nativeheap.reserve_tables", interrupted)
 
             block = arena.alloc(PAGE)
 

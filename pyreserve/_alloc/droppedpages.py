@@ -1,4 +1,4 @@
-"""The memory behind the front of a container from which items are dropped."""
+"""The OS pages of items that were dropped from the front of a container."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,30 +10,30 @@ from pyreserve.units import round_up
 _Ranges = list[tuple[int, int]]
 
 
-class Behind:
-    """Decommits the OS pages behind a front that moves up, except those that views hold.
+class DroppedPages:
+    """Decommits the OS pages below a front that moves up, except those under a view.
 
-    All offsets are in bytes. The owner holds the lock of the region around each call.
+    All offsets are in bytes from the base. The caller holds the lock of the region.
     """
 
     __slots__ = ("_end", "_held")
 
     def __init__(self) -> None:
-        # The pages below _end were decommitted, or are in _held: sorted ranges to try again.
+        # Pages below _end are decommitted, or in _held: sorted ranges to try again.
         self._held: _Ranges = []
         self._end = 0
 
-    def passes_page(self, front: int) -> bool:
-        """Whether whole OS pages lie below `front` that `give_back` has not handled."""
+    def has_new(self, front: int) -> bool:
+        """Whether whole OS pages lie below `front` that `decommit` has not handled."""
         return front // PAGE_SIZE * PAGE_SIZE > self._end
 
-    def give_back(self, exports: Exports, front: int) -> VMError | None:
+    def decommit(self, exports: Exports, front: int) -> VMError | None:
         """Decommit all pages below `front` that no view shows; return the first refusal, or None.
 
-        Pages under a view, and pages that the kernel refused to decommit, are tried again by the
-        next call. An interrupted call leaves pages to try again as well.
+        The next call tries again the pages that are left: those under a view, those that the
+        kernel refused to decommit, and those of an interrupted call.
         """
-        if self.passes_page(front):
+        if self.has_new(front):
             end = front // PAGE_SIZE * PAGE_SIZE
             # _held first: an interrupted call must not lose pages; trying them twice is harmless.
             self._held = _merged([*self._held, (self._end, end)])
@@ -59,7 +59,7 @@ class Behind:
 
 
 def _merged(ranges: Iterable[tuple[int, int]]) -> _Ranges:
-    """Return the ranges sorted, those that overlap or touch joined."""
+    """Return the ranges sorted; ranges that overlap or touch are joined."""
     joined: _Ranges = []
     for lo, hi in sorted(ranges):
         if joined and lo <= joined[-1][1]:
@@ -70,7 +70,7 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> _Ranges:
 
 
 def _split(ranges: _Ranges, by: _Ranges) -> Iterator[tuple[int, int, bool]]:
-    """Yield the pieces of merged `ranges`, each with whether it lies in the merged ranges `by`."""
+    """Cut merged `ranges` at the ends of merged ranges `by`; yield (lo, hi, inside `by`)."""
     i = 0
     for lo, hi in ranges:
         at = lo
