@@ -366,8 +366,7 @@ int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero
 static int64_t free_block(struct heap *heap, int64_t handle, bool viewed_too) {
     uint32_t now = sys_milliseconds();
     pagealloc_lock(heap->pages);
-    /* Under the lock: a view sets `viewed` before it looks under this lock whether its block is
-     * live. */
+    /* Read under the lock: see region_export. */
     bool refused = !viewed_too && __atomic_load_n(&heap->region->viewed, __ATOMIC_RELAXED);
     int64_t nbytes = refused ? HEAP_VIEWED : size_of(heap, handle);
     if (nbytes > 0) {
@@ -393,7 +392,7 @@ int64_t heap_resize(struct heap *heap, int64_t handle, uint64_t nbytes, bool may
     int64_t result = nbytes == 0 ? HEAP_EMPTY : size_of(heap, handle);
     uint64_t before = result > 0 ? pages_for(heap, (uint64_t)result) : 0;
     uint64_t after = result > 0 ? pages_for(heap, nbytes) : 0;
-    /* Take the pages behind the block first: all that can be refused. */
+    /* Take the pages after the block first: only this step can be refused. */
     int64_t refused = 0;
     if (after > before)
         refused = pagealloc_alloc_at_held(heap->pages, page + before, after - before);

@@ -118,15 +118,15 @@ int64_t heap_tail(struct heap *heap);
  * them; otherwise the result is HEAP_COMMIT. Returns the handle. */
 int64_t heap_alloc(struct heap *heap, uint64_t nbytes, uint64_t align, bool zero, bool may_commit);
 
-/* Frees a block; the second one only while the region's `viewed` is not set (HEAP_VIEWED). Returns
- * its size. */
+/* Frees a block and returns its size. heap_free_unviewed refuses (HEAP_VIEWED) while the region's
+ * `viewed` is set; see region_export. */
 int64_t heap_free(struct heap *heap, int64_t handle);
 int64_t heap_free_unviewed(struct heap *heap, int64_t handle);
 
-/* Changes the size of a block in place; its handle and the contents that both sizes have stay. More
- * pages are taken behind it if they are free, which `may_commit` serves as in heap_alloc; what
- * they contain is undefined. If they are not, the result is a refusal of pagealloc_alloc_at. Pages
- * that the block no longer needs are freed. Returns its former size. */
+/* Changes the size of a block in place and returns its former size. Its handle stays, and so do its
+ * contents up to the smaller size. Growing takes the pages after the block, with undefined
+ * contents; `may_commit` is as for heap_alloc. If they are not free, the result is a refusal of
+ * pagealloc_alloc_at. Shrinking frees the pages that are no longer needed. */
 int64_t heap_resize(struct heap *heap, int64_t handle, uint64_t nbytes, bool may_commit);
 
 /* Replaces the handle of a block by `*renamed`; the old handle is invalid from then on. Returns

@@ -11,7 +11,7 @@ static uintptr_t address_of(const struct region *region, size_t offset) {
     return (uintptr_t)region->base + offset;
 }
 
-/* The lock under which others read it orders it. */
+/* Relaxed: the lock of an allocator orders it; see region_export. */
 static void set_viewed(struct region *region, bool viewed) {
     __atomic_store_n(&region->viewed, viewed, __ATOMIC_RELAXED);
 }
@@ -33,7 +33,7 @@ static int check_range(const struct region *region, size_t offset, size_t length
     return 0;
 }
 
-/* The bytes of memory behind `length` bytes of a region. */
+/* The bytes of memory that `length` bytes of a region show. */
 static size_t memory_length(const struct region *region, size_t length) {
     return region->mirrored ? length / 2 : length;
 }

@@ -13,20 +13,20 @@
  *  - VM_NORESERVE: never charged in overcommit modes 0 and 1. Decommit by mprotect, then
  *    MADV_DONTNEED, in this order so that no other thread can touch the pages in between.
  *
- * The bytes of a region are private, or a shared region's: those of a file in memory (csrc/shared.h),
- * which a forked child shares. What the verbs mean there:
- *  - commit allocates the pages, then opens them, so that no access to committed bytes runs out of
- *    memory (SIGBUS). Bytes read as zero if they were never committed, or decommitted since;
+ * A region is private or shared. The bytes of a shared region are those of a file in memory
+ * (csrc/shared.h), which a forked child shares. There:
+ *  - commit allocates the pages, then makes them accessible, so that no access to committed bytes
+ *    runs out of memory (SIGBUS). Newly committed bytes read as zero;
  *  - discard gives the pages back at once, also with `lazy`. Every mapping then reads zero. The next
  *    access allocates a page again, which the kernel may refuse (SIGBUS) in overcommit mode 2, and
- *    before Linux 5.2 in mode 0; so with `strict` discard itself allocates the pages again, and
- *    gives no memory back. Populate allocates discarded pages, too;
- *  - decommit closes the range and gives the pages back;
- *  - the books are those of one process. Contents are dropped for all of them, and a refused commit
- *    may drop what another process wrote to the bytes that it asked for. So one process alone
- *    should commit, discard and decommit.
- * A mirrored region is shared, and its second half shows the bytes of its first. It is committed,
- * discarded and decommitted as a whole.
+ *    before Linux 5.2 in mode 0. With `strict`, discard itself allocates the pages again and gives
+ *    no memory back. Populate allocates discarded pages, too;
+ *  - decommit makes the range inaccessible and gives the pages back;
+ *  - each process has its own books. Discard and decommit drop contents for all processes, and a
+ *    refused commit may drop what another process wrote to the range. So a single process should
+ *    commit, discard and decommit.
+ * A mirrored region is a shared region that maps the file twice: its second half shows the bytes of
+ * the first. It is committed, discarded and decommitted as a whole.
  *
  * Holds for every function here:
  *  - offsets and lengths are bytes and multiples of the OS page, lengths are positive; both are
@@ -35,7 +35,7 @@
  *    it was before;
  *  - not synchronised: the owner holds a lock around each call. Only `viewed` may be read without.
  *
- * A region is open, retired or closed. Zero bytes are a closed region. region_reserve and
+ * A region is open, retired or closed. A zero-initialised struct is closed. region_reserve and
  * region_window open a closed region; region_release closes it but keeps the storage of its books
  * for reuse; region_end frees that too. region_retire leaves the addresses and the books to views
  * that are still alive, until region_end. Calls on a region that is not open return
@@ -88,7 +88,7 @@ struct region_options {
     size_t lead;       /* bytes by which the base precedes such a multiple; whole OS pages */
     size_t guard;      /* bytes of guard at each end */
     bool shared;       /* a region over a file in memory; its accounting is charged */
-    bool mirrored;     /* and its second half shows the bytes of its first; implies `shared` */
+    bool mirrored;     /* the second half shows the bytes of the first; implies `shared` */
     bool strict;       /* discard allocates shared pages again */
     char name[80];
 };
@@ -133,9 +133,9 @@ int region_populate(struct region *region, size_t offset, size_t length);
 int region_discard(struct region *region, size_t offset, size_t length, bool lazy);
 
 /* Moves the `length` committed bytes at offset `*front` to offset 0 and sets `*front` to 0. Any
- * alignment. Commits what they need at offset 0. The source stays committed; its bytes outside the
- * destination are undefined afterwards. Discards source pages as they are copied, so that at most
- * 2 MiB take memory twice. */
+ * alignment. Commits the destination. The source stays committed; its bytes outside the destination
+ * are undefined afterwards. Discards copied source pages every 2 MiB, so that at most 2 MiB take
+ * memory twice. */
 int region_slide(struct region *region, size_t *front, size_t length);
 
 /* Whether the whole range is committed: 1, 0 or REGION_RELEASED. Any alignment; a range that is not
@@ -143,17 +143,17 @@ int region_slide(struct region *region, size_t *front, size_t length);
 int region_is_committed(const struct region *region, size_t offset, size_t length);
 
 /* Sets `viewed`, then tells whether a view may show the range, at any alignment: 1, or a refusal if
- * the region is not open, not all of the range is committed, or it meets the guard of a cell.
+ * the region is not open, some of the range is not committed, or it overlaps the guard of a cell.
  *
- * `viewed` is what a call that takes bytes away without the owner's lock goes by: it holds another
- * lock under which bytes become free, and refuses while `viewed` is set. A view is made in this
- * order: it is known to the owner, `viewed` is set, its bytes are checked under that other lock. So
- * either the check finds them free, or the call finds `viewed` set. The owner, which knows the live
- * views and refuses new ones for as long, clears `viewed` when none is left. */
+ * `viewed` allows an allocator to free bytes under its own lock, without the owner's
+ * (heap_free_unviewed, pagealloc_free_unless): such a call refuses while `viewed` is set. A view is
+ * made in this order: register it with the owner, set `viewed`, check its bytes under the
+ * allocator's lock. So either the check finds the bytes free, or the call finds `viewed` set. The
+ * owner clears `viewed` when no view is left, while it makes no new one. */
 int region_export(struct region *region, size_t offset, size_t length);
 
-/* Divides the region into cells of `cell` bytes, each of which ends with `guard` bytes of guard
- * pages (vm_guard), once they are installed. The guards count as committed. */
+/* Divides the region into cells of `cell` bytes. The last `guard` bytes of each are its guard pages,
+ * which region_guard_cells installs (vm_guard). Guards count as committed. */
 int region_set_cells(struct region *region, size_t cell, size_t guard);
 
 /* Installs the guards of the cells [first, stop), which must be committed. A decommit removes

@@ -5,8 +5,8 @@
 
 #include "vm.h"
 
-/* Allocate at most this many bytes in one call; after a signal less. */
-enum { MOST_AT_ONCE = 16 << 20 };
+/* Bytes allocated in one system call at most; fewer after a signal. */
+enum { MAX_PART = 16 << 20 };
 
 int shared_create(const char *name, size_t size, int *fd) {
     if (size > (size_t)PTRDIFF_MAX)
@@ -28,7 +28,7 @@ int shared_create(const char *name, size_t size, int *fd) {
 }
 
 int shared_allocate(int fd, size_t offset, size_t length) {
-    size_t most = MOST_AT_ONCE, page = vm_page_size();
+    size_t most = MAX_PART, page = vm_page_size();
     while (length > 0) {
         size_t part = length < most ? length : most;
         int err = vm_file_allocate(fd, offset, part);
@@ -38,7 +38,7 @@ int shared_allocate(int fd, size_t offset, size_t length) {
         } else if (err != EINTR) {
             return err;
         } else if (part > page) {
-            /* The call starts again after a signal: smaller parts end before the next one. */
+            /* An interrupted call starts over; a smaller part can finish between two signals. */
             most = part / 2 / page * page;
         }
     }

@@ -1,8 +1,8 @@
-/* shared: the memory of a shared region: a file in memory (memfd) whose length is fixed, so that no
- * access within it can be beyond its end. Uses vm.
+/* shared: the memory of a shared region: a file in memory (memfd) of a fixed length, so that no
+ * process can shorten it and cause SIGBUS in a mapping of it. Uses vm.
  *
- * The kernel gives a page of the file memory at the first access, and raises SIGBUS when the memory
- * would exceed the commit limit. So a page is allocated before it becomes accessible.
+ * By default the kernel allocates a page of the file at its first access, and raises SIGBUS if that
+ * would exceed the commit limit. So pages are allocated before they become accessible.
  *
  * Holds for every function here: 0 is success, else the errno of the refusal; any thread may call.
  */
@@ -11,13 +11,13 @@
 
 #include <stddef.h>
 
-/* Creates a file of `size` bytes, none of them allocated, sealed against another size; exec closes
- * it. `name` is shown in /proc/PID/maps. ENOSYS before Linux 3.17; EMFILE; EFBIG above
- * RLIMIT_FSIZE. A refusal leaves no file. */
+/* Creates a file of `size` bytes, allocates none of them, and seals the size. exec closes the file.
+ * `name` is shown in /proc/PID/maps. ENOSYS before Linux 3.17, EMFILE, EFBIG above RLIMIT_FSIZE.
+ * A refusal leaves no file. */
 int shared_create(const char *name, size_t size, int *fd);
 
-/* Allocates the pages of the range that are not allocated. Contents stay. ENOSPC or ENOMEM if there
- * is no memory: then some pages may be allocated that were not. */
+/* Allocates the pages of the range that are not allocated yet. Contents stay. ENOSPC or ENOMEM if
+ * there is no memory; some of the pages may then be allocated. */
 int shared_allocate(int fd, size_t offset, size_t length);
 
 #endif
