@@ -1,8 +1,9 @@
-"""The fastest way to append: a closure that writes into cells, a sequence lent to it.
+"""Appenders: the fastest way to append, a closure that stores items into *cells*.
 
-While it has them, the container has no window: every call of the container first takes the cells
-back, and with them the number of items appended. The closure counts an item before it writes it, so
-that a call that takes the cells back between the two cannot lose the item.
+Cells are a sequence over the container's memory, which the container lends to the closure. While
+they are lent, the container has no window; each of its calls first takes the cells back, and with
+them the number of items appended. The closure counts an item before it stores it, so that a call
+that takes the cells back between the two cannot lose the item.
 """
 
 import sys
@@ -15,7 +16,7 @@ from pyreserve.errors import ReleasedError
 # With a GIL neither another thread nor a signal handler runs between the bytecodes of a store into
 # a memoryview and of an assignment to an attribute.
 HAS_GIL: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
-# Raised by cells that have no such item, or cannot store the value.
+# Raised by cells that have no item at the index, or cannot store the value.
 REFUSED = (IndexError, TypeError, ValueError, OverflowError)
 NO_CELLS = memoryview(b"")
 
@@ -24,10 +25,10 @@ class Lease(NamedTuple):
     """The functions by which a container lends cells to its appender.
 
     Attributes:
-        lend: gives the cells, the index of the next item, and the number of items that were dropped
-            before the first one of the cells.
-        take_back: takes the cells back; returns the index of the next item. Called again, it
-            returns the same index until the next `lend`.
+        lend: takes the cells, the index of the next item, and how many items were dropped before
+            the first cell.
+        take_back: ends the loan and returns the index of the next item; the same index until the
+            next `lend`.
     """
 
     lend: Callable[[Any, int, int], None]
@@ -40,19 +41,19 @@ def make_appender(
     limit: float | None,
     append_slowly: Callable[[Lease, Any, int | None], None],
 ) -> Callable[[Any], None]:
-    """Create an appender without cells. It does not keep the container alive.
+    """Create an appender, which has no cells yet. It does not keep the container alive.
 
     Args:
         usual: the type of most values, one of `scalars`.
         scalars: the types whose values run no Python code when they are stored.
         limit: the largest of their values that the cells can hold, or None.
-        append_slowly: a method of the container, which appends a value that the cells refused, then
-            lends cells again. Its last argument is None, or if the value is counted already, the
-            number of items before it, with those dropped.
+        append_slowly: a method of the container that appends a value that the cells refused, then
+            lends cells again. Its last argument is None, or if the value is already counted, the
+            number of items ever before it, dropped ones included.
     """
     cells, n, lent = NO_CELLS, 0, False
     taken = 0  # the index of the next item when cells were last lent or taken back
-    before = 0  # items dropped before the first one of the cells
+    before = 0  # items dropped before the first cell
 
     def append(value: Any) -> None:
         nonlocal n

@@ -1,4 +1,4 @@
-"""The operators of an object that stands for an ndarray, its attribute `array`."""
+"""Numpy's operators for an object with an ndarray in its attribute `array`."""
 
 import operator
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def _in_place(op: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     def method(self: Any, other: Any) -> Any:
         array = self.array
         result = op(array, other)
-        # Another object: `other` refused numpy's operators and answered itself.
+        # Another result: `other` opted out of numpy's operators and handled the operation itself.
         return self if result is array else result
 
     return method

@@ -1,4 +1,4 @@
-"""Values that become items of an array: which are stored at once, and how others are converted."""
+"""Values that become items of an array: types stored without conversion, and conversions."""
 
 from functools import cache, lru_cache
 from struct import error, pack
@@ -9,14 +9,14 @@ from pyreserve._region.arrays import import_numpy
 if TYPE_CHECKING:
     import numpy as np
 
-# Formats of items that a memoryview stores faster than numpy, and as numpy does or not at all.
+# Formats that a memoryview stores faster than numpy: with the same result, or an exception.
 _FAST_FORMATS = frozenset("bBhHiIlLqQfd?")
 # Lists of these lengths are packed by `struct`, twice as fast as numpy converts them.
 _PACKED = range(16, 1 << 16)
 _PACKED_FORMATS = frozenset("bBhHiIlLqQfd")
 _LISTS = frozenset({list, tuple})
 _FLOAT32_MAX = 3.4028234663852886e38
-# Python's types of which numpy copies the values, by the character of the dtype.
+# Python types that numpy stores without running their code, by the character of the dtype.
 _COPIED: dict[str, set[type]] = {
     "U": {str},
     "S": {bytes},
@@ -47,9 +47,8 @@ def _integers() -> set[type]:
 def plain_types(dtype: "np.dtype[Any]") -> tuple[type, frozenset[type], float | None]:
     """Return the types whose values are stored without running Python code, and their limit.
 
-    Other values may run some: a method of theirs, or the handler of a warning of numpy. The usual
-    type comes first, then all of them. Values beyond the limit, if there is one, overflow, which
-    numpy warns of.
+    Other values may run code: a method of their own, or a handler of numpy's warnings. The result
+    is the usual type, all types, and the limit: larger values overflow, of which numpy warns.
     """
     if not is_raw(dtype):
         return dtype.type, frozenset({dtype.type, *_COPIED.get(dtype.char, ())}), None
@@ -68,7 +67,7 @@ def as_item(value: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Any:
     """Return a value as an array of the dtype and shape of an item.
 
     Raises:
-        TypeError, ValueError, OverflowError: raised by numpy, or the shape is another.
+        TypeError, ValueError, OverflowError: raised by numpy, or the shape differs.
     """
     item = _numpy().array(value, dtype=dtype)
     if item.shape != shape:
@@ -94,7 +93,7 @@ def as_items(values: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Any
     """Return values as an array of items of this dtype and shape.
 
     Raises:
-        TypeError, ValueError, OverflowError: raised by numpy, or the shape is another.
+        TypeError, ValueError, OverflowError: raised by numpy, or the shape differs.
     """
     numpy = _numpy()
     if (
@@ -118,7 +117,7 @@ def as_items(values: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Any
 
 
 def is_array_like(values: Any) -> bool:
-    """Whether numpy converts `values` to an array of their items."""
+    """Whether numpy converts `values` to an array at once, unlike a mere iterable."""
     if hasattr(values, "__getitem__") or hasattr(values, "__array__"):
         return True
     try:

@@ -20,12 +20,12 @@ _T = TypeVar("_T")
 class BufferBytes(Growable):
     """Bytes that grow in place.
 
-    The window is a memoryview. Its slices are never kept in variables: a traceback would keep them,
-    and with them the memory, alive.
+    The window is a memoryview. No variable holds a slice of it: a traceback would keep the slice,
+    and so the memory, alive.
     """
 
     _noun, _unit = "buffer", "bytes"
-    _position = 0  # of the file, in bytes from the first one, also if that is dropped
+    _position = 0  # of the file, in bytes; dropped bytes count
 
     # -- growing ------------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ class BufferBytes(Growable):
         self._put(memoryview(bytes((byte,))), False)
 
     def extend(self, data: Any) -> None:
-        """Append the bytes of a C-contiguous buffer, which may be a view of this one. One copy.
+        """Append a copy of the bytes of a C-contiguous buffer, which may be a view of this one.
 
         An iterable of integers is appended too, after it is consumed.
 
@@ -122,7 +122,7 @@ class BufferBytes(Growable):
     @overload
     def __setitem__(self, key: slice, value: Any) -> None: ...
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Set a byte, or a slice to as many bytes as it has."""
+        """Set a byte, or a slice to bytes of the same length."""
         if type(key) is int and 0 <= key < self._count and type(value) is int:
             try:
                 self._window[key] = value
@@ -138,12 +138,12 @@ class BufferBytes(Growable):
             self._exclusively(self._set_slice, key, source)
 
     def __delitem__(self, key: Any) -> None:
-        """Refuse: the bytes behind would have to move."""
-        msg = "bytes can't be deleted from the middle of a buffer, as the others never move: "
+        """Refuse: the bytes after them would have to move."""
+        msg = "bytes can't be deleted from the middle of a buffer, as those after them never move: "
         raise TypeError(msg + "resize or pop removes the last ones, drop_front the first")
 
     def __iter__(self) -> Iterator[int]:
-        """Iterate over the current bytes, as ints. An unfinished iterator pins them as a view."""
+        """Iterate over the current bytes, as ints. An unfinished iterator pins them like a view."""
         return iter(self.view())
 
     def __bytes__(self) -> bytes:
@@ -151,7 +151,7 @@ class BufferBytes(Growable):
 
     def hex(self, *separator: Any) -> str:
         """Return the bytes as hexadecimal digits; arguments as for ``bytes.hex``."""
-        return self._looking(lambda view: view.hex(*separator))
+        return self._apply_exclusively(lambda view: view.hex(*separator))
 
     # -- searching ----------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class BufferBytes(Growable):
     ) -> int:
         """Return the lowest index of `sub`, bytes or an int, in [start, end); -1 if none.
 
-        As all searches, it copies pieces of at most 256 KiB, or twice `sub`.
+        Like all searches, it copies pieces of at most 256 KiB, or twice the length of `sub`.
         """
         return self._search(bytesearch.find, _as_needle(sub), start, end)
 
@@ -193,14 +193,14 @@ class BufferBytes(Growable):
     ) -> bool:
         """Tell whether [start, end) starts with `prefix`, bytes or a tuple of them."""
         prefixes = prefix if isinstance(prefix, tuple) else (prefix,)
-        return any(self._search(bytesearch.starts, flat(one), start, end) for one in prefixes)
+        return any(self._search(bytesearch.starts, flat(item), start, end) for item in prefixes)
 
     def endswith(
         self, suffix: Any, start: SupportsIndex | None = None, end: SupportsIndex | None = None
     ) -> bool:
         """Tell whether [start, end) ends with `suffix`, bytes or a tuple of them."""
         suffixes = suffix if isinstance(suffix, tuple) else (suffix,)
-        return any(self._search(bytesearch.ends, flat(one), start, end) for one in suffixes)
+        return any(self._search(bytesearch.ends, flat(item), start, end) for item in suffixes)
 
     def __contains__(self, sub: Any) -> bool:
         """Tell whether `sub`, bytes or an int, occurs."""
@@ -209,29 +209,29 @@ class BufferBytes(Growable):
     # -- operators ----------------------------------------------------------------------------
 
     def __eq__(self, other: object) -> bool:
-        return self._compared(other, lambda a, b: len(a) == len(b) and not compare(a, b))
+        return self._compare(other, lambda a, b: len(a) == len(b) and not compare(a, b))
 
     def __lt__(self, other: Any) -> bool:
-        return self._compared(other, lambda a, b: compare(a, b) < 0)
+        return self._compare(other, lambda a, b: compare(a, b) < 0)
 
     def __le__(self, other: Any) -> bool:
-        return self._compared(other, lambda a, b: compare(a, b) <= 0)
+        return self._compare(other, lambda a, b: compare(a, b) <= 0)
 
     def __gt__(self, other: Any) -> bool:
-        return self._compared(other, lambda a, b: compare(a, b) > 0)
+        return self._compare(other, lambda a, b: compare(a, b) > 0)
 
     def __ge__(self, other: Any) -> bool:
-        return self._compared(other, lambda a, b: compare(a, b) >= 0)
+        return self._compare(other, lambda a, b: compare(a, b) >= 0)
 
     __hash__ = None  # type: ignore[assignment]
 
     def __add__(self, other: Any) -> bytes:
         """Return the bytes of both, a copy."""
-        return self._joined(other, lambda own, others: b"".join((own, others)))
+        return self._join(other, lambda own, others: b"".join((own, others)))
 
     def __radd__(self, other: Any) -> bytes:
         """Return the bytes of both, a copy."""
-        return self._joined(other, lambda own, others: b"".join((others, own)))
+        return self._join(other, lambda own, others: b"".join((others, own)))
 
     def __mul__(self, times: SupportsIndex) -> bytes:
         """Return the bytes repeated, a copy."""
@@ -251,15 +251,15 @@ class BufferBytes(Growable):
         return self._window  # type: ignore[no-any-return]
 
     def _apply(self, function: Callable[[memoryview], _T]) -> _T:
-        """Return what a function of all bytes returns. The caller is alone."""
+        """Call a function of a view of all bytes, inside `_exclusively`; return its result."""
         with self._items()[: self._count] as view:
             return function(view)
 
-    def _looking(self, function: Callable[[memoryview], _T]) -> _T:
+    def _apply_exclusively(self, function: Callable[[memoryview], _T]) -> _T:
         return self._exclusively(lambda: self._apply(function))
 
     def _put_quickly(self, data: Any, follow: bool) -> int | None:
-        """As `_put`, for common types in committed memory; None: nothing was done."""
+        """As `_put`, for common types and committed memory. Return None if nothing was done."""
         kind = type(data)
         if kind is bytes or kind is bytearray or (kind is memoryview and data.c_contiguous):
             with self._lock:
@@ -288,7 +288,7 @@ class BufferBytes(Growable):
         return None
 
     def _put(self, source: memoryview, follow: bool) -> int:
-        """Write bytes to the end, or with `follow` to the position, which follows them.
+        """Write bytes at the end, or with `follow` at the position, which moves past them.
 
         Return their number. Release `source`.
         """
@@ -348,22 +348,22 @@ class BufferBytes(Growable):
     def _get(self, key: "int | slice") -> Any:
         if isinstance(key, slice):
             return bytes(self._items()[: self._count][key])
-        return self._items()[self._checked(key)]
+        return self._items()[self._as_index(key)]
 
     def _set(self, key: int, byte: int) -> None:
-        self._items()[self._checked(key)] = byte
+        self._items()[self._as_index(key)] = byte
 
     def _set_slice(self, key: slice, source: memoryview) -> None:
         length = len(range(*key.indices(self._count)))
         if length != len(source):
             msg = (
-                f"cannot assign {len(source)} bytes to a slice of {length}: the bytes behind it "
+                f"cannot assign {len(source)} bytes to a slice of {length}: the bytes after it "
                 f"never move; use extend, append or resize to change the length"
             )
             raise ValueError(msg)
         self._items()[: self._count][key] = source
 
-    def _checked(self, key: int) -> int:
+    def _as_index(self, key: int) -> int:
         if not -self._count <= key < self._count:
             msg = f"index must be in [{-self._count}, {self._count}), got {key}"
             raise IndexError(msg)
@@ -379,25 +379,25 @@ class BufferBytes(Growable):
         with needle:
             low = 0 if start is None else _index(start)
             high = sys.maxsize if end is None else _index(end)
-            return self._looking(
+            return self._apply_exclusively(
                 lambda view: function(view, needle, *_as_bounds(low, high, len(view)))
             )
 
-    def _compared(self, other: Any, test: Callable[[memoryview, memoryview], bool]) -> bool:
+    def _compare(self, other: Any, test: Callable[[memoryview, memoryview], bool]) -> bool:
         try:
             source = flat(other)
         except (TypeError, ValueError, BufferError):
             return NotImplemented  # type: ignore[no-any-return]
         with source:
-            return self._looking(lambda view: test(view, source))
+            return self._apply_exclusively(lambda view: test(view, source))
 
-    def _joined(self, other: Any, join: Callable[[memoryview, memoryview], bytes]) -> bytes:
+    def _join(self, other: Any, join: Callable[[memoryview, memoryview], bytes]) -> bytes:
         try:
             source = flat(other)
         except TypeError:
             return NotImplemented  # type: ignore[no-any-return]
         with source:
-            return self._looking(lambda view: join(view, source))
+            return self._apply_exclusively(lambda view: join(view, source))
 
 
 def flat(data: Any, *, writable: bool = False) -> memoryview:
@@ -407,7 +407,7 @@ def flat(data: Any, *, writable: bool = False) -> memoryview:
         TypeError: `data` is not a buffer.
         BufferError, ValueError: it is not contiguous, or not writable.
     """
-    if isinstance(data, BufferBytes):  # not as a buffer, which would pin its bytes
+    if isinstance(data, BufferBytes):  # an export as a buffer would pin the bytes
         return data.view()
     if not writable and (type(data) is bytes or type(data) is bytearray):
         return memoryview(data)
@@ -417,13 +417,13 @@ def flat(data: Any, *, writable: bool = False) -> memoryview:
         view = memoryview(data).cast("B")
         if not writable or not view.readonly:
             return view
-    except TypeError:  # no buffer, not contiguous, without items, or items of no C type
+    except TypeError:  # no buffer, not contiguous, empty, or items of no C type
         pass
     return memoryview(Buffer(from_buffer(memoryview(data), require_writable=writable)))
 
 
 def _flat_or_ints(data: "Any | Iterable[SupportsIndex]") -> memoryview:
-    """As `flat`, and for an iterable of integers in [0, 256) a copy."""
+    """As `flat`, or a copy of an iterable of integers in [0, 256)."""
     try:
         return flat(data)
     except TypeError:
@@ -450,7 +450,7 @@ def _as_key(key: Any) -> "int | slice":
 
 
 def _as_bounds(start: int, end: int, length: int) -> tuple[int, int]:
-    """Return `start` and `end` counted from the front. As in ``bytes``, start may be too high."""
+    """Return `start` and `end` counted from the front. As in ``bytes``, start may exceed end."""
     low = max(start + length, 0) if start < 0 else start
     high = max(end + length, 0) if end < 0 else min(end, length)
     return low, high

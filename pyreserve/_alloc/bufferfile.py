@@ -9,11 +9,11 @@ from pyreserve._alloc import bytesearch
 from pyreserve._alloc.bufferbytes import BufferBytes, flat
 from pyreserve.errors import RangeError
 
-_SHORT = 256  # bytes of a line
+_SHORT_LINE = 256  # bytes
 
 
 class BufferFile(BufferBytes):
-    """A binary file over bytes that grow in place, with a position, as ``io.BytesIO``.
+    """A binary file in memory that grows in place, with a position, like ``io.BytesIO``.
 
     All methods raise `ReleasedError`, a ValueError, after `close`; and StateError as for `resize`.
     """
@@ -21,10 +21,9 @@ class BufferFile(BufferBytes):
     # -- writing ------------------------------------------------------------------------------
 
     def write(self, data: Any) -> int:
-        """Write the bytes of a C-contiguous buffer at the position, which follows them.
+        """Write all bytes of a C-contiguous buffer at the position; return their number.
 
-        Bytes between the length and a position above it become zero. Return how many bytes were
-        written: all.
+        The position moves past them. Bytes between the length and a position above it become zero.
 
         Raises:
             TypeError: `data` is not a buffer.
@@ -49,7 +48,7 @@ class BufferFile(BufferBytes):
             RangeError: `size` is negative.
             ViewError: live views show bytes to be cut off; nothing has changed.
         """
-        return self._exclusively(self._cut, None if size is None else _index(size))
+        return self._exclusively(self._truncate_file, None if size is None else _index(size))
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -62,7 +61,7 @@ class BufferFile(BufferBytes):
         return self.read(size)
 
     def readinto(self, target: Any) -> int:
-        """Fill a writable buffer from the position; return how many bytes there were."""
+        """Read into a writable buffer from the position; return the number of bytes read."""
         with flat(target, writable=True) as writable:
             return self._exclusively(self._read_into, writable)
 
@@ -75,7 +74,7 @@ class BufferFile(BufferBytes):
         return self._exclusively(self._read_line, _as_size(size))
 
     def readlines(self, hint: int | None = -1) -> list[bytes]:
-        """Return the lines from the position on; no more once they have `hint` bytes."""
+        """Return the lines from the position on; stop once they have `hint` bytes in all."""
         left = _as_size(hint)
         lines = []
         while line := self.readline():
@@ -90,7 +89,7 @@ class BufferFile(BufferBytes):
         return self[:]
 
     def getbuffer(self) -> memoryview:
-        """Return `view` of all bytes. Unlike under ``BytesIO.getbuffer``, the file may grow."""
+        """Return `view` of all bytes. Unlike a ``BytesIO``, the file may still grow."""
         return self.view()
 
     # -- the position -------------------------------------------------------------------------
@@ -109,7 +108,7 @@ class BufferFile(BufferBytes):
         return self._tell()
 
     def __bool__(self) -> bool:
-        """Return True, also without bytes: zipfile takes a false file for none."""
+        """Return True, also when empty: zipfile takes a false file for a missing one."""
         return True
 
     # -- what it can do -----------------------------------------------------------------------
@@ -121,22 +120,23 @@ class BufferFile(BufferBytes):
 
     def readable(self) -> bool:
         """Return True."""
-        return self._yes()
+        return self._true_if_open()
 
     def writable(self) -> bool:
         """Return True."""
-        return self._yes()
+        return self._true_if_open()
 
     def seekable(self) -> bool:
         """Return True."""
-        return self._yes()
+        return self._true_if_open()
 
     def isatty(self) -> bool:
         """Return False."""
-        return not self._yes()
+        self._check_open()
+        return False
 
     def flush(self) -> None:
-        """Do nothing: what was written is in memory."""
+        """Do nothing: all written bytes are in memory."""
         self._check_open()
 
     def fileno(self) -> NoReturn:
@@ -146,18 +146,18 @@ class BufferFile(BufferBytes):
         raise io.UnsupportedOperation(msg)
 
     def detach(self) -> NoReturn:
-        """Raise ``io.UnsupportedOperation``: there is no file below."""
+        """Raise ``io.UnsupportedOperation``: there is no underlying file."""
         self._check_open()
-        msg = "detach: a buffer in memory has no file below it"
+        msg = "detach: a buffer in memory has no underlying file"
         raise io.UnsupportedOperation(msg)
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _yes(self) -> bool:
+    def _true_if_open(self) -> bool:
         self._check_open()
         return True
 
-    def _cut(self, size: int | None) -> int:
+    def _truncate_file(self, size: int | None) -> int:
         size = self._tell() if size is None else size
         if size < 0:
             msg = f"size must not be negative, got {size}"
@@ -167,7 +167,7 @@ class BufferFile(BufferBytes):
         return size
 
     def _next(self, size: int) -> tuple[int, int]:
-        """Return the range of the next `size` bytes, of all if `size` is negative."""
+        """Return the range of the next `size` bytes; all if `size` is negative."""
         start = self._tell()
         end = self._count if size < 0 else min(start + size, self._count)
         return start, max(start, end)
@@ -187,7 +187,7 @@ class BufferFile(BufferBytes):
     def _read_line(self, size: int) -> bytes:
         start, end = self._next(size)
         # Most lines are short.
-        newline = bytes(self._items()[start : min(start + _SHORT, end)]).find(b"\n")
+        newline = bytes(self._items()[start : min(start + _SHORT_LINE, end)]).find(b"\n")
         if newline >= 0:
             return self._read(newline + 1)
         newline = self._apply(lambda view: bytesearch.find(view, b"\n", start, end))

@@ -1,21 +1,21 @@
-"""Search and comparison of bytes behind memoryviews, without a copy of the whole.
+"""Search and comparison of the bytes of memoryviews, without a copy of the whole.
 
-``bytes`` searches with memchr and two-way search, a memoryview not at all, so pieces are copied:
-1 KiB at first, up to 256 KiB or twice the length of what is searched for.
+A memoryview has no search, so pieces are copied to ``bytes`` and searched there: 1 KiB at first,
+later up to 256 KiB or twice the length of `sub`.
 
-Each function of (view, sub, lo, hi) looks at [lo, hi) as the method of ``bytes`` does; ``lo`` may
+Each function of (view, sub, lo, hi) searches [lo, hi) as the method of ``bytes`` does; ``lo`` may
 be above ``hi``.
 """
 
 from pyreserve.units import KiB
 
-_FIRST = KiB
+_FIRST_PIECE = KiB
 _PIECE = 256 * KiB
 
 
 def find(view: memoryview, sub: bytes | memoryview, lo: int, hi: int) -> int:
     """Return the lowest offset of `sub`, or -1."""
-    overlap, length = max(len(sub) - 1, 0), _FIRST
+    overlap, length = max(len(sub) - 1, 0), _FIRST_PIECE
     while lo + len(sub) <= hi:
         end = min(hi, lo + max(length, overlap) + overlap)
         at = bytes(view[lo:end]).find(sub)
@@ -27,7 +27,7 @@ def find(view: memoryview, sub: bytes | memoryview, lo: int, hi: int) -> int:
 
 def rfind(view: memoryview, sub: bytes | memoryview, lo: int, hi: int) -> int:
     """Return the highest offset of `sub`, or -1."""
-    overlap, length = max(len(sub) - 1, 0), _FIRST
+    overlap, length = max(len(sub) - 1, 0), _FIRST_PIECE
     while lo + len(sub) <= hi:
         start = max(lo, hi - max(length, overlap) - overlap)
         at = bytes(view[start:hi]).rfind(sub)
@@ -66,10 +66,10 @@ def ends(view: memoryview, sub: memoryview, lo: int, hi: int) -> bool:
     return len(sub) <= hi - lo and not compare(view[hi - len(sub) : hi], sub)
 
 
-def compare(one: memoryview, other: memoryview) -> int:
-    """Return 0 if the bytes are equal, a negative number if `one` is less, else a positive one."""
-    for at in range(0, min(len(one), len(other)), _PIECE):
-        ours, theirs = bytes(one[at : at + _PIECE]), bytes(other[at : at + _PIECE])
-        if ours != theirs:
-            return -1 if ours < theirs else 1
-    return len(one) - len(other)
+def compare(left: memoryview, right: memoryview) -> int:
+    """Return a number below, equal to or above 0, as `left` is below, equal to or above `right`."""
+    for at in range(0, min(len(left), len(right)), _PIECE):
+        a, b = bytes(left[at : at + _PIECE]), bytes(right[at : at + _PIECE])
+        if a != b:
+            return -1 if a < b else 1
+    return len(left) - len(right)

@@ -1,7 +1,7 @@
-"""The default capacity of growing containers: addresses for more than the machine's memory.
+"""The default capacity of growing containers: more addresses than the machine has memory.
 
-All regions of a default size together take at most a quarter of the address space, and of
-RLIMIT_AS: the more they take, the less the next one gets.
+All regions of a default size together take at most a quarter of the address space and of RLIMIT_AS.
+The more they take, the smaller the next one is.
 """
 
 import resource
@@ -18,21 +18,21 @@ from pyreserve._system.rlimits import RLIMIT_AS
 from pyreserve.errors import OutOfMemoryError
 from pyreserve.units import WORD, GiB, MiB
 
-_LEAST, _GRAIN = MiB, 2 * MiB
+_LEAST, _GRAIN = MiB, 2 * MiB  # bytes; sizes are multiples of _GRAIN
 _FIRST = 64 * GiB
-# Of the addresses for all defaults, the first takes at most a quarter.
+# The first default takes at most a quarter of the addresses for all defaults.
 _LARGEST_SHARE = 4
 
 
 class _Defaults:
     """Estimates the bytes that regions of a default size take.
 
-    It has no lock: threads that add regions at the same time make the estimate less exact.
+    There is no lock: threads that add regions at the same time make the estimate less exact.
     """
 
     def __init__(self) -> None:
-        self._regions: list[tuple[weakref.ref[Region], int]] = []  # some of them gone
-        self._bytes = self._bytes_found = self._found = 0
+        self._regions: list[tuple[weakref.ref[Region], int]] = []  # some are gone
+        self._bytes = self._bytes_alive = self._alive = 0  # the latter two: after the last search
 
     def add(self, region: Region) -> None:
         """Count a new region."""
@@ -40,16 +40,16 @@ class _Defaults:
         self._bytes += region.size
 
     def nbytes(self, pool: int) -> int:
-        """Return the estimate, in which few regions count that are gone.
+        """Return the estimate, which includes few regions that are gone.
 
-        A new search for them costs little: it follows a sixteenth of `pool`, or an eighth more
-        regions.
+        To keep it cheap, gone regions are searched for only after an eighth more regions, or after
+        new ones of a sixteenth of `pool` bytes.
         """
-        new = len(self._regions) - self._found
-        if new > 16 + self._found // 8 or self._bytes - self._bytes_found > pool // 16:
-            self._regions = found = [entry for entry in self._regions if entry[0]() is not None]
-            self._found = len(found)
-            self._bytes = self._bytes_found = sum(size for _, size in found)
+        new = len(self._regions) - self._alive
+        if new > 16 + self._alive // 8 or self._bytes - self._bytes_alive > pool // 16:
+            self._regions = alive = [entry for entry in self._regions if entry[0]() is not None]
+            self._alive = len(alive)
+            self._bytes = self._bytes_alive = sum(size for _, size in alive)
         return self._bytes
 
 
@@ -60,11 +60,11 @@ def reserve_default(reserve: Callable[[int], Region], least: int) -> Region:
     """Reserve a region of the default size, or smaller ones until the kernel grants one.
 
     Args:
-        reserve: reserves a region of a size in bytes; raises OutOfMemoryError if refused.
-        least: bytes that the container needs at least; the result has at least 1 MiB too.
+        reserve: reserves a region of the given bytes; raises OutOfMemoryError if refused.
+        least: the minimum size, in bytes; raised to 1 MiB if smaller.
 
     Raises:
-        OutOfMemoryError: the kernel refused the least size too.
+        OutOfMemoryError: the kernel refused even the minimum size.
     """
     least = max(least, _LEAST)
     size = max(_default_size() // _GRAIN * _GRAIN, least)
@@ -81,7 +81,7 @@ def reserve_default(reserve: Callable[[int], Region], least: int) -> Region:
 
 
 def _default_size() -> int:
-    """Return the bytes of the next default: all of it at first, less the more others take."""
+    """Return the bytes of the next default: full size at first, less as others take more."""
     limit = rlimit(resource.RLIMIT_AS)
     pool, first = _pool(limit)
     taken = _defaults.nbytes(pool)

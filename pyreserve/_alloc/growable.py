@@ -1,13 +1,13 @@
 """Items that grow in place: the base of GrowableBuffer and GrowableArray.
 
-All addresses are reserved at once; memory is committed in steps as the length grows. Nothing moves,
-so growth invalidates no view. Items dropped from the front leave their addresses unused; when
-those above the last item are used up, the items move to the start of the region once, if no view
-shows them.
+All addresses are reserved at once; memory is committed in steps as the length grows. Growth
+moves nothing, so it invalidates no view, with one exception: items dropped from the front leave
+their addresses unused, and when no addresses are left above the last item, the items move to the
+start of the region, if no view shows them.
 
-The container keeps a *window*, one sequence over the committed items from the front up, and writes
-new items into it. The window is a view of the region as any other: while a call in progress uses
-it, the region refuses to take its bytes away.
+The container keeps a *window*, a sequence over the committed items from the front up, and writes
+new items into it. The window is a view of the region like any other: while a call uses it, the
+region refuses to decommit its bytes.
 """
 
 import errno
@@ -26,16 +26,16 @@ from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError, RangeError, VMError
 from pyreserve.units import KiB, MiB, format_size, round_up
 
-# From this many bytes up, discard pages instead of zeroing them. Touching a discarded page costs
-# more than zeroing it, but many may never be touched again.
+# From this size up, discard pages instead of zeroing them. Touching a discarded page costs more
+# than zeroing it, but many may never be touched again.
 _DISCARD_FROM = 32 * MiB
 _ZEROS = bytes(64 * KiB)
 
 
 class Growable(Exclusive, InSteps):
-    """Items from the front of a region up.
+    """A growing sequence of items of one size in a region.
 
-    Subclasses set `_unit`, the plural of the item for messages, and define `_over`.
+    Subclasses set `_unit`, the plural noun of the items for messages, and define `_over`.
     """
 
     _unit: ClassVar[str]
@@ -64,11 +64,11 @@ class Growable(Exclusive, InSteps):
         self._front = 0  # offset of the first item, in bytes
         self._dropped = 0  # items dropped from the front
         self._dropped_pages = DroppedPages()
-        # Bytes above both _dirty_end and the first item behind the last one are zero.
+        # Bytes above the length are zero from _dirty_end on, except in the first item above it.
         self._dirty_end = 0
-        self._spared = (0, 0)  # offsets of what the last `spare` gave and `advance` did not take
-        # Consumers of the buffer protocol may keep nothing but this object, so the bytes that it
-        # exported, at the offsets [low, high), stay committed as long as it lives.
+        self._spared = (0, 0)  # [low, high) of the last `spare`, less what `advance` took
+        # Views of the bytes [low, high) that the buffer protocol exported. Consumers may keep no
+        # reference but one to this object, so these bytes stay committed as long as it lives.
         self._pins: list[tuple[memoryview, int, int]] = []
         self._room = 0  # items in the window
         self._shown: memoryview | None = None  # the view behind the window
@@ -89,7 +89,7 @@ class Growable(Exclusive, InSteps):
     def resize(self, length: int, *, zero: bool = True) -> None:
         """Set the length. New items are zero; memory above the length stays committed.
 
-        With ``zero=False`` new items are as earlier items left their bytes, which is faster.
+        With ``zero=False``, which is faster, new items have undefined contents.
 
         Raises:
             RangeError: `length` is negative.
@@ -111,17 +111,17 @@ class Growable(Exclusive, InSteps):
         """Remove the first `n` items; indices count from the new front. Nothing moves.
 
         Whole OS pages below the front are decommitted at once, except those under a view, which
-        stays right: these are decommitted by the first later `drop_front` or `trim` after the view
-        is gone. Bytes that this object exported by the buffer protocol count as viewed as long as
-        it lives. The time of a call grows with the number of views that show removed items.
+        stays valid: the first `drop_front` or `trim` after the view is gone decommits them. Bytes
+        that this object exported by the buffer protocol count as viewed as long as it lives. The
+        time of a call grows with the number of views that show removed items.
 
         If the kernel refuses to decommit (max_map_count), the items are removed all the same, and
-        later calls try again: raising would say that nothing has changed. `committed` shows the
-        memory, and `trim` raises the refusal.
+        later calls try again: an exception would mean that nothing has changed. `committed` counts
+        the pages that are left, and `trim` raises the refusal.
 
-        Removed items use up addresses. When growth needs more than there are up to the capacity, it
-        moves the items to the start of the region, or raises OutOfMemoryError while a view is alive
-        (``limit="capacity"``).
+        Removed items use up addresses. When growth needs more addresses than are left, it moves the
+        items to the start of the region, or raises OutOfMemoryError (``limit="capacity"``) while a
+        view is alive.
 
         Raises:
             RangeError: not ``0 <= n <= length``; nothing has changed.
@@ -146,8 +146,8 @@ class Growable(Exclusive, InSteps):
         """Make the first `n` items of the last `spare` part of this container.
 
         Raises:
-            RangeError: `n` is negative, or more than `spare` gave, or the length was changed by
-                another call since.
+            RangeError: `n` is negative or more than `spare` gave, or another call has changed the
+                length since.
             ReleasedError, StateError: as for `resize`.
         """
         self._exclusively(self._advance, _index(n))
@@ -193,13 +193,13 @@ class Growable(Exclusive, InSteps):
         self._room = items
 
     def _close_window(self) -> None:
-        """Let go of the window, so that its bytes can be taken away."""
+        """Drop the window, so that its bytes can be decommitted."""
         self._room = 0
         self._shown = None
         self._window = self._over(None)
 
     def _drop_cached(self) -> None:
-        """Let go of views that this object keeps for later, other than the window and the pin."""
+        """Drop the views that this object caches, other than the window and the pins."""
 
     def _export(self) -> memoryview:
         """Return a view of all items for the buffer protocol; pin them."""
@@ -280,7 +280,7 @@ class Growable(Exclusive, InSteps):
 
     def _drop_front(self, n: int) -> None:
         if not 0 <= n <= self._count:
-            msg = f"n must be in [0, {self._count}], the {self._unit} there are, got {n}"
+            msg = f"n must be in [0, {self._count}], the number of {self._unit}, got {n}"
             raise RangeError(msg)
         front, room = self._offset(n), self._room - n
         # Keep the window, which is cheaper than a new one, while it pins no whole page.
@@ -289,7 +289,7 @@ class Growable(Exclusive, InSteps):
             rest = self._shown[n * self._itemsize :]
         self._drop_cached()
         self._close_window()
-        # Together: no signal handler runs between assignments.
+        # One statement: no signal handler runs between its assignments.
         self._front, self._count, self._dropped = front, self._count - n, self._dropped + n
         if rest is not None:
             self._open_window(rest, self._shown_from, room)
@@ -321,14 +321,14 @@ class Growable(Exclusive, InSteps):
                 else:
                     front[0] = 0
             finally:
-                # Without a call, so no signal handler runs before all is consistent.
+                # No call here: no signal handler runs before the state is consistent.
                 if front[0] == 0:
                     self._front, self._end, self._spared, self._dropped_pages = at_start
             try:
                 if cut < region.size:
                     exports.decommit(cut, region.size - cut)
                 self._dirty_end = cut
-            except VMError:  # it stays committed above _end; `trim` tries again
+            except VMError:  # memory above _end stays committed; `trim` tries again
                 pass
 
     def _spare(self, n: int) -> int:
@@ -354,7 +354,7 @@ class Growable(Exclusive, InSteps):
             self._count += n
 
     def _clear(self, start: int, end: int) -> None:
-        """Zero the committed bytes [start, end), which are in no view of items."""
+        """Zero the committed bytes [start, end), which lie above the length."""
         first, last = round_up(start, PAGE_SIZE), end // PAGE_SIZE * PAGE_SIZE
         if last - first < _DISCARD_FROM:
             first = last = end

@@ -11,7 +11,7 @@ from pyreserve._alloc.appender import HAS_GIL, NO_CELLS, REFUSED, Lease, make_ap
 from pyreserve._alloc.arrayoperators import ArrayOperators
 from pyreserve._alloc.arrayvalues import as_item, as_items, is_array_like, is_raw, plain_types
 from pyreserve._alloc.growable import Growable
-from pyreserve._region.arrays import import_numpy, item_dtype
+from pyreserve._region.arrays import converted, import_numpy, item_dtype
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve.errors import RangeError
 from pyreserve.units import as_count
@@ -23,18 +23,17 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item", bound="np.generic")
 _T = TypeVar("_T")
 
-_NO = sys.maxsize  # an index that no cells have
-# Items of an iterable that are converted at a time.
-_PIECE = 4096
+_NO = sys.maxsize  # an index beyond all cells
+_PIECE = 4096  # items of an iterable that are converted at a time
 
 
 class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     """A numpy array of up to `capacity` items that grows in place; one dtype, initially empty.
 
     Growing never moves an item, except as `drop_front` says: earlier ndarrays stay valid and share
-    memory with later ones.
-    Sizes, memory and threads are as for `GrowableBuffer`. The class is generic in the type of its
-    items, such as ``GrowableArray[np.float64]``; numpy's type of the dtype determines it.
+    memory with later ones. Sizes, memory and threads are as for `GrowableBuffer`. The class is
+    generic in the type of its items, such as ``GrowableArray[np.float64]``; numpy's type of the
+    dtype determines it.
 
     Indexing, operators and ufuncs work as on `array`; operators such as ``+=`` write in place. With
     an `item_shape` each item is a row: an array of that shape, such as a vector.
@@ -104,16 +103,16 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
             raise RangeError(msg)
         self._none = numpy.empty((0, *self._item_shape), kind)
         self._itemsize = prod(self._item_shape, start=int(kind.itemsize))
-        # Single items whose value numpy copies out: reading one keeps no memory alive.
+        # Numpy reads such an item as a copy, which keeps no memory alive.
         self._scalar = not self._item_shape and kind.kind != "V"
         self._raw = self._scalar and is_raw(kind)  # cells are memoryviews
         self._one_step = self._raw and HAS_GIL
         self._plain = _, self._scalars, self._limit = plain_types(kind)
         self._ndarray = numpy.ndarray
-        # The view behind the last `array`, for the next one. It pins bytes, so it is dropped
+        # The view under the last `array`, for the next one. It pins items, so it is dropped
         # before any are cut off.
         self._cached_view: Any = None
-        self._lease: Lease | None = None  # of the appender that has the cells
+        self._lease: Lease | None = None  # set while an appender has the cells
         self._wanted = None if capacity is None else as_count(capacity, "capacity")
         size = None if self._wanted is None else self._wanted * self._itemsize
         super().__init__(size, step, mode, fork, huge_pages, name)
@@ -197,9 +196,9 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     def appender(self) -> "Callable[[Any], None]":
         """Return a function that appends one item, as `append` does, in less time.
 
-        For the tightest loops. Any other call on the array takes effect after the items appended so
-        far; the more such calls are in between, the less is gained. One thread at a time may use
-        it. It does not keep the array alive.
+        For tight loops. Any other call on the array sees the items appended so far, and makes the
+        next append slower. One thread at a time may use the function. It does not keep the array
+        alive.
         """
         if not self._scalar:
             return self.append
@@ -208,9 +207,9 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     def extend(self, values: "npt.ArrayLike | Iterable[Any]") -> None:
         """Append the items of an array, a sequence or any other iterable.
 
-        What numpy converts to an array at once is appended wholly or not at all. Other iterables
-        are consumed in pieces of some thousand items: if one raises, the items before stay, as with
-        ``list.extend``; if a value of a piece is refused, the pieces before stay.
+        An array or sequence is appended wholly or not at all. Other iterables are appended in
+        pieces of some thousand items: if the iterable raises, the items before stay, as with
+        ``list.extend``; if a value is refused, the pieces before its own stay.
 
         Raises:
             TypeError, ValueError, OverflowError: raised by numpy, or the values are not items of
@@ -306,11 +305,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> "np.ndarray[Any, Any]":
         """Return `array`, or a copy for another dtype or ``copy=True``: numpy's array protocol."""
-        kind = self._dtype if dtype is None else self._numpy.dtype(dtype)
-        if copy is False and kind != self._dtype:
-            msg = f"items of {self._dtype} can't become {kind} without a copy (copy=False)"
-            raise ValueError(msg)
-        return self.array.astype(kind, copy=bool(copy))
+        return converted(self.array, dtype, copy)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         """Apply a ufunc to `array`: numpy's protocol for operands and for ``out=``."""
@@ -355,7 +350,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     # -- inside -------------------------------------------------------------------------------
 
     def _over(self, view: memoryview | None) -> Any:
-        # Sequences over the same memory: to store single numbers, and to read them.
+        # _cells stores single numbers, _values reads them: two sequences over the same memory.
         if view is None:
             self._cells, self._values = NO_CELLS, self._none
             return self._none
@@ -412,7 +407,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
             piece = []
             try:
                 piece.extend(islice(iterator, _PIECE))
-            finally:  # if `values` raises, what it gave before is appended
+            finally:  # if `values` raises, append the items it gave before
                 GrowableArray.extend(self, piece)
 
     def _append(self, item: Any) -> None:
@@ -437,11 +432,11 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         if 0 <= index < self._count:  # counted already
             self._make_room(self._count)
             self._window[index] = item
-        elif index >= 0:  # else counted and dropped again
+        elif index >= 0:  # otherwise it was counted, then dropped
             self._append(item)
         count, cells = self._count, self._cells
         if count < self._room:
-            # Never two windows, always a right count: a signal handler may raise at any line.
+            # A signal handler may raise at any line: never two windows, always the right count.
             self._close_window()
             lease.lend(NO_CELLS, count, self._dropped)
             self._lease = lease

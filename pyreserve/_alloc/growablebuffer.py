@@ -5,7 +5,7 @@ from operator import index as _index
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from pyreserve._alloc.bufferfile import BufferFile
-from pyreserve._region.arrays import import_numpy
+from pyreserve._region.arrays import converted, import_numpy
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve.units import as_bytes
 
@@ -24,25 +24,25 @@ class GrowableBuffer(BufferFile):
     is committed ahead takes no memory until it is used, but in mode ``"charge"`` it is charged
     against the commit limit. If the kernel refuses, less is committed ahead, at last nothing.
 
-    It has the methods of ``bytearray`` that move no bytes, and those of a binary file in memory, as
-    ``io.BytesIO``. Slices, ``+`` and ``*`` are ``bytes``; ``+=`` and ``*=`` work in place.
-    Iteration gives ints; an empty one is true, as a file is. From Python 3.12 on it is a buffer
-    itself, and bytes that it exported so stay committed as long as it lives; before, use `view`.
+    It has the methods of ``bytearray`` that move no bytes, and those of a binary file in memory
+    such as ``io.BytesIO``. Slices, ``+`` and ``*`` give ``bytes``; ``+=`` and ``*=`` work in place.
+    Iteration gives ints; an empty buffer is true, as a file is. From Python 3.12 on it exports the
+    buffer protocol, and exported bytes stay committed as long as it lives; before, use `view`.
 
     Any thread may call it. A finaliser or signal handler that interrupts a call may get
     StateError, but never sees a half-done change.
 
     Args:
         capacity: bytes to reserve, or a size such as ``"1GiB"``: the maximum length. None: twice
-            the machine's memory, at least 64 GiB; less on 32-bit and under RLIMIT_AS, and the more
-            addresses other default capacities take: together at most a quarter of all.
+            the machine's memory, at least 64 GiB; less on 32-bit systems, under RLIMIT_AS, and when
+            other default capacities take many addresses: together at most a quarter of all.
         step: bytes to commit at a time, a multiple of the OS page; see
             `pyreserve.costs.measured_step`. Each commit then ends at an address that is a multiple
             of it; the first one is 64 KiB, unless huge pages are preferred. None: the growing steps
             described above.
         huge_pages: as for `pyreserve.reserve`. None: ``"prefer"`` if a huge page is at most 32 MiB
-            and the capacity above that of a huge page, else small pages; with a `step`,
-            ``"default"``. Without a `step`, the first 64 KiB are small pages in any case.
+            and the capacity is larger than one, else small pages; with a `step`, ``"default"``.
+            Without a `step`, the first 64 KiB are small pages in any case.
         mode, fork, name: as for `pyreserve.reserve`, whose exceptions apply too.
 
     Raises:
@@ -63,11 +63,11 @@ class GrowableBuffer(BufferFile):
         name: str | None = None,
     ) -> None:
         size = None if capacity is None else as_bytes(capacity)
-        self._asked = size  # None: a copy, perhaps on another machine, has the default there
+        self._wanted = size  # None: a copy has the default capacity of its machine
         super().__init__(size, step, mode, fork, huge_pages, name)
 
     def spare(self, n: int) -> memoryview:
-        """Return a writable memoryview over the next `n` bytes, not part of this buffer yet.
+        """Return a writable memoryview over the next `n` bytes, which are not part of it yet.
 
         `advance` makes the first of them part, without a copy: after ``recv_into``, for example.
         Their contents are undefined. Until `advance`, other calls that add bytes write to the same
@@ -89,22 +89,16 @@ class GrowableBuffer(BufferFile):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> "np.ndarray[Any, Any]":
         """Return an ndarray of uint8 over `view`, or of another dtype: numpy's array protocol."""
-        numpy = import_numpy("GrowableBuffer")
-        kind = numpy.dtype("u1" if dtype is None else dtype)
-        if copy is False and kind != "u1":
-            msg = f"bytes can't become {kind} without a copy (copy=False)"
-            raise ValueError(msg)
-        array: np.ndarray[Any, Any] = numpy.asarray(self.view())
-        return array.astype(kind, copy=bool(copy))
+        return converted(import_numpy("GrowableBuffer").asarray(self.view()), dtype, copy)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickle as plain data: class, capacity, bytes, position. Protocol 5: bytes out of band."""
         data: Any = self[:] if _index(protocol) < 5 else _picklable(self.view(readonly=True))
-        return _rebuild, (type(self), self._asked, data, self.tell())
+        return _rebuild, (type(self), self._wanted, data, self.tell())
 
     def __copy__(self) -> "GrowableBuffer":
         """Return a buffer with the same capacity, bytes and position."""
-        return _rebuild(type(self), self._asked, self, self.tell())
+        return _rebuild(type(self), self._wanted, self, self.tell())
 
     def __deepcopy__(self, memo: Any) -> "GrowableBuffer":
         """As `__copy__`."""
@@ -119,7 +113,7 @@ io.BufferedIOBase.register(GrowableBuffer)
 
 
 def _picklable(view: memoryview) -> Any:
-    from pickle import PickleBuffer  # noqa: PLC0415  # needed by no import of this package
+    from pickle import PickleBuffer  # noqa: PLC0415  # only pickling needs it
 
     return PickleBuffer(view)
 

@@ -421,13 +421,13 @@ class Pool(InSteps):
     def _trim(self) -> int:  # no other call can use a run's slots while they are allocated
         given, pieces = 0, len(self._region.committed_runs())
         refusals: list[Exception] = []
-        runs = self._place.by_worth(self._slots.free_runs())
+        runs = self._place.worth_trimming(self._slots.free_runs())
         while runs:
             first, stop = runs.pop()
             if alloc_run_at(self._handle, first, stop - first):
                 # Another call has allocated some of the slots.
                 left = (run for run in self._slots.free_runs() if first <= run[0] < stop)
-                runs += self._place.by_worth(left)
+                runs += self._place.worth_trimming(left)
                 continue
             try:
                 if stop < self._capacity and pieces >= _MAX_PIECES:

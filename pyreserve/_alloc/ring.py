@@ -1,7 +1,7 @@
-"""A ring of the latest items, mapped twice in a row: any number of them is one contiguous array.
+"""RingArray: the latest items, in memory that is mapped twice in a row.
 
-An item in the second half of the mapping is the same memory as in the first. So whatever follows
-the last item of the first half, even the first item again, follows it in memory too.
+Both halves of the mapping show the same memory, so the first item of the ring also has an address
+right after the last one: any range of items that wraps around is contiguous in addresses.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-from pyreserve._region.arrays import import_numpy, item_dtype
+from pyreserve._region.arrays import converted, import_numpy, item_dtype
 from pyreserve._region.owner import Exclusive
 from pyreserve._region.reserve import reserve_mirrored
 from pyreserve._system.limits import PAGE_SIZE
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item", bound="np.generic")
 
-# A capacity may be rounded up to this many bytes, or to twice what was asked for.
-_MOST_ROUNDING = 64 * MiB
+# Rounding up may make a ring this large (bytes), or else at most twice the requested capacity.
+_MAX_ROUNDED = 64 * MiB
 _NUMBERS = "biufc"  # kinds of dtypes
 
 
@@ -33,28 +33,27 @@ class RingArray(Exclusive, Generic[_Item]):
     """The last `capacity` items that were appended, as a numpy array of one dtype.
 
     `last` returns any number of the latest items as one contiguous ndarray without a copy: the same
-    memory is mapped twice in a row. Such an array shows memory, not items: once `capacity` items
-    less its length were appended after it, further ones overwrite what it shows.
-    ``last(n, copy=True)`` keeps the items.
+    memory is mapped twice in a row. Such an array of n items is right until ``capacity - n`` more
+    are appended; later ones overwrite its contents. ``last(n, copy=True)`` keeps the items.
 
     All memory is allocated by the constructor, so that appending never fails for lack of memory.
     `region` is shared, and twice as long as the memory; ``reserved`` and ``committed`` count the
-    addresses of both halves. A forked child shares the memory but counts for itself: let only one
-    of the processes append.
+    addresses of both halves. A forked child shares the memory but not the counts of items: let only
+    one of the processes append.
 
     Any thread may call it. A finaliser or signal handler that interrupts a call may get StateError.
     The class is generic in the type of its items, such as ``RingArray[np.float64]``.
 
     Args:
         dtype: numpy dtype of the items: no references, a fixed size, no shape of its own.
-        capacity: items to keep at least. It is rounded up so that the items fill whole OS pages.
+        capacity: items to keep, rounded up so that they fill whole OS pages.
         name: shown in /proc/PID/maps as ``/memfd:NAME``; as for `pyreserve.reserve`.
 
     Raises:
         ImportError: numpy is missing (extra ``numpy``).
         TypeError: a dtype with references, without a size, or with a shape of its own.
-        RangeError: `capacity` is not positive, or rounding it up would more than double it and
-            take over 64 MiB: items of an odd size fill whole pages only together.
+        RangeError: `capacity` is not positive, or rounding it up, for items of an odd size, would
+            more than double it to over 64 MiB.
         OutOfMemoryError, VMError, ValueError: as for ``pyreserve.reserve(shared=True)`` and
             `Region.commit`.
 
@@ -75,15 +74,15 @@ class RingArray(Exclusive, Generic[_Item]):
         self._numpy = import_numpy("RingArray")
         self._dtype = kind = item_dtype(dtype, "RingArray")
         self._capacity = _rounded(as_count(capacity, "capacity"), kind.itemsize)
-        # Values of these types are converted without running any code of theirs.
+        # Converting values of these types runs no Python code.
         numbers = {bool, int, float, complex, kind.type} if kind.kind in _NUMBERS else ()
         self._direct = frozenset(numbers)
         # Index of the next item, below the capacity; number of items; number ever appended.
         self._state = (0, 0, 0)
         region = reserve_mirrored(self._capacity * kind.itemsize, name=name)
         super().__init__(region)
-        # The array over both halves; all others are its slices and keep its view alive. None
-        # during a release, and once released or closed.
+        # The array over both halves; all others are its slices and keep its view alive. None during
+        # a release, and once released or closed.
         self._window: Any = self._make_window()
 
     def _make_window(self) -> Any:
@@ -92,10 +91,9 @@ class RingArray(Exclusive, Generic[_Item]):
 
     # -- appending ----------------------------------------------------------------------------
     #
-    # The lock keeps other threads away, but not a finaliser or signal handler, which may append at
-    # any call or new container. So the new state is made first, and dropped if there is another by
-    # then. Nothing runs between that check, the write and the new state: they are on one line
-    # because a tracer may run code between two.
+    # The lock excludes other threads, but not a finaliser or signal handler, which may append at
+    # any call or allocation. So compute the new state, and again if the state has changed. That
+    # check, the write and the assignment are on one line: a tracer may run code between lines.
 
     def append(self, value: Any) -> None:
         """Append one item: any value that numpy converts to the dtype.
@@ -121,7 +119,8 @@ class RingArray(Exclusive, Generic[_Item]):
     def extend(self, values: "npt.ArrayLike | Iterable[Any]") -> None:
         """Append the items of a one-dimensional array, or of values that numpy converts to one.
 
-        Of more values than the capacity the last ones stay. An iterator is read to its end first.
+        If there are more values than the capacity, the last ones stay. An iterator is consumed
+        first.
 
         Raises:
             TypeError, ValueError, OverflowError: raised by numpy, or `values` is not
@@ -144,7 +143,7 @@ class RingArray(Exclusive, Generic[_Item]):
         capacity = self._capacity
         if n > capacity:
             items, n = items[n - capacity :], capacity
-        # Items of this ring: numpy does not see that the two halves are the same memory.
+        # Copy items of this ring: numpy does not know that both halves are the same memory.
         if items.base is not None and numpy.may_share_memory(items, window):
             items = items.copy()
         with self._lock:
@@ -156,7 +155,7 @@ class RingArray(Exclusive, Generic[_Item]):
                 if self._state is state: window[where] = items; self._state = after; return  # fmt: skip  # noqa: E501, E701, E702
 
     def clear(self) -> None:
-        """Forget all items; `total` and arrays from before stay as they are.
+        """Remove all items. `total` and earlier arrays stay as they are.
 
         Raises:
             ReleasedError: it was released or closed.
@@ -210,17 +209,17 @@ class RingArray(Exclusive, Generic[_Item]):
         window = self._window
         if window is None:
             window = self._open_window()
-        end, length, _ = self._state  # one reading: another thread may clear the ring
+        end, length, _ = self._state  # read once: another thread may clear the ring
         if end < length:
             end += self._capacity
-        return window[end - length : end] if length else self._none(0, 0)
+        return window[end - length : end] if length else self._empty(0, 0)
 
     def last(self, n: int, *, copy: bool = False) -> "npt.NDArray[_Item]":
         """Return an ndarray over the last `n` items, oldest first.
 
         Without `copy` it is a slice of the ring's memory: writable, and overwritten by later items.
-        While it, or anything made from it, is alive, the memory can't be released. A copy is of one
-        moment, whatever other threads append.
+        While it, or anything made from it, is alive, the memory can't be released. A copy is
+        consistent, whatever other threads append.
 
         Raises:
             RangeError: not ``0 <= n <= len(ring)``.
@@ -235,14 +234,14 @@ class RingArray(Exclusive, Generic[_Item]):
             window = self._open_window()
         end, length, _ = self._state
         if n > length or n < 1:
-            return self._none(n, length)
+            return self._empty(n, length)
         if end < n:
             end += self._capacity
         return window[end - n : end]  # type: ignore[no-any-return]
 
-    def _none(self, n: int, length: int) -> "npt.NDArray[_Item]":
+    def _empty(self, n: int, length: int) -> "npt.NDArray[_Item]":
         if n:
-            msg = f"n must be in [0, {length}], the items of the ring, got {n}"
+            msg = f"n must be in [0, {length}], the number of items, got {n}"
             raise RangeError(msg)
         array: npt.NDArray[_Item] = self._numpy.empty(0, self._dtype)
         return array
@@ -255,7 +254,7 @@ class RingArray(Exclusive, Generic[_Item]):
         return self._state[1]
 
     def __getitem__(self, key: Any) -> Any:
-        """Index the items as numpy does, the oldest is 0; a slice is an array without a copy."""
+        """Index the items as numpy does, from the oldest on; a slice is an array without a copy."""
         return self.array[key]
 
     def __iter__(self) -> Iterator[Any]:
@@ -264,11 +263,7 @@ class RingArray(Exclusive, Generic[_Item]):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> "np.ndarray[Any, Any]":
         """Return `array`, or a copy for another dtype or ``copy=True``: numpy's array protocol."""
-        kind = self._dtype if dtype is None else self._numpy.dtype(dtype)
-        if copy is False and kind != self._dtype:
-            msg = f"items of {self._dtype} can't become {kind} without a copy (copy=False)"
-            raise ValueError(msg)
-        return self.array.astype(kind, copy=bool(copy))
+        return converted(self.array, dtype, copy)
 
     def __repr__(self) -> str:
         name = f" {self._region.name!r}" if self._region.name else ""
@@ -305,7 +300,7 @@ def _rounded(capacity: int, itemsize: int) -> int:
         raise RangeError(msg)
     unit = PAGE_SIZE // math.gcd(PAGE_SIZE, itemsize)
     rounded = round_up(capacity, unit)
-    if rounded * itemsize > _MOST_ROUNDING and rounded > 2 * capacity:
+    if rounded * itemsize > _MAX_ROUNDED and rounded > 2 * capacity:
         msg = (
             f"capacity must be a multiple of {unit} ({format_size(unit * itemsize)}) for items of "
             f"{itemsize} bytes to fill whole OS pages, got {capacity}: ask for {rounded}, or pad "

@@ -1,4 +1,4 @@
-"""The places of a pool's slots in its region, and the allocator of their numbers."""
+"""Where the slots of a pool lie in its region, and the allocator of their numbers."""
 
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -10,26 +10,26 @@ from pyreserve.units import GiB, as_bytes, as_count, round_up
 
 
 class Slots(PageAllocator):
-    """The slots of a pool, as pages."""
+    """The allocator of slot numbers: each slot is a page."""
 
     __slots__ = ()
 
     @property
     def handle(self) -> Any:
-        """The ``struct pagealloc *``, for calls of C."""
+        """The ``struct pagealloc *``, to call C."""
         return self._handle
 
 
 class Geometry:
-    """Where slots lie. Without guards one follows the other, rounded up to the alignment.
+    """Where slots lie: one in each stride, its size rounded up to the alignment.
 
-    With guards each slot ends, rounded up to the alignment, where the pages of its guard begin.
+    With guards, a stride is unused bytes, the slot, and whole guard pages; without, the slot alone.
 
     Attributes:
         size: bytes of a slot.
         align: slots begin at multiples of it; a power of two.
         stride: bytes from one slot to the next.
-        start: bytes of a stride below its slot.
+        start: offset of the slot in its stride.
         guard: bytes of guard at the end of a stride; 0: none.
         count: number of slots.
     """
@@ -66,25 +66,25 @@ class Geometry:
             raise RangeError(msg)
 
     def pages_of(self, first: int, stop: int) -> tuple[int, int]:
-        """Return offset and bytes of the whole pages inside a run of slots.
+        """Return offset and bytes of the whole pages inside the slots [first, stop).
 
-        Those of a run up to the last slot reach to the end of the region.
+        Those of the last slot include the page that it ends in.
         """
         lo, end = round_up(first * self.stride, PAGE_SIZE), stop * self.stride
         hi = round_up(end, PAGE_SIZE) if stop == self.count else end // PAGE_SIZE * PAGE_SIZE
         return lo, max(hi - lo, 0)
 
-    def by_worth(self, runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Return the tail and the runs with whole pages, most bytes for a map entry last.
+    def worth_trimming(self, runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the runs that contain whole pages, longest last, then the tail if there is one.
 
-        The tail takes no map entry.
+        A decommitted hole takes a map entry; the tail, the run up to the last slot, takes none.
         """
-        worth = [
+        keys = [
             (stop == self.count, stop - first, first)
             for first, stop in runs
             if stop == self.count or self.pages_of(first, stop)[1]
         ]
-        return [(first, first + n) for _, n, first in sorted(worth)]
+        return [(first, first + n) for _, n, first in sorted(keys)]
 
     def refuse(self, slot: int, err: int) -> NoReturn:
         """Raise the exception for a refusal of C, an enum pagealloc_refusal."""

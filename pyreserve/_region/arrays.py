@@ -1,4 +1,4 @@
-"""Numpy arrays over views, for all methods named ndarray."""
+"""Numpy arrays over views: plans, item dtypes and conversions."""
 
 import math
 import sys
@@ -76,6 +76,18 @@ def item_dtype(dtype: "npt.DTypeLike", user: str) -> "np.dtype[Any]":
         msg = f"dtype must have a fixed size, without references or shape, got {kind!r}"
         raise TypeError(msg)
     return kind
+
+
+def converted(array: Any, dtype: Any, copy: bool | None) -> "np.ndarray[Any, Any]":
+    """Return an array, or a copy for another dtype or ``copy=True``, as ``__array__`` must.
+
+    Raises:
+        ValueError: ``copy=False``, but another dtype needs a copy.
+    """
+    if dtype is not None and copy is False and array.dtype != dtype:
+        msg = f"items of {array.dtype} can't become {dtype} without a copy (copy=False)"
+        raise ValueError(msg)
+    return array.astype(array.dtype if dtype is None else dtype, copy=bool(copy))  # type: ignore[no-any-return]
 
 
 def import_numpy(user: str) -> Any:

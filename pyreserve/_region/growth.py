@@ -1,4 +1,4 @@
-"""How far to commit ahead: plans of the objects that commit from the base of a region upward.
+"""How far to commit ahead: plans for objects that commit a region from its base upward.
 
 Memory that is committed ahead takes no pages until it is touched. A huge page is used only if the
 whole of it was committed at its first touch, so plans end on multiples of the huge page.
@@ -16,7 +16,7 @@ from pyreserve.errors import RangeError
 from pyreserve.units import KiB, MiB, as_bytes, round_up
 
 SMALL = max(64 * KiB, PAGE_SIZE)
-"""Bytes of the first commit, in small pages: many objects never need more."""
+"""Bytes of the first commit, in small pages; many objects never need more."""
 
 # Beyond this size, such as 512 MiB with OS pages of 64 KiB, a huge page wastes more than it saves.
 _MAX_HUGE_PAGE = 32 * MiB
@@ -73,25 +73,25 @@ class Steps:
 
 
 class Growth:
-    """Memory near the data at first, then large steps. The base lies `SMALL` below a line.
+    """Small commits at first, then large steps that end at boundaries of huge pages.
 
-    A line is a multiple of `line`, the size of a huge page. Up to the end of the first huge page
-    commits double, so that its memory is small pages. Later commits end on lines, 12.5 % ahead of
-    what is committed: at least 2 MiB, at most 64 MiB.
+    The base lies `SMALL` bytes below a multiple of `huge_page` bytes. Up to the end of the first
+    huge page, commits double, so that its memory is small pages. Later commits reach 12.5 % of the
+    committed bytes further, at least 2 MiB and at most 64 MiB.
     """
 
-    __slots__ = ("_line",)
+    __slots__ = ("_huge_page",)
 
-    def __init__(self, line: int) -> None:
-        self._line = line
+    def __init__(self, huge_page: int) -> None:
+        self._huge_page = huge_page
 
     def end(self, committed: int, need: int) -> int:
         """See `Plan`."""
-        first = SMALL + self._line
+        first = SMALL + self._huge_page
         if need <= first:
             return min(SMALL << ((need - 1) // SMALL).bit_length(), first)
         ahead = min(max(committed // 8, _LEAST_AHEAD), _MOST_AHEAD)
-        return SMALL + round_up(max(need, committed + ahead) - SMALL, self._line)
+        return SMALL + round_up(max(need, committed + ahead) - SMALL, self._huge_page)
 
 
 def reserve_to_grow(
@@ -113,18 +113,18 @@ def reserve_to_grow(
     """
     if step is None:
         if huge_pages is None:
-            # A small region has no space for a huge page above the line.
-            small = size < SMALL + _line_size("default")
+            # Too small for a huge page above the first SMALL bytes.
+            small = size < SMALL + _huge_page_size("default")
             huge_pages = "default" if small else _best_huge_pages()
         if huge_pages == "prefer":
-            line = _line_size(huge_pages)
+            huge_page = _huge_page_size(huge_pages)
             return reserve_below(
-                line, SMALL, size, mode=mode, fork=fork, huge_pages=huge_pages, name=name
+                huge_page, SMALL, size, mode=mode, fork=fork, huge_pages=huge_pages, name=name
             )
         align = None
     else:
         huge_pages = "default" if huge_pages is None else huge_pages
-        # Align the base to the step, or for a small capacity to a power of two that holds it. With
+        # Align the base to the step, or to a power of two that holds a smaller capacity. With
         # huge_pages="prefer", `reserve` aligns.
         fits = 1 << max(size - 1, 0).bit_length()
         align = None if huge_pages == "prefer" else min(step & -step, fits)
@@ -134,13 +134,13 @@ def reserve_to_grow(
 def growth_plan(region: Region, step: int | None) -> Plan:
     """Return the plan for a region of `reserve_to_grow`."""
     if step is None:
-        return Growth(_line_size(region.huge_pages))
+        return Growth(_huge_page_size(region.huge_pages))
     return Steps(region.base, step, small_first=region.huge_pages != "prefer")
 
 
 @cache
-def _line_size(huge_pages: HugePages) -> int:
-    """Return the distance of lines: the size of a huge page, or 2 MiB if none is worth using."""
+def _huge_page_size(huge_pages: HugePages) -> int:
+    """Return the bytes of a huge page; 2 MiB if there is none, or it is too large to be used."""
     size = thp_size() or 2 * MiB
     return size if huge_pages == "prefer" or size <= _MAX_HUGE_PAGE else 2 * MiB
 

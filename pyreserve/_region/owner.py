@@ -105,7 +105,7 @@ class InSteps(OnRegion):
         self._end = 0
 
     def _commit(self, end: int) -> None:
-        """Commit up to `end` and ahead as planned; if refused, less ahead, at last none.
+        """Commit up to `end` and ahead as planned; if refused, less ahead, finally nothing ahead.
 
         The caller holds the lock.
         """
@@ -123,9 +123,9 @@ class InSteps(OnRegion):
 
 
 class Exclusive(OnRegion):
-    """An object that runs one call at a time and refuses calls that interrupt another."""
+    """An object that runs one call at a time and refuses calls that interrupt it."""
 
-    # A call is in progress: a finaliser or signal handler that interrupts it is refused.
+    # Whether a call is in progress; calls that interrupt it are refused.
     _busy = False
 
     def _exclusively(self, do: Callable[..., _T], *arguments: object) -> _T:

@@ -134,7 +134,7 @@ def reserve_mirrored(size: int, *, name: str | None = None) -> Region:
 
 
 def reserve_below(
-    line: int,
+    align: int,
     lead: int,
     size: int,
     *,
@@ -143,22 +143,22 @@ def reserve_below(
     huge_pages: HugePages,
     name: str | None,
 ) -> Region:
-    """Reserve `size` bytes, rounded up to whole OS pages, from `lead` bytes below a line.
+    """Reserve `size` bytes, rounded up to whole OS pages, from `lead` bytes below a multiple.
 
-    A line is a multiple of `line`, a power of two; `size` is positive, `lead` whole OS pages.
+    The multiple is of `align`, a power of two; `size` is positive, `lead` whole OS pages.
 
     Raises:
         TypeError, ValueError, OutOfMemoryError, VMError: as for `reserve`.
     """
     mode, accounting, advice = _policies(mode, fork, huge_pages)
     options = ffi.new("struct region_options *")
-    options.align, options.lead = line, lead
+    options.align, options.lead = align, lead
     if name is not None:
         options.name = _checked_name(name)
     size = round_up(size, PAGE_SIZE)
     handle = handles.take()
     region = Region(handle, size, mode, fork, huge_pages, name)
-    _open(handle, size, accounting, advice, options, size + line)
+    _open(handle, size, accounting, advice, options, size + align)
     return region
 
 

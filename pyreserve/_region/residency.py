@@ -1,4 +1,4 @@
-"""The bytes of a region that are in memory."""
+"""How many bytes of a region are in memory."""
 
 from pyreserve._native import ffi, lib
 from pyreserve._region.region import Region

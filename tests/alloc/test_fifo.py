@@ -56,7 +56,7 @@ def counts_from(array: GrowableArray[Any], first: int) -> bool:
 
 
 def runs(thing: Growable) -> list[tuple[int, int]]:
-    """Return the committed pages as (first, number); the books must be the kernel's."""
+    """Return the committed pages as (first, number), after a check against the kernel's maps."""
     found = witness.runs(thing.base, thing.region.size)
     assert found == thing.region.committed_runs()
     return [(offset // PAGE, length // PAGE) for offset, length in found]
@@ -106,7 +106,7 @@ class TestDropped:
         buffer.extend(bytes(10))
 
         for thing, unit in ((array, "items"), (buffer, "bytes")):
-            with pytest.raises(RangeError, match=rf"in \[0, 10\], the {unit} there are, got {n}$"):
+            with pytest.raises(RangeError, match=rf"in \[0, 10\], the number of {unit}, got {n}$"):
                 thing.drop_front(n)
             assert (len(thing), thing.dropped) == (10, 0)
 
@@ -116,7 +116,7 @@ class TestDropped:
             numbers(1).drop_front(1.0)  # type: ignore[arg-type]
 
     def test_all(self) -> None:
-        """Of an empty container nothing can be dropped; items appended later are the first."""
+        """Nothing can be dropped from an empty container; the next item appended is the first."""
         array = numbers(2)
 
         array.drop_front(2 * ITEMS)
@@ -144,7 +144,7 @@ class TestDropped:
         assert array.dropped == ITEMS + 5
 
     def test_between_spare_and_advance(self) -> None:
-        """Items written into spare memory become part although others were dropped."""
+        """Items written into spare memory become part also after others were dropped."""
         array = numbers(2)
         spare = array.spare(10)
         spare[:] = range(2 * ITEMS, 2 * ITEMS + 10)
@@ -184,7 +184,7 @@ class TestDropped:
 
 class TestAppender:
     def test_continues(self) -> None:
-        """Items appended before and after a drop are there in order."""
+        """Items appended before and after a drop keep their order."""
         array, n = numbers(capacity=400), 0
         append = array.appender()
 
@@ -198,7 +198,7 @@ class TestAppender:
 
     @pytest.mark.parametrize("n", [0, 1, 10, 11])
     def test_dropped_inside(self, n: int) -> None:
-        """An item that another thread counts, and may drop, before it is written is there once.
+        """Another thread may count or drop an item before it is stored: it is there exactly once.
 
         Such a thread is simulated by memory that drops items while one is stored.
         """
@@ -222,7 +222,7 @@ class TestAppender:
 class TestMemory:
     @pytest.mark.parametrize("mode", ["charge", "noreserve"])
     def test_whole_pages_are_given_back(self, mode: Any) -> None:
-        """Pages that hold dropped items alone are decommitted at once."""
+        """Pages that hold only dropped items are decommitted at once."""
         buffer = GrowableBuffer(64 * PAGE, step=PAGE, mode=mode)
         buffer.extend(b"x" * (10 * PAGE))
 
@@ -232,7 +232,7 @@ class TestMemory:
             assert bytes(buffer.view()) == b"x" * (10 * PAGE - buffer.dropped)
 
     def test_pages_under_views_stay(self) -> None:
-        """Views of dropped items stay right; their pages go with the next call after them."""
+        """Views of dropped items stay valid; the next call after their end decommits the pages."""
         buffer = pages(10)
         held = [buffer.view(PAGE, PAGE + 1), buffer.view(3 * PAGE - 1, 3 * PAGE + 1)]
 
@@ -267,7 +267,7 @@ class TestMemory:
         assert runs(array) == [(7, 1)]
 
     def test_a_slice_holds_its_own_pages(self) -> None:
-        """A slice of an array keeps the pages of its own items alone."""
+        """A slice of an array keeps only the pages of its own items."""
         array = numbers(4)
         held = array[ITEMS : ITEMS + 2]
 
@@ -315,7 +315,7 @@ class TestMemory:
         array.release()
 
     def test_trim_above_and_below(self) -> None:
-        """trim decommits pages above the length and behind the front, and returns their bytes."""
+        """trim decommits pages above the length and below the front, and returns their bytes."""
         buffer = pages(10)
         held = buffer.view(PAGE, PAGE + 1)
         buffer.drop_front(5 * PAGE)
@@ -327,7 +327,7 @@ class TestMemory:
         assert bytes(buffer.view()) == bytes([5]) * PAGE + bytes([6]) * PAGE
 
     def test_a_full_map_table(self) -> None:
-        """Items are dropped although the kernel refuses; the pages go later; trim says why not."""
+        """If the kernel refuses, items are dropped and pages stay; trim raises the refusal."""
         if witness.vm_setting("max_map_count") > 200_000:
             pytest.skip("vm.max_map_count is too high to reach")
         buffer = pages(12)
@@ -375,7 +375,7 @@ class TestTheEndOfTheAddresses:
         assert runs(array) == [(0, 8)]
 
     def test_every_way_to_grow(self) -> None:
-        """append, an appender, extend, resize, spare and rows move the items alike."""
+        """append, an appender, extend, resize, spare and rows all move the items."""
         array = numbers(8, capacity=8)
         append = array.appender()
         n = 8 * ITEMS
@@ -412,7 +412,7 @@ class TestTheEndOfTheAddresses:
         assert rows.array[:, 0].tolist() == [1] + [2] * 99
 
     def test_new_items_are_zero(self) -> None:
-        """After a move, resize adds zeros where other items were before."""
+        """After a move, items that resize adds are zero also where other items were before."""
         buffer = GrowableBuffer(8 * PAGE, step=PAGE)
         buffer.extend(b"x" * (8 * PAGE))
         buffer.drop_front(3 * PAGE + 5)
@@ -480,7 +480,7 @@ class TestStreams:
     def test_constant_memory(
         self, total: int, window: int, capacity: int, huge_pages: HugePages | None
     ) -> None:
-        """A stream of any length passes through a window of constant resident memory."""
+        """A stream of any length needs only the resident memory of its window."""
         buffer = GrowableBuffer(capacity, huge_pages=huge_pages)
         piece = bytearray(window // 16)
         most = 0
@@ -602,7 +602,7 @@ class TestConcurrently:
     def test_an_exception_beside_a_call_of_c(
         self, monkeypatch: pytest.MonkeyPatch, verb: str, after: bool
     ) -> None:
-        """An exception right before or after the kernel's part of a move or a drop loses nothing.
+        """An exception right before or after the system calls of a move or a drop loses no item.
 
         Source and destination of the move overlap.
         """

@@ -44,7 +44,7 @@ def by_append(array: GrowableArray[Any], value: Any) -> None:
 
 
 def by_appender(array: GrowableArray[Any], value: Any) -> None:
-    """Append by an appender that has cells already."""
+    """Append by an appender that already has cells."""
     add = array.appender()
     add(np.zeros(1, array.dtype)[0])
     array.pop()
@@ -320,7 +320,7 @@ class TestExtend:
 
     @pytest.mark.parametrize("count", [0, 1, 4095, 4096, 4097, 10_000])
     def test_an_iterable_that_raises(self, count: int) -> None:
-        """What an iterable gave before it raised stays, as with list.extend."""
+        """Items that an iterable gave before it raised stay, as with list.extend."""
         array = filled([])
 
         with pytest.raises(LookupError):
@@ -485,7 +485,7 @@ class TestViews:
         array.clear()
 
     def test_numbers_pin_nothing(self) -> None:
-        """Reading, popping, iterating to the end and failing leave no view behind."""
+        """Reading, popping, iterating to the end and failing leave no live view."""
         array = filled(range(100))
 
         for value in array:
@@ -554,7 +554,7 @@ def each_line(files: tuple[str, ...], action: Callable[[], object]) -> Iterator[
 class TestAppender:
     @pytest.mark.parametrize("dtype", ["f8", "f4", "i2", "?", "c16", ">f8", "f2", "M8[s]", "U3"])
     def test_items_in_order(self, dtype: str) -> None:
-        """Appended items follow each other over the ends of windows."""
+        """Items keep their order where an appender goes on to the next window."""
         expected = np.arange(20_000).astype("i8" if dtype == "M8[s]" else "f8").astype(dtype)
         array: GrowableArray[Any] = GrowableArray(dtype, MiB)
         add = array.appender()
@@ -811,7 +811,7 @@ class TestAppender:
 
 class TestSpare:
     def test_filled_in_place(self) -> None:
-        """What is written to spare items becomes part of the array, a piece at a time."""
+        """Items written by `spare` become part of the array, a piece at a time."""
         array = filled([1, 2], "u1")
         spare = array.spare(6)
         spare[:] = range(10, 16)
@@ -969,7 +969,7 @@ ufuncs: Any = np
 
 class TestNumpy:
     def test_operators(self) -> None:
-        """Operators give what they give on `array`."""
+        """Operators return the same as on `array`."""
         array, plain = filled([3, 4, 5]), np.array([3.0, 4, 5])
 
         results: list[tuple[Any, Any]] = [

@@ -47,13 +47,13 @@ class TestBytes:
     @pytest.mark.parametrize("method", ["find", "rfind", "index", "rindex", "count"])
     @given(data=few, sub=few.map(lambda sub: sub[:5]) | st.sampled_from(b"ab"), lo=ends, hi=ends)
     def test_searched(self, method: str, data: bytes, sub: Any, lo: Any, hi: Any) -> None:
-        """Searches find what those of bytes find, also across the pieces that are looked at."""
+        """Searches return what those of bytes return, also across the ends of pieces."""
 
         def search(on: Any) -> Any:
             return getattr(on, method)(sub, lo, hi)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bytesearch, "_FIRST", 2)
+            patch.setattr(bytesearch, "_FIRST_PIECE", 2)
             patch.setattr(bytesearch, "_PIECE", 4)
             assert result_of(search, filled(data)) == result_of(search, data)
         assert (sub in filled(data)) == (sub in data)
@@ -139,8 +139,8 @@ class TestBytes:
         assert result_of(assign, ours) == result_of(assign, theirs)
         assert ours == theirs
 
-    def test_items_that_do_not_go(self) -> None:
-        """A slice keeps its length, a byte is one, nothing is deleted; and nothing changes."""
+    def test_refused_items(self) -> None:
+        """Other lengths of a slice, values that are no byte, and deletions are refused."""
         buffer, held = filled(), []
 
         def delete(b: GrowableBuffer) -> None:
@@ -184,7 +184,7 @@ class TestBytes:
         )
     )
     def test_growing(self, steps: list[tuple[Any, ...]]) -> None:
-        """What adds and removes bytes at the end does so as for a bytearray."""
+        """Methods that add or remove bytes at the end do what those of a bytearray do."""
         ours, theirs = filled(b""), bytearray()
         for name, *arguments in steps:
             if len(theirs) > MiB:

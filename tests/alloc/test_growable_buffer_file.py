@@ -61,7 +61,7 @@ class TestFile:
         assert buffer.tell() == 2 * PAGE_SIZE - 1
 
     def test_long_lines(self) -> None:
-        """A line may be longer than what is looked at first."""
+        """readline returns lines that are longer than its first search."""
         lines = [b"a" * length + b"\n" for length in (0, 255, 256, 257, 5000, 300 * KiB)]
         buffer = filled(b"".join([*lines, b"end"]))
 
@@ -78,7 +78,7 @@ class TestFile:
         assert buffer == b"babcdeff"
 
     def test_live_views(self) -> None:
-        """Under a view of the end nothing is cut off, and everything else goes on."""
+        """A view of the last bytes blocks truncate, and no other method."""
         buffer = filled()
         view = buffer.getbuffer()
 

@@ -149,7 +149,7 @@ class TestTheRegion:
         self, huge_page: int | None, policy: str, end: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Huge pages are preferred up to 32 MiB; without them commits end on lines of 2 MiB."""
-        cached = growth._line_size, growth._best_huge_pages
+        cached = growth._huge_page_size, growth._best_huge_pages
         monkeypatch.setattr(growth, "thp_size", lambda: huge_page)
         for function in cached:
             function.cache_clear()

@@ -78,7 +78,7 @@ def test_the_capacity_fills_whole_pages() -> None:
 
 
 def test_a_capacity_that_would_grow_much_is_refused() -> None:
-    """Large items of an odd size fill pages only in large numbers: the message says which."""
+    """Items of an odd size fill whole pages only in large numbers, which the message names."""
     unit = PAGE_SIZE
     with pytest.raises(RangeError, match=f"multiple of {unit} .* ask for {unit}, or pad the dtype"):
         RingArray("S100001", 10)
@@ -180,7 +180,7 @@ def test_wrong_values_change_nothing() -> None:
 
 
 def test_more_values_than_the_capacity() -> None:
-    """Of a longer extend the last items stay, and all count as appended."""
+    """An extend beyond the capacity keeps the last items, and `total` counts all."""
     ring = RingArray("i8", ITEMS)
     ring.append(-1)
     ring.extend(np.arange(5 * ITEMS + 3))
@@ -235,7 +235,7 @@ def test_last_of_too_many() -> None:
     assert len(ring.last(0)) == len(ring.array) == 0
     ring.extend([1, 2, 3])
     for n in (4, -1, 1 << 70):
-        with pytest.raises(RangeError, match=r"n must be in \[0, 3\], the items of the ring, got"):
+        with pytest.raises(RangeError, match=r"n must be in \[0, 3\], the number of items, got"):
             ring.last(n)
     with pytest.raises(TypeError):
         ring.last(1.5)  # type: ignore[arg-type]
@@ -243,7 +243,7 @@ def test_last_of_too_many() -> None:
 
 
 def test_clear_forgets_the_items() -> None:
-    """After clear the ring is empty and goes on; older arrays and `total` stay."""
+    """After clear the ring is empty and usable; older arrays and `total` stay."""
     ring = filled(3)
     array = ring.last(2)
     ring.clear()
@@ -257,7 +257,7 @@ def test_clear_forgets_the_items() -> None:
 
 
 def test_later_items_overwrite_what_an_array_shows() -> None:
-    """An array shows its items until the ring comes round; a copy keeps them."""
+    """An array shows its items until later ones overwrite them; a copy keeps them."""
     ring = filled()
     array, kept = ring.last(2), ring.last(2, copy=True)
     ring.extend(range(ITEMS - 2))
@@ -270,7 +270,7 @@ def test_later_items_overwrite_what_an_array_shows() -> None:
 
 
 def test_appending_takes_no_memory() -> None:
-    """All memory is there from the beginning, so that filling the ring allocates none."""
+    """All memory is allocated by the constructor, so that filling the ring allocates none."""
     with RingArray("f8", 100 * ITEMS) as ring:
         blocks = os.fstat(ring.region.fd).st_blocks
         ring.extend(np.ones(300 * ITEMS))
@@ -280,7 +280,7 @@ def test_appending_takes_no_memory() -> None:
 
 
 def test_tracemalloc_counts_the_memory_once() -> None:
-    """The ring is one trace of its memory's size, not of its addresses'."""
+    """tracemalloc counts the memory of a ring once, not the addresses of both halves."""
     domain = tracemalloc.DomainFilter(inclusive=True, domain=TRACEMALLOC_DOMAIN)
     tracemalloc.start()
     try:
@@ -294,7 +294,7 @@ def test_tracemalloc_counts_the_memory_once() -> None:
 
 
 def test_release_is_refused_under_an_array() -> None:
-    """Under a live array release raises and the ring goes on; without one it gives all back."""
+    """Under a live array release raises and the ring stays usable; later it frees all memory."""
     before = open_files()
     ring = filled(9)
     array = ring.last(3)[1:].view("u1")
@@ -338,7 +338,7 @@ def test_arrays_outlive_the_ring(how: str) -> None:
 
 @pytest.mark.parametrize("end", [RingArray.release, RingArray.close])
 def test_a_closed_ring_refuses_everything(end: Callable[[RingArray[Any]], None]) -> None:
-    """After the end every call raises ReleasedError."""
+    """After release or close every call raises ReleasedError."""
     ring = filled()
     end(ring)
     calls: list[Callable[[], object]] = [
@@ -382,7 +382,7 @@ def test_no_copies_and_a_repr() -> None:
 
 
 def test_its_region_is_its_own() -> None:
-    """The region refuses to give memory back behind the ring's back."""
+    """Its region refuses to decommit, discard or release the memory of the ring."""
     ring = filled()
     region = ring.region
     for verb in (region.decommit, region.discard, region.release, region.close):
