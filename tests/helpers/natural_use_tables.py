@@ -161,7 +161,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
         ("b[::-1]", "_ == b'dlrow ,olleh'"),
         ("b[0] = 72", "b == b'Hello, world'"),
         ("b[0:5] = b'HELLO'", "b == b'HELLO, world'"),
-        ("b[0:5] = b'longer than that'", "", ("ValueError", "the bytes behind it never move")),
+        ("b[0:5] = b'longer than that'", "", ("ValueError", "the bytes after it never move")),
         ("b.find(b'wor'), b.find(b'x')", "_ == (7, -1)"),
         ("b.index(b'wor'), b.count(b'o')", "_ == (7, 2)"),
         ("b.startswith(b'hell'), b.endswith(b'x')", "_ == (True, False)"),
