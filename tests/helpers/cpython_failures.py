@@ -105,6 +105,5 @@ FAILURES: dict[str, dict[str, tuple[str, ...]]] = {
             "test_exhausted_iterator",
         ),
         "`repr` is short: it names the length, the capacity and the memory.": ("test_repr",),
-        "Pickling a subclass calls its constructor with other arguments.": ("test_pickle",),
     },
 }
