@@ -406,6 +406,22 @@ class TestTableStruck:
             assert buckets(table) == 0
         assert opcodes > 100
 
+    def test_an_exception_anywhere_doubles_no_buffer(self) -> None:
+        """Wherever an exception strikes while new buffers are sorted in, each is found once."""
+        opcodes, survived = 0, False
+        while not survived:
+            table, exported = ViewTable(GiB), Exported()
+            table.new.append((weakref.ref(exported), 0, 40))
+            try:
+                with struck_after(opcodes):
+                    table.flush()
+                survived = True
+            except Struck:
+                pass
+            opcodes += 1
+            assert len(table.live(0, 8)) == 1
+            assert len(table.live(0, 8)) == 1
+
 
 class TestTableSize:
     @pytest.mark.heavy
