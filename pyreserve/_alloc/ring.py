@@ -27,6 +27,8 @@ _Item = TypeVar("_Item", bound="np.generic")
 # Rounding up may make a ring this large (bytes), or else at most twice the requested capacity.
 _MAX_ROUNDED = 64 * MiB
 _NUMBERS = "biufc"  # kinds of dtypes
+# Characters of dtypes that a Python number can overflow, which numpy warns of.
+_OVERFLOWING = "efF"
 
 
 class RingArray(Exclusive, Generic[_Item]):
@@ -74,8 +76,11 @@ class RingArray(Exclusive, Generic[_Item]):
         self._numpy = import_numpy("RingArray")
         self._dtype = kind = item_dtype(dtype, "RingArray")
         self._capacity = _rounded(as_count(capacity, "capacity"), kind.itemsize)
-        # Converting values of these types runs no Python code.
-        numbers = {bool, int, float, complex, kind.type} if kind.kind in _NUMBERS else ()
+        # Values of these types are stored without running Python code: a method of theirs, or the
+        # handler of a warning.
+        numbers = {bool, kind.type} if kind.kind in _NUMBERS else set()
+        if numbers and kind.char not in _OVERFLOWING:
+            numbers |= {int, float, complex}
         self._direct = frozenset(numbers)
         # Index of the next item, below the capacity; number of items; number ever appended.
         self._state = (0, 0, 0)

@@ -7,6 +7,7 @@ import pickle
 import signal
 import threading
 import tracemalloc
+import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -496,6 +497,18 @@ def test_a_signal_handler_appends() -> None:
     assert own > 3
     assert total == 60_000 + own
     assert items == [n for n in range(30_000) for _ in range(2)]
+
+
+@pytest.mark.parametrize("dtype", ["e", "f", "F"])
+def test_a_warning_that_appends(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An item that the handler of numpy's overflow warning appends is kept."""
+    ring = RingArray(dtype, 8)
+    monkeypatch.setattr(warnings, "showwarning", lambda *_, **__: ring.append(7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        ring.append(1e300)
+    assert ring.total == 2
+    assert ring.array.tolist() == [7, np.inf]
 
 
 def test_threads_lose_no_items() -> None:
