@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyreserve._native import lib
 from pyreserve._region import handles
+from pyreserve._region.allocation import LARGE, check_memory
 from pyreserve._region.arrays import ArrayPlan
 from pyreserve._region.exports import ENDED, Exports
 from pyreserve._region.handles import address_of, outside, refused, released
@@ -249,12 +250,15 @@ class Region:
 
         Raises:
             RangeError: the range is not whole OS pages inside the region.
-            OutOfMemoryError: refused; ``limit`` names the limit.
+            OutOfMemoryError: refused; ``limit`` names the limit. For a shared region also if the
+                memory is not available, rather than let the kernel kill a process.
             ReleasedError: the region is released or closed.
         """
         offset = _index(offset)
         length = self._size - offset if length is None else _index(length)
         with (self._exports or self._open_exports()).lock:
+            if length >= LARGE and self._handle.shared:
+                check_memory(self._handle, self._size, "commit", offset, length)
             try:
                 err = _commit(self._handle, offset, length)
             except OverflowError:

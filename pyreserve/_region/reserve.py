@@ -6,6 +6,7 @@ from typing import Any
 
 from pyreserve._native import ffi, lib
 from pyreserve._region import handles
+from pyreserve._region.allocation import LARGE, check_memory
 from pyreserve._region.policies import (
     POLICIES,
     Fork,
@@ -106,6 +107,8 @@ def reserve(
     total = size + (align or 0) + 2 * PAGE_SIZE * bool(guard)
     _open(handle, size, accounting, advice, options, total, at)
     if seal:
+        if shared and size >= LARGE:
+            check_memory(handle, size, "seal", 0, size)
         err = lib.region_seal(handle)
         if err:
             region.release()

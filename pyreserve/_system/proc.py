@@ -163,6 +163,14 @@ def available_bytes() -> int:
     return available
 
 
+def free_swap() -> int:
+    """Return the bytes of free swap space; 0 if /proc is unreadable."""
+    try:
+        return meminfo_kib().get("SwapFree", 0) * KiB
+    except UNREADABLE:
+        return 0
+
+
 class MemoryCgroup(NamedTuple):
     """A memory cgroup: its folder, and the names of its files.
 

@@ -23,6 +23,7 @@ from pyreserve import (
     RangeError,
     Region,
     ReleasedError,
+    RingArray,
     StateError,
     TiB,
     ViewError,
@@ -31,7 +32,7 @@ from pyreserve import (
 )
 from pyreserve._region import reserve as placement
 from pyreserve._region.reserve import reserve_mirrored
-from pyreserve._system import limitbase, limits
+from pyreserve._system import limitbase, limits, proc
 
 SHARED = "rw-s"
 
@@ -375,6 +376,37 @@ def test_a_commit_beyond_memory_names_what_refused(monkeypatch: pytest.MonkeyPat
     assert isinstance(error, OutOfMemoryError)
     assert error.limit == "memory"
     assert isinstance(limits.refusal("commit", errno.ENOSPC, 1, shared=True), OutOfMemoryError)
+
+
+def test_a_commit_beyond_memory_ends_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is not available is refused before the kernel would kill a process for it.
+
+    Memory that the region has already is not counted; that of a mirrored region once.
+    """
+    monkeypatch.setattr(proc, "available_bytes", lambda: 65 * MiB)
+    monkeypatch.setattr(proc, "free_swap", lambda: 5 * MiB)
+    before = open_files()
+    with reserve(80 * MiB, shared=True) as region:
+        with pytest.raises(OutOfMemoryError):
+            region.commit()
+        assert region.committed == allocated(region) == 0
+        region.commit(0, 10 * MiB)
+        region.commit()
+    with pytest.raises(OutOfMemoryError):
+        reserve(80 * MiB, shared=True, seal=True)
+    with pytest.raises(OutOfMemoryError):
+        RingArray("u1", 80 * MiB)
+    RingArray("u1", 64 * MiB).release()
+    reserve(80 * MiB).commit()
+    assert open_files() == before
+
+
+@only_64_bit
+def test_a_ring_larger_than_the_machine() -> None:
+    """A ring that no memory can hold is refused, and says that memory is what lacks."""
+    with pytest.raises(OutOfMemoryError) as refused:
+        RingArray("u1", 4 * TiB)
+    assert refused.value.limit in {"memory", "cgroup limit"}
 
 
 def test_a_fast_timer_does_not_stop_a_commit() -> None:
