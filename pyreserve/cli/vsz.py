@@ -217,6 +217,8 @@ def reserved(layout: LayoutName, size: int | None, touch: int) -> Iterator[VszRe
     """
     _refuse_too_much(touch)
     _rehearse(layout, size)
+    with progress(touch):  # loads what a bar needs, and draws none
+        pass
     ps_before = ps(os.getpid())
     before, arena, after = _measure(layout, size, touch)
     with arena:
