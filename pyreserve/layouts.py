@@ -238,7 +238,7 @@ class Placement(NamedTuple):
         metadata = [self.mapped_spans(os_page)]
         if self.layout.bitmap:
             metadata.append(self.mapped_bitmap(os_page))
-        return _joined([*metadata, *self.arenas])
+        return joined([*metadata, *self.arenas])
 
     def maps(self, os_page: int = _X86_PAGE) -> list[Piece]:
         """Lines that /proc/PID/maps shows for the heap, lowest first."""
@@ -298,7 +298,7 @@ class Placement(NamedTuple):
         if address < self.arena_start or end > self.window_end:
             return None
         first = round_up(address, self.layout.page)
-        owned = _joined([*self.owned, (address, end)])
+        owned = joined([*self.owned, (address, end)])
         if request.committed:
             grown = self._with_arena(address, end)._replace(
                 arena_used=max(self.arena_used, first + nbytes),
@@ -323,21 +323,21 @@ class Placement(NamedTuple):
     def _with_arena(self, low: int, high: int) -> "Placement":
         return self._replace(
             arena_used=max(self.arena_used, high),
-            arenas=_joined([*self.arenas, (low, high)]),
+            arenas=joined([*self.arenas, (low, high)]),
         )
 
 
-def _joined(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+def joined(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Sort ranges, drop empty ones and join adjacent ones."""
-    joined: list[tuple[int, int]] = []
+    result: list[tuple[int, int]] = []
     for low, high in sorted(ranges):
         if low == high:
             continue
-        if joined and low <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(high, joined[-1][1]))
+        if result and low <= result[-1][1]:
+            result[-1] = (result[-1][0], max(high, result[-1][1]))
         else:
-            joined.append((low, high))
-    return tuple(joined)
+            result.append((low, high))
+    return tuple(result)
 
 
 def without(whole: tuple[int, int], taken: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
