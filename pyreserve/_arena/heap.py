@@ -41,7 +41,6 @@ class Heap:
     Attributes:
         handle: ``struct heap *``; None until the first allocation. `Arena` passes it to C itself
             in its two hot calls.
-        resized: whether a block was ever resized: Block objects may then have an old size.
         unviewed: closed blocks whose last view is gone, to be freed by `free_closed`.
         tables: the region of the heap's tables; None until the first allocation.
     """
@@ -57,7 +56,6 @@ class Heap:
         "_region",
         "_step",
         "handle",
-        "resized",
         "tables",
         "unviewed",
     )
@@ -68,7 +66,6 @@ class Heap:
         self._base, self._exports = engine.region.base, engine.region.exports
         self._page, self._step = engine.page, step
         self.handle: Any = None
-        self.resized = False
         self.tables: Region | None = None
         # Closed blocks by their new handle. The callback of a view cannot take the lock, so it
         # only appends to `unviewed`.
@@ -200,7 +197,7 @@ class Heap:
 
     def nbytes_or(self, handle: int, nbytes: int) -> int:
         """Return the size of a block that may have been resized; `nbytes` if it is not live."""
-        size = int(heap_nbytes(self.handle, handle)) if self.resized else 0
+        size = int(heap_nbytes(self.handle, handle))
         return size if size > 0 else nbytes
 
     def _refuse_stale(self) -> NoReturn:
@@ -249,7 +246,6 @@ class Heap:
             if nbytes < old:
                 low = self.offset(handle)
                 self._exports.refuse("shrink", low + nbytes, low + old)
-            self.resized = True
             size = min(nbytes, _NO_MAXIMUM)
             result = int(lib.heap_resize(self.handle, handle, size, True))
             if result == lib.PAGEALLOC_FOREIGN and self._grow_behind(handle, old, nbytes):
