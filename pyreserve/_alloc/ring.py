@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
+from pyreserve._alloc.arrayvalues import as_item, as_items, plain_types
 from pyreserve._region.arrays import converted, import_numpy, item_dtype
 from pyreserve._region.owner import Exclusive
 from pyreserve._region.reserve import reserve_mirrored
@@ -26,9 +27,6 @@ _Item = TypeVar("_Item", bound="np.generic")
 
 # Rounding up may make a ring this large (bytes), or else at most twice the requested capacity.
 _MAX_ROUNDED = 64 * MiB
-_NUMBERS = "biufc"  # kinds of dtypes
-# Characters of dtypes that a Python number can overflow, which numpy warns of.
-_OVERFLOWING = "efF"
 
 
 class RingArray(Exclusive, Generic[_Item]):
@@ -76,12 +74,9 @@ class RingArray(Exclusive, Generic[_Item]):
         self._numpy = import_numpy("RingArray")
         self._dtype = kind = item_dtype(dtype, "RingArray")
         self._capacity = _rounded(as_count(capacity, "capacity"), kind.itemsize)
-        # Values of these types are stored without running Python code: a method of theirs, or the
-        # handler of a warning.
-        numbers = {bool, kind.type} if kind.kind in _NUMBERS else set()
-        if numbers and kind.char not in _OVERFLOWING:
-            numbers |= {int, float, complex}
-        self._direct = frozenset(numbers)
+        # Values of these types are stored without running Python code.
+        _, types, limit = plain_types(kind)
+        self._direct = types if limit is None else frozenset({kind.type})
         # Index of the next item, below the capacity; number of items; number ever appended.
         self._state = (0, 0, 0)
         region = reserve_mirrored(self._capacity * kind.itemsize, name=name)
@@ -109,7 +104,7 @@ class RingArray(Exclusive, Generic[_Item]):
             StateError: called by a finaliser or signal handler inside `release`.
         """
         if type(value) not in self._direct:
-            value = self._single(value)
+            value = as_item(value, self._dtype, ())
         window = self._window
         if window is None:
             window = self._open_window()
@@ -132,15 +127,16 @@ class RingArray(Exclusive, Generic[_Item]):
                 one-dimensional. Nothing has changed.
             ReleasedError, StateError: as for `append`.
         """
-        numpy, dtype = self._numpy, self._dtype
+        dtype = self._dtype
         items: Any = values
-        if type(items) is not numpy.ndarray or (items.dtype is not dtype and items.dtype != dtype):
+        if (
+            type(items) is not self._numpy.ndarray
+            or items.ndim != 1
+            or (items.dtype is not dtype and items.dtype != dtype)
+        ):
             if hasattr(items, "__next__"):
-                items = numpy.fromiter(items, dtype)
-            items = numpy.asarray(items, dtype=dtype)
-        if items.ndim != 1:
-            msg = f"values must have one dimension, got shape {items.shape}"
-            raise ValueError(msg)
+                items = self._numpy.fromiter(items, dtype)
+            items = as_items(items, dtype, ())
         window = self._window
         if window is None:
             window = self._open_window()
@@ -149,7 +145,7 @@ class RingArray(Exclusive, Generic[_Item]):
         if n > capacity:
             items, n = items[n - capacity :], capacity
         # Copy items of this ring: numpy does not know that both halves are the same memory.
-        if items.base is not None and numpy.may_share_memory(items, window):
+        if items.base is not None and self._numpy.may_share_memory(items, window):
             items = items.copy()
         with self._lock:
             while True:
@@ -173,14 +169,6 @@ class RingArray(Exclusive, Generic[_Item]):
             at, _, total = state = self._state
             after = at, 0, total
             if self._state is state: self._state = after; return  # fmt: skip  # noqa: E701, E702
-
-    def _single(self, value: Any) -> Any:
-        """Convert a value to an array of one item, which may run code of the value."""
-        item = self._numpy.array(value, dtype=self._dtype)
-        if item.ndim:
-            msg = f"value must be a single item, got an array of shape {item.shape}"
-            raise ValueError(msg)
-        return item
 
     def _open_window(self) -> Any:
         """Return the window once no other thread is releasing; raise if there is none."""
