@@ -43,7 +43,7 @@ class BufferBytes(Growable):
                     self._busy = True
                     try:
                         self._window[n] = byte
-                    except (IndexError, ValueError):  # no room, or not a byte: see below
+                    except (IndexError, ValueError):  # no space, or not a byte: see below
                         pass
                     else:
                         self._count = n + 1
@@ -246,8 +246,8 @@ class BufferBytes(Growable):
 
     def _items(self) -> memoryview:
         """Return a window that shows all bytes, and more."""
-        if self._room < self._count:
-            self._make_room(self._count)
+        if self._window_length < self._count:
+            self._make_space(self._count)
         return self._window  # type: ignore[no-any-return]
 
     def _apply(self, function: Callable[[memoryview], _T]) -> _T:
@@ -268,7 +268,7 @@ class BufferBytes(Growable):
                     try:
                         start = self._position - self._dropped if follow else self._count
                         end = start + len(data)
-                        if start < end <= self._room and 0 <= start <= self._count:
+                        if start < end <= self._window_length and 0 <= start <= self._count:
                             dirty_end = self._front + end
                             if dirty_end > self._dirty_end:  # noqa: PLR1730  # faster than max()
                                 self._dirty_end = dirty_end
@@ -301,7 +301,7 @@ class BufferBytes(Growable):
         if nbytes:
             start = self._tell() if follow else self._count
             end = start + nbytes
-            self._make_room(end)
+            self._make_space(end)
             self._zero_up_to(start)
             self._dirty_end = max(self._dirty_end, self._offset(end))
             self._window[start:end] = source
@@ -319,7 +319,7 @@ class BufferBytes(Growable):
         if end < length:
             self._truncate(end)
             return
-        self._make_room(end)
+        self._make_space(end)
         self._dirty_end = max(self._dirty_end, self._offset(end))
         filled = length
         while filled < end:

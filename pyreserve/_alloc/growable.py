@@ -70,7 +70,7 @@ class Growable(Exclusive, InSteps):
         # Views of the bytes [low, high) that the buffer protocol exported. Consumers may keep no
         # reference but one to this object, so these bytes stay committed as long as it lives.
         self._pins: list[tuple[memoryview, int, int]] = []
-        self._room = 0  # items in the window
+        self._window_length = 0  # items in the window
         self._shown: memoryview | None = None  # the view behind the window
         self._shown_from = 0  # offset at which the region exported it
         self._window: Any = self._over(None)
@@ -175,13 +175,13 @@ class Growable(Exclusive, InSteps):
         """Return the offset of an item, in bytes from the base."""
         return self._front + count * self._itemsize
 
-    def _make_room(self, count: int) -> None:
+    def _make_space(self, count: int) -> None:
         """Commit the memory of the first `count` items, and open a window that shows them."""
         if self._offset(count) > self._size:
             self._move_to_start(count)
         self._commit(self._offset(count))
-        if count > self._room:
-            self._room = 0
+        if count > self._window_length:
+            self._window_length = 0
             items = (min(self._end, self._size) - self._front) // self._itemsize
             low, nbytes = self._front, items * self._itemsize
             self._open_window(self._region.view(low, nbytes), low, items)
@@ -190,11 +190,11 @@ class Growable(Exclusive, InSteps):
         """Show `view`, which begins at the front and is part of a view exported from `low` up."""
         self._shown, self._shown_from = view, low
         self._window = self._over(view)
-        self._room = items
+        self._window_length = items
 
     def _close_window(self) -> None:
         """Drop the window, so that its bytes can be decommitted."""
-        self._room = 0
+        self._window_length = 0
         self._shown = None
         self._window = self._over(None)
 
@@ -219,7 +219,7 @@ class Growable(Exclusive, InSteps):
         if count < self._count:
             self._truncate(count)
             return
-        self._make_room(count)
+        self._make_space(count)
         if zero:
             self._zero_up_to(count)
         self._dirty_end = max(self._dirty_end, self._offset(count))
@@ -238,7 +238,7 @@ class Growable(Exclusive, InSteps):
         with self._exports.removal():
             if count < self._count:
                 self._drop_cached()
-                if not self._room:  # an interrupted call may have left one
+                if not self._window_length:  # an interrupted call may have left one
                     self._close_window()
                 self._refuse_views("cut off", self._offset(count), self._offset(self._count))
                 self._dirty_end = max(self._dirty_end, self._offset(self._count + 1))
@@ -248,8 +248,8 @@ class Growable(Exclusive, InSteps):
         """Raise ViewError if views other than the window and the pins show bytes of [low, high)."""
         held = self._exports.live(low, high)
         owned = [(first, last) for _, first, last in self._pins]
-        if self._room:
-            owned.append((self._shown_from, self._offset(self._room)))
+        if self._window_length:
+            owned.append((self._shown_from, self._offset(self._window_length)))
         for own in owned:
             same = [at for at, (_, *span) in enumerate(held) if tuple(span) == own]
             if same:
@@ -282,17 +282,17 @@ class Growable(Exclusive, InSteps):
         if not 0 <= n <= self._count:
             msg = f"n must be in [0, {self._count}], the number of {self._unit}, got {n}"
             raise RangeError(msg)
-        front, room = self._offset(n), self._room - n
+        front, space = self._offset(n), self._window_length - n
         # Keep the window, which is cheaper than a new one, while it pins no whole page.
         rest = None
-        if self._shown is not None and room > 0 and not self._dropped_pages.has_new(front):
+        if self._shown is not None and space > 0 and not self._dropped_pages.has_new(front):
             rest = self._shown[n * self._itemsize :]
         self._drop_cached()
         self._close_window()
         # One statement: no signal handler runs between its assignments.
         self._front, self._count, self._dropped = front, self._count - n, self._dropped + n
         if rest is not None:
-            self._open_window(rest, self._shown_from, room)
+            self._open_window(rest, self._shown_from, space)
         self._dropped_pages.decommit(self._exports, front)
 
     def _move_to_start(self, count: int) -> None:
@@ -336,7 +336,7 @@ class Growable(Exclusive, InSteps):
         if n < 0:
             msg = f"n must not be negative, got {n}"
             raise RangeError(msg)
-        self._make_room(self._count + n)
+        self._make_space(self._count + n)
         start, end = self._offset(self._count), self._offset(self._count + n)
         self._dirty_end = max(self._dirty_end, end)
         self._spared = start, end

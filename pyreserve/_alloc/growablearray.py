@@ -189,7 +189,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
                 else:  # in one line, so that not even a tracer runs in between
                     self._cells[n], self._count = value, (n := self._count if not self._busy else _NO) + 1  # fmt: skip  # noqa: E501
                     return
-            except REFUSED:  # no room, or not a value of this type
+            except REFUSED:  # no space, or not a value of this type
                 pass
         self._exclusively(self._append, as_item(value, self._dtype, self._item_shape))
 
@@ -230,7 +230,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
                 # In one line, as in `append`.
                 self._cells[part if self._count == start and not self._busy else _NO], self._count = items, end  # fmt: skip  # noqa: E501
                 return  # noqa: TRY300
-            except REFUSED:  # no room, or not an array of this dtype and shape
+            except REFUSED:  # no space, or not an array of this dtype and shape
                 pass
         items = as_items(items, self._dtype, self._item_shape)
         self._exclusively(self._append_items, items)
@@ -412,13 +412,13 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
 
     def _append(self, item: Any) -> None:
         n = self._count
-        self._make_room(n + 1)
+        self._make_space(n + 1)
         self._window[n] = item
         self._count = n + 1
 
     def _append_items(self, items: Any) -> None:
         start, end = self._count, self._count + len(items)
-        self._make_room(end)
+        self._make_space(end)
         self._dirty_end = max(self._dirty_end, self._offset(end))
         self._window[start:end] = items
         self._count = end
@@ -430,12 +430,12 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     def _append_and_lend(self, lease: Lease, item: Any, at: int | None) -> None:
         index = self._count if at is None else at - self._dropped
         if 0 <= index < self._count:  # counted already
-            self._make_room(self._count)
+            self._make_space(self._count)
             self._window[index] = item
         elif index >= 0:  # otherwise it was counted, then dropped
             self._append(item)
         count, cells = self._count, self._cells
-        if count < self._room:
+        if count < self._window_length:
             # A signal handler may raise at any line: never two windows, always the right count.
             self._close_window()
             lease.lend(NO_CELLS, count, self._dropped)
@@ -464,7 +464,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         if n < 0:
             msg = "pop from an empty array"
             raise IndexError(msg)
-        self._make_room(n + 1)
+        self._make_space(n + 1)
         item = self._window[n] if self._scalar else self._window[n].copy()
         self._truncate(n)
         return item

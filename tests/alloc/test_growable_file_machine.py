@@ -124,14 +124,14 @@ class FileMachine(RuleBasedStateMachine):
         if self._grown(lambda: self.buffer.extend(added), len(self.model) + len(added)):
             self._set(self.model + added)
 
-    @rule(left=st.integers(0, 50), room=st.integers(0, 9), added=data)
-    def pass_the_end(self, left: int, room: int, added: bytes) -> None:
+    @rule(left=st.integers(0, 50), space=st.integers(0, 9), added=data)
+    def pass_the_end(self, left: int, space: int, added: bytes) -> None:
         """Without views it slides to the first addresses, to grow up to the capacity."""
         if self.capacity == CAPACITY:
             self.views.clear()
-            self.extend_to_the_end(room)
+            self.extend_to_the_end(space)
             self._drop(max(0, len(self.model) - left))
-            self.add(added + bytes(room), "+=")
+            self.add(added + bytes(space), "+=")
 
     @rule(byte=st.integers(0, 255))
     def append(self, byte: int) -> None:

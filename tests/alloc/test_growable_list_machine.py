@@ -46,7 +46,7 @@ class ListMachine(RuleBasedStateMachine):
     def _add(self, added: list[int], add: Any, more: int = 0) -> None:
         """Grow by `add`, which may be refused only near the end of the addresses.
 
-        It needs room for `more` items besides those that it adds.
+        It needs space for `more` items besides those that it adds.
         """
         try:
             add()
@@ -86,16 +86,16 @@ class ListMachine(RuleBasedStateMachine):
         added = [less] * max(0, CAPACITY - len(self.items) % CAPACITY - less)
         self._add(added, lambda: self.array.extend(added))
 
-    @rule(left=st.integers(0, 50), room=st.integers(0, 50))
-    def pass_the_end(self, left: int, room: int) -> None:
+    @rule(left=st.integers(0, 50), space=st.integers(0, 50))
+    def pass_the_end(self, left: int, space: int) -> None:
         """Without views it slides to the first addresses, to grow up to the capacity."""
         if self.capacity == CAPACITY:
             self.views.clear()
-            self.extend_to_the_end(room)
+            self.extend_to_the_end(space)
             count = max(0, len(self.model) - left)
             self.array.drop_front(count)
             self.front += count
-            self.extend_by_many(room + 1, left)
+            self.extend_by_many(space + 1, left)
 
     @rule()
     def extend_by_itself(self) -> None:
