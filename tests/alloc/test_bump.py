@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from helpers import witness
+from helpers.interruptions import Struck, alarms_raise
 from pyreserve import (
     PAGE_SIZE,
     GiB,
@@ -1364,14 +1365,7 @@ class TestThreads:
         """After an exception from a signal handler at any point, the arena still works."""
         arena, struck = BumpArena(64 * MiB, step=64 * KiB), 0
 
-        class Struck(Exception):  # noqa: N818
-            pass
-
-        def handler(*_: object) -> None:
-            raise Struck
-
-        before = signal.signal(signal.SIGALRM, handler)
-        try:
+        with alarms_raise():
             for _ in range(150):
                 try:
                     signal.setitimer(signal.ITIMER_REAL, 0.0003)
@@ -1383,9 +1377,6 @@ class TestThreads:
                 except Struck:
                     struck += 1
                 arena.reset()
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
 
         assert struck == 150
         assert len(arena.alloc(8)) == 8

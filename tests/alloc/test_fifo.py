@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from helpers import witness
+from helpers.interruptions import Struck, alarms_raise
 from pyreserve import (
     PAGE_SIZE,
     GiB,
@@ -554,14 +555,7 @@ class TestConcurrently:
         array, buffer = numbers(capacity=8), GrowableBuffer(8 * PAGE, step=PAGE)
         append, struck, held = array.appender(), 0, None
 
-        class Struck(Exception):  # noqa: N818
-            pass
-
-        def handler(*_: object) -> None:
-            raise Struck
-
-        before = signal.signal(signal.SIGALRM, handler)
-        try:
+        with alarms_raise():
             for round_ in range(200):
                 buffer.drop_front(len(buffer))
                 n = array.dropped + len(array)
@@ -587,9 +581,6 @@ class TestConcurrently:
                 runs(array)
                 runs(buffer)
                 held = None
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
 
         assert held is None
         assert struck == 200

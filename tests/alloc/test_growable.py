@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from helpers import witness
+from helpers.interruptions import Struck, alarms_raise
 from pyreserve import (
     PAGE_SIZE,
     GiB,
@@ -953,14 +954,7 @@ class TestThreads:
         append = array.appender()
         pieces, struck = [bytes([n + 1]) * 5000 for n in range(64)], 0
 
-        class Struck(Exception):  # noqa: N818
-            pass
-
-        def handler(*_: object) -> None:
-            raise Struck
-
-        before = signal.signal(signal.SIGALRM, handler)
-        try:
+        with alarms_raise():
             for _ in range(100):
                 try:
                     signal.setitimer(signal.ITIMER_REAL, 0.0003)
@@ -981,9 +975,6 @@ class TestThreads:
                 assert (result == result[:, :1]).all()
                 assert array.array.tolist() == list(range(len(array)))
                 state(buffer)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
 
         assert struck == 100
         buffer.clear()

@@ -19,6 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers.buffers import Call, ends, few, filled, result_of
+from helpers.interruptions import Struck, alarms_raise
 from pyreserve import (
     GrowableArray,
     GrowableBuffer,
@@ -357,14 +358,7 @@ class TestRobust:
         """Each write is there whole or not at all, and memory can be given back."""
         buffer = filled(b"", 64 * MiB)
 
-        class Struck(Exception):  # noqa: N818
-            pass
-
-        def handler(*_: object) -> None:
-            raise Struck
-
-        before = signal.signal(signal.SIGALRM, handler)
-        try:
+        with alarms_raise():
             for _ in range(50):
                 try:
                     signal.setitimer(signal.ITIMER_REAL, 0.0003)
@@ -377,9 +371,6 @@ class TestRobust:
                         buffer.readline()
                 except Struck:
                     pass
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
 
         assert len(buffer) % 1000 == 0
         assert buffer.count(b"x") == len(buffer)

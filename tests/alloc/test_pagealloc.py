@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from helpers import witness
+from helpers.interruptions import run_together
 from pyreserve._alloc.pages import PageAllocator
 from pyreserve._native import ffi
 from pyreserve.errors import FreeError, OutOfMemoryError, RangeError, StateError
@@ -536,15 +537,7 @@ class TestThreads:
                 errors.append(error)
 
         threads = [threading.Thread(target=guarded, args=(i,)) for i in range(self.THREADS)]
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(1e-5)
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            sys.setswitchinterval(before)
+        run_together(threads)
         assert errors == []
 
     def test_no_page_has_two_owners(self) -> None:

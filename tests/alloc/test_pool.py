@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from helpers import witness
+from helpers.interruptions import run_together
 from pyreserve import PAGE_SIZE, KiB, MiB, capabilities
 from pyreserve._alloc.pool import Pool
 from pyreserve._region.exports import Exports
@@ -719,15 +720,7 @@ class TestThreads:
                 errors.append(error)
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(1e-5)
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            sys.setswitchinterval(before)
+        run_together(threads)
 
         assert errors == []
         assert len(pool) == 0
@@ -760,15 +753,7 @@ class TestThreads:
                     pool.alloc()
 
         threads = [threading.Thread(target=work) for work in (look, reuse, look, reuse)]
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(1e-5)
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            sys.setswitchinterval(before)
+        run_together(threads)
 
         assert wrong == []
         assert seen[0] > 100

@@ -12,6 +12,7 @@ import pytest
 
 from helpers import witness
 from helpers.arenas import PAGE, check, fill, holds, layout_names
+from helpers.interruptions import run_together
 from pyreserve import (
     Arena,
     Block,
@@ -148,15 +149,7 @@ class TestThreads:
                     blocks[i % 3] = arena.alloc(PAGE)
 
         threads = [threading.Thread(target=work) for work in (look, reuse, look, reuse)]
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(1e-5)
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            sys.setswitchinterval(before)
+        run_together(threads)
 
         assert wrong == []
         assert seen[0] > 100
