@@ -193,9 +193,7 @@ class FifoMachine(RuleBasedStateMachine):
             return
         held = self.thing.view(lo, hi) if self.kind == "bytes" else self.thing[lo:hi]
         data = b"".join(list(self.items)[lo:hi])
-        # A slice of an array holds all of its items.
-        whole = (0, len(self.items)) if self.kind != "bytes" else (lo, hi)
-        self.views.append((held, data, self.at(whole[0]), self.at(whole[1])))
+        self.views.append((held, data, self.at(lo), self.at(hi)))
 
     @precondition(lambda self: self.items and len(self.pins) < 2)
     @rule()
