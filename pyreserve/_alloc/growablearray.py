@@ -218,10 +218,11 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         """
         items: Any = values
         if type(values) is not self._ndarray:
-            if not is_array_like(values):
-                self._extend_in_pieces(values)
+            items = _unwrapped(values)
+            if not is_array_like(items):
+                self._extend_in_pieces(items)
                 return
-            items = as_items(values, self._dtype, self._item_shape)
+            items = as_items(items, self._dtype, self._item_shape)
         if self._one_step:
             try:
                 start = self._count
@@ -290,7 +291,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
                     return
             except REFUSED:
                 pass
-        self._exclusively(self._as_array)[key] = value
+        self._exclusively(self._as_array)[key] = _unwrapped(value)
 
     def __delitem__(self, key: Any) -> NoReturn:
         msg = "items can't be deleted: views show them where they are; pop() removes the last, "
@@ -477,10 +478,13 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         super()._finish_close()
 
 
-def _as_operand(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_as_operand, value))
+def _unwrapped(value: Any) -> Any:
+    """Return the `array` of a GrowableArray: from Python 3.12 on, numpy would pin its items."""
     return value.array if isinstance(value, GrowableArray) else value
+
+
+def _as_operand(value: Any) -> Any:
+    return tuple(map(_as_operand, value)) if isinstance(value, tuple) else _unwrapped(value)
 
 
 def _rebuild(

@@ -913,6 +913,20 @@ class TestSpare:
         assert array.array.tolist() == [0, 0, 0]
 
 
+def test_items_that_were_copied_are_not_pinned() -> None:
+    """Extending by an array, or assigning it, pins none of its memory."""
+    array = filled([1, 2])
+    other = filled([0, 0, 0, 0])
+    array.extend(array)
+    other[:] = array
+    other.extend(array)
+
+    assert other.array.tolist() == [1, 2, 1, 2] * 2
+    array.clear()
+    array.trim()
+    assert array.committed == 0
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="PEP 688 is of Python 3.12")
 class TestBuffer:
     def test_exported(self) -> None:
