@@ -116,7 +116,7 @@ def fill(options: argparse.Namespace) -> None:
             (
                 (
                     name,
-                    f"{value(rounds, 'seconds') * 1e3:.3g}",
+                    f"{value(rounds, 'seconds') * 1e3:,.4g}",
                     f"{ratio(rounds, first, 'seconds'):.2f}",
                     f"{value(rounds, 'rss'):.3f}",
                 )
