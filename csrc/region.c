@@ -107,13 +107,22 @@ static bool committed_bounds(const struct region *region, size_t lo, size_t hi, 
     return true;
 }
 
+/* A hint that is never free: the page of this module's own data. */
+static uintptr_t occupied_hint(size_t page) {
+    static const char own = 0;
+    return (uintptr_t)&own & ~(uintptr_t)(page - 1);
+}
+
 /* Maps `total` bytes so that `*start` + `offset` is a multiple of `align`: at the first try if the
  * hint or the kernel happens to be right, else by mapping `align` more and unmapping both ends. */
 static int map_aligned(uintptr_t hint, size_t total, size_t offset, size_t align, int access,
                        uintptr_t *start) {
     offset &= align - 1; /* keeps the sums below from wrapping around */
     int err;
-    /* The kernel aligns large mappings to huge pages, which is wrong with an offset. */
+    /* Without a hint the kernel aligns large mappings to huge pages, which is wrong with an offset.
+     * With one that is not free, it adjoins the mapping above: right if that is a region too. */
+    if (hint == 0 && offset != 0 && (total & (align - 1)) == 0)
+        hint = occupied_hint(vm_page_size());
     if (hint != 0 || offset == 0) {
         err = vm_map(hint, total, access, start);
         if (err != 0 || ((*start + offset) & (align - 1)) == 0)

@@ -268,6 +268,29 @@ static void a_lead_counts_modulo_the_alignment(void) {
     CHECK(reserve_below(page, SIZE_MAX / 2 + 1, page, 0) == NULL && errno == ENOMEM);
 }
 
+/* Such a region is tried below the mapping above it: with and without another region there. */
+static void regions_of_whole_alignments_in_a_row_are_aligned(void) {
+    size_t align = (size_t)1 << 21, before = witness_status("VmSize:");
+    struct region *regions[6];
+    uintptr_t between[6];
+    for (size_t i = 0; i < 6; i++) {
+        regions[i] = reserve_below(2 * align, align, 16 * page, 0);
+        REQUIRE(regions[i] != NULL);
+        CHECK((((uintptr_t)regions[i]->base + 16 * page) & (align - 1)) == 0);
+        CHECK(witness_all((uintptr_t)regions[i]->base, 2 * align, '-'));
+        CHECK(witness_status("VmSize:") == before + (i + 1) * 2 * align + i / 2 * (align + page));
+        between[i] = 0;
+        if (i % 2 == 1)
+            CHECK(vm_map(0, align + page, VM_RESERVED, &between[i]) == 0);
+    }
+    for (size_t i = 0; i < 6; i++) {
+        end(regions[i]);
+        if (between[i] != 0)
+            CHECK(vm_release(between[i], align + page) == 0);
+    }
+    CHECK(witness_status("VmSize:") == before);
+}
+
 static void an_aligned_hint_is_kept(void) {
     size_t align = (size_t)1 << 21;
     uintptr_t place = free_place() & ~(align - 1);
@@ -1241,6 +1264,7 @@ int main(void) {
     RUN(the_base_is_aligned_and_the_rest_given_back);
     RUN(a_lead_puts_the_base_below_an_aligned_address);
     RUN(a_lead_counts_modulo_the_alignment);
+    RUN(regions_of_whole_alignments_in_a_row_are_aligned);
     RUN(an_aligned_hint_is_kept);
     RUN(guards_are_never_accessible);
     RUN(what_does_not_fit_the_addresses_is_refused_with_enomem);
