@@ -161,7 +161,7 @@ static void initialise(struct region *region, size_t size, int accounting, int a
     region->guard = 0;
     region->accounting = accounting;
     region->advice = advice;
-    region->sealed = region->retired = false;
+    region->sealed = region->retired = region->counted = false;
     region->cell = region->cell_guard = 0;
     set_viewed(region, false);
     region->shared = region->mirrored = region->strict = false;
@@ -585,6 +585,21 @@ int region_seal(struct region *region) {
     return err;
 }
 
+static size_t counted_bytes; /* atomic */
+
+int region_count(struct region *region) {
+    if (!is_open(region))
+        return REGION_RELEASED;
+    if (!region->counted)
+        __atomic_fetch_add(&counted_bytes, region->size, __ATOMIC_RELAXED);
+    region->counted = true;
+    return 0;
+}
+
+size_t region_counted_bytes(void) {
+    return __atomic_load_n(&counted_bytes, __ATOMIC_RELAXED);
+}
+
 /* Unmaps all pieces that the region owns, highest first, and closes the region. */
 static int unmap(struct region *region) {
     while (region->reserved.count > 0) {
@@ -595,6 +610,9 @@ static int unmap(struct region *region) {
         if (err != 0)
             return err;
     }
+    if (region->counted)
+        __atomic_fetch_sub(&counted_bytes, region->size, __ATOMIC_RELAXED);
+    region->counted = false;
     runs_empty(&region->reserved);
     runs_empty(&region->committed);
     set_viewed(region, true);

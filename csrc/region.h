@@ -70,6 +70,7 @@ struct region {
     int accounting; /* 0 or VM_NORESERVE */
     int advice;     /* enum vm_advice, kept on every byte owned */
     bool sealed;
+    bool counted;   /* see region_count */
     bool retired;   /* accepts only region_end */
     bool viewed;    /* views may show bytes; also set while the region is not open */
     bool shared, mirrored, strict; /* see region_options */
@@ -171,6 +172,12 @@ int region_store(struct region *region, size_t offset, unsigned char byte);
 /* Commits the whole region and seals it (mseal, Linux 6.10): no decommit and no release until the
  * process ends. */
 int region_seal(struct region *region);
+
+/* Counts the size of an open region in region_counted_bytes() as long as it has its addresses. */
+int region_count(struct region *region);
+
+/* The bytes of all counted regions of the process. Any thread may call. */
+size_t region_counted_bytes(void);
 
 /* Unmaps the region and closes it. If the kernel refuses one piece of a window, the pieces that are
  * left stay owned and the window stays open. */

@@ -1,14 +1,14 @@
 """The default capacity of growing containers: more addresses than the machine has memory.
 
 All regions of a default size together take at most a quarter of the address space and of RLIMIT_AS.
-The more they take, the smaller the next one is.
+The more they take, the smaller the next one is. A region counts until its addresses are released.
 """
 
 import resource
-import weakref
 from collections.abc import Callable
 from functools import cache
 
+from pyreserve._region.handles import region_count, region_counted_bytes
 from pyreserve._region.region import Region
 from pyreserve._system import proc
 from pyreserve._system.limitbase import OWN, rlimit
@@ -22,38 +22,6 @@ _LEAST, _GRAIN = MiB, 2 * MiB  # bytes; sizes are multiples of _GRAIN
 _FIRST = 64 * GiB
 # The first default takes at most a quarter of the addresses for all defaults.
 _LARGEST_SHARE = 4
-
-
-class _Defaults:
-    """Estimates the bytes that regions of a default size take.
-
-    There is no lock: threads that add regions at the same time make the estimate less exact.
-    """
-
-    def __init__(self) -> None:
-        self._regions: list[tuple[weakref.ref[Region], int]] = []  # some are gone
-        self._bytes = self._bytes_alive = self._alive = 0  # the latter two: after the last search
-
-    def add(self, region: Region) -> None:
-        """Count a new region."""
-        self._regions.append((weakref.ref(region), region.size))
-        self._bytes += region.size
-
-    def nbytes(self, pool: int) -> int:
-        """Return the estimate, which includes few regions that are gone.
-
-        To keep it cheap, gone regions are searched for only after an eighth more regions, or after
-        new ones of a sixteenth of `pool` bytes.
-        """
-        new = len(self._regions) - self._alive
-        if new > 16 + self._alive // 8 or self._bytes - self._bytes_alive > pool // 16:
-            self._regions = alive = [entry for entry in self._regions if entry[0]() is not None]
-            self._alive = len(alive)
-            self._bytes = self._bytes_alive = sum(size for _, size in alive)
-        return self._bytes
-
-
-_defaults = _Defaults()
 
 
 def reserve_default(reserve: Callable[[int], Region], least: int) -> Region:
@@ -76,7 +44,7 @@ def reserve_default(reserve: Callable[[int], Region], least: int) -> Region:
                 raise
             size = max(size // 2 // _GRAIN * _GRAIN, least)
         else:
-            _defaults.add(region)
+            region_count(region.exports.handle)
             return region
 
 
@@ -84,7 +52,7 @@ def _default_size() -> int:
     """Return the bytes of the next default: full size at first, less as others take more."""
     limit = rlimit(resource.RLIMIT_AS)
     pool, first = _pool(limit)
-    taken = _defaults.nbytes(pool)
+    taken = region_counted_bytes()
     if taken * 4 > pool:
         # A full size does not exceed a quarter of the pool, so this never exceeds what is left.
         left = max(0, pool - taken)

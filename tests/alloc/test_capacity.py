@@ -13,20 +13,20 @@ from helpers import witness
 from helpers.witness import only_64_bit
 from pyreserve import GiB, GrowableArray, GrowableBuffer, MiB, OutOfMemoryError, Region, reserve
 from pyreserve._alloc import capacity
+from pyreserve._region.handles import region_counted_bytes
 from pyreserve._system.machine import memory
 from pyreserve.units import TiB
 
 
 @pytest.fixture
-def ledger(monkeypatch: pytest.MonkeyPatch) -> "capacity._Defaults":
-    """An empty record of the regions of a default size."""
-    defaults = capacity._Defaults()
-    monkeypatch.setattr(capacity, "_defaults", defaults)
-    return defaults
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regions of a default size that other tests hold do not count."""
+    others = region_counted_bytes()
+    monkeypatch.setattr(capacity, "region_counted_bytes", lambda: region_counted_bytes() - others)
 
 
 @only_64_bit
-@pytest.mark.usefixtures("ledger")
+@pytest.mark.usefixtures("alone")
 class TestSizes:
     def test_alone(self) -> None:
         """One default is twice the machine's memory, at least 64 GiB."""
@@ -50,15 +50,41 @@ class TestSizes:
         assert {GrowableBuffer().capacity for _ in range(5000)} == {first}
 
     def test_after_many(self) -> None:
-        """After many containers are gone, defaults are soon as large as at first."""
+        """After many containers are gone, the next default is as large as at first."""
         first = GrowableBuffer().capacity
         held = [GrowableBuffer() for _ in range(2000)]
         assert held[-1].capacity < first
 
         held.clear()
-        sizes = [GrowableBuffer().capacity for _ in range(400)]
 
-        assert sizes[-1] == first
+        assert GrowableBuffer().capacity == first
+
+    def test_released(self) -> None:
+        """A container that is released, and one that is closed without views, counts no more."""
+        first = GrowableBuffer().capacity
+        held = [GrowableBuffer() for _ in range(2000)]
+        assert held[-1].capacity < first
+
+        for buffer in held[::2]:
+            buffer.release()
+        for buffer in held[1::2]:
+            buffer.close()
+
+        assert GrowableBuffer().capacity == first
+
+    def test_viewed(self) -> None:
+        """A container that is closed under a view counts until the view is gone."""
+        held = [GrowableBuffer() for _ in range(2000)]
+        views = []
+        for buffer in held:
+            buffer.append(1)
+            views.append(buffer.view())
+            buffer.close()
+        under_views = GrowableBuffer().capacity
+
+        views.clear()
+
+        assert under_views < GrowableBuffer().capacity
 
 
 @only_64_bit
@@ -188,23 +214,16 @@ class TestRefusals:
 @settings(deadline=None)
 def test_all_together(rounds: list[int], bits: int) -> None:
     """In any address space, live defaults take at most a quarter, apart from the least size."""
-    defaults = capacity._Defaults()
-    held: list[_Sized] = []
+    held: list[int] = []
     pool = (1 << bits) // 4
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capacity, "_defaults", defaults)
+        patch.setattr(capacity, "region_counted_bytes", lambda: sum(held))
         patch.setattr(capacity, "_pool", lambda _: (pool, max(min(64 * GiB, pool // 4), 1)))
         patch.setattr(capacity, "rlimit", lambda _: None)
         for n in rounds:
             for _ in range(n):
                 size = capacity._default_size()
                 assert size >= 0
-                held.append(region := _Sized(size))
-                defaults.add(region)  # type: ignore[arg-type]
-            assert sum(region.size for region in held) <= pool
+                held.append(size)
+            assert sum(held) <= pool
             del held[::3]
-
-
-class _Sized:
-    def __init__(self, size: int) -> None:
-        self.size = size

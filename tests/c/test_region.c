@@ -1112,6 +1112,23 @@ static void a_sealed_region_that_ended_opens_unsealed(void) {
     region_end(&region);
 }
 
+static void a_counted_region_counts_until_its_addresses_are_gone(void) {
+    size_t before = region_counted_bytes();
+    struct region *region = reserved(4, 0);
+    CHECK(region_counted_bytes() == before);
+    for (int i = 0; i < 2; i++)
+        CHECK(region_count(region) == 0 && region_counted_bytes() == before + 4 * page);
+    CHECK(region_release(region) == 0 && region_counted_bytes() == before);
+    CHECK(region_count(region) == REGION_RELEASED && region_counted_bytes() == before);
+    REQUIRE(region_reserve(region, page, 0, 0, NULL) == 0);
+    CHECK(region_counted_bytes() == before);
+    CHECK(region_count(region) == 0);
+    region_retire(region);
+    CHECK(region_counted_bytes() == before + page);
+    end(region);
+    CHECK(region_counted_bytes() == before);
+}
+
 static void a_retired_region_keeps_its_addresses(void) {
     EACH_ACCOUNTING(accounting) {
         struct region *region = reserved(4, accounting);
@@ -1304,6 +1321,7 @@ int main(void) {
     RUN(a_closed_region_can_be_opened_again);
     RUN(opening_again_after_a_refusal_works);
     RUN(a_sealed_region_that_ended_opens_unsealed);
+    RUN(a_counted_region_counts_until_its_addresses_are_gone);
     RUN(a_retired_region_keeps_its_addresses);
     RUN(a_sealed_region_lasts_until_the_process_ends);
     RUN(a_refused_release_drops_the_memory_in_the_end);
