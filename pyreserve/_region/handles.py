@@ -5,6 +5,7 @@ import weakref
 from typing import Any
 
 from pyreserve._native import ffi, lib
+from pyreserve._system.forks import References
 from pyreserve._system.limits import PAGE_SIZE, refusal
 from pyreserve.errors import RangeError, ReleasedError, VMError
 
@@ -62,28 +63,28 @@ def probe(address: int, length: int) -> int:
 
 # -- handles ----------------------------------------------------------------------------------
 
-CLOSED: Any = ffi.new("struct region *")
+_new, _HANDLE = ffi.new, ffi.typeof("struct region *")
+CLOSED: Any = _new(_HANDLE)
 """The handle of a region after its end: C refuses each call with REGION_RELEASED."""
 
 # Handles that later regions reuse.
 _spares: list[Any] = []
 _MAX_SPARES = 16
-# Weak references to all handles by id; a handle stays here while regions reuse it.
-_handles: dict[int, "weakref.ref[Any]"] = {}
+# All handles, also those that wait for a region to reuse them.
+_handles: References["weakref.ref[Any]"] = References()
 
 
 def take() -> Any:
     """Return a handle without addresses."""
     try:
-        return _spares.pop()
-    except IndexError:
-        handle = ffi.new("struct region *")
-    key, remove = id(handle), _handles.pop  # bound: at exit the module may be cleared first
+        return _spares.pop() if _spares else _create()
+    except IndexError:  # another thread took the last
+        return _create()
 
-    def on_death(_: "weakref.ref[Any]") -> None:
-        remove(key, None)
 
-    _handles[key] = weakref.ref(handle, on_death)
+def _create() -> Any:
+    handle = _new(_HANDLE)
+    _handles.add(weakref.ref(handle))
     return handle
 
 
@@ -98,9 +99,8 @@ def reuse(handle: Any) -> bool:
 def live_ranges() -> list[tuple[int, int]]:
     """Return the addresses [start, end) of all open regions, without keeping any alive."""
     ranges = []
-    for reference in list(_handles.values()):
-        handle = reference()
-        if handle is not None and handle.base:
+    for _, handle in _handles.alive():
+        if handle.base:
             base = address_of(handle.base)
             ranges.append((base, base + int(handle.size)))
     return ranges

@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from _thread import RLock
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pyreserve._native import ffi, lib
 
@@ -23,45 +23,64 @@ registry_lock = RLock()
 _FIRST_LIMIT = 64
 
 
-class _Registry:
-    """Weak references to the owners of locks, each with the address of its tables.
+_Ref = TypeVar("_Ref", bound="weakref.ref[Any]")
 
-    A registered lock is its own owner and has address 0. Dead references are removed when the list
-    has doubled since the last removal.
+
+class References(Generic[_Ref]):
+    """Weak references to objects of which there may be many.
+
+    Dead references are removed when the list has doubled since the last removal: cheaper than a
+    callback for each.
     """
 
     def __init__(self) -> None:
-        self.entries: list[tuple[weakref.ref[Any], int]] = []
+        self._references: list[_Ref] = []
         self._limit = _FIRST_LIMIT
 
-    def add(self, keeper: Any, address: int) -> None:
+    def add(self, reference: _Ref) -> None:
+        """Add a reference."""
         with registry_lock:
-            self.entries.append((weakref.ref(keeper), address))
-            if len(self.entries) > self._limit:
-                # A finaliser that runs here may append: entries after `checked` are kept.
-                checked = len(self.entries)
-                self.entries[:checked] = [e for e in self.entries[:checked] if e[0]() is not None]
-                self._limit = 2 * len(self.entries) + _FIRST_LIMIT
+            references = self._references
+            references.append(reference)
+            if len(references) > self._limit:
+                # A finaliser that runs here may append: references after `checked` are kept.
+                checked = len(references)
+                references[:checked] = [ref for ref in references[:checked] if ref() is not None]
+                self._limit = 2 * len(references) + _FIRST_LIMIT
+
+    def alive(self) -> list[tuple[_Ref, Any]]:
+        """Return the references to living objects, each with its object."""
+        pairs = [(reference, reference()) for reference in list(self._references)]
+        return [(reference, item) for reference, item in pairs if item is not None]
 
 
-_locks = _Registry()
-_tables = _Registry()
+class _TablesRef(weakref.ref[Any]):
+    """A reference to the owner of a ``struct pagealloc``, with the address of that."""
+
+    __slots__ = ("address",)
+    address: int
+
+
+_locks: References["weakref.ref[RLock]"] = References()
+_tables: References[_TablesRef] = References()
 
 
 def register(lock: RLock) -> None:
     """Hold `lock` across forks. The reference is weak."""
-    _locks.add(lock, 0)
+    _locks.add(weakref.ref(lock))
 
 
 def register_tables(keeper: Any, tables: Any) -> None:
     """Hold the lock of a ``struct pagealloc *`` across forks while `keeper` is alive."""
-    _tables.add(keeper, int(ffi.cast("uintptr_t", tables)))
+    reference = _TablesRef(keeper)
+    reference.address = int(ffi.cast("uintptr_t", tables))
+    _tables.add(reference)
 
 
 def _collect() -> tuple[list[RLock], list[tuple[Any, int]]]:
     return (
-        [lock for ref, _ in list(_locks.entries) if (lock := ref()) is not None],
-        [(keeper, at) for ref, at in list(_tables.entries) if (keeper := ref()) is not None],
+        [lock for _, lock in _locks.alive()],
+        [(keeper, reference.address) for reference, keeper in _tables.alive()],
     )
 
 
