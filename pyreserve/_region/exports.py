@@ -41,8 +41,8 @@ class Exports:
     Attributes:
         handle: the ``struct region *`` of the region, for calls of C.
         lock: re-entrant, held across forks.
-        owner: the object that alone may discard, decommit, release and close, for messages; None
-            if the region has no such owner.
+        owner: the kind of object that alone may discard, decommit, release and close, a noun for
+            messages; None if the region has no such owner.
         released: whether the region is released or closed.
         viewed: whether a view may be alive. While this is False, a caller that holds `lock` may
             take bytes away by one call of C without `remove`.

@@ -134,8 +134,13 @@ def reserve_to_grow(
 def growth_plan(region: Region, step: int | None) -> Plan:
     """Return the plan for a region of `reserve_to_grow`."""
     if step is None:
-        return Growth(_huge_page_size(region.huge_pages))
+        return _growth(_huge_page_size(region.huge_pages))
     return Steps(region.base, step, small_first=region.huge_pages != "prefer")
+
+
+@cache
+def _growth(huge_page: int) -> Growth:
+    return Growth(huge_page)  # it has no state, so all regions can share it
 
 
 @cache

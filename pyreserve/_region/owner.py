@@ -29,7 +29,7 @@ class OnRegion:
     def __init__(self, region: Region) -> None:
         self._region, self._exports = region, region.exports
         self._lock = self._exports.lock
-        self._exports.owner = f"{'an' if self._noun[0] in 'aeiou' else 'a'} {self._noun}"
+        self._exports.owner = self._noun
 
     @property
     def region(self) -> Region:

@@ -485,7 +485,8 @@ class Region:
 
     def _refuse_owned(self, verb: str, owner: str) -> NoReturn:
         self._check_open()
-        msg = f"cannot {verb} a region that is part of {owner}: use the owner's methods"
+        article = "an" if owner[0] in "aeiou" else "a"
+        msg = f"cannot {verb} a region that is part of {article} {owner}: use the owner's methods"
         raise StateError(msg)
 
     def _fail(self, verb: str, err: int, offset: int, length: int) -> NoReturn:

@@ -1,6 +1,7 @@
 """`reserve` and `window`: regions with their policies and their place in the address space."""
 
 import errno
+from functools import cache
 from operator import index as _index
 from typing import Any
 
@@ -154,9 +155,9 @@ def reserve_below(
         TypeError, ValueError, OutOfMemoryError, VMError: as for `reserve`.
     """
     mode, accounting, advice = _policies(mode, fork, huge_pages)
-    options = ffi.new("struct region_options *")
-    options.align, options.lead = align, lead
+    options = _options_below(align, lead)
     if name is not None:
+        options = ffi.new("struct region_options *", options[0])
         options.name = _checked_name(name)
     size = round_up(size, PAGE_SIZE)
     handle = handles.take()
@@ -261,6 +262,14 @@ def _placement_options(
             raise RangeError(msg)
     if name is not None:
         options.name = _checked_name(name)
+    return options
+
+
+@cache
+def _options_below(align: int, lead: int) -> Any:
+    """Return the options of regions without a name. C only reads them, so all can share them."""
+    options = ffi.new("struct region_options *")
+    options.align, options.lead = align, lead
     return options
 
 

@@ -190,7 +190,7 @@ class TestOwner:
     def test_it_keeps_the_verbs(self, region: Region) -> None:
         """Only the region's methods refuse for an owner; those of its Exports are the owner's."""
         region.commit()
-        region.exports.owner = "a test"
+        region.exports.owner = "test"
 
         for verb in (region.decommit, region.discard, region.release, region.close):
             with pytest.raises(StateError, match="part of a test: use the owner's methods"):
