@@ -69,7 +69,7 @@ class Growable(Exclusive, InSteps):
         self._spared = (0, 0)  # [low, high) of the last `spare`, less what `advance` took
         # Views of the bytes [low, high) that the buffer protocol exported. Consumers may keep no
         # reference but one to this object, so these bytes stay committed as long as it lives.
-        self._pins: list[tuple[memoryview, int, int]] = []
+        self._pins: tuple[tuple[memoryview, int, int], ...] = ()
         self._window_length = 0  # items in the window
         self._shown: memoryview | None = None  # the view behind the window
         self._shown_from = 0  # offset at which the region exported it
@@ -210,7 +210,7 @@ class Growable(Exclusive, InSteps):
         if end > last:
             # Extend the last pin unless bytes between it and the front may be decommitted.
             older, first = (self._pins[:-1], first) if low <= last else (self._pins, low)
-            self._pins = [*older, (self._region.view(first, end - first), first, end)]
+            self._pins = (*older, (self._region.view(first, end - first), first, end))
         return self._region.view(low, end - low)
 
     # -- lengths ------------------------------------------------------------------------------

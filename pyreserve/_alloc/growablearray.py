@@ -3,17 +3,16 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from math import prod
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
 
 from pyreserve._alloc.appender import HAS_GIL, NO_CELLS, REFUSED, Lease, make_appender
 from pyreserve._alloc.arrayoperators import ArrayOperators
-from pyreserve._alloc.arrayvalues import as_item, as_items, is_array_like, is_raw, plain_types
+from pyreserve._alloc.arrayvalues import as_item, as_items, is_array_like
 from pyreserve._alloc.growable import Growable
-from pyreserve._region.arrays import converted, import_numpy, item_dtype
+from pyreserve._alloc.itemkind import item_kind
+from pyreserve._region.arrays import converted
 from pyreserve._region.policies import Fork, HugePages, Mode
-from pyreserve.errors import RangeError
 from pyreserve.units import as_count
 
 if TYPE_CHECKING:
@@ -94,21 +93,12 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         huge_pages: HugePages | None = None,
         name: str | None = None,
     ) -> None:
-        numpy = self._numpy = sys.modules.get("numpy") or import_numpy("GrowableArray")
-        self._dtype = kind = item_dtype(dtype, "GrowableArray")
-        sides = item_shape if isinstance(item_shape, tuple) else (item_shape,)
-        self._item_shape = tuple(map(_index, sides))
-        if min(self._item_shape, default=1) <= 0:
-            msg = f"item_shape must have positive sides, got {self._item_shape}"
-            raise RangeError(msg)
-        self._none = numpy.empty((0, *self._item_shape), kind)
-        self._itemsize = prod(self._item_shape, start=int(kind.itemsize))
-        # Numpy reads such an item as a copy, which keeps no memory alive.
-        self._scalar = not self._item_shape and kind.kind != "V"
-        self._raw = self._scalar and is_raw(kind)  # cells are memoryviews
-        self._one_step = self._raw and HAS_GIL
-        self._plain = _, self._scalars, self._limit = plain_types(kind)
-        self._ndarray = numpy.ndarray
+        # The attributes of an object should be fewer than 30, which CPython keeps without a dict.
+        self._kind = kind = item_kind(dtype, item_shape)
+        self._dtype, self._item_shape, self._itemsize = kind.dtype, kind.shape, kind.nbytes
+        self._one_step = kind.raw and HAS_GIL
+        _, self._scalars, self._limit = kind.plain
+        self._ndarray = kind.ndarray
         # The view under the last `array`, for the next one. It pins items, so it is dropped
         # before any are cut off.
         self._cached_view: Any = None
@@ -200,9 +190,9 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         next append slower. One thread at a time may use the function. It does not keep the array
         alive.
         """
-        if not self._scalar:
+        if not self._kind.scalar:
             return self.append
-        return make_appender(*self._plain, self._append_slowly)
+        return make_appender(*self._kind.plain, self._append_slowly)
 
     def extend(self, values: "npt.ArrayLike | Iterable[Any]") -> None:
         """Append the items of an array, a sequence or any other iterable.
@@ -353,25 +343,21 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     def _over(self, view: memoryview | None) -> Any:
         # _cells stores single numbers, _values reads them: two sequences over the same memory.
         if view is None:
-            self._cells, self._values = NO_CELLS, self._none
-            return self._none
-        window = self._shaped(view)
-        if self._scalar:
-            self._cells, self._values = memoryview(window) if self._raw else window, window
+            self._cells, self._values = NO_CELLS, self._kind.none
+            return self._values
+        window = self._kind.over(view)
+        if self._kind.scalar:
+            self._cells, self._values = memoryview(window) if self._kind.raw else window, window
         return window
-
-    def _shaped(self, view: memoryview) -> Any:
-        array = self._numpy.frombuffer(view, self._dtype)
-        return array.reshape(-1, *self._item_shape) if self._item_shape else array
 
     def _as_array(self) -> Any:
         nbytes = self._count * self._itemsize
         if not nbytes:
-            return self._none.copy()
+            return self._kind.none.copy()
         if self._cached_view is None or self._cached_view.nbytes != nbytes:
             self._cached_view = self._region.view(self._front, nbytes)
         # A new array for each caller, who may change its shape or dtype.
-        return self._shaped(self._cached_view)
+        return self._kind.over(self._cached_view)
 
     def _pick(self, key: Any) -> Any:
         if type(key) is int:
@@ -392,11 +378,11 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         """Return the items [start, stop), as many as there are."""
         stop = min(stop, self._count)
         if start >= stop:
-            return self._none.copy()
+            return self._kind.none.copy()
         if stop - start == self._count:
             return self._as_array()
         nbytes = (stop - start) * self._itemsize
-        return self._shaped(self._exports.view(self._offset(start), nbytes))
+        return self._kind.over(self._exports.view(self._offset(start), nbytes))
 
     def _export_items(self) -> memoryview:
         self._export()  # pins them
@@ -458,7 +444,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     def _spare_array(self, n: int) -> Any:
         offset = self._spare(n)
         view = self._region.view(offset, n * self._itemsize) if n else None
-        return self._none.copy() if view is None else self._shaped(view)
+        return self._kind.none.copy() if view is None else self._kind.over(view)
 
     def _pop(self) -> Any:
         n = self._count - 1
@@ -466,7 +452,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
             msg = "pop from an empty array"
             raise IndexError(msg)
         self._make_space(n + 1)
-        item = self._window[n] if self._scalar else self._window[n].copy()
+        item = self._window[n] if self._kind.scalar else self._window[n].copy()
         self._truncate(n)
         return item
 
