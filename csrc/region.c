@@ -634,12 +634,10 @@ void region_retire(struct region *region) {
 
 void region_end(struct region *region) {
     struct run piece;
-    if (region->base != NULL && !region->sealed && unmap(region) != 0) {
+    /* The pages of a file stay: another process may use them. */
+    if (region->base != NULL && !region->sealed && unmap(region) != 0 && !region->shared)
         for (size_t at = 0; runs_next(&region->committed, at, region->size, &piece); at = piece.hi)
             (void)vm_discard(address_of(region, piece.lo), piece.hi - piece.lo);
-        if (region->shared)
-            (void)punch(region, 0, region->size);
-    }
     close_file(region);
     runs_clear(&region->reserved);
     runs_clear(&region->committed);

@@ -188,7 +188,7 @@ void region_retire(struct region *region);
 
 /* Unmaps what the region still owns, unless it is sealed, and frees the storage of its books. If
  * the kernel refuses to unmap, the addresses stay mapped and their contents are discarded. The file
- * of a shared region is closed. */
+ * of a shared region is closed; its contents stay, because a forked process may use them. */
 void region_end(struct region *region);
 
 #endif
