@@ -1,6 +1,7 @@
 """`reserve` and `window`: regions with their policies and their place in the address space."""
 
 import errno
+import resource
 from functools import cache
 from operator import index as _index
 from typing import Any
@@ -19,6 +20,7 @@ from pyreserve._region.policies import (
     unknown_word,
 )
 from pyreserve._region.region import Region
+from pyreserve._system.limitbase import rlimit
 from pyreserve._system.limits import PAGE_SIZE, refusal
 from pyreserve._system.machine import thp_size
 from pyreserve.errors import RangeError
@@ -93,6 +95,7 @@ def reserve(
         size += PAGE_SIZE - size % PAGE_SIZE
     if shared:
         check_shared(mode, fork)
+        _check_file_size(size)
     mode, accounting, advice = _policies(mode, fork, huge_pages, no_dump=not dump)
     if huge_pages == "prefer" and align is None and at is None:
         align = thp_size()
@@ -127,6 +130,7 @@ def reserve_mirrored(size: int, *, name: str | None = None) -> Region:
     Raises:
         OutOfMemoryError, VMError, TypeError, ValueError: as for `reserve` and `Region.commit`.
     """
+    _check_file_size(size)
     options = _placement_options(None, None, None, False, name)
     options.mirrored, options.strict = True, is_strict()
     handle = handles.take()
@@ -195,6 +199,17 @@ def window(
     if err:
         raise refusal("reserve", err, size, start)
     return region
+
+
+def _check_file_size(size: int) -> None:
+    """Refuse a file above RLIMIT_FSIZE here: the kernel also sends SIGXFSZ, which may be fatal.
+
+    Raises:
+        VMError: EFBIG.
+    """
+    limit = rlimit(resource.RLIMIT_FSIZE)
+    if limit is not None and size > limit:
+        raise refusal("reserve", errno.EFBIG, size, shared=True)
 
 
 def _open(

@@ -334,6 +334,18 @@ def test_the_file_size_limit() -> None:
     assert "RLIMIT_FSIZE (ulimit -f) is 1 MiB" in refused[3]
 
 
+@pytest.mark.parametrize("make", [lambda size: reserve(size, shared=True), reserve_mirrored])
+def test_the_file_size_limit_sends_no_signal(make: Callable[[int], object]) -> None:
+    """RLIMIT_FSIZE refuses a region where SIGXFSZ, which Python ignores, would end the process."""
+
+    def try_it() -> Any:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        return refusal(lambda: make(2 * MiB))
+
+    refused = limited(resource.RLIMIT_FSIZE, MiB, try_it)
+    assert refused[:3] == ("VMError", errno.EFBIG, "RLIMIT_FSIZE")
+
+
 def test_the_address_space_limit() -> None:
     """RLIMIT_AS refuses a shared region as a private one, and no descriptor leaks."""
 
