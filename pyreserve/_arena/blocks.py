@@ -189,8 +189,8 @@ class Block:
 
         Raises:
             RangeError: `nbytes` is not positive.
-            OutOfMemoryError: the pages behind the block are not free, or the kernel refused.
-                Nothing has changed, except that the arena may have grown.
+            OutOfMemoryError: the pages behind the block are not free, the arena ends before, or the
+                kernel refused. Nothing has changed, except that the arena may have grown.
             ViewError: live views show bytes that would be cut; nothing has changed.
             FreeError: the block was freed or closed.
             ReleasedError: the arena was released or closed.

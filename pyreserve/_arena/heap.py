@@ -255,10 +255,11 @@ class Heap:
         if result <= lib.HEAP_ERRNO:
             raise self._alloc_error(result, nbytes)
         if result < 0:
-            msg = (
-                f"cannot resize a block from {old} to {nbytes} bytes: pages behind it are not free"
-            )
-            raise OutOfMemoryError(errno.ENOMEM, msg, verb="resize", nbytes=nbytes)
+            why, limit = "pages behind it are not free", None
+            if result == lib.PAGEALLOC_OUTSIDE:
+                why, limit = "the addresses of the arena end before", self._engine.limit
+            msg = f"cannot resize a block from {old} to {nbytes} bytes: {why}"
+            raise OutOfMemoryError(errno.ENOMEM, msg, verb="resize", nbytes=nbytes, limit=limit)
 
     def _grow_behind(self, handle: int, old: int, nbytes: int) -> bool:
         """Grow the heap behind its last block; return False for another block."""

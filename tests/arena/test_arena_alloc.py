@@ -330,8 +330,9 @@ class TestResize:
             with pytest.raises(RangeError, match="nbytes must be positive"):
                 block.resize(nbytes)
         for nbytes in (5 * MiB, 1 << 61, 1 << 63, 1 << 64, 1 << 80):
-            with pytest.raises(OutOfMemoryError):
+            with pytest.raises(OutOfMemoryError, match="addresses of the arena end") as refused:
                 block.resize(nbytes)
+            assert refused.value.limit == "capacity"
         with pytest.raises(TypeError):
             block.resize(1.5)  # type: ignore[arg-type]
         assert block.nbytes == PAGE
