@@ -4,6 +4,7 @@ from functools import cache, lru_cache
 from struct import error, pack
 from typing import TYPE_CHECKING, Any
 
+from pyreserve._alloc.growable import unwrapped
 from pyreserve._region.arrays import import_numpy
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def as_item(value: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Any:
     Raises:
         TypeError, ValueError, OverflowError: raised by numpy, or the shape differs.
     """
-    item = _numpy().array(value, dtype=dtype)
+    item = _numpy().array(unwrapped(value), dtype=dtype)
     if item.shape != shape:
         wanted = f"of shape {shape}" if shape else "a single item"
         msg = f"value must be {wanted}, got an array of shape {item.shape}"
@@ -106,7 +107,7 @@ def as_items(values: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Any
         packed = _packed(values, dtype)
         if packed is not None:
             return numpy.frombuffer(packed, dtype)
-    items = numpy.asarray(values, dtype=dtype)
+    items = numpy.asarray(unwrapped(values), dtype=dtype)
     if items.shape == (0,):  # an empty list, also of rows
         return items.reshape(0, *shape)
     if not items.ndim or items.shape[1:] != shape:

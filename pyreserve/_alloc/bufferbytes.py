@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
 
 from pyreserve._alloc import bytesearch
 from pyreserve._alloc.bytesearch import compare
-from pyreserve._alloc.growable import Growable
+from pyreserve._alloc.growable import Growable, unwrapped
 from pyreserve._region.handles import Buffer, from_buffer
 from pyreserve.errors import RangeError
 
@@ -409,6 +409,7 @@ def flat(data: Any, *, writable: bool = False) -> memoryview:
     """
     if isinstance(data, BufferBytes):  # an export as a buffer would pin the bytes
         return data.view()
+    data = unwrapped(data)
     if not writable and (type(data) is bytes or type(data) is bytearray):
         return memoryview(data)
     if sys.version_info < (3, 12) and hasattr(type(data), "__buffer__"):

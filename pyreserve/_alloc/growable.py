@@ -13,7 +13,7 @@ region refuses to decommit its bytes.
 import errno
 from functools import partial
 from operator import index as _index
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyreserve._alloc.capacity import reserve_default
 from pyreserve._alloc.droppedpages import DroppedPages
@@ -25,6 +25,9 @@ from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError, RangeError, VMError
 from pyreserve.units import KiB, MiB, format_size, round_up
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # From this size up, discard pages instead of zeroing them. Touching a discarded page costs more
 # than zeroing it, but many may never be touched again.
@@ -164,6 +167,10 @@ class Growable(Exclusive, InSteps):
             f"<{type(self).__name__}{name} of {len(self):,} {self._unit}: capacity "
             f"{self.capacity:,}, {format_size(self.committed)} committed>"
         )
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> "np.ndarray[Any, Any]":
+        """Return an array of the current items, a view: numpy's array protocol."""
+        raise NotImplementedError
 
     # -- the window ---------------------------------------------------------------------------
 
@@ -381,3 +388,11 @@ class Growable(Exclusive, InSteps):
         self._drop_cached()
         self._close_window()
         super()._finish_close()
+
+
+def unwrapped(value: Any) -> Any:
+    """Return the array of a growing container, and any other value as it is.
+
+    From Python 3.12 on, numpy would take the container's buffer instead, which pins the items.
+    """
+    return value.__array__() if isinstance(value, Growable) else value

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
 from pyreserve._alloc.appender import HAS_GIL, NO_CELLS, REFUSED, Lease, make_appender
 from pyreserve._alloc.arrayoperators import ArrayOperators
 from pyreserve._alloc.arrayvalues import as_item, as_items, is_array_like
-from pyreserve._alloc.growable import Growable
+from pyreserve._alloc.growable import Growable, unwrapped
 from pyreserve._alloc.itemkind import item_kind
 from pyreserve._region.arrays import converted
 from pyreserve._region.policies import Fork, HugePages, Mode
@@ -208,7 +208,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         """
         items: Any = values
         if type(values) is not self._ndarray:
-            items = _unwrapped(values)
+            items = unwrapped(values)
             if not is_array_like(items):
                 self._extend_in_pieces(items)
                 return
@@ -281,7 +281,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
                     return
             except REFUSED:
                 pass
-        self._exclusively(self._as_array)[key] = _unwrapped(value)
+        self._exclusively(self._as_array)[key] = unwrapped(value)
 
     def __delitem__(self, key: Any) -> NoReturn:
         msg = "items can't be deleted: views show them where they are; pop() removes the last, "
@@ -464,13 +464,8 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         super()._finish_close()
 
 
-def _unwrapped(value: Any) -> Any:
-    """Return the `array` of a GrowableArray: from Python 3.12 on, numpy would pin its items."""
-    return value.array if isinstance(value, GrowableArray) else value
-
-
 def _as_operand(value: Any) -> Any:
-    return tuple(map(_as_operand, value)) if isinstance(value, tuple) else _unwrapped(value)
+    return tuple(map(_as_operand, value)) if isinstance(value, tuple) else unwrapped(value)
 
 
 def _rebuild(
