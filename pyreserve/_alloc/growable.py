@@ -24,7 +24,7 @@ from pyreserve._region.owner import Exclusive, InSteps
 from pyreserve._region.policies import Fork, HugePages, Mode
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.errors import OutOfMemoryError, RangeError, VMError
-from pyreserve.units import KiB, MiB, format_size, round_up
+from pyreserve.units import KiB, MiB, as_count, format_size, round_up
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,7 +104,7 @@ class Growable(Exclusive, InSteps):
             ReleasedError: it was released or closed.
             StateError: called by a finaliser or signal handler inside another call.
         """
-        self._exclusively(self._resize, _index(length), bool(zero))
+        self._exclusively(self._resize, as_count(length, "length"), bool(zero))
 
     def clear(self) -> None:
         """Set the length to 0, as ``resize(0)`` does."""
@@ -307,7 +307,7 @@ class Growable(Exclusive, InSteps):
         nbytes, length = count * self._itemsize, self._count * self._itemsize
         msg = f"cannot grow to {count} {self._unit}: "
         if nbytes > self._size:
-            msg += f"{self._count} of {self.capacity} are in use"
+            msg += f"the capacity is {self.capacity}, and {self._count} are in use"
             raise OutOfMemoryError(errno.ENOMEM, msg, verb="grow", nbytes=nbytes, limit="capacity")
         exports, region, cut = self._exports, self._region, round_up(length, PAGE_SIZE)
         self._drop_cached()

@@ -66,6 +66,10 @@ class GrowableBuffer(BufferFile):
         self._wanted = size  # None: a copy has the default capacity of its machine
         super().__init__(size, step, mode, fork, huge_pages, name)
 
+    def resize(self, length: int | str, *, zero: bool = True) -> None:
+        """Set the length, to bytes or a size such as ``"1MiB"``; see `GrowableArray.resize`."""
+        super().resize(as_bytes(length), zero=zero)
+
     def spare(self, n: int) -> memoryview:
         """Return a writable memoryview over the next `n` bytes, which are not part of it yet.
 

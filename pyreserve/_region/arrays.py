@@ -71,7 +71,12 @@ def item_dtype(dtype: "npt.DTypeLike", user: str) -> "np.dtype[Any]":
         TypeError: numpy has no such dtype, or it has references, no size, or a shape of its own.
     """
     numpy = sys.modules.get("numpy") or import_numpy(user)
-    kind: np.dtype[Any] = numpy.dtype(dtype)
+    try:
+        kind: np.dtype[Any] = numpy.dtype(dtype)
+    except TypeError as error:
+        got = type(dtype).__name__
+        msg = f"dtype, the first argument, must be a dtype such as 'float64', got {got}: {error}"
+        raise TypeError(msg) from None
     if kind.kind not in _PLAIN_KINDS or kind.hasobject or not kind.itemsize or kind.subdtype:
         msg = f"dtype must have a fixed size, without references or shape, got {kind!r}"
         raise TypeError(msg)

@@ -464,7 +464,9 @@ class TestTheEndOfTheAddresses:
         array = numbers(8, capacity=8)
         array.drop_front(ITEMS)
 
-        with pytest.raises(OutOfMemoryError, match=f"{7 * ITEMS} of {8 * ITEMS} are in use"):
+        with pytest.raises(
+            OutOfMemoryError, match=f"capacity is {8 * ITEMS}, and {7 * ITEMS} are in use"
+        ):
             array.resize(8 * ITEMS + 1)
 
         assert runs(array) == [(1, 7)]

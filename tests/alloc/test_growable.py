@@ -190,7 +190,7 @@ class TestBytes:
                 grow()
         assert bytes(buffer.view()) == b"x" * capacity
 
-    @pytest.mark.parametrize("wrong", [1.0, "1", None, 1j])
+    @pytest.mark.parametrize("wrong", [1.0, b"1", None, 1j])
     def test_arguments_that_are_not_integers(self, wrong: Any) -> None:
         """Arguments that are not integers are TypeErrors."""
         buffer = GrowableBuffer(MiB)
@@ -572,7 +572,17 @@ class TestRefusals:
         assert state(buffer) == before
         assert isinstance(refused.value, OutOfMemoryError)
         assert (refused.value.limit, refused.value.nbytes) == ("capacity", MiB + 1)
-        assert str(refused.value).endswith("cannot grow to 1048577 bytes: 3 of 1048576 are in use")
+        assert str(refused.value).endswith(
+            "cannot grow to 1048577 bytes: the capacity is 1048576, and 3 are in use"
+        )
+
+    def test_a_length_as_a_size(self) -> None:
+        """The length of a buffer may be a size such as "1MiB"; an unknown unit changes nothing."""
+        buffer = GrowableBuffer(2 * MiB)
+        buffer.resize("1MiB", zero=False)
+        with pytest.raises(ValueError, match="not a size"):
+            buffer.resize("1 furlong")
+        assert len(buffer) == MiB
 
     @pytest.mark.parametrize("length", [1 << 40, (1 << 63) - 1, 1 << 64, 1 << 1000])
     def test_far_too_much(self, length: int) -> None:
@@ -839,7 +849,9 @@ class TestArrays:
         for grow in too_much:
             with pytest.raises(OutOfMemoryError) as refused:
                 grow()
-            assert "cannot grow to 11 items: 10 of 10 are in use" in str(refused.value)
+            assert "cannot grow to 11 items: the capacity is 10, and 10 are in use" in str(
+                refused.value
+            )
 
         with pytest.raises(RangeError, match="not be negative, got -3"):
             array.resize(-3)

@@ -913,6 +913,19 @@ class TestSpare:
         assert array.array.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("values", [[1, 2, 3], np.arange(3), 3])
+def test_values_in_the_place_of_the_dtype(values: Any) -> None:
+    """Values given to the constructor are refused by a message that says what belongs there."""
+    with pytest.raises(TypeError, match="dtype, the first argument, must be a dtype such as"):
+        GrowableArray(values)
+
+
+def test_a_size_in_bytes_is_no_length() -> None:
+    """An array's length is in items."""
+    with pytest.raises(TypeError, match="length is a number of items, not of bytes"):
+        filled([1]).resize("1MiB")  # type: ignore[arg-type]
+
+
 def test_items_that_were_copied_are_not_pinned() -> None:
     """Extending by an array, or assigning it, pins none of its memory."""
     array = filled([1, 2])

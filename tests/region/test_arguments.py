@@ -278,6 +278,8 @@ TAKES_SIZES = {
     "BumpArena.alloc(bad)",
     "GrowableBuffer",
     "GrowableBuffer(huge)",
+    "GrowableBuffer.resize",
+    "GrowableBuffer.resize(huge)",
     "costs.plan",
     "costs.plan(bad)",
 }
