@@ -6,8 +6,8 @@ A region creates its Exports at first use. Containers on the region use them as 
 import sys
 import weakref
 from _thread import RLock
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from pyreserve._native import ffi, lib
@@ -55,6 +55,7 @@ class Exports:
         "_closed",
         "_depth",
         "_new",
+        "_removing",
         "_size",
         "_table",
         "handle",
@@ -78,6 +79,7 @@ class Exports:
         self._base: Any = None
         # Number of nested calls during which no view may be made.
         self._depth = 0
+        self._removing = RLock()  # held inside `removal`
         # The addresses are released, or kept only for live views.
         self._closed = False
         forks.register(self.lock)
@@ -95,7 +97,7 @@ class Exports:
             StateError: called by a finaliser or signal handler inside another call on the region.
         """
         with self.lock:
-            if self._depth:
+            if self._depth or self._removing._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001
                 msg = "view cannot be called from inside another call on the same region"
                 raise StateError(msg)
             new = self._new
@@ -187,17 +189,13 @@ class Exports:
         finally:
             self._depth = before
 
-    @contextmanager
-    def removal(self) -> Iterator[None]:
+    def removal(self) -> AbstractContextManager[bool]:
         """Refuse new views inside the ``with`` block. The caller holds `lock`.
 
         Inside, `refuse` looks for live views, and the bytes may be taken away in several steps.
         """
-        before, self._depth = self._depth, self._depth + 1
-        try:
-            yield
-        finally:
-            self._depth = before
+        # A lock: a signal handler that raises would leave a generator's block open.
+        return self._removing
 
     def refuse(self, verb: str, lo: int, hi: int) -> None:
         """Raise `ViewError` if live views show bytes of [lo, hi). Called inside `removal`."""

@@ -1,6 +1,7 @@
 """Exports: the lock and the live views of a region, for containers built on it."""
 
 import contextlib
+import signal
 import sys
 import threading
 import weakref
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 import pyreserve
+from helpers.interruptions import Struck, alarms_raise
 from pyreserve import PAGE_SIZE, Region, ReleasedError, StateError, ViewError
 from pyreserve._region.viewtable import ViewTable
 
@@ -71,6 +73,21 @@ class TestRemove:
         message = "view cannot be called from inside another call on the same region"
         assert refused == [message] * 4
         assert len(region.view(0, 1)) == 1
+
+    def test_a_handler_that_raises_ends_it(self, region: Region) -> None:
+        """Where a signal handler raises, inside or around a removal, views can be made again."""
+        region.commit()
+        exports, strikes = region.exports, 0
+        with alarms_raise():
+            while strikes < 1000:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 2e-5 + strikes * 1e-7)
+                    while True:
+                        with exports.lock, exports.removal():
+                            pass
+                except Struck:  # while the exception refers to the frames that it left
+                    strikes += 1
+                    assert len(region.view(0, 1)) == 1
 
     def test_other_threads_wait(self, region: Region) -> None:
         """Another thread's view waits for the end of a removal instead of being refused."""
