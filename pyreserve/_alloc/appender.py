@@ -6,19 +6,12 @@ them the number of items appended. The closure counts an item before it stores i
 that takes the cells back between the two cannot lose the item.
 """
 
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from pyreserve._alloc.cells import NO_CELLS, REFUSED
 from pyreserve.errors import ReleasedError
-
-# With a GIL neither another thread nor a signal handler runs between the bytecodes of a store into
-# a memoryview and of an assignment to an attribute.
-HAS_GIL: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
-# Raised by cells that have no item at the index, or cannot store the value.
-REFUSED = (IndexError, TypeError, ValueError, OverflowError)
-NO_CELLS = memoryview(b"")
 
 
 class Lease(NamedTuple):

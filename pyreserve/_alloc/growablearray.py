@@ -7,9 +7,18 @@ from math import prod
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
 
-from pyreserve._alloc.appender import HAS_GIL, NO_CELLS, REFUSED, Lease, make_appender
-from pyreserve._alloc.arrayoperators import ArrayOperators
-from pyreserve._alloc.arrayvalues import as_item, as_items, is_array_like, is_raw, plain_types
+from pyreserve._alloc.appender import Lease, make_appender
+from pyreserve._alloc.arrayoperators import ArrayProtocols, unwrapped
+from pyreserve._alloc.arrayvalues import (
+    as_item,
+    as_items,
+    is_array_like,
+    is_raw,
+    packed,
+    packers_of,
+    plain_types,
+)
+from pyreserve._alloc.cells import HAS_GIL, NO_CELLS, NOWHERE, REFUSED
 from pyreserve._alloc.growable import Growable
 from pyreserve._region.arrays import converted, import_numpy, item_dtype
 from pyreserve._region.policies import Fork, HugePages, Mode
@@ -23,11 +32,10 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item", bound="np.generic")
 _T = TypeVar("_T")
 
-_NO = sys.maxsize  # an index beyond all cells
 _PIECE = 4096  # items of an iterable that are converted at a time
 
 
-class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
+class GrowableArray(ArrayProtocols, Growable, Generic[_Item]):
     """A numpy array of up to `capacity` items that grows in place; one dtype, initially empty.
 
     Growing never moves an item, except as `drop_front` says: earlier ndarrays stay valid and share
@@ -55,6 +63,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     """
 
     _noun, _unit = "array", "items"
+    _bytes: Any  # the memory of the cells
 
     @overload
     def __init__(
@@ -108,6 +117,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         self._raw = self._scalar and is_raw(kind)  # cells are memoryviews
         self._one_step = self._raw and HAS_GIL
         self._plain = _, self._scalars, self._limit = plain_types(kind)
+        self._packers = packers_of(kind)
         self._ndarray = numpy.ndarray
         # The view under the last `array`, for the next one. It pins items, so it is dropped
         # before any are cut off.
@@ -187,7 +197,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
                             self._count = n + 1
                             return
                 else:  # in one line, so that not even a tracer runs in between
-                    self._cells[n], self._count = value, (n := self._count if not self._busy else _NO) + 1  # fmt: skip  # noqa: E501
+                    self._cells[n], self._count = value, (n := self._count if not self._busy else NOWHERE) + 1  # fmt: skip  # noqa: E501
                     return
             except REFUSED:  # no space, or not a value of this type
                 pass
@@ -218,7 +228,16 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         """
         items: Any = values
         if type(values) is not self._ndarray:
-            items = _unwrapped(values)
+            data = packed(values, self._packers, self._scalars) if self._one_step else None
+            if data is not None:
+                try:
+                    start, size = self._count, self._itemsize
+                    part = slice(start * size, end := start * size + len(data))  # as below
+                    self._bytes[part if self._count == start and not self._busy else NOWHERE], self._count = data, end // size  # fmt: skip  # noqa: E501
+                    return  # noqa: TRY300
+                except REFUSED:  # no space
+                    pass
+            items = unwrapped(values)
             if not is_array_like(items):
                 self._extend_in_pieces(items)
                 return
@@ -229,7 +248,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
                 end = start + len(items)
                 part = slice(start, end)  # may run a finaliser, which may append
                 # In one line, as in `append`.
-                self._cells[part if self._count == start and not self._busy else _NO], self._count = items, end  # fmt: skip  # noqa: E501
+                self._cells[part if self._count == start and not self._busy else NOWHERE], self._count = items, end  # fmt: skip  # noqa: E501
                 return  # noqa: TRY300
             except REFUSED:  # no space, or not an array of this dtype and shape
                 pass
@@ -291,7 +310,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
                     return
             except REFUSED:
                 pass
-        self._exclusively(self._as_array)[key] = _unwrapped(value)
+        self._exclusively(self._as_array)[key] = unwrapped(value)
 
     def __delitem__(self, key: Any) -> NoReturn:
         msg = "items can't be deleted: views show them where they are; pop() removes the last, "
@@ -308,17 +327,6 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         """Return `array`, or a copy for another dtype or ``copy=True``: numpy's array protocol."""
         return converted(self.array, dtype, copy)
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        """Apply a ufunc to `array`: numpy's protocol for operands and for ``out=``."""
-        out = options.get("out")
-        options = {name: _as_operand(option) for name, option in options.items()}  # out, where
-        result = getattr(ufunc, method)(*map(_as_operand, inputs), **options)
-        if not isinstance(out, tuple):
-            return result
-        made = result if len(out) > 1 else (result,)
-        results = tuple(m if o is None else o for m, o in zip(made, out, strict=True))
-        return results if len(results) > 1 else results[0]
-
     def __buffer__(self, flags: int, /) -> memoryview:
         """Export the items as a buffer (PEP 688, Python 3.12).
 
@@ -326,15 +334,6 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         than a reference to it.
         """
         return self._exclusively(self._export_items)
-
-    def __dlpack__(self, **options: Any) -> Any:
-        """Export `array` by DLPack. The capsule keeps the items alive."""
-        array: Any = self.array
-        return array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        """Return DLPack's name of the device: (1, 0), the CPU."""
-        return (1, 0)
 
     def __reduce__(self) -> Any:
         """Pickle and copy as plain data: dtype, capacity, item shape and items.
@@ -353,11 +352,13 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     def _over(self, view: memoryview | None) -> Any:
         # _cells stores single numbers, _values reads them: two sequences over the same memory.
         if view is None:
-            self._cells, self._values = NO_CELLS, self._none
+            self._cells = self._bytes = NO_CELLS
+            self._values = self._none
             return self._none
         window = self._shaped(view)
         if self._scalar:
             self._cells, self._values = memoryview(window) if self._raw else window, window
+            self._bytes = view
         return window
 
     def _shaped(self, view: memoryview) -> Any:
@@ -476,15 +477,6 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     def _finish_close(self) -> None:
         self._take_back()
         super()._finish_close()
-
-
-def _unwrapped(value: Any) -> Any:
-    """Return the `array` of a GrowableArray: from Python 3.12 on, numpy would pin its items."""
-    return value.array if isinstance(value, GrowableArray) else value
-
-
-def _as_operand(value: Any) -> Any:
-    return tuple(map(_as_operand, value)) if isinstance(value, tuple) else _unwrapped(value)
 
 
 def _rebuild(
