@@ -17,11 +17,13 @@ _MOST_PACKED = 1 << 16
 _MOST_PACKERS = 256
 _PACKED_FORMATS = frozenset("bBhHiIlLqQfd")
 _LISTS = frozenset({list, tuple})
-_FLOAT32_MAX = 3.4028234663852886e38
+# Larger numbers overflow, of which numpy warns.
+_LIMITS = {"e": 65504.0, "f": 3.4028234663852886e38}
 # Python types that numpy stores without running their code, by the character of the dtype.
 _COPIED: dict[str, set[type]] = {
     "U": {str},
     "S": {bytes},
+    "e": {bool, int, float},
     "D": {float, complex},
     "d": {float},
     "g": {float},
@@ -52,17 +54,17 @@ def plain_types(dtype: "np.dtype[Any]") -> tuple[type, frozenset[type], float | 
     Other values may run code: a method of their own, or a handler of numpy's warnings. The result
     is the usual type, all types, and the limit: larger values overflow, of which numpy warns.
     """
+    limit = _LIMITS.get(dtype.char)
     if not is_raw(dtype):
-        return dtype.type, frozenset({dtype.type, *_COPIED.get(dtype.char, ())}), None
+        types = frozenset({dtype.type, *_COPIED.get(dtype.char, ())})
+        return dtype.type, types, limit if float in types else None
     numpy = _numpy()
     if dtype.kind == "b":
         return bool, frozenset({*_integers(), numpy.bool_}), None
     if dtype.kind != "f":
         return int, frozenset(_integers()), None
     kinds = frozenset({*_integers(), float, numpy.bool_, numpy.float32, numpy.float64})
-    if dtype.char == "f":
-        return float, kinds, _FLOAT32_MAX
-    return float, kinds | {numpy.float16}, None
+    return float, kinds if limit else kinds | {numpy.float16}, limit
 
 
 def as_item(value: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Any:
