@@ -212,7 +212,7 @@ class GrowableArray(ArrayProtocols, Growable, Generic[_Item]):
         """
         if not self._scalar:
             return self.append
-        return make_appender(*self._plain, self._append_slowly)
+        return make_appender(*self._plain, self._append_slowly, one_step=self._one_step)
 
     def extend(self, values: "npt.ArrayLike | Iterable[Any]") -> None:
         """Append the items of an array, a sequence or any other iterable.
