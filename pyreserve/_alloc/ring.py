@@ -141,7 +141,7 @@ class RingArray(Exclusive, Generic[_Item]):
             ReleasedError, StateError: as for `append`.
         """
         items: Any = values
-        capacity, dtype = self._capacity, self._dtype
+        capacity = self._capacity
         if self._one_step:
             if type(items) is not self._ndarray:
                 if self._extend_packed(items):
@@ -151,10 +151,11 @@ class RingArray(Exclusive, Generic[_Item]):
                     total = self._total
                     n, start = len(items), total % capacity
                     part = slice(start, start + n)  # may run a finaliser, which may append
-                    self._cells[part if self._total == total and not self._busy and n <= capacity else NOWHERE], self._total = items, total + n  # fmt: skip  # noqa: E501
+                    self._cells[part if self._total == total and n <= capacity and not self._busy else NOWHERE], self._total = items, total + n  # fmt: skip  # noqa: E501
                     return  # noqa: TRY300
                 except REFUSED:  # released, in a copy, or not an array of this dtype and length
                     pass
+        dtype = self._dtype
         if hasattr(items, "__next__"):
             items = self._numpy.fromiter(items, dtype)
         items = as_items(items, dtype, ())
