@@ -130,7 +130,7 @@ def as_items(values: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Any
         TypeError, ValueError, OverflowError: raised by numpy, or the shape differs.
     """
     numpy = _numpy()
-    if not shape:
+    if not shape and type(values) in _LISTS:
         data = packed(values, packers_of(dtype), plain_types(dtype)[1])
         if data is not None:
             return numpy.frombuffer(data, dtype)

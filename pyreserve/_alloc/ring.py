@@ -156,14 +156,20 @@ class RingArray(Exclusive, Generic[_Item]):
                 except REFUSED:  # released, in a copy, or not an array of this dtype and length
                     pass
         dtype = self._dtype
-        if hasattr(items, "__next__"):
-            items = self._numpy.fromiter(items, dtype)
-        items = as_items(items, dtype, ())
+        if type(items) is not self._ndarray or items.ndim != 1 or items.dtype != dtype:
+            if hasattr(items, "__next__"):
+                items = self._numpy.fromiter(items, dtype)
+            items = as_items(items, dtype, ())
         count = len(items)
-        items = items[max(0, count - capacity) :]
-        if self._one_step or self._may_be_own(items):
-            # Cells accept only aligned items of the very dtype; and numpy does not know that both
-            # halves are the same memory.
+        if count > capacity:
+            items = items[count - capacity :]
+        # Copy what cells may refuse: they accept only aligned items of the very dtype. Numpy does
+        # not know that both halves are the same memory.
+        if (
+            (items is values or items.base is not None)
+            if self._one_step
+            else self._may_be_own(items)
+        ):
             fresh = self._numpy.empty(len(items), dtype)
             fresh[:] = items
             items = fresh
