@@ -2,23 +2,16 @@
 
 Cells are a sequence over the container's memory, which the container lends to the closure. While
 they are lent, the container has no window; each of its calls first takes the cells back, and with
-them the number of items appended. The closure counts an item before it stores it, so that a call
-that takes the cells back between the two cannot lose the item.
+them the number of items appended. Where storing and counting an item are not one step, the closure
+counts it first, so that a call that takes the cells back between the two cannot lose the item.
 """
 
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from pyreserve._alloc.cells import NO_CELLS, REFUSED
 from pyreserve.errors import ReleasedError
-
-# With a GIL neither another thread nor a signal handler runs between the bytecodes of a store into
-# a memoryview and of an assignment to an attribute.
-HAS_GIL: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
-# Raised by cells that have no item at the index, or cannot store the value.
-REFUSED = (IndexError, TypeError, ValueError, OverflowError)
-NO_CELLS = memoryview(b"")
 
 
 class Lease(NamedTuple):
@@ -40,6 +33,8 @@ def make_appender(
     scalars: frozenset[type],
     limit: float | None,
     append_slowly: Callable[[Lease, Any, int | None], None],
+    *,
+    one_step: bool,
 ) -> Callable[[Any], None]:
     """Create an appender, which has no cells yet. It does not keep the container alive.
 
@@ -50,10 +45,12 @@ def make_appender(
         append_slowly: a method of the container that appends a value that the cells refused, then
             lends cells again. Its last argument is None, or if the value is already counted, the
             number of items ever before it, dropped ones included.
+        one_step: whether storing and counting an item are one step, see `cells`.
     """
-    cells, n, lent = NO_CELLS, 0, False
-    taken = 0  # the index of the next item when cells were last lent or taken back
-    before = 0  # items dropped before the first cell
+    cells, lent = NO_CELLS, False
+    # The index of the next item, also when cells were last lent or taken back; the number of items
+    # dropped before the first cell.
+    n = taken = before = 0
 
     def append(value: Any) -> None:
         nonlocal n
@@ -64,20 +61,30 @@ def make_appender(
         try:
             n = at + 1
             cells[at] = value
-        except REFUSED:
+        except BaseException as error:
             if n == at + 1:
                 n = at
+            if not isinstance(error, REFUSED):
+                raise
             slowly(value, before + at if taken == at + 1 else None)
-        except BaseException:
-            if n == at + 1:
-                n = at
-            raise
+
+    def append_in_one_step(value: Any) -> None:
+        nonlocal n
+        if type(value) is not usual and type(value) not in scalars:
+            slowly(value, None)
+            return
+        try:  # in one line, so that not even a tracer runs in between
+            cells[n], n = value, n + 1
+        except REFUSED:
+            slowly(value, None)
+
+    store = append_in_one_step if one_step else append
 
     def append_within(value: Any) -> None:
         if type(value) in scalars and not -limit <= value <= limit:  # type: ignore[operator]
             slowly(value, None)
         else:
-            append(value)
+            store(value)
 
     def slowly(value: Any, at: int | None) -> None:
         bound = method()
@@ -98,14 +105,10 @@ def make_appender(
         nonlocal cells, taken, lent
         cells = NO_CELLS
         if lent:
-            taken = n
-            lent = False
+            taken, lent = n, False
         return taken
-
-    def forget(_: object) -> None:
-        take_back()
 
     lease = Lease(lend, take_back)
     # When the container dies, its memory must not live as long as the appender.
-    method = weakref.WeakMethod(append_slowly, forget)
-    return append if limit is None else append_within
+    method = weakref.WeakMethod(append_slowly, lambda _: take_back())
+    return store if limit is None else append_within

@@ -1,8 +1,10 @@
-"""Numpy's operators for an object with an ndarray in its attribute `array`."""
+"""Numpy's operators and protocols for an object with an ndarray in its attribute `array`."""
 
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from pyreserve._alloc.growable import unwrapped
 
 _BINARY = (
     "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift",
@@ -74,3 +76,38 @@ if TYPE_CHECKING:
 else:
     # numpy's own mixin would import numpy together with this package.
     ArrayOperators = type("ArrayOperators", (), {"__slots__": (), **_methods()})
+
+
+class ArrayProtocols(ArrayOperators):
+    """The operators, ufuncs and DLPack on `array`."""
+
+    __slots__ = ()
+
+    @property
+    def array(self) -> Any:
+        """An ndarray."""
+        raise NotImplementedError
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """Apply a ufunc to `array`: numpy's protocol for operands and for ``out=``."""
+        out = options.get("out")
+        options = {name: _as_operand(option) for name, option in options.items()}  # out, where
+        result = getattr(ufunc, method)(*map(_as_operand, inputs), **options)
+        if not isinstance(out, tuple):
+            return result
+        made = result if len(out) > 1 else (result,)
+        results = tuple(m if o is None else o for m, o in zip(made, out, strict=True))
+        return results if len(results) > 1 else results[0]
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """Export `array` by DLPack. The capsule keeps the items alive."""
+        array: Any = self.array
+        return array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Return DLPack's name of the device: (1, 0), the CPU."""
+        return (1, 0)
+
+
+def _as_operand(value: Any) -> Any:
+    return tuple(map(_as_operand, value)) if isinstance(value, tuple) else unwrapped(value)

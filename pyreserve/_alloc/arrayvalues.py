@@ -1,7 +1,8 @@
 """Values that become items of an array: types stored without conversion, and conversions."""
 
+from collections.abc import Callable
 from functools import cache, lru_cache
-from struct import error, pack
+from struct import Struct, error
 from typing import TYPE_CHECKING, Any
 
 from pyreserve._alloc.growable import unwrapped
@@ -12,15 +13,18 @@ if TYPE_CHECKING:
 
 # Formats that a memoryview stores faster than numpy: with the same result, or an exception.
 _FAST_FORMATS = frozenset("bBhHiIlLqQfd?")
-# Lists of these lengths are packed by `struct`, twice as fast as numpy converts them.
-_PACKED = range(16, 1 << 16)
+# Lists of up to this length are packed by `struct`, in less than half of numpy's time.
+_MOST_PACKED = 1 << 16
+_MOST_PACKERS = 256
 _PACKED_FORMATS = frozenset("bBhHiIlLqQfd")
 _LISTS = frozenset({list, tuple})
-_FLOAT32_MAX = 3.4028234663852886e38
+# Larger numbers overflow, of which numpy warns.
+_LIMITS = {"e": 65504.0, "f": 3.4028234663852886e38}
 # Python types that numpy stores without running their code, by the character of the dtype.
 _COPIED: dict[str, set[type]] = {
     "U": {str},
     "S": {bytes},
+    "e": {bool, int, float},
     "D": {float, complex},
     "d": {float},
     "g": {float},
@@ -51,17 +55,17 @@ def plain_types(dtype: "np.dtype[Any]") -> tuple[type, frozenset[type], float | 
     Other values may run code: a method of their own, or a handler of numpy's warnings. The result
     is the usual type, all types, and the limit: larger values overflow, of which numpy warns.
     """
+    limit = _LIMITS.get(dtype.char)
     if not is_raw(dtype):
-        return dtype.type, frozenset({dtype.type, *_COPIED.get(dtype.char, ())}), None
+        types = frozenset({dtype.type, *_COPIED.get(dtype.char, ())})
+        return dtype.type, types, limit if float in types else None
     numpy = _numpy()
     if dtype.kind == "b":
         return bool, frozenset({*_integers(), numpy.bool_}), None
     if dtype.kind != "f":
         return int, frozenset(_integers()), None
     kinds = frozenset({*_integers(), float, numpy.bool_, numpy.float32, numpy.float64})
-    if dtype.char == "f":
-        return float, kinds, _FLOAT32_MAX
-    return float, kinds | {numpy.float16}, None
+    return float, kinds if limit else kinds | {numpy.float16}, limit
 
 
 def as_item(value: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Any:
@@ -78,16 +82,46 @@ def as_item(value: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Any:
     return item
 
 
-def _packed(values: Any, dtype: "np.dtype[Any]") -> bytes | None:
-    """Return the bytes of numbers of a native dtype; None if numpy must convert them."""
-    if type(values[0]) not in plain_types(dtype)[1]:
-        return None
-    # Only the standard format refuses floats that overflow.
-    order = "=" if dtype.char == "f" else "@"
+class Packers(dict[int, Callable[..., bytes]]):
+    """Functions that pack numbers of one dtype, by how many; they refuse what numpy must convert.
+
+    They are kept because `struct.pack` copies its arguments once more and looks up its format.
+    """
+
+    def __init__(self, dtype: "np.dtype[Any]") -> None:
+        self._usable = dtype.isnative and dtype.char in _PACKED_FORMATS
+        # Only the standard format refuses floats that overflow.
+        self._format = f"{'=' if dtype.char == 'f' else '@'}%d{dtype.char}"
+
+    def __missing__(self, n: int) -> Callable[..., bytes]:
+        if not self._usable or n > _MOST_PACKED:
+            raise error
+        if len(self) >= _MOST_PACKERS:
+            self.clear()
+        pack = self[n] = Struct(self._format % n).pack
+        return pack
+
+
+@lru_cache(maxsize=64)
+def packers_of(dtype: "np.dtype[Any]") -> Packers:
+    """Return the functions that pack numbers of this dtype."""
+    return Packers(dtype)
+
+
+def packed(values: Any, packers: Packers, types: frozenset[type]) -> bytes | None:
+    """Return the bytes of a list or tuple of numbers; None if numpy must convert `values`.
+
+    Args:
+        values: any value.
+        packers: of the dtype of the items.
+        types: the `plain_types` of that dtype; the first number is of one of them.
+    """
     try:
-        return pack(f"{order}{len(values)}{dtype.char}", *values)
-    except (error, TypeError, ValueError, OverflowError):
-        return None
+        if type(values) in _LISTS and type(values[0]) in types:
+            return packers[len(values)](*values)
+    except (error, IndexError, TypeError, ValueError, OverflowError):
+        pass
+    return None
 
 
 def as_items(values: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Any:
@@ -97,16 +131,10 @@ def as_items(values: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Any
         TypeError, ValueError, OverflowError: raised by numpy, or the shape differs.
     """
     numpy = _numpy()
-    if (
-        type(values) in _LISTS
-        and not shape
-        and len(values) in _PACKED
-        and dtype.isnative
-        and dtype.char in _PACKED_FORMATS
-    ):
-        packed = _packed(values, dtype)
-        if packed is not None:
-            return numpy.frombuffer(packed, dtype)
+    if not shape and type(values) in _LISTS:
+        data = packed(values, packers_of(dtype), plain_types(dtype)[1])
+        if data is not None:
+            return numpy.frombuffer(data, dtype)
     items = numpy.asarray(unwrapped(values), dtype=dtype)
     if items.shape == (0,):  # an empty list, also of rows
         return items.reshape(0, *shape)

@@ -1,14 +1,14 @@
 """GrowableArray: a numpy array that grows in place."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
 
-from pyreserve._alloc.appender import HAS_GIL, NO_CELLS, REFUSED, Lease, make_appender
-from pyreserve._alloc.arrayoperators import ArrayOperators
-from pyreserve._alloc.arrayvalues import as_item, as_items, is_array_like
+from pyreserve._alloc.appender import Lease, make_appender
+from pyreserve._alloc.arrayoperators import ArrayProtocols
+from pyreserve._alloc.arrayvalues import as_item, as_items, is_array_like, packed
+from pyreserve._alloc.cells import HAS_GIL, NO_CELLS, NOWHERE, REFUSED
 from pyreserve._alloc.growable import Growable, unwrapped
 from pyreserve._alloc.itemkind import item_kind
 from pyreserve._region.arrays import converted
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item", bound="np.generic")
 _T = TypeVar("_T")
 
-_NO = sys.maxsize  # an index beyond all cells
 _PIECE = 4096  # items of an iterable that are converted at a time
 
 
-class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
+class GrowableArray(ArrayProtocols, Growable, Generic[_Item]):
     """A numpy array of up to `capacity` items that grows in place; one dtype, initially empty.
 
     Growing never moves an item, except as `drop_front` says: earlier ndarrays stay valid and share
@@ -54,6 +53,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     """
 
     _noun, _unit = "array", "items"
+    _bytes: Any  # the memory of the cells
 
     @overload
     def __init__(
@@ -93,12 +93,12 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         huge_pages: HugePages | None = None,
         name: str | None = None,
     ) -> None:
-        # The attributes of an object should be fewer than 30, which CPython keeps without a dict.
+        # CPython keeps the attributes of an object without a dict if they are fewer than 30.
         self._kind = kind = item_kind(dtype, item_shape)
-        self._dtype, self._item_shape, self._itemsize = kind.dtype, kind.shape, kind.nbytes
+        self._dtype, self._itemsize = kind.dtype, kind.nbytes
         self._one_step = kind.raw and HAS_GIL
         _, self._scalars, self._limit = kind.plain
-        self._ndarray = kind.ndarray
+        self._packers, self._ndarray = kind.packers, kind.ndarray
         # The view under the last `array`, for the next one. It pins items, so it is dropped
         # before any are cut off.
         self._cached_view: Any = None
@@ -117,17 +117,17 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     @property
     def item_shape(self) -> tuple[int, ...]:
         """The shape of an item: ``()`` for single numbers."""
-        return self._item_shape
+        return self._kind.shape
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of `array`: the length, then the sides of `item_shape`."""
-        return (len(self), *self._item_shape)
+        return (len(self), *self._kind.shape)
 
     @property
     def ndim(self) -> int:
         """The number of dimensions of `array`."""
-        return 1 + len(self._item_shape)
+        return 1 + len(self._kind.shape)
 
     @property
     def size(self) -> int:
@@ -177,11 +177,11 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
                             self._count = n + 1
                             return
                 else:  # in one line, so that not even a tracer runs in between
-                    self._cells[n], self._count = value, (n := self._count if not self._busy else _NO) + 1  # fmt: skip  # noqa: E501
+                    self._cells[n], self._count = value, (n := self._count if not self._busy else NOWHERE) + 1  # fmt: skip  # noqa: E501
                     return
             except REFUSED:  # no space, or not a value of this type
                 pass
-        self._exclusively(self._append, as_item(value, self._dtype, self._item_shape))
+        self._exclusively(self._append, as_item(value, self._dtype, self._kind.shape))
 
     def appender(self) -> "Callable[[Any], None]":
         """Return a function that appends one item, as `append` does, in less time.
@@ -192,7 +192,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         """
         if not self._kind.scalar:
             return self.append
-        return make_appender(*self._kind.plain, self._append_slowly)
+        return make_appender(*self._kind.plain, self._append_slowly, one_step=self._one_step)
 
     def extend(self, values: "npt.ArrayLike | Iterable[Any]") -> None:
         """Append the items of an array, a sequence or any other iterable.
@@ -208,22 +208,31 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         """
         items: Any = values
         if type(values) is not self._ndarray:
+            data = packed(values, self._packers, self._scalars) if self._one_step else None
+            if data is not None:
+                try:
+                    start, size = self._count, self._itemsize
+                    part = slice(start * size, end := start * size + len(data))  # as below
+                    self._bytes[part if self._count == start and not self._busy else NOWHERE], self._count = data, end // size  # fmt: skip  # noqa: E501
+                    return  # noqa: TRY300
+                except REFUSED:  # no space
+                    pass
             items = unwrapped(values)
             if not is_array_like(items):
                 self._extend_in_pieces(items)
                 return
-            items = as_items(items, self._dtype, self._item_shape)
+            items = as_items(items, self._dtype, self._kind.shape)
         if self._one_step:
             try:
                 start = self._count
                 end = start + len(items)
                 part = slice(start, end)  # may run a finaliser, which may append
                 # In one line, as in `append`.
-                self._cells[part if self._count == start and not self._busy else _NO], self._count = items, end  # fmt: skip  # noqa: E501
+                self._cells[part if self._count == start and not self._busy else NOWHERE], self._count = items, end  # fmt: skip  # noqa: E501
                 return  # noqa: TRY300
             except REFUSED:  # no space, or not an array of this dtype and shape
                 pass
-        items = as_items(items, self._dtype, self._item_shape)
+        items = as_items(items, self._dtype, self._kind.shape)
         self._exclusively(self._append_items, items)
 
     def spare(self, n: int) -> "npt.NDArray[_Item]":
@@ -298,17 +307,6 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         """Return `array`, or a copy for another dtype or ``copy=True``: numpy's array protocol."""
         return converted(self.array, dtype, copy)
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        """Apply a ufunc to `array`: numpy's protocol for operands and for ``out=``."""
-        out = options.get("out")
-        options = {name: _as_operand(option) for name, option in options.items()}  # out, where
-        result = getattr(ufunc, method)(*map(_as_operand, inputs), **options)
-        if not isinstance(out, tuple):
-            return result
-        made = result if len(out) > 1 else (result,)
-        results = tuple(m if o is None else o for m, o in zip(made, out, strict=True))
-        return results if len(results) > 1 else results[0]
-
     def __buffer__(self, flags: int, /) -> memoryview:
         """Export the items as a buffer (PEP 688, Python 3.12).
 
@@ -317,22 +315,13 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         """
         return self._exclusively(self._export_items)
 
-    def __dlpack__(self, **options: Any) -> Any:
-        """Export `array` by DLPack. The capsule keeps the items alive."""
-        array: Any = self.array
-        return array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        """Return DLPack's name of the device: (1, 0), the CPU."""
-        return (1, 0)
-
     def __reduce__(self) -> Any:
         """Pickle and copy as plain data: dtype, capacity, item shape and items.
 
         Attributes that a subclass added are kept; its constructor is not called.
         """
         kind = type(self)
-        parts = kind, self._dtype, self._wanted, self._item_shape, self.array
+        parts = kind, self._dtype, self._wanted, self._kind.shape, self.array
         if kind is GrowableArray:
             return _rebuild, parts
         own = vars(GrowableArray(self._dtype, 1))
@@ -343,11 +332,12 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     def _over(self, view: memoryview | None) -> Any:
         # _cells stores single numbers, _values reads them: two sequences over the same memory.
         if view is None:
-            self._cells, self._values = NO_CELLS, self._kind.none
+            self._cells, self._bytes, self._values = NO_CELLS, NO_CELLS, self._kind.none
             return self._values
         window = self._kind.over(view)
         if self._kind.scalar:
             self._cells, self._values = memoryview(window) if self._kind.raw else window, window
+            self._bytes = view
         return window
 
     def _as_array(self) -> Any:
@@ -411,7 +401,7 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
         self._count = end
 
     def _append_slowly(self, lease: Lease, value: Any, at: int | None) -> None:
-        item = as_item(value, self._dtype, self._item_shape)
+        item = as_item(value, self._dtype, self._kind.shape)
         self._exclusively(self._append_and_lend, lease, item, at)
 
     def _append_and_lend(self, lease: Lease, item: Any, at: int | None) -> None:
@@ -462,10 +452,6 @@ class GrowableArray(ArrayOperators, Growable, Generic[_Item]):
     def _finish_close(self) -> None:
         self._take_back()
         super()._finish_close()
-
-
-def _as_operand(value: Any) -> Any:
-    return tuple(map(_as_operand, value)) if isinstance(value, tuple) else unwrapped(value)
 
 
 def _rebuild(

@@ -1,12 +1,11 @@
 """The kind of an array's items: facts that follow from a dtype and the shape of an item."""
 
-import sys
 from functools import lru_cache
 from math import prod
 from operator import index as _index
 from typing import TYPE_CHECKING, Any
 
-from pyreserve._alloc.arrayvalues import is_raw, plain_types
+from pyreserve._alloc.arrayvalues import is_raw, packers_of, plain_types
 from pyreserve._region.arrays import import_numpy, item_dtype
 from pyreserve.errors import RangeError
 
@@ -23,7 +22,7 @@ class ItemKind:
         nbytes: the size of an item.
         scalar: whether numpy reads an item as a copy, which keeps no memory alive.
         raw: whether a memoryview stores an item.
-        plain: see `plain_types`.
+        plain, packers: see `plain_types` and `packers_of`.
         none: an array without items.
         ndarray: numpy's type.
     """
@@ -34,6 +33,7 @@ class ItemKind:
         "nbytes",
         "ndarray",
         "none",
+        "packers",
         "plain",
         "raw",
         "scalar",
@@ -41,21 +41,20 @@ class ItemKind:
     )
 
     def __init__(self, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> None:
-        """Check the dtype and the shape.
+        """Take a dtype of `item_dtype`, and the sides of an item.
 
         Raises:
-            TypeError: a dtype with references, without a size, or with a shape of its own.
             RangeError: a side is not positive.
         """
         numpy: Any = import_numpy("GrowableArray")
-        self.dtype, self.shape = item_dtype(dtype, "GrowableArray"), shape
+        self.dtype, self.shape = dtype, shape
         if min(shape, default=1) <= 0:
             msg = f"item_shape must have positive sides, got {shape}"
             raise RangeError(msg)
         self.nbytes = prod(shape, start=int(dtype.itemsize))
         self.scalar = not shape and dtype.kind != "V"
         self.raw = self.scalar and is_raw(dtype)
-        self.plain = plain_types(dtype)
+        self.plain, self.packers = plain_types(dtype), packers_of(dtype)
         self.none: Any = numpy.empty((0, *shape), dtype)
         self.ndarray: type[Any] = numpy.ndarray
         self._frombuffer = numpy.frombuffer
@@ -73,12 +72,10 @@ def item_kind(dtype: "npt.DTypeLike", item_shape: int | tuple[int, ...]) -> Item
     """Return the kind of items of this dtype and shape.
 
     Raises:
-        ImportError: numpy is missing, as for `import_numpy`.
-        TypeError: numpy has no such dtype, or a side is not an integer.
-        TypeError, RangeError: as for `ItemKind`.
+        ImportError, TypeError: as for `item_dtype`; also if a side is not an integer.
+        RangeError: a side is not positive.
     """
-    numpy: Any = sys.modules.get("numpy") or import_numpy("GrowableArray")
-    exact = numpy.dtype(dtype)
+    exact = item_dtype(dtype, "GrowableArray")
     sides = item_shape if isinstance(item_shape, tuple) else (item_shape,)
     if sides:
         sides = tuple(map(_index, sides))

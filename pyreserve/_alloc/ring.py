@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-from pyreserve._alloc.arrayvalues import as_item, as_items, plain_types
+from pyreserve._alloc.arrayvalues import (
+    as_item,
+    as_items,
+    is_raw,
+    packed,
+    packers_of,
+    plain_types,
+)
+from pyreserve._alloc.cells import HAS_GIL, NO_CELLS, NOWHERE, REFUSED
 from pyreserve._region.arrays import converted, import_numpy, item_dtype
 from pyreserve._region.owner import Exclusive
 from pyreserve._region.reserve import reserve_mirrored
@@ -74,26 +82,34 @@ class RingArray(Exclusive, Generic[_Item]):
         self._numpy = import_numpy("RingArray")
         self._dtype = kind = item_dtype(dtype, "RingArray")
         self._capacity = _rounded(as_count(capacity, "capacity"), kind.itemsize)
-        # Values of these types are stored without running Python code.
-        _, types, limit = plain_types(kind)
-        self._direct = types if limit is None else frozenset({kind.type})
-        # Index of the next item, below the capacity; number of items; number ever appended.
-        self._state = (0, 0, 0)
+        self._one_step = is_raw(kind) and HAS_GIL
+        # Values of these types, within the limit, are stored without running Python code.
+        _, self._scalars, self._limit = plain_types(kind)
+        self._packers = packers_of(kind)
+        self._ndarray = self._numpy.ndarray
+        self._total = 0  # items ever appended
+        self._cleared = 0  # items appended before the last `clear`
         region = reserve_mirrored(self._capacity * kind.itemsize, name=name)
         super().__init__(region)
-        # The array over both halves; all others are its slices and keep its view alive. None during
-        # a release, and once released or closed.
-        self._window: Any = self._make_window()
+        self._open_window()
 
-    def _make_window(self) -> Any:
-        region = self._region
-        return self._numpy.frombuffer(self._exports.view(0, region.size), self._dtype)
+    def _open_window(self) -> None:
+        """Make the array over both halves, and its cells and bytes."""
+        self._bytes: Any = self._exports.view(0, self._region.size)
+        # All other arrays are slices of this one and keep its view alive. None during a release,
+        # and once released or closed.
+        self._window: Any = self._numpy.frombuffer(self._bytes, self._dtype)
+        self._cells: Any = memoryview(self._window) if self._one_step else self._window
+
+    def _close_window(self) -> None:
+        self._window = None
+        self._cells = self._bytes = NO_CELLS
 
     # -- appending ----------------------------------------------------------------------------
     #
-    # The lock excludes other threads, but not a finaliser or signal handler, which may append at
-    # any call or allocation. So compute the new state, and again if the state has changed. That
-    # check, the write and the assignment are on one line: a tracer may run code between lines.
+    # See `cells` for stores in one step. Else the lock excludes other threads, but not a finaliser
+    # or signal handler, which may append at any call or allocation: hence the loop in `_put`. Its
+    # check, store and assignment are on one line, between which no tracer runs code.
 
     def append(self, value: Any) -> None:
         """Append one item: any value that numpy converts to the dtype.
@@ -103,18 +119,15 @@ class RingArray(Exclusive, Generic[_Item]):
             ReleasedError: it was released or closed.
             StateError: called by a finaliser or signal handler inside `release`.
         """
-        if type(value) not in self._direct:
-            value = as_item(value, self._dtype, ())
-        window = self._window
-        if window is None:
-            window = self._open_window()
-        capacity = self._capacity
-        with self._lock:
-            while True:
-                at, length, total = state = self._state
-                end = at + 1
-                after = end if end < capacity else 0, length + (length < capacity), total + 1
-                if self._state is state: window[at] = value; self._state = after; return  # fmt: skip  # noqa: E501, E701, E702
+        limit = self._limit
+        plain = type(value) in self._scalars and (limit is None or -limit <= value <= limit)
+        if plain and self._one_step:
+            try:
+                self._cells[self._total % self._capacity if not self._busy else NOWHERE], self._total = value, self._total + 1  # fmt: skip  # noqa: E501
+                return  # noqa: TRY300
+            except REFUSED:  # released, in a copy, or not a value of this type
+                plain = False
+        self._put(value if plain else as_item(value, self._dtype, ()), 1)
 
     def extend(self, values: "npt.ArrayLike | Iterable[Any]") -> None:
         """Append the items of a one-dimensional array, or of values that numpy converts to one.
@@ -127,33 +140,75 @@ class RingArray(Exclusive, Generic[_Item]):
                 one-dimensional. Nothing has changed.
             ReleasedError, StateError: as for `append`.
         """
-        dtype = self._dtype
         items: Any = values
-        if (
-            type(items) is not self._numpy.ndarray
-            or items.ndim != 1
-            or (items.dtype is not dtype and items.dtype != dtype)
-        ):
+        capacity = self._capacity
+        if self._one_step:
+            if type(items) is not self._ndarray:
+                if self._extend_packed(items):
+                    return
+            elif items.base is None or not self._may_be_own(items):
+                try:
+                    total = self._total
+                    n, start = len(items), total % capacity
+                    part = slice(start, start + n)  # may run a finaliser, which may append
+                    self._cells[part if self._total == total and n <= capacity and not self._busy else NOWHERE], self._total = items, total + n  # fmt: skip  # noqa: E501
+                    return  # noqa: TRY300
+                except REFUSED:  # released, in a copy, or not an array of this dtype and length
+                    pass
+        dtype = self._dtype
+        if type(items) is not self._ndarray or items.ndim != 1 or items.dtype != dtype:
             if hasattr(items, "__next__"):
                 items = self._numpy.fromiter(items, dtype)
             items = as_items(items, dtype, ())
-        window = self._window
-        if window is None:
-            window = self._open_window()
-        n = count = len(items)
-        capacity = self._capacity
-        if n > capacity:
-            items, n = items[n - capacity :], capacity
-        # Copy items of this ring: numpy does not know that both halves are the same memory.
-        if items.base is not None and self._numpy.may_share_memory(items, window):
-            items = items.copy()
+        count = len(items)
+        if count > capacity:
+            items = items[count - capacity :]
+        # Copy what cells may refuse: they accept only aligned items of the very dtype. Numpy does
+        # not know that both halves are the same memory.
+        if (
+            (items is values or items.base is not None)
+            if self._one_step
+            else self._may_be_own(items)
+        ):
+            fresh = self._numpy.empty(len(items), dtype)
+            fresh[:] = items
+            items = fresh
+        self._put(items, count, len(items))
+
+    def _extend_packed(self, values: Any) -> bool:
+        """Append a list of plain numbers; return False for other values."""
+        data = packed(values, self._packers, self._scalars)
+        if data is None or len(data) > self._region.size // 2:
+            return False
+        try:
+            total, size = self._total, self._dtype.itemsize
+            start, nbytes = total % self._capacity * size, len(data)
+            part = slice(start, start + nbytes)  # as in `extend`
+            self._bytes[part if self._total == total and not self._busy else NOWHERE], self._total = data, total + nbytes // size  # fmt: skip  # noqa: E501
+        except REFUSED:
+            return False
+        return True
+
+    def _may_be_own(self, items: Any) -> bool:
+        """Whether an array may show items of this ring."""
+        base, window = items.base, self._window
+        if base is None or (type(base) is self._ndarray and base.base is None):
+            return False  # the memory is its own, or its base's
+        return window is None or bool(self._numpy.may_share_memory(items, window))
+
+    def _put(self, items: Any, count: int, n: int | None = None) -> None:
+        """Store a single item, or an array of the last `n` of `count` items; count all of them."""
+        cells, capacity = self._cells, self._capacity
+        if cells is NO_CELLS:
+            cells = self._opened("_cells")
         with self._lock:
             while True:
-                at, length, total = state = self._state
-                end, where, length = at + n, slice(at, at + n), length + n
-                length = length if length < capacity else capacity
-                after = end if end < capacity else end - capacity, length, total + count
-                if self._state is state: window[where] = items; self._state = after; return  # fmt: skip  # noqa: E501, E701, E702
+                total = self._total
+                where: Any = total % capacity
+                if n is not None:
+                    start = (total + count - n) % capacity
+                    where = slice(start, start + n)
+                if self._total == total: cells[where] = items; self._total = total + count; return  # fmt: skip  # noqa: E501, E701, E702
 
     def clear(self) -> None:
         """Remove all items. `total` and earlier arrays stay as they are.
@@ -165,14 +220,11 @@ class RingArray(Exclusive, Generic[_Item]):
         self._exclusively(self._clear)
 
     def _clear(self) -> None:
-        while True:
-            at, _, total = state = self._state
-            after = at, 0, total
-            if self._state is state: self._state = after; return  # fmt: skip  # noqa: E701, E702
+        self._cleared = self._total
 
-    def _open_window(self) -> Any:
-        """Return the window once no other thread is releasing; raise if there is none."""
-        return self._exclusively(getattr, self, "_window")
+    def _opened(self, name: str) -> Any:
+        """Return the window, or its cells, once no other thread is releasing; raise if released."""
+        return self._exclusively(getattr, self, name)
 
     # -- items --------------------------------------------------------------------------------
 
@@ -194,18 +246,18 @@ class RingArray(Exclusive, Generic[_Item]):
             ReleasedError: it was released or closed.
         """
         self._check_open()
-        return self._state[2]
+        return self._total
 
     @property
     def array(self) -> "npt.NDArray[_Item]":
         """An ndarray over all items, oldest first, without a copy; see `last`."""
         window = self._window
         if window is None:
-            window = self._open_window()
-        end, length, _ = self._state  # read once: another thread may clear the ring
-        if end < length:
-            end += self._capacity
-        return window[end - length : end] if length else self._empty(0, 0)
+            window = self._opened("_window")
+        total = self._total
+        length = self._length(total)
+        start = (total - length) % self._capacity
+        return window[start : start + length] if length else self._empty(0)
 
     def last(self, n: int, *, copy: bool = False) -> "npt.NDArray[_Item]":
         """Return an ndarray over the last `n` items, oldest first.
@@ -224,17 +276,21 @@ class RingArray(Exclusive, Generic[_Item]):
             return self._exclusively(self._copy, n)
         window = self._window
         if window is None:
-            window = self._open_window()
-        end, length, _ = self._state
-        if n > length or n < 1:
-            return self._empty(n, length)
-        if end < n:
-            end += self._capacity
-        return window[end - n : end]  # type: ignore[no-any-return]
+            window = self._opened("_window")
+        total, capacity = self._total, self._capacity
+        if not 0 < n <= total - self._cleared or n > capacity:
+            return self._empty(n)
+        start = (total - n) % capacity
+        return window[start : start + n]  # type: ignore[no-any-return]
 
-    def _empty(self, n: int, length: int) -> "npt.NDArray[_Item]":
+    def _length(self, total: int) -> int:
+        """Return the number of items when `total` were appended."""
+        # `total` was read first: another thread may clear the ring, also after further items.
+        return max(0, min(total - self._cleared, self._capacity))
+
+    def _empty(self, n: int) -> "npt.NDArray[_Item]":
         if n:
-            msg = f"n must be in [0, {length}], the number of items, got {n}"
+            msg = f"n must be in [0, {len(self)}], the number of items, got {n}"
             raise RangeError(msg)
         array: npt.NDArray[_Item] = self._numpy.empty(0, self._dtype)
         return array
@@ -244,7 +300,7 @@ class RingArray(Exclusive, Generic[_Item]):
 
     def __len__(self) -> int:
         self._check_open()
-        return self._state[1]
+        return self._length(self._total)
 
     def __getitem__(self, key: Any) -> Any:
         """Index the items as numpy does, from the oldest on; a slice is an array without a copy."""
@@ -263,22 +319,23 @@ class RingArray(Exclusive, Generic[_Item]):
         kind = f"<{type(self).__name__}{name} of {self._dtype}"
         if self.released:
             return f"{kind}, capacity {self._capacity:,}, released>"
-        _, length, total = self._state
+        total = self._total
+        length = self._length(total)
         return f"{kind}: {length:,} of {self._capacity:,} items, {total:,} appended in all>"
 
     # -- the end ------------------------------------------------------------------------------
 
     def _release(self) -> None:
-        self._window = None
         try:
+            self._close_window()
             super()._release()
         except BaseException:
             if not self._exports.released:
-                self._window = self._make_window()
+                self._open_window()
             raise
 
     def _finish_close(self) -> None:
-        self._window = None
+        self._close_window()
         super()._finish_close()
 
 

@@ -201,21 +201,22 @@ class TestAppender:
     def test_dropped_inside(self, n: int) -> None:
         """Another thread may count or drop an item before it is stored: it is there exactly once.
 
-        Such a thread is simulated by memory that drops items while one is stored.
+        Such a thread is simulated by memory that drops items while one is stored. With a GIL it can
+        run there only if numpy stores the items: complex numbers, for example.
         """
-        array: GrowableArray[np.uint64] = GrowableArray(np.uint64, ITEMS)
+        array: GrowableArray[np.complex128] = GrowableArray(np.complex128, ITEMS)
         array.extend(range(9))
 
         class Dropping:
-            def __setitem__(self, key: int, value: int) -> None:
+            def __setitem__(self, key: int, value: complex) -> None:
                 array.drop_front(n)
                 raise IndexError
 
         append = array.appender()
-        append(9)
+        append(9.0)
         assert array._lease is not None
         array._lease.lend(Dropping(), 10, 0)
-        append(10)
+        append(10.0)
 
         assert array.array.tolist() == list(range(n, 11))
 

@@ -300,6 +300,7 @@ class TestExtend:
             [[1] * 30] * 30,
             [1, [2]],
             [1.5] * 20 + [[2]],
+            [1.5] * 5 + [np.array([2])],
             np.zeros((1, 1)),
             np.zeros((0, 2)),
             np.zeros((3, 1)),
@@ -317,6 +318,34 @@ class TestExtend:
             array.extend(values)
 
         assert array.array.tolist() == [9, 8]
+
+    @pytest.mark.parametrize("dtype", ["u1", "i8", "f4", "f8"])
+    @pytest.mark.parametrize("length", [1, 2, 300, (1 << 16) + 1])
+    def test_lists_of_every_length(self, dtype: str, length: int) -> None:
+        """A list is appended wholly or, if one of its values is refused, not at all."""
+        array = filled([7], dtype)
+        values = [n % 251 for n in range(length)]
+
+        for bad in ("x", 1j, [1]):
+            with pytest.raises((TypeError, ValueError)):
+                array.extend([*values, bad])
+        array.extend(values)
+
+        assert array.array.tolist() == [7, *values]
+
+    @pytest.mark.parametrize("length", [1, 30])
+    def test_a_number_of_a_list_that_appends(self, length: int) -> None:
+        """What a number appends while a list is converted stays, before the list."""
+        array = filled([])
+
+        class Number:
+            def __float__(self) -> float:
+                array.append(9)
+                return 7.0
+
+        array.extend([1.5] * length + [Number()])
+
+        assert array.array.tolist() == [9] + [1.5] * length + [7]
 
     @pytest.mark.parametrize("count", [0, 1, 4095, 4096, 4097, 10_000])
     def test_an_iterable_that_raises(self, count: int) -> None:

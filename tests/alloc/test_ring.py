@@ -156,6 +156,56 @@ def test_values_of_every_kind() -> None:
     assert ring.array.tolist() == [*model, 0, 1, 2] * 2
 
 
+@pytest.mark.parametrize("n", [1, 5, 100, ITEMS - 1, ITEMS, ITEMS + 1, 3 * ITEMS + 2])
+@pytest.mark.parametrize("form", [list, tuple, np.array, "unaligned", "long long", "strided"])
+def test_values_of_every_length_and_form(form: Any, n: int) -> None:
+    """Lists and arrays of any length are appended as a deque does, wherever the ring wraps."""
+    numbers = list(range(n))
+    values: Any = np.array(numbers)
+    if form == "unaligned":
+        values = np.frombuffer(b"." + values.tobytes(), "i8", offset=1)
+    elif form == "long long":
+        values = values.astype("q")
+    elif form == "strided":
+        values = np.repeat(values, 2)[::2]
+    else:
+        values = form(numbers)
+    for extra in (0, ITEMS // 2, ITEMS - 1):
+        ring = filled(extra)
+        model = deque(ring.array.tolist(), ITEMS)
+        for _ in range(3):
+            ring.extend(values)
+            model.extend(numbers)
+        assert ring.array.tolist() == list(model)
+        assert ring.total == ITEMS + extra + 3 * n
+
+
+@pytest.mark.parametrize("dtype", ["?", "u1", "i8", "e", "f", "d", "g", "F", "D", ">f8"])
+def test_numbers_are_stored_as_numpy_stores_them(dtype: str) -> None:
+    """Plain numbers become the items, warnings and exceptions that numpy makes of them."""
+    numbers: list[Any] = [0, True, -1, 255, 256, 10**19, 10**400, 1.5, -0.0, 1j, np.float16(2)]
+    numbers += [65504.0, 65519.9, 65520.0, 3.5e38, 1e-46, float("inf"), float("nan")]
+    ring = RingArray(dtype, 1000)
+    array = np.zeros(1, ring.dtype)
+    for number in numbers:
+        outcomes: list[Any] = []
+        stores: list[Callable[[Any], None]] = [
+            lambda n: array.__setitem__(0, n),
+            ring.append,
+            lambda n: ring.extend([n]),
+        ]
+        for store in stores:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    store(number)
+                    item = array[0] if not outcomes else ring[-1]
+                    outcomes.append((repr(item), [str(w.message) for w in caught]))
+                except (TypeError, ValueError, OverflowError) as error:
+                    outcomes.append(type(error))
+        assert outcomes[1:] == outcomes[:1] * 2, number
+
+
 def test_wrong_values_change_nothing() -> None:
     """A value that numpy refuses raises numpy's exception, and the full ring stays as it is."""
     ring = filled(7)
@@ -532,6 +582,27 @@ def test_threads_lose_no_items() -> None:
     for k in range(4):
         own = items[(items >= k * 10**6) & (items < (k + 1) * 10**6)]
         assert own.tolist() == list(range(k * 10**6, k * 10**6 + count))
+
+
+def test_a_copy_is_consistent() -> None:
+    """A copy shows the ring of one moment, whatever other threads append."""
+    ring = RingArray("i8", 1 << 17)
+    ring.extend(np.arange(ring.capacity))
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            end = ring.total
+            ring.extend(np.arange(end, end + 100_000))
+            ring.extend(list(range(end + 100_000, end + 101_000)))
+            ring.append(end + 101_000)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    copies = [ring.last(ring.capacity, copy=True) for _ in range(100)]
+    stop.set()
+    thread.join()
+    assert all((np.diff(items) == 1).all() for items in copies)
 
 
 def test_threads_and_releases() -> None:
