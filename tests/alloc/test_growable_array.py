@@ -413,6 +413,7 @@ class TestExtend:
         first = [*range(10), 43, 42, 41, 40, 2, 3]
         assert array.array.tolist() == first * 2
 
+    @pytest.mark.interop
     def test_pandas(self) -> None:
         """A Series is appended by its values."""
         pandas = pytest.importorskip("pandas")

@@ -1,6 +1,7 @@
 """What people try with the containers that grow: every row of docs/reference/natural-uses.md."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,14 @@ def _named(use: Use) -> str:
     return use.code.replace("\n", "; ")
 
 
-@pytest.mark.parametrize("use", USES, ids=_named)
+def _parameter(use: Use) -> Any:
+    return pytest.param(use, id=_named(use), marks=[pytest.mark.interop] if use.peers else [])
+
+
+@pytest.mark.parametrize("use", [_parameter(use) for use in USES])
 def test_use(use: Use, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A natural use works, or is refused for the reason that the page gives."""
-    for library in use.libraries:
+    for library in use.peers:
         pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     result = ("works", "")

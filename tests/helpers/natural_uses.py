@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from helpers.cpython_failures import FAILURES
-from helpers.natural_use_tables import LIBRARIES, TABLES
+from helpers.natural_use_tables import LIBRARIES, PEERS, TABLES
 
 PREPARED = """\
 import io, os
@@ -30,14 +30,21 @@ b.extend(b"hello, world")
 INTRODUCTION = """\
 # Natural uses
 
-What people try with a `GrowableArray` and a `GrowableBuffer`, and what happens. The tests run
-every row on each supported Python, with a fresh copy of these containers:
+What people try with a `GrowableArray` and a `GrowableBuffer`, and what happens. Of {count} uses,
+{now} work on Python 3.12 and later and {before} on 3.10 and 3.11. The others raise the exception
+shown. "Without a copy" is said where the test compares addresses. Each row runs with fresh copies
+of these containers:
 
 ```python
 {prepared}```
 
-From Python 3.12 on, a class written in Python can offer the buffer protocol (PEP 688). Where the
-last column shows an exception, pass `b.view()` or `g.array` on 3.10 and 3.11.
+The tests run the rows on Python 3.10 to 3.14, those with pyarrow, pandas, polars and numba on 3.10
+and 3.13. PyTorch is too large for continuous integration: its two rows run where it is installed,
+last with 2.13 on 3.11.
+
+The last column is empty where 3.10 and 3.11 give the same result. It differs where Python reads the
+container through the buffer protocol, which a class written in Python can offer from 3.12 on
+([PEP 688](https://peps.python.org/pep-0688/)).
 """
 
 
@@ -45,7 +52,15 @@ CPYTHON = """
 ## CPython's own tests
 
 The tests that CPython has for BytesIO (test_memoryio), bytearray (test_bytes) and list (list_tests)
-run with a GrowableBuffer and a GrowableArray in their place. All others that make one pass.
+run with a GrowableBuffer and a GrowableArray in their place. Tests that make none are not counted.
+
+| tests of | pass on 3.10.13 | pass on 3.13.0 |
+|---|---|---|
+| BytesIO | 28 of 37 | 29 of 39 |
+| bytearray | 35 of 64 | 35 of 64 |
+| list | 12 of 40 | 12 of 41 |
+
+All failures have one of these reasons; not every Python has every test.
 
 | tests of | reason of the failures | tests |
 |---|---|---|
@@ -54,13 +69,14 @@ run with a GrowableBuffer and a GrowableArray in their place. All others that ma
 
 @dataclass(frozen=True)
 class Refusal:
-    """An exception: the name of its class, and a part of its message."""
+    """An exception: the name of its class, a part of its message, and what to do instead."""
 
     exception: str
     message: str
+    instead: str = ""  # what to do, for readers
 
     def __str__(self) -> str:
-        return f"`{self.exception}`: {self.message}" if self.message else f"`{self.exception}`"
+        return f"`{self.exception}`: {self.message}. {self.instead}".rstrip(" .") + "."
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,17 @@ class Use:
     refused: Refusal | None = None
     before_312: Refusal | None = None
     libraries: tuple[str, ...] = field(default=())
+
+    @property
+    def shares(self) -> bool:
+        """Whether the check tests that the result is the container's memory."""
+        signs = ("np.shares_memory(_", "== g.base", "== b.base")
+        return any(sign in self.check for sign in signs) and f"not {signs[0]}" not in self.check
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The libraries that may be missing."""
+        return tuple(name for name in self.libraries if name in PEERS.values())
 
     @property
     def expected(self) -> Refusal | None:
@@ -122,14 +149,18 @@ def _cell(text: str) -> str:
 
 
 def page() -> str:
-    """Return docs/reference/natural-uses.md."""
-    parts = [INTRODUCTION.format(prepared=PREPARED)]
+    """Return the text of docs/reference/natural-uses.md."""
+    now = sum(use.refused is None for use in USES)
+    earlier = sum(use.refused is None and use.before_312 is None for use in USES)
+    parts = [
+        INTRODUCTION.format(prepared=PREPARED, count=len(USES), now=now, before=earlier),
+    ]
     for group in TABLES:
         parts.append(f"\n## {group}\n\n| use | result | on 3.10 and 3.11 |\n|---|---|---|\n")
         for use in USES:
             if use.group == group:
-                result = str(use.refused or "works")
-                before = str(use.before_312) if use.before_312 else ""
+                result = str(use.refused or ("works, without a copy" if use.shares else "works"))
+                before = f"`{old.exception}`. {old.instead}" if (old := use.before_312) else ""
                 code = "<br>".join(f"`{_cell(line)}`" for line in use.code.splitlines())
                 parts.append(f"| {code} | {_cell(result)} | {_cell(before)} |\n")
     parts.append(CPYTHON)
