@@ -97,6 +97,7 @@ class ListMachine(RuleBasedStateMachine):
             self.front += count
             self.extend_by_many(space + 1, left)
 
+    @precondition(lambda self: len(self.model) <= CAPACITY)  # else doubling takes all memory
     @rule()
     def extend_by_itself(self) -> None:
         # Its own items are then a view, so near the end of the addresses they can't move.
