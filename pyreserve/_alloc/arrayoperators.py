@@ -1,6 +1,7 @@
 """Numpy's operators and protocols for an object with an ndarray in its attribute `array`."""
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ else:
 
 
 class ArrayProtocols(ArrayOperators):
-    """The operators, ufuncs and DLPack on `array`."""
+    """The operators, ufuncs, DLPack and pyarrow's protocol on `array`."""
 
     __slots__ = ()
 
@@ -103,6 +104,11 @@ class ArrayProtocols(ArrayOperators):
         """Export `array` by DLPack. The capsule keeps the items alive."""
         array: Any = self.array
         return array.__dlpack__(**options)
+
+    def __arrow_array__(self, type: Any = None) -> Any:  # noqa: A002  the protocol's name
+        """Return a pyarrow array of the same memory, or a copy for another `type`."""
+        pyarrow: Any = sys.modules["pyarrow"]  # the caller
+        return pyarrow.array(self.array, type=type)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """Return DLPack's name of the device: (1, 0), the CPU."""
