@@ -11,6 +11,7 @@ region refuses to decommit its bytes.
 """
 
 import errno
+from contextlib import suppress
 from functools import partial
 from operator import index as _index
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -300,7 +301,8 @@ class Growable(Exclusive, InSteps):
         self._front, self._count, self._dropped = front, self._count - n, self._dropped + n
         if rest is not None:
             self._open_window(rest, self._shown_from, space)
-        self._dropped_pages.decommit(self._exports, front)
+        with suppress(MemoryError):  # the items are gone; the next call tries the pages again
+            self._dropped_pages.decommit(self._exports, front)
 
     def _move_to_start(self, count: int) -> None:
         """Move the items to the start of the region, so that there is space for `count` items."""

@@ -360,6 +360,20 @@ class TestMemory:
         assert left == [(4, 1), (8, 1), (11, 1)]
         assert shown == [4, 8]
 
+    def test_without_memory_for_python(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If Python runs out of memory once items are gone, the next call decommits their pages."""
+        g = numbers(4)
+
+        def starve(*_: object) -> None:
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Exports, "live", starve)
+            g.drop_front(2 * ITEMS)
+        assert (len(g), g.dropped, g.committed) == (2 * ITEMS, 2 * ITEMS, 4 * PAGE)
+        g.drop_front(0)
+        assert g.committed == 2 * PAGE
+
 
 class TestTheEndOfTheAddresses:
     @pytest.mark.parametrize("dropped", [1, ITEMS, ITEMS + 1, 3 * ITEMS, 7 * ITEMS + 3, 8 * ITEMS])
