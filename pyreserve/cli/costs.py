@@ -236,10 +236,10 @@ def show(screen: "Screen", table: "CostTable", recommendations: "Recommendations
     _show_unmeasured(screen, table)
     screen.blank()
     screen.text("Recommendations", style="bold")
-    for answer in recommendations.answers().values():
+    for answer in recommendations.verdicts().values():
         if answer.value is not None:
             screen.text(answer.text, indent=2)
-            screen.text(answer.reason, style="dim", indent=4)
+            screen.text(answer.figures, style="dim", indent=4)
 
 
 def _show_machine(screen: "Screen", table: "CostTable") -> None:

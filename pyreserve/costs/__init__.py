@@ -8,12 +8,12 @@
     table.model().estimate("touch", pages=1000)  # nanoseconds
 """
 
-from pyreserve.costs.cells import GROUPS, METHODS, Cell, Curve
+from pyreserve.costs.cells import GROUPS, METHODS, OPERATIONS, Cell, Curve, Operation
 from pyreserve.costs.comparison import Compared, Comparison, compare
 from pyreserve.costs.measuring import BUDGET, Interrupted, Progress, measure
 from pyreserve.costs.model import CostModel, Estimate, Fit
 from pyreserve.costs.planning import Plan, plan
-from pyreserve.costs.recommendation import Answer, Recommendations, measured_step, recommend
+from pyreserve.costs.recommendation import Recommendations, Verdict, measured_step, recommend
 from pyreserve.costs.results import Measured, Noise
 from pyreserve.costs.stats import Times
 from pyreserve.costs.table import CostTable
@@ -22,7 +22,7 @@ __all__ = [
     "BUDGET",
     "GROUPS",
     "METHODS",
-    "Answer",
+    "OPERATIONS",
     "Cell",
     "Compared",
     "Comparison",
@@ -34,10 +34,12 @@ __all__ = [
     "Interrupted",
     "Measured",
     "Noise",
+    "Operation",
     "Plan",
     "Progress",
     "Recommendations",
     "Times",
+    "Verdict",
     "compare",
     "measure",
     "measured_step",

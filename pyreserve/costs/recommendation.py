@@ -25,25 +25,32 @@ _BUDGET, _STEP_BUDGET, _WIDTH = 10.0, 2.0, 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One recommendation.
+class Verdict:
+    """The answer to one question.
 
     Attributes:
-        value: the figure, in the unit given by its name in `Recommendations`; None if the cells
-            that it needs were not measured.
-        text: the recommendation in words.
-        reason: the figures that it is based on.
+        question: the question, with its question mark.
+        text: the answer in words; if it is not known, why, and what to try.
+        figures: the figures that it is based on, in words.
+        sure: whether the run decides it.
+        value: the recommended method or figure; None if it is not known.
     """
 
-    value: float | None
+    question: str
     text: str
-    reason: str
+    figures: str
+    sure: bool
+    value: str | float | None
 
     def __str__(self) -> str:
-        return f"{self.text.rstrip('.')}. Reason: {self.reason}."
+        return f"{self.question} {self.text}. {self.figures}."
 
     def _repr_html_(self) -> str:
-        return Report(self.text, (f"Reason: {self.reason}.",)).html()
+        return Report(self.question, (self.text, self.figures)).html()
+
+
+def Answer(value: float | None, text: str, reason: str) -> Verdict:  # noqa: N802
+    return Verdict("", text, reason, value is not None, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +72,18 @@ class Recommendations:
         map_entries: map entries that each way to use a piece adds, by ``"VERB METHOD"``.
     """
 
-    step_bytes: Answer
-    huge_step_bytes: Answer
-    idle_seconds: Answer
-    lazy_above: Answer
-    huge_above: Answer
-    islands: Answer
+    step_bytes: Verdict
+    huge_step_bytes: Verdict
+    idle_seconds: Verdict
+    lazy_above: Verdict
+    huge_above: Verdict
+    islands: Verdict
     map_entries: Mapping[str, float]
 
-    def answers(self) -> dict[str, Answer]:
-        """Return the answers by name."""
+    def verdicts(self) -> dict[str, Verdict]:
+        """Return the verdicts by name."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in values if isinstance(value, Answer)}
+        return {name: value for name, value in values if isinstance(value, Verdict)}
 
     def __str__(self) -> str:
         return self._report().text()
@@ -85,7 +92,7 @@ class Recommendations:
         return self._report().html()
 
     def _report(self) -> Report:
-        answers = self.answers()
+        answers = self.verdicts()
         known = tuple(str(answer) for answer in answers.values() if answer.value is not None)
         unknown = [name for name, answer in answers.items() if answer.value is None]
         missing = (f"Not known, its cells were not measured: {', '.join(unknown)}.",)
@@ -110,8 +117,8 @@ class Recommendations:
     def to_dict(self) -> dict[str, Any]:
         """Return the answers as a dict for JSON."""
         return {
-            name: {"value": answer.value, "text": answer.text, "reason": answer.reason}
-            for name, answer in self.answers().items()
+            name: {"value": answer.value, "text": answer.text, "reason": answer.figures}
+            for name, answer in self.verdicts().items()
         }
 
 
@@ -184,8 +191,8 @@ def _measured_once(verbs: tuple[str, ...], longest: int, budget: float) -> CostT
 
 
 def _answered(
-    question: Callable[[CostModel, CostTable], Answer], model: CostModel, table: CostTable
-) -> Answer:
+    question: Callable[[CostModel, CostTable], Verdict], model: CostModel, table: CostTable
+) -> Verdict:
     """Return the answer to a question; without a value if its cells were not measured."""
     try:
         return question(model, table)
@@ -193,7 +200,7 @@ def _answered(
         return Answer(None, "not known", str(error.args[0]))
 
 
-def _step(model: CostModel, _table: CostTable) -> Answer:
+def _step(model: CostModel, _table: CostTable) -> Verdict:
     grow, touch = model.of(Curve("grow", "mprotect")), model.of(Curve("touch", "write"))
     step = PAGE_SIZE
     while step < _LONGEST_STEP and grow.at(step) > _SHARE * touch.at(step):
@@ -207,7 +214,7 @@ def _step(model: CostModel, _table: CostTable) -> Answer:
     )
 
 
-def _huge_step(model: CostModel, _table: CostTable) -> Answer:
+def _huge_step(model: CostModel, _table: CostTable) -> Verdict:
     kind, size = _huge_kind(model)
     grow = model.of(Curve("grow", "mprotect", kind))
     touch = model.of(Curve("touch", "write", kind))
@@ -223,7 +230,7 @@ def _huge_step(model: CostModel, _table: CostTable) -> Answer:
     )
 
 
-def _idle(model: CostModel, table: CostTable) -> Answer:
+def _idle(model: CostModel, table: CostTable) -> Verdict:
     discard = model.of(Curve("discard", "dontneed"))
     retouch, resident = (
         model.of(Curve("retouch", method)) for method in ("after-dontneed", "resident")
@@ -265,7 +272,7 @@ def _two_digits(value: float) -> str:
     return f"{float(f'{value:.2g}'):,.10g}"
 
 
-def _lazy(model: CostModel, _table: CostTable) -> Answer:
+def _lazy(model: CostModel, _table: CostTable) -> Verdict:
     discards = [model.of(Curve("discard", method)) for method in ("dontneed", "free")]
     retouches = [model.of(Curve("retouch", method)) for method in ("after-dontneed", "after-free")]
     nbytes = _longest(*discards, *retouches)
@@ -290,7 +297,7 @@ def _lazy(model: CostModel, _table: CostTable) -> Answer:
     )
 
 
-def _huge(model: CostModel, _table: CostTable) -> Answer:
+def _huge(model: CostModel, _table: CostTable) -> Verdict:
     kind, size = _huge_kind(model)
     small, huge = model.of(Curve("touch", "write")), model.of(Curve("touch", "write", kind))
     nbytes = _longest(small, huge)
@@ -322,7 +329,7 @@ def _share_of_touching(grow: Fit, touch: Fit, step: int) -> str:
     return f"under {_SHARE:.0%} of touching" if share <= _SHARE else f"{share:.0%} of touching"
 
 
-def _islands(_model: CostModel, table: CostTable) -> Answer:
+def _islands(_model: CostModel, table: CostTable) -> Verdict:
     limit, entries = table.machine["max_map_count"], table.machine["map_entries"]
     per_piece = entries["commit mprotect"]
     # The count is a mean of 16 places: anything below 1/16 is zero.

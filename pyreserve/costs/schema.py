@@ -72,6 +72,7 @@ def to_dict(entry: Measured) -> dict[str, Any]:
         "pages": cell.pages,
         "threads": cell.threads,
         "host": entry.host,
+        "call": cell.call,
         "ns": None,
         "samples": 0,
         "passes": 0,

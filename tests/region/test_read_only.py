@@ -95,7 +95,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "Scavenger": lambda: Arena(MiB).start_scavenger(100),
     "VMError": lambda: VMError(5, "no", verb="commit"),
     "track": _tracked,
-    "Answer": lambda: costs.Answer(1.0, "1", "so"),
+    "Verdict": lambda: costs.Verdict("Why?", "so", "1", True, 1.0),
     "Cell": lambda: _table().cells[0].cell,
     "Compared": lambda: costs.compare(_table(), _table()).cells[0],
     "Comparison": lambda: costs.compare(_table(), _table()),
