@@ -15,14 +15,17 @@ from pyreserve.costs.model import CostModel, Estimate, Fit
 from pyreserve.costs.planning import Plan, plan
 from pyreserve.costs.recommendation import Recommendations, Verdict, measured_step, recommend
 from pyreserve.costs.results import Measured, Noise
-from pyreserve.costs.stats import Times
+from pyreserve.costs.stats import ENOUGH, Interval, Times
 from pyreserve.costs.table import CostTable
+from pyreserve.costs.ways import WAYS, Way, WayCosts
 
 __all__ = [
     "BUDGET",
+    "ENOUGH",
     "GROUPS",
     "METHODS",
     "OPERATIONS",
+    "WAYS",
     "Cell",
     "Compared",
     "Comparison",
@@ -32,6 +35,7 @@ __all__ = [
     "Estimate",
     "Fit",
     "Interrupted",
+    "Interval",
     "Measured",
     "Noise",
     "Operation",
@@ -40,6 +44,8 @@ __all__ = [
     "Recommendations",
     "Times",
     "Verdict",
+    "Way",
+    "WayCosts",
     "compare",
     "measure",
     "measured_step",

@@ -115,11 +115,12 @@ METHODS: dict[str, tuple[str, ...]] = {
 MODES = ("charge", "noreserve")
 
 
-def _name(size: int) -> str:
+def name_of(size: int) -> str:
+    """Return the name of the page kind of a size in bytes."""
     return format_size(size).replace(" ", "")
 
 
-SMALL = _name(PAGE_SIZE)
+SMALL = name_of(PAGE_SIZE)
 """Name of the page kind that every machine has: the OS page."""
 
 
@@ -234,9 +235,9 @@ def page_kinds() -> list[PageKind]:
     enabled = [size for size, setting in thp.items() if setting in {"always", "madvise"}]
     for size in enabled:
         larger = min((other for other in enabled if other > size), default=0)
-        kinds.append(PageKind(_name(size), size, "transparent", larger))
+        kinds.append(PageKind(name_of(size), size, "transparent", larger))
     largest = max(thp, default=0)
     if largest and largest not in enabled:
         why = f"transparent huge pages of {format_size(largest)} are switched off (never)"
-        kinds.append(PageKind(_name(largest), largest, "transparent", why_not=why))
+        kinds.append(PageKind(name_of(largest), largest, "transparent", why_not=why))
     return kinds
