@@ -63,9 +63,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("decommit", "dontneed+mprotect"): Operation(
         f"madvise(MADV_DONTNEED); {_REVOKE}", "a touched piece; its commit charge stays"
     ),
-    ("release", "touched"): Operation("munmap()", "a whole mapping, all of it touched"),
-    ("release", "untouched"): Operation("munmap()", "a whole mapping, none of it touched"),
     ("release", "piece"): Operation("munmap()", "a touched piece of a larger reservation"),
+    ("release", "untouched"): Operation("munmap()", "a whole mapping, none of it touched"),
     ("retouch", "resident"): Operation("store", "a store to each OS page, all of them resident"),
     ("retouch", "after-dontneed"): Operation(_STORE, "each OS page, after discard dontneed"),
     ("retouch", "after-free"): Operation(

@@ -25,9 +25,9 @@ PIECE = 2 * MiB
 """Memory is warmed up in pieces of this many bytes, each timed."""
 
 _SWEEPS = 3  # turns that each short program gets in a pass
-_SLICE = 0.005  # seconds of a turn; a longer round runs once
-_MAX_ROUNDS = 60
-_LONG = 0.1  # seconds; a program with longer rounds gets one turn a pass and no warm-up round
+_SLICE = 0.005  # seconds of a turn
+_MIN_ROUNDS, _MAX_ROUNDS = 2, 60  # in a turn
+_LONG = 0.1  # seconds; a longer round runs once a pass, without a warm-up round
 _TRIAL_PIECES = 32  # pieces touched to measure how fast warming up is
 _TRIES = 16  # pages of a transparent kind that are tried in each pass
 _CALLS = 1000  # getppid calls in one sample
@@ -291,7 +291,8 @@ class Pass:
                 run(program, 1)
                 seconds = time.monotonic() - started
             self._warm.add(number)
-            rounds = max(1, min(_MAX_ROUNDS, int(_SLICE / max(seconds, 1e-6))))
+            least = 1 if seconds >= _LONG else _MIN_ROUNDS
+            rounds = max(least, min(_MAX_ROUNDS, int(_SLICE / max(seconds, 1e-6))))
             started = time.monotonic()
             samples = run(program, rounds)
             self._seconds[number] = (time.monotonic() - started) / rounds

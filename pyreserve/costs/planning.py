@@ -20,9 +20,9 @@ _ARTICLE = 136 * GiB  # reserved by Go's first 64-bit layout
 _BENDS = [PAGE_SIZE * n for n in (8, 24, 32)] + [4 * MiB, 12 * MiB, 24 * MiB]
 _EVERY_SCRIPT = tuple(SCRIPTS)
 
-BLOCK, HUGE, FORKED = 16, 512, 2048
+BLOCK, HUGE = 16, 512
 """The lengths that verdicts compare, in OS pages: methods on small pages; small pages with huge
-ones; ways to fork."""
+ones, and ways to fork."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def plan(
     """Choose the cells to measure, the most important first.
 
     By default the few that the verdicts of `pyreserve.costs.recommend` need: small pages and the
-    largest transparent huge page, at lengths of at most 2 MiB (8 MiB to fork).
+    largest transparent huge page, at lengths of at most 2 MiB.
 
     Args:
         details: also lengths from one page to 128 MiB, for the fits of `CostModel`, and at a few
@@ -152,11 +152,11 @@ def _decisions(longest: int) -> Iterator[list[Program]]:
         (("life", "growth mprotect"), (BLOCK, HUGE)),
         (("read", "growth mmap-fixed"), (BLOCK,)),
         (("populated",), (BLOCK, HUGE)),
-        (("forked", "not inherited"), (FORKED,)),
+        (("forked", "not inherited"), (HUGE,)),
         (("life", "growth mprotect"), (1,)),
     ):
         for setting in settings:
-            if setting.kind is small or HUGE in lengths:
+            if setting.kind is small or (names[0] in {"life", "populated"} and HUGE in lengths):
                 lengths_in_bytes = [pages * PAGE_SIZE for pages in lengths]
                 programs += write(setting, names, _up_to(longest, lengths_in_bytes))
     yield programs

@@ -1,7 +1,7 @@
 """The programs that `csrc/timing` runs: steps that bring a mapping into the state of each cell.
 
 A program is the life of one mapping, from reserve to release; most of its steps are cells. The
-measured piece is part of a larger reservation, as in an arena: the memory behind it is reserved.
+measured piece is part of a larger reservation, as in an arena: the memory around it is reserved.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from pyreserve.costs.cells import Cell, Curve, PageKind, describe_setting
 from pyreserve.units import MiB
 
 _GROWTHS = 8  # steps of growth timed in one life
+_PIECES, _FRESH = 8, 128  # most pieces of a life, and the OS pages that they have together
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,24 +126,20 @@ class Setting:
         memory: int,
         more_advice: tuple[str, ...] = (),
     ) -> Program:
-        """Return a program: reserve one unit more than the steps use, do the steps, release.
-
-        A release at the end of `steps` replaces the untimed one.
-        """
+        """Return a program: reserve a unit behind what the steps use, do the steps, release."""
         advice = self.advice + more_advice
         nbytes = max(step.offset + step.nbytes for step in steps) + self.unit
         whole = [Step("RESERVE", 0, nbytes), Step("ADVISE", 0, nbytes), *steps]
-        if whole[-1].verb == "RELEASE":
-            whole[-1] = replace(whole[-1], nbytes=nbytes)
-        else:
-            whole.append(Step("RELEASE", 0, nbytes))
+        whole.append(Step("RELEASE", 0, nbytes))
         if not advice:
             whole = [step for step in whole if step.verb != "ADVISE"]
         kind = self.kind
         align = phase = 0
         if kind.sort == "transparent":
             align = 2 * kind.next_size or kind.size
-            phase = kind.size if kind.next_size else 0
+            # The piece begins one page after a multiple of the next larger size.
+            first = min(step.offset for step in steps)
+            phase = (kind.size - first) % align if kind.next_size else 0
         return Program(
             script=script,
             setting=self,
@@ -162,23 +159,26 @@ def untouched(s: Setting, n: int) -> Program:
         Step("RESERVE", 0, n, s.cell("reserve", "mmap", n)),
         Step("RELEASE", 0, n, s.cell("release", "untouched", n)),
     )
-    program = s.program("untouched", [Step("RELEASE", 0, n)], n, memory=0)
+    program = s.program("untouched", [Step("READ", 0, n)], n, memory=0)
     return replace(program, steps=steps, nbytes=n, align=0, phase=0)
 
 
 def life(s: Setting, n: int) -> Program:
-    """Commit and touch; then give the piece back and use it again, by every method."""
+    """Commit and touch; then give pieces back and use them again, by every method.
+
+    Several pieces take turns, so that pages have left the kernel's batch of fresh ones before they
+    are given back. Lazy discard comes last: its pages are cheaper to free.
+    """
     cell = s.cell
     # A new mapping has no advice: with huge pages to give it again is part of the price.
     advised = cell("advise", "hugepage", n) if s.kind.sort == "transparent" else None
-    steps = [
+    again = max(1, 1024 * PAGE_SIZE // n)
+    stages = [
         Step("COMMIT", 0, n, cell("commit", "mprotect", n)),
         Step("WRITE", 0, n, cell("touch", "write", n)),
-        Step("REWRITE", 0, n, cell("retouch", "resident", n), repeat=max(1, 1024 * PAGE_SIZE // n)),
+        Step("REWRITE", 0, n, cell("retouch", "resident", n), repeat=again),
         Step("DISCARD", 0, n, cell("discard", "dontneed", n), bound=1),
         Step("WRITE", 0, n, cell("retouch", "after-dontneed", n)),
-        Step("DISCARD_LAZY", 0, n, cell("discard", "free", n), bound=1),
-        Step("WRITE", 0, n, cell("retouch", "after-free", n)),
         Step("UNCOMMIT", 0, n, cell("decommit", "mprotect", n)),
         Step("COMMIT", 0, n, cell("recommit", "after-mprotect", n)),
         Step("WRITE", 0, n, cell("retouch", "after-mprotect", n)),
@@ -193,29 +193,42 @@ def life(s: Setting, n: int) -> Program:
         Step("MAP", 0, n, cell("recommit", "after-release", n)),
         Step("ADVISE", 0, n, advised),
         Step("WRITE", 0, n, cell("retouch", "after-release", n)),
+        Step("DISCARD_LAZY", 0, n, cell("discard", "free", n), bound=1),
+        Step("WRITE", 0, n, cell("retouch", "after-free", n)),
     ]
-    return s.program("life", steps, n, memory=n)
+    return _lives(s, n, "life", stages, memory=n)
 
 
 def read(s: Setting, n: int) -> Program:
     """Commit by mmap(MAP_FIXED), and read."""
-    steps = [
+    stages = [
         Step("COMMIT_MAP", 0, n, s.cell("commit", "mmap-fixed", n)),
         Step("ADVISE", 0, n),
         Step("READ", 0, n, s.cell("touch", "read", n)),
     ]
     # Reads map the zero page: only page tables take memory.
-    return s.program("read", steps, n, memory=n // 256)
+    return _lives(s, n, "read", stages, memory=n // 256)
 
 
 def populated(s: Setting, n: int) -> Program:
-    """Commit, populate, and release the resident memory."""
+    """Commit and populate."""
+    stages = [Step("COMMIT", 0, n), Step("POPULATE", 0, n, s.cell("populate", "madvise", n))]
+    return _lives(s, n, "populated", stages, memory=n)
+
+
+def _lives(s: Setting, n: int, script: str, stages: list[Step], memory: int) -> Program:
+    """Return a program in which several short pieces, or a long one, take each stage in turn."""
+    pieces = min(_PIECES, max(1, _FRESH // (n // PAGE_SIZE)))
     steps = [
-        Step("COMMIT", 0, n),
-        Step("POPULATE", 0, n, s.cell("populate", "madvise", n)),
-        Step("RELEASE", 0, n, s.cell("release", "touched", n)),
+        replace(
+            stage,
+            offset=s.unit + i * (n + s.unit),
+            bound=None if stage.bound is None else pieces - 1 - i + stage.bound * pieces,
+        )
+        for stage in stages
+        for i in range(pieces)
     ]
-    return s.program("populated", steps, n, memory=n)
+    return s.program(script, steps, n, memory=memory * pieces)
 
 
 def growth(s: Setting, n: int, method: str, verb: str) -> Program:

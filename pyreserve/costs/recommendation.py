@@ -13,7 +13,7 @@ from typing import Any
 
 from pyreserve._system.report import Report
 from pyreserve.costs.measuring import measure
-from pyreserve.costs.planning import BLOCK, FORKED, HUGE, plan
+from pyreserve.costs.planning import BLOCK, HUGE, plan
 from pyreserve.costs.stats import ENOUGH, Interval, over_passes
 from pyreserve.costs.table import CostTable
 from pyreserve.costs.ways import (
@@ -30,6 +30,7 @@ from pyreserve.errors import OutOfMemoryError
 from pyreserve.units import MiB, format_size, parse_size
 
 _NEAR = 1.1  # a ratio up to which a difference does not matter
+_EQUAL = 1.05  # a ratio up to which the order of the alternatives decides
 _SHARE = 0.05  # a growth call may cost this share of touching the memory
 _LONGEST_STEP = 64 * MiB
 _BECAME_HUGE = 0.9  # share of the pieces that must have become huge pages
@@ -197,8 +198,9 @@ def _choose(costs: Mapping[str, PassCosts]) -> _Choice:
     """
     medians = {name: over_passes(values).median for name, values in costs.items()}
     fastest = min(medians, key=lambda name: medians[name])
-    near = (name for name in costs if ratio(costs[name], costs[fastest]).high <= _NEAR)
-    best = next(near, fastest)
+    over = {name: ratio(costs[name], costs[fastest]) for name in costs}
+    equal = (name for name, r in over.items() if r.median <= _EQUAL and r.high <= _NEAR)
+    best = next(equal, fastest)
     ratios = {name: ratio(costs[name], costs[best]) for name in costs if name != best}
     return _Choice(best, over_passes(costs[best]), ratios)
 
@@ -209,6 +211,13 @@ def _times(factor: Interval) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2g} %"
+
+
+def _part(share: Interval) -> str:
+    """Return a share under 1; where its interval is too wide, a round one above it."""
+    if share.known:
+        return _percent(share.median)
+    return "half" if share.high <= 1 / 2 else "nine tenths"
 
 
 def _pages(kind: str) -> str:
@@ -343,8 +352,7 @@ class _Judge:
         if tried and got < _BECAME_HUGE * tried:
             return f"not now: {got} of {tried} pieces became huge pages", figures, "no"
         if share.high <= 1 / _NEAR:
-            used = _percent(share.median) if share.known else "an unknown share"
-            return f"yes, where over {used} of each {size} is used", figures, "yes"
+            return f"yes, where over {_part(share)} of each {size} is used", figures, "yes"
         if share.low >= 1 / _NEAR:
             return "no: the first touch is no faster", figures, "no"
         return "", figures, None
@@ -362,25 +370,24 @@ class _Judge:
         if choice.best == "touch":
             return f"touch{' (no difference that matters)' * bool(choice.near)}", figures, "touch"
         share = ratio(costs["populate"], costs["touch"])
-        used = _percent(min(1.0, share.median)) if share.known else "an unknown share"
-        return f"populate, where over {used} of the pages are used", figures, "populate"
+        return f"populate, where over {_part(share)} of the pages are used", figures, "populate"
 
     def _fork(self) -> tuple[str, str, str | None]:
         times = self._times
         fork, again = (
-            times.cell(verb, method, FORKED)
+            times.cell(verb, method, HUGE)
             for verb, method in (("fork", "inherit"), ("retouch", "after-fork"))
         )
         choice = _choose(
             {
                 "with": times.of(fork, again),
-                "without": times.of(times.cell("fork", "dontfork", FORKED)),
+                "without": times.of(times.cell("fork", "dontfork", HUGE)),
             }
         )
-        page = over_passes(times.cost([(again, 1 / FORKED)]))
+        page = over_passes(times.cost([(again, 1 / HUGE)]))
         figures = (
-            f"{format_size(FORKED * times.page)} touched: without "
-            f"{time_text(over_passes(times.of(times.cell('fork', 'dontfork', FORKED))))}, with "
+            f"{format_size(HUGE * times.page)} touched: without "
+            f"{time_text(over_passes(times.of(times.cell('fork', 'dontfork', HUGE))))}, with "
             f"{time_text(over_passes(times.of(fork)))} and {time_text(page)} for each page that is "
             "written while the child lives"
         )

@@ -23,7 +23,7 @@ _COLD_GAP = 2.0  # smallest cold sample over the largest warm one
 _COLD_COUNT, _COLD_SHARE = 3, 0.03  # number of cold samples, and their share of all
 _COLD_LONG = 2.0  # a long sample is partly cold if it takes twice what shorter ones predict
 
-_UNDISTURBED = 3  # samples of a pass that are enough without the preempted ones
+_UNDISTURBED = 2  # samples of a pass that are enough without the preempted ones
 _SPAN = 3.0  # ratio of an interval's ends from which on its middle says nothing
 
 Sample = tuple[float, bool]
@@ -65,7 +65,7 @@ def over_passes(values: Iterable[float | None]) -> Interval:
 
 
 def undisturbed(samples: Iterable[Sample]) -> list[float]:
-    """Return the times of a pass without those of preempted samples, if three or more remain."""
+    """Return the times of a pass without those of preempted samples, if two or more remain."""
     samples = list(samples)
     kept = [ns for ns, preempted in samples if not preempted]
     return kept if len(kept) >= _UNDISTURBED else [ns for ns, _ in samples]
