@@ -17,7 +17,7 @@ from pyreserve.costs.recommendation import Recommendations, Verdict, measured_st
 from pyreserve.costs.results import Measured, Noise
 from pyreserve.costs.stats import ENOUGH, Interval, Times
 from pyreserve.costs.table import CostTable
-from pyreserve.costs.ways import WAYS, Way, WayCosts
+from pyreserve.costs.ways import SITUATIONS, WAYS, Situation, Way, WayCosts
 
 __all__ = [
     "BUDGET",
@@ -25,6 +25,7 @@ __all__ = [
     "GROUPS",
     "METHODS",
     "OPERATIONS",
+    "SITUATIONS",
     "WAYS",
     "Cell",
     "Compared",
@@ -42,6 +43,7 @@ __all__ = [
     "Plan",
     "Progress",
     "Recommendations",
+    "Situation",
     "Times",
     "Verdict",
     "Way",

@@ -206,11 +206,13 @@ def _choose(costs: Mapping[str, PassCosts]) -> _Choice:
 
 
 def _times(factor: Interval) -> str:
-    return f"{factor.median:.3g} times" if factor.known else "unknown"
+    if not factor.known:
+        return "unknown"
+    return f"{factor.median:,.0f} times" if factor.median >= 100 else f"{factor.median:.3g} times"
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    return f"{max(0.1, 100 * share) if share else 0:.2g} %"
 
 
 def _part(share: Interval) -> str:
