@@ -44,7 +44,8 @@ def run(path: Path, budget: str) -> dict[str, Any]:
     # The screen of the same run: the command with its results in place of a measurement.
     shown = (
         "import sys, pyreserve.costs as costs; from pyreserve.cli import main; "
-        "costs.measure = lambda *_, **__: costs.CostTable.load(sys.argv.pop()); main()"
+        "table = costs.CostTable.load(sys.argv.pop()); costs.measure = lambda *_, **__: table; "
+        "main()"
     )
     for columns in ("80", "120"):
         text = subprocess.run(
