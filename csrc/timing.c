@@ -15,6 +15,9 @@
 
 enum { CLOCK_READINGS = 255, SPINS = 1000, LINE = 64 };
 
+/* Another thread in between takes longer than this, in ns. */
+enum { UNDISTURBED = 3000 };
+
 /* What the threads of one timing_run share. */
 struct job {
     const struct timing_program *program;
@@ -287,8 +290,11 @@ static void clean_up(const struct job *job, struct thread_state *state) {
 static void record_sample(const struct job *job, size_t slot, size_t round,
                           struct thread_state *state, uint64_t elapsed, uint32_t repeat) {
     size_t i = (slot * job->rounds + round) * job->threads + state->thread;
-    uint64_t preemptions = sys_preemptions();
     job->samples[i] = ((double)elapsed - job->clock) / repeat;
+    job->preempted[i] = 0;
+    if (elapsed < UNDISTURBED) /* to ask would disturb the next step */
+        return;
+    uint64_t preemptions = sys_preemptions();
     job->preempted[i] = preemptions != state->preemptions;
     state->preemptions = preemptions;
 }

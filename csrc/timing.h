@@ -6,8 +6,8 @@
  * cost of reading the clock. The other steps only bring the mapping into the state that a timed
  * step needs. Samples are neither averaged nor dropped here.
  *
- * Samples during which the thread may have been preempted (it was since the previous sample) are
- * flagged in `preempted`.
+ * Samples of some microseconds or more during which the thread may have been preempted (it was since
+ * the previous such sample) are flagged in `preempted`.
  *
  * With several threads, each runs the program on a mapping of its own in the same address space.
  * They start each step together, so the samples include the wait for the kernel's locks.

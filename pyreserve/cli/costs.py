@@ -59,7 +59,7 @@ VERBS = (
 """The verbs of `pyreserve.costs.GROUPS`, which help and completion name without importing it."""
 
 _FULL_BUDGET, _DETAILS_BUDGET = 600.0, 90.0  # seconds
-_COLUMNS = (7, 6, 4)  # how many columns of the fits are shown, most first; GiB/s and at go together
+_COLUMNS = (6, 4)  # how many columns of the fits are shown, most first; GiB/s and at go together
 _REDRAW = 1.0  # seconds between two drawings of the verdicts, on a terminal
 _LINE_INTERVAL = 10.0  # seconds between two progress lines, elsewhere than on a terminal
 
@@ -386,7 +386,7 @@ def _show_costs(screen: "Screen", table: "CostTable") -> None:
 
     screen.blank()
     screen.widest(map(drawn, _COLUMNS))
-    screen.text(text.legend(), style="dim")
+    screen.text(text.LEGEND, style="dim")
 
 
 def _show_cold(screen: "Screen", table: "CostTable") -> None:

@@ -12,6 +12,7 @@ from pyreserve._system.machine import thp_settings, thp_size
 from pyreserve.costs.cells import Cell, Curve, PageKind, describe_setting
 from pyreserve.units import MiB
 
+_TABLE = PAGE_SIZE // 8 * PAGE_SIZE  # bytes that one table of page table entries maps
 _GROWTHS = 8  # steps of growth timed in one life
 _PIECES, _FRESH = 8, 128  # most pieces of a life, and the OS pages that they have together
 
@@ -134,12 +135,11 @@ class Setting:
         if not advice:
             whole = [step for step in whole if step.verb != "ADVISE"]
         kind = self.kind
-        align = phase = 0
-        if kind.sort == "transparent":
-            align = 2 * kind.next_size or kind.size
-            # The piece begins one page after a multiple of the next larger size.
-            first = min(step.offset for step in steps)
-            phase = (kind.size - first) % align if kind.next_size else 0
+        # Freeing page tables takes time, so their number must not depend on chance. A piece of a
+        # smaller transparent kind begins one page after a multiple of the next larger size.
+        align = 2 * kind.next_size or max(kind.size, _TABLE)
+        first = min(step.offset for step in steps)
+        phase = ((kind.size if kind.next_size else 0) - first) % align
         return Program(
             script=script,
             setting=self,

@@ -12,7 +12,7 @@ from pyreserve.costs.cells import Curve
 from pyreserve.costs.model import CostModel
 from pyreserve.costs.results import Measured, Noise
 from pyreserve.costs.schema import SCHEMA, attributes, machine_to_dict, to_dict
-from pyreserve.costs.text import fits_table, legend, machine_text
+from pyreserve.costs.text import LEGEND, fits_table, machine_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,7 +92,7 @@ class CostTable:
             "not measured.",
             "" if self.complete else "The measurement was interrupted.",
             f"Small changes are doubtful: {self.disturbed}." if self.disturbed else "",
-            legend() if self.model().fits else "",
+            LEGEND if self.model().fits else "",
         ]
         return Report(
             f"Costs of virtual memory on {machine_text(self.machine)}",
