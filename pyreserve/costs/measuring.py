@@ -41,7 +41,7 @@ WIDTH = 0.04
 
 _MIN_PASSES = ENOUGH
 # The first pass may take as much of the budget as allows as many more: the rest is not measured.
-_PASS_SHARE = 1 / (_MIN_PASSES + 1)
+_PASS_SHARE, _PASS_SECONDS = 1 / (_MIN_PASSES + 1), 1.0  # and at least so long
 _WARM_SHARE = 15  # one warm-up may take 1/15 of the budget
 _GRACE = 3.0  # seconds after the deadline until a child that has not ended is killed
 # Set the caller's sys.path before any import: with -c it begins with the working directory.
@@ -177,8 +177,9 @@ class _Run:
             if not groups:
                 return
             self._system_calls.append([])
-            left = self._seconds_left()
-            end = time.monotonic() + (left if self._passes else left * _PASS_SHARE)
+            started, left = time.monotonic(), self._seconds_left()
+            first = min(left, max(left * _PASS_SHARE, _PASS_SECONDS))
+            end = started + (left if self._passes else first)
             for i, (group, numbers) in enumerate(groups):
                 if time.monotonic() >= end:
                     break
@@ -189,6 +190,8 @@ class _Run:
             self._passes += 1
             self._update_settled()
             self._report("", self.table_now)
+            if self._passes >= _MIN_PASSES and time.monotonic() - started > self._seconds_left():
+                return  # the next pass would not be complete
 
     def _seconds_left(self) -> float:
         return self._started + self._budget - time.monotonic()

@@ -787,7 +787,7 @@ class TestMeasure:
 
         assert faults(long) >= faults(short) + 63
 
-    @pytest.mark.parametrize(("budget", "some"), [(3.5, True), (30.0, True), (3000.0, False)])
+    @pytest.mark.parametrize(("budget", "some"), [(10.0, True), (30.0, True), (3000.0, False)])
     def test_a_small_budget(
         self, budget: float, some: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
