@@ -1,14 +1,11 @@
 """The measurements of `pyreserve costs`, beside an independent C program and the cost model."""
 
-import ctypes
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-
-import pytest
 
 from pyreserve import GiB, KiB, MiB
 from pyreserve.costs import Curve, measure, plan
@@ -18,7 +15,7 @@ from pyreserve.costs.programs import SCRIPTS, write
 HERE = Path(__file__).parent
 WHOLE, PIECE, SHORT, LONG = 136 * GiB, 64 * KiB, 2 * MiB, 32 * MiB
 ROUNDS = {WHOLE: 2000, PIECE: 100, SHORT: 8, LONG: 2}
-TURNS = 15  # the first is discarded
+TURNS = 25
 FIELDS = (
     ("reserve", "mmap"),
     ("touch", "write"),
@@ -35,11 +32,12 @@ from pyreserve.costs import plan
 from pyreserve.costs.child import run
 
 FIELDS = {FIELDS!r}
-only = ("reserve", "commit", "touch", "discard", "decommit", "release")
 programs = {{}}
-for group in plan(only=only).groups[:1]:
+for group in plan(details=True).groups:
     for program in group.programs:
-        if program.script == "life" or program.script == "untouched" and program.piece > 2**30:
+        small = str(program.setting) == "4KiB pages, charge"
+        whole = program.script == "untouched" and program.piece > 2**30
+        if whole or small and program.script == "life":
             programs[program.piece] = program
 for line in sys.stdin:
     length, rounds = map(int, line.split())
@@ -47,31 +45,18 @@ for line in sys.stdin:
     taken = [[ns for ns, _ in values] for values in run(program, rounds)]
     samples = dict(zip(((c.verb, c.method) for c in program.cells), taken))
     samples.setdefault(FIELDS[0], samples.get(("commit", "mprotect")))
-    none = [0.0] * rounds
+    none = [0.0] * max(map(len, taken))
     columns = [samples.get(field, none) for field in FIELDS]
     print(*(f"{{ns:.0f}}" for row in zip(*columns) for ns in row), flush=True)
 """
 
 
-_ADDR_NO_RANDOMIZE = 0x0040000  # personality(2)
-
-
-def _not_randomized() -> None:
-    # Releasing an untouched mapping walks the 2 MiB entries of the page table around its end, which
-    # takes 2 to 6 us, depending on its address.
-    ctypes.CDLL(None).personality(_ADDR_NO_RANDOMIZE)
-
-
 class Side:
     """A measuring process: it reads a turn and answers with samples."""
 
-    def __init__(self, *command: str) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            preexec_fn=_not_randomized,  # noqa: PLW1509 - there are no threads
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def turn(self, length: int) -> list[float]:
@@ -88,21 +73,10 @@ class Side:
         self._process.communicate()
 
 
-@pytest.fixture
-def sides(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
-    """Pyreserve and the C program."""
-    program = str(tmp_path / "c_costs")
-    subprocess.run(["cc", "-std=c11", "-O2", "-o", program, HERE / "c_costs.c"], check=True)
-    both = Side(sys.executable, "-c", OURS), Side(program)
-    yield both
-    for side in both:
-        side.close()
-
-
 def _quantities(turns_by_length: dict[int, list[list[float]]]) -> dict[str, float]:
     """Return the medians of the turns' medians by quantity, in ns."""
     medians = {
-        length: [median(turn[field] for turn in turns[1:]) for field in range(len(FIELDS))]
+        length: [median(turn[field] for turn in turns) for field in range(len(FIELDS))]
         for length, turns in turns_by_length.items()
     }
     quantities = {
@@ -116,14 +90,22 @@ def _quantities(turns_by_length: dict[int, list[list[float]]]) -> dict[str, floa
     return quantities
 
 
-def bench_against_c(sides: tuple[Side, Side], tables: dict[str, list[str]]) -> None:
+def bench_against_c(tmp_path: Path, tables: dict[str, list[str]]) -> None:
+    program = str(tmp_path / "c_costs")
+    subprocess.run(["cc", "-std=c11", "-O2", "-o", program, HERE / "c_costs.c"], check=True)
+    commands = [sys.executable, "-c", OURS], [program]
     turns: list[dict[int, list[list[float]]]] = [{}, {}]
     for turn in range(TURNS):
+        # New processes each time: times depend on the addresses that a process happens to have.
+        sides = [Side(command) for command in commands]
         for length in ROUNDS:
             for i in (0, 1) if turn % 2 else (1, 0):
+                sides[i].turn(length)  # warm up
                 turns[i].setdefault(length, []).append(sides[i].turn(length))
+        for side in sides:
+            side.close()
     ours, in_c = (_quantities(of_side) for of_side in turns)
-    tables["measured by pyreserve costs and by a C program, ns [aim: within 15 %]"] = [
+    tables["measured by pyreserve costs and by a C program, ns [aim: within 5 %]"] = [
         f"{name:30} {ns:12,.1f}   C {in_c[name]:12,.1f}   {ns / in_c[name] - 1:+.1%}"
         for name, ns in ours.items()
     ]
@@ -131,13 +113,13 @@ def bench_against_c(sides: tuple[Side, Side], tables: dict[str, list[str]]) -> N
 
 def bench_estimates(tables: dict[str, list[str]]) -> None:
     groups, between = [], set[int]()
-    for group in plan(longest=128 * MiB).groups:
-        setting = group.setting
+    for group in plan(details=True).groups[1:]:
+        setting = group.programs[0].setting
         if setting.mode == "charge" and setting.threads == 1:
             more = tuple(write(setting, tuple(SCRIPTS), BETWEEN))
             # Keep the order of a plan: by length.
             programs = sorted(group.programs + more, key=lambda program: program.piece)
-            groups.append(Group(setting, tuple(programs)))
+            groups.append(Group(tuple(programs)))
             between |= {program.piece for program in more}
     table = measure(Plan(tuple(groups)), budget=20)
     fitted = tuple(entry for entry in table.cells if entry.cell.nbytes not in between)

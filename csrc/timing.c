@@ -15,6 +15,9 @@
 
 enum { CLOCK_READINGS = 255, SPINS = 1000, LINE = 64 };
 
+/* Another thread in between takes longer than this, in ns. */
+enum { UNDISTURBED = 3000 };
+
 /* What the threads of one timing_run share. */
 struct job {
     const struct timing_program *program;
@@ -30,7 +33,9 @@ struct job {
 struct thread_state {
     size_t thread;
     uintptr_t base;
-    int child; /* 0: none */
+    int child;             /* 0: none */
+    uintptr_t hole;       /* the piece that TIMING_UNMAP unmapped */
+    size_t hole_length;    /* 0: none */
     uint64_t preemptions; /* when the last sample was taken */
 };
 
@@ -89,24 +94,43 @@ static int reserve_aligned(const struct timing_program *program, uintptr_t *base
 }
 
 static int reserve(const struct timing_program *program, uintptr_t *base) {
-    int access = VM_RESERVED | program->access;
-    if (program->huge != 0)
-        return vm_map_huge(program->length, access, program->huge, base);
     if (program->align != 0)
         return reserve_aligned(program, base);
-    return vm_map(0, program->length, access, base);
-}
-
-static int renew(const struct timing_program *program, uintptr_t at, size_t length, int access) {
-    access |= program->access;
-    return program->huge != 0 ? vm_renew_huge(at, length, access, program->huge)
-                              : vm_renew(at, length, access);
+    return vm_map(0, program->length, VM_RESERVED | program->access, base);
 }
 
 static int release(const struct timing_program *program, struct thread_state *state) {
-    int err = vm_release(state->base, program->length);
+    uintptr_t base = state->base, end = base + program->length;
+    uintptr_t begin = base;
+    int err = 0;
+    if (state->hole_length != 0) { /* only after a refusal */
+        if (state->hole != base)
+            err = vm_release(base, state->hole - base);
+        begin = state->hole + state->hole_length;
+    }
+    if (err == 0 && begin != end)
+        err = vm_release(begin, end - begin);
     if (err == 0)
         state->base = 0;
+    return err;
+}
+
+/* The mapping has a hole until map_piece: after a refusal in between, clean_up must not unmap what
+ * another thread has mapped there. */
+static int unmap_piece(uintptr_t at, size_t length, struct thread_state *state) {
+    int err = vm_release(at, length);
+    if (err == 0) {
+        state->hole = at;
+        state->hole_length = length;
+    }
+    return err;
+}
+
+static int map_piece(const struct timing_program *program, uintptr_t at, size_t length,
+                     struct thread_state *state) {
+    int err = vm_map_at(at, length, VM_COMMITTED | program->access);
+    if (err == 0)
+        state->hole_length = 0;
     return err;
 }
 
@@ -134,13 +158,17 @@ static int perform(const struct job *job, const struct timing_step *step,
     case TIMING_COMMIT:
         return vm_protect(at, length, VM_COMMITTED);
     case TIMING_COMMIT_MAP:
-        return renew(program, at, length, VM_COMMITTED);
+        return vm_renew(at, length, VM_COMMITTED | program->access);
     case TIMING_UNCOMMIT:
         return vm_protect(at, length, VM_RESERVED);
     case TIMING_DECOMMIT:
-        return renew(program, at, length, VM_RESERVED);
+        return vm_renew(at, length, VM_RESERVED | program->access);
     case TIMING_DISCARD_OFF:
         return discard_off(at, length);
+    case TIMING_UNMAP:
+        return unmap_piece(at, length, state);
+    case TIMING_MAP:
+        return map_piece(program, at, length, state);
     case TIMING_ADVISE:
         return vm_advise(at, length, program->advice);
     case TIMING_WRITE:
@@ -179,11 +207,9 @@ static int perform(const struct job *job, const struct timing_step *step,
 }
 
 static bool is_sound_mapping(const struct timing_program *program, size_t page) {
-    size_t length = program->length, align = program->align, huge = program->huge;
+    size_t length = program->length, align = program->align;
     if (length == 0 || length % page != 0 || (program->access & ~VM_NORESERVE) != 0)
         return false;
-    if (huge != 0) /* the kernel aligns these */
-        return is_power_of_two(huge) && huge % page == 0 && length % huge == 0 && align == 0;
     if (align == 0)
         return program->phase == 0;
     return is_power_of_two(align) && align % page == 0 && align <= SIZE_MAX - length &&
@@ -197,8 +223,8 @@ static bool is_sound_step(const struct timing_program *program, size_t i, size_t
     if (verb < TIMING_RESERVE || verb > TIMING_SYSTEM_CALL || (verb == TIMING_RESERVE) != first ||
         (verb == TIMING_RELEASE) != last)
         return false;
-    bool once = verb == TIMING_RESERVE || verb == TIMING_RELEASE || verb == TIMING_FORK ||
-                verb == TIMING_REAP;
+    bool once = first || last || verb == TIMING_UNMAP || verb == TIMING_MAP ||
+                verb == TIMING_FORK || verb == TIMING_REAP;
     return step->length != 0 && step->length % page == 0 && step->offset % page == 0 &&
            step->offset <= program->length && step->length <= program->length - step->offset &&
            step->repeat != 0 && (step->repeat == 1 || !once) && step->slot >= -1 &&
@@ -264,8 +290,11 @@ static void clean_up(const struct job *job, struct thread_state *state) {
 static void record_sample(const struct job *job, size_t slot, size_t round,
                           struct thread_state *state, uint64_t elapsed, uint32_t repeat) {
     size_t i = (slot * job->rounds + round) * job->threads + state->thread;
-    uint64_t preemptions = sys_preemptions();
     job->samples[i] = ((double)elapsed - job->clock) / repeat;
+    job->preempted[i] = 0;
+    if (elapsed < UNDISTURBED) /* to ask would disturb the next step */
+        return;
+    uint64_t preemptions = sys_preemptions();
     job->preempted[i] = preemptions != state->preemptions;
     state->preemptions = preemptions;
 }

@@ -6,8 +6,8 @@
  * cost of reading the clock. The other steps only bring the mapping into the state that a timed
  * step needs. Samples are neither averaged nor dropped here.
  *
- * Samples during which the thread may have been preempted (it was since the previous sample) are
- * flagged in `preempted`.
+ * Samples of some microseconds or more during which the thread may have been preempted (it was since
+ * the previous such sample) are flagged in `preempted`.
  *
  * With several threads, each runs the program on a mapping of its own in the same address space.
  * They start each step together, so the samples include the wait for the kernel's locks.
@@ -26,6 +26,8 @@ enum timing_verb {
     TIMING_UNCOMMIT,    /* vm_protect to VM_RESERVED */
     TIMING_DECOMMIT,    /* vm_renew as VM_RESERVED */
     TIMING_DISCARD_OFF, /* vm_discard, then vm_protect to VM_RESERVED */
+    TIMING_UNMAP,       /* vm_release of the piece; TIMING_MAP of it must follow */
+    TIMING_MAP,         /* vm_map_at of the piece as VM_COMMITTED */
     TIMING_ADVISE,      /* vm_advise of the program's advice; a new mapping has none */
     TIMING_WRITE,       /* stores a byte into every OS page */
     TIMING_REWRITE,     /* the same, into another cache line of each page */
@@ -48,7 +50,7 @@ struct timing_step {
     size_t offset;   /* the piece [offset, offset + length) of the mapping, whole OS pages */
     size_t length;
     uint32_t repeat; /* calls per sample, which is their mean; 1 for a verb that changes the state it
-                        needs, always for RESERVE, RELEASE, FORK and REAP */
+                        needs, always for RESERVE, RELEASE, UNMAP, MAP, FORK and REAP */
 };
 
 struct timing_program {
@@ -58,7 +60,6 @@ struct timing_program {
     size_t length; /* of the mapping */
     size_t align;  /* a power of two; 0: the kernel chooses the address */
     size_t phase;  /* the address modulo align; whole OS pages */
-    size_t huge;   /* 0, or the size of pages from the pool: divides length, with align 0 */
     int access;    /* VM_NORESERVE or 0 */
     int advice;    /* enum vm_advice, given by TIMING_ADVISE */
 };

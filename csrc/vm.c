@@ -171,24 +171,9 @@ int vm_map_at(uintptr_t address, size_t length, int access) {
     return EEXIST;
 }
 
-/* Flags of mmap for pages of this size from the pool. */
-static int hugetlb_flags(size_t huge) {
-    unsigned size = (unsigned)__builtin_ctzll((unsigned long long)huge);
-    return (int)(MAP_HUGETLB | size << MAP_HUGE_SHIFT); /* 34, for 16 GiB, uses the sign bit */
-}
-
-int vm_map_huge(size_t length, int access, size_t huge, uintptr_t *address) {
-    return map(0, length, access, hugetlb_flags(huge), address);
-}
-
 int vm_renew(uintptr_t address, size_t length, int access) {
     uintptr_t got;
     return map(address, length, access, MAP_FIXED, &got);
-}
-
-int vm_renew_huge(uintptr_t address, size_t length, int access, size_t huge) {
-    uintptr_t got;
-    return map(address, length, access, MAP_FIXED | hugetlb_flags(huge), &got);
 }
 
 int vm_protect(uintptr_t address, size_t length, int access) {

@@ -64,16 +64,9 @@ int vm_map(uintptr_t hint, size_t length, int access, uintptr_t *address);
  * are never replaced. */
 int vm_map_at(uintptr_t address, size_t length, int access);
 
-/* Like vm_map, with pages of `huge` bytes from the kernel's pool (hugetlb); `length` is a multiple
- * of `huge`. ENOMEM if the pool has too few pages, EINVAL if there is no pool of that size. */
-int vm_map_huge(size_t length, int access, size_t huge, uintptr_t *address);
-
 /* Replaces the caller's mappings in [address, address + length) by a new one. Contents, commit
  * charge, advice and name of the old ones are gone. */
 int vm_renew(uintptr_t address, size_t length, int access);
-
-/* Like vm_renew, with pages from the pool; both ends are multiples of `huge`. */
-int vm_renew_huge(uintptr_t address, size_t length, int access, size_t huge);
 
 /* Changes the access to VM_RESERVED or VM_COMMITTED; contents stay. The kernel works mapping by
  * mapping and may stop half way. */

@@ -90,7 +90,7 @@ _NOT_CONSTRUCTED = {
         "Region",
         "Scavenger",
         "_region.exports.Exports",
-        "costs.Answer",
+        "costs.Verdict",
         "costs.Compared",
         "costs.Comparison",
         "costs.CostModel",

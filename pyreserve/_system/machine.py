@@ -101,6 +101,22 @@ def thp_size() -> int | None:
     return None if no_thp else PAGE_SIZE * (PAGE_SIZE // 8)
 
 
+def free_memory() -> tuple[int, int] | None:
+    """Return the free bytes, and how many lie in blocks of at least a huge page; None if unknown.
+
+    Free memory in smaller blocks is fragmented: it can become a huge page only by compaction.
+    """
+    size = thp_size()
+    try:
+        pages = proc.buddy_pages()
+    except proc.UNREADABLE:
+        return None
+    if size is None or not pages:
+        return None
+    order = (size // PAGE_SIZE).bit_length() - 1
+    return sum(pages) * PAGE_SIZE, sum(pages[order:]) * PAGE_SIZE
+
+
 def thp_setting() -> str | None:
     """Return the general setting of transparent huge pages; None if the kernel has no THP.
 

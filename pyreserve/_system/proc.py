@@ -105,6 +105,12 @@ def meminfo_kib() -> dict[str, int]:
     return dict(parse_kib(text("meminfo")))
 
 
+def buddy_pages() -> list[int]:
+    """Return the pages in free blocks of each order (proc(5), /proc/buddyinfo), of all zones."""
+    zones = [line.split()[4:] for line in text("buddyinfo").splitlines()]
+    return [sum(map(int, counts)) << order for order, counts in enumerate(zip(*zones, strict=True))]
+
+
 def vm_setting(name: str) -> int:
     """Read the integer /proc/sys/vm/NAME."""
     return int(text(f"sys/vm/{name}"))

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,6 @@ import pyreserve
 from pyreserve.cli.console import (
     Command,
     Output,
-    OutputFile,
     Picture,
     Seconds,
     Size,
@@ -28,15 +28,16 @@ if TYPE_CHECKING:
 
     import pyreserve.costs.comparison
     import pyreserve.costs.text
+    import pyreserve.costs.ways
     from pyreserve.cli.screen import Screen
     from pyreserve.costs import (
         Cell,
         Comparison,
         CostTable,
-        Measured,
         Plan,
         Progress,
         Recommendations,
+        WayCosts,
     )
 
 VERBS = (
@@ -57,7 +58,9 @@ VERBS = (
 )
 """The verbs of `pyreserve.costs.GROUPS`, which help and completion name without importing it."""
 
-_FULL_BUDGET = 600.0  # seconds
+_FULL_BUDGET, _DETAILS_BUDGET = 600.0, 90.0  # seconds
+_COLUMNS = (6, 4)  # how many columns of the fits are shown, most first; GiB/s and at go together
+_REDRAW = 1.0  # seconds between two drawings of the verdicts, on a terminal
 _LINE_INTERVAL = 10.0  # seconds between two progress lines, elsewhere than on a terminal
 
 
@@ -70,7 +73,8 @@ def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> l
 @click.command(
     cls=Command,
     examples=(
-        ("pyreserve costs", "measure for 50 seconds, and give advice"),
+        ("pyreserve costs", "measure for 30 seconds, and answer"),
+        ("pyreserve costs --details", "also show the cost of every call"),
         ("pyreserve costs --only commit,touch --budget 10", "two verbs, more quickly"),
         ("pyreserve costs --plot costs.png", "also draw cost against length"),
         ("pyreserve costs --json --output old.json", "keep the results"),
@@ -78,19 +82,25 @@ def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> l
     ),
 )
 @click.option(
-    "--budget", type=Seconds(), metavar="SECONDS", help="Time limit; 50 seconds by default."
+    "--budget", type=Seconds(), metavar="SECONDS", help="Time limit; 30 seconds by default."
+)
+@click.option(
+    "--details",
+    is_flag=True,
+    help="Also measure the lengths in between, and show the cost of every call; the time limit is "
+    "90 seconds by default.",
 )
 @click.option(
     "--full",
     is_flag=True,
-    help="Measure all page kinds, modes, thread counts and powers of two; the time limit is 600 "
-    "seconds by default.",
+    help="Measure all page kinds, modes, thread counts and powers of two, with details; the time "
+    "limit is 600 seconds by default.",
 )
 @click.option(
     "--only",
     metavar="VERB,...",
     shell_complete=_complete_verbs,
-    help=f"Measure only these verbs: {', '.join(VERBS)}.",
+    help=f"Measure only these verbs, with details: {', '.join(VERBS)}.",
 )
 @click.option(
     "--longest",
@@ -100,12 +110,11 @@ def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> l
     help="Longest piece of memory; at most and by default 1GiB.",
 )
 @click.option(
-    "--csv",
-    type=OutputFile(),
-    metavar="FILE",
-    help="Write the results as CSV, one line per cell.",
+    "--plot",
+    type=Picture(),
+    metavar="FILE.png|.svg",
+    help="Draw cost against length, with details.",
 )
-@click.option("--plot", type=Picture(), metavar="FILE.png|.svg", help="Draw cost against length.")
 @click.option(
     "--compare",
     type=click.Path(path_type=Path),
@@ -115,43 +124,43 @@ def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> l
 @output_options
 def command(
     budget: float | None,
+    details: bool,
     full: bool,
     only: str | None,
     longest: int,
-    csv: Path | None,
     plot: Path | None,
     compare: Path | None,
     as_json: bool,
     output_file: Path | None,
 ) -> None:
-    """Measure the costs of memory operations and give advice.
+    """Measure the costs of memory operations, and answer what to use.
 
-    Prints what commit, touch, discard, decommit and other verbs cost on this machine.
+    Prints how to commit, to grow and to give memory back on this machine, whether huge pages pay,
+    whether to populate, and what fork costs.
     """
     costs = pyreserve.costs
     verbs = None if only is None else [verb.strip() for verb in only.split(",") if verb.strip()]
+    details = details or full or verbs is not None or plot is not None
     try:
-        plan = costs.plan(full=full, only=verbs, longest=longest)
+        plan = costs.plan(details=details, full=full, only=verbs, longest=longest)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
     old = None if compare is None else _load(compare)
     plan.check_memory()
-    table = _measure(plan, budget or (_FULL_BUDGET if full else costs.BUDGET))
-    if csv is not None:
-        from pyreserve._system.output import write_text  # noqa: PLC0415
-
-        write_text(csv, table.to_csv())
+    default = _FULL_BUDGET if full else _DETAILS_BUDGET if details else costs.BUDGET
+    live = not as_json and output_file is None and sys.stdout is not None and sys.stdout.isatty()
+    table = _measure(plan, budget or default, live)
     if plot is not None:
         table.plot(plot)
     comparison = None if old is None else costs.compare(old, table)
 
     def draw(screen: "Screen") -> None:
-        show(screen, table, costs.recommend(table))
+        show(screen, table, costs.recommend(table), details=details)
         if comparison is not None:
             show_comparison(screen, comparison, str(compare))
 
     def to_json() -> str:
-        document = table.to_dict()
+        document = table.to_dict() | costs.recommend(table).to_dict()
         if comparison is not None:
             document["comparison"] = comparison.to_dict()
         return json.dumps(document, indent=1)
@@ -168,13 +177,41 @@ def _load(path: Path) -> "CostTable":
         raise click.BadParameter(str(error), param_hint="'--compare'") from None
 
 
-def _measure(plan: "Plan", budget: float) -> "CostTable":
+def _measure(plan: "Plan", budget: float, live: bool) -> "CostTable":
     """Measure the plan; after Ctrl-C return the incomplete table."""
-    with progress(plan, budget) as show_progress:
+    with _live(budget) if live else progress(plan, budget) as show_progress:
         try:
             return pyreserve.costs.measure(plan, budget=budget, progress=show_progress)
         except pyreserve.costs.Interrupted as interrupted:
             return interrupted.table
+
+
+@contextmanager
+def _live(budget: float) -> "Iterator[Callable[[Progress], None]]":
+    """Draw the verdicts so far on a terminal, and refine them in place between passes."""
+    from pyreserve.cli.screen import Screen, redrawn  # noqa: PLC0415  # rich is slow to import
+
+    with redrawn() as redraw:
+        drawn = -_REDRAW
+
+        def show_progress(now: "Progress") -> None:
+            nonlocal drawn
+            if now.table is None or now.seconds < drawn + _REDRAW:
+                return
+            drawn = now.seconds
+            table = now.table()
+
+            def draw(screen: Screen) -> None:
+                show(screen, table, pyreserve.costs.recommend(table))
+                screen.text(
+                    f"{now.seconds:.0f} of {budget:g} s, {now.settled} of {now.cells} cells "
+                    "settled; Ctrl-C ends the run and keeps its results",
+                    style="cyan",
+                )
+
+            redraw(draw)
+
+        yield show_progress
 
 
 @contextmanager
@@ -227,137 +264,129 @@ def _bar(budget: float) -> "Iterator[Callable[[Progress], None]]":
         )
 
 
-def show(screen: "Screen", table: "CostTable", recommendations: "Recommendations") -> None:
-    """Draw the machine, the costs, the cells that could not be measured and recommendations."""
+def show(
+    screen: "Screen",
+    table: "CostTable",
+    recommendations: "Recommendations",
+    *,
+    details: bool = False,
+) -> None:
+    """Draw the machine, the verdicts, the table of ways and, with details, all costs."""
     _show_machine(screen, table)
     screen.blank()
-    _show_costs(screen, table)
-    _show_cold(screen, table)
+    last = None
+    for name, verdict in recommendations.by_name.items():
+        if verdict.question != last:
+            screen.text(verdict.question, style="bold")
+        last = verdict.question
+        # The table of ways has the figures for these.
+        figures = "" if "used-again" in name and verdict.sure else verdict.figures
+        parts = (
+            (verdict.text, "" if verdict.sure else "yellow"),
+            (figures and f". {figures}", "dim"),
+        )
+        screen.text(*parts, indent=2)
+    _show_ways(screen, recommendations)
+    if details:
+        _show_settings(screen, table)
+        _show_costs(screen, table)
+        _show_cold(screen, table)
     _show_unmeasured(screen, table)
-    screen.blank()
-    screen.text("Recommendations", style="bold")
-    for answer in recommendations.answers().values():
-        if answer.value is not None:
-            screen.text(answer.text, indent=2)
-            screen.text(answer.reason, style="dim", indent=4)
 
 
 def _show_machine(screen: "Screen", table: "CostTable") -> None:
+    facts = table.machine
+    machine = pyreserve.costs.text.machine_text(facts)
+    virtual = "" if facts["virtualised"] == "no" else ", virtualised"
+    screen.text(("pyreserve costs", "bold"), f"  {machine}{virtual}")
+    passes = max((row.times.passes for row in table.cells if row.times), default=0)
+    interrupted = "" if table.complete else "Interrupted after "
+    sure = (
+        "Each verdict is 95 % sure, or says that this run can't tell."
+        if passes >= pyreserve.costs.ENOUGH
+        else f"A verdict needs {pyreserve.costs.ENOUGH} passes."
+    )
+    screen.text(f"{interrupted}{table.seconds:.1f} s, {_count(passes, 'pass', 'passes')}. {sure}")
+    if table.disturbed is not None:
+        screen.text(f"Busy machine: {table.disturbed}.", style="yellow")
+
+
+def _show_ways(screen: "Screen", recommendations: "Recommendations") -> None:
+    rows: dict[str, list[WayCosts]] = {}
+    for row in recommendations.ways:
+        rows.setdefault(row.way.name, []).append(row)
+    if not rows:
+        return
+    text = pyreserve.costs.ways.time_text
+    kinds = list(dict.fromkeys(row.kind for row in recommendations.ways))
+    lines = [
+        (name, *(f"{text(row.give)} + {text(row.again)}" for row in of_way))
+        for name, of_way in rows.items()
+    ]
+    titles = ("Give back + use again", *(f"{kind} pages" for kind in kinds))
+    widths = [max(map(len, column)) for column in zip_longest(titles, *lines, fillvalue="")]
+    screen.blank()
+
+    def row_text(cells: Sequence[str]) -> str:
+        name, *costs = (cell.ljust(width) for cell, width in zip(cells, widths, strict=False))
+        return "  ".join((name, *costs)).rstrip()
+
+    screen.text(row_text(titles), style="bold")
+    for line in lines:
+        way, entries = rows[line[0]][0].way, rows[line[0]][0].entries
+        counted = (
+            "" if entries is None else f", {_count(round(entries), 'map entry', 'map entries')}"
+        )
+        screen.text(row_text(line))
+        when = f"{way.when[0].upper()}{way.when[1:]}"
+        screen.text(f"back: {way.back}{counted}. {when}", style="dim", indent=4)
+
+
+def _show_settings(screen: "Screen", table: "CostTable") -> None:
     facts = table.machine
     enabled = [
         f"{format_size(int(size))} {mode}"
         for size, mode in facts["transparent_huge_pages"].items()
         if mode != "never"
     ]
-    virtual = {"no": "not virtualised", "yes": "virtualised"}.get(
-        facts["virtualised"], f"virtualised ({facts['virtualised']})"
-    )
-    balloon = ", with a balloon" if facts["balloon"] else ""
-    screen.text(
-        ("pyreserve costs", "bold"),
-        f"  {pyreserve.costs.text.machine_text(facts)}, {virtual}{balloon}",
-    )
     call = facts["system_call_ns"]
+    screen.blank()
     screen.text(
         f"OS page {format_size(facts['page_size'])}; transparent huge pages: "
         f"{', '.join(enabled) or 'never'} (defrag {facts['transparent_huge_pages_defrag']}); "
         f"vm.overcommit_memory {facts['overcommit_memory']}"
         + (f"; a system call {format_time(call)}" if call else "")
+        + ("; a balloon may take idle memory" if facts["balloon"] else "")
     )
-    passes = max((row.times.passes for row in table.cells if row.times), default=0)
-    interrupted = "" if table.complete else "Interrupted after "
-    screen.text(f"{interrupted}{table.seconds:.1f} s, up to {_count(passes, 'pass', 'passes')}")
-    if table.disturbed is not None:
-        screen.text(
-            f"Noisy: {table.disturbed}; small differences are not significant.", style="yellow"
-        )
 
 
 def _count(n: int, noun: str, plural: str = "") -> str:
     return f"{n} {noun if n == 1 else plural or noun + 's'}"
 
 
-_Group = tuple[str, list[tuple[str, list[str]]]]
-"""A group and its curves: of each the label, and the row of `_COLUMNS` without the label."""
-
-_COLUMNS = ("", "pages", "fixed", "per page", "GiB/s", "at", "off", "outliers")
-_LEFT_ALIGNED = {"", "pages", "at", "outliers", "cell", "verdict"}
-# How many of `_COLUMNS` are shown, most first; GiB/s and its length go together.
-_CHOICES = (8, 7, 6, 4)
-
-
 def _show_costs(screen: "Screen", table: "CostTable") -> None:
-    """Draw the costs with as many columns as fit; on a narrow screen below their labels."""
-    groups = list(_curves(table))
-    for columns in _CHOICES:
-        shown = _costs_in(screen, groups, columns)
-        if screen.fits(shown):
-            screen.table(shown)
-            break
-    else:
-        _show_costs_below_labels(screen, groups, columns)
-    screen.text(
-        f"{pyreserve.costs.text.legend(_COLUMNS[:columns])} pyreserve.costs.cells describes each "
-        "verb and method.",
-        style="dim",
-    )
-
-
-def _show_costs_below_labels(screen: "Screen", groups: "list[_Group]", columns: int) -> None:
-    headings = _COLUMNS[1:columns]
-    rows = [row[: len(headings)] for _, curves in groups for _, row in curves]
-    setting, *figures = (max(map(len, column)) for column in zip(headings, *rows, strict=True))
-
-    def show(cells: Sequence[str]) -> None:
-        first, *rest = cells
-        aligned = (f"{cell:>{width}}" for cell, width in zip(rest, figures, strict=True))
-        screen.text(" ".join((first.ljust(setting), *aligned)), indent=4)
-
-    show(headings)
-    for group, curves in groups:
-        screen.text(group, style="bold")
-        last_label = None
-        for label, row in curves:
-            if label != last_label:
-                screen.text(label, indent=2)
-            show(row[: len(headings)])
-            last_label = label
-
-
-def _costs_in(screen: "Screen", groups: "list[_Group]", columns: int) -> "Table":
-    shown = screen.new_table(1)
-    for name in _COLUMNS[:columns]:
-        shown.add_column(name, no_wrap=True, justify="left" if name in _LEFT_ALIGNED else "right")
-    for group, curves in groups:
-        shown.add_row(screen.styled(group, "bold"))
-        last = None
-        for label, row in curves:
-            shown.add_row(*[f"  {label}" if label != last else "", *row][:columns])
-            last = label
-    return shown
-
-
-def _curves(table: "CostTable") -> "Iterator[_Group]":
-    """Yield each group of verbs that has curves."""
+    """Draw the fits with as many columns as fit."""
     text = pyreserve.costs.text
-    cells, fits = table.curves(), text.sorted_fits(table.model())
-    for group, verbs in pyreserve.costs.GROUPS.items():
-        curves = []
-        for fit in fits:
-            if fit.curve.verb in verbs:
-                label, *figures = text.fit_row(fit)
-                curves.append((label, [*figures, _outliers(cells[fit.curve])]))
-        if curves:
-            yield group, curves
+    fits = text.sorted_fits(table.model())
 
+    def drawn(columns: int) -> "Table":
+        shown = screen.new_table(1)
+        for title in text.TITLES[:columns]:
+            left = title in {*text.TITLES[:2], "at"}
+            shown.add_column(title, no_wrap=True, justify="left" if left else "right")
+        for group, verbs in pyreserve.costs.GROUPS.items():
+            rows = [text.fit_row(fit) for fit in fits if fit.curve.verb in verbs]
+            if rows:
+                shown.add_row(screen.styled(group, "bold"))
+            last = ""
+            for label, *figures in rows:
+                shown.add_row(*[f"  {label}" if label != last else "", *figures][:columns])
+                last = label
+        return shown
 
-def _outliers(cells: "list[Measured]") -> str:
-    times = [row.times for row in cells if row.times is not None]
-    outliers, samples = sum(t.outliers for t in times), sum(t.samples for t in times)
-    if not outliers:
-        return ""
-    worst = max(t.max / t.median for t in times if t.median > 0)
-    return f"{outliers / samples:.1%}, to {f'{worst:.0f}' if worst >= 10 else f'{worst:.2g}'}x"
+    screen.blank()
+    screen.widest(map(drawn, _COLUMNS))
+    screen.text(text.LEGEND, style="dim")
 
 
 def _show_cold(screen: "Screen", table: "CostTable") -> None:
@@ -415,7 +444,7 @@ def show_comparison(screen: "Screen", comparison: "Comparison", old: str) -> Non
     if changes.rows:
         shown = screen.new_table(2)
         for title in changes.titles:
-            left = title in _LEFT_ALIGNED
+            left = title in {"cell", "verdict"}
             shown.add_column(title, justify="left" if left else "right", no_wrap=title != "cell")
         for row in changes.rows:
             shown.add_row(*row)

@@ -1,5 +1,6 @@
 """The screens of all commands, drawn with rich."""
 
+import io
 import os
 import re
 import sys
@@ -179,6 +180,26 @@ class Screen:
         cut = text[: width - len(mark)]
         words = text[: len(cut) + 1].rpartition(" ")[0]
         return (words if 2 * len(words) > width else cut).rstrip(" ,") + mark
+
+
+@contextmanager
+def redrawn() -> Iterator[Callable[[Callable[[Screen], None]], None]]:
+    """Draw a screen in place on standard output, a terminal; at the end it is gone.
+
+    Yields a function that draws it anew. The caller's thread draws, as in `progress_bar`.
+    """
+    from rich.live import Live  # noqa: PLC0415  # slow to import
+
+    screen = Screen()
+    with Live(console=screen.console, auto_refresh=False, transient=True) as live:
+
+        def redraw(draw: Callable[[Screen], None]) -> None:
+            hidden = Screen(screen.width, io.StringIO())
+            with hidden.console.capture() as captured:
+                draw(hidden)
+            live.update(Text.from_ansi(captured.get()), refresh=True)
+
+        yield redraw
 
 
 @contextmanager

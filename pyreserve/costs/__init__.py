@@ -8,21 +8,25 @@
     table.model().estimate("touch", pages=1000)  # nanoseconds
 """
 
-from pyreserve.costs.cells import GROUPS, METHODS, Cell, Curve
+from pyreserve.costs.cells import GROUPS, METHODS, OPERATIONS, Cell, Curve, Operation
 from pyreserve.costs.comparison import Compared, Comparison, compare
 from pyreserve.costs.measuring import BUDGET, Interrupted, Progress, measure
 from pyreserve.costs.model import CostModel, Estimate, Fit
 from pyreserve.costs.planning import Plan, plan
-from pyreserve.costs.recommendation import Answer, Recommendations, measured_step, recommend
+from pyreserve.costs.recommendation import Recommendations, Verdict, measured_step, recommend
 from pyreserve.costs.results import Measured, Noise
-from pyreserve.costs.stats import Times
+from pyreserve.costs.stats import ENOUGH, Interval, Times
 from pyreserve.costs.table import CostTable
+from pyreserve.costs.ways import SITUATIONS, WAYS, Situation, Way, WayCosts
 
 __all__ = [
     "BUDGET",
+    "ENOUGH",
     "GROUPS",
     "METHODS",
-    "Answer",
+    "OPERATIONS",
+    "SITUATIONS",
+    "WAYS",
     "Cell",
     "Compared",
     "Comparison",
@@ -32,12 +36,18 @@ __all__ = [
     "Estimate",
     "Fit",
     "Interrupted",
+    "Interval",
     "Measured",
     "Noise",
+    "Operation",
     "Plan",
     "Progress",
     "Recommendations",
+    "Situation",
     "Times",
+    "Verdict",
+    "Way",
+    "WayCosts",
     "compare",
     "measure",
     "measured_step",

@@ -1,81 +1,125 @@
 """Cells: the operations that can be measured.
 
 A cell is a verb, a method, a page kind, a mode, a length and a number of threads. A method names
-the system call, or the state of the memory before it:
-
-========  ==================  ===========================================================
-verb      method              one sample
-========  ==================  ===========================================================
-reserve   mmap                mmap(PROT_NONE)
-commit    mprotect            mprotect of a piece of a larger reservation
-commit    mmap-fixed          mmap(MAP_FIXED) of a piece of a larger reservation
-grow      mprotect            mprotect of the piece that follows committed, touched memory
-grow      mmap-fixed          mmap(MAP_FIXED) of that piece
-guard     madvise             MADV_GUARD_INSTALL on untouched pages inside committed memory
-guard     mprotect            mprotect(PROT_NONE) on such pages
-unguard   madvise, mprotect   MADV_GUARD_REMOVE; mprotect back to read and write
-touch     write               the first store to each OS page
-touch     read                the first load from each OS page
-populate  madvise             MADV_POPULATE_WRITE
-collapse  madvise             MADV_COLLAPSE of resident small pages
-discard   dontneed, free      MADV_DONTNEED; MADV_FREE (lazy), on touched pages
-decommit  mmap-fixed          mmap(MAP_FIXED, PROT_NONE) over touched pages
-decommit  mprotect            mprotect(PROT_NONE) alone: memory and commit charge stay
-decommit  dontneed+mprotect   MADV_DONTNEED, then mprotect(PROT_NONE)
-release   untouched, touched  munmap of the whole mapping, none or all of it touched
-retouch   resident            a store to each OS page, all of them resident
-retouch   after-dontneed      the first store to each OS page after discard/dontneed
-retouch   after-free          the same after discard/free, before the kernel reclaims it
-retouch   after-fork          the same after a fork: copy on write
-recommit  after-mmap-fixed    mprotect after a decommit by that method; the same for
-                              after-mprotect and after-dontneed+mprotect
-fork      inherit, dontfork   fork(2) with touched pages, without and with MADV_DONTFORK; the
-                              fixed cost is that of forking the measuring Python process
-========  ==================  ===========================================================
+the system call, or the state of the memory before it: see `OPERATIONS`.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from pyreserve._system.limits import PAGE_SIZE
-from pyreserve._system.machine import hugetlb_free, thp_settings
+from pyreserve._system.machine import thp_settings
 from pyreserve.units import format_size
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What a method does.
+
+    Attributes:
+        call: the system call with its flags, as in a program's source.
+        sample: the work that one sample times, for people.
+    """
+
+    call: str
+    sample: str
+
+
+_ANONYMOUS = "MAP_PRIVATE|MAP_ANONYMOUS"
+_RW = "PROT_READ|PROT_WRITE"
+_PROTECT, _REVOKE = f"mprotect({_RW})", "mprotect(PROT_NONE)"
+_STORE = "page fault (store)"
+
+OPERATIONS: dict[tuple[str, str], Operation] = {
+    ("reserve", "mmap"): Operation(
+        f"mmap(PROT_NONE, {_ANONYMOUS})", "mapping addresses without access"
+    ),
+    ("commit", "mprotect"): Operation(_PROTECT, "a piece of a larger reservation"),
+    ("commit", "mmap-fixed"): Operation(
+        f"mmap({_RW}, {_ANONYMOUS}|MAP_FIXED)", "a piece of a larger reservation"
+    ),
+    ("grow", "mprotect"): Operation(_PROTECT, "the piece that follows committed, touched memory"),
+    ("grow", "mmap-fixed"): Operation(f"mmap({_RW}, {_ANONYMOUS}|MAP_FIXED)", "the same piece"),
+    ("guard", "madvise"): Operation(
+        "madvise(MADV_GUARD_INSTALL)", "untouched pages inside committed memory"
+    ),
+    ("guard", "mprotect"): Operation(_REVOKE, "the same pages"),
+    ("unguard", "madvise"): Operation("madvise(MADV_GUARD_REMOVE)", "pages guarded by madvise"),
+    ("unguard", "mprotect"): Operation(_PROTECT, "pages guarded by mprotect"),
+    ("touch", "write"): Operation(_STORE, "the first store to each OS page"),
+    ("touch", "read"): Operation("page fault (load)", "the first load from each OS page"),
+    ("populate", "madvise"): Operation("madvise(MADV_POPULATE_WRITE)", "committed memory"),
+    ("collapse", "madvise"): Operation(
+        "madvise(MADV_COLLAPSE)", "resident small pages, made huge pages"
+    ),
+    ("discard", "dontneed"): Operation("madvise(MADV_DONTNEED)", "touched pages"),
+    ("discard", "free"): Operation("madvise(MADV_FREE)", "touched pages"),
+    ("decommit", "mmap-fixed"): Operation(
+        f"mmap(PROT_NONE, {_ANONYMOUS}|MAP_FIXED)", "a touched piece of a larger reservation"
+    ),
+    ("decommit", "mprotect"): Operation(
+        _REVOKE, "a touched piece; its memory and commit charge stay"
+    ),
+    ("decommit", "dontneed+mprotect"): Operation(
+        f"madvise(MADV_DONTNEED); {_REVOKE}", "a touched piece; its commit charge stays"
+    ),
+    ("release", "piece"): Operation("munmap()", "a touched piece of a larger reservation"),
+    ("release", "untouched"): Operation("munmap()", "a whole mapping, none of it touched"),
+    ("retouch", "resident"): Operation("store", "a store to each OS page, all of them resident"),
+    ("retouch", "after-dontneed"): Operation(_STORE, "each OS page, after discard dontneed"),
+    ("retouch", "after-free"): Operation(
+        _STORE, "each OS page, after discard free, before the kernel reclaims it"
+    ),
+    ("retouch", "after-mmap-fixed"): Operation(_STORE, "each OS page, after recommit"),
+    ("retouch", "after-mprotect"): Operation("store", "each OS page, after recommit"),
+    ("retouch", "after-dontneed+mprotect"): Operation(_STORE, "each OS page, after recommit"),
+    ("retouch", "after-release"): Operation(_STORE, "each OS page, after recommit"),
+    ("retouch", "after-fork"): Operation(
+        f"{_STORE}, copy on write", "each OS page, while a forked child shares it"
+    ),
+    ("recommit", "after-mmap-fixed"): Operation(_PROTECT, "after decommit mmap-fixed"),
+    ("recommit", "after-mprotect"): Operation(_PROTECT, "after decommit mprotect"),
+    ("recommit", "after-dontneed+mprotect"): Operation(
+        _PROTECT, "after decommit dontneed+mprotect"
+    ),
+    ("recommit", "after-release"): Operation(
+        f"mmap({_RW}, {_ANONYMOUS}|MAP_FIXED_NOREPLACE)", "the addresses of release piece"
+    ),
+    ("advise", "hugepage"): Operation(
+        "madvise(MADV_HUGEPAGE)", "a mapping that MAP_FIXED or mmap made anew"
+    ),
+    ("fork", "inherit"): Operation(
+        "fork()", "a process with touched pages; the fixed cost is that of the measuring Python"
+    ),
+    ("fork", "dontfork"): Operation("fork()", "the same, with the pages under MADV_DONTFORK"),
+}
+"""What each method of each verb does, the default method of a verb first."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "get memory": ("reserve", "commit", "grow", "guard", "unguard"),
     "first use": ("touch", "populate", "collapse"),
     "give back": ("discard", "decommit", "release"),
-    "use again": ("retouch", "recommit"),
+    "use again": ("retouch", "recommit", "advise"),
     "fork": ("fork",),
 }
 """The verbs by purpose."""
 
 METHODS: dict[str, tuple[str, ...]] = {
-    "reserve": ("mmap",),
-    "commit": ("mprotect", "mmap-fixed"),
-    "grow": ("mprotect", "mmap-fixed"),
-    "guard": ("madvise", "mprotect"),
-    "unguard": ("madvise", "mprotect"),
-    "touch": ("write", "read"),
-    "populate": ("madvise",),
-    "collapse": ("madvise",),
-    "discard": ("dontneed", "free"),
-    "decommit": ("mmap-fixed", "mprotect", "dontneed+mprotect"),
-    "release": ("touched", "untouched"),
-    "retouch": ("after-dontneed", "after-free", "resident", "after-fork"),
-    "recommit": ("after-mmap-fixed", "after-mprotect", "after-dontneed+mprotect"),
-    "fork": ("inherit", "dontfork"),
+    verb: tuple(method for other, method in OPERATIONS if other == verb)
+    for verbs in GROUPS.values()
+    for verb in verbs
 }
 """The methods of each verb, the default one first."""
 
 MODES = ("charge", "noreserve")
 
 
-def _name(size: int) -> str:
+def name_of(size: int) -> str:
+    """Return the name of the page kind of a size in bytes."""
     return format_size(size).replace(" ", "")
 
 
-SMALL = _name(PAGE_SIZE)
+SMALL = name_of(PAGE_SIZE)
 """Name of the page kind that every machine has: the OS page."""
 
 
@@ -84,9 +128,9 @@ class Cell:
     """An operation to measure.
 
     Attributes:
-        verb, method: see this module's table.
+        verb, method: see `OPERATIONS`.
         page_kind: kind of page that backs the memory: ``"4KiB"``, ``"64KiB"`` (a transparent huge
-            page of that size), ``"2MiB"``, ``"hugetlb-2MiB"``.
+            page of that size), ``"2MiB"``.
         mode: ``"charge"`` or ``"noreserve"``, as for a region.
         nbytes: length of the piece, in bytes.
         threads: number of threads that run it at once in one address space, each on its own
@@ -104,6 +148,15 @@ class Cell:
     def pages(self) -> int:
         """Length in OS pages."""
         return self.nbytes // PAGE_SIZE
+
+    @property
+    def call(self) -> str | None:
+        """The system call with its flags; None if the verb or its method is unknown here."""
+        operation = OPERATIONS.get((self.verb, self.method))
+        if operation is None:
+            return None
+        more = "|MAP_NORESERVE" if self.mode == "noreserve" else ""
+        return operation.call.replace(_ANONYMOUS, _ANONYMOUS + more)
 
     def __str__(self) -> str:
         return f"{Curve.of(self)}, {format_size(self.nbytes)}"
@@ -161,7 +214,7 @@ class PageKind:
     Attributes:
         name: as in `Cell.page_kind`.
         size: bytes of a page.
-        sort: ``"small"``, ``"transparent"`` or ``"hugetlb"``.
+        sort: ``"small"`` or ``"transparent"``.
         next_size: bytes of the next larger transparent page, which the kernel prefers where it
             fits; 0 if there is none.
         why_not: why this machine has no such pages; None if it has.
@@ -181,12 +234,9 @@ def page_kinds() -> list[PageKind]:
     enabled = [size for size, setting in thp.items() if setting in {"always", "madvise"}]
     for size in enabled:
         larger = min((other for other in enabled if other > size), default=0)
-        kinds.append(PageKind(_name(size), size, "transparent", larger))
+        kinds.append(PageKind(name_of(size), size, "transparent", larger))
     largest = max(thp, default=0)
     if largest and largest not in enabled:
         why = f"transparent huge pages of {format_size(largest)} are switched off (never)"
-        kinds.append(PageKind(_name(largest), largest, "transparent", why_not=why))
-    for size, free in hugetlb_free().items():
-        why_not = None if free else f"no huge page of {format_size(size)} is free in the pool"
-        kinds.append(PageKind(f"hugetlb-{_name(size)}", size, "hugetlb", why_not=why_not))
+        kinds.append(PageKind(name_of(largest), largest, "transparent", why_not=why))
     return kinds

@@ -19,16 +19,17 @@ from pyreserve.costs.cells import SMALL, Cell, PageKind
 from pyreserve.costs.map_entries import map_entries
 from pyreserve.costs.programs import Program, Setting, Step
 from pyreserve.costs.stats import Sample
-from pyreserve.units import MiB, format_size, round_up
+from pyreserve.units import MiB, round_up
 
 PIECE = 2 * MiB
 """Memory is warmed up in pieces of this many bytes, each timed."""
 
 _SWEEPS = 3  # turns that each short program gets in a pass
-_SLICE = 0.005  # seconds of a turn; a longer round runs once
-_MAX_ROUNDS = 60
-_LONG = 0.1  # seconds; a program with longer rounds gets one turn a pass and no warm-up round
+_SLICE = 0.005  # seconds of a turn
+_MIN_ROUNDS, _MAX_ROUNDS = 2, 60  # in a turn
+_LONG = 0.1  # seconds; a longer round runs once a pass, without a warm-up round
 _TRIAL_PIECES = 32  # pieces touched to measure how fast warming up is
+_TRIES = 16  # pages of a transparent kind that are tried in each pass
 _CALLS = 1000  # getppid calls in one sample
 
 _VERBS = {
@@ -37,6 +38,8 @@ _VERBS = {
     "DISCARD_OFF": "decommit",
     "HUGE_PREFER": "advise",
     "DISCARD_LAZY": "lazy discard",
+    "UNMAP": "release",
+    "MAP": "reserve",
     "REAP": "fork",
 }
 
@@ -48,19 +51,17 @@ class Job:
     Attributes:
         parent: PID of the parent; the child ends with it.
         deadline: time.monotonic() at which to stop, in seconds.
-        share: limit of one round of a program, in seconds.
-        setting: the setting of all its programs.
+        sweep_until: time.monotonic() from which on programs get no further turn.
         warm: bytes of memory to warm up.
         warm_seconds: limit of one warm-up, in seconds; what does not fit stays cold.
         entries: whether to count map entries too.
-        programs: the programs to run, by number.
+        programs: the programs to run, by number, the most important first.
         seconds: duration of a round in earlier passes, by number.
     """
 
     parent: int
     deadline: float
-    share: float
-    setting: Setting
+    sweep_until: float
     warm: int
     warm_seconds: float
     entries: bool
@@ -105,13 +106,14 @@ def run(program: Program, rounds: int) -> list[list[Sample]]:
         program.align,
         program.phase,
     )
-    native.huge, native.advice = program.huge, _advice(program.advice)
-    native.access = lib.VM_NORESERVE if program.noreserve else 0
-    per_slot = rounds * program.threads
+    native.advice = _advice(program.advice)
+    native.access = lib.VM_NORESERVE if program.setting.mode == "noreserve" else 0
+    threads = program.setting.threads
+    per_slot = rounds * threads
     n = len(timed) * per_slot
     samples, preempted = ffi.new("double[]", n or 1), ffi.new("unsigned char[]", n or 1)
     done, failed = ffi.new("size_t *"), ffi.new("size_t *")
-    err = lib.timing_run(native, program.threads, rounds, samples, preempted, done, failed)
+    err = lib.timing_run(native, threads, rounds, samples, preempted, done, failed)
     if err:
         raise Refused(err, int(failed[0]))
     by_cell: dict[Cell, list[Sample]] = {cell: [] for cell in program.cells}
@@ -126,6 +128,7 @@ def _advice(names: Iterable[str]) -> int:
 
 
 _UNNAMED = Cell("", "", SMALL, "charge", PAGE_SIZE)  # for timed steps that belong to no plan
+_BARE = Setting(PageKind(SMALL, PAGE_SIZE, "small"), "charge", 1)
 
 
 def _bare_program(
@@ -134,16 +137,14 @@ def _bare_program(
     whole = (Step("RESERVE", 0, nbytes), *steps, Step("RELEASE", 0, nbytes))
     return Program(
         script="bare",
+        setting=_BARE,
         steps=whole,
         nbytes=nbytes,
         piece=nbytes,
         memory=nbytes,
         align=align,
         phase=0,
-        huge=0,
-        noreserve=False,
         advice=advice,
-        threads=1,
     )
 
 
@@ -169,31 +170,37 @@ def warm_up(nbytes: int, seconds: float, advice: tuple[str, ...]) -> list[Sample
 
 def _touch_once(nbytes: int, advice: tuple[str, ...]) -> list[Sample]:
     nbytes = round_up(nbytes, PIECE)
-    steps = [Step("ADVISE", 0, nbytes), Step("COMMIT", 0, nbytes)]
+    steps = [Step("ADVISE", 0, nbytes)] if advice else []
+    steps += [Step("COMMIT", 0, nbytes)]
     steps += [Step("WRITE", offset, PIECE, _UNNAMED) for offset in range(0, nbytes, PIECE)]
     return run(_bare_program(steps, nbytes, align=PIECE, advice=advice), 1)[0]
 
 
-def why_unavailable(program: Program, kind: PageKind) -> str | None:
-    """Return why a touch in a program's mapping gets no page of this kind; None if it gets one."""
+def pages_of_kind(setting: Setting) -> tuple[int, int]:
+    """Return how many pages of a transparent kind were tried, and how many a touch really got.
+
+    Raises:
+        OSError: the kernel refused the memory.
+    """
+    size, tries = setting.kind.size, 1 if setting.kind.next_size else _TRIES
+    program = setting.program("trial", [Step("COMMIT", 0, tries * size)], size, memory=0)
     length = program.nbytes + program.align
-    address, resident = ffi.new("uintptr_t *"), ffi.new("size_t *")
+    address, resident, got = ffi.new("uintptr_t *"), ffi.new("size_t *"), 0
     err = lib.vm_map(0, length, lib.VM_RESERVED, address)
     if err:
-        return str(refusal("reserve", err, length).strerror)
+        raise refusal("reserve", err, length)
     try:
         placed = address[0] + (program.phase - address[0]) % program.align
         err = lib.vm_advise(placed, program.nbytes, _advice(program.advice))
-        err = err or lib.vm_protect(placed, kind.size, lib.VM_COMMITTED)
+        err = err or lib.vm_protect(placed, tries * size, lib.VM_COMMITTED)
         if err:
-            return str(refusal("commit", err, kind.size).strerror)
-        ffi.cast("char *", placed)[0] = b"\1"
-        lib.vm_resident(placed, kind.size, resident)
+            raise refusal("commit", err, tries * size)
+        for at in range(placed, placed + tries * size, size):
+            ffi.cast("char *", at)[0] = b"\1"
+            got += lib.vm_resident(at, size, resident) == 0 and resident[0] == size
     finally:
         lib.vm_release(address[0], length)
-    if resident[0] == kind.size:
-        return None
-    return f"a touch got {format_size(resident[0])}: no page of this size is free"
+    return tries, got
 
 
 def answer(**fields: Any) -> None:
@@ -211,41 +218,48 @@ class Pass:
         self._remaining = dict(job.programs)
         self._seconds = dict(job.seconds)
         self._warm: set[int] = set()
+        self._setting = next(iter(job.programs.values())).setting
 
     def run(self) -> None:
-        """Run the short programs in turns, then each long one once, the largest first.
+        """Run the short programs in turns, then each long one once.
 
         The memory of the long ones is warmed up directly before they run: the hypervisor would
         take it away again if it were idle.
         """
+        self._try_kinds()
         self._warm_up(min(self._job.warm, _TRIAL_PIECES * PIECE))
-        for _ in range(_SWEEPS):
+        for sweep in range(_SWEEPS):
+            if sweep and time.monotonic() > self._job.sweep_until:
+                break
             answer(system_call=system_call_ns())
             for number in list(self._remaining):
                 if self._predict(number) < _LONG:
                     self._run_turn(number)
-        long = [number for number in self._remaining if self._is_long(number)]
-        long.sort(key=lambda number: -self._remaining[number].memory)
+        long = [number for number in self._remaining if self._predict(number) >= _LONG]
         if long:
-            self._warm_up(self._remaining[long[0]].memory)
+            self._warm_up(max(self._remaining[number].memory for number in long))
         for number in long:
             self._run_turn(number)
 
-    def _is_long(self, number: int) -> bool:
-        """Whether a program is long and the budget allows it; if not allowed, tell the parent."""
-        seconds = self._predict(number)
-        if seconds > self._job.share:
-            why = (
-                f"one round takes about {seconds:.2g} s, more than a 20th of the budget "
-                f"({self._job.share:.2g} s)"
-            )
-            answer(skipped=number, why=why)
-            return False
-        return seconds >= _LONG
+    def _try_kinds(self) -> None:
+        """Drop the programs of page kinds that are not to be had now."""
+        for setting in dict.fromkeys(program.setting for program in self._remaining.values()):
+            if setting.kind.sort != "transparent":
+                continue
+            try:
+                tried, got = pages_of_kind(setting)
+                why = f"none of {tried} pieces got a page of this size: none is free"
+                answer(kind=setting.kind.name, tried=tried, got=got)
+            except OSError as error:
+                got, why = 0, str(error.strerror)
+            if not got:
+                for number, program in list(self._remaining.items()):
+                    if program.setting.kind == setting.kind:
+                        self._give_up(number, why)
 
     def _warm_up(self, nbytes: int) -> None:
         try:
-            answer(warm_up=warm_up(nbytes, self._job.warm_seconds, self._job.setting.advice))
+            answer(warm_up=warm_up(nbytes, self._job.warm_seconds, self._setting.advice))
         except Refused:
             return  # programs that need as much are refused too, and each reports it
 
@@ -277,7 +291,8 @@ class Pass:
                 run(program, 1)
                 seconds = time.monotonic() - started
             self._warm.add(number)
-            rounds = max(1, min(_MAX_ROUNDS, int(_SLICE / max(seconds, 1e-6))))
+            least = 1 if seconds >= _LONG else _MIN_ROUNDS
+            rounds = max(least, min(_MAX_ROUNDS, int(_SLICE / max(seconds, 1e-6))))
             started = time.monotonic()
             samples = run(program, rounds)
             self._seconds[number] = (time.monotonic() - started) / rounds
@@ -300,8 +315,7 @@ class Pass:
             return
         step = program.steps[refused.step]
         verb = _VERBS.get(step.verb, step.verb.lower())
-        pool = "the pool has too few huge pages" if program.huge and verb == "reserve" else None
-        why = str(refusal(verb, refused.err, step.nbytes, why=pool).strerror)
+        why = str(refusal(verb, refused.err, step.nbytes).strerror)
         if step.bound is None:
             self._give_up(number, why)
             return
@@ -322,13 +336,6 @@ class Pass:
 
 def work(job: Job) -> None:
     """Do a job, and send its answers."""
-    # Only the program of an untouched reservation has no alignment.
-    aligned = next((program for program in job.programs.values() if program.align), None)
-    if aligned is not None:
-        why = why_unavailable(aligned, job.setting.kind)
-        if why is not None:
-            answer(unavailable=why)
-            return
     if job.entries:
         answer(map_entries=map_entries())
     Pass(job).run()

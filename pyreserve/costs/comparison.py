@@ -6,6 +6,7 @@ from typing import Any
 
 from pyreserve._system.report import Report, Table
 from pyreserve.costs.cells import Cell
+from pyreserve.costs.results import MEASURED_FACTS
 from pyreserve.costs.stats import Times
 from pyreserve.costs.table import CostTable
 from pyreserve.units import format_time
@@ -188,7 +189,6 @@ def _noise(old: CostTable, new: CostTable) -> str | None:
 
 
 def _differences(old: CostTable, new: CostTable) -> tuple[tuple[str, object, object], ...]:
-    measured = {"system_call_ns", "map_entries"}
-    names = [name for name in {**old.machine, **new.machine} if name not in measured]
+    names = [name for name in {**old.machine, **new.machine} if name not in MEASURED_FACTS]
     pairs = ((name, old.machine.get(name), new.machine.get(name)) for name in names)
     return tuple((name, before, after) for name, before, after in pairs if before != after)

@@ -23,6 +23,8 @@ def map_entries() -> dict[str, float]:
         "commit mmap-fixed": (reserved, lambda at: lib.vm_renew(at, page, committed)),
         "decommit mmap-fixed": (committed, lambda at: lib.vm_renew(at, page, reserved)),
         "decommit mprotect": (committed, lambda at: lib.vm_protect(at, page, reserved)),
+        "decommit dontneed+mprotect": (committed, lambda at: lib.vm_protect(at, page, reserved)),
+        "release piece": (committed, lambda at: lib.vm_release(at, page)),
         "discard dontneed": (committed, lambda at: lib.vm_discard(at, page)),
         "discard free": (committed, lambda at: lib.vm_discard_lazy(at, page)),
         "guard madvise": (committed, lambda at: lib.vm_guard(at, page)),

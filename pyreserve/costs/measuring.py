@@ -18,29 +18,36 @@ from statistics import median
 from typing import IO, Any
 
 from pyreserve._system import machine, proc
-from pyreserve.costs.cells import Cell, Curve
+from pyreserve.costs.cells import Cell, Curve, name_of
 from pyreserve.costs.child import PIECE, Job
 from pyreserve.costs.planning import Group, Plan
 from pyreserve.costs.results import Measured, Noise
-from pyreserve.costs.stats import Sample, quantile, split_cold, summarise
+from pyreserve.costs.stats import (
+    ENOUGH,
+    Sample,
+    quantile,
+    split_cold,
+    summarise,
+    undisturbed,
+)
 from pyreserve.costs.table import CostTable
 from pyreserve.units import MiB, as_float
 
-BUDGET = 50.0
+BUDGET = 30.0
 """Default limit of a run, in seconds."""
 
 WIDTH = 0.04
 """Default width of a median's 95 % interval at which a cell is settled, as a share of it."""
 
-_MIN_PASSES = 6  # fewer give no useful interval
-_SHARE = 20  # one round of a program may take 1/20 of the budget
+_MIN_PASSES = ENOUGH
+# The first pass may take as much of the budget as allows as many more: the rest is not measured.
+_PASS_SHARE, _PASS_SECONDS = 1 / (_MIN_PASSES + 1), 1.0  # and at least so long
 _WARM_SHARE = 15  # one warm-up may take 1/15 of the budget
-_BIG = 256 * MiB  # programs that hold more memory run in every second pass
 _GRACE = 3.0  # seconds after the deadline until a child that has not ended is killed
 # Set the caller's sys.path before any import: with -c it begins with the working directory.
 _START = "import sys; sys.path[:] = sys.argv[1:]; from pyreserve.costs.child import main; main()"
 _POLL = 3600.0  # seconds that one poll may wait for an answer
-_NO_TIME = "the budget was spent before this cell was measured"
+_NO_TIME = "the budget is too small for this cell too"
 _ALL_COLD = "the hypervisor had to supply the memory each time"
 # Cells that allocate pages, so that samples may be cold. (A first read maps the zero page.)
 _ALLOCATING = frozenset(
@@ -49,6 +56,9 @@ _ALLOCATING = frozenset(
         ("populate", "madvise"),
         ("collapse", "madvise"),
         ("retouch", "after-dontneed"),
+        ("retouch", "after-dontneed+mprotect"),
+        ("retouch", "after-mmap-fixed"),
+        ("retouch", "after-release"),
         ("retouch", "after-fork"),
     }
 )
@@ -65,6 +75,8 @@ class Progress:
         passes: completed passes.
         settled, cells: number of cells whose interval is narrow enough, and of all cells.
         doing: the page kind, mode and threads being measured.
+        table: makes the table of all cells measured until then; None in the middle of a pass, when
+            it would disturb the measurement.
     """
 
     seconds: float
@@ -73,6 +85,7 @@ class Progress:
     settled: int
     cells: int
     doing: str
+    table: Callable[[], CostTable] | None = None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -100,7 +113,9 @@ def measure(
     Every pass runs each group in a fresh, warmed-up child process. The programs of a group take
     turns, so drift of the machine affects all of them equally. Passes are repeated until each
     median's 95 % interval is narrow enough, but at least six times, or until the budget is spent.
-    Cells that cannot be measured are in the table with the reason.
+    A small budget measures fewer cells, not worse ones: those that the first pass does not reach
+    in a seventh of the budget are dropped. Cells that were not measured are in the table with the
+    reason. Samples in which the thread was preempted count only where too few others remain.
 
     Args:
         plan: the cells to measure; see `pyreserve.costs.plan`.
@@ -144,14 +159,14 @@ class _Run:
         self._cells = plan.cells  # computed once: every progress report needs their number
         self._started = time.monotonic()
         self._passes = 0
-        self._samples: dict[Cell, list[list[Sample]]] = {}
+        self._samples: dict[Cell, dict[int, list[Sample]]] = {cell: {} for cell in self._cells}
         self._warm_ups: dict[Cell, list[list[Sample]]] = {}
         self._refused: dict[Cell, str] = dict(plan.unmeasurable)
         self._seconds: dict[Group, dict[int, float]] = {group: {} for group in plan.groups}
-        self._skipped: dict[Cell, str] = {}
         self._settled: set[Cell] = set()
         self._system_calls: list[list[float]] = []
         self._map_entries: dict[str, float] = {}
+        self._kinds: dict[str, list[int]] = {}
         self._machine_time = _MachineTime()
 
     def work(self) -> None:
@@ -162,46 +177,46 @@ class _Run:
             if not groups:
                 return
             self._system_calls.append([])
+            started, left = time.monotonic(), self._seconds_left()
+            first = min(left, max(left * _PASS_SHARE, _PASS_SECONDS))
+            end = started + (left if self._passes else first)
             for i, (group, numbers) in enumerate(groups):
-                if self._seconds_left() <= 0:
-                    return
+                if time.monotonic() >= end:
+                    break
                 # Leave time for the remaining groups of this pass, by number of programs.
                 remaining = sum(len(others) for _, others in groups[i:])
-                self._new_pass(group)
-                self._run_group(group, numbers, self._seconds_left() * len(numbers) / remaining)
+                share = (end - time.monotonic()) * len(numbers) / remaining
+                self._run_group(group, numbers, end, share)
             self._passes += 1
             self._update_settled()
+            self._report("", self.table_now)
+            if self._passes >= _MIN_PASSES and time.monotonic() - started > self._seconds_left():
+                return  # the next pass would not be complete
 
     def _seconds_left(self) -> float:
         return self._started + self._budget - time.monotonic()
 
     def _unsettled(self, group: Group) -> list[int]:
         """Return the numbers of the programs that have unsettled cells and run in this pass."""
-        with_big = self._passes % 2 == 0
         return [
             number
             for number, program in enumerate(group.programs)
-            if (with_big or program.memory <= _BIG)
-            and any(self._is_unsettled(cell) for cell in program.cells)
+            if any(self._is_unsettled(cell) for cell in program.cells)
         ]
 
     def _is_unsettled(self, cell: Cell) -> bool:
+        if self._passes and not self._samples[cell]:
+            return False  # the budget is too small
         settled = self._passes >= _MIN_PASSES and cell in self._settled
         return not settled and cell not in self._refused
 
     def _update_settled(self) -> None:
         for cell, passes in self._samples.items():
-            if any(passes) and summarise(_times_of(passes)).width <= self._width:
+            times = [undisturbed(samples) for samples in passes.values()]
+            if times and summarise(times).width <= self._width:
                 self._settled.add(cell)
 
-    def _new_pass(self, group: Group) -> None:
-        for program in group.programs:
-            for cell in program.cells:
-                passes = self._samples.setdefault(cell, [])
-                if not passes or passes[-1]:
-                    passes.append([])
-
-    def _report(self, doing: str) -> None:
+    def _report(self, doing: str, table: Callable[[], CostTable] | None = None) -> None:
         if self._progress is not None:
             self._progress(
                 Progress(
@@ -211,25 +226,25 @@ class _Run:
                     settled=len(self._settled),
                     cells=len(self._cells),
                     doing=doing,
+                    table=table,
                 )
             )
 
-    def _run_group(self, group: Group, numbers: list[int], seconds: float) -> None:
+    def _run_group(self, group: Group, numbers: list[int], end: float, share: float) -> None:
         job = Job(
             parent=os.getpid(),
-            deadline=time.monotonic() + seconds,
-            share=self._budget / _SHARE,
-            setting=group.setting,
+            deadline=end,
+            sweep_until=time.monotonic() + share,
             warm_seconds=self._budget / _WARM_SHARE,
             warm=max(group.programs[number].memory for number in numbers),
             entries=not self._map_entries,
             programs={number: group.programs[number] for number in numbers},
             seconds=self._seconds[group],
         )
-        self._report(str(group.setting))
+        self._report(str(group))
         for answer in _answers(job):
             self._record(group, answer)
-            self._report(str(group.setting))
+            self._report(str(group))
 
     def _record(self, group: Group, answer: dict[str, Any]) -> None:
         """Record an answer of a child."""
@@ -237,27 +252,31 @@ class _Run:
             cells = group.programs[answer["program"]].cells
             self._seconds[group][answer["program"]] = answer["seconds"]
             for position, values in zip(answer["cells"], answer["samples"], strict=True):
-                self._samples[cells[position]][-1].extend(values)
+                self._samples[cells[position]].setdefault(self._passes, []).extend(values)
         elif "refused" in answer:
             cells = group.programs[answer["program"]].cells
             for position in answer["refused"]:
                 self._refused.setdefault(cells[position], answer["why"])
-        elif "skipped" in answer:
-            self._skipped |= dict.fromkeys(group.programs[answer["skipped"]].cells, answer["why"])
         elif "system_call" in answer:
             self._system_calls[-1].append(answer["system_call"])
         elif "warm_up" in answer:
-            setting = group.setting
+            setting = group.programs[0].setting
             if PIECE % setting.kind.size == 0:
                 touch = Curve("touch", "write", setting.kind.name, setting.mode).at(PIECE)
                 self._warm_ups.setdefault(touch, []).append(answer["warm_up"])
         elif "map_entries" in answer:
             self._map_entries = answer["map_entries"]
-        elif "unavailable" in answer or "died" in answer:
-            why = answer.get("unavailable") or answer["died"]
+        elif "kind" in answer:
+            counts = self._kinds.setdefault(answer["kind"], [0, 0])
+            counts[:] = counts[0] + answer["tried"], counts[1] + answer["got"]
+        elif "died" in answer:
             for program in group.programs:
                 for cell in program.cells:
-                    self._refused.setdefault(cell, why)
+                    self._refused.setdefault(cell, answer["died"])
+
+    def table_now(self) -> CostTable:
+        """Return the table of all samples recorded so far, as of an unfinished run."""
+        return self.table(complete=False)
 
     def table(self, *, complete: bool) -> CostTable:
         """Return the table of all samples recorded so far."""
@@ -266,21 +285,23 @@ class _Run:
         page_ns: dict[Curve, float] = {}  # of the longest length so far that has samples
         for cell in sorted(self._cells, key=lambda cell: cell.nbytes):
             warm, cold = self._split(cell, facts["virtualised"] != "no", page_ns)
-            if warm:
+            if any(warm):
                 times = summarise(warm)
                 page_ns[Curve.of(cell)] = times.median / cell.pages
-                cells.append(Measured(cell, "warm", times, None, warm))
+                medians = tuple(median(values) if values else None for values in warm)
+                cells.append(Measured(cell, "warm", times, None, medians))
             else:
-                why = self._refused.get(cell) or self._skipped.get(cell, _NO_TIME)
-                cells.append(Measured(cell, "warm", None, _ALL_COLD if cold else why))
-            if cold:
-                cells.append(Measured(cell, "cold", summarise(cold), None, cold))
+                why = self._refused.get(cell, _NO_TIME)
+                cells.append(Measured(cell, "warm", None, _ALL_COLD if any(cold) else why))
+            if any(cold):
+                cells.append(Measured(cell, "cold", summarise(cold)))
         order = {cell: i for i, cell in enumerate(self._cells)}
         cells.sort(key=lambda entry: order[entry.cell])
         cells += [Measured(cell, "warm", None, why) for cell, why in self._plan.unmeasurable]
         calls = [median(times) for times in self._system_calls if times]
         facts["system_call_ns"] = round(median(calls), 1) if calls else None
         facts["map_entries"] = self._map_entries
+        facts["huge_pages"] = self._huge_pages()
         return CostTable(
             machine=facts,
             cells=tuple(cells),
@@ -289,20 +310,27 @@ class _Run:
             complete=complete,
         )
 
+    def _huge_pages(self) -> dict[str, int]:
+        """Return the state of huge pages: see `pyreserve.costs.CostTable.machine`."""
+        size = machine.thp_size()
+        tried, got = self._kinds.get(name_of(size), (0, 0)) if size else (0, 0)
+        counts = {"tried": tried, "got": got}
+        free = machine.free_memory()
+        if free is not None:
+            counts |= {"free_bytes": free[0], "free_bytes_in_huge_blocks": free[1]}
+        return counts
+
     def _split(
         self, cell: Cell, virtualised: bool, page_ns: dict[Curve, float]
     ) -> tuple[list[list[float]], list[list[float]]]:
         """Return a cell's warm and its cold samples, pass by pass."""
-        passes = [samples for samples in self._samples.get(cell, []) if samples]
+        samples = self._samples[cell]
+        passes = [samples.get(number, []) for number in range(len(self._system_calls))]
         if not virtualised or (cell.verb, cell.method) not in _ALLOCATING:
-            return _times_of(passes), []
+            return [undisturbed(values) for values in passes], []
         predicted = page_ns.get(Curve.of(cell)) if cell.nbytes >= _FEW else None
         expected = None if predicted is None else predicted * cell.pages
         return split_cold(passes, self._warm_ups.get(cell, []), expected)
-
-
-def _times_of(passes: list[list[Sample]]) -> list[list[float]]:
-    return [[ns for ns, _ in samples] for samples in passes if samples]
 
 
 class _MachineTime:

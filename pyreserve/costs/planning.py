@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE
+from pyreserve._system.machine import thp_size
 from pyreserve.costs.cells import METHODS, MODES, Cell, page_kinds
 from pyreserve.costs.programs import SCRIPTS, Program, Setting, untouched, write
 from pyreserve.errors import OutOfMemoryError
@@ -19,18 +20,25 @@ _ARTICLE = 136 * GiB  # reserved by Go's first 64-bit layout
 _BENDS = [PAGE_SIZE * n for n in (8, 24, 32)] + [4 * MiB, 12 * MiB, 24 * MiB]
 _EVERY_SCRIPT = tuple(SCRIPTS)
 
+BLOCK, HUGE = 16, 512
+"""The lengths that verdicts compare, in OS pages: methods on small pages; small pages with huge
+ones, and ways to fork."""
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Programs that take turns in one child process."""
+    """Programs that take turns in one child process, the most important first."""
 
-    setting: Setting
     programs: tuple[Program, ...]
 
     @property
     def memory(self) -> int:
         """Peak memory of its programs, in bytes."""
         return max((program.memory for program in self.programs), default=0)
+
+    def __str__(self) -> str:
+        settings = dict.fromkeys(str(program.setting) for program in self.programs)
+        return "verdicts" if len(settings) > 1 else next(iter(settings), "nothing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +81,25 @@ class Plan:
 
 
 def plan(
-    *, full: bool = False, only: Iterable[str] | None = None, longest: int | str = GiB
+    *,
+    details: bool = False,
+    full: bool = False,
+    only: Iterable[str] | None = None,
+    longest: int | str = GiB,
 ) -> Plan:
-    """Choose the cells to measure.
+    """Choose the cells to measure, the most important first.
 
-    The default answers the common questions in a minute: small pages at lengths from one page to
-    1 GiB, transparent huge pages of 2 MiB where they are enabled, and at a few lengths the mode
-    ``"noreserve"`` and two threads.
+    By default the few that the verdicts of `pyreserve.costs.recommend` need: small pages and the
+    largest transparent huge page, at lengths of at most 2 MiB.
 
     Args:
-        full: all page kinds, both modes, one thread to one per CPU, at every power of two.
+        details: also lengths from one page to 128 MiB, for the fits of `CostModel`, and at a few
+            lengths the mode ``"noreserve"`` and two threads.
+        full: also all page kinds, both modes, one thread to one per CPU, at every power of two up
+            to 1 GiB.
         only: verbs to measure; None for all.
-        longest: length of the longest piece of memory: bytes, or a size such as ``"64MiB"``;
-            lengths end at 1 GiB. `Plan.memory` depends on it.
+        longest: length of the longest piece of memory: bytes, or a size such as ``"64MiB"``.
+            `Plan.memory` depends on it.
 
     Raises:
         ValueError: a verb is unknown, `only` is empty, `longest` is not a size or less than an OS
@@ -95,15 +109,21 @@ def plan(
     if longest < PAGE_SIZE:
         msg = f"longest must be at least an OS page ({PAGE_SIZE} bytes), got {longest}"
         raise ValueError(msg)
-    groups, unmeasurable = [], {}
-    for setting, all_programs in _full(longest) if full else _default(longest):
-        programs = [program.timing_only(verbs) for program in all_programs]
-        programs = [program for program in programs if program.cells]
-        if setting.kind.why_not is not None:
-            for cell in (cell for program in programs for cell in program.cells):
-                unmeasurable[cell] = setting.kind.why_not
-        elif programs:
-            groups.append(Group(setting, tuple(programs)))
+    planned: set[Program] = set()
+    groups: list[Group] = []
+    unmeasurable: dict[Cell, str] = {}
+    sources = [_decisions(longest)]
+    if details or full:
+        sources.append(_full(longest) if full else _details(longest))
+    for all_programs in (programs for source in sources for programs in source):
+        programs = []
+        for program in (program.timing_only(verbs) for program in all_programs):
+            if program.setting.kind.why_not is not None:
+                unmeasurable |= dict.fromkeys(program.cells, program.setting.kind.why_not)
+            elif program.cells and program not in planned:
+                programs.append(program)
+        planned |= set(programs)
+        groups += [Group(tuple(programs))] if programs else []
     if not groups and not unmeasurable:
         msg = f"nothing to measure: these verbs have no cells of {format_size(longest)} or less"
         raise ValueError(msg)
@@ -122,50 +142,60 @@ def _verbs(only: Iterable[str] | None) -> frozenset[str]:
     return frozenset(verbs)
 
 
-def _default(longest: int) -> Iterator[tuple[Setting, list[Program]]]:
-    huge_lengths = [2 * MiB, 8 * MiB, 16 * MiB, 32 * MiB, 128 * MiB, GiB]
-    lengths = _up_to(longest, [PAGE_SIZE * n for n in (1, 4, 16, 64, 256)] + huge_lengths)
-    few_lengths = _up_to(longest, [PAGE_SIZE, 16 * PAGE_SIZE, 2 * MiB, 32 * MiB])
+def _decisions(longest: int) -> Iterator[list[Program]]:
+    """Yield the programs whose cells verdicts compare: alternatives share a child process."""
+    small, *kinds = page_kinds()
+    settings = [Setting(small, "charge", 1)]
+    settings += [Setting(kind, "charge", 1) for kind in kinds if kind.size == thp_size()]
+    programs: list[Program] = []
+    for names, lengths in (
+        (("life", "growth mprotect"), (BLOCK, HUGE)),
+        (("read", "growth mmap-fixed"), (BLOCK,)),
+        (("populated",), (BLOCK, HUGE)),
+        (("forked", "not inherited"), (HUGE,)),
+        (("life", "growth mprotect"), (1,)),
+    ):
+        for setting in settings:
+            if setting.kind is small or (names[0] in {"life", "populated"} and HUGE in lengths):
+                lengths_in_bytes = [pages * PAGE_SIZE for pages in lengths]
+                programs += write(setting, names, _up_to(longest, lengths_in_bytes))
+    yield programs
+
+
+def _details(longest: int) -> Iterator[list[Program]]:
+    huge_lengths = [2 * MiB, 8 * MiB, 16 * MiB, 32 * MiB, 128 * MiB]
+    lengths = [PAGE_SIZE * n for n in (1, 4, 16, 64, 256)] + huge_lengths
     small, *kinds = page_kinds()
     first = Setting(small, "charge", 1)
-    yield (
-        first,
-        [
-            *write(first, _EVERY_SCRIPT, lengths),
-            *write(first, ("life", "populated", "forked"), _up_to(longest, _BENDS[:3])),
-            *write(first, ("life", "populated"), _up_to(longest, _BENDS[3:])),
-            untouched(first, _ARTICLE),
-        ],
-    )
+    yield [
+        *write(first, _EVERY_SCRIPT, _up_to(longest, lengths)),
+        *write(first, ("life", "populated"), _up_to(longest, _BENDS)),
+        untouched(first, _ARTICLE),
+    ]
     for kind in kinds:
         setting = Setting(kind, "charge", 1)
-        if kind.sort == "transparent" and not kind.next_size:
-            yield (
-                setting,
-                [
-                    *write(setting, _EVERY_SCRIPT, _up_to(longest, huge_lengths)),
-                    *write(setting, ("life", "populated"), _up_to(longest, _BENDS[3:])),
-                ],
-            )
-        elif kind.sort == "hugetlb" and kind.size <= 32 * MiB:
-            yield setting, list(write(setting, ("life",), _up_to(longest, [kind.size])))
-    names = ("life", "growth mprotect")
+        if not kind.next_size:
+            yield [
+                *write(setting, _EVERY_SCRIPT, _up_to(longest, huge_lengths)),
+                *write(setting, ("life", "populated"), _up_to(longest, _BENDS)),
+            ]
+    few_lengths = _up_to(longest, [PAGE_SIZE, 16 * PAGE_SIZE, 2 * MiB, 32 * MiB])
     for setting in (Setting(small, "noreserve", 1), Setting(small, "charge", 2)):
         if setting.threads <= _cpus():
-            yield setting, list(write(setting, names, few_lengths))
+            yield list(write(setting, ("life", "growth mprotect"), few_lengths))
 
 
-def _full(longest: int) -> Iterator[tuple[Setting, list[Program]]]:
+def _full(longest: int) -> Iterator[list[Program]]:
     powers = (PAGE_SIZE << shift for shift in range((GiB // PAGE_SIZE).bit_length()))
     lengths = sorted({*powers, *_BENDS})
     for kind in page_kinds():
-        for mode in MODES if kind.sort != "hugetlb" else MODES[:1]:
+        for mode in MODES:
             for threads in _thread_counts():
                 setting = Setting(kind, mode, threads)
                 programs = list(write(setting, _EVERY_SCRIPT, _up_to(longest // threads, lengths)))
                 if setting == Setting(kind, MODES[0], 1) and kind.sort == "small":
                     programs.append(untouched(setting, _ARTICLE))
-                yield setting, programs
+                yield programs
 
 
 def _up_to(longest: int, lengths: list[int]) -> list[int]:

@@ -1,13 +1,14 @@
 """Draw a cost table: time against length, with a panel for each group of verbs.
 
-`pyreserve.costs.plot_choice` chooses the curves of a panel.
+A panel has the curves of small pages and of the largest huge pages, in the order of `METHODS`, as
+far as nine of them can be told apart.
 """
 
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pyreserve._system.pictures import (
     GREY,
@@ -18,8 +19,7 @@ from pyreserve._system.pictures import (
     own_settings,
     write_picture,
 )
-from pyreserve.costs.cells import GROUPS, Curve
-from pyreserve.costs.plot_choice import NEAR, Chosen, Line, choose, kinds, label
+from pyreserve.costs.cells import GROUPS, METHODS, Curve
 from pyreserve.costs.results import Measured
 from pyreserve.units import format_size, format_time, parse_size
 
@@ -42,14 +42,47 @@ _FRAME, _GRID = "#9a9a9a", "#e6e6e6"
 _COLOURS = ["#0b5394", "#b04a00", "#1b7a47", "#a3163a", "#6a3d9a", "#00707a", "#6f5500", "#a82f78"]
 _COLOURS += ["#3f3f3f"]
 _MARKERS = "os^DvPX<>"
-# For small pages, huge pages, the other mode, more threads.
-_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.6)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.6)))  # for small pages, huge pages
 # Candidate ticks of the axes, densest series first.
 _SIZES = [[1 << power for power in range(12 % step, 64, step)] for step in (2, 4, 8, 16)]
 _TIMES = [
     [digit * 10.0**power for power in range(-3, 16, step) for digit in digits]
     for step, digits in ((1, (1, 2, 5)), (1, (1,)), (3, (1,)))
 ]
+
+
+class Line(NamedTuple):
+    """A curve to draw, and its measured cells, shortest first; `variant` is 1 for huge pages."""
+
+    curve: Curve
+    cells: Sequence[Measured]
+    variant: int
+
+
+def choose(curves: Mapping[Curve, Sequence[Measured]], verbs: Sequence[str]) -> list[Line]:
+    """Choose the lines of a panel for these verbs: each verb's first method before the others."""
+    lines = []
+    for variant, kind in enumerate(dict.fromkeys(_kinds(curves))):
+        methods = [(i > 0, verb, m) for verb in verbs for i, m in enumerate(METHODS[verb])]
+        for _, verb, method in sorted(methods, key=lambda method: method[0]):
+            curve = Curve(verb, method, kind)
+            if curve in curves:
+                lines.append(Line(curve, curves[curve], variant))
+    return lines[: len(_COLOURS)]
+
+
+def _kinds(curves: Iterable[Curve]) -> tuple[str, str]:
+    """Return the page kinds to show: the OS page and the largest transparent huge page."""
+    ordered = sorted({curve.page_kind for curve in curves}, key=parse_size)
+    return (ordered[0], ordered[-1]) if ordered else ("", "")
+
+
+def label(line: Line) -> str:
+    """Return a line's label: verb, method if there are several, and the size of a huge page."""
+    verb, method = line.curve.verb, line.curve.method
+    name = verb if len(METHODS[verb]) == 1 else f"{verb} {method}"
+    # A no-break space keeps a number and its unit on one line.
+    return f"{name} {_size(line.curve.page_kind).replace(' ', chr(0xA0))}" if line.variant else name
 
 
 class Drawable(Protocol):
@@ -110,14 +143,14 @@ class _Picture(Sheet):
         curves = {curve: _drawable(cells) for curve, cells in table.curves().items()}
         curves = {curve: cells for curve, cells in curves.items() if cells}
         panels = {group: choose(curves, verbs) for group, verbs in GROUPS.items()}
-        panels = {group: chosen for group, chosen in panels.items() if chosen.lines}
-        self.small, huge = kinds(curves)
+        panels = {group: lines for group, lines in panels.items() if lines}
+        omitted = len(curves) - sum(map(len, panels.values()))
         self.cold = _drawable(entry for entry in table.measured() if entry.host == "cold")
         self.drawn = 0  # lines drawn so far
         rows, odd = -(-len(panels) // 2), len(panels) % 2
         # The note takes the free place of an odd last row, or else a strip below all panels.
         left, space = (_CELL + _TICKS, _CELL - _TICKS) if odd else (0.0, 2 * _CELL)
-        notes = self.notes(table, list(panels.values()), huge)
+        notes = self.notes(table, [line for lines in panels.values() for line in lines], omitted)
         wrapped = [line for note in notes for line in _wrap(note, space - 2 * _MARGIN, 0.53)]
         strip = 0.0 if odd else _MARGIN + len(wrapped) * LINE * 1.2 * _TEXT / 72
         width, height = 2 * _CELL, _TOP + rows * _PANEL + strip
@@ -127,12 +160,12 @@ class _Picture(Sheet):
         self.text(_MARGIN, top, title, size, weight="bold").set_gid("title")
         subtitle = "Time of a call against the length of the memory: medians with 95 % bands"
         self.text(_MARGIN, top - 0.29, subtitle, _TEXT + 1, GREY)
-        for i, (group, chosen) in enumerate(panels.items()):
-            self.panel(group, chosen, i % 2 * _CELL, height - _TOP - i // 2 * _PANEL)
+        for i, (group, lines) in enumerate(panels.items()):
+            self.panel(group, lines, i % 2 * _CELL, height - _TOP - i // 2 * _PANEL)
         top = _PANEL - _ABOVE if odd else strip
         self.text(left + _MARGIN, top, "\n".join(wrapped), _TEXT, GREY, linespacing=LINE)
 
-    def panel(self, group: str, chosen: Chosen, left: float, top: float) -> None:
+    def panel(self, group: str, lines: Sequence[Line], left: float, top: float) -> None:
         """Draw a panel whose upper left corner is at (left, top)."""
         self.text(left + _MARGIN, top - _ABOVE + 0.25, group, HEADING, weight="bold")
         (page_wide, page_high), (wide, high) = self.figure.get_size_inches(), _AXES
@@ -140,19 +173,19 @@ class _Picture(Sheet):
         right = left + wide
         box = (left / page_wide, bottom / page_high, wide / page_wide, high / page_high)
         axes = self.figure.add_axes(box, xscale="log", yscale="log", facecolor="none")
-        methods = [(line.curve.verb, line.curve.method) for line in chosen.lines]
+        methods = [(line.curve.verb, line.curve.method) for line in lines]
         styles = [list(dict.fromkeys(methods)).index(method) for method in methods]
         cold: list[Point] = []
-        for i, (line, style) in enumerate(zip(chosen.lines, styles, strict=True), self.drawn):
+        for i, (line, style) in enumerate(zip(lines, styles, strict=True), self.drawn):
             cold += _draw(axes, line, style, f"line-{i}", self.cold)
-        _scale(axes, chosen.lines, cold)
+        _scale(axes, lines, cold)
         if cold:  # name only the highest marker
             x, y = max(cold, key=lambda point: point[1])
             side = "right" if x * x > math.prod(axes.get_xlim()) else "left"
             options: dict[str, Any] = {"textcoords": "offset points", "gid": f"cold-{self.drawn}"}
             axes.annotate("cold host", (x, y), (0, 5), ha=side, fontsize=_TEXT, **options)
-        names = [_wrap(label(line.curve, self.small), _LABELS, 0.57) for line in chosen.lines]
-        ends = axes.transData.transform([_point(line.cells[-1]) for line in chosen.lines])
+        names = [_wrap(label(line), _LABELS, 0.57) for line in lines]
+        ends = axes.transData.transform([_point(line.cells[-1]) for line in lines])
         ends /= self.figure.dpi
         heights = [len(name) * LINE * _TEXT / 72 for name in names]
         places = spread([y for _, y in ends], heights, bottom, bottom + high)
@@ -165,23 +198,19 @@ class _Picture(Sheet):
             self.text(right + _GUTTER, place, "\n".join(name), _TEXT, _COLOURS[style], **options)
             self.drawn += 1
 
-    def notes(self, table: Drawable, panels: Sequence[Chosen], huge: str) -> Iterator[str]:
+    def notes(self, table: Drawable, lines: Sequence[Line], omitted: int) -> Iterator[str]:
         """Yield the notes on how to read the picture and on what it omits."""
-        lines = [line for panel in panels for line in panel.lines]
         if not lines:
             yield "Nothing was measured that can be drawn."
             return
-        dashed = f"dashed: {_size(huge)}; " if any(line.variant == 1 for line in lines) else ""
-        yield f"Solid: {_size(self.small)} pages; {dashed}other modes and threads are named."
+        kinds = {line.variant: _size(line.curve.page_kind) for line in lines}
+        yield "; ".join(f"{('solid', 'dashed')[v]}: {size} pages" for v, size in kinds.items())
         yield f"Bands: only with {_PASSES} or more passes and a span under {_SPAN:g} times."
         drawn = {line.curve for line in lines}
         if any(Curve.of(entry.cell) in drawn for entry in self.cold):
             yield "Hollow: cold, the hypervisor had to supply the memory."
-        near, others = sum(panel.near for panel in panels), sum(panel.others for panel in panels)
-        omitted = [f"{near} within {NEAR - 1:.0%} of a drawn one"] if near else []
-        omitted += [f"{others} other"] if others else []
         if omitted:
-            yield f"Curves not drawn: {', '.join(omitted)}: see table or JSON."
+            yield f"Curves not drawn: {omitted}: see table or JSON."
         warnings = [f"Noise: {table.disturbed}."] if table.disturbed else []
         warnings += [] if table.complete else ["The measurement was interrupted."]
         yield " ".join(warnings)

@@ -1,18 +1,20 @@
 """The programs that `csrc/timing` runs: steps that bring a mapping into the state of each cell.
 
 A program is the life of one mapping, from reserve to release; most of its steps are cells. The
-measured piece is part of a larger reservation, as in an arena: the memory behind it is reserved.
+measured piece is part of a larger reservation, as in an arena: the memory around it is reserved.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from pyreserve._system.limits import PAGE_SIZE
-from pyreserve._system.machine import thp_size
+from pyreserve._system.machine import thp_settings, thp_size
 from pyreserve.costs.cells import Cell, Curve, PageKind, describe_setting
 from pyreserve.units import MiB
 
+_TABLE = PAGE_SIZE // 8 * PAGE_SIZE  # bytes that one table of page table entries maps
 _GROWTHS = 8  # steps of growth timed in one life
+_PIECES, _FRESH = 8, 128  # most pieces of a life, and the OS pages that they have together
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,27 +44,24 @@ class Program:
 
     Attributes:
         script: name of the script that wrote it.
+        setting: the page kind, mode and threads of its cells.
         steps: its steps, in order.
         nbytes: length of the mapping.
         piece: length of the measured piece.
         memory: peak memory of all threads, in bytes.
-        align, phase, huge: as in C.
-        noreserve: whether the mapping is never charged (``VM_NORESERVE``).
+        align, phase: as in C.
         advice: names of constants of ``enum vm_advice``, without ``VM_``.
-        threads: number of threads that run it at once.
     """
 
     script: str
+    setting: "Setting"
     steps: tuple[Step, ...]
     nbytes: int
     piece: int
     memory: int
     align: int
     phase: int
-    huge: int
-    noreserve: bool
     advice: tuple[str, ...]
-    threads: int
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -104,11 +103,13 @@ class Setting:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """The advice that gives a mapping pages of this kind; see `Program.advice`."""
-        # A kernel without transparent huge pages refuses advice on them.
-        if self.kind.sort == "hugetlb" or thp_size() is None:
-            return ()
-        return ("HUGE_NEVER",) if self.kind.sort == "small" else ("HUGE_PREFER",)
+        """The advice that gives a mapping pages of this kind; see `Program.advice`.
+
+        Small pages need none unless the machine always gives huge ones.
+        """
+        if self.kind.sort == "transparent":
+            return ("HUGE_PREFER",)
+        return ("HUGE_NEVER",) if "always" in thp_settings().values() else ()
 
     def cell(self, verb: str, method: str, nbytes: int) -> Cell:
         """Return a cell of this setting."""
@@ -124,35 +125,31 @@ class Setting:
         piece: int,
         *,
         memory: int,
-        advice: tuple[str, ...] | None = None,
+        more_advice: tuple[str, ...] = (),
     ) -> Program:
-        """Return a program: reserve one unit more than the steps use, do the steps, release.
-
-        A release at the end of `steps` replaces the untimed one.
-        """
+        """Return a program: reserve a unit behind what the steps use, do the steps, release."""
+        advice = self.advice + more_advice
         nbytes = max(step.offset + step.nbytes for step in steps) + self.unit
         whole = [Step("RESERVE", 0, nbytes), Step("ADVISE", 0, nbytes), *steps]
-        if whole[-1].verb == "RELEASE":
-            whole[-1] = replace(whole[-1], nbytes=nbytes)
-        else:
-            whole.append(Step("RELEASE", 0, nbytes))
+        whole.append(Step("RELEASE", 0, nbytes))
+        if not advice:
+            whole = [step for step in whole if step.verb != "ADVISE"]
         kind = self.kind
-        align = phase = 0
-        if kind.sort == "transparent":
-            align = 2 * kind.next_size or kind.size
-            phase = kind.size if kind.next_size else 0
+        # Freeing page tables takes time, so their number must not depend on chance. A piece of a
+        # smaller transparent kind begins one page after a multiple of the next larger size.
+        align = 2 * kind.next_size or max(kind.size, _TABLE)
+        first = min(step.offset for step in steps)
+        phase = ((kind.size if kind.next_size else 0) - first) % align
         return Program(
             script=script,
+            setting=self,
             steps=tuple(whole),
             nbytes=nbytes,
             piece=piece,
             memory=memory * self.threads,
             align=align,
             phase=phase,
-            huge=kind.size if kind.sort == "hugetlb" else 0,
-            noreserve=self.mode == "noreserve",
-            advice=self.advice if advice is None else advice,
-            threads=self.threads,
+            advice=advice,
         )
 
 
@@ -162,52 +159,76 @@ def untouched(s: Setting, n: int) -> Program:
         Step("RESERVE", 0, n, s.cell("reserve", "mmap", n)),
         Step("RELEASE", 0, n, s.cell("release", "untouched", n)),
     )
-    program = s.program("untouched", [Step("RELEASE", 0, n)], n, memory=0)
+    program = s.program("untouched", [Step("READ", 0, n)], n, memory=0)
     return replace(program, steps=steps, nbytes=n, align=0, phase=0)
 
 
 def life(s: Setting, n: int) -> Program:
-    """Commit, touch, discard, decommit and commit again, by every method that one piece allows."""
+    """Commit and touch; then give pieces back and use them again, by every method.
+
+    Several pieces take turns, so that pages have left the kernel's batch of fresh ones before they
+    are given back. Lazy discard comes last: its pages are cheaper to free.
+    """
     cell = s.cell
-    steps = [
+    # A new mapping has no advice: with huge pages to give it again is part of the price.
+    advised = cell("advise", "hugepage", n) if s.kind.sort == "transparent" else None
+    again = max(1, 1024 * PAGE_SIZE // n)
+    stages = [
         Step("COMMIT", 0, n, cell("commit", "mprotect", n)),
         Step("WRITE", 0, n, cell("touch", "write", n)),
-        Step("REWRITE", 0, n, cell("retouch", "resident", n), repeat=max(1, 1024 * PAGE_SIZE // n)),
+        Step("REWRITE", 0, n, cell("retouch", "resident", n), repeat=again),
         Step("DISCARD", 0, n, cell("discard", "dontneed", n), bound=1),
         Step("WRITE", 0, n, cell("retouch", "after-dontneed", n)),
-        Step("DISCARD_LAZY", 0, n, cell("discard", "free", n), bound=1),
-        Step("WRITE", 0, n, cell("retouch", "after-free", n)),
         Step("UNCOMMIT", 0, n, cell("decommit", "mprotect", n)),
         Step("COMMIT", 0, n, cell("recommit", "after-mprotect", n)),
-        Step("DISCARD_OFF", 0, n, cell("decommit", "dontneed+mprotect", n), bound=1),
+        Step("WRITE", 0, n, cell("retouch", "after-mprotect", n)),
+        Step("DISCARD_OFF", 0, n, cell("decommit", "dontneed+mprotect", n), bound=2),
         Step("COMMIT", 0, n, cell("recommit", "after-dontneed+mprotect", n)),
-        Step("WRITE", 0, n),
+        Step("WRITE", 0, n, cell("retouch", "after-dontneed+mprotect", n)),
         Step("DECOMMIT", 0, n, cell("decommit", "mmap-fixed", n)),
-        Step("ADVISE", 0, n),
+        Step("ADVISE", 0, n, advised),
         Step("COMMIT", 0, n, cell("recommit", "after-mmap-fixed", n)),
+        Step("WRITE", 0, n, cell("retouch", "after-mmap-fixed", n)),
+        Step("UNMAP", 0, n, cell("release", "piece", n)),
+        Step("MAP", 0, n, cell("recommit", "after-release", n)),
+        Step("ADVISE", 0, n, advised),
+        Step("WRITE", 0, n, cell("retouch", "after-release", n)),
+        Step("DISCARD_LAZY", 0, n, cell("discard", "free", n), bound=1),
+        Step("WRITE", 0, n, cell("retouch", "after-free", n)),
     ]
-    return s.program("life", steps, n, memory=n)
+    return _lives(s, n, "life", stages, memory=n)
 
 
 def read(s: Setting, n: int) -> Program:
     """Commit by mmap(MAP_FIXED), and read."""
-    steps = [
+    stages = [
         Step("COMMIT_MAP", 0, n, s.cell("commit", "mmap-fixed", n)),
         Step("ADVISE", 0, n),
         Step("READ", 0, n, s.cell("touch", "read", n)),
     ]
-    # Reads of small pages map the zero page: only page tables take memory.
-    return s.program("read", steps, n, memory=n if s.kind.sort == "hugetlb" else n // 256)
+    # Reads map the zero page: only page tables take memory.
+    return _lives(s, n, "read", stages, memory=n // 256)
 
 
 def populated(s: Setting, n: int) -> Program:
-    """Commit, populate, and release the resident memory."""
+    """Commit and populate."""
+    stages = [Step("COMMIT", 0, n), Step("POPULATE", 0, n, s.cell("populate", "madvise", n))]
+    return _lives(s, n, "populated", stages, memory=n)
+
+
+def _lives(s: Setting, n: int, script: str, stages: list[Step], memory: int) -> Program:
+    """Return a program in which several short pieces, or a long one, take each stage in turn."""
+    pieces = min(_PIECES, max(1, _FRESH // (n // PAGE_SIZE)))
     steps = [
-        Step("COMMIT", 0, n),
-        Step("POPULATE", 0, n, s.cell("populate", "madvise", n)),
-        Step("RELEASE", 0, n, s.cell("release", "touched", n)),
+        replace(
+            stage,
+            offset=s.unit + i * (n + s.unit),
+            bound=None if stage.bound is None else pieces - 1 - i + stage.bound * pieces,
+        )
+        for stage in stages
+        for i in range(pieces)
     ]
-    return s.program("populated", steps, n, memory=n)
+    return s.program(script, steps, n, memory=memory * pieces)
 
 
 def growth(s: Setting, n: int, method: str, verb: str) -> Program:
@@ -242,7 +263,8 @@ def collapsed(s: Setting, n: int) -> Program:
         Step("HUGE_PREFER", 0, n),
         Step("COLLAPSE", 0, n, s.cell("collapse", "madvise", n)),
     ]
-    return s.program("collapsed", steps, n, memory=n + s.unit, advice=("HUGE_NEVER",))
+    program = s.program("collapsed", steps, n, memory=n + s.unit)
+    return replace(program, advice=("HUGE_NEVER",))
 
 
 def forked(s: Setting, n: int) -> Program:
@@ -265,8 +287,7 @@ def not_inherited(s: Setting, n: int) -> Program:
         Step("FORK", 0, n, s.cell("fork", "dontfork", n)),
         Step("REAP", 0, n),
     ]
-    program = s.program("not inherited", steps, n, memory=n)
-    return replace(program, advice=(*program.advice, "NO_FORK"))
+    return s.program("not inherited", steps, n, memory=n, more_advice=("NO_FORK",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +296,7 @@ class Script:
 
     write: Callable[[Setting, int], Program]
     longest: int | None = None
-    sorts: tuple[str, ...] = ("small", "transparent", "hugetlb")
+    sorts: tuple[str, ...] = ("small", "transparent")
     one_thread: bool = False
     largest_kind: bool = False  # only the largest transparent size
 
@@ -292,7 +313,7 @@ class Script:
 
 
 SCRIPTS: dict[str, Script] = {
-    "untouched": Script(untouched, sorts=("small", "hugetlb")),
+    "untouched": Script(untouched, sorts=("small",)),
     "life": Script(life),
     "read": Script(read),
     "populated": Script(populated),

@@ -1,82 +1,91 @@
-"""Recommendations derived from measured costs, each with its reason."""
+"""Verdicts: the answers that measured costs give, with their figures and their certainty.
+
+Alternatives are compared by the ratio of their costs within each pass: a verdict is sure if the
+95 % interval of the median ratio decides it, or shows that no alternative is over 10 % faster.
+"""
 
 import math
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
-from pyreserve._system.limits import PAGE_SIZE
 from pyreserve._system.report import Report
-from pyreserve.costs.cells import Curve
 from pyreserve.costs.measuring import measure
-from pyreserve.costs.model import CostModel, Fit
-from pyreserve.costs.planning import plan
+from pyreserve.costs.planning import BLOCK, HUGE, plan
+from pyreserve.costs.stats import ENOUGH, Interval, over_passes
 from pyreserve.costs.table import CostTable
+from pyreserve.costs.ways import (
+    SITUATIONS,
+    PassCosts,
+    PassTimes,
+    Situation,
+    WayCosts,
+    ratio,
+    time_text,
+    way_costs,
+)
 from pyreserve.errors import OutOfMemoryError
-from pyreserve.units import GiB, MiB, format_size, format_time, parse_size
+from pyreserve.units import MiB, format_size, parse_size
 
+_NEAR = 1.1  # a ratio up to which a difference does not matter
+_EQUAL = 1.05  # a ratio up to which the order of the alternatives decides
 _SHARE = 0.05  # a growth call may cost this share of touching the memory
 _LONGEST_STEP = 64 * MiB
-_SURE = 1.3  # ratio of an interval's ends up to which a figure is reliable
+_BECAME_HUGE = 0.9  # share of the pieces that must have become huge pages
 _DEFAULT_STEP = 2 * MiB
-_BUDGET, _STEP_BUDGET, _WIDTH = 10.0, 2.0, 0.1
+_BUDGET, _STEP_BUDGET = 10.0, 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One recommendation.
+class Verdict:
+    """The answer to one question.
 
     Attributes:
-        value: the figure, in the unit given by its name in `Recommendations`; None if the cells
-            that it needs were not measured.
-        text: the recommendation in words.
-        reason: the figures that it is based on.
+        question: the question, with its question mark.
+        text: the answer in words; if it is not known, why, and what to try.
+        figures: the figures that it is based on, in words.
+        sure: whether the run decides it.
+        value: the recommended method or figure; None if the run does not decide it.
     """
 
-    value: float | None
+    question: str
     text: str
-    reason: str
+    figures: str
+    sure: bool
+    value: str | int | None
 
     def __str__(self) -> str:
-        return f"{self.text.rstrip('.')}. Reason: {self.reason}."
+        return f"{self.question} {self.text}." + (f" {self.figures}." if self.figures else "")
 
     def _repr_html_(self) -> str:
-        return Report(self.text, (f"Reason: {self.reason}.",)).html()
+        return Report(self.question, tuple(filter(None, (self.text, self.figures)))).html()
 
 
 @dataclass(frozen=True, slots=True)
 class Recommendations:
-    """Recommendations for the machine that was measured.
+    """The verdicts for the machine that was measured.
 
-    ``str()`` gives the answers with their reasons, in a notebook as HTML.
+    ``str()`` gives the questions with their answers, in a notebook as HTML.
 
     Attributes:
-        step_bytes: growth step in bytes from which growth calls cost under 5 % of touching the
-            memory.
-        huge_step_bytes: the same with transparent huge pages; a multiple of the huge page.
-        idle_seconds: seconds of idleness after which giving memory back pays.
-        lazy_above: probability, 0 to 1, that memory is used again before the kernel reclaims it,
-            above which lazy discard (MADV_FREE) is cheaper than eager discard (MADV_DONTNEED).
-        huge_above: share of each huge page, 0 to 1, that must be used for huge pages to be cheaper
-            than small ones.
-        islands: number of separate committed pieces that vm.max_map_count allows.
-        map_entries: map entries that each way to use a piece adds, by ``"VERB METHOD"``.
+        by_name: the verdicts by name, in the order of the screen: ``commit``, ``grow``,
+            ``used-again-at-once``, ``may-be-used-again``, ``not-used-again``, each of these four
+            also with ``-huge`` for huge pages, ``huge-pages``, ``populate`` and ``fork``.
+        ways: the table of ways to give memory back.
     """
 
-    step_bytes: Answer
-    huge_step_bytes: Answer
-    idle_seconds: Answer
-    lazy_above: Answer
-    huge_above: Answer
-    islands: Answer
-    map_entries: Mapping[str, float]
+    by_name: Mapping[str, Verdict]
+    ways: tuple[WayCosts, ...]
 
-    def answers(self) -> dict[str, Answer]:
-        """Return the answers by name."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in values if isinstance(value, Answer)}
+    def verdicts(self) -> dict[str, Verdict]:
+        """Return the verdicts by name."""
+        return dict(self.by_name)
+
+    def __getitem__(self, name: str) -> Verdict:
+        """Return a verdict by name."""
+        return self.by_name[name]
 
     def __str__(self) -> str:
         return self._report().text()
@@ -85,38 +94,27 @@ class Recommendations:
         return self._report().html()
 
     def _report(self) -> Report:
-        answers = self.answers()
-        known = tuple(str(answer) for answer in answers.values() if answer.value is not None)
-        unknown = [name for name, answer in answers.items() if answer.value is None]
-        missing = (f"Not known, its cells were not measured: {', '.join(unknown)}.",)
-        return Report("Recommendations", known + (missing if unknown else ()))
-
-    def entries_of(self, pieces: Mapping[str, int]) -> int:
-        """Return the number of map entries of a reservation with these separate pieces.
-
-        Args:
-            pieces: number of pieces by way of use, ``"VERB METHOD"`` as in `map_entries`:
-                ``{"commit mprotect": 1000, "guard madvise": 1000}``.
-
-        Raises:
-            LookupError: the entries of a way of use were not counted.
-        """
-        unknown = [way for way in pieces if way not in self.map_entries]
-        if unknown:
-            msg = f"{unknown[0]!r} was not counted; counted: {', '.join(self.map_entries)}"
-            raise LookupError(msg)
-        return 1 + math.ceil(sum(self.map_entries[way] * n for way, n in pieces.items()))
+        return Report("Verdicts", tuple(str(verdict) for verdict in self.by_name.values()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the answers as a dict for JSON."""
+        """Return the part of the JSON of ``pyreserve costs --json``."""
         return {
-            name: {"value": answer.value, "text": answer.text, "reason": answer.reason}
-            for name, answer in self.answers().items()
+            "verdicts": {
+                name: {
+                    "question": verdict.question,
+                    "text": verdict.text,
+                    "figures": verdict.figures,
+                    "sure": verdict.sure,
+                    "value": verdict.value,
+                }
+                for name, verdict in self.by_name.items()
+            },
+            "ways": [row.to_dict() for row in self.ways],
         }
 
 
 def recommend(table: CostTable | None = None) -> Recommendations:
-    """Return recommendations for the measured machine, with their reasons.
+    """Return the verdicts for the measured machine.
 
     Args:
         table: the measured costs, such as ``CostTable.load("costs.json")``. None: those of a
@@ -126,231 +124,277 @@ def recommend(table: CostTable | None = None) -> Recommendations:
         OutOfMemoryError: there is not enough memory to measure.
     """
     if table is None:
-        table = _measured()
-    model = table.model()
-    return Recommendations(
-        step_bytes=_answered(_step, model, table),
-        huge_step_bytes=_answered(_huge_step, model, table),
-        idle_seconds=_answered(_idle, model, table),
-        lazy_above=_answered(_lazy, model, table),
-        huge_above=_answered(_huge, model, table),
-        islands=_answered(_islands, model, table),
-        map_entries=dict(table.machine.get("map_entries", {})),
-    )
+        table = _measured(None, _BUDGET)
+    return Recommendations(dict(_Judge(table).verdicts()), tuple(way_costs(table)))
 
 
 def measured_step(*, huge_pages: bool = False) -> int:
     """Return the growth step that suits this machine, in bytes, for the argument ``step``.
 
-    For example ``BumpArena("64MiB", step=pyreserve.costs.measured_step())``. It is
-    `Recommendations.step_bytes` of a measurement of at most two seconds, which each process makes
-    once by starting ``sys.executable``. If the cells cannot be measured or memory is short, it is
-    2 MiB.
+    For example ``BumpArena("64MiB", step=pyreserve.costs.measured_step())``. It is the value of the
+    verdict ``grow`` of a measurement of at most two seconds, which each process makes once by
+    starting ``sys.executable``. If the run does not decide it or memory is short, it is 2 MiB.
 
     Args:
-        huge_pages: whether the memory is backed with transparent huge pages; then the step is
-            `Recommendations.huge_step_bytes`.
+        huge_pages: whether the memory is backed with transparent huge pages; then the step is the
+            value of ``grow-huge``.
     """
     try:
-        table = _measured_growth()
+        table = _measured(("grow", "touch"), _STEP_BUDGET)
     except OutOfMemoryError:
         return _DEFAULT_STEP
-    answer = _answered(_huge_step if huge_pages else _step, table.model(), table)
-    return _DEFAULT_STEP if answer.value is None else int(answer.value)
+    step = recommend(table)["grow-huge" if huge_pages else "grow"].value
+    return step if isinstance(step, int) else _DEFAULT_STEP
 
 
 _measuring = threading.Lock()  # concurrent measurements would disturb each other
 
 
-def _measured() -> CostTable:
+def _measured(verbs: tuple[str, ...] | None, budget: float) -> CostTable:
     with _measuring:
-        return _measured_once(("grow", "touch", "discard", "retouch"), 128 * MiB, _BUDGET)
-
-
-def _measured_growth() -> CostTable:
-    with _measuring:
-        return _measured_once(("grow", "touch"), 8 * MiB, _STEP_BUDGET)
+        return _measured_once(verbs, budget)
 
 
 @cache
-def _measured_once(verbs: tuple[str, ...], longest: int, budget: float) -> CostTable:
-    whole = plan(only=verbs, longest=longest)
-    groups = (
-        group
-        for group in whole.groups
-        if group.setting.mode == "charge" and group.setting.threads == 1
-    )
-    return measure(replace(whole, groups=tuple(groups)), budget=budget, width=_WIDTH)
+def _measured_once(verbs: tuple[str, ...] | None, budget: float) -> CostTable:
+    return measure(plan(only=verbs), budget=budget)
 
 
-def _answered(
-    question: Callable[[CostModel, CostTable], Answer], model: CostModel, table: CostTable
-) -> Answer:
-    """Return the answer to a question; without a value if its cells were not measured."""
-    try:
-        return question(model, table)
-    except LookupError as error:
-        return Answer(None, "not known", str(error.args[0]))
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """The cheapest of some alternatives, or the first of those that cost the same.
+
+    `ratios` are the costs of the others over its own.
+    """
+
+    best: str
+    cost: Interval
+    ratios: dict[str, Interval]
+
+    @property
+    def sure(self) -> bool:
+        return all(ratio.low >= 1 / _NEAR for ratio in self.ratios.values())
+
+    @property
+    def near(self) -> list[str]:
+        """The others that are not over 10 % slower: no difference that matters."""
+        return [name for name, ratio in self.ratios.items() if ratio.high <= _NEAR]
+
+    @property
+    def text(self) -> str:
+        return self.best + (f" (as good: {', '.join(self.near)})" if self.near else "")
+
+    @property
+    def figures(self) -> str:
+        others = (f"{name} {_times(ratio)}" for name, ratio in self.ratios.items())
+        return ", ".join((f"{self.best} {time_text(self.cost)}", *others))
 
 
-def _step(model: CostModel, _table: CostTable) -> Answer:
-    grow, touch = model.of(Curve("grow", "mprotect")), model.of(Curve("touch", "write"))
-    step = PAGE_SIZE
-    while step < _LONGEST_STEP and grow.at(step) > _SHARE * touch.at(step):
-        step *= 2
-    share = _share_of_touching(grow, touch, step)
-    return Answer(
-        step,
-        f"Grow by {format_size(step)} or more: the calls then cost {share}.",
-        f"a step of {format_size(step)} costs {format_time(grow.at(step))}, "
-        f"touching it {format_time(touch.at(step))}",
-    )
+def _choose(costs: Mapping[str, PassCosts]) -> _Choice:
+    """Choose between alternatives, the preferred one first.
+
+    Raises:
+        LookupError: no pass has them all.
+    """
+    medians = {name: over_passes(values).median for name, values in costs.items()}
+    fastest = min(medians, key=lambda name: medians[name])
+    over = {name: ratio(costs[name], costs[fastest]) for name in costs}
+    equal = (name for name, r in over.items() if r.median <= _EQUAL and r.high <= _NEAR)
+    best = next(equal, fastest)
+    ratios = {name: ratio(costs[name], costs[best]) for name in costs if name != best}
+    return _Choice(best, over_passes(costs[best]), ratios)
 
 
-def _huge_step(model: CostModel, _table: CostTable) -> Answer:
-    kind, size = _huge_kind(model)
-    grow = model.of(Curve("grow", "mprotect", kind))
-    touch = model.of(Curve("touch", "write", kind))
-    step = size
-    while step < _LONGEST_STEP and grow.at(step) > _SHARE * touch.at(step):
-        step *= 2
-    return Answer(
-        step,
-        f"With huge pages grow by {format_size(step)} or more, in steps that end on multiples of "
-        f"{format_size(size)}: a smaller or unaligned step gets small pages.",
-        f"a step of {format_size(step)} costs {format_time(grow.at(step))}, "
-        f"touching it {format_time(touch.at(step))}",
-    )
+def _times(factor: Interval) -> str:
+    if not factor.known:
+        return "unknown"
+    return f"{factor.median:,.0f} times" if factor.median >= 100 else f"{factor.median:.3g} times"
 
 
-def _idle(model: CostModel, table: CostTable) -> Answer:
-    discard = model.of(Curve("discard", "dontneed"))
-    retouch, resident = (
-        model.of(Curve("retouch", method)) for method in ("after-dontneed", "resident")
-    )
-    nbytes = _longest(discard, retouch, resident)
-    discarding, touching, kept = (fit.at(nbytes) for fit in (discard, retouch, resident))
-    gib_per_cpu = table.machine["memory"] / GiB / table.machine["cpus"]
+def _percent(share: float) -> str:
+    return f"{max(0.1, 100 * share) if share else 0:.2g} %"
 
-    def seconds_per_gib(ns: float) -> float:
-        return ns * (GiB / nbytes) / 1e9
 
-    per_gib = seconds_per_gib(discarding + touching - kept)
-    low = max(0.0, seconds_per_gib(discarding.low + touching.low - kept.high) * gib_per_cpu)
-    high = seconds_per_gib(discarding.high + touching.high - kept.low) * gib_per_cpu
-    idle = per_gib * gib_per_cpu
-    reason = (
-        f"discarding 1 GiB and touching it again costs {_two_digits(per_gib)} s of CPU time, and "
-        f"this machine has {_two_digits(gib_per_cpu)} GiB per CPU: at that price, holding 1 GiB "
-        f"for {_two_digits(idle)} s ({_two_digits(low)} to {_two_digits(high)}) costs the same "
-        "(after Gray and Putzolu's five-minute rule, 1987)"
-    )
-    cold = [
-        entry for entry in table.measured() if entry.host == "cold" and entry.cell.verb == "touch"
-    ]
-    if cold:
-        worst_ns = max(entry.times.median / entry.cell.nbytes for entry in cold if entry.times)
-        worst = worst_ns * GiB / 1e9
-        reason += (
-            f"; if the hypervisor takes the memory, touching 1 GiB again costs "
-            f"{_two_digits(worst)} s, and giving it back pays after "
-            f"{_two_digits(worst * gib_per_cpu)} s"
+def _part(share: Interval) -> str:
+    """Return a share under 1; where its interval is too wide, a round one above it."""
+    if share.known:
+        return _percent(share.median)
+    return "half" if share.high <= 1 / 2 else "nine tenths"
+
+
+def _pages(kind: str) -> str:
+    return f"{format_size(parse_size(kind))} pages"
+
+
+class _Judge:
+    """Answers the questions from one table."""
+
+    def __init__(self, table: CostTable) -> None:
+        self._table, self._times = table, PassTimes(table)
+
+    def verdicts(self) -> Iterator[tuple[str, Verdict]]:
+        """Yield each verdict with its name."""
+        kinds = {"": self._times.small, "-huge": self._times.huge}
+        by_suffix = {suffix: kind for suffix, kind in kinds.items() if kind is not None}
+        yield "commit", self._answer("How to commit memory?", self._commit)
+        for suffix, kind in by_suffix.items():
+            question = "How to grow, and by how much?"
+            yield f"grow{suffix}", self._answer(question, partial(self._grow, kind))
+        for situation in SITUATIONS:
+            for suffix, kind in by_suffix.items():
+                answer = partial(self._give_back, situation, kind)
+                yield f"{situation.name}{suffix}", self._answer(situation.question, answer)
+        question = "Do huge pages pay, now, on this machine?"
+        yield "huge-pages", self._answer(question, self._huge_pages)
+        yield "populate", self._answer("Populate memory, or touch it?", self._populate)
+        yield "fork", self._answer("Fork with the memory, or without?", self._fork)
+
+    def _answer(
+        self, question: str, answer: Callable[[], tuple[str, str, str | int | None]]
+    ) -> Verdict:
+        """Return the verdict of a function that returns text, figures and value.
+
+        Without a value the run does not decide the question: the text is the reason, if known.
+        """
+        try:
+            text, figures, value = answer()
+        except LookupError as error:
+            text, figures, value = str(error.args[0]), "", None
+        if value is None:
+            text = f"can't tell from this run: {text or self._why()}, {self._advice()}"
+        return Verdict(question, text, figures, value is not None, value)
+
+    def _why(self) -> str:
+        passes = max((e.times.passes for e in self._table.cells if e.times), default=0)
+        if passes < ENOUGH:
+            count = {0: "no pass", 1: "a single pass"}.get(passes, f"only {passes} passes")
+            return f"{count} of the {ENOUGH} that an interval needs"
+        return self._table.disturbed or "the samples spread too widely"
+
+    def _advice(self) -> str:
+        return f"try --budget {max(60, 60 * math.ceil(self._table.seconds / 45))}"
+
+    def _commit(self) -> tuple[str, str, str | None]:
+        times = self._times
+        choice = _choose(
+            {
+                "mprotect": times.of(times.cell("commit", "mprotect", BLOCK)),
+                "mmap(MAP_FIXED)": times.of(times.cell("commit", "mmap-fixed", BLOCK)),
+            }
         )
-    text = f"Give back memory that stays idle for more than {_two_digits(idle)} s."
-    return Answer(idle, text, reason)
+        figures = f"{format_size(BLOCK * times.page)}: {choice.figures}"
+        return (choice.text, figures, choice.best) if choice.sure else ("", figures, None)
 
-
-def _two_digits(value: float) -> str:
-    """Format with two significant digits, without an exponent."""
-    return f"{float(f'{value:.2g}'):,.10g}"
-
-
-def _lazy(model: CostModel, _table: CostTable) -> Answer:
-    discards = [model.of(Curve("discard", method)) for method in ("dontneed", "free")]
-    retouches = [model.of(Curve("retouch", method)) for method in ("after-dontneed", "after-free")]
-    nbytes = _longest(*discards, *retouches)
-    eager, lazy = (fit.at(nbytes) for fit in discards)
-    after_eager, after_lazy = (fit.at(nbytes) for fit in retouches)
-    saved = after_eager - after_lazy
-    above = min(1.0, max(0.0, (lazy - eager) / saved)) if saved > 0 else 1.0
-    if above >= 1:
-        text = "Discard eagerly (MADV_DONTNEED): lazy discard (MADV_FREE) is no cheaper here."
-    else:
-        chance = f"is over {above:.0%} likely to" if above >= 0.005 else "may"
-        text = (
-            f"Discard lazily (MADV_FREE) if the memory {chance} be used again before the kernel "
-            "reclaims it, and RSS may include it until then; otherwise eagerly (MADV_DONTNEED)."
+    def _grow(self, kind: str) -> tuple[str, str, int | None]:
+        """Return the step from which calls cost under 5 % of touching, in bytes."""
+        times = self._times
+        pages = times.nbytes(kind) // times.page
+        grow, touch = (
+            times.of(times.cell(verb, method, pages, kind))
+            for verb, method in (("grow", "mprotect"), ("touch", "write"))
         )
-    return Answer(
-        above,
-        text,
-        f"{format_size(nbytes)}: eager {format_time(eager)} and {format_time(after_eager)} to "
-        f"touch again, lazy {format_time(lazy)} and {format_time(after_lazy)}; the kernel's cost "
-        "of reclaiming lazily discarded memory is not included",
-    )
+        share = ratio(grow, touch)
+        least = Interval(*(value / _SHARE * pages * times.page for value in share))
+        low, step = self._step(least.low, kind), self._step(least.high, kind)
+        text, length = "", format_size(pages * times.page)
+        figures = f"{length}: mprotect {time_text(over_passes(grow))}"
+        if kind == times.small:
+            other = times.of(times.cell("grow", "mmap-fixed", pages))
+            choice = _choose({"mprotect": grow, "mmap(MAP_FIXED)": other})
+            if not choice.sure:
+                return "", f"{length}: {choice.figures}", None
+            text, figures = f"{choice.text}, ", f"{length}: {choice.figures}"
+        figures += f", touching {time_text(over_passes(touch))}"
+        if not least.low > 0 or step > 2 * low or step > _LONGEST_STEP:
+            return "", figures, None
+        text += f"by {format_size(step)} or more of {_pages(kind)}"
+        if kind != times.small:
+            text += f" that end on multiples of {format_size(parse_size(kind))}"
+        return f"{text}: calls then cost under 5 % of touching", figures, step
 
+    def _step(self, least: float, kind: str) -> int:
+        """Return the smallest step of at least so many bytes: a power of two times a page."""
+        step = parse_size(kind)
+        while step < least and step <= _LONGEST_STEP:
+            step *= 2
+        return step
 
-def _huge(model: CostModel, _table: CostTable) -> Answer:
-    kind, size = _huge_kind(model)
-    small, huge = model.of(Curve("touch", "write")), model.of(Curve("touch", "write", kind))
-    nbytes = _longest(small, huge)
-    huge_ns, small_ns = huge.at(nbytes), small.at(nbytes)
-    above = min(1.0, huge_ns / small_ns)
-    low, high = huge_ns.low / small_ns.high, min(1.0, huge_ns.high / small_ns.low)
-    return Answer(
-        above,
-        f"Huge pages are faster at first touch if over {above:.0%} ({low:.0%} to {high:.0%}) of "
-        f"each {format_size(size)} is used; fully used, they are "
-        f"{_two_digits(small_ns / huge_ns)} times as fast. Each takes "
-        f"{format_size(size)} of memory, used or not.",
-        f"touching {format_size(nbytes)} takes {format_time(small_ns)} in small pages and "
-        f"{format_time(huge_ns)} in huge pages",
-    )
+    def _give_back(self, situation: Situation, kind: str) -> tuple[str, str, str | None]:
+        times = self._times
+        choice = _choose(
+            {way.name: times.of_way(way, kind, situation.again) for way in situation.candidates()}
+        )
+        figures = f"{format_size(times.nbytes(kind))} of {_pages(kind)}: {choice.figures}"
+        if not choice.sure:
+            return "", figures, None
+        return f"{_pages(kind)}: {choice.text}", figures, choice.best
 
+    def _huge_pages(self) -> tuple[str, str, str | None]:
+        times, table = self._times, self._table
+        if times.huge is None:
+            return "no: this machine has no transparent huge pages", "", "no"
+        cell = times.cell("touch", "write", HUGE, times.huge)
+        why = next((e.why for e in table.cells if e.cell == cell and e.times is None), None)
+        state = table.machine.get("huge_pages") or {}
+        tried, got = state.get("tried", 0), state.get("got", 0)
+        size = format_size(parse_size(times.huge))
+        figures = f"{got} of {tried} pieces became huge" if tried else ""
+        if state.get("free_bytes"):
+            share = min(1.0, state.get("free_bytes_in_huge_blocks", 0) / state["free_bytes"])
+            figures += f", {_percent(share)} of free memory is in blocks of {size} or more"
+        if why is not None and not (tried and got):
+            return f"no: {why}", figures, "no"
+        small = times.of(times.cell("touch", "write", HUGE))
+        huge = times.of(cell)
+        share = ratio(huge, small)
+        figures = (
+            f"touching {size} takes {time_text(over_passes(small))} in small pages, "
+            f"{time_text(over_passes(huge))} in a huge one; {figures}"
+        )
+        if tried and got < _BECAME_HUGE * tried:
+            return f"not now: {got} of {tried} pieces became huge pages", figures, "no"
+        if share.high <= 1 / _NEAR:
+            return f"yes, where over {_part(share)} of each {size} is used", figures, "yes"
+        if share.low >= 1 / _NEAR:
+            return "no: the first touch is no faster", figures, "no"
+        return "", figures, None
 
-def _longest(*fits: Fit) -> int:
-    """Return the longest length, in bytes, that all fits have; a reliable one if there is any."""
-    common = set[float].intersection(*({pages for pages, *_ in fit.points} for fit in fits))
-    sure = set[float].intersection(
-        *({pages for pages, _, low, high in fit.points if high <= _SURE * low} for fit in fits)
-    )
-    return int(max(sure or common, default=min(fit.points[-1][0] for fit in fits))) * PAGE_SIZE
+    def _populate(self) -> tuple[str, str, str | None]:
+        times = self._times
+        costs = {
+            "touch": times.of(times.cell("touch", "write", BLOCK)),
+            "populate": times.of(times.cell("populate", "madvise", BLOCK)),
+        }
+        choice = _choose(costs)
+        figures = f"{format_size(BLOCK * times.page)}: {choice.figures}"
+        if not choice.sure:
+            return "", figures, None
+        if choice.best == "touch":
+            return f"touch{' (no difference that matters)' * bool(choice.near)}", figures, "touch"
+        share = ratio(costs["populate"], costs["touch"])
+        return f"populate, where over {_part(share)} of the pages are used", figures, "populate"
 
-
-def _share_of_touching(grow: Fit, touch: Fit, step: int) -> str:
-    share = grow.at(step) / touch.at(step)
-    return f"under {_SHARE:.0%} of touching" if share <= _SHARE else f"{share:.0%} of touching"
-
-
-def _islands(_model: CostModel, table: CostTable) -> Answer:
-    limit, entries = table.machine["max_map_count"], table.machine["map_entries"]
-    per_piece = entries["commit mprotect"]
-    # The count is a mean of 16 places: anything below 1/16 is zero.
-    islands = limit if per_piece < 1e-3 else int(limit / per_piece)
-    guards = ", ".join(
-        f"{entries[way]:.2g} for a guard by {way.split()[1]}"
-        for way in ("guard madvise", "guard mprotect")
-        if way in entries
-    )
-    return Answer(
-        islands,
-        f"Keep the number of separate committed pieces well under {islands:,}, or commit adjacent "
-        "pieces: growth directly behind committed memory adds no map entry.",
-        f"map entries counted: {per_piece:.2g} for a separate piece, "
-        f"{entries.get('grow mprotect', 0):.2g} for growth, {guards}; vm.max_map_count is "
-        f"{limit:,}",
-    )
-
-
-def _huge_kind(model: CostModel) -> tuple[str, int]:
-    """Return the largest transparent page kind that was measured, and its size in bytes."""
-    sizes = {
-        parse_size(curve.page_kind): curve.page_kind
-        for curve in model.fits
-        if not curve.page_kind.startswith("hugetlb")
-    }
-    size = max(sizes, default=0)
-    if size <= PAGE_SIZE:
-        msg = "no transparent huge pages were measured"
-        raise LookupError(msg)
-    return sizes[size], size
+    def _fork(self) -> tuple[str, str, str | None]:
+        times = self._times
+        fork, again = (
+            times.cell(verb, method, HUGE)
+            for verb, method in (("fork", "inherit"), ("retouch", "after-fork"))
+        )
+        choice = _choose(
+            {
+                "with": times.of(fork, again),
+                "without": times.of(times.cell("fork", "dontfork", HUGE)),
+            }
+        )
+        page = over_passes(times.cost([(again, 1 / HUGE)]))
+        figures = (
+            f"{format_size(HUGE * times.page)} touched: without "
+            f"{time_text(over_passes(times.of(times.cell('fork', 'dontfork', HUGE))))}, with "
+            f"{time_text(over_passes(times.of(fork)))} and {time_text(page)} for each page that is "
+            "written while the child lives"
+        )
+        if not choice.sure:
+            return "", figures, None
+        if choice.best == "with":
+            return "with: no difference that matters", figures, "with"
+        return "without (MADV_DONTFORK), where the child does not need it", figures, "without"

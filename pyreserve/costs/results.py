@@ -1,10 +1,12 @@
 """The result of a cell, and the noise of a run. Imports cells and their statistics only."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pyreserve.costs.cells import Cell
 from pyreserve.costs.stats import Times
+
+MEASURED_FACTS = frozenset({"system_call_ns", "map_entries", "huge_pages"})
+"""The facts of `CostTable.machine` that a run measures: they may differ on the same machine."""
 
 # Noise thresholds: CPUs busy elsewhere, CPUs stolen, relative spread of system call times.
 _OTHERS, _STOLEN, _SPREAD = 0.25, 0.1, 0.25
@@ -20,14 +22,16 @@ class Measured:
             from a virtual machine), ``"warm"`` for all others. The two are never mixed.
         times: the statistics of its samples; None if it could not be measured.
         why: why it could not be measured.
-        passes: all samples in ns, pass by pass in the order measured; empty if read from JSON.
+        medians: the median of each pass in ns, in the order measured; None for a pass without a
+            sample. Cells of one table have the same passes, so that their ratios can be taken
+            pass by pass. Empty for cold cells.
     """
 
     cell: Cell
     host: str
     times: Times | None
     why: str | None = None
-    passes: Sequence[Sequence[float]] = field(default=(), repr=False, compare=False)
+    medians: tuple[float | None, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pyreserve.costs.cells import Cell
 from pyreserve.costs.results import Measured, Noise
 from pyreserve.costs.stats import Times
 
-SCHEMA = 1
+SCHEMA = 2
 
 FIGURES = ("min", "median", "p90", "p99", "max")
 """The attributes of `Times` that are in ns, except the interval."""
@@ -39,7 +39,11 @@ _DOCUMENT |= {"complete": _Field((bool,)), "seconds": _NUMBER}
 _KEYS = {"memory": "memory_bytes", "page_size": "page_size_bytes"}
 # The facts that figures are computed from; each may be missing.
 _MACHINE = dict.fromkeys(("cpus", *_KEYS.values(), "max_map_count"), _POSITIVE)
-_MACHINE |= {"map_entries": _OBJECT, "system_call_ns": _Field((int, float, _NULL), 0.01)}
+_MACHINE |= {
+    "map_entries": _OBJECT,
+    "huge_pages": _OBJECT,
+    "system_call_ns": _Field((int, float, _NULL), 0.01),
+}
 _NOISE = {field.name: _NUMBER for field in fields(Noise)}
 _CELL = dict.fromkeys(("verb", "method", "page_kind", "mode", "host"), _TEXT)
 _CELL |= {"bytes": _POSITIVE, "threads": _POSITIVE}
@@ -47,7 +51,8 @@ _CELL |= {"ns": _Field((dict, _NULL)), "why": _Field((str, _NULL))}
 _NS = {**dict.fromkeys(FIGURES, _TIME), "ci95": _LIST}
 # The two ends of ci95; the high one is null after a single sample.
 _CI95 = {"low": _TIME, "high": _Field((int, float, _NULL), -_MAX)}
-_COUNTS = {"samples": _POSITIVE, "passes": _POSITIVE, "outliers": _COUNT}
+_COUNTS = {"samples": _POSITIVE, "passes": _POSITIVE, "pass_medians_ns": _LIST}
+_PASS = {"pass_medians_ns": _Field((int, float, _NULL), -_MAX)}
 
 
 def rounded(ns: float) -> float:
@@ -72,17 +77,19 @@ def to_dict(entry: Measured) -> dict[str, Any]:
         "pages": cell.pages,
         "threads": cell.threads,
         "host": entry.host,
+        "call": cell.call,
         "ns": None,
         "samples": 0,
         "passes": 0,
-        "outliers": 0,
+        "pass_medians_ns": [],
         "why": entry.why,
     }
     if times is not None:
         item["ns"] = {name: rounded(getattr(times, name)) for name in FIGURES}
         # JSON has no infinity: the interval of a single sample ends with null.
         item["ns"]["ci95"] = [rounded(ns) if math.isfinite(ns) else None for ns in times.ci95]
-        item |= {"samples": times.samples, "passes": times.passes, "outliers": times.outliers}
+        item |= {"samples": times.samples, "passes": times.passes}
+        item["pass_medians_ns"] = [ns if ns is None else rounded(ns) for ns in entry.medians]
     return item
 
 
@@ -138,8 +145,9 @@ def _quote(value: object) -> str:
 def _attributes(document: Any) -> dict[str, Any]:
     _, machine, noise, items, complete, seconds = _check(document, _DOCUMENT)
     _check(machine, {name: field for name, field in _MACHINE.items() if name in machine})
-    entries = machine.get("map_entries", {})
-    _check(entries, dict.fromkeys(entries, _NUMBER))
+    for name, field in (("map_entries", _NUMBER), ("huge_pages", _COUNT)):
+        counts = machine.get(name, {})
+        _check(counts, dict.fromkeys(counts, field))
     cells = tuple(_measured(item) for item in items)
     if len({(entry.cell, entry.host) for entry in cells}) < len(cells):
         msg = "a cell occurs twice"
@@ -156,11 +164,14 @@ def _attributes(document: Any) -> dict[str, Any]:
 
 def _measured(item: Any) -> Measured:
     verb, method, page_kind, mode, host, nbytes, threads, ns, why = _check(item, _CELL)
-    cell, times = Cell(verb, method, page_kind, mode, nbytes, threads), None
+    cell = Cell(verb, method, page_kind, mode, nbytes, threads)
+    times, medians = None, []
     if ns is not None:
         *figures, interval = _check(ns, _NS)
         low, high = _check(dict(zip(_CI95, interval, strict=False)), _CI95)
-        samples, passes, outliers = _check(item, _COUNTS)
+        samples, passes, medians = _check(item, _COUNTS)
+        for ns in medians:
+            _check({"pass_medians_ns": ns}, _PASS)
         least, median, p90, p99, most = map(float, figures)
         times = Times(
             min=least,
@@ -171,6 +182,5 @@ def _measured(item: Any) -> Measured:
             ci95=(float(low), math.inf if high is None else float(high)),
             samples=samples,
             passes=passes,
-            outliers=outliers,
         )
-    return Measured(cell, host, times, why)
+    return Measured(cell, host, times, why, tuple(medians))

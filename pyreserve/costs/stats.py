@@ -1,4 +1,4 @@
-"""Statistics of samples: quantiles, the median's confidence interval, warm and cold samples.
+"""Statistics of samples: medians and ratios with intervals, warm and cold samples.
 
 Samples come in passes. The samples of one pass share a process, its addresses and a state of the
 machine, so they agree better with each other than with those of another pass. An interval that
@@ -6,13 +6,16 @@ ignores this is too narrow: two runs of the same cell would look different.
 """
 
 import math
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median, stdev
+from typing import NamedTuple
 
-# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; 1.96 beyond.
+# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+ENOUGH = 6
+"""Passes from which on the order of their medians bounds 95 %, whatever the distribution."""
+
 _ONE_PASS = 1.25  # the interval of a single pass: at least this factor to either side
 # Cold memory measured 30 times as slow as warm; ordinary noise stays below these thresholds.
 _COLD_RATIO = 4.0  # median of the cold samples over that of the warm ones
@@ -20,8 +23,52 @@ _COLD_GAP = 2.0  # smallest cold sample over the largest warm one
 _COLD_COUNT, _COLD_SHARE = 3, 0.03  # number of cold samples, and their share of all
 _COLD_LONG = 2.0  # a long sample is partly cold if it takes twice what shorter ones predict
 
+_UNDISTURBED = 2  # samples of a pass that are enough without the preempted ones
+_SPAN = 3.0  # ratio of an interval's ends from which on its middle says nothing
+
 Sample = tuple[float, bool]
 """Nanoseconds, and whether the thread may have been preempted during the sample."""
+
+
+class Interval(NamedTuple):
+    """A median over passes and its 95 % interval; (0, inf) from fewer than `ENOUGH` passes."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def known(self) -> bool:
+        """Whether the median may be printed: the interval excludes zero and is narrow enough."""
+        return is_known((self.low, self.high))
+
+
+def is_known(interval: tuple[float, float]) -> bool:
+    """Whether an interval excludes zero, and its ends differ by at most a factor of three."""
+    low, high = interval
+    return low > 0 and high <= _SPAN * low
+
+
+def over_passes(values: Iterable[float | None]) -> Interval:
+    """Return the median over passes and its interval, from order statistics; None is no value.
+
+    Raises:
+        LookupError: there is no value.
+    """
+    ordered = sorted(value for value in values if value is not None)
+    if not ordered:
+        msg = "no pass has a value"
+        raise LookupError(msg)
+    if len(ordered) < ENOUGH:
+        return Interval(median(ordered), 0.0, math.inf)
+    return Interval(median(ordered), *_median_bounds(ordered))
+
+
+def undisturbed(samples: Iterable[Sample]) -> list[float]:
+    """Return the times of a pass without those of preempted samples, if two or more remain."""
+    samples = list(samples)
+    kept = [ns for ns, preempted in samples if not preempted]
+    return kept if len(kept) >= _UNDISTURBED else [ns for ns, _ in samples]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +78,9 @@ class Times:
     Attributes:
         min, median, p90, p99, max: of all samples of all passes.
         ci95: 95 % confidence interval of the median: the wider of the binomial interval of all
-            samples and Student's interval of the logarithms of the passes' medians. For a single
-            pass, which does not show how passes differ, at least 25 % to either side; for a single
-            sample, 0 to infinity.
+            samples and that of the passes' medians. For a single pass, which does not show how
+            passes differ, at least 25 % to either side; for a single sample, 0 to infinity.
         samples, passes: their numbers.
-        outliers: number of samples above the third quartile by more than three interquartile
-            ranges (Tukey's outer fence). The figures above include them.
     """
 
     min: float
@@ -47,7 +91,6 @@ class Times:
     ci95: tuple[float, float]
     samples: int
     passes: int
-    outliers: int
 
     @property
     def width(self) -> float:
@@ -60,17 +103,15 @@ def summarise(passes: Sequence[Sequence[float]]) -> Times:
     """Summarise the samples of a cell, pass by pass; there must be at least one."""
     values = sorted(value for samples in passes for value in samples)
     middle, filled = median(values), [samples for samples in passes if samples]
-    q1, q3 = quantile(values, 0.25), quantile(values, 0.75)
     return Times(
         min=values[0],
         median=middle,
         p90=quantile(values, 0.90),
         p99=quantile(values, 0.99),
         max=values[-1],
-        ci95=_interval(values, middle, [median(samples) for samples in filled]),
+        ci95=_interval(values, middle, sorted(median(samples) for samples in filled)),
         samples=len(values),
         passes=len(filled),
-        outliers=len(values) - bisect_right(values, q3 + 3 * (q3 - q1)),
     )
 
 
@@ -82,24 +123,34 @@ def quantile(ordered: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
+def _median_bounds(ordered: Sequence[float]) -> tuple[float, float]:
+    """Return the values whose ranks bound 95 % of a binomial(n, 1/2)."""
+    n = len(ordered)
+    half = 0.98 * math.sqrt(n)
+    return (
+        ordered[max(0, math.floor(n / 2 - half - 0.5))],
+        ordered[min(n - 1, math.ceil(n / 2 + half - 0.5))],
+    )
+
+
 def _interval(
     ordered: Sequence[float], middle: float, medians: Sequence[float]
 ) -> tuple[float, float]:
     """Return the 95 % interval of the median; see `Times.ci95`."""
-    n = len(ordered)
+    n, k = len(ordered), len(medians)
     if n == 1:
         return 0.0, math.inf
-    # The median lies between the values whose ranks bound 95 % of a binomial(n, 1/2).
-    half = 0.98 * math.sqrt(n)
-    low = ordered[max(0, math.floor(n / 2 - half - 0.5))]
-    high = ordered[min(n - 1, math.ceil(n / 2 + half - 0.5))]
-    if len(medians) == 1:
+    low, high = _median_bounds(ordered)
+    if k == 1:
         low, high = min(low, middle / _ONE_PASS), max(high, middle * _ONE_PASS)
-    values = medians if len(medians) > 1 else ordered if n <= len(_T95) else ()
+    if k >= ENOUGH:
+        least, most = _median_bounds(medians)
+        return min(low, least), max(high, most)
+    # Too few for ranks: Student's interval of the logarithms.
+    values = medians if k > 1 else ordered if n <= len(_T95) else ()
     if values and min(values) > 0:
         k = len(values)
-        t = _T95[k - 2] if k - 2 < len(_T95) else 1.96
-        spread = t * stdev(math.log(value) for value in values) / math.sqrt(k)
+        spread = _T95[k - 2] * stdev(math.log(value) for value in values) / math.sqrt(k)
         low, high = min(low, middle * math.exp(-spread)), max(high, middle * math.exp(spread))
     return low, high
 
@@ -121,19 +172,18 @@ def split_cold(
         expected: the ns that shorter pieces predict for a sample; None if that is not known.
 
     Returns:
-        The warm passes and the cold passes, without empty ones.
+        The warm passes and the cold ones; a pass may be empty.
     """
     every = [*passes, *warm_ups]
-    undisturbed = sorted(ns for row in every for ns, preempted in row if ns > 0 and not preempted)
-    limits = [_cold_limit(undisturbed), expected and expected * _COLD_LONG]
+    calm = sorted(ns for row in every for ns, preempted in row if ns > 0 and not preempted)
+    limits = [_cold_limit(calm), expected and expected * _COLD_LONG]
     limit = min((ns for ns in limits if ns is not None), default=math.inf)
 
     def is_cold(sample: Sample) -> bool:
         return sample[0] >= limit and not sample[1]
 
-    warm = ([sample[0] for sample in samples if not is_cold(sample)] for samples in passes)
-    cold = ([sample[0] for sample in samples if is_cold(sample)] for samples in every)
-    return [values for values in warm if values], [values for values in cold if values]
+    warm = [undisturbed(s for s in samples if not is_cold(s)) for samples in passes]
+    return warm, [[sample[0] for sample in samples if is_cold(sample)] for samples in every]
 
 
 def _cold_limit(ordered: Sequence[float]) -> float | None:

@@ -1,7 +1,5 @@
-"""The table of measured costs, as text, JSON, CSV and picture."""
+"""The table of measured costs, as text, JSON and picture."""
 
-import csv
-import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,15 +11,8 @@ from pyreserve._system.report import Report
 from pyreserve.costs.cells import Curve
 from pyreserve.costs.model import CostModel
 from pyreserve.costs.results import Measured, Noise
-from pyreserve.costs.schema import (
-    FIGURES,
-    SCHEMA,
-    attributes,
-    machine_to_dict,
-    rounded,
-    to_dict,
-)
-from pyreserve.costs.text import fits_table, legend, machine_text
+from pyreserve.costs.schema import SCHEMA, attributes, machine_to_dict, to_dict
+from pyreserve.costs.text import LEGEND, fits_table, machine_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +25,11 @@ class CostTable:
     ``str()`` gives the model as a table, in a notebook as HTML.
 
     Attributes:
-        machine: facts of the machine; see `pyreserve._system.machine.facts`.
+        machine: facts of the machine; see `pyreserve._system.machine.facts`. Measured are
+            ``system_call_ns`` (a getppid), ``map_entries`` (those that each way to use a piece
+            adds, by ``"VERB METHOD"``) and ``huge_pages``: how many pieces of a huge page were
+            ``tried`` during the run and how many ``got`` one, and how many of the ``free_bytes``
+            of memory lay in free blocks of at least a huge page (``free_bytes_in_huge_blocks``).
         cells: measured and unmeasurable cells, in the order of the plan.
         noise: other load on the machine.
         seconds: duration of the measurement.
@@ -97,7 +92,7 @@ class CostTable:
             "not measured.",
             "" if self.complete else "The measurement was interrupted.",
             f"Small changes are doubtful: {self.disturbed}." if self.disturbed else "",
-            legend() if self.model().fits else "",
+            LEGEND if self.model().fits else "",
         ]
         return Report(
             f"Costs of virtual memory on {machine_text(self.machine)}",
@@ -147,25 +142,3 @@ class CostTable:
         except ValueError as error:
             msg = f"{path}: {error}"
             raise ValueError(msg) from None
-
-    def to_csv(self) -> str:
-        """Return CSV with a header and a line per cell; times in nanoseconds."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(
-            ["verb", "method", "page_kind", "mode", "bytes", "pages", "threads", "host"]
-            + [f"{name}_ns" for name in FIGURES]
-            + ["ci95_low_ns", "ci95_high_ns", "samples", "passes", "outliers", "why"]
-        )
-        for entry in self.cells:
-            cell, times = entry.cell, entry.times
-            row: list[object] = [cell.verb, cell.method, cell.page_kind, cell.mode]
-            row += [cell.nbytes, cell.pages, cell.threads, entry.host]
-            if times is None:
-                row += [""] * (len(FIGURES) + 2) + [0, 0, 0]
-            else:
-                row += [rounded(getattr(times, name)) for name in FIGURES]
-                row += [rounded(ns) for ns in times.ci95]
-                row += [times.samples, times.passes, times.outliers]
-            writer.writerow([*row, entry.why or ""])
-        return out.getvalue()

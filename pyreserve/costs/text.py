@@ -1,32 +1,26 @@
 """The figures of fits as text, for the screen, ``str()`` and notebooks. Imports no table."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve._system.report import Table
 from pyreserve.costs.cells import GROUPS, METHODS, SMALL, Curve
 from pyreserve.costs.model import CostModel, Fit
+from pyreserve.costs.stats import is_known
 from pyreserve.units import format_size, format_time
 
-TITLES = ("verb and method", "pages", "fixed", "per page", "GiB/s", "at", "off")
+TITLES = ("verb and method", "pages", "fixed", "per page", "GiB/s", "at")
 """The titles of the columns that `fit_row` fills."""
 
-_EXPLANATIONS = {
-    "fixed": "fixed: cost per call.",
-    "per page": "per page: additional cost per OS page. up to: not distinguishable from zero.",
-    "at": "GiB/s: of one thread, at the length in the next column, where the cost per page "
-    "dominates; a touch writes one byte per page.",
-    "off": "off: largest deviation of a median from fixed + per page; large where the cost bends, "
-    "for instance at a cache's size.",
-    "outliers": "outliers: their share of the samples, and the worst as a multiple of the median.",
-}
-
-
-def legend(titles: Iterable[str] = TITLES) -> str:
-    """Return the explanations of the columns with these titles."""
-    explanations = (_EXPLANATIONS[title] for title in titles if title in _EXPLANATIONS)
-    return " ".join(("Medians, ± half of the 95 % interval.", *explanations))
+_ZERO = 0.1  # ns; a smaller cost is shown as zero
+LEGEND = (
+    "Medians, ± half of the 95 % interval; unknown: the interval includes zero, or spans more than "
+    "a factor of three. fixed: cost per call. per page: additional cost per OS page. GiB/s: of one "
+    "thread, at the length in the next column, where the cost per page dominates; a touch writes "
+    "one byte per page."
+)
+"""The explanation of the columns of `fits_table`."""
 
 
 def machine_text(machine: Mapping[str, Any]) -> str:
@@ -45,8 +39,8 @@ def fits_table(model: CostModel) -> Table:
 
 
 def sorted_fits(model: CostModel) -> list[Fit]:
-    """Return the fits in the order of `GROUPS` and `METHODS`, small pages first."""
-    return sorted(model.fits.values(), key=_order)
+    """Return the fits of several lengths, in the order of `METHODS`, small pages first."""
+    return sorted((fit for fit in model.fits.values() if len(fit.points) > 1), key=_order)
 
 
 def _order(fit: Fit) -> tuple[object, ...]:
@@ -62,7 +56,8 @@ def fit_row(fit: Fit) -> tuple[str, ...]:
     """Return the texts of a fit's row, one for each of `TITLES`."""
     longest = fit.points[-1][0]
     # A rate is meaningful only where the cost per page dominates.
-    paged = fit.ns_per_page > 1 and fit.ns_per_page * longest > fit.fixed_ns
+    known = is_known(fit.ns_per_page_ci95)
+    paged = known and fit.ns_per_page > 1 and fit.ns_per_page * longest > fit.fixed_ns
     rate = fit.gib_per_second
     return (
         f"{fit.curve.verb} {fit.curve.method}",
@@ -71,7 +66,6 @@ def fit_row(fit: Fit) -> tuple[str, ...]:
         figure_text(fit.ns_per_page, fit.ns_per_page_ci95),
         (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}") if paged else "",
         format_size(round(longest * PAGE_SIZE)) if paged else "",
-        f"{fit.residual:.0%}",
     )
 
 
@@ -82,11 +76,8 @@ def setting_text(curve: Curve) -> str:
 
 
 def figure_text(ns: float, interval: tuple[float, float]) -> str:
-    """Return a time with half of its interval, or its upper end if zero is in the interval."""
+    """Return a time with half of its interval; ``unknown`` if that is too wide."""
     low, high = interval
-    half = (high - low) / 2
-    if ns < 0.001 and half < 0.001:
+    if high < _ZERO:
         return "0 ns"
-    if ns < half:
-        return f"up to {format_time(high)}"
-    return f"{format_time(ns)} ±{half / ns:3.0%}"
+    return f"{format_time(ns)} ±{(high - low) / 2 / ns:3.0%}" if is_known(interval) else "unknown"

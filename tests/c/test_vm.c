@@ -441,44 +441,6 @@ static void a_sealed_mapping_stays_as_it_is(void) {
     CHECK(vm_discard(at, page) == 0 && bytes(at)[0] == 0);
 }
 
-/* There is no pool of that page size, or it has no free page. */
-static void a_pool_without_pages_refuses(void) {
-    size_t none = (size_t)1 << 45, huge = (size_t)2 << 20;
-    uintptr_t at = 77, kept = mapped(1, VM_COMMITTED);
-    bytes(kept)[0] = 42;
-    CHECK(vm_map_huge(none, VM_RESERVED, none, &at) == EINVAL);
-    CHECK(vm_map_huge(page, VM_RESERVED, page, &at) == EINVAL);
-    CHECK(vm_renew_huge(kept, page, VM_RESERVED, page) == EINVAL);
-    const char *pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
-    if (access(pool, R_OK) != 0 || witness_read(pool)[0] != '0') {
-        SKIP("no empty pool of 2 MiB pages here");
-    } else {
-        CHECK(vm_map_huge(huge, VM_COMMITTED, huge, &at) == ENOMEM);
-        CHECK(vm_map_huge(huge, VM_RESERVED, huge, &at) == ENOMEM);
-    }
-    CHECK(at == 77 && bytes(kept)[0] == 42);
-    CHECK(vm_release(kept, page) == 0);
-}
-
-/* Without a charge to the pool the mapping succeeds although it has no memory. */
-static void a_mapping_of_the_pool_has_its_pages(void) {
-    size_t huge = (size_t)2 << 20;
-    uintptr_t at = 0;
-    if (vm_map_huge(2 * huge, VM_RESERVED | VM_NORESERVE, huge, &at) != 0) {
-        SKIP("no hugetlb pages of 2 MiB here");
-        return;
-    }
-    CHECK(at % huge == 0 && witness_all(at, 2 * huge, '-'));
-    const char *size = witness_detail(at, "KernelPageSize:");
-    CHECK(size != NULL && strtoul(size, NULL, 10) == huge / 1024);
-    CHECK(vm_protect(at, huge, VM_COMMITTED) == 0 && witness_all(at, huge, 'w'));
-    CHECK(vm_renew_huge(at, huge, VM_RESERVED | VM_NORESERVE, huge) == 0);
-    CHECK(witness_all(at, 2 * huge, '-'));
-    size = witness_detail(at, "KernelPageSize:");
-    CHECK(size != NULL && strtoul(size, NULL, 10) == huge / 1024);
-    CHECK(vm_release(at, 2 * huge) == 0 && witness_all(at, 2 * huge, '.'));
-}
-
 static void collapsed_pages_are_huge_and_keep_their_contents(void) {
     size_t huge = (size_t)2 << 20;
     uintptr_t wide = mapped(2 * huge / page, VM_COMMITTED);
@@ -625,8 +587,6 @@ int main(void) {
     RUN(a_child_sees_what_the_advice_says);
     RUN(a_name_shows_in_maps);
     RUN(a_sealed_mapping_stays_as_it_is);
-    RUN(a_pool_without_pages_refuses);
-    RUN(a_mapping_of_the_pool_has_its_pages);
     RUN(collapsed_pages_are_huge_and_keep_their_contents);
     RUN(guarded_pages_fault_and_have_no_mapping_of_their_own);
     RUN(trying_leaves_no_mapping_behind);

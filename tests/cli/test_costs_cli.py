@@ -1,7 +1,5 @@
 """The command ``pyreserve costs``: its screen, its files and its refusals."""
 
-import csv
-import io
 import json
 import os
 import pty
@@ -16,7 +14,7 @@ import pytest
 
 import pyreserve.costs
 from helpers import command, costs_tables
-from helpers.costs_tables import LOUD, USUAL, line
+from helpers.costs_tables import LOUD, line
 from helpers.processes import environment
 from helpers.subjects import wait_until
 from helpers.witness import PATIENCE
@@ -56,13 +54,16 @@ def run_briefly(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return command.run("costs", *QUICK, *arguments, env=environment(), prepare=shorten)
 
 
-def run_measured(path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run_measured(
+    path: Path, *arguments: str | Path, columns: int = 120
+) -> subprocess.CompletedProcess[str]:
     """Run the command with the results of a file in place of a measurement."""
 
     def replace() -> None:
         vars(pyreserve.costs)["measure"] = lambda *_, **__: CostTable.load(path)
 
-    return command.run("costs", *arguments, env=environment(), prepare=replace)
+    env = {**environment(), "COLUMNS": str(columns)}
+    return command.run("costs", *arguments, env=env, prepare=replace)
 
 
 def imaginary(table: CostTable, **facts: object) -> CostTable:
@@ -80,6 +81,21 @@ def imaginary(table: CostTable, **facts: object) -> CostTable:
     return CostTable(machine, table.cells, table.noise, table.seconds)
 
 
+def output_of(leader: int) -> bytes:
+    """Read a terminal until its program ends."""
+    seen = b""
+    while True:
+        try:
+            chunk = os.read(leader, 1 << 16)
+        except OSError:
+            break
+        if not chunk:
+            break
+        seen += chunk
+    os.close(leader)
+    return seen
+
+
 def spent_by_children(pid: int) -> int:
     """The CPU ticks used by a process's children that have ended."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -90,10 +106,10 @@ def spent_by_children(pid: int) -> int:
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
     """Standard output and error of a quick run, and the folder of its files."""
     folder = tmp_path_factory.mktemp("quick")
-    ended = run_briefly("--json", "--output", folder / "a.json", "--csv", folder / "a.csv")
+    ended = run_briefly("--json", "--output", folder / "a.json")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == ""
-    shown = run_measured(folder / "a.json")
+    shown = run_measured(folder / "a.json", "--details")
     assert shown.returncode == 0, shown.stderr
     return shown.stdout, ended.stderr, folder
 
@@ -103,10 +119,12 @@ class TestScreen:
         """The table has groups for getting memory and for first use, and figures with units."""
         out, _, _ = quick
 
-        assert re.search(r"^ +pages +fixed +per page +GiB/s", out, re.MULTILINE)
+        assert re.search(r"^verb and method +pages +fixed +per page +GiB/s", out, re.MULTILINE)
         assert re.search(r"^get memory *$", out, re.MULTILINE)
         assert re.search(r"^first use *$", out, re.MULTILINE)
-        assert re.search(r"^  commit mprotect +\S+ .*[nµm]s ± ?\d+%", out, re.MULTILINE)
+        assert re.search(
+            r"^  commit mprotect +\S+ +(\S+ [nµm]s ± ?\d+%|unknown) ", out, re.MULTILINE
+        )
         assert re.search(r"^  touch write +\S+ ", out, re.MULTILINE)
         assert not re.search(r"^give back *$", out, re.MULTILINE)
 
@@ -114,10 +132,8 @@ class TestScreen:
         """The screen starts with the facts of the machine."""
         out, _, _ = quick
 
-        first, second, *_ = out.splitlines()
-        assert first.startswith("pyreserve costs  ")
+        assert out.startswith("pyreserve costs  ")
         assert f"Linux {os.uname().release}" in out
-        assert "virtualised" in first + second
         assert "transparent huge pages: " in out
         assert "vm.overcommit_memory " in out
 
@@ -127,18 +143,56 @@ class TestScreen:
 
         assert re.match(r"pyreserve costs: measuring \d+ cells for at most 1000 s, in up to ", err)
 
-    def test_recommendations_in_words(self, tmp_path: Path) -> None:
-        """The recommendations are sentences with their figures."""
-        table = costs_tables.table(USUAL)
+    @pytest.mark.parametrize("columns", [80, 120])
+    def test_the_decision_first(self, columns: int, tmp_path: Path) -> None:
+        """The screen opens with the verdicts, has the ways, and at most 50 lines."""
         path = tmp_path / "a.json"
-        path.write_text(imaginary(table).to_json(), encoding="utf-8")
+        path.write_text(imaginary(costs_tables.usual(noise=LOUD)).to_json(), encoding="utf-8")
+
+        out = run_measured(path, columns=columns).stdout
+
+        lines = out.splitlines()
+        assert len(lines) <= 50
+        assert max(map(len, lines)) <= columns
+        assert out.index("How to commit memory?\n  mprotect. 64 KiB: mprotect 700 ns,") < 400
+        assert "  4 KiB pages: MADV_FREE\n" in out
+        assert "yes, where over 10 % of each 2 MiB is used" in out.replace("\n  ", " ")
+        assert re.search(
+            r"^MADV_DONTNEED  +1\.\d+ µs \+ [78]\S* µs  +2\.\d+ µs \+ 25\S* µs$", out, re.M
+        )
+        assert out.count("other processes kept 1.9 CPUs busy") == 1
+        assert "per page" not in out
+
+    def test_a_single_pass_says_so(self, tmp_path: Path) -> None:
+        """After a single pass no verdict is sure, and the screen says why."""
+        path = tmp_path / "a.json"
+        path.write_text(imaginary(costs_tables.usual(passes=1)).to_json(), encoding="utf-8")
 
         out = run_measured(path).stdout
 
-        assert "Grow by 256 KiB or more" in out
-        assert "Give back memory that stays idle for more than" in out
-        assert "faster at first touch if over 10% (10% to 10%) of each 2 MiB is used" in out
-        assert "MADV_FREE" in out
+        assert "1 pass. A verdict needs 6 passes." in out
+        assert out.count("can't tell from this run: a single pass of the 6 that an") == 12
+        assert not re.search(r"\d [nµm]?s\b", out.partition("passes.")[2])
+
+    def test_verdicts_appear_in_place(self, tmp_path: Path) -> None:
+        """On a terminal the verdicts are drawn during the run, and once more at the end."""
+        leader, follower = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-c", BRIEF, "costs", "--longest", "64KiB", "--budget", "1000"],
+            stdout=follower,
+            stderr=subprocess.PIPE,
+            env={**environment(), "TERM": "xterm"},
+        )
+        os.close(follower)
+
+        seen = output_of(leader)
+
+        assert process.wait() == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+        process.stderr.close()
+        assert seen.count(b"How to commit memory?") >= 2
+        assert b"cells settled; Ctrl-C" in seen
 
     def test_a_bar_on_a_terminal(self) -> None:
         """On a terminal a progress bar is drawn."""
@@ -150,16 +204,8 @@ class TestScreen:
             env={**environment(), "TERM": "xterm"},
         )
         os.close(follower)
-        seen = b""
-        while True:
-            try:
-                chunk = os.read(leader, 1 << 16)
-            except OSError:
-                break
-            if not chunk:
-                break
-            seen += chunk
-        os.close(leader)
+
+        seen = output_of(leader)
 
         assert process.wait() == 0
         assert b"pages, charge" in seen
@@ -167,17 +213,19 @@ class TestScreen:
 
 
 class TestFiles:
-    def test_json_and_csv(self, quick: tuple[str, str, Path]) -> None:
-        """Both files have the same cells, and the JSON has the model."""
+    def test_json(self, quick: tuple[str, str, Path]) -> None:
+        """The JSON has the cells with their calls, the verdicts, the ways and the model."""
         _, _, folder = quick
 
         found = json.loads((folder / "a.json").read_text())
-        rows = list(csv.DictReader(io.StringIO((folder / "a.csv").read_text())))
-
-        assert found["schema"] == 1
+        assert found["schema"] == 2
         assert found["complete"] is True
         assert {c["verb"] for c in found["cells"]} == {"reserve", "commit", "touch"}
-        assert [r["verb"] for r in rows] == [c["verb"] for c in found["cells"]]
+        assert all(cell["call"] for cell in found["cells"])
+        assert set(found["verdicts"]["commit"]) == {
+            *("question", "text", "figures", "sure", "value"),
+        }
+        assert found["ways"] == []
         assert {f["verb"] for f in found["model"]["fits"]} == {"reserve", "commit", "touch"}
         table = CostTable.load(folder / "a.json")
         assert table.model().estimate("touch", pages=4) > 0
@@ -186,7 +234,7 @@ class TestFiles:
         """No temporary file is left, and the permissions follow the umask."""
         _, _, folder = quick
 
-        assert sorted(path.name for path in folder.iterdir()) == ["a.csv", "a.json"]
+        assert sorted(path.name for path in folder.iterdir()) == ["a.json"]
         umask = os.umask(0)
         os.umask(umask)
         assert (folder / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
@@ -201,7 +249,7 @@ class TestFiles:
         assert ended.returncode == 0, ended.stderr
         found = json.loads(ended.stdout)
         assert plain.stdout == ended.stdout
-        assert found["schema"] == 1
+        assert found["schema"] == 2
 
     def test_a_picture(self, tmp_path: Path) -> None:
         """--plot writes a picture, and the screen is printed."""
@@ -322,13 +370,13 @@ class TestRefusals:
         """Too little available memory is reported in one line."""
 
         def use_up() -> None:
-            proc.available_bytes = lambda: 200 << 20
+            proc.available_bytes = lambda: 100 << 20
 
         ended = command.run("costs", env=environment(), prepare=use_up)
 
         assert ended.returncode == 1
-        assert ended.stderr.startswith("pyreserve: measuring needs 1.")
-        assert "200 MiB is available; shorter pieces (longest, --longest)" in ended.stderr
+        assert ended.stderr.startswith("pyreserve: measuring needs 1")
+        assert "100 MiB is available; shorter pieces (longest, --longest)" in ended.stderr
         assert ended.stderr.count("\n") == 1
 
 

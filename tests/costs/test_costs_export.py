@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -24,8 +25,7 @@ from pyreserve._system.output import check_writable, write_bytes, write_text
 from pyreserve.cli.console import Output
 from pyreserve.costs import GROUPS, METHODS, Cell, CostTable, Curve, Measured, Noise
 from pyreserve.costs import plot as module
-from pyreserve.costs.plot import draw, figure, spread
-from pyreserve.costs.plot_choice import MOST_LINES, choose, label
+from pyreserve.costs.plot import choose, draw, figure, label, spread
 from pyreserve.costs.stats import summarise
 
 MACHINE = {"cpu": "$A$ CPU", "kernel": "6.1", "cpus": 2, "balloon": True, "virtualised": None}
@@ -39,7 +39,7 @@ def cell(
     """Return a measured cell with samples evenly spaced around a median."""
     factors = [1 + 0.02 * (i - samples // 2) for i in range(samples)]
     times = [[ns * factor for factor in factors] for _ in range(passes)]
-    return Measured(curve.at(nbytes), host, summarise(times), None, times)
+    return Measured(curve.at(nbytes), host, summarise(times))
 
 
 def line(curve: Curve, fixed: float, per_page: float, lengths: Any = LENGTHS) -> list[Measured]:
@@ -100,93 +100,24 @@ def texts(svg: Path) -> dict[str, str]:
 
 
 class TestTheChoiceOfLines:
-    SMALL = Curve("commit", "mprotect")
-    HUGE = Curve("commit", "mprotect", "2MiB")
-
-    def chosen(self, *lines: list[Measured]) -> list[Curve]:
-        return [line.curve for line in choose(table(*lines).curves(), GROUPS["get memory"]).lines]
-
-    def test_a_longer_curve_is_drawn(self) -> None:
-        """A curve is drawn beside a line of its verb that lacks some of its lengths."""
-        longer = Curve("commit", "mmap-fixed")
-
-        lines = self.chosen(line(self.SMALL, 1000, 0, LENGTHS[:3]), line(longer, 1000, 0))
-
-        assert lines == [self.SMALL, longer]
-
-    def test_the_first_method_of_each_verb_is_there(self) -> None:
-        """On small pages each verb's first method is drawn, even in a full panel."""
+    def test_small_pages_come_first(self) -> None:
+        """A panel has each verb's first method on small pages, and then at most nine lines."""
         curves = everything().curves()
         for verbs in GROUPS.values():
-            chosen = choose(curves, verbs)
+            chosen = [line.curve for line in choose(curves, verbs)]
 
-            first = {Curve(verb, METHODS[verb][0]) for verb in verbs}
-            assert first <= {line.curve for line in chosen.lines}
+            first = [Curve(verb, METHODS[verb][0]) for verb in verbs]
+            assert chosen[: len(first)] == first
+            assert len(set(chosen)) == len(chosen) <= 9
+            assert {(curve.mode, curve.threads) for curve in chosen} == {("charge", 1)}
 
-    def test_near_a_line_of_the_same_verb(self) -> None:
-        """A curve within 30 % of a line of its verb at all lengths is omitted and counted."""
-        alike, far = Curve("commit", "mmap-fixed"), Curve("commit", "mmap-fixed", "2MiB")
-        grow, guard = Curve("grow", "mprotect"), Curve("guard", "madvise", "2MiB")
+    def test_labels(self) -> None:
+        """A label names the method if there are several, and the size of a huge page."""
+        small, huge = Curve("reserve", "mmap"), Curve("commit", "mprotect", "2MiB")
 
-        chosen = choose(
-            table(
-                line(self.SMALL, 1000, 10),
-                line(alike, 1250, 12),
-                line(self.HUGE, 800, 4000),
-                line(far, 900, 9000),
-                line(grow, 1000, 10),
-                line(guard, 1000, 10),
-            ).curves(),
-            GROUPS["get memory"],
-        )
+        lines = choose(table(line(small, 1, 1), line(huge, 1, 1)).curves(), GROUPS["get memory"])
 
-        assert [line.curve for line in chosen.lines] == [self.SMALL, grow, guard, far]
-        assert (chosen.near, chosen.others) == (2, 0)
-
-    def test_variants_only_where_they_differ(self) -> None:
-        """Noreserve and threads are drawn if some length differs by more than 30 %."""
-        same = Curve("commit", "mprotect", mode="noreserve")
-        slow, slowest = (Curve("commit", "mprotect", threads=n) for n in (2, 4))
-
-        chosen = choose(
-            table(
-                line(self.SMALL, 1000, 1),
-                line(same, 800, 1),
-                line(slow, 1600, 1),
-                line(slowest, 1700, 1),
-            ).curves(),
-            GROUPS["get memory"],
-        )
-
-        assert [line.curve for line in chosen.lines] == [self.SMALL, slowest]
-        assert (chosen.near, chosen.others) == (1, 1)
-
-    def test_a_full_panel_counts_its_omitted_curves(self) -> None:
-        """No panel has more than nine lines, and each curve is shown once or counted once."""
-        curves = everything().curves()
-        for verbs in GROUPS.values():
-            chosen = choose(curves, verbs)
-
-            shown = [line.curve for line in chosen.lines]
-            in_panel = [curve for curve in curves if curve.verb in verbs]
-            assert len(chosen.lines) <= MOST_LINES
-            assert len(set(shown)) == len(shown)
-            assert len(shown) + chosen.near + chosen.others == len(in_panel)
-            assert min(chosen.near, chosen.others) >= 0
-
-    @pytest.mark.parametrize(
-        ("curve", "expected"),
-        [
-            (SMALL, "commit mprotect"),
-            (Curve("reserve", "mmap"), "reserve"),
-            (HUGE, "commit mprotect 2 MiB"),
-            (Curve("touch", "read", threads=4), "touch read 4 threads"),
-            (Curve("touch", "read", "2MiB", "noreserve"), "touch read 2 MiB, noreserve"),
-        ],
-    )
-    def test_labels(self, curve: Curve, expected: str) -> None:
-        """A label names page kind, mode and threads only if they are not the default."""
-        assert label(curve, "4KiB").replace("\u00a0", " ") == expected
+        assert [label(line) for line in lines] == ["reserve", "commit mprotect 2\u00a0MiB"]
 
 
 class TestSpreading:
@@ -289,7 +220,7 @@ class TestThePicture:
             cell(curve, 4 * KiB, 1000),
             cell(curve, 16 * KiB, 1000),
             cell(curve, 64 * KiB, 1000, samples=2, passes=2),
-            Measured(curve.at(256 * KiB), "warm", summarise(wide), None, wide),
+            Measured(curve.at(256 * KiB), "warm", summarise(wide)),
         ]
 
         [axes] = figure(table(cells)).axes
@@ -323,22 +254,9 @@ class TestThePicture:
         """The note has at most six lines, and gives the number of curves not drawn."""
         note = drawn.texts[-1].get_text()
 
-        chosen = [choose(everything().curves(), verbs) for verbs in GROUPS.values()]
         assert len(note.splitlines()) <= 6
-        assert [panel.near for panel in chosen] == [0] * len(GROUPS)
-        others = sum(panel.others for panel in chosen)
-        assert f"Curves not drawn: {others} other: see table or JSON." in note
+        assert re.search(r"Curves not drawn: \d+: see table or JSON\.", note)
         assert "Hollow: cold" in note
-
-    def test_the_note_of_curves_near_a_line(self) -> None:
-        """The note tells curves near a drawn one from others that are not drawn."""
-        kinds = ("4KiB", "64KiB", "2MiB")
-        curves = [Curve("touch", "write", kind) for kind in kinds] + [Curve("touch", "read")]
-
-        note = figure(table(*(line(curve, 9, 5) for curve in curves))).texts[-1].get_text()
-
-        expected = "Curves not drawn: 1 within 30% of a drawn one, 1 other: see table or JSON."
-        assert expected in note.replace("\n", " ")
 
     def test_cold_host_is_hollow(self, drawn: Figure) -> None:
         """Cold cells are hollow markers, named once, and no line passes through them."""
@@ -462,11 +380,6 @@ def write_json(costs: CostTable, path: Path) -> None:
     Output(True, path).write(costs.to_json, lambda _: None)
 
 
-def write_csv(costs: CostTable, path: Path) -> None:
-    """Write a table as ``pyreserve costs --csv FILE`` does."""
-    write_text(path, costs.to_csv())
-
-
 class TestWritingWhole:
     @pytest.fixture
     def broken(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -483,7 +396,6 @@ class TestWritingWhole:
         ("write", "suffix"),
         [
             (write_json, ".json"),
-            (write_csv, ".csv"),
             (CostTable.plot, ".svg"),
         ],
     )

@@ -46,9 +46,12 @@ SPACE = Path(__file__).parents[1] / "data/captures/redis"
 
 def _table() -> costs.CostTable:
     cell = costs.Cell("commit", "mprotect", "4KiB", "charge", 4096)
-    times = costs.Times(1.0, 2.0, 3.0, 4.0, 5.0, (1.5, 2.5), 6, 6, 0)
+    times = costs.Times(1.0, 2.0, 3.0, 4.0, 5.0, (1.5, 2.5), 6, 6)
     measured = costs.Measured(cell, "warm", times)
     return costs.CostTable({}, (measured,), costs.Noise(0.0, 0.0, 0.0), 1.0)
+
+
+_INTERVALS = costs.Interval(2.0, 1.0, 3.0), costs.Interval(2.0, 1.0, 3.0)
 
 
 def _tracked() -> track:
@@ -95,7 +98,12 @@ MAKE: dict[str, Callable[[], Any]] = {
     "Scavenger": lambda: Arena(MiB).start_scavenger(100),
     "VMError": lambda: VMError(5, "no", verb="commit"),
     "track": _tracked,
-    "Answer": lambda: costs.Answer(1.0, "1", "so"),
+    "Operation": lambda: costs.OPERATIONS["touch", "write"],
+    "Situation": lambda: costs.SITUATIONS[0],
+    "Way": lambda: costs.WAYS[0],
+    "WayCosts": lambda: costs.WayCosts(costs.WAYS[0], "4KiB", *_INTERVALS, None),
+    "Interval": lambda: _INTERVALS[0],
+    "Verdict": lambda: costs.Verdict("Why?", "so", "1", True, 1),
     "Cell": lambda: _table().cells[0].cell,
     "Compared": lambda: costs.compare(_table(), _table()).cells[0],
     "Comparison": lambda: costs.compare(_table(), _table()),

@@ -66,7 +66,7 @@ class TestProcessLimit:
         """Cells left empty by a refused fork give the reason."""
         forking = (
             program
-            for group in plan(longest=PAGE_SIZE).groups
+            for group in plan(longest=PAGE_SIZE, details=True).groups
             for program in group.programs
             if any(step.verb == "FORK" for step in program.steps)
         )
