@@ -46,7 +46,8 @@ enum {
 enum { RECORD_MMAP = 1, RECORD_LOST = 2, RECORD_FORK = 7, RECORD_SAMPLE = 9 };
 enum { SHORTEST = 24 }; /* bytes of a record */
 enum { HEAD_OFFSET = 1024, TAIL_OFFSET = 1032 }; /* in struct perf_event_mmap_page */
-enum { CLOSE_ON_EXEC = 8, SET_OUTPUT = 0x2405 }; /* PERF_FLAG_FD_CLOEXEC, PERF_EVENT_IOC_SET_OUTPUT */
+enum { CLOSE_ON_EXEC = 8 };                     /* PERF_FLAG_FD_CLOEXEC */
+enum { DISABLE = 0x2401, SET_OUTPUT = 0x2405 }; /* PERF_EVENT_IOC_... */
 #if defined(__mips__) || defined(__powerpc__) || defined(__sparc__)
 #undef SYS_perf_event_open /* other ioctl numbers */
 #endif
@@ -82,7 +83,8 @@ static int open_event(int thread, int cpu, uint64_t period, uint64_t flags) {
 /* The flags that the kernel accepts for this thread; 0 with errno set if it accepts none. Faults in
  * the kernel, such as those of read(2), need a privilege; threads that start later Linux 5.13. */
 static uint64_t accepted_flags(uint64_t period) {
-    const uint64_t base = FLAG(MMAP) | FLAG(MMAP_DATA) | FLAG(TASK) | FLAG(SAMPLE_ID_ALL) | FLAG(USE_CLOCKID);
+    const uint64_t base =
+        FLAG(MMAP) | FLAG(MMAP_DATA) | FLAG(TASK) | FLAG(SAMPLE_ID_ALL) | FLAG(USE_CLOCKID);
     const uint64_t inherit = FLAG(INHERIT) | FLAG(INHERIT_THREAD);
     const uint64_t tried[] = {base | inherit, base | inherit | FLAG(EXCLUDE_KERNEL), base,
                               base | FLAG(EXCLUDE_KERNEL)};
@@ -110,7 +112,8 @@ static int open_cpu(struct faultlog *log, int cpu, const int *threads, size_t co
             return errno;
         log->fds[log->nfds++] = fd;
         if (ring == NULL) {
-            void *mapped = mmap(NULL, log->page + log->size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+            int access = PROT_READ | PROT_WRITE;
+            void *mapped = mmap(NULL, log->page + log->size, access, MAP_SHARED, fd, 0);
             if (mapped == MAP_FAILED)
                 return errno;
             ring = &log->rings[log->nrings++];
@@ -125,7 +128,9 @@ static int open_cpu(struct faultlog *log, int cpu, const int *threads, size_t co
 int faultlog_open(const int *threads, size_t count, uint64_t period, size_t ring,
                   struct faultlog **log) {
     long cpus = sysconf(_SC_NPROCESSORS_CONF), page = sysconf(_SC_PAGESIZE);
-    if (cpus < 1 || page < 1 || count == 0 || period == 0 || ring < (size_t)page || (ring & (ring - 1)))
+    if (cpus < 1 || page < 1 || count == 0 || period == 0)
+        return EINVAL;
+    if (ring < (size_t)page || (ring & (ring - 1)))
         return EINVAL;
     uint64_t flags = accepted_flags(period);
     if (flags == 0)
@@ -226,10 +231,15 @@ size_t faultlog_take(struct faultlog *log, struct faultlog_record *records, size
 void faultlog_close(struct faultlog *log) {
     if (log == NULL)
         return;
-    for (size_t i = 0; i < log->nrings && log->owner == getpid(); i++)
-        (void)munmap(log->rings[i].mapped, log->page + log->size);
-    for (size_t i = 0; i < log->nfds; i++)
-        (void)close(log->fds[i]);
+    /* In a forked child other files and mappings may have these numbers and addresses by now. */
+    if (log->owner == getpid()) {
+        for (size_t i = 0; i < log->nfds; i++)
+            (void)ioctl(log->fds[i], DISABLE, 0); /* a child may hold it open for long */
+        for (size_t i = 0; i < log->nrings; i++)
+            (void)munmap(log->rings[i].mapped, log->page + log->size);
+        for (size_t i = 0; i < log->nfds; i++)
+            (void)close(log->fds[i]);
+    }
     free(log->rings);
     free(log->fds);
     free(log);

@@ -4,7 +4,7 @@
  * The kernel writes into one ring for each CPU. A full ring loses the records that follow. A fault
  * in a thread costs about 5 % more while a log that has the thread is open.
  *
- * A log is used by one thread at a time. A forked child may only close it: it takes no records.
+ * A log is used by one thread at a time. In a forked child it has no records.
  */
 #ifndef PYRESERVE_FAULTLOG_H
 #define PYRESERVE_FAULTLOG_H
@@ -16,7 +16,8 @@ struct faultlog;
 
 enum faultlog_kind {
     FAULTLOG_FAULT,     /* a page fault at `address` */
-    FAULTLOG_ANONYMOUS, /* [address, address + length) is a new or changed private anonymous mapping */
+    FAULTLOG_ANONYMOUS, /* [address, address + length) is a new or changed mapping, private and
+                           anonymous */
     FAULTLOG_OTHER,     /* the same, any other mapping */
     FAULTLOG_FORK,      /* this process forked */
     FAULTLOG_LOST       /* a full ring lost `length` records */
@@ -33,16 +34,16 @@ struct faultlog_record {
  * (Linux 5.13; before, of the given ones only). Threads that have ended are skipped. `ring` is a
  * power of two of bytes, whole OS pages.
  *
- * Returns 0 or an errno: EACCES, EPERM where it is not allowed (kernel.perf_event_paranoid, seccomp,
- * or the limit on locked memory), ENOSYS, ENOENT where the kernel cannot, EMFILE. */
+ * Returns 0 or an errno: EACCES, EPERM where it is not allowed (kernel.perf_event_paranoid,
+ * seccomp, the limit on locked memory), ENOSYS, ENOENT where the kernel cannot, EMFILE. */
 int faultlog_open(const int *threads, size_t count, uint64_t period, size_t ring,
                   struct faultlog **log);
 
-/* Moves up to `max` records out of the rings; returns their number. Those of one CPU are in order of
- * time. */
+/* Moves up to `max` records out of the rings; returns their number. Those of one CPU are in order
+ * of time. */
 size_t faultlog_take(struct faultlog *log, struct faultlog_record *records, size_t max);
 
-/* Stops and frees it. NULL is allowed. */
+/* Stops and frees it; in a forked child only frees its memory. NULL is allowed. */
 void faultlog_close(struct faultlog *log);
 
 #endif
