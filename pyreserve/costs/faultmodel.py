@@ -17,7 +17,7 @@ from pyreserve.costs.programs import Program, Setting, Step
 from pyreserve.costs.results import Measured
 from pyreserve.costs.stats import summarise
 from pyreserve.costs.table import CostTable
-from pyreserve.units import MiB, parse_size
+from pyreserve.units import MiB, format_size, parse_size
 
 BUDGET = 2.0
 """Limit of the measurement that a process makes, in seconds."""
@@ -65,8 +65,8 @@ class Figure(NamedTuple):
 
     Attributes:
         seconds: the estimate; None if it is unknown.
-        low, high: its interval. It may be known that an unknown figure is not above `high`.
-        why: why it is unknown, or what limits the estimate; None if nothing does.
+        low, high: its interval; also an unknown figure is not above `high`.
+        why: why it is unknown.
     """
 
     seconds: float | None
@@ -164,13 +164,13 @@ class Prices:
         """
         kind = self._kinds.get(huge_page)
         if kind is None:
-            msg = "the costs of huge pages were not measured: are they switched off (never)?"
+            msg = f"the costs of huge pages of {format_size(huge_page)} were not measured"
             raise LookupError(msg)
         pages = huge_pages * huge_page / PAGE_SIZE
         return self._span("touch", "write", kind, length).times(pages)
 
     def read(self, faults: float) -> Span:
-        """Return the seconds of faults that allocate nothing; zero to infinity if not measured."""
+        """Return the seconds of faults that allocate nothing; zero if they were not measured."""
         try:
             return self._span("touch", "read", SMALL, _SMALL).times(faults)
         except LookupError:
@@ -239,12 +239,13 @@ def _cost(counts: Counts, parts: _Division, prices: Prices) -> tuple[Span, list[
     most_huge = counts.faults if counts.machine_huge is None else counts.machine_huge
     most_huge = max(fewest, min(most_huge, math.ceil(anonymous + parts.unknown)))
     if most_huge:
+        size = counts.huge_page
         try:
-            one = prices.touch_huge(1, counts.huge_page, counts.huge_page)
+            least, most = (prices.touch_huge(n, size, n * size) for n in (fewest, most_huge))
         except LookupError:
-            one = Span(0, 0, math.inf)
-        span = span.plus(Span(fewest * one.low, fewest * one.value, most_huge * one.high))
-    reasons = []
+            least, most = NOTHING, Span(0, 0, math.inf)
+        span = span.plus(Span(least.low, least.value, most.high))
+    reasons: list[str] = []
     if most_huge > 2 * fewest and most_huge > 0.01 * counts.faults:
         reasons.append(
             f"{fewest:,} to {most_huge:,} of the faults were for huge pages: the kernel counts "
@@ -355,7 +356,8 @@ def measured(budget: float = BUDGET) -> CostTable:
 def _measured_once(budget: float) -> CostTable:
     small, *others = page_kinds()
     kinds = [small, *(k for k in others if k.sort == "transparent" and not k.next_size)]
-    settings = [Setting(kind, "charge", 1) for kind in kinds if kind.why_not is None]
+    fit = [kind for kind in kinds if kind.why_not is None and kind.size <= _PIECE]
+    settings = [Setting(kind, "charge", 1) for kind in fit]
     groups = (Group(setting, tuple(_programs(setting))) for setting in settings)
     table = measure(Plan(tuple(groups)), budget=budget, width=_WIDTH)
     return replace(table, cells=tuple(map(_whole, table.cells)))
@@ -366,20 +368,18 @@ def _programs(s: Setting) -> Iterator[Program]:
 
     The large one is touched in pieces, each shorter than a time slice of a busy machine.
     """
-    piece, small, large = max(_PIECE, s.unit), max(_SMALL, 2 * s.unit), max(_LARGE, 2 * s.unit)
-    pieces = [
-        Step("WRITE", at, piece, s.cell("touch", "write", piece)) for at in range(0, large, piece)
-    ]
-    yield s.program("touched", [Step("COMMIT", 0, large), *pieces], large, memory=large)
+    touch = s.cell("touch", "write", _PIECE)
+    pieces = [Step("WRITE", at, _PIECE, touch) for at in range(0, _LARGE, _PIECE)]
+    yield s.program("pieces", [Step("COMMIT", 0, _LARGE), *pieces], _LARGE, memory=_LARGE)
     life = [
-        Step("COMMIT", 0, small),
-        Step("WRITE", 0, small, s.cell("touch", "write", small)),
-        Step("RELEASE", 0, small, s.cell("release", "touched", small)),
+        Step("COMMIT", 0, _SMALL),
+        Step("WRITE", 0, _SMALL, s.cell("touch", "write", _SMALL)),
+        Step("RELEASE", 0, _SMALL, s.cell("release", "touched", _SMALL)),
     ]
-    yield s.program("released", life, small, memory=small)
+    yield s.program("whole", life, _SMALL, memory=_SMALL)
     if s.kind.sort == "small":
-        read = Step("READ", 0, small, s.cell("touch", "read", small))
-        yield s.program("read", [Step("COMMIT", 0, small), read], small, memory=small // 256)
+        read = Step("READ", 0, _SMALL, s.cell("touch", "read", _SMALL))
+        yield s.program("read", [Step("COMMIT", 0, _SMALL), read], _SMALL, memory=_SMALL // 256)
 
 
 def _whole(entry: Measured) -> Measured:
