@@ -266,12 +266,19 @@ class faults:  # noqa: N801 - used like a function
 
     def _estimated(self, question: Callable[[Counts, Prices, int], Figure]) -> Figure:
         counts = self._counts()
+        if not counts.faults:
+            return Figure(0.0, 0.0, 0.0)
         try:
             if self._table is None:
                 self._table = faultmodel.measured()
             return question(counts, Prices(self._table.model()), PERIOD)
-        except (LookupError, OutOfMemoryError) as error:
-            return Figure(None, 0.0, counts.system, str(error.args[-1]))
+        except OutOfMemoryError as error:
+            why = str(error)
+        except LookupError as error:
+            cells = () if self._table is None else self._table.cells
+            causes = [entry.why for entry in cells if entry.why is not None]
+            why = ": ".join([str(error.args[0]), *causes[:1]])
+        return Figure(None, 0.0, counts.system, why)
 
     def __str__(self) -> str:
         return self._report().text()

@@ -100,12 +100,16 @@ class FaultLog:
 
 
 class Fresh:
-    """The faults in one mapping that could have been huge: in whole aligned huge pages of it."""
+    """The faults in one mapping that could have been huge: in whole aligned huge pages of it.
 
-    __slots__ = ("samples",)
+    A huge page that was touched before the mapping held the whole of it stays small.
+    """
+
+    __slots__ = ("samples", "small")
 
     def __init__(self) -> None:
         self.samples: dict[int, int] = {}  # by number of the huge page
+        self.small: set[int] = set()  # numbers of those that stay small
 
     def faults(self, weight: float, least: int = 1) -> float:
         """Return the number of faults if each sample stands for `weight` of them.
@@ -188,11 +192,13 @@ def places(before: Iterable[Extent], records: Iterable[Record], huge_page: int) 
                 other += 1
                 continue
             number = record.address // huge_page
-            if number * huge_page >= piece.start and (number + 1) * huge_page <= piece.end:
+            whole = number * huge_page >= piece.start and (number + 1) * huge_page <= piece.end
+            if whole and number not in piece.fresh.small:
                 samples = piece.fresh.samples
                 samples[number] = samples.get(number, 0) + 1
                 found[id(piece.fresh)] = piece.fresh
             else:
+                piece.fresh.small.add(number)
                 small += 1
         elif record.kind in {ANONYMOUS, OTHER}:
             end = record.address + record.length

@@ -284,6 +284,19 @@ class TestPlaces:
         found = places([], records, HUGE)
         assert [sum(mapping.samples.values()) for mapping in found.fresh] == [2, 1]
 
+    def test_memory_that_was_touched_too_early_stays_small(self) -> None:
+        """A huge page that was touched before the mapping held the whole of it stays small."""
+        records = [
+            Record(1, BASE + HUGE // 2, HUGE, ANONYMOUS),
+            Record(2, BASE + HUGE // 2, 0, FAULT),
+            Record(3, BASE, 2 * HUGE, ANONYMOUS),
+            Record(4, BASE, 0, FAULT),
+            Record(4, BASE + HUGE, 0, FAULT),
+        ]
+        found = places([], records, HUGE)
+        assert [mapping.samples for mapping in found.fresh] == [{BASE // HUGE + 1: 1}]
+        assert found.small == 2
+
     def test_a_mapping_inside_another_leaves_the_rest(self) -> None:
         """A file that is mapped over the middle of anonymous memory leaves both ends of it."""
         records = [
@@ -441,6 +454,14 @@ class TestEstimates:
         assert f.cost().seconds is None
         assert f.cost().high <= f.system
         assert "not measured" in str(f.cost().why)
+
+    def test_why_they_were_not_measured_is_said(self) -> None:
+        """If the measurement failed, the figure says why it did."""
+        cell = Curve("touch", "write").at(4 * MiB)
+        failed = costs.Measured(cell, "warm", None, "no interpreter")
+        with costs.faults(costs_tables.table({}, more=[failed])) as f:
+            touch(5000)
+        assert f.cost().why == "touch write, 4KiB pages, charge was not measured: no interpreter"
 
 
 class TestReports:
