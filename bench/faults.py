@@ -3,8 +3,9 @@
     python bench/faults.py [ROUNDS]
 
 Each program runs in processes of its own, as it is and with huge pages switched on, in turns. Times
-are CPU time. "said" is the saving that the run as it is estimated, "saved" the difference of the
-medians. The estimate is right within 20 % or 2 % of the run time.
+are CPU time, of the fastest run: other load only adds to it. "said" is the median of what the runs
+as they are estimated, "saved" the difference of the times. An estimate is right within 20 % or 2 %
+of the run time.
 """
 
 import json
@@ -125,9 +126,7 @@ def child(name: str, huge: bool) -> None:
     if program is read_file:
         read_file(huge)
         return
-    with reserve(2 * LENGTH, huge_pages="never") as region:  # the host supplies the memory now
-        region.commit(0, 2 * LENGTH)
-        region.populate(0, 2 * LENGTH)
+    program(huge)  # the host supplies the memory, and the kernel compacts it for huge pages
     with costs_of() as f:
         program(huge)
     report(f)
@@ -148,12 +147,22 @@ def run(name: str, huge: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure the prices of this machine in ten seconds, then print a Markdown table."""
+    """Measure the prices of this machine in ten seconds or more, then print a Markdown table."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PRICES"] = f"{folder}/prices.json"
-        Path(os.environ["PRICES"]).write_text(faultmodel.measured(budget=BUDGET).to_json())
+        Path(os.environ["PRICES"]).write_text(prices().to_json())
         table(rounds)
+
+
+def prices() -> costs.CostTable:
+    """Measure the prices, again if the machine was too busy for narrow intervals."""
+    for extra in range(6):
+        measured = faultmodel.measured(budget=BUDGET + extra / 10)
+        times = [e.times for e in measured.measured() if e.cell.verb == "touch"]
+        if all(t is None or t.width < 0.4 for t in times):
+            break
+    return measured
 
 
 def table(rounds: int) -> None:
@@ -162,8 +171,8 @@ def table(rounds: int) -> None:
     print("|---|---|---|---|---|---|")
     for name in PROGRAMS:
         runs = [(run(name, False), run(name, True)) for _ in range(rounds)]
-        plain = median(a["seconds"] for a, _ in runs)
-        saved = plain - median(b["seconds"] for _, b in runs)
+        plain = min(a["seconds"] for a, _ in runs)
+        saved = plain - min(b["seconds"] for _, b in runs)
         said = [a["saving"]["seconds"] for a, _ in runs]
         estimate = None if None in said else median(said)
         spent = [a["cost"]["seconds"] for a, _ in runs]

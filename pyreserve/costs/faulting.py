@@ -114,7 +114,8 @@ class faults:  # noqa: N801 - used like a function
     fault that allocates nothing and the system time. Copies of pages after a fork (copy on write)
     only widen the interval. First reads, which map the kernel's page of zeros, count as writes. A
     huge page that was partly touched, given back and touched again within one mapping counts once.
-    Fewer TLB misses, colder caches and waits for a disk are in no figure.
+    Fewer TLB misses, colder caches, compaction of memory for huge pages, and waits for a disk are
+    in no figure.
 
     Args:
         costs: a `CostTable` or the path of its JSON; None measures.

@@ -267,7 +267,7 @@ def saving(counts: Counts, prices: Prices, period: int) -> Figure:
     """
     parts, size = _divide(counts, period), counts.huge_page
     per_huge = size // PAGE_SIZE
-    span = NOTHING
+    span, sparse = NOTHING, False
     if counts.places is not None:
         for mapping in counts.places.fresh:
             # A huge page with a single sample may be one of many that were hardly touched.
@@ -276,11 +276,12 @@ def saving(counts: Counts, prices: Prices, period: int) -> Figure:
                 for least in (2, 1)
             )
             span = span.plus(all_of_it._replace(low=min(sure.low, all_of_it.low)))
+            sparse = sparse or 2 * sure.low < all_of_it.low
     elif parts.fresh and counts.before and counts.after:
         slots = max(counts.after.slots, 1)
         small = prices.touch(parts.fresh, parts.fresh * PAGE_SIZE)
-        dense, sparse = parts.fresh / per_huge, min(slots, parts.fresh)
-        few, many = (prices.touch_huge(n, size, _LARGE) for n in (dense, sparse))
+        counted = parts.fresh / per_huge, min(slots, parts.fresh)
+        few, many = (prices.touch_huge(n, size, _LARGE) for n in counted)
         span = Span(small.low - many.high, small.value - few.value, small.high - few.low)
         span = span.within(0, math.inf)
     # Memory that came and went was also given back, which is cheaper in huge pages.
@@ -306,6 +307,8 @@ def saving(counts: Counts, prices: Prices, period: int) -> Figure:
         reasons.append(
             "this process forked, and copies of pages are not told apart from first touches"
         )
+    if sparse:
+        reasons.append("little of each huge page was touched, too little to tell how much")
     return Figure.of(span.within(0, counts.system), counts.time, reasons)
 
 
