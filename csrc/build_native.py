@@ -17,6 +17,7 @@ MODULES = (
     "pagealloc",
     "heap",
     "timing",
+    "faultlog",
     "procmaps",
     "forklocks",
 )  # lowest first

@@ -50,6 +50,12 @@ def read_maps(pid: int | str = "self") -> list[MapsLine]:
     return list(map(MapsLine, table.start, table.end, map(perms_text, table.perms), table.names))
 
 
+def smaps() -> MapTable:
+    """Read this process's mappings with the figures of /proc/self/smaps."""
+    with open_file("self/smaps") as file:
+        return MapTable.read(file)
+
+
 def map_count() -> int:
     """Count this process's mappings as the kernel counts them against vm.max_map_count.
 
@@ -286,6 +292,24 @@ def user_of(pid: int) -> int:
 def cpu_ticks() -> list[int]:
     """Read the first line of /proc/stat: ticks that all CPUs spent in each state since boot."""
     return [int(ticks) for ticks in text("stat").split("\n")[0].split()[1:]]
+
+
+def vm_counter(name: str) -> int:
+    """Read a counter of the whole machine since boot in /proc/vmstat, such as ``pgfault``.
+
+    Raises:
+        KeyError: the kernel has no such counter.
+    """
+    for line in text("vmstat").split("\n"):
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
+    raise KeyError(name)
+
+
+def own_threads() -> list[int]:
+    """Return the kernel's numbers of this process's threads."""
+    return [int(entry) for entry in os.listdir(f"{_PROC}/self/task")]
 
 
 def task_count() -> int:

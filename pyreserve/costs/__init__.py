@@ -2,6 +2,7 @@
 
 - `plan` chooses which cells to measure, `measure` measures them and returns a `CostTable`.
 - `CostTable.model` fits a `CostModel`, which estimates the cost of any length.
+- `faults` says what the page faults of a block of code cost, and what huge pages would save.
 - `recommend` derives recommendations from a table, `compare` finds changes between two tables.
 
     table = measure(plan(only=["commit", "touch"]), budget=10)
@@ -10,6 +11,8 @@
 
 from pyreserve.costs.cells import GROUPS, METHODS, OPERATIONS, Cell, Curve, Operation
 from pyreserve.costs.comparison import Compared, Comparison, compare
+from pyreserve.costs.faulting import faults
+from pyreserve.costs.faultmodel import Figure
 from pyreserve.costs.measuring import BUDGET, Interrupted, Progress, measure
 from pyreserve.costs.model import CostModel, Estimate, Fit
 from pyreserve.costs.planning import Plan, plan
@@ -34,6 +37,7 @@ __all__ = [
     "CostTable",
     "Curve",
     "Estimate",
+    "Figure",
     "Fit",
     "Interrupted",
     "Interval",
@@ -49,6 +53,7 @@ __all__ = [
     "Way",
     "WayCosts",
     "compare",
+    "faults",
     "measure",
     "measured_step",
     "plan",

@@ -460,6 +460,13 @@ def reports(table: costs.CostTable, arena: Arena, region: Region) -> None:
     assert_type(costs.compare(table, table).to_dict(), dict[str, Any])
     assert_type(table.to_dict(), dict[str, Any])
     assert_type(costs.measured_step(huge_pages=True), int)
+    with costs.faults(table) as f, costs.faults("costs.json"), costs.faults():
+        pass
+    assert_type(f, costs.faults)
+    assert_type(f.minor, int)
+    assert_type(f.huge, int | None)
+    assert_type(f.saving(), costs.Figure)
+    assert_type(f.cost().seconds, float | None)
 
     registration = prometheus.register(arena, "a")
     assert_type(registration, prometheus.Registration)
