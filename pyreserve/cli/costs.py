@@ -281,7 +281,7 @@ _Group = tuple[str, list[tuple[str, list[str]]]]
 """A group and its curves: of each the label, and the row of `_COLUMNS` without the label."""
 
 _COLUMNS = ("", "pages", "fixed", "per page", "GiB/s", "at", "off", "outliers")
-_LEFT_ALIGNED = {"", "pages", "at", "outliers", "cell", "verdict"}
+_LEFT_ALIGNED = {"", "pages", "at", "outliers", "cell", "change"}
 # How many of `_COLUMNS` are shown, most first; GiB/s and its length go together.
 _CHOICES = (8, 7, 6, 4)
 

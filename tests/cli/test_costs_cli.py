@@ -216,7 +216,7 @@ class TestFiles:
 
 class TestCompare:
     def test_with_itself(self, quick: tuple[str, str, Path]) -> None:
-        """A comparison counts the cells in both runs and those of each verdict."""
+        """A comparison counts the cells in both runs and those of each change."""
         _, _, folder = quick
 
         ended = run_measured(folder / "a.json", "--compare", folder / "a.json")
@@ -249,7 +249,7 @@ class TestCompare:
 
         assert (ended.returncode, ended.stdout) == (0, "")
         comparison = json.loads(path.read_text())["comparison"]
-        assert {cell["verdict"] for cell in comparison["cells"]} == {"slower"}
+        assert {cell["change"] for cell in comparison["cells"]} == {"slower"}
         assert all(cell["old_median_ns"] < cell["new_median_ns"] for cell in comparison["cells"])
         assert {"name": "balloon", "old": None, "new": False} in comparison["machine_differences"]
         assert CostTable.load(path).cells == CostTable.load(new).cells

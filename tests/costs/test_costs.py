@@ -484,8 +484,8 @@ class TestComparison:
 
         cells = compare(old, new).cells
 
-        verdicts = {(compared.cell.verb, compared.verdict) for compared in cells}
-        assert verdicts == {("touch", "slower"), ("commit", "faster")}
+        changes = {(compared.cell.verb, compared.change) for compared in cells}
+        assert changes == {("touch", "slower"), ("commit", "faster")}
         assert {round(compared.ratio, 1) for compared in cells} == {1.5, 0.5}
 
     def test_wide_intervals_are_unsure(self) -> None:
@@ -527,7 +527,7 @@ class TestComparison:
 
         comparison = compare(old, new)
 
-        assert {compared.verdict for compared in comparison.cells} == {"noisy"}
+        assert {compared.change for compared in comparison.cells} == {"noisy"}
         assert comparison.noisy is not None
         assert comparison.noisy.startswith(why)
 
@@ -724,7 +724,7 @@ class TestText:
         assert str(touch_only.step_bytes).startswith("not known. Reason: grow mprotect")
 
     def test_a_comparison(self) -> None:
-        """The text counts the verdicts and has a row per change, the largest first."""
+        """The text counts the changes and has a row per change, the largest first."""
         lengths = [PAGE_SIZE]
         old, new = (
             costs_tables.table(
