@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 import pyreserve
 from pyreserve.cli.console import (
@@ -75,6 +76,7 @@ def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> l
         ("pyreserve costs --plot costs.png", "also draw cost against length"),
         ("pyreserve costs --json --output old.json", "keep the results"),
         ("pyreserve costs --compare old.json", "and tell what changed since"),
+        ("pyreserve costs --compare a.json b.json", "two machines, without measuring"),
     ),
 )
 @click.option(
@@ -109,11 +111,15 @@ def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> l
 @click.option(
     "--compare",
     type=click.Path(path_type=Path),
-    metavar="OLD.json",
-    help="Compare with a file written by --json --output.",
+    metavar="FILE...",
+    help="Compare with a file written by --json --output. With several files, measure nothing and "
+    "show their machines side by side.",
 )
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="")
 @output_options
+@click.pass_context
 def command(
+    context: click.Context,
     budget: float | None,
     full: bool,
     only: str | None,
@@ -121,6 +127,7 @@ def command(
     csv: Path | None,
     plot: Path | None,
     compare: Path | None,
+    files: tuple[Path, ...],
     as_json: bool,
     output_file: Path | None,
 ) -> None:
@@ -128,6 +135,11 @@ def command(
 
     Prints what commit, touch, discard, decommit and other verbs cost on this machine.
     """
+    if files:
+        _check_compares_only(context, compare)
+        paths = (compare, *files) if compare is not None else files
+        _compare_machines(paths, Output(as_json, output_file))
+        return
     costs = pyreserve.costs
     verbs = None if only is None else [verb.strip() for verb in only.split(",") if verb.strip()]
     try:
@@ -159,6 +171,39 @@ def command(
     Output(as_json, output_file).write(to_json, draw, width=120)
     if not table.complete:
         raise click.Abort  # Ctrl-C
+
+
+def _check_compares_only(context: click.Context, compare: Path | None) -> None:
+    """Refuse files without --compare, and the options of a measurement."""
+    if compare is None:
+        msg = "files are for --compare"
+        raise click.UsageError(msg)
+    measuring = ("budget", "full", "only", "longest", "csv", "plot")
+    for name in measuring:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            msg = f"--{name} is for a measurement: comparing several files makes none"
+            raise click.UsageError(msg)
+
+
+def _compare_machines(paths: Sequence[Path], output: Output) -> None:
+    tables = {name: _load(path) for name, path in zip(_names(paths), paths, strict=True)}
+    machines = pyreserve.costs.side_by_side(tables)
+
+    def draw(screen: "Screen") -> None:
+        from pyreserve.cli.machines import show_machines  # noqa: PLC0415
+
+        show_machines(screen, machines)
+
+    output.write(lambda: json.dumps(machines.to_dict(), indent=1), draw, width=120)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each file, without folder and suffix if these tell all files apart."""
+    for names in ([path.stem for path in paths], [str(path) for path in paths]):
+        if len(set(names)) == len(names):
+            return names
+    msg = "a file is given twice"
+    raise click.BadParameter(msg, param_hint="'--compare'")
 
 
 def _load(path: Path) -> "CostTable":

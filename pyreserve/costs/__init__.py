@@ -2,7 +2,9 @@
 
 - `plan` chooses which cells to measure, `measure` measures them and returns a `CostTable`.
 - `CostTable.model` fits a `CostModel`, which estimates the cost of any length.
-- `recommend` derives recommendations from a table, `compare` finds changes between two tables.
+- `recommend` derives recommendations from a table, `compare` finds changes between two tables,
+  `side_by_side` shows where machines differ.
+- `pyreserve.costs.cluster` measures on the hosts of a Dask cluster.
 
     table = measure(plan(only=["commit", "touch"]), budget=10)
     table.model().estimate("touch", pages=1000)  # nanoseconds
@@ -10,6 +12,7 @@
 
 from pyreserve.costs.cells import GROUPS, METHODS, Cell, Curve
 from pyreserve.costs.comparison import Compared, Comparison, compare
+from pyreserve.costs.machines import Machines, side_by_side
 from pyreserve.costs.measuring import BUDGET, Interrupted, Progress, measure
 from pyreserve.costs.model import CostModel, Estimate, Fit
 from pyreserve.costs.planning import Plan, plan
@@ -32,6 +35,7 @@ __all__ = [
     "Estimate",
     "Fit",
     "Interrupted",
+    "Machines",
     "Measured",
     "Noise",
     "Plan",
@@ -43,4 +47,5 @@ __all__ = [
     "measured_step",
     "plan",
     "recommend",
+    "side_by_side",
 ]

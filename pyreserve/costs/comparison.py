@@ -10,6 +10,9 @@ from pyreserve.costs.stats import Times
 from pyreserve.costs.table import CostTable
 from pyreserve.units import format_time
 
+MEASURED_FACTS = frozenset({"system_call_ns", "map_entries"})
+"""The entries of `CostTable.machine` that each run measures."""
+
 _MIN_CHANGE = 0.05  # relative change of a median; a smaller one is no change
 _OTHER_SPEED = 0.1  # relative change of a system call's time that makes the comparison noisy
 _CHANGES = ("same", "slower", "faster", "noisy", "unsure")
@@ -186,7 +189,6 @@ def _noise(old: CostTable, new: CostTable) -> str | None:
 
 
 def _differences(old: CostTable, new: CostTable) -> tuple[tuple[str, object, object], ...]:
-    measured = {"system_call_ns", "map_entries"}
-    names = [name for name in {**old.machine, **new.machine} if name not in measured]
+    names = [name for name in {**old.machine, **new.machine} if name not in MEASURED_FACTS]
     pairs = ((name, old.machine.get(name), new.machine.get(name)) for name in names)
     return tuple((name, before, after) for name, before, after in pairs if before != after)

@@ -1,0 +1,373 @@
+"""Several machines side by side: how their facts, recommendations and costs differ."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pyreserve._system.proc import is_natural
+from pyreserve._system.report import Report, Table
+from pyreserve.costs.cells import Cell, Curve
+from pyreserve.costs.comparison import MEASURED_FACTS
+from pyreserve.costs.recommendation import recommend
+from pyreserve.costs.schema import machine_to_dict, rounded
+from pyreserve.costs.stats import Times
+from pyreserve.costs.table import CostTable
+from pyreserve.costs.text import setting_text
+from pyreserve.units import format_size, format_time
+
+_SCHEMA = 1
+_COLUMNS = 4  # machines that the plain text shows in a column each
+_CELLS = 10  # curves listed by the screen and the text
+_MIN_RATIO = 1.05  # between the intervals of two machines; a smaller one is no difference
+_CLOSE = 1.5  # ratio of two figures up to which recommendations agree
+_CLOSE_SHARES = 0.1  # difference of two shares up to which they agree
+_UNKNOWN = "can't tell"
+_FIGURE = re.compile(r"\d[\d.,]*( ?([KMGT]iB|bytes|[nµm]?s|%))?")
+_LABELS = {
+    "cpu": "CPU",
+    "cpus": "CPUs",
+    "memory_bytes": "memory",
+    "page_size_bytes": "OS page",
+    "overcommit_memory": "vm.overcommit_memory",
+    "max_map_count": "vm.max_map_count",
+    "transparent_huge_pages": "THP",
+    "transparent_huge_pages_defrag": "THP defrag",
+    "hugetlb_free": "free hugetlb pages",
+    "virtualised": "hypervisor",
+}
+
+
+class Row(NamedTuple):
+    """A fact or a question, and what each machine has or answers.
+
+    Attributes:
+        name: the fact, with its unit as in the JSON, or the question.
+        texts: the text of each machine, in the order of `Machines.names`.
+        values: the same as data.
+        groups: the text of each machine's group; machines that agree share it.
+        differs: whether two machines disagree; figures that are close do not.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    values: tuple[Any, ...]
+    groups: tuple[str, ...]
+    differs: bool
+
+    @property
+    def label(self) -> str:
+        """The name for people."""
+        return _LABELS.get(self.name, self.name.replace("_", " "))
+
+
+class Spread(NamedTuple):
+    """A cell that costs more on one machine than on another.
+
+    Attributes:
+        cell: the cell.
+        times: its warm times on each machine, None where it was not measured.
+        at_least: least ratio of the slowest to the fastest machine that their intervals allow.
+    """
+
+    cell: Cell
+    times: tuple[Times | None, ...]
+    at_least: float
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Several machines side by side: the result of `side_by_side`.
+
+    ``str()`` gives the differences as tables; a notebook shows them as HTML.
+
+    Attributes:
+        names: the machines.
+        disturbed: why the costs of a machine are doubtful, by machine; only those that were busy.
+        facts: the facts of the machines; `Row.differs` tells those that differ.
+        verdicts: their recommendations, in the same form.
+        cells: the cells whose intervals do not overlap on two machines, the largest ratio first;
+            of cells that differ only in length, the one with the largest.
+        common: number of cells that all machines measured.
+    """
+
+    names: tuple[str, ...]
+    disturbed: Mapping[str, str]
+    facts: tuple[Row, ...]
+    verdicts: tuple[Row, ...]
+    cells: tuple[Spread, ...]
+    common: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, as ``pyreserve costs --compare A B --json`` writes it."""
+
+        def by_machine(values: Iterable[Any]) -> dict[str, Any]:
+            return dict(zip(self.names, values, strict=True))
+
+        def row(row: Row) -> dict[str, Any]:
+            machines = [
+                {"text": text, "value": value}
+                for text, value in zip(row.texts, row.values, strict=True)
+            ]
+            return {"name": row.name, "differs": row.differs, "machines": by_machine(machines)}
+
+        return {
+            "schema": _SCHEMA,
+            "machines": list(self.names),
+            "disturbed": dict(self.disturbed),
+            "facts": [row(fact) for fact in self.facts],
+            "verdicts": [row(verdict) for verdict in self.verdicts],
+            "cells": [
+                {
+                    "verb": spread.cell.verb,
+                    "method": spread.cell.method,
+                    "page_kind": spread.cell.page_kind,
+                    "mode": spread.cell.mode,
+                    "bytes": spread.cell.nbytes,
+                    "threads": spread.cell.threads,
+                    "at_least": float(f"{spread.at_least:.4g}"),
+                    "median_ns": by_machine(
+                        None if times is None else rounded(times.median) for times in spread.times
+                    ),
+                }
+                for spread in self.cells
+            ],
+            "common_cells": self.common,
+        }
+
+    def tables(self, columns: int = _COLUMNS) -> dict[str, Table]:
+        """Return the differences by title, as tables.
+
+        Args:
+            columns: up to this number of machines each has a column. More machines are grouped: a
+                line for each text, with the machines that share it.
+        """
+        wide = len(self.names) <= columns
+        arrange = self._by_machine if wide else self._by_text
+        facts, verdicts = (
+            arrange([row for row in rows if row.differs]) for rows in (self.facts, self.verdicts)
+        )
+        cells = self._costs() if wide else self._extremes()
+        titled = {"Facts": facts, "Recommendations": verdicts, "Costs": cells}
+        return {title: table for title, table in titled.items() if table.rows}
+
+    def summary(self) -> tuple[str, ...]:
+        """Return what was compared, what does not differ and which machines were busy."""
+        fact_rows, verdict_rows = (
+            [row for row in rows if not row.differs] for rows in (self.facts, self.verdicts)
+        )
+        agreed = ", ".join(row.label for row in verdict_rows)
+        machines = f"{len(self.names)} machines"
+        lines = [f"{machines}, {self.common} cells measured on all of them."]
+        lines += [f"The same on all: {len(fact_rows)} facts."] if fact_rows else []
+        lines += [f"The recommendations agree on: {agreed}."] if agreed else []
+        for why in dict.fromkeys(self.disturbed.values()):
+            names = ", ".join(name for name, own in self.disturbed.items() if own == why)
+            lines.append(f"Measured while busy, so the costs are doubtful: {names}: {why}.")
+        if self.cells:
+            lines.append(
+                f"Costs lists {min(_CELLS, len(self.cells))} of {len(self.cells)} differences. "
+                "At least: the ratio of the slowest to the fastest machine that their 95 % "
+                "intervals allow."
+            )
+        return tuple(lines)
+
+    def _by_machine(self, rows: Iterable[Row]) -> Table:
+        lines = [(row.label, *row.texts) for row in rows]
+        return Table(("", *self.names), lines, left=1 + len(self.names))
+
+    def _by_text(self, rows: Iterable[Row]) -> Table:
+        lines: list[tuple[str, ...]] = []
+        for row in rows:
+            for i, (text, _) in enumerate(Counter(row.groups).most_common()):
+                names = [
+                    name for name, own in zip(self.names, row.groups, strict=True) if own == text
+                ]
+                lines.append(("" if i else row.label, text, f"{len(names)}: {', '.join(names)}"))
+        return Table(("", "text", "machines"), lines, left=3)
+
+    def _costs(self) -> Table:
+        lines = [
+            (
+                _cell_text(spread.cell),
+                *(format_time(times.median) if times else "" for times in spread.times),
+                f"{spread.at_least:.2g}x",
+            )
+            for spread in self.cells[:_CELLS]
+        ]
+        return Table(("cell", *self.names, "at least"), lines)
+
+    def _extremes(self) -> Table:
+        lines: list[tuple[str, ...]] = []
+        for spread in self.cells[:_CELLS]:
+            known = [
+                (times.median, f"{format_time(times.median)} on {name}")
+                for name, times in zip(self.names, spread.times, strict=True)
+                if times is not None
+            ]
+            fastest, slowest = min(known)[1], max(known)[1]
+            lines.append((_cell_text(spread.cell), fastest, slowest, f"{spread.at_least:.2g}x"))
+        return Table(("cell", "fastest", "slowest", "at least"), lines)
+
+    def __str__(self) -> str:
+        return self._report(_COLUMNS).text()
+
+    def _repr_html_(self) -> str:
+        return self._report(_COLUMNS).html()
+
+    def _report(self, columns: int) -> Report:
+        tables = tuple(self.tables(columns).values())
+        return Report("Costs of several machines", self.summary(), tables)
+
+
+def _cell_text(cell: Cell) -> str:
+    curve = Curve.of(cell)
+    return f"{cell.verb} {cell.method} {setting_text(curve)}, {format_size(cell.nbytes)}"
+
+
+def side_by_side(tables: Mapping[str, CostTable]) -> Machines:
+    """Put the costs of several machines side by side.
+
+    Args:
+        tables: a table for each machine, by its name.
+
+    Raises:
+        ValueError: there are fewer than two tables.
+    """
+    if len(tables) < 2:
+        msg = f"tables must hold two or more machines, got {len(tables)}"
+        raise ValueError(msg)
+    times = [_warm_times(table) for table in tables.values()]
+    disturbed = {name: table.disturbed for name, table in tables.items()}
+    return Machines(
+        names=tuple(tables),
+        disturbed={name: why for name, why in disturbed.items() if why is not None},
+        facts=_facts(tables.values()),
+        verdicts=_verdicts(tables.values()),
+        cells=_spreads(times),
+        common=len(set[Cell].intersection(*map(set, times))),
+    )
+
+
+# -- facts ------------------------------------------------------------------------------------
+
+
+def _facts(tables: Iterable[CostTable]) -> tuple[Row, ...]:
+    machines = [table.machine for table in tables]
+    names = {name: None for machine in machines for name in machine if name not in MEASURED_FACTS}
+    rows = []
+    for name in names:
+        [key] = machine_to_dict({name: None})
+        values = tuple(machine.get(name) for machine in machines)
+        texts = tuple(_fact_text(name, value) for value in values)
+        rows.append(Row(key, texts, values, texts, len(set(texts)) > 1))
+    return tuple(rows)
+
+
+def _fact_text(name: str, value: Any) -> str:
+    """Return a fact for people; equal sizes in three digits have equal texts."""
+    if value is None:
+        return "unknown"
+    if name in {"memory", "page_size"}:
+        return format_size(value)
+    if isinstance(value, dict):  # huge pages by size: settings, or numbers of pages
+        used = [f"{_size_text(size)} {state}" for size, state in value.items() if state]
+        return ", ".join(text for text in used if not text.endswith(" never")) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def _size_text(size: str) -> str:
+    return format_size(int(size)) if is_natural(size) else size
+
+
+# -- recommendations --------------------------------------------------------------------------
+
+
+class _Verdict(NamedTuple):
+    """What a machine's run answers to a question; `text` is None if it can't tell."""
+
+    question: str
+    value: float | None
+    text: str | None
+
+
+def _verdicts_of(table: CostTable) -> list[_Verdict]:
+    """Return the verdicts of one machine: the only access to `Recommendations`."""
+    return [
+        _Verdict(name, answer.value, None if answer.value is None else _figure(name, answer.value))
+        for name, answer in recommend(table).answers().items()
+    ]
+
+
+def _figure(name: str, value: float) -> str:
+    if name.endswith("_bytes"):
+        return format_size(int(value))
+    if name.endswith("_seconds"):
+        return format_time(value * 1e9)
+    return f"{value:.0%}" if name.endswith("_above") else f"{value:,.0f}"
+
+
+def _verdicts(tables: Iterable[CostTable]) -> tuple[Row, ...]:
+    """Return a row for each question that any machine answers."""
+    rows = []
+    for verdicts in zip(*map(_verdicts_of, tables), strict=True):
+        if any(verdict.text is not None for verdict in verdicts):
+            groups = _groups(verdicts)
+            texts = tuple(verdict.text or _UNKNOWN for verdict in verdicts)
+            values = tuple(verdict.value for verdict in verdicts)
+            differs = len({*groups} - {_UNKNOWN}) > 1
+            rows.append(Row(verdicts[0].question, texts, values, groups, differs))
+    return tuple(rows)
+
+
+def _groups(verdicts: Sequence[_Verdict]) -> tuple[str, ...]:
+    """Return the text of each verdict's group: verdicts that agree with the group's first."""
+    groups: list[list[_Verdict]] = []
+    for verdict in sorted(verdicts, key=lambda verdict: verdict.value or 0.0):
+        for group in groups:
+            if _agree(group[0], verdict):
+                group.append(verdict)
+                break
+        else:
+            groups.append([verdict])
+    texts: dict[_Verdict, str] = {}
+    for group in groups:
+        low, high = (verdict.text or _UNKNOWN for verdict in (group[0], group[-1]))
+        texts |= dict.fromkeys(group, low if low == high else f"{low} to {high}")
+    return tuple(texts[verdict] for verdict in verdicts)
+
+
+def _agree(one: _Verdict, other: _Verdict) -> bool:
+    """Return whether two verdicts have the same words, and figures that are close."""
+    first, second = (_FIGURE.sub("#", verdict.text or "") for verdict in (one, other))
+    if first != second or one.value is None or other.value is None:
+        return first == second
+    low, high = sorted((one.value, other.value))
+    shares = one.question.endswith("_above")
+    return high - low <= _CLOSE_SHARES if shares else high <= _CLOSE * low
+
+
+# -- costs ------------------------------------------------------------------------------------
+
+
+def _warm_times(table: CostTable) -> dict[Cell, Times]:
+    return {
+        entry.cell: entry.times for entry in table.cells if entry.times and entry.host == "warm"
+    }
+
+
+def _spreads(tables: list[dict[Cell, Times]]) -> tuple[Spread, ...]:
+    """Return the cells that differ by more than their intervals, one of each curve."""
+    widest: dict[Curve, Spread] = {}
+    for cell in dict.fromkeys(cell for table in tables for cell in table):
+        times = tuple(table.get(cell) for table in tables)
+        known = [entry for entry in times if entry is not None]
+        low, high = min(entry.ci95[1] for entry in known), max(entry.ci95[0] for entry in known)
+        at_least = high / low if low > 0 else 0.0
+        curve = Curve.of(cell)
+        if at_least >= _MIN_RATIO and (curve not in widest or widest[curve].at_least < at_least):
+            widest[curve] = Spread(cell, times, at_least)
+    return tuple(sorted(widest.values(), key=lambda spread: -spread.at_least))
