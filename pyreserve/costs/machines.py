@@ -43,7 +43,8 @@ class Row(NamedTuple):
     """A fact or a question, and what each machine has or answers.
 
     Attributes:
-        name: the fact, with its unit as in the JSON, or the question.
+        name: the fact, with its unit as in the JSON, or the name of the
+            question.
         texts: the text of each machine, in the order of `Machines.names`.
         values: the same as data.
         groups: the text of each machine's group; machines that agree share it.
@@ -59,7 +60,7 @@ class Row(NamedTuple):
     @property
     def label(self) -> str:
         """The name for people."""
-        return _LABELS.get(self.name, self.name.replace("_", " "))
+        return _LABELS.get(self.name, self.name.replace("_", " ").replace("-", " "))
 
 
 class Spread(NamedTuple):
@@ -289,17 +290,19 @@ def _size_text(size: str) -> str:
 class _Verdict(NamedTuple):
     """What a machine's run answers to a question; `text` is None if it can't tell."""
 
-    question: str
+    name: str
     value: float | None
     text: str | None
 
 
-def _verdicts_of(table: CostTable) -> list[_Verdict]:
-    """Return the verdicts of one machine: the only access to `Recommendations`."""
-    return [
-        _Verdict(name, answer.value, None if answer.value is None else _figure(name, answer.value))
+def _verdicts_of(table: CostTable) -> dict[str, _Verdict]:
+    """Return the verdicts of one machine by name: the only access to `Recommendations`."""
+    return {
+        name: _Verdict(
+            name, answer.value, None if answer.value is None else _figure(name, answer.value)
+        )
         for name, answer in recommend(table).answers().items()
-    ]
+    }
 
 
 def _figure(name: str, value: float) -> str:
@@ -312,14 +315,14 @@ def _figure(name: str, value: float) -> str:
 
 def _verdicts(tables: Iterable[CostTable]) -> tuple[Row, ...]:
     """Return a row for each question that any machine answers."""
-    rows = []
-    for verdicts in zip(*map(_verdicts_of, tables), strict=True):
+    machines, rows = [_verdicts_of(table) for table in tables], []
+    for name in dict.fromkeys(name for machine in machines for name in machine):
+        verdicts = [machine.get(name, _Verdict(name, None, None)) for machine in machines]
         if any(verdict.text is not None for verdict in verdicts):
             groups = _groups(verdicts)
             texts = tuple(verdict.text or _UNKNOWN for verdict in verdicts)
             values = tuple(verdict.value for verdict in verdicts)
-            differs = len({*groups} - {_UNKNOWN}) > 1
-            rows.append(Row(verdicts[0].question, texts, values, groups, differs))
+            rows.append(Row(name, texts, values, groups, len({*groups} - {_UNKNOWN}) > 1))
     return tuple(rows)
 
 
@@ -346,7 +349,7 @@ def _agree(one: _Verdict, other: _Verdict) -> bool:
     if first != second or one.value is None or other.value is None:
         return first == second
     low, high = sorted((one.value, other.value))
-    shares = one.question.endswith("_above")
+    shares = one.name.endswith("_above")
     return high - low <= _CLOSE_SHARES if shares else high <= _CLOSE * low
 
 
