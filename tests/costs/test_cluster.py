@@ -69,7 +69,8 @@ class Cluster:
 
     def close(self) -> None:
         """Kill all processes."""
-        for process in (self._client, *self.workers, self.scheduler):
+        processes: tuple[subprocess.Popen[Any], ...] = (*self.workers, self.scheduler, self._client)
+        for process in processes:
             process.kill()
             process.wait()
         self._log.close()

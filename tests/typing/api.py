@@ -460,6 +460,8 @@ def reports(table: costs.CostTable, arena: Arena, region: Region) -> None:
     assert_type(costs.compare(table, table).to_dict(), dict[str, Any])
     assert_type(table.to_dict(), dict[str, Any])
     assert_type(costs.measured_step(huge_pages=True), int)
+    assert_type(costs.side_by_side({"a": table, "b": table}), costs.Machines)
+    assert_type(costs.side_by_side({}).to_dict(), dict[str, Any])
 
     registration = prometheus.register(arena, "a")
     assert_type(registration, prometheus.Registration)
