@@ -6,12 +6,10 @@ from typing import Any
 
 from pyreserve._system.report import Report, Table
 from pyreserve.costs.cells import Cell
+from pyreserve.costs.results import MEASURED_FACTS
 from pyreserve.costs.stats import Times
 from pyreserve.costs.table import CostTable
 from pyreserve.units import format_time
-
-MEASURED_FACTS = frozenset({"system_call_ns", "map_entries"})
-"""The entries of `CostTable.machine` that each run measures."""
 
 _MIN_CHANGE = 0.05  # relative change of a median; a smaller one is no change
 _OTHER_SPEED = 0.1  # relative change of a system call's time that makes the comparison noisy

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from pyreserve._system.proc import is_natural
 from pyreserve._system.report import Report, Table
 from pyreserve.costs.cells import Cell, Curve
-from pyreserve.costs.comparison import MEASURED_FACTS
 from pyreserve.costs.recommendation import recommend
+from pyreserve.costs.results import MEASURED_FACTS
 from pyreserve.costs.schema import machine_to_dict, rounded
 from pyreserve.costs.stats import Times
 from pyreserve.costs.table import CostTable

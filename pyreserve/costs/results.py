@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from pyreserve.costs.cells import Cell
 from pyreserve.costs.stats import Times
 
+MEASURED_FACTS = frozenset({"system_call_ns", "map_entries"})
+"""The facts of `CostTable.machine` that a run measures: they may differ on the same machine."""
+
 # Noise thresholds: CPUs busy elsewhere, CPUs stolen, relative spread of system call times.
 _OTHERS, _STOLEN, _SPREAD = 0.25, 0.1, 0.25
 
