@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 import pyreserve
 from pyreserve.cli.console import (
@@ -79,6 +80,7 @@ def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> l
         ("pyreserve costs --plot costs.png", "also draw cost against length"),
         ("pyreserve costs --json --output old.json", "keep the results"),
         ("pyreserve costs --compare old.json", "and tell what changed since"),
+        ("pyreserve costs --compare a.json b.json", "two machines, without measuring"),
     ),
 )
 @click.option(
@@ -118,11 +120,15 @@ def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> l
 @click.option(
     "--compare",
     type=click.Path(path_type=Path),
-    metavar="OLD.json",
-    help="Compare with a file written by --json --output.",
+    metavar="FILE...",
+    help="Compare with a file written by --json --output. With several files, measure nothing and "
+    "show their machines side by side.",
 )
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="")
 @output_options
+@click.pass_context
 def command(
+    context: click.Context,
     budget: float | None,
     details: bool,
     full: bool,
@@ -130,6 +136,7 @@ def command(
     longest: int,
     plot: Path | None,
     compare: Path | None,
+    files: tuple[Path, ...],
     as_json: bool,
     output_file: Path | None,
 ) -> None:
@@ -138,6 +145,11 @@ def command(
     Prints how to commit, to grow and to give memory back on this machine, whether huge pages pay,
     whether to populate, and what fork costs.
     """
+    if files:
+        _check_compares_only(context, compare)
+        paths = (compare, *files) if compare is not None else files
+        _compare_machines(paths, Output(as_json, output_file))
+        return
     costs = pyreserve.costs
     verbs = None if only is None else [verb.strip() for verb in only.split(",") if verb.strip()]
     details = details or full or verbs is not None or plot is not None
@@ -168,6 +180,39 @@ def command(
     Output(as_json, output_file).write(to_json, draw, width=120)
     if not table.complete:
         raise click.Abort  # Ctrl-C
+
+
+def _check_compares_only(context: click.Context, compare: Path | None) -> None:
+    """Refuse files without --compare, and the options of a measurement."""
+    if compare is None:
+        msg = "files are for --compare"
+        raise click.UsageError(msg)
+    measuring = ("budget", "details", "full", "only", "longest", "plot")
+    for name in measuring:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            msg = f"--{name} is for a measurement: comparing several files makes none"
+            raise click.UsageError(msg)
+
+
+def _compare_machines(paths: Sequence[Path], output: Output) -> None:
+    tables = {name: _load(path) for name, path in zip(_names(paths), paths, strict=True)}
+    machines = pyreserve.costs.side_by_side(tables)
+
+    def draw(screen: "Screen") -> None:
+        from pyreserve.cli.machines import show_machines  # noqa: PLC0415
+
+        show_machines(screen, machines)
+
+    output.write(lambda: json.dumps(machines.to_dict(), indent=1), draw, width=120)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each file, without folder and suffix if these tell all files apart."""
+    for names in ([path.stem for path in paths], [str(path) for path in paths]):
+        if len(set(names)) == len(names):
+            return names
+    msg = "a file is given twice"
+    raise click.BadParameter(msg, param_hint="'--compare'")
 
 
 def _load(path: Path) -> "CostTable":
@@ -344,16 +389,13 @@ def _show_ways(screen: "Screen", recommendations: "Recommendations") -> None:
 
 def _show_settings(screen: "Screen", table: "CostTable") -> None:
     facts = table.machine
-    enabled = [
-        f"{format_size(int(size))} {mode}"
-        for size, mode in facts["transparent_huge_pages"].items()
-        if mode != "never"
-    ]
+    text = pyreserve.costs.text.fact_text
     call = facts["system_call_ns"]
     screen.blank()
     screen.text(
         f"OS page {format_size(facts['page_size'])}; transparent huge pages: "
-        f"{', '.join(enabled) or 'never'} (defrag {facts['transparent_huge_pages_defrag']}); "
+        f"{text('transparent_huge_pages', facts['transparent_huge_pages'])} "
+        f"(defrag {facts['transparent_huge_pages_defrag']}); "
         f"vm.overcommit_memory {facts['overcommit_memory']}"
         + (f"; a system call {format_time(call)}" if call else "")
         + ("; a balloon may take idle memory" if facts["balloon"] else "")
@@ -438,8 +480,8 @@ def show_comparison(screen: "Screen", comparison: "Comparison", old: str) -> Non
     """Draw the comparison with the run that the file `old` holds."""
     screen.blank()
     screen.text(f"Compared with {old}", style="bold")
-    for name, before, after in comparison.differences:
-        screen.text(f"machine differs: {name} was {_plain(before)}, is {_plain(after)}", indent=2)
+    for text in pyreserve.costs.comparison.differences_text(comparison):
+        screen.text(f"machine differs: {text}", indent=2)
     changes = pyreserve.costs.comparison.changes_table(comparison)
     if changes.rows:
         shown = screen.new_table(2)
@@ -456,7 +498,3 @@ def show_comparison(screen: "Screen", comparison: "Comparison", old: str) -> Non
         )
     if comparison.noisy is not None:
         screen.text(f"Noisy, so no change is reported: {comparison.noisy}", style="yellow")
-
-
-def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

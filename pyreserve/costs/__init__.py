@@ -3,7 +3,9 @@
 - `plan` chooses which cells to measure, `measure` measures them and returns a `CostTable`.
 - `CostTable.model` fits a `CostModel`, which estimates the cost of any length.
 - `faults` says what the page faults of a block of code cost, and what huge pages would save.
-- `recommend` derives recommendations from a table, `compare` finds changes between two tables.
+- `recommend` derives verdicts from a table, `compare` finds changes between two tables,
+  `side_by_side` shows where machines differ.
+- `pyreserve.costs.cluster` measures on the hosts of a Dask cluster.
 
     table = measure(plan(only=["commit", "touch"]), budget=10)
     table.model().estimate("touch", pages=1000)  # nanoseconds
@@ -13,6 +15,7 @@ from pyreserve.costs.cells import GROUPS, METHODS, OPERATIONS, Cell, Curve, Oper
 from pyreserve.costs.comparison import Compared, Comparison, compare
 from pyreserve.costs.faulting import faults
 from pyreserve.costs.faultmodel import Figure
+from pyreserve.costs.machines import Machines, Row, Spread, side_by_side
 from pyreserve.costs.measuring import BUDGET, Interrupted, Progress, measure
 from pyreserve.costs.model import CostModel, Estimate, Fit
 from pyreserve.costs.planning import Plan, plan
@@ -41,13 +44,16 @@ __all__ = [
     "Fit",
     "Interrupted",
     "Interval",
+    "Machines",
     "Measured",
     "Noise",
     "Operation",
     "Plan",
     "Progress",
     "Recommendations",
+    "Row",
     "Situation",
+    "Spread",
     "Times",
     "Verdict",
     "Way",
@@ -58,4 +64,5 @@ __all__ = [
     "measured_step",
     "plan",
     "recommend",
+    "side_by_side",
 ]

@@ -9,11 +9,12 @@ from pyreserve.costs.cells import Cell
 from pyreserve.costs.results import MEASURED_FACTS
 from pyreserve.costs.stats import Times
 from pyreserve.costs.table import CostTable
+from pyreserve.costs.text import fact_label, fact_text
 from pyreserve.units import format_time
 
 _MIN_CHANGE = 0.05  # relative change of a median; a smaller one is no change
 _OTHER_SPEED = 0.1  # relative change of a system call's time that makes the comparison noisy
-_VERDICTS = ("same", "slower", "faster", "noisy", "unsure")
+_CHANGES = ("same", "slower", "faster", "noisy", "unsure")
 _WIDE = 0.5  # relative width of an interval above which "same" is "unsure"
 
 
@@ -24,7 +25,7 @@ class Compared:
     Attributes:
         cell, host: as in `Measured`.
         old, new: its times in the two tables.
-        verdict: ``"slower"`` or ``"faster"`` if the intervals do not overlap and the medians differ
+        change: ``"slower"`` or ``"faster"`` if the intervals do not overlap and the medians differ
             by at least 5 %, but ``"noisy"`` after a disturbed run. Otherwise ``"same"``, or
             ``"unsure"`` if an interval is wider than half its median.
     """
@@ -33,7 +34,7 @@ class Compared:
     host: str
     old: Times
     new: Times
-    verdict: str
+    change: str
 
     @property
     def ratio(self) -> float:
@@ -62,15 +63,13 @@ class Comparison:
     only_old: int
     only_new: int
 
-    def count(self, verdict: str) -> int:
-        """Return the number of cells with a verdict."""
-        return sum(compared.verdict == verdict for compared in self.cells)
+    def count(self, change: str) -> int:
+        """Return the number of cells with this `Compared.change`."""
+        return sum(compared.change == change for compared in self.cells)
 
     def changed(self) -> list[Compared]:
         """Return the cells that are neither the same nor unsure, the largest changes first."""
-        changed = [
-            compared for compared in self.cells if compared.verdict not in {"same", "unsure"}
-        ]
+        changed = [compared for compared in self.cells if compared.change not in {"same", "unsure"}]
         return sorted(changed, key=lambda compared: -abs(compared.ratio - 1))
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,7 +90,7 @@ class Comparison:
                     "host": compared.host,
                     "old_median_ns": compared.old.median,
                     "new_median_ns": compared.new.median,
-                    "verdict": compared.verdict,
+                    "change": compared.change,
                 }
                 for compared in self.cells
             ],
@@ -110,25 +109,30 @@ class Comparison:
             f"{counts_text(self)}.",
             f"In the old run only: {self.only_old} cells; in the new run only: {self.only_new}.",
         ]
-        paragraphs += [
-            f"The machine differs: {name} was {before}, is {after}."
-            for name, before, after in self.differences
-        ]
+        paragraphs += [f"The machine differs: {text}." for text in differences_text(self)]
         paragraphs += [f"Changes are reported as noise: {self.noisy}."] if self.noisy else []
         changes = changes_table(self)
         return Report("Costs compared", tuple(paragraphs), (changes,) if changes.rows else ())
 
 
 def counts_text(comparison: Comparison) -> str:
-    """Return the number of cells in both tables, and of those with each verdict."""
-    counts = {verdict: comparison.count(verdict) for verdict in _VERDICTS}
-    shown = [f"{n} {verdict}" for verdict, n in counts.items() if n or verdict == "same"]
+    """Return the number of cells in both tables, and of those with each change."""
+    counts = {change: comparison.count(change) for change in _CHANGES}
+    shown = [f"{n} {change}" for change, n in counts.items() if n or change == "same"]
     return f"{len(comparison.cells)} cells in both runs: {', '.join(shown)}"
+
+
+def differences_text(comparison: Comparison) -> list[str]:
+    """Return what differs between the machines, for people."""
+    return [
+        f"{fact_label(name)} was {fact_text(name, before)}, is {fact_text(name, after)}"
+        for name, before, after in comparison.differences
+    ]
 
 
 def changes_table(comparison: Comparison) -> Table:
     """Return a row for each changed cell, the largest changes first."""
-    titles = ("cell", "before", "now", "ratio", "verdict")
+    titles = ("cell", "before", "now", "ratio", "change")
     return Table(titles, [_row(compared) for compared in comparison.changed()])
 
 
@@ -138,7 +142,7 @@ def _row(compared: Compared) -> tuple[str, ...]:
         format_time(compared.old.median),
         format_time(compared.new.median),
         f"{compared.ratio:.2f}",
-        compared.verdict,
+        compared.change,
     )
 
 
@@ -147,7 +151,7 @@ def compare(old: CostTable, new: CostTable) -> Comparison:
     noisy = _noise(old, new)
     before, after = _times(old), _times(new)
     cells = tuple(
-        Compared(*key, before[key], times, _verdict(before[key], times, noisy is not None))
+        Compared(*key, before[key], times, _change(before[key], times, noisy is not None))
         for key, times in after.items()
         if key in before
     )
@@ -164,7 +168,7 @@ def _times(table: CostTable) -> dict[tuple[Cell, str], Times]:
     return {(entry.cell, entry.host): entry.times for entry in table.cells if entry.times}
 
 
-def _verdict(old: Times, new: Times, noisy: bool) -> str:
+def _change(old: Times, new: Times, noisy: bool) -> str:
     disjoint = new.ci95[0] > old.ci95[1] or new.ci95[1] < old.ci95[0]
     if not disjoint or abs(new.median - old.median) < _MIN_CHANGE * old.median:
         return "same" if max(old.width, new.width) <= _WIDE else "unsure"

@@ -48,6 +48,7 @@ class Verdict:
         figures: the figures that it is based on, in words.
         sure: whether the run decides it.
         value: the recommended method or figure; None if the run does not decide it.
+        as_good: the other methods that are at most 10 % slower.
     """
 
     question: str
@@ -55,6 +56,7 @@ class Verdict:
     figures: str
     sure: bool
     value: str | int | None
+    as_good: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.question} {self.text}." + (f" {self.figures}." if self.figures else "")
@@ -106,6 +108,7 @@ class Recommendations:
                     "figures": verdict.figures,
                     "sure": verdict.sure,
                     "value": verdict.value,
+                    "as_good": list(verdict.as_good),
                 }
                 for name, verdict in self.by_name.items()
             },
@@ -250,19 +253,21 @@ class _Judge:
         yield "fork", self._answer("Fork with the memory, or without?", self._fork)
 
     def _answer(
-        self, question: str, answer: Callable[[], tuple[str, str, str | int | None]]
+        self, question: str, answer: Callable[[], tuple[str, str, str | int | _Choice | None]]
     ) -> Verdict:
-        """Return the verdict of a function that returns text, figures and value.
+        """Return the verdict of a function that returns text, figures and value or choice.
 
         Without a value the run does not decide the question: the text is the reason, if known.
         """
         try:
-            text, figures, value = answer()
+            text, figures, choice = answer()
         except LookupError as error:
-            text, figures, value = str(error.args[0]), "", None
+            text, figures, choice = str(error.args[0]), "", None
+        as_good = tuple(choice.near) if isinstance(choice, _Choice) else ()
+        value = choice.best if isinstance(choice, _Choice) else choice
         if value is None:
             text = f"can't tell from this run: {text or self._why()}, {self._advice()}"
-        return Verdict(question, text, figures, value is not None, value)
+        return Verdict(question, text, figures, value is not None, value, as_good)
 
     def _why(self) -> str:
         passes = max((e.times.passes for e in self._table.cells if e.times), default=0)
@@ -274,7 +279,7 @@ class _Judge:
     def _advice(self) -> str:
         return f"try --budget {max(60, 60 * math.ceil(self._table.seconds / 45))}"
 
-    def _commit(self) -> tuple[str, str, str | None]:
+    def _commit(self) -> tuple[str, str, _Choice | None]:
         times = self._times
         choice = _choose(
             {
@@ -283,7 +288,7 @@ class _Judge:
             }
         )
         figures = f"{format_size(BLOCK * times.page)}: {choice.figures}"
-        return (choice.text, figures, choice.best) if choice.sure else ("", figures, None)
+        return (choice.text, figures, choice) if choice.sure else ("", figures, None)
 
     def _grow(self, kind: str) -> tuple[str, str, int | None]:
         """Return the step from which calls cost under 5 % of touching, in bytes."""
@@ -319,7 +324,7 @@ class _Judge:
             step *= 2
         return step
 
-    def _give_back(self, situation: Situation, kind: str) -> tuple[str, str, str | None]:
+    def _give_back(self, situation: Situation, kind: str) -> tuple[str, str, _Choice | None]:
         times = self._times
         choice = _choose(
             {way.name: times.of_way(way, kind, situation.again) for way in situation.candidates()}
@@ -327,7 +332,7 @@ class _Judge:
         figures = f"{format_size(times.nbytes(kind))} of {_pages(kind)}: {choice.figures}"
         if not choice.sure:
             return "", figures, None
-        return f"{_pages(kind)}: {choice.text}", figures, choice.best
+        return f"{_pages(kind)}: {choice.text}", figures, choice
 
     def _huge_pages(self) -> tuple[str, str, str | None]:
         times, table = self._times, self._table
@@ -359,7 +364,7 @@ class _Judge:
             return "no: the first touch is no faster", figures, "no"
         return "", figures, None
 
-    def _populate(self) -> tuple[str, str, str | None]:
+    def _populate(self) -> tuple[str, str, _Choice | None]:
         times = self._times
         costs = {
             "touch": times.of(times.cell("touch", "write", BLOCK)),
@@ -370,11 +375,11 @@ class _Judge:
         if not choice.sure:
             return "", figures, None
         if choice.best == "touch":
-            return f"touch{' (no difference that matters)' * bool(choice.near)}", figures, "touch"
+            return f"touch{' (no difference that matters)' * bool(choice.near)}", figures, choice
         share = ratio(costs["populate"], costs["touch"])
-        return f"populate, where over {_part(share)} of the pages are used", figures, "populate"
+        return f"populate, where over {_part(share)} of the pages are used", figures, choice
 
-    def _fork(self) -> tuple[str, str, str | None]:
+    def _fork(self) -> tuple[str, str, _Choice | None]:
         times = self._times
         fork, again = (
             times.cell(verb, method, HUGE)
@@ -396,5 +401,5 @@ class _Judge:
         if not choice.sure:
             return "", figures, None
         if choice.best == "with":
-            return "with: no difference that matters", figures, "with"
-        return "without (MADV_DONTFORK), where the child does not need it", figures, "without"
+            return "with: no difference that matters", figures, choice
+        return "without (MADV_DONTFORK), where the child does not need it", figures, choice

@@ -1,9 +1,10 @@
-"""The figures of fits as text, for the screen, ``str()`` and notebooks. Imports no table."""
+"""Fits and facts of machines as text, for the screen, ``str()`` and notebooks. Imports no table."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from pyreserve._system.limits import PAGE_SIZE
+from pyreserve._system.proc import is_natural
 from pyreserve._system.report import Table
 from pyreserve.costs.cells import GROUPS, METHODS, SMALL, Curve
 from pyreserve.costs.model import CostModel, Fit
@@ -13,6 +14,17 @@ from pyreserve.units import format_size, format_time
 TITLES = ("verb and method", "pages", "fixed", "per page", "GiB/s", "at")
 """The titles of the columns that `fit_row` fills."""
 
+_LABELS = {
+    "cpu": "CPU",
+    "cpus": "CPUs",
+    "page_size": "OS page",
+    "overcommit_memory": "vm.overcommit_memory",
+    "max_map_count": "vm.max_map_count",
+    "transparent_huge_pages": "THP",
+    "transparent_huge_pages_defrag": "THP defrag",
+    "hugetlb_free": "free hugetlb pages",
+    "virtualised": "hypervisor",
+}
 _ZERO = 0.1  # ns; a smaller cost is shown as zero
 LEGEND = (
     "Medians, ± half of the 95 % interval; unknown: the interval includes zero, or spans more than "
@@ -31,6 +43,29 @@ def machine_text(machine: Mapping[str, Any]) -> str:
     words += [format_size(memory)] if memory else []
     words += [f"Linux {kernel}"] if kernel else []
     return ", ".join(words)
+
+
+def fact_label(name: str) -> str:
+    """Return the name of a machine's fact for people."""
+    return _LABELS.get(name, name.replace("_", " "))
+
+
+def fact_text(name: str, value: Any) -> str:
+    """Return a machine's fact for people; equal sizes in three digits have equal texts."""
+    if value is None:
+        return "unknown"
+    if name in {"memory", "page_size"}:
+        return format_size(value)
+    if isinstance(value, dict):  # huge pages by size: settings, or numbers of pages
+        used = [f"{_size_text(size)} {state}" for size, state in value.items() if state]
+        return ", ".join(text for text in used if not text.endswith(" never")) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def _size_text(size: str) -> str:
+    return format_size(int(size)) if is_natural(size) else size
 
 
 def fits_table(model: CostModel) -> Table:

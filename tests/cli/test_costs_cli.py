@@ -14,7 +14,7 @@ import pytest
 
 import pyreserve.costs
 from helpers import command, costs_tables
-from helpers.costs_tables import LOUD, line
+from helpers.costs_tables import LOUD, USUAL, line
 from helpers.processes import environment
 from helpers.subjects import wait_until
 from helpers.witness import PATIENCE
@@ -223,7 +223,7 @@ class TestFiles:
         assert {c["verb"] for c in found["cells"]} == {"reserve", "commit", "touch"}
         assert all(cell["call"] for cell in found["cells"])
         assert set(found["verdicts"]["commit"]) == {
-            *("question", "text", "figures", "sure", "value"),
+            *("question", "text", "figures", "sure", "value", "as_good"),
         }
         assert found["ways"] == []
         assert {f["verb"] for f in found["model"]["fits"]} == {"reserve", "commit", "touch"}
@@ -264,7 +264,7 @@ class TestFiles:
 
 class TestCompare:
     def test_with_itself(self, quick: tuple[str, str, Path]) -> None:
-        """A comparison counts the cells in both runs and those of each verdict."""
+        """A comparison counts the cells in both runs and those of each change."""
         _, _, folder = quick
 
         ended = run_measured(folder / "a.json", "--compare", folder / "a.json")
@@ -284,7 +284,7 @@ class TestCompare:
         """A cell that costs 1000 times as much as in the file is reported as slower."""
         out = self.compared(tmp_path, costs_tables.QUIET)
 
-        assert "machine differs: cpu was Imaginary 9000" in out
+        assert "machine differs: CPU was Imaginary 9000" in out
         assert re.search(r"touch write.* slower", out)
 
     def test_as_json(self, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ class TestCompare:
 
         assert (ended.returncode, ended.stdout) == (0, "")
         comparison = json.loads(path.read_text())["comparison"]
-        assert {cell["verdict"] for cell in comparison["cells"]} == {"slower"}
+        assert {cell["change"] for cell in comparison["cells"]} == {"slower"}
         assert all(cell["old_median_ns"] < cell["new_median_ns"] for cell in comparison["cells"])
         assert {"name": "balloon", "old": None, "new": False} in comparison["machine_differences"]
         assert CostTable.load(path).cells == CostTable.load(new).cells
@@ -308,6 +308,80 @@ class TestCompare:
 
         assert "slower" not in out
         assert "Noisy, so no change is reported: the old run" in out
+
+
+class TestMachines:
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> list[Path]:
+        """Files of twelve machines, of which the last is another kind."""
+        paths = [tmp_path / f"node{i}.json" for i in range(12)]
+        for path in paths:
+            path.write_text(costs_tables.usual().to_json())
+        other = costs_tables.table(USUAL | {TOUCH: line(0, 50)}, lengths=costs_tables.COMPARED)
+        other.machine.update(kernel="7.0", cpu="Imaginary 9001 with a very long name, 128 cores")
+        paths[-1].write_text(other.to_json())
+        return paths
+
+    def compared(self, *arguments: str | Path) -> str:
+        """The screen in 80 columns."""
+        env = environment() | {"COLUMNS": "80"}
+        ended = command.run("costs", "--compare", *arguments, env=env)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        return ended.stdout
+
+    def test_three_have_a_column_each(self, files: list[Path]) -> None:
+        """Three machines stand side by side in 80 columns; nothing is measured."""
+        out = self.compared(*files[9:])
+
+        assert re.search(r"^  +node9 +node10 +node11 *$", out, re.MULTILINE)
+        assert re.search(r"^  kernel +6\.1\.0 +6\.1\.0 +7\.0 *$", out, re.MULTILINE)
+        assert re.search(r"^  grow +256 KiB +256 KiB +2 MiB *$", out, re.MULTILINE)
+        assert re.search(r"^  touch write .* [\d.]+x$", out, re.MULTILINE)
+        assert max(map(len, out.splitlines())) <= 80
+
+    def test_twelve_are_grouped(self, files: list[Path]) -> None:
+        """Of twelve machines, the eleven that agree share a line."""
+        out = self.compared(*files)
+
+        assert re.search(r"^  kernel +6\.1\.0 +11: node0, node1,", out, re.MULTILINE)
+        assert re.search(r"^ +7\.0 +1: node11 *$", out, re.MULTILINE)
+        assert max(map(len, out.splitlines())) <= 80
+
+    def test_as_json(self, files: list[Path], tmp_path: Path) -> None:
+        """With --json, options may stand between and after the files."""
+        path = tmp_path / "out.json"
+
+        assert self.compared(files[0], "--json", *files[10:], "--output", path) == ""
+
+        found = json.loads(path.read_text())
+        assert found["machines"] == ["node0", "node10", "node11"]
+        assert {cell["verb"] for cell in found["cells"]} == {"touch"}
+
+    def test_files_of_the_same_name(self, files: list[Path], tmp_path: Path) -> None:
+        """Files that differ in their folders alone are named with them."""
+        other = tmp_path / "other"
+        other.mkdir()
+        files[-1].rename(other / "node0.json")
+
+        found = json.loads(self.compared(files[0], other / "node0.json", "--json"))
+
+        assert found["machines"] == [str(files[0]), str(other / "node0.json")]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("a.json", "b.json"), "files are for --compare"),
+            (("--compare", "a.json", "b.json", "--only", "touch"), "--only is for a measurement"),
+            (("--compare", "a.json", "a.json"), "a file is given twice"),
+        ],
+    )
+    def test_refusals(self, arguments: tuple[str, ...], message: str) -> None:
+        """Files without --compare, options of a measurement and equal files are refused."""
+        ended = run(*arguments)
+
+        assert ended.returncode == 2
+        assert message in ended.stderr
+        assert ended.stdout == ""
 
 
 class TestRefusals:

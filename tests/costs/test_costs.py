@@ -467,8 +467,8 @@ class TestComparison:
 
         cells = compare(old, new).cells
 
-        verdicts = {(compared.cell.verb, compared.verdict) for compared in cells}
-        assert verdicts == {("touch", "slower"), ("commit", "faster")}
+        changes = {(compared.cell.verb, compared.change) for compared in cells}
+        assert changes == {("touch", "slower"), ("commit", "faster")}
         assert {round(compared.ratio, 1) for compared in cells} == {1.5, 0.5}
 
     def test_wide_intervals_are_unsure(self) -> None:
@@ -510,7 +510,7 @@ class TestComparison:
 
         comparison = compare(old, new)
 
-        assert {compared.verdict for compared in comparison.cells} == {"noisy"}
+        assert {compared.change for compared in comparison.cells} == {"noisy"}
         assert comparison.noisy is not None
         assert comparison.noisy.startswith(why)
 
@@ -582,7 +582,7 @@ class TestText:
         assert figure_text(100, (90, 110)) == "100 ns ±10%"
 
     def test_a_comparison(self) -> None:
-        """The text counts the verdicts and has a row per change, the largest first."""
+        """The text counts the changes and has a row per change, the largest first."""
         lengths = [PAGE_SIZE]
         old, new = (
             costs_tables.table(

@@ -467,6 +467,8 @@ def reports(table: costs.CostTable, arena: Arena, region: Region) -> None:
     assert_type(f.huge, int | None)
     assert_type(f.saving(), costs.Figure)
     assert_type(f.cost().seconds, float | None)
+    assert_type(costs.side_by_side({"a": table, "b": table}), costs.Machines)
+    assert_type(costs.side_by_side({}).to_dict(), dict[str, Any])
 
     registration = prometheus.register(arena, "a")
     assert_type(registration, prometheus.Registration)
