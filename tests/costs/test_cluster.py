@@ -19,7 +19,7 @@ from pyreserve.costs import cluster, plan
 
 HAS_DASK = find_spec("distributed") is not None
 
-OPTIONS: dict[str, Any] = {"only": ["reserve"], "longest": PAGE_SIZE}
+OPTIONS: dict[str, Any] = {"details": True, "only": ["reserve"], "longest": PAGE_SIZE}
 
 # A process of its own: a client leaves threads behind. Prints each outcome as it arrives.
 CLIENT = f"""
