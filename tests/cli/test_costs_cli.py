@@ -194,23 +194,6 @@ class TestScreen:
         assert seen.count(b"How to commit memory?") >= 2
         assert b"cells settled; Ctrl-C" in seen
 
-    def test_a_bar_on_a_terminal(self) -> None:
-        """On a terminal a progress bar is drawn."""
-        leader, follower = pty.openpty()
-        process = subprocess.Popen(
-            [sys.executable, "-c", BRIEF, "costs", *QUICK],
-            stdout=subprocess.DEVNULL,
-            stderr=follower,
-            env={**environment(), "TERM": "xterm"},
-        )
-        os.close(follower)
-
-        seen = output_of(leader)
-
-        assert process.wait() == 0
-        assert b"pages, charge" in seen
-        assert "━".encode() in seen
-
 
 class TestFiles:
     def test_json(self, quick: tuple[str, str, Path]) -> None:
