@@ -196,16 +196,19 @@ def _live(budget: float) -> "Iterator[Callable[[Progress], None]]":
 
         def show_progress(now: "Progress") -> None:
             nonlocal drawn
-            if now.table is None or now.seconds < drawn + _REDRAW:
+            early = now.seconds < drawn + _REDRAW and now.passes != pyreserve.costs.ENOUGH
+            if now.table is None or early:
                 return
             drawn = now.seconds
-            table = now.table()
+            table = now.table() if now.passes >= pyreserve.costs.ENOUGH else None
 
             def draw(screen: Screen) -> None:
-                show(screen, table, pyreserve.costs.recommend(table))
+                if table is not None:
+                    show(screen, table, pyreserve.costs.recommend(table))
                 screen.text(
-                    f"{now.seconds:.0f} of {budget:g} s, {now.settled} of {now.cells} cells "
-                    "settled; Ctrl-C ends the run and keeps its results",
+                    f"{now.seconds:.0f} of {budget:g} s, {_count(now.passes, 'pass', 'passes')}, "
+                    f"{now.settled} of {now.cells} cells settled; Ctrl-C ends the run and keeps "
+                    "its results",
                     style="cyan",
                 )
 

@@ -178,7 +178,16 @@ class TestScreen:
         """On a terminal the verdicts are drawn during the run, and once more at the end."""
         leader, follower = pty.openpty()
         process = subprocess.Popen(
-            [sys.executable, "-c", BRIEF, "costs", "--longest", "64KiB", "--budget", "1000"],
+            [
+                sys.executable,
+                "-c",
+                BRIEF.replace("= 2", "= 7"),
+                "costs",
+                "--longest",
+                "64KiB",
+                "--budget",
+                "1000",
+            ],
             stdout=follower,
             stderr=subprocess.PIPE,
             env={**environment(), "TERM": "xterm"},
