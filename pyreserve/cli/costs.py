@@ -54,6 +54,7 @@ VERBS = (
     "release",
     "retouch",
     "recommit",
+    "advise",
     "fork",
 )
 """The verbs of `pyreserve.costs.GROUPS`, which help and completion name without importing it."""
@@ -361,7 +362,13 @@ def _show_costs(screen: "Screen", table: "CostTable") -> None:
         return shown
 
     screen.blank()
-    screen.widest(map(drawn, _COLUMNS))
+    tables = [drawn(columns) for columns in _COLUMNS]
+    if screen.fits(tables[-1]):
+        screen.widest(tables)
+    else:
+        for fit in fits:
+            label, setting, fixed, per_page, *_ = text.fit_row(fit)
+            screen.text(f"{label}, {setting}: fixed {fixed}, per page {per_page}")
     screen.text(text.LEGEND, style="dim")
 
 
