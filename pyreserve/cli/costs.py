@@ -368,7 +368,7 @@ def _show_costs(screen: "Screen", table: "CostTable") -> None:
     else:
         for fit in fits:
             label, setting, fixed, per_page, *_ = text.fit_row(fit)
-            screen.text(f"{label}, {setting}: fixed {fixed}, per page {per_page}")
+            screen.text(f"{label}  {setting}  fixed {fixed}  per page {per_page}")
     screen.text(text.LEGEND, style="dim")
 
 
