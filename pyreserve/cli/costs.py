@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,7 @@ VERBS = (
     "release",
     "retouch",
     "recommit",
+    "advise",
     "fork",
 )
 """The verbs of `pyreserve.costs.GROUPS`, which help and completion name without importing it."""
@@ -224,7 +225,7 @@ def _load(path: Path) -> "CostTable":
 
 def _measure(plan: "Plan", budget: float, live: bool) -> "CostTable":
     """Measure the plan; after Ctrl-C return the incomplete table."""
-    with _live(budget) if live else progress(plan, budget) as show_progress:
+    with _live(budget) if live else nullcontext(_progress_lines(plan, budget)) as show_progress:
         try:
             return pyreserve.costs.measure(plan, budget=budget, progress=show_progress)
         except pyreserve.costs.Interrupted as interrupted:
@@ -241,16 +242,19 @@ def _live(budget: float) -> "Iterator[Callable[[Progress], None]]":
 
         def show_progress(now: "Progress") -> None:
             nonlocal drawn
-            if now.table is None or now.seconds < drawn + _REDRAW:
+            early = now.seconds < drawn + _REDRAW and now.passes != pyreserve.costs.ENOUGH
+            if now.table is None or early:
                 return
             drawn = now.seconds
-            table = now.table()
+            table = now.table() if now.passes >= pyreserve.costs.ENOUGH else None
 
             def draw(screen: Screen) -> None:
-                show(screen, table, pyreserve.costs.recommend(table))
+                if table is not None:
+                    show(screen, table, pyreserve.costs.recommend(table))
                 screen.text(
-                    f"{now.seconds:.0f} of {budget:g} s, {now.settled} of {now.cells} cells "
-                    "settled; Ctrl-C ends the run and keeps its results",
+                    f"{now.seconds:.0f} of {budget:g} s, {_count(now.passes, 'pass', 'passes')}, "
+                    f"{now.settled} of {now.cells} cells settled; Ctrl-C ends the run and keeps "
+                    "its results",
                     style="cyan",
                 )
 
@@ -259,27 +263,18 @@ def _live(budget: float) -> "Iterator[Callable[[Progress], None]]":
         yield show_progress
 
 
-@contextmanager
-def progress(plan: "Plan", budget: float) -> "Iterator[Callable[[Progress], None]]":
-    """Report progress on standard error: a bar on a terminal, elsewhere a line every 10 s."""
+def _progress_lines(plan: "Plan", budget: float) -> "Callable[[Progress], None]":
+    """Report progress on standard error, in a line every 10 s."""
     click.echo(
         f"pyreserve costs: measuring {len(plan.cells)} cells for at most {budget:g} s, in up to "
         f"{format_size(plan.memory)} of memory; Ctrl-C ends the run and keeps its results",
         err=True,
     )
-    if sys.stderr is not None and sys.stderr.isatty():
-        with _bar(budget) as show:
-            yield show
-    else:
-        yield _progress_lines(budget)
-
-
-def _progress_lines(budget: float) -> "Callable[[Progress], None]":
     printed = time.monotonic()
 
-    def show(now: "Progress") -> None:
+    def show_progress(now: "Progress") -> None:
         nonlocal printed
-        if time.monotonic() - printed < _LINE_INTERVAL:
+        if now.table is not None or time.monotonic() - printed < _LINE_INTERVAL:
             return
         printed = time.monotonic()
         click.echo(
@@ -288,25 +283,7 @@ def _progress_lines(budget: float) -> "Callable[[Progress], None]":
             err=True,
         )
 
-    return show
-
-
-@contextmanager
-def _bar(budget: float) -> "Iterator[Callable[[Progress], None]]":
-    from rich.progress import BarColumn, TimeElapsedColumn  # noqa: PLC0415
-
-    from pyreserve.cli.screen import progress_bar  # noqa: PLC0415  # rich is slow to import
-
-    with progress_bar(
-        budget,
-        "{task.fields[doing]}",
-        BarColumn(),
-        TimeElapsedColumn(),
-        "pass {task.fields[passes]}, {task.fields[settled]} cells settled",
-    ) as update:
-        yield lambda now: update(
-            now.seconds, doing=now.doing, passes=now.passes + 1, settled=now.settled
-        )
+    return show_progress
 
 
 def show(
@@ -427,7 +404,13 @@ def _show_costs(screen: "Screen", table: "CostTable") -> None:
         return shown
 
     screen.blank()
-    screen.widest(map(drawn, _COLUMNS))
+    tables = [drawn(columns) for columns in _COLUMNS]
+    if screen.fits(tables[-1]):
+        screen.widest(tables)
+    else:
+        for fit in fits:
+            label, setting, fixed, per_page, *_ = text.fit_row(fit)
+            screen.text(f"{label}  {setting}  fixed {fixed}  per page {per_page}")
     screen.text(text.LEGEND, style="dim")
 
 

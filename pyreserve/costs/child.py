@@ -10,6 +10,7 @@ import pickle
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,14 +22,11 @@ from pyreserve.costs.programs import Program, Setting, Step
 from pyreserve.costs.stats import Sample
 from pyreserve.units import MiB, round_up
 
-PIECE = 2 * MiB
-"""Memory is warmed up in pieces of this many bytes, each timed."""
-
 _SWEEPS = 3  # turns that each short program gets in a pass
 _SLICE = 0.005  # seconds of a turn
 _MIN_ROUNDS, _MAX_ROUNDS = 2, 60  # in a turn
 _LONG = 0.1  # seconds; a longer round runs once a pass, without a warm-up round
-_TRIAL_PIECES = 32  # pieces touched to measure how fast warming up is
+_TRIAL = 64 * MiB  # bytes touched to measure how fast warming up is
 _TRIES = 16  # pages of a transparent kind that are tried in each pass
 _CALLS = 1000  # getppid calls in one sample
 
@@ -154,26 +152,28 @@ def system_call_ns() -> float:
     return min(run(_bare_program([step], PAGE_SIZE), 5)[0])[0]
 
 
-def warm_up(nbytes: int, seconds: float, advice: tuple[str, ...]) -> list[Sample]:
-    """Touch memory once and release it; return the sample of each `PIECE`.
+def warm_up(nbytes: int, seconds: float, advice: tuple[str, ...]) -> None:
+    """Touch memory once and release it.
 
     The hypervisor may have taken idle memory from a virtual machine, and supplying it again is many
     times as slow. Memory that cannot be touched within `seconds` is left cold.
+
+    Raises:
+        Refused: the kernel refused the memory.
     """
-    trial = _TRIAL_PIECES * PIECE
-    samples = _touch_once(min(nbytes, trial), advice)
-    affordable = int(seconds * 1e9 / max(sum(ns for ns, _ in samples), 1.0) * len(samples)) * PIECE
-    if nbytes <= trial or affordable <= trial:
-        return samples
-    return _touch_once(min(nbytes, affordable), advice)
+    trial = min(nbytes, _TRIAL)
+    ns = _touch_once(trial, advice)
+    affordable = int(seconds * 1e9 / max(ns, 1.0) * trial)
+    if trial < min(nbytes, affordable):
+        _touch_once(min(nbytes, affordable), advice)
 
 
-def _touch_once(nbytes: int, advice: tuple[str, ...]) -> list[Sample]:
-    nbytes = round_up(nbytes, PIECE)
+def _touch_once(nbytes: int, advice: tuple[str, ...]) -> float:
+    """Touch memory for the first time; return the ns."""
+    nbytes = round_up(max(nbytes, 1), 2 * MiB)
     steps = [Step("ADVISE", 0, nbytes)] if advice else []
-    steps += [Step("COMMIT", 0, nbytes)]
-    steps += [Step("WRITE", offset, PIECE, _UNNAMED) for offset in range(0, nbytes, PIECE)]
-    return run(_bare_program(steps, nbytes, align=PIECE, advice=advice), 1)[0]
+    steps += [Step("COMMIT", 0, nbytes), Step("WRITE", 0, nbytes, _UNNAMED)]
+    return run(_bare_program(steps, nbytes, align=2 * MiB, advice=advice), 1)[0][0][0]
 
 
 def pages_of_kind(setting: Setting) -> tuple[int, int]:
@@ -227,7 +227,7 @@ class Pass:
         take it away again if it were idle.
         """
         self._try_kinds()
-        self._warm_up(min(self._job.warm, _TRIAL_PIECES * PIECE))
+        self._warm_up(min(self._job.warm, _TRIAL))
         for sweep in range(_SWEEPS):
             if sweep and time.monotonic() > self._job.sweep_until:
                 break
@@ -258,10 +258,9 @@ class Pass:
                         self._give_up(number, why)
 
     def _warm_up(self, nbytes: int) -> None:
-        try:
-            answer(warm_up=warm_up(nbytes, self._job.warm_seconds, self._setting.advice))
-        except Refused:
-            return  # programs that need as much are refused too, and each reports it
+        # Programs that need as much are refused too, and each reports it.
+        with suppress(Refused):
+            warm_up(nbytes, self._job.warm_seconds, self._setting.advice)
 
     def _predict(self, number: int) -> float:
         """Predict the seconds of a round, from its last duration or from a shorter piece.

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from pyreserve._system import machine, proc
 from pyreserve.costs.cells import Cell, Curve, name_of
-from pyreserve.costs.child import PIECE, Job
+from pyreserve.costs.child import Job
 from pyreserve.costs.planning import Group, Plan
 from pyreserve.costs.results import Measured, Noise
 from pyreserve.costs.stats import (
@@ -160,7 +160,6 @@ class _Run:
         self._started = time.monotonic()
         self._passes = 0
         self._samples: dict[Cell, dict[int, list[Sample]]] = {cell: {} for cell in self._cells}
-        self._warm_ups: dict[Cell, list[list[Sample]]] = {}
         self._refused: dict[Cell, str] = dict(plan.unmeasurable)
         self._seconds: dict[Group, dict[int, float]] = {group: {} for group in plan.groups}
         self._settled: set[Cell] = set()
@@ -259,11 +258,6 @@ class _Run:
                 self._refused.setdefault(cells[position], answer["why"])
         elif "system_call" in answer:
             self._system_calls[-1].append(answer["system_call"])
-        elif "warm_up" in answer:
-            setting = group.programs[0].setting
-            if PIECE % setting.kind.size == 0:
-                touch = Curve("touch", "write", setting.kind.name, setting.mode).at(PIECE)
-                self._warm_ups.setdefault(touch, []).append(answer["warm_up"])
         elif "map_entries" in answer:
             self._map_entries = answer["map_entries"]
         elif "kind" in answer:
@@ -330,7 +324,7 @@ class _Run:
             return [undisturbed(values) for values in passes], []
         predicted = page_ns.get(Curve.of(cell)) if cell.nbytes >= _FEW else None
         expected = None if predicted is None else predicted * cell.pages
-        return split_cold(passes, self._warm_ups.get(cell, []), expected)
+        return split_cold(passes, expected)
 
 
 class _MachineTime:

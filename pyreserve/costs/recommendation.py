@@ -300,7 +300,7 @@ class _Judge:
         )
         share = ratio(grow, touch)
         least = Interval(*(value / _SHARE * pages * times.page for value in share))
-        low, step = self._step(least.low, kind), self._step(least.high, kind)
+        step = self._step(least.median, kind)
         text, length = "", format_size(pages * times.page)
         figures = f"{length}: mprotect {time_text(over_passes(grow))}"
         if kind == times.small:
@@ -310,7 +310,7 @@ class _Judge:
                 return "", f"{length}: {choice.figures}", None
             text, figures = f"{choice.text}, ", f"{length}: {choice.figures}"
         figures += f", touching {time_text(over_passes(touch))}"
-        if not least.low > 0 or step > 2 * low or step > _LONGEST_STEP:
+        if not 0 < least.low <= least.high <= 2 * step <= 2 * _LONGEST_STEP:
             return "", figures, None
         text += f"by {format_size(step)} or more of {_pages(kind)}"
         if kind != times.small:

@@ -156,9 +156,7 @@ def _interval(
 
 
 def split_cold(
-    passes: Sequence[Sequence[Sample]],
-    warm_ups: Sequence[Sequence[Sample]] = (),
-    expected: float | None = None,
+    passes: Sequence[Sequence[Sample]], expected: float | None = None
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Separate cold samples (the hypervisor had to supply the memory) from warm ones.
 
@@ -167,15 +165,12 @@ def split_cold(
 
     Args:
         passes: the samples.
-        warm_ups: samples of the same cell from warming up, which help to find the gap. The cold
-            ones are returned, the warm ones are not.
         expected: the ns that shorter pieces predict for a sample; None if that is not known.
 
     Returns:
         The warm passes and the cold ones; a pass may be empty.
     """
-    every = [*passes, *warm_ups]
-    calm = sorted(ns for row in every for ns, preempted in row if ns > 0 and not preempted)
+    calm = sorted(ns for row in passes for ns, preempted in row if ns > 0 and not preempted)
     limits = [_cold_limit(calm), expected and expected * _COLD_LONG]
     limit = min((ns for ns in limits if ns is not None), default=math.inf)
 
@@ -183,7 +178,7 @@ def split_cold(
         return sample[0] >= limit and not sample[1]
 
     warm = [undisturbed(s for s in samples if not is_cold(s)) for samples in passes]
-    return warm, [[sample[0] for sample in samples if is_cold(sample)] for samples in every]
+    return warm, [[sample[0] for sample in samples if is_cold(sample)] for samples in passes]
 
 
 def _cold_limit(ordered: Sequence[float]) -> float | None:

@@ -151,7 +151,10 @@ class TestWidths:
         table = all_costs()
         comparison = compare(costs_tables.table({Curve("touch", "write"): lambda _: 9.0}), table)
 
-        check(lambda screen: costs_command.show(screen, table, recommend(table)), monkeypatch)
+        def draw(screen: Screen) -> None:
+            costs_command.show(screen, table, recommend(table), details=True)
+
+        check(draw, monkeypatch)
         check(
             lambda screen: costs_command.show_comparison(screen, comparison, "old.json"),
             monkeypatch,
@@ -178,19 +181,6 @@ class TestWidths:
             Screen(width, text).text(f"{figure} of memory, {figure} of it shared")
 
             assert text.getvalue().count(figure) == 2
-
-    def test_the_legend(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The legend of costs explains the columns that are shown, and no other."""
-        table = all_costs()
-        for width in (60, 80, 100, 120):
-            text = drawn(
-                lambda screen: costs_command.show(screen, table, recommend(table)),
-                width,
-                monkeypatch,
-            )
-            heading = next(row for row in text.splitlines() if "per page" in row)
-            for column in ("GiB/s", "off", "outliers"):
-                assert (f"{column}:" in text) == (column in heading.split())
 
     @pytest.mark.parametrize("name", ["", *COMMANDS])
     def test_help(self, name: str) -> None:
