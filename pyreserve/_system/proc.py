@@ -282,6 +282,25 @@ def cpu_ticks() -> list[int]:
     return [int(ticks) for ticks in text("stat").split("\n")[0].split()[1:]]
 
 
+def interrupts() -> dict[str, dict[int, int]]:
+    """Read /proc/interrupts: interrupts since boot by name, such as ``TLB``, and by CPU.
+
+    Only lines that count each CPU.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    heading, *lines = text("interrupts").split("\n")
+    cpus = [int(name.removeprefix("CPU")) for name in heading.split()]
+    counts = {}
+    for line in lines:
+        name, _, rest = line.partition(":")
+        numbers = rest.split()[: len(cpus)]
+        if len(numbers) == len(cpus) and all(map(is_natural, numbers)):
+            counts[name.strip()] = dict(zip(cpus, map(int, numbers), strict=True))
+    return counts
+
+
 def task_count() -> int:
     """Return the number of processes and threads of the machine (/proc/loadavg)."""
     return int(text("loadavg").split()[3].split("/")[1])

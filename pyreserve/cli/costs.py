@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import pyreserve
+from pyreserve.cli import bystanders as others
 from pyreserve.cli.console import (
     Command,
     Output,
@@ -105,6 +106,12 @@ def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> l
     metavar="FILE",
     help="Write the results as CSV, one line per cell.",
 )
+@click.option(
+    "--bystanders",
+    is_flag=True,
+    help="Also measure what one thread's calls cost the other threads; the time limit is 60 "
+    "seconds by default, half of it for this.",
+)
 @click.option("--plot", type=Picture(), metavar="FILE.png|.svg", help="Draw cost against length.")
 @click.option(
     "--compare",
@@ -119,6 +126,7 @@ def command(
     only: str | None,
     longest: int,
     csv: Path | None,
+    bystanders: bool,
     plot: Path | None,
     compare: Path | None,
     as_json: bool,
@@ -136,7 +144,12 @@ def command(
         raise click.BadParameter(str(error)) from None
     old = None if compare is None else _load(compare)
     plan.check_memory()
-    table = _measure(plan, budget or (_FULL_BUDGET if full else costs.BUDGET))
+    if bystanders and budget is None and not full:
+        budget = others.BUDGET
+    table = _measure(plan, (budget or (_FULL_BUDGET if full else costs.BUDGET)) / (1 + bystanders))
+    losses = (
+        others.measure((budget or others.BUDGET) / 2) if bystanders and table.complete else None
+    )
     if csv is not None:
         from pyreserve._system.output import write_text  # noqa: PLC0415
 
@@ -149,15 +162,19 @@ def command(
         show(screen, table, costs.recommend(table))
         if comparison is not None:
             show_comparison(screen, comparison, str(compare))
+        if losses is not None:
+            others.show(screen, losses)
 
     def to_json() -> str:
         document = table.to_dict()
         if comparison is not None:
             document["comparison"] = comparison.to_dict()
+        if losses is not None:
+            document["bystanders"] = losses.to_dict()
         return json.dumps(document, indent=1)
 
     Output(as_json, output_file).write(to_json, draw, width=120)
-    if not table.complete:
+    if not table.complete or (losses is not None and not losses.complete):
         raise click.Abort  # Ctrl-C
 
 

@@ -2,12 +2,25 @@
 
 - `plan` chooses which cells to measure, `measure` measures them and returns a `CostTable`.
 - `CostTable.model` fits a `CostModel`, which estimates the cost of any length.
+- `measure_bystanders` measures what one thread's calls cost the other threads.
 - `recommend` derives recommendations from a table, `compare` finds changes between two tables.
 
     table = measure(plan(only=["commit", "touch"]), budget=10)
     table.model().estimate("touch", pages=1000)  # nanoseconds
 """
 
+from pyreserve.costs.bystander_table import (
+    BystanderCost,
+    BystanderTable,
+    FaultCost,
+    Figure,
+    ReaderCost,
+)
+from pyreserve.costs.bystanders import (
+    BYSTANDERS_BUDGET,
+    BystandersInterrupted,
+    measure_bystanders,
+)
 from pyreserve.costs.cells import GROUPS, METHODS, Cell, Curve
 from pyreserve.costs.comparison import Compared, Comparison, compare
 from pyreserve.costs.measuring import BUDGET, Interrupted, Progress, measure
@@ -20,9 +33,13 @@ from pyreserve.costs.table import CostTable
 
 __all__ = [
     "BUDGET",
+    "BYSTANDERS_BUDGET",
     "GROUPS",
     "METHODS",
     "Answer",
+    "BystanderCost",
+    "BystanderTable",
+    "BystandersInterrupted",
     "Cell",
     "Compared",
     "Comparison",
@@ -30,16 +47,20 @@ __all__ = [
     "CostTable",
     "Curve",
     "Estimate",
+    "FaultCost",
+    "Figure",
     "Fit",
     "Interrupted",
     "Measured",
     "Noise",
     "Plan",
     "Progress",
+    "ReaderCost",
     "Recommendations",
     "Times",
     "compare",
     "measure",
+    "measure_bystanders",
     "measured_step",
     "plan",
     "recommend",

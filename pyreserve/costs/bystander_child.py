@@ -1,0 +1,270 @@
+"""The process that measures bystanders: it runs cases in C, in blocks, until the time is up."""
+
+import errno
+import os
+import pickle
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from pyreserve._native import ffi, lib
+from pyreserve._system import proc
+from pyreserve._system.limits import PAGE_SIZE
+from pyreserve.costs.child import answer
+from pyreserve.units import MiB, round_up
+
+RESIDENT = 256 * MiB
+"""Bytes that the process has in use while another one reads its smaps_rollup."""
+
+_WINDOW = 1_000_000  # ns: short enough that many windows escape the scheduler on a busy machine
+_PAIRS = 4  # windows with and without calls in a run
+_READ = round_up(8 * MiB, PAGE_SIZE)  # bytes that a reading bystander reads: more than a TLB covers
+_FAULT = round_up(32 * MiB, PAGE_SIZE)  # bytes that a faulting bystander can fault in a window
+_CPU_SHARE = 0.97  # of the wall time; a thread with less was preempted
+_LATE = _WINDOW // 20  # ns; a thread that starts later missed part of the window
+_CALLS = {
+    "": "NO_CALL",
+    "membarrier": "BARRIER",
+    "munmap": "RELEASE",
+    "mprotect": "PROTECT",
+    "MADV_DONTNEED": "DISCARD",
+    "MADV_FREE": "DISCARD_LAZY",
+    "MAP_FIXED": "RENEW",
+}
+_WORK = {"spin": "SPIN", "read": "READ", "fault-shared": "FAULT_SHARED", "fault-own": "FAULT_OWN"}
+_READERS = {"": "CALLS", "maps": "MAPS", "smaps_rollup": "ROLLUP"}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What to measure: a call, what the bystanders do, and their number.
+
+    Attributes:
+        call: ``munmap``, ...; empty: nobody calls, and the bystanders' own work is timed.
+        nbytes: length of the piece that is passed to the call.
+        huge: whether the piece is a transparent huge page.
+        work: what bystanders do: ``spin``, ``read``, ``fault-shared`` or ``fault-own``.
+        bystanders: their number; with a reader 0.
+        reader: the file of this process that another one reads: ``maps`` or ``smaps_rollup``.
+    """
+
+    call: str
+    nbytes: int = PAGE_SIZE
+    huge: bool = False
+    work: str = "spin"
+    bystanders: int = 1
+    reader: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The work of the process.
+
+    Attributes:
+        parent: PID of the parent; the process ends with it.
+        deadline: time.monotonic() at which to stop, in seconds.
+        cases: the cases to measure.
+        cpus: the CPUs to use.
+    """
+
+    parent: int
+    deadline: float
+    cases: tuple[Case, ...]
+    cpus: tuple[int, ...]
+
+
+class Refused(Exception):  # noqa: N818
+    """The kernel refused a case with an errno."""
+
+    def __init__(self, err: int) -> None:
+        super().__init__(err)
+        self.err = err
+
+
+Window = Sequence[Any]
+"""The ``struct bystanders_sample`` of each thread in a window, the caller's first."""
+
+
+def run(case: Case, cpus: Sequence[int], on: Sequence[bool]) -> list[Window]:
+    """Run a case in C, one window for each item of `on`.
+
+    Args:
+        case: what to run.
+        cpus: of the caller, then of each bystander or of the reader.
+        on: whether the calls of a window are made in this process; or whether the reader reads
+            this process's file.
+
+    Raises:
+        Refused: the kernel refused a call.
+    """
+    used = [*cpus] if case.call else [cpus[0], *cpus]  # a caller that does not call needs none
+    setup, numbers = ffi.new("struct bystanders_setup *"), ffi.new("int[]", used)
+    setup.call = getattr(lib, f"BYSTANDERS_{_CALLS[case.call]}")
+    setup.work = getattr(lib, f"BYSTANDERS_{_WORK[case.work]}")
+    setup.second = getattr(lib, f"BYSTANDERS_{_READERS[case.reader]}")
+    setup.length, setup.huge = case.nbytes, case.nbytes if case.huge else 0
+    setup.n, setup.cpus, setup.window = case.bystanders, numbers, _WINDOW
+    setup.second_cpu = cpus[1] if case.reader else cpus[0]
+    setup.bytes = _READ if case.work == "read" else _FAULT
+    setup.resident = RESIDENT if case.reader == "smaps_rollup" else 0
+    threads = case.bystanders + 1
+    samples = ffi.new("struct bystanders_sample[]", len(on) * threads)
+    lib.vm_allow_huge(case.huge)  # a refusal leaves it as it is: the run then finds out
+    err = lib.bystanders_run(setup, bytes(on), len(on), samples)
+    if err:
+        raise Refused(err)
+    return [[samples[w * threads + t] for t in range(threads)] for w in range(len(on))]
+
+
+def is_disturbed(case: Case, window: Window, *, irq_apart: bool) -> bool:
+    """Whether a thread of a window was preempted or late.
+
+    Args:
+        case: what ran in the window.
+        window: its samples.
+        irq_apart: whether the kernel leaves interrupts out of a thread's CPU time, which then says
+            nothing.
+    """
+    # These wait for the kernel's locks, and that wait is part of what they cost.
+    waits = case.work == "fault-shared" or bool(case.reader)
+    return any(
+        sample.preemptions
+        or sample.late > _LATE
+        or not (waits or irq_apart or sample.cpu >= _CPU_SHARE * sample.wall)
+        for sample in window
+        if sample.wall
+    )
+
+
+def evaluate(
+    case: Case, windows: Sequence[Window], on: Sequence[bool], *, irq_apart: bool
+) -> dict[str, float] | None:
+    """Return the figures of a run, in ns; None if too few windows were undisturbed.
+
+    ``alone``: a call without bystanders, or a fault; ``added``: what bystanders or a reader add to
+    a call; ``lost``: the time that each bystander loses to a call. Each undisturbed window with
+    calls is compared with the nearest one without; the figures are medians.
+    """
+    kept = [
+        w for w, window in enumerate(windows) if not is_disturbed(case, window, irq_apart=irq_apart)
+    ]
+    if not case.call:
+        faults = [sum(s.wall / s.work for s in windows[w][1:]) / case.bystanders for w in kept]
+        return {"alone": median(faults)} if faults else None
+    with_calls, without = [w for w in kept if on[w]], [w for w in kept if not on[w]]
+    if not with_calls or not without:
+        return None
+    pairs = [
+        (windows[w], windows[min(without, key=lambda other: abs(other - w))]) for w in with_calls
+    ]
+    figures = {
+        "alone": median(_per_call(windows[w]) for w in without),
+        "added": median(_per_call(on) - _per_call(off) for on, off in pairs),
+    }
+    if case.bystanders:
+        lost = [_lost(case, on, off) for on, off in pairs]
+        figures["lost"] = median(lost)
+    return figures
+
+
+def _per_call(window: Window) -> float:
+    return float(window[0].lost / window[0].work)
+
+
+def _lost(case: Case, on: Window, off: Window) -> float:
+    """Return the ns that each bystander lost to each call, on average."""
+    lost = 0.0
+    for here, there in zip(on[1:], off[1:], strict=True):
+        if case.work == "spin":  # the gaps show interrupts directly, whatever the CPU's clock does
+            share = here.lost / here.wall - there.lost / there.wall
+        else:
+            share = 1 - (here.work / here.wall) / (there.work / there.wall)
+        lost += share * here.wall
+    return float(lost / case.bystanders / on[0].work)
+
+
+class _Interrupts:
+    """Counts the interrupts that bystanders get."""
+
+    def __init__(self, case: Case, cpus: Sequence[int]) -> None:
+        self._name = "CAL" if case.call == "membarrier" else "TLB"
+        self._cpus = cpus[1 : case.bystanders + 1]
+        self._before = self._read()
+
+    def _read(self) -> int | None:
+        try:
+            counts = proc.interrupts()[self._name]
+            return sum(counts[cpu] for cpu in self._cpus)
+        except proc.UNREADABLE:
+            return None
+
+    def per_call(self, calls: int) -> float | None:
+        """Return the interrupts of each bystander's CPU for each call; None if they're unknown."""
+        after = self._read()
+        if self._before is None or after is None or not calls or not self._cpus:
+            return None
+        return (after - self._before) / calls / len(self._cpus)
+
+
+def counts_interrupts_apart() -> bool:
+    """Whether the kernel leaves interrupts out of the CPU time of threads."""
+    with suppress(*proc.UNREADABLE, IndexError):
+        return proc.cpu_ticks()[5] > 0  # the column irq stays 0 otherwise
+    return False
+
+
+def measure(case: Case, cpus: Sequence[int], *, irq_apart: bool) -> dict[str, Any]:
+    """Run a case once; return its figures (see `evaluate`), ``kept``, ``windows``, ``interrupts``.
+
+    ``interrupts`` is None too if a window with calls was disturbed.
+
+    Raises:
+        Refused: the kernel refused a call.
+    """
+    on = [True, False] * _PAIRS
+    random.shuffle(on)
+    interrupts = _Interrupts(case, cpus)
+    windows = run(case, cpus, on)
+    calls = sum(window[0].work for window, has_calls in zip(windows, on, strict=True) if has_calls)
+    counted = interrupts.per_call(calls)
+    disturbed = [is_disturbed(case, window, irq_apart=irq_apart) for window in windows]
+    if any(bad and has_calls for bad, has_calls in zip(disturbed, on, strict=True)):
+        counted = None  # a bystander that does not run gets no interrupts
+    figures = {"interrupts": counted, "windows": len(on), "kept": disturbed.count(False)}
+    return figures | (evaluate(case, windows, on, irq_apart=irq_apart) or {})
+
+
+def work(job: Job, send: Callable[..., None] = answer) -> None:
+    """Measure all cases of a job block by block, in random order, until its deadline."""
+    remaining, irq_apart = dict(enumerate(job.cases)), counts_interrupts_apart()
+    while remaining:
+        for number in random.sample(list(remaining), len(remaining)):
+            if time.monotonic() >= job.deadline:
+                return
+            # Which CPU is whose differs from run to run: neighbours may cost less.
+            cpus = random.sample(job.cpus, len(job.cpus))
+            try:
+                figures = measure(job.cases[number], cpus, irq_apart=irq_apart)
+            except Refused as refused:
+                if refused.err == errno.ETIMEDOUT:  # a busy machine: try again in the next block
+                    continue
+                del remaining[number]
+                send(case=number, refused=refused.err)
+                continue
+            send(case=number, **figures)
+
+
+def main() -> None:
+    """Do the job on standard input; end if the parent ends."""
+    job: Job = pickle.load(sys.stdin.buffer)
+    if lib.sys_end_with_parent(job.parent):
+        sys.exit(f"process {job.parent} is not the parent: a wrapper started Python, or it ended")
+    with suppress(OSError):
+        os.sched_setaffinity(0, job.cpus)
+    work(job)
+    answer(done=True)
