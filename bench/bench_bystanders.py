@@ -31,7 +31,7 @@ def _ours(found: Found) -> str:
 def _theirs(program: Path, cpus: list[int], found: Found) -> None:
     for pair in (cpus, cpus[::-1]):  # pyreserve exchanges the CPUs from run to run too
         half = str(SECONDS / 2)
-        command = [program, *map(str, pair), half]
+        command: list[str | Path] = [program, *map(str, pair), half]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         for line in text.splitlines():
             call, nbytes, *figures, pairs = line.split()

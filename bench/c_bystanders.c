@@ -28,6 +28,8 @@ static const size_t lengths[NLENGTHS] = {PAGE, 16 * PAGE, 512 * PAGE};
 
 enum state { SLEEP, WORK, END };
 static _Atomic int state;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 /* What the bystander counts: readings of the clock, and readings that came over 250 ns late. */
 static _Atomic uint64_t readings, late_ns, switches, running;
 
@@ -53,13 +55,13 @@ static void bind_to(int cpu) {
 
 static void *stand_by(void *cpu) {
     bind_to(*(int *)cpu);
-    while (state != END) {
-        if (state == SLEEP) {
-            running = 0;
-            struct timespec nap = {0, 20000};
-            nanosleep(&nap, NULL);
-            continue;
-        }
+    for (;;) {
+        pthread_mutex_lock(&lock);
+        while (state == SLEEP) /* blocked: with a thread that naps the process is not alone */
+            pthread_cond_wait(&changed, &lock);
+        pthread_mutex_unlock(&lock);
+        if (state == END)
+            return NULL;
         uint64_t n = 0, late = 0, before = switches_of_thread(), last = now();
         running = 1;
         while (state == WORK) {
@@ -74,7 +76,13 @@ static void *stand_by(void *cpu) {
         switches = switches_of_thread() - before;
         running = 0;
     }
-    return NULL;
+}
+
+static void change(int to) {
+    pthread_mutex_lock(&lock);
+    state = to;
+    pthread_cond_signal(&changed);
+    pthread_mutex_unlock(&lock);
 }
 
 static char *memory;
@@ -140,7 +148,7 @@ struct window {
 
 static struct window run(int call, size_t length, int calls, int works) {
     struct window window = {0};
-    state = works ? WORK : SLEEP;
+    change(works ? WORK : SLEEP);
     while ((int)running != works)
         sched_yield();
     uint64_t before = switches_of_thread(), start = now(), end = start, spent = 0, n = 0;
@@ -153,7 +161,7 @@ static struct window run(int call, size_t length, int calls, int works) {
     } while (end - start < WINDOW);
     window.good = switches_of_thread() == before;
     if (works) {
-        state = SLEEP;
+        change(SLEEP);
         while (running)
             sched_yield();
         window.good = window.good && switches == 0;
@@ -186,7 +194,7 @@ static double clock_ns(void) {
 
 static struct {
     double alone[MOST_PAIRS], added[MOST_PAIRS], lost[MOST_PAIRS];
-    size_t n;
+    size_t nadded, nlost;
 } found[NCALLS][NLENGTHS];
 
 int main(int count, char **arguments) {
@@ -207,6 +215,8 @@ int main(int count, char **arguments) {
         int call = (int)(random() % NCALLS), l = call == MEMBARRIER ? 0 : (int)(random() % NLENGTHS);
         size_t length = lengths[l];
         map(length);
+        (void)make(call, length); /* the first MADV_FREE of a page costs more */
+        (void)make(call, length);
         /* In any order: alone, with a bystander, and a bystander without calls. */
         struct window windows[3];
         int first = (int)(random() % 3);
@@ -214,24 +224,26 @@ int main(int count, char **arguments) {
             int kind = (first + i) % 3;
             windows[kind] = run(call, length, kind != 2, kind != 0);
         }
-        size_t i = found[call][l].n;
-        if (!windows[0].good || !windows[1].good || !windows[2].good || i == MOST_PAIRS)
-            continue;
-        found[call][l].alone[i] = windows[0].per_call - clock;
-        found[call][l].added[i] = windows[1].per_call - windows[0].per_call;
-        double idle = windows[2].lost / windows[2].wall;
-        found[call][l].lost[i] = (windows[1].lost - idle * windows[1].wall) / windows[1].calls;
-        found[call][l].n++;
+        if (windows[0].good && windows[1].good && found[call][l].nadded < MOST_PAIRS) {
+            size_t i = found[call][l].nadded++;
+            found[call][l].alone[i] = windows[0].per_call - clock;
+            found[call][l].added[i] = windows[1].per_call - windows[0].per_call;
+        }
+        if (windows[1].good && windows[2].good && found[call][l].nlost < MOST_PAIRS) {
+            double idle = windows[2].lost / windows[2].wall;
+            found[call][l].lost[found[call][l].nlost++] =
+                (windows[1].lost - idle * windows[1].wall) / windows[1].calls;
+        }
         check(mprotect(memory, length, PROT_NONE));
     }
-    state = END;
+    change(END);
     pthread_join(thread, NULL);
     for (int call = 0; call < NCALLS; call++)
         for (int l = 0; l < (call == MEMBARRIER ? 1 : NLENGTHS); l++) {
-            size_t n = found[call][l].n;
+            size_t n = found[call][l].nadded, nlost = found[call][l].nlost;
             printf("%s %zu %.1f %.1f %.1f %zu\n", names[call], lengths[l],
                    median(found[call][l].alone, n), median(found[call][l].added, n),
-                   median(found[call][l].lost, n), n);
+                   median(found[call][l].lost, nlost), n < nlost ? n : nlost);
         }
     return 0;
 }
