@@ -175,7 +175,7 @@ class BystanderTable:
         kept: those in which no thread was preempted; only they count.
         counted: whether /proc/interrupts counts the interrupts.
         complete: False if the measurement was interrupted.
-        why: why nothing was measured; None if it was.
+        why: why nothing was measured, or why the measurement ended early.
     """
 
     cpus: int
@@ -240,11 +240,13 @@ class BystanderTable:
 
     def notes(self) -> list[str]:
         """Return what a reader must know about this run."""
-        if self.why is not None:
+        if self.why is not None and not self.windows:
             return [f"Bystanders can't be measured: {self.why}."]
         return list(self._notes())
 
     def _notes(self) -> Iterator[str]:
+        if self.why is not None:
+            yield f"The measurement ended early: {self.why}."
         if not self.complete:
             yield "The measurement was interrupted."
         share = self.kept / self.windows if self.windows else 0.0

@@ -172,7 +172,7 @@ class _Run:
             kept=sum(answer["kept"] for answer in every),
             counted=_counts_interrupts(),
             complete=complete,
-            why=why if not every else None,
+            why=why,
         )
 
     def _figure(self, number: int, name: str) -> Figure | None:

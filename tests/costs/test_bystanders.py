@@ -235,6 +235,13 @@ class TestTable:
         assert "interrupts are not counted" in str(imagined(counted=False))
         assert "not counted" not in str(imagined())
 
+    def test_an_early_end(self) -> None:
+        """If the measuring process died on the way, its figures stay and the reason is told."""
+        text = str(imagined(why="the measuring process was ended by SIGKILL"))
+
+        assert "ended early: the measuring process was ended by SIGKILL." in text
+        assert "costs the caller 9 µs" in text
+
     def test_refused_calls(self) -> None:
         """A refused call is named with the reason."""
         refused = row(None, None, why="it was refused (ENOSYS: Function not implemented)")
@@ -342,6 +349,13 @@ class TestMeasuring:
             counted = counted or calls >= 20
         if not counted:
             pytest.skip("the machine was too busy: no undisturbed window in 50 runs")
+
+    def test_several_bystanders(self) -> None:
+        """Each bystander has counts of its own, even where they share a CPU."""
+        windows = run(Case("munmap", bystanders=3), (CPUS[:2] * 2), [True, False])
+
+        assert [len(window) for window in windows] == [4, 4]
+        assert all(sample.work for window in windows for sample in window)
 
     def test_without_bystanders_nothing_is_interrupted(self) -> None:
         """Calls of a process without running threads do not interrupt the other CPU each time."""
