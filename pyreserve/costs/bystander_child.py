@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyreserve._native import ffi, lib
 from pyreserve._system import proc
@@ -21,12 +21,15 @@ from pyreserve.units import MiB, round_up
 RESIDENT = 256 * MiB
 """Bytes that the process has in use while another one reads its smaps_rollup."""
 
-_WINDOW = 1_000_000  # ns: short enough that many windows escape the scheduler on a busy machine
-_PAIRS = 4  # windows with and without calls in a run
+# Nanoseconds of a window, and with long pieces: so short that many windows escape the scheduler on
+# a busy machine.
+_WINDOW, _LONG_WINDOW = 300_000, 600_000
+_LONG = 64 * PAGE_SIZE
+_PAIRS = 8  # windows with and without calls in a run
 _READ = round_up(8 * MiB, PAGE_SIZE)  # bytes that a reading bystander reads: more than a TLB covers
 _FAULT = round_up(32 * MiB, PAGE_SIZE)  # bytes that a faulting bystander can fault in a window
 _CPU_SHARE = 0.97  # of the wall time; a thread with less was preempted
-_LATE = _WINDOW // 20  # ns; a thread that starts later missed part of the window
+_LATE = 15_000  # ns; a thread that starts later missed part of the window
 _CALLS = {
     "": "NO_CALL",
     "membarrier": "BARRIER",
@@ -86,8 +89,20 @@ class Refused(Exception):  # noqa: N818
         self.err = err
 
 
-Window = Sequence[Any]
-"""The ``struct bystanders_sample`` of each thread in a window, the caller's first."""
+class Counts(NamedTuple):
+    """A thread's counts of a window: the fields of ``struct bystanders_sample``."""
+
+    wall: int
+    cpu: int
+    late: int
+    preemptions: int
+    work: int
+    lost: int
+    longest: int
+
+
+Window = Sequence[Counts]
+"""The counts of each thread in a window, the caller's first."""
 
 
 def run(case: Case, cpus: Sequence[int], on: Sequence[bool]) -> list[Window]:
@@ -108,7 +123,8 @@ def run(case: Case, cpus: Sequence[int], on: Sequence[bool]) -> list[Window]:
     setup.work = getattr(lib, f"BYSTANDERS_{_WORK[case.work]}")
     setup.second = getattr(lib, f"BYSTANDERS_{_READERS[case.reader]}")
     setup.length, setup.huge = case.nbytes, case.nbytes if case.huge else 0
-    setup.n, setup.cpus, setup.window = case.bystanders, numbers, _WINDOW
+    setup.window = _WINDOW if case.nbytes < _LONG else _LONG_WINDOW
+    setup.n, setup.cpus = case.bystanders, numbers
     setup.second_cpu = cpus[1] if case.reader else cpus[0]
     setup.bytes = _READ if case.work == "read" else _FAULT
     setup.resident = RESIDENT if case.reader == "smaps_rollup" else 0
@@ -118,7 +134,8 @@ def run(case: Case, cpus: Sequence[int], on: Sequence[bool]) -> list[Window]:
     err = lib.bystanders_run(setup, bytes(on), len(on), samples)
     if err:
         raise Refused(err)
-    return [[samples[w * threads + t] for t in range(threads)] for w in range(len(on))]
+    counts = [Counts(*(getattr(sample, name) for name in Counts._fields)) for sample in samples]
+    return [counts[w : w + threads] for w in range(0, len(counts), threads)]
 
 
 def is_disturbed(case: Case, window: Window, *, irq_apart: bool) -> bool:
@@ -173,7 +190,7 @@ def evaluate(
 
 
 def _per_call(window: Window) -> float:
-    return float(window[0].lost / window[0].work)
+    return window[0].lost / window[0].work
 
 
 def _lost(case: Case, on: Window, off: Window) -> float:
@@ -185,30 +202,35 @@ def _lost(case: Case, on: Window, off: Window) -> float:
         else:
             share = 1 - (here.work / here.wall) / (there.work / there.wall)
         lost += share * here.wall
-    return float(lost / case.bystanders / on[0].work)
+    return lost / case.bystanders / on[0].work
 
 
-class _Interrupts:
-    """Counts the interrupts that bystanders get."""
+def count_interrupts(case: Case, cpus: Sequence[int], *, irq_apart: bool) -> float | None:
+    """Return the interrupts of each bystander's CPU for each call, from runs of 1 and 2 windows.
 
-    def __init__(self, case: Case, cpus: Sequence[int]) -> None:
-        self._name = "CAL" if case.call == "membarrier" else "TLB"
-        self._cpus = cpus[1 : case.bystanders + 1]
-        self._before = self._read()
+    Their difference leaves out interrupts of starting and ending threads. None: a window was
+    disturbed (a bystander that does not run gets no interrupts), or they are not counted.
 
-    def _read(self) -> int | None:
-        try:
-            counts = proc.interrupts()[self._name]
-            return sum(counts[cpu] for cpu in self._cpus)
-        except proc.UNREADABLE:
-            return None
-
-    def per_call(self, calls: int) -> float | None:
-        """Return the interrupts of each bystander's CPU for each call; None if they're unknown."""
-        after = self._read()
-        if self._before is None or after is None or not calls or not self._cpus:
-            return None
-        return (after - self._before) / calls / len(self._cpus)
+    Raises:
+        Refused: the kernel refused a call.
+    """
+    name = "CAL" if case.call == "membarrier" else "TLB"
+    their_cpus = cpus[1 : case.bystanders + 1]
+    counts = []
+    try:
+        for length in (1, 2):
+            before = proc.interrupts()[name]
+            windows = run(case, cpus, [True] * length)
+            after = proc.interrupts()[name]
+            if any(is_disturbed(case, window, irq_apart=irq_apart) for window in windows):
+                return None
+            interrupts = sum(after[cpu] - before[cpu] for cpu in their_cpus)
+            counts.append((interrupts, sum(window[0].work for window in windows)))
+    except proc.UNREADABLE:
+        return None
+    (few, few_calls), (many, calls) = counts
+    more_calls = max(1, calls - few_calls)
+    return (many - few) / len(their_cpus) / more_calls
 
 
 def counts_interrupts_apart() -> bool:
@@ -221,22 +243,20 @@ def counts_interrupts_apart() -> bool:
 def measure(case: Case, cpus: Sequence[int], *, irq_apart: bool) -> dict[str, Any]:
     """Run a case once; return its figures (see `evaluate`), ``kept``, ``windows``, ``interrupts``.
 
-    ``interrupts`` is None too if a window with calls was disturbed.
-
     Raises:
         Refused: the kernel refused a call.
     """
     on = [True, False] * _PAIRS
     random.shuffle(on)
-    interrupts = _Interrupts(case, cpus)
     windows = run(case, cpus, on)
-    calls = sum(window[0].work for window, has_calls in zip(windows, on, strict=True) if has_calls)
-    counted = interrupts.per_call(calls)
+    counts = case.call and case.bystanders and case.work == "spin"
     disturbed = [is_disturbed(case, window, irq_apart=irq_apart) for window in windows]
-    if any(bad and has_calls for bad, has_calls in zip(disturbed, on, strict=True)):
-        counted = None  # a bystander that does not run gets no interrupts
-    figures = {"interrupts": counted, "windows": len(on), "kept": disturbed.count(False)}
-    return figures | (evaluate(case, windows, on, irq_apart=irq_apart) or {})
+    return {
+        "windows": len(on),
+        "kept": disturbed.count(False),
+        "interrupts": count_interrupts(case, cpus, irq_apart=irq_apart) if counts else None,
+        **(evaluate(case, windows, on, irq_apart=irq_apart) or {}),
+    }
 
 
 def work(job: Job, send: Callable[..., None] = answer) -> None:

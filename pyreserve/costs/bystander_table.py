@@ -315,14 +315,16 @@ class BystanderTable:
 
     def _faults_table(self) -> Table:
         rows: list[tuple[str, ...]] = [
-            (str(row.threads), row.mapping, _text(row.fault)) for row in self.faults if row.fault
+            (str(row.threads), row.mapping, str(row.fault))
+            for row in self.faults
+            if row.fault is not None and row.fault.known
         ]
         return Table(("threads that fault", "mapping", "each fault"), rows, left=2)
 
     def _readers_table(self) -> Table:
         rows: list[tuple[str, ...]] = []
         for row in self.readers:
-            if row.alone is None:
+            if row.alone is None or not row.alone.known:
                 continue
             resident = f" ({format_size(row.resident)} in use)" if row.resident else ""
             factor = _ratio(row.added, row.alone)

@@ -5,10 +5,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +25,7 @@ from pyreserve.costs import (
     bystanders,
     measure_bystanders,
 )
-from pyreserve.costs.bystander_child import Case, Refused, evaluate, is_disturbed, run
+from pyreserve.costs.bystander_child import Case, Counts, Refused, evaluate, is_disturbed, run
 from pyreserve.costs.bystanders import cases_of, counts_of, figure_of
 
 CPUS = sorted(os.sched_getaffinity(0))
@@ -40,14 +38,14 @@ def children() -> set[int]:
     return {int(pid) for t in tasks.iterdir() for pid in (t / "children").read_text().split()}
 
 
-def sample(work: int, lost: int = 0, wall: int = 1_000_000, **other: int) -> Any:
+def sample(work: int, lost: int = 0, wall: int = 1_000_000, **other: int) -> Counts:
     """Counts of a thread in a window, undisturbed unless `other` says otherwise."""
-    fields = {"cpu": wall, "late": 0, "preemptions": 0, "longest": 0} | other
-    return SimpleNamespace(work=work, lost=lost, wall=wall, **fields)
+    counts = Counts(wall, wall, late=0, preemptions=0, work=work, lost=lost, longest=0)
+    return counts._replace(**other)
 
 
 def on_and_off(
-    work: str, on: tuple[Any, ...], off: tuple[Any, ...], case: Case | None = None
+    work: str, on: tuple[Counts, ...], off: tuple[Counts, ...], case: Case | None = None
 ) -> dict[str, float] | None:
     """The figures of one window with calls and one without."""
     case = case or Case("munmap", work=work)
@@ -342,7 +340,7 @@ class TestMeasuring:
         case, counted = Case("munmap"), False
         for _ in range(50):
             before = proc.interrupts()["TLB"][CPUS[1]]
-            windows: Sequence[Any] = run(case, CPUS[:2], [True] * 4)
+            windows = run(case, CPUS[:2], [True] * 4)
             got = proc.interrupts()["TLB"][CPUS[1]] - before
             calls = sum(w[0].work for w in windows if not is_disturbed(case, w, irq_apart=False))
             assert got >= 0.95 * calls
