@@ -21,11 +21,9 @@ from pyreserve.units import MiB, round_up
 RESIDENT = 256 * MiB
 """Bytes that the process has in use while another one reads its smaps_rollup."""
 
-# Nanoseconds of a window, and with long pieces: so short that many windows escape the scheduler on
-# a busy machine.
-_WINDOW, _LONG_WINDOW = 300_000, 600_000
-_LONG = 64 * PAGE_SIZE
-_PAIRS = 8  # windows with and without calls in a run
+_WINDOW = 300_000  # ns: so short that many windows escape the scheduler on a busy machine
+_LONG = 64 * PAGE_SIZE  # from here on a window has one or two calls
+_PAIRS, _LONG_PAIRS = 8, 16  # windows with and without calls in a run
 _READ = round_up(8 * MiB, PAGE_SIZE)  # bytes that a reading bystander reads: more than a TLB covers
 _FAULT = round_up(32 * MiB, PAGE_SIZE)  # bytes that a faulting bystander can fault in a window
 _CPU_SHARE = 0.97  # of the wall time; a thread with less was preempted
@@ -123,8 +121,7 @@ def run(case: Case, cpus: Sequence[int], on: Sequence[bool]) -> list[Window]:
     setup.work = getattr(lib, f"BYSTANDERS_{_WORK[case.work]}")
     setup.second = getattr(lib, f"BYSTANDERS_{_READERS[case.reader]}")
     setup.length, setup.huge = case.nbytes, case.nbytes if case.huge else 0
-    setup.window = _WINDOW if case.nbytes < _LONG else _LONG_WINDOW
-    setup.n, setup.cpus = case.bystanders, numbers
+    setup.n, setup.cpus, setup.window = case.bystanders, numbers, _WINDOW
     setup.second_cpu = cpus[1] if case.reader else cpus[0]
     setup.bytes = _READ if case.work == "read" else _FAULT
     setup.resident = RESIDENT if case.reader == "smaps_rollup" else 0
@@ -246,7 +243,7 @@ def measure(case: Case, cpus: Sequence[int], *, irq_apart: bool) -> dict[str, An
     Raises:
         Refused: the kernel refused a call.
     """
-    on = [True, False] * _PAIRS
+    on = [True, False] * (_PAIRS if case.nbytes < _LONG else _LONG_PAIRS)
     random.shuffle(on)
     windows = run(case, cpus, on)
     counts = case.call and case.bystanders and case.work == "spin"
