@@ -13,16 +13,14 @@ if TYPE_CHECKING:
     from pyreserve.cli.screen import Screen
     from pyreserve.costs import BystanderTable
 
-BUDGET = 60.0
-"""Default limit of a run with bystanders, in seconds."""
-
 _CHOICES = (9, 7, 6, 5)
 """How many columns of the table of calls are shown, most first."""
 
 
-def measure(budget: float) -> "BystanderTable":
-    """Measure bystanders; after Ctrl-C return the incomplete table."""
+def measure(budget: float | None) -> "BystanderTable":
+    """Measure bystanders, by default for 30 s; after Ctrl-C return the incomplete table."""
     costs = pyreserve.costs
+    budget = budget or costs.BYSTANDERS_BUDGET
     click.echo(f"pyreserve costs: measuring bystanders for at most {budget:g} s", err=True)
     try:
         return costs.measure_bystanders(budget)

@@ -109,8 +109,8 @@ def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> l
 @click.option(
     "--bystanders",
     is_flag=True,
-    help="Also measure what one thread's calls cost the other threads; the time limit is 60 "
-    "seconds by default, half of it for this.",
+    help="Also measure what one thread's calls cost the other threads, for half of the time "
+    "limit; 30 seconds more by default.",
 )
 @click.option("--plot", type=Picture(), metavar="FILE.png|.svg", help="Draw cost against length.")
 @click.option(
@@ -144,12 +144,10 @@ def command(
         raise click.BadParameter(str(error)) from None
     old = None if compare is None else _load(compare)
     plan.check_memory()
-    if bystanders and budget is None and not full:
-        budget = others.BUDGET
-    table = _measure(plan, (budget or (_FULL_BUDGET if full else costs.BUDGET)) / (1 + bystanders))
-    losses = (
-        others.measure((budget or others.BUDGET) / 2) if bystanders and table.complete else None
-    )
+    if bystanders and budget is not None:
+        budget /= 2
+    table = _measure(plan, budget or (_FULL_BUDGET if full else costs.BUDGET))
+    losses = others.measure(budget) if bystanders and table.complete else None
     if csv is not None:
         from pyreserve._system.output import write_text  # noqa: PLC0415
 
