@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pyreserve._system.limits import PAGE_SIZE
@@ -15,7 +15,7 @@ IPI = "membarrier"
 """The call that interrupts other CPUs and does nothing else."""
 
 _FACTOR = 3.0  # an interval that spans more says nothing
-_BLOCKS = 3  # fewer have no interval
+_BLOCKS = 5  # the range of fewer misses the median too often
 _STEADY = 0.1  # of the bare interrupt
 _BUSY = 0.5  # of the windows count: fewer mean that other processes kept the CPUs busy
 WORKS = {
@@ -53,7 +53,7 @@ class Figure:
 
     @property
     def known(self) -> bool:
-        """Whether the interval excludes zero, spans at most a factor of 3 and has three blocks."""
+        """Whether the interval excludes zero, spans at most a factor of 3 and has five blocks."""
         return self.blocks >= _BLOCKS and self.low > 0 and self.high <= _FACTOR * self.low
 
     def __str__(self) -> str:
@@ -76,6 +76,22 @@ def _ratio(figure: Figure | None, unit: Figure | None) -> float | None:
     if figure is None or unit is None or not figure.known or not unit.known:
         return None
     return figure.ns / unit.ns
+
+
+_KEYS = {"nbytes": "bytes", "resident": "resident_bytes"}
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass as plain data; keys of sizes carry their unit."""
+    values = ((field.name, getattr(row, field.name)) for field in fields(row))
+    return {
+        _KEYS.get(name, name): value.to_dict()
+        if isinstance(value, Figure)
+        else round(value, 3)
+        if isinstance(value, float)
+        else value
+        for name, value in values
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,60 +371,14 @@ class BystanderTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as ``pyreserve costs --bystanders --json`` writes it."""
-
-        def figure(value: Figure | None) -> dict[str, Any] | None:
-            return None if value is None else value.to_dict()
-
-        def rounded(ratio: float | None) -> float | None:
-            return ratio and round(ratio, 2)
-
         calls = []
         for row in self.calls:
-            added, lost = self.multiples(row)
-            calls.append(
-                {
-                    "call": row.call,
-                    "bytes": row.nbytes,
-                    "page_kind": row.page_kind,
-                    "work": row.work,
-                    "bystanders": row.bystanders,
-                    "alone": figure(row.alone),
-                    "added": figure(row.added),
-                    "lost": figure(row.lost),
-                    "added_ipis": rounded(added),
-                    "lost_ipis": rounded(lost),
-                    "interrupts": rounded(row.interrupts),
-                    "why": row.why,
-                }
-            )
-        return {
-            "cpus": self.cpus,
-            "complete": self.complete,
-            "seconds": round(self.seconds, 3),
-            "windows": self.windows,
-            "kept": self.kept,
-            "counted": self.counted,
-            "why": self.why,
+            ratios = zip(("added_ipis", "lost_ipis"), self.multiples(row), strict=True)
+            calls.append(_plain(row) | {name: ratio and round(ratio, 2) for name, ratio in ratios})
+        return _plain(self) | {
             "calls": calls,
-            "faults": [
-                {
-                    "threads": row.threads,
-                    "mapping": row.mapping,
-                    "fault": figure(row.fault),
-                    "why": row.why,
-                }
-                for row in self.faults
-            ],
-            "readers": [
-                {
-                    "file": row.file,
-                    "resident_bytes": row.resident,
-                    "alone": figure(row.alone),
-                    "added": figure(row.added),
-                    "why": row.why,
-                }
-                for row in self.readers
-            ],
+            "faults": [_plain(row) for row in self.faults],
+            "readers": [_plain(row) for row in self.readers],
         }
 
     def to_json(self) -> str:

@@ -119,16 +119,16 @@ class TestFigures:
     @pytest.mark.parametrize(
         ("low", "high", "blocks", "known"),
         [
-            (1, 3, 3, True),
-            (1, 3.1, 3, False),
+            (1, 3, 5, True),
+            (1, 3.1, 5, False),
             (0, 3, 9, False),
             (-1, 1, 9, False),
             (-3, -1, 9, False),
-            (2, 2, 2, False),
+            (2, 2, 4, False),
         ],
     )
     def test_what_is_known(self, low: float, high: float, blocks: int, known: bool) -> None:
-        """A wide interval, one with zero inside and one of two blocks are unknown."""
+        """A wide interval, one with zero inside and one of four blocks are unknown."""
         figure = Figure(2.0, low, high, blocks)
 
         assert figure.known is known
