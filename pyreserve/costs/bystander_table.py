@@ -83,15 +83,15 @@ _KEYS = {"nbytes": "bytes", "resident": "resident_bytes"}
 
 def _plain(row: Any) -> dict[str, Any]:
     """Return the fields of a dataclass as plain data; keys of sizes carry their unit."""
-    values = ((field.name, getattr(row, field.name)) for field in fields(row))
-    return {
-        _KEYS.get(name, name): value.to_dict()
-        if isinstance(value, Figure)
-        else round(value, 3)
-        if isinstance(value, float)
-        else value
-        for name, value in values
-    }
+    item = {}
+    for field in fields(row):
+        value = getattr(row, field.name)
+        if isinstance(value, Figure):
+            value = value.to_dict()
+        elif isinstance(value, float):
+            value = round(value, 3)
+        item[_KEYS.get(field.name, field.name)] = value
+    return item
 
 
 @dataclass(frozen=True, slots=True)
