@@ -1,8 +1,8 @@
 /* Measures what a thread's calls cost the other threads of its process, as a reference for
  * pyreserve's own figures. Shares no code with csrc, and works in another way: it counts the work of
  * a bystander over fixed windows of wall time, without a second process. Its figures without
- * bystanders come from windows in which the bystander sleeps, and what a bystander loses from the
- * time between its readings of the clock that is missing compared with windows without calls.
+ * bystanders come from windows in which the process has one thread, and what a bystander loses from
+ * the time between its readings of the clock that is missing compared with windows without calls.
  *
  * Arguments: CALLER_CPU BYSTANDER_CPU SECONDS. Prints "NAME BYTES ALONE ADDED LOST WINDOWS" for each
  * call and length, in ns; medians over pairs of windows. */
@@ -20,18 +20,14 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, NCALLS = 6, NLENGTHS = 3, MOST_PAIRS = 4000, WINDOW = 800000 };
+enum { PAGE = 4096, AREA = 1024 * PAGE, NCALLS = 6, NLENGTHS = 3, MOST_PAIRS = 4000, WINDOW = 300000 };
 enum { MEMBARRIER, MUNMAP, MPROTECT, DONTNEED, FREE, FIXED };
 static const char *const names[NCALLS] = {"membarrier",    "munmap",    "mprotect",
                                           "MADV_DONTNEED", "MADV_FREE", "MAP_FIXED"};
 static const size_t lengths[NLENGTHS] = {PAGE, 16 * PAGE, 512 * PAGE};
 
-enum state { SLEEP, WORK, END };
-static _Atomic int state;
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 /* What the bystander counts: readings of the clock, and readings that came over 250 ns late. */
-static _Atomic uint64_t readings, late_ns, switches, running;
+static _Atomic uint64_t readings, late_ns, switches, running, over;
 
 static uint64_t now(void) {
     struct timespec time;
@@ -55,34 +51,19 @@ static void bind_to(int cpu) {
 
 static void *stand_by(void *cpu) {
     bind_to(*(int *)cpu);
-    for (;;) {
-        pthread_mutex_lock(&lock);
-        while (state == SLEEP) /* blocked: with a thread that naps the process is not alone */
-            pthread_cond_wait(&changed, &lock);
-        pthread_mutex_unlock(&lock);
-        if (state == END)
-            return NULL;
-        uint64_t n = 0, late = 0, before = switches_of_thread(), last = now();
-        running = 1;
-        while (state == WORK) {
-            uint64_t time = now();
-            if (time - last > 250)
-                late += time - last;
-            last = time;
-            n++;
-        }
-        readings = n;
-        late_ns = late;
-        switches = switches_of_thread() - before;
-        running = 0;
+    uint64_t n = 0, late = 0, before = switches_of_thread(), last = now();
+    running = 1;
+    while (!over) {
+        uint64_t time = now();
+        if (time - last > 250)
+            late += time - last;
+        last = time;
+        n++;
     }
-}
-
-static void change(int to) {
-    pthread_mutex_lock(&lock);
-    state = to;
-    pthread_cond_signal(&changed);
-    pthread_mutex_unlock(&lock);
+    readings = n;
+    late_ns = late;
+    switches = switches_of_thread() - before;
+    return NULL;
 }
 
 static char *memory;
@@ -102,6 +83,11 @@ static void check(int failed) {
 static void map(size_t length) {
     check(mmap(memory, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
                0) != memory);
+}
+
+static void reserve(void) {
+    check(mmap(memory - PAGE, AREA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
+          MAP_FAILED);
 }
 
 /* Makes one call; returns its ns. */
@@ -146,11 +132,15 @@ struct window {
     int good;
 };
 
-static struct window run(int call, size_t length, int calls, int works) {
+static struct window run(int call, size_t length, int calls, int *cpu) {
     struct window window = {0};
-    change(works ? WORK : SLEEP);
-    while ((int)running != works)
-        sched_yield();
+    pthread_t thread;
+    running = over = 0;
+    if (cpu != NULL) {
+        check(pthread_create(&thread, NULL, stand_by, cpu));
+        while (!running)
+            sched_yield();
+    }
     uint64_t before = switches_of_thread(), start = now(), end = start, spent = 0, n = 0;
     do {
         if (calls) {
@@ -159,11 +149,10 @@ static struct window run(int call, size_t length, int calls, int works) {
         }
         end = now();
     } while (end - start < WINDOW);
+    over = 1;
     window.good = switches_of_thread() == before;
-    if (works) {
-        change(SLEEP);
-        while (running)
-            sched_yield();
+    if (cpu != NULL) {
+        check(pthread_join(thread, NULL));
         window.good = window.good && switches == 0;
         window.lost = (double)late_ns;
     }
@@ -202,13 +191,11 @@ int main(int count, char **arguments) {
         return 2;
     int mine = atoi(arguments[1]), theirs = atoi(arguments[2]);
     double seconds = atof(arguments[3]), clock = clock_ns();
-    pthread_t thread;
     prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
     check(syscall(SYS_membarrier, 1 << 4, 0, 0) != 0);
-    memory = mmap(NULL, 1024 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memory = mmap(NULL, AREA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     check(memory == MAP_FAILED);
     memory += PAGE;
-    check(pthread_create(&thread, NULL, stand_by, &theirs));
     bind_to(mine);
     srandom((unsigned)getpid());
     for (uint64_t start = now(); (double)(now() - start) < seconds * 1e9;) {
@@ -222,7 +209,7 @@ int main(int count, char **arguments) {
         int first = (int)(random() % 3);
         for (int i = 0; i < 3; i++) {
             int kind = (first + i) % 3;
-            windows[kind] = run(call, length, kind != 2, kind != 0);
+            windows[kind] = run(call, length, kind != 2, kind != 0 ? &theirs : NULL);
         }
         if (windows[0].good && windows[1].good && found[call][l].nadded < MOST_PAIRS) {
             size_t i = found[call][l].nadded++;
@@ -234,10 +221,8 @@ int main(int count, char **arguments) {
             found[call][l].lost[found[call][l].nlost++] =
                 (windows[1].lost - idle * windows[1].wall) / windows[1].calls;
         }
-        check(mprotect(memory, length, PROT_NONE));
+        reserve(); /* nothing of this turn stays beside the next one's piece */
     }
-    change(END);
-    pthread_join(thread, NULL);
     for (int call = 0; call < NCALLS; call++)
         for (int l = 0; l < (call == MEMBARRIER ? 1 : NLENGTHS); l++) {
             size_t n = found[call][l].nadded, nlost = found[call][l].nlost;
