@@ -163,8 +163,8 @@ class ReaderCost:
     Attributes:
         file: ``maps`` or ``smaps_rollup``.
         resident: memory that the process has in use, in bytes.
-        alone: a munmap of one page, while the other process reads its own file.
-        added: what the reader adds to it, on average.
+        alone: munmap, mmap and a store into one page, while the other process reads its own file.
+        added: what the reader adds to them, on average.
         why: why there are no figures.
     """
 
@@ -307,7 +307,7 @@ class BystanderTable:
             (CALLS_LEGEND, self._calls_table(columns)),
             ("Page faults of several threads at once", self._faults_table()),
             (
-                "A loop of munmap and mmap while another process reads /proc/PID of it",
+                "A loop of munmap, mmap and a store while another process reads /proc/PID",
                 self._readers_table(),
             ),
         ]
@@ -352,7 +352,7 @@ class BystanderTable:
                     UNKNOWN if factor is None else f"x{1 + factor:.3g}",
                 )
             )
-        return Table(("file of /proc/PID", "munmap, 1 page", "a reader adds", "in all"), rows)
+        return Table(("file of /proc/PID", "a loop", "a reader adds", "in all"), rows)
 
     def __str__(self) -> str:
         return self._report().text()

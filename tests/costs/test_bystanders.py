@@ -106,6 +106,16 @@ class TestWindows:
         assert on_and_off("spin", bad, good) is None
         assert on_and_off("spin", good, bad) is None
 
+    def test_a_reader_delays_few_loops_for_long(self) -> None:
+        """With a reader the figures are means: 9 windows of 4 µs a loop and one that waits."""
+        case = Case("munmap", bystanders=0, reader="smaps_rollup")
+        quick, waits = (sample(100, wall=400_000),), (sample(100, wall=10_400_000),)
+        windows = [quick] * 19 + [waits]
+
+        found = evaluate(case, windows, [False] * 10 + [True] * 10, irq_apart=False)
+
+        assert found == pytest.approx({"alone": 4000, "added": 10_000})
+
     def test_faults_without_a_caller(self) -> None:
         """Without a caller the figure is the time of a fault of each thread."""
         window = (sample(0, wall=0), sample(2000), sample(4000))
