@@ -295,9 +295,13 @@ static bool check_huge(struct run *run) {
     return err == 0 || fail(run, err);
 }
 
+/* The first MADV_FREE of a page moves it to another list of the kernel's, so calls come before. */
 static bool is_ready_to_call(struct run *run) {
+    struct bystanders_sample unused = {0};
     int err = run->setup->call == BYSTANDERS_BARRIER ? sys_barrier_register() : 0;
-    return err == 0 ? check_huge(run) : fail(run, err);
+    if (err != 0)
+        return fail(run, err);
+    return check_huge(run) && call_until(run, 0, &unused) && call_until(run, 0, &unused);
 }
 
 /* The bystander's windows. The caller ends them; the time is a limit, in case it is killed. */

@@ -77,7 +77,8 @@ struct bystanders_sample {
  * t = 0 for the caller, in an off window that of the second process, and t = 1, ... for the
  * bystanders. All are zero for a caller that does not call.
  *
- * A window ends for all threads when the last call that began in it has ended, or early when a
+ * Two calls come before the first window, since first calls may differ. A window ends for all
+ * threads when the last call that began in it has ended, or early when a
  * bystander has faulted in all its pages. Windows are about 0.4 ms apart; all threads wait for each
  * other in between.
  *

@@ -22,6 +22,7 @@ RESIDENT = 256 * MiB
 
 _WINDOW = 300_000  # ns: so short that many windows escape the scheduler on a busy machine
 _LONG = 64 * PAGE_SIZE  # from here on a window has one or two calls
+_LEAST_CALLS = 8  # to count interrupts: other processes cause some too
 _PAIRS, _LONG_PAIRS = 8, 16  # windows with and without calls in a run
 _READ = round_up(8 * MiB, PAGE_SIZE)  # bytes that a reading bystander reads: more than a TLB covers
 _FAULT = round_up(32 * MiB, PAGE_SIZE)  # bytes that a faulting bystander can fault in a window
@@ -221,7 +222,8 @@ def count_interrupts(case: Case, cpus: Sequence[int], *, irq_apart: bool) -> flo
     """Return the interrupts of each bystander's CPU for each call, from runs of 1 and 2 windows.
 
     Their difference leaves out interrupts of starting and ending threads. None: a window was
-    disturbed (a bystander that does not run gets no interrupts), or they are not counted.
+    disturbed (a bystander that does not run gets no interrupts), it had too few calls, or
+    interrupts are not counted.
 
     Raises:
         Refused: the kernel refused a call.
@@ -241,8 +243,9 @@ def count_interrupts(case: Case, cpus: Sequence[int], *, irq_apart: bool) -> flo
     except proc.UNREADABLE:
         return None
     (few, few_calls), (many, calls) = counts
-    more_calls = max(1, calls - few_calls)
-    return (many - few) / len(their_cpus) / more_calls
+    if calls - few_calls < _LEAST_CALLS:
+        return None
+    return (many - few) / len(their_cpus) / (calls - few_calls)
 
 
 def counts_interrupts_apart() -> bool:
