@@ -136,6 +136,7 @@ def run(case: Case, cpus: Sequence[int], on: Sequence[bool]) -> list[Window]:
     samples = ffi.new("struct bystanders_sample[]", len(on) * threads)
     lib.vm_allow_huge(case.huge)  # a refusal leaves it as it is: the run then finds out
     err = lib.bystanders_run(setup, bytes(on), len(on), samples)
+    lib.vm_allow_huge(True)
     if err:
         raise Refused(err)
     counts = [Counts(*(getattr(sample, name) for name in Counts._fields)) for sample in samples]
