@@ -25,7 +25,9 @@ SITUATIONS = {
 KINDS = {"": ("16", "small", "4000"), "-huge": ("512", "huge", "1000")}
 
 
-def play(program: str, again: str, kind: tuple[str, str, str], ways: tuple[str, ...]) -> dict:
+def play(
+    program: str, again: str, kind: tuple[str, str, str], ways: tuple[str, ...]
+) -> dict[str, float]:
     """Return the median ns of each way in the C program."""
     pages, sort, rounds = kind
     command = [program, pages, sort, again, rounds, *ways]

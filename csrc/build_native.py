@@ -18,10 +18,15 @@ MODULES = (
     "heap",
     "timing",
     "faultlog",
+    "bystanders",
     "procmaps",
     "forklocks",
 )  # lowest first
-PRIVATE = ("pagealloc_scan", "words")  # headers of C alone, which Python does not see
+PRIVATE = (
+    "bystanders_stage",
+    "pagealloc_scan",
+    "words",
+)  # headers of C alone, which Python does not see
 HERE = Path("csrc")  # setuptools wants paths relative to setup.py, and runs this from there
 
 

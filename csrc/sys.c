@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
@@ -16,6 +17,9 @@
 #ifndef CLOCK_MONOTONIC_COARSE /* Linux only; a fifth of the cost */
 #define CLOCK_MONOTONIC_COARSE CLOCK_MONOTONIC
 #endif
+
+/* Of <linux/membarrier.h>, which older headers lack. */
+enum { BARRIER_EXPEDITED = 1 << 3, BARRIER_REGISTER = 1 << 4 };
 
 int sys_scan_pages(int fd, uint64_t from, uint64_t end, struct sys_page_run *runs, size_t max,
                    size_t *found, uint64_t *next) {
@@ -67,6 +71,52 @@ uint64_t sys_preemptions(void) {
     return (uint64_t)usage.ru_nivcsw;
 }
 
+uint64_t sys_cpu_nanoseconds(void) {
+    struct timespec used = {0};
+    (void)clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
+    return (uint64_t)used.tv_sec * 1000000000 + (uint64_t)used.tv_nsec;
+}
+
+void sys_sleep(uint64_t nanoseconds) {
+    struct timespec length = {(time_t)(nanoseconds / 1000000000), (long)(nanoseconds % 1000000000)};
+    (void)nanosleep(&length, NULL);
+}
+
+int sys_pin(int cpu) {
+    enum { MOST_CPUS = 1 << 13 };
+    unsigned long set[MOST_CPUS / (8 * sizeof(unsigned long))] = {0};
+    if (cpu < 0 || cpu >= MOST_CPUS)
+        return EINVAL;
+    size_t bits = 8 * sizeof set[0];
+    set[(size_t)cpu / bits] = 1UL << (size_t)cpu % bits;
+    return sched_setaffinity(0, sizeof set, (const cpu_set_t *)set) == 0 ? 0 : errno;
+}
+
+int sys_open(const char *path, int *fd) {
+    int opened = open(path, O_RDONLY | O_CLOEXEC);
+    if (opened < 0)
+        return errno;
+    *fd = opened;
+    return 0;
+}
+
+static int barrier(int command) {
+#ifdef SYS_membarrier
+    return syscall(SYS_membarrier, command, 0, 0) == 0 ? 0 : errno;
+#else
+    (void)command;
+    return ENOSYS;
+#endif
+}
+
+int sys_barrier_register(void) {
+    return barrier(BARRIER_REGISTER);
+}
+
+int sys_barrier(void) {
+    return barrier(BARRIER_EXPEDITED);
+}
+
 int sys_parent(void) {
     return (int)getppid();
 }
@@ -78,15 +128,17 @@ int sys_end_with_parent(int parent) {
     return err;
 }
 
-/* The life of a forked child. */
-static _Noreturn void idle(int parent) {
-    if (sys_end_with_parent(parent) == 0)
-        for (;;)
-            (void)pause();
-    _exit(0);
+static void idle(void *unused) {
+    (void)unused;
+    for (;;)
+        (void)pause();
 }
 
 int sys_fork(int *child) {
+    return sys_fork_into(idle, NULL, child);
+}
+
+int sys_fork_into(void (*life)(void *), void *argument, int *child) {
     int parent = (int)getpid();
     sigset_t every, before;
     (void)sigfillset(&every);
@@ -94,8 +146,11 @@ int sys_fork(int *child) {
     /* The system call itself: the C library's fork runs at-fork handlers. No SIGCHLD: the caller
      * may handle it, or ignore it, and then there would be no child left to wait for. */
     long pid = syscall(SYS_clone, 0, 0, 0, 0, 0);
-    if (pid == 0)
-        idle(parent);
+    if (pid == 0) {
+        if (sys_end_with_parent(parent) == 0)
+            life(argument);
+        _exit(0);
+    }
     int err = pid < 0 ? errno : 0;
     (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (err == 0)

@@ -41,6 +41,25 @@ uint64_t sys_nanoseconds(void);
 /* The number of times that the kernel preempted this thread (ru_nivcsw of getrusage(2)). */
 uint64_t sys_preemptions(void);
 
+/* Nanoseconds of CPU time that this thread used. */
+uint64_t sys_cpu_nanoseconds(void);
+
+/* Sleeps at least this long, or until a signal. */
+void sys_sleep(uint64_t nanoseconds);
+
+/* Binds the calling thread to one CPU. EINVAL if there is no such CPU, or the process may not use
+ * it. */
+int sys_pin(int cpu);
+
+/* Opens a file for reading; exec closes it. */
+int sys_open(const char *path, int *fd);
+
+/* Interrupts each CPU that runs another thread of this process, without a TLB flush (membarrier,
+ * Linux 4.14). sys_barrier_register must have succeeded in this process. ENOSYS or EINVAL where the
+ * kernel has no such call. */
+int sys_barrier_register(void);
+int sys_barrier(void);
+
 /* The parent's process id (getppid): the cheapest system call, for measuring its overhead. */
 int sys_parent(void);
 
@@ -51,8 +70,12 @@ int sys_end_with_parent(int parent);
 /* sys_fork creates a child that only waits: none of the caller's code or handlers run in it. It
  * lives until sys_reap, or until the thread that forked it ends. Its end sends no SIGCHLD, and only
  * a wait with __WALL or __WCLONE finds it. sys_reap ends it; `child` is one process, 0 and below
- * are EINVAL. */
+ * are EINVAL.
+ *
+ * The child of sys_fork_into runs `life`, which may call only this module and vm, with all signals
+ * blocked; then it ends. Like the other child it ends earlier if its parent's thread does. */
 int sys_fork(int *child);
+int sys_fork_into(void (*life)(void *), void *argument, int *child);
 int sys_reap(int child);
 
 /* Test the running kernel by using a feature on this process's own files. 0: it works; else the

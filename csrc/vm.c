@@ -222,6 +222,10 @@ int vm_advise(uintptr_t address, size_t length, int advice) {
     return err;
 }
 
+int vm_allow_huge(bool allow) {
+    return call_kernel(SYS_prctl, PR_SET_THP_DISABLE, !allow, 0, 0, 0, 0, NULL);
+}
+
 int vm_collapse(uintptr_t address, size_t length) {
     return advise(address, length, MADV_COLLAPSE);
 }

@@ -90,6 +90,10 @@ int vm_release(uintptr_t address, size_t length);
 /* Gives each advice of a set of enum vm_advice; stops at the first that is refused. */
 int vm_advise(uintptr_t address, size_t length, int advice);
 
+/* Allows or forbids transparent huge pages in this process and its future children, whatever the
+ * advice (PR_SET_THP_DISABLE). */
+int vm_allow_huge(bool allow);
+
 /* Replaces the small pages of a committed range by huge pages now (MADV_COLLAPSE, Linux 6.1). The
  * kernel may stop half way. */
 int vm_collapse(uintptr_t address, size_t length);

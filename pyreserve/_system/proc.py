@@ -312,6 +312,25 @@ def own_threads() -> list[int]:
     return [int(entry) for entry in os.listdir(f"{_PROC}/self/task")]
 
 
+def interrupts() -> dict[str, dict[int, int]]:
+    """Read /proc/interrupts: interrupts since boot by name, such as ``TLB``, and by CPU.
+
+    Only lines that count each CPU.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    heading, *lines = text("interrupts").split("\n")
+    cpus = [int(name.removeprefix("CPU")) for name in heading.split()]
+    counts = {}
+    for line in lines:
+        name, _, rest = line.partition(":")
+        numbers = rest.split()[: len(cpus)]
+        if len(numbers) == len(cpus) and all(map(is_natural, numbers)):
+            counts[name.strip()] = dict(zip(cpus, map(int, numbers), strict=True))
+    return counts
+
+
 def task_count() -> int:
     """Return the number of processes and threads of the machine (/proc/loadavg)."""
     return int(text("loadavg").split()[3].split("/")[1])

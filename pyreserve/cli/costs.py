@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 import pyreserve
+from pyreserve.cli import bystanders as others
 from pyreserve.cli.console import (
     Command,
     Output,
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 
     import pyreserve.costs.comparison
     import pyreserve.costs.text
-    import pyreserve.costs.ways
     from pyreserve.cli.screen import Screen
     from pyreserve.costs import (
+        BystanderTable,
         Cell,
         Comparison,
         CostTable,
@@ -119,6 +120,12 @@ def _complete_verbs(_: click.Context, __: click.Parameter, incomplete: str) -> l
     help="Draw cost against length, with details.",
 )
 @click.option(
+    "--bystanders",
+    is_flag=True,
+    help="Also measure what one thread's calls cost the other threads, for half of the time "
+    "limit; 30 seconds more by default.",
+)
+@click.option(
     "--compare",
     type=click.Path(path_type=Path),
     metavar="FILE...",
@@ -135,6 +142,7 @@ def command(
     full: bool,
     only: str | None,
     longest: int,
+    bystanders: bool,
     plot: Path | None,
     compare: Path | None,
     files: tuple[Path, ...],
@@ -160,26 +168,40 @@ def command(
         raise click.BadParameter(str(error)) from None
     old = None if compare is None else _load(compare)
     plan.check_memory()
+    if bystanders and budget is not None:
+        budget /= 2
     default = _FULL_BUDGET if full else _DETAILS_BUDGET if details else costs.BUDGET
     live = not as_json and output_file is None and sys.stdout is not None and sys.stdout.isatty()
     table = _measure(plan, budget or default, live)
     if plot is not None:
         table.plot(plot)
     comparison = None if old is None else costs.compare(old, table)
+    losses: BystanderTable | None = None
+
+    def measure_bystanders() -> "BystanderTable | None":
+        nonlocal losses
+        losses = others.measure(budget) if bystanders and table.complete else None
+        return losses
 
     def draw(screen: "Screen") -> None:
         show(screen, table, costs.recommend(table), details=details)
         if comparison is not None:
             show_comparison(screen, comparison, str(compare))
+        others_losses = measure_bystanders()  # the rest is on the screen already
+        if others_losses is not None:
+            others.show(screen, others_losses)
 
     def to_json() -> str:
         document = table.to_dict() | costs.recommend(table).to_dict()
         if comparison is not None:
             document["comparison"] = comparison.to_dict()
+        others_losses = measure_bystanders()
+        if others_losses is not None:
+            document["bystanders"] = others_losses.to_dict()
         return json.dumps(document, indent=1)
 
     Output(as_json, output_file).write(to_json, draw, width=120)
-    if not table.complete:
+    if not table.complete or (losses is not None and not losses.complete):
         raise click.Abort  # Ctrl-C
 
 
@@ -339,7 +361,7 @@ def _show_ways(screen: "Screen", recommendations: "Recommendations") -> None:
         rows.setdefault(row.way.name, []).append(row)
     if not rows:
         return
-    text = pyreserve.costs.ways.time_text
+    text = pyreserve.costs.text.time_text
     kinds = list(dict.fromkeys(row.kind for row in recommendations.ways))
     lines = [
         (name, *(f"{text(row.give)} + {text(row.again)}" for row in of_way))

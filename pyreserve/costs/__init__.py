@@ -3,6 +3,7 @@
 - `plan` chooses which cells to measure, `measure` measures them and returns a `CostTable`.
 - `CostTable.model` fits a `CostModel`, which estimates the cost of any length.
 - `faults` says what the page faults of a block of code cost, and what huge pages would save.
+- `measure_bystanders` measures what one thread's calls cost the other threads.
 - `recommend` derives verdicts from a table, `compare` finds changes between two tables,
   `side_by_side` shows where machines differ.
 - `pyreserve.costs.cluster` measures on the hosts of a Dask cluster.
@@ -11,6 +12,17 @@
     table.model().estimate("touch", pages=1000)  # nanoseconds
 """
 
+from pyreserve.costs.bystander_table import (
+    BystanderCost,
+    BystanderTable,
+    FaultCost,
+    ReaderCost,
+)
+from pyreserve.costs.bystanders import (
+    BYSTANDERS_BUDGET,
+    BystandersInterrupted,
+    measure_bystanders,
+)
 from pyreserve.costs.cells import GROUPS, METHODS, OPERATIONS, Cell, Curve, Operation
 from pyreserve.costs.comparison import Compared, Comparison, compare
 from pyreserve.costs.faulting import faults
@@ -27,12 +39,16 @@ from pyreserve.costs.ways import SITUATIONS, WAYS, Situation, Way, WayCosts
 
 __all__ = [
     "BUDGET",
+    "BYSTANDERS_BUDGET",
     "ENOUGH",
     "GROUPS",
     "METHODS",
     "OPERATIONS",
     "SITUATIONS",
     "WAYS",
+    "BystanderCost",
+    "BystanderTable",
+    "BystandersInterrupted",
     "Cell",
     "Compared",
     "Comparison",
@@ -40,6 +56,7 @@ __all__ = [
     "CostTable",
     "Curve",
     "Estimate",
+    "FaultCost",
     "Figure",
     "Fit",
     "Interrupted",
@@ -50,6 +67,7 @@ __all__ = [
     "Operation",
     "Plan",
     "Progress",
+    "ReaderCost",
     "Recommendations",
     "Row",
     "Situation",
@@ -61,6 +79,7 @@ __all__ = [
     "compare",
     "faults",
     "measure",
+    "measure_bystanders",
     "measured_step",
     "plan",
     "recommend",

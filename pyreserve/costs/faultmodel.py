@@ -16,6 +16,7 @@ from pyreserve.costs.planning import Group, Plan
 from pyreserve.costs.programs import Program, Setting, Step
 from pyreserve.costs.results import Measured
 from pyreserve.costs.schema import FIGURES
+from pyreserve.costs.stats import is_known
 from pyreserve.costs.table import CostTable
 from pyreserve.units import MiB, format_size, parse_size
 
@@ -26,7 +27,6 @@ _WIDTH = 0.05
 _PIECE, _SMALL, _LARGE = 2 * MiB, 4 * MiB, 32 * MiB
 _FEW_PASSES = 4
 _WIDENED = 1.25  # factor to either side of the range of few passes
-_FACTOR = 3.0  # an interval wider than this is unknown
 NEGLIGIBLE = 0.01
 """Share of a block's time below which a figure needs no interval."""
 
@@ -93,7 +93,7 @@ class Figure(NamedTuple):
             time: the time of the block that the figure is compared with, in seconds.
             reasons: why the interval is wide, the main reason first.
         """
-        known = span.high <= max(_FACTOR * span.low, NEGLIGIBLE * time)
+        known = is_known((span.low, span.high)) or span.high <= NEGLIGIBLE * time
         if known:
             return cls(span.value, span.low, span.high, None)
         why = "; ".join(reasons) or "the measured costs vary too much, the machine may be busy"

@@ -1,25 +1,18 @@
 """Run a plan: pass after pass in child processes, until the medians are known or time is up."""
 
-import json
 import math
 import os
-import pickle
 import resource
-import select
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from statistics import median
-from typing import IO, Any
+from typing import Any
 
 from pyreserve._system import machine, proc
 from pyreserve.costs.cells import Cell, Curve, name_of
 from pyreserve.costs.child import Job
+from pyreserve.costs.children import GRACE, answers, start_of
 from pyreserve.costs.planning import Group, Plan
 from pyreserve.costs.results import Measured, Noise
 from pyreserve.costs.stats import (
@@ -43,10 +36,8 @@ _MIN_PASSES = ENOUGH
 # The first pass may take as much of the budget as allows as many more: the rest is not measured.
 _PASS_SHARE, _PASS_SECONDS = 1 / (_MIN_PASSES + 1), 1.0  # and at least so long
 _WARM_SHARE = 15  # one warm-up may take 1/15 of the budget
-_GRACE = 3.0  # seconds after the deadline until a child that has not ended is killed
-# Set the caller's sys.path before any import: with -c it begins with the working directory.
-_START = "import sys; sys.path[:] = sys.argv[1:]; from pyreserve.costs.child import main; main()"
-_POLL = 3600.0  # seconds that one poll may wait for an answer
+_GRACE = GRACE
+_START = start_of("pyreserve.costs.child")
 _NO_TIME = "the budget is too small for this cell too"
 _ALL_COLD = "the hypervisor had to supply the memory each time"
 # Cells that allocate pages, so that samples may be cold. (A first read maps the zero page.)
@@ -372,94 +363,4 @@ def _spread(values: list[float]) -> float:
 
 
 def _answers(job: Job) -> Iterator[dict[str, Any]]:
-    """Run a child process; yield its answers, and finally ``died`` if it did not finish its job.
-
-    The child is killed when the iteration ends, for whatever reason.
-    """
-    child, done = None, False
-    with ExitStack() as stack:
-        try:
-            try:
-                stderr = stack.enter_context(tempfile.TemporaryFile())
-                with _sigint_blocked():  # an interrupt before `child` is bound would leak it
-                    child = _start(job, stderr)
-            except OSError as error:
-                yield {"died": f"the measuring process cannot be started: {error}"}
-                return
-            for answer in _read_answers(child, job.deadline + _GRACE):
-                done = done or "done" in answer
-                yield answer
-            if done:
-                return
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(max(0.0, job.deadline + _GRACE - time.monotonic()))
-        finally:
-            if child is not None:
-                child.kill()
-                child.wait()
-                assert child.stdout is not None
-                child.stdout.close()
-        if time.monotonic() < job.deadline:
-            yield {"died": _describe_exit(child.returncode, stderr)}
-
-
-@contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Delay Ctrl-C until the end of the block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start(job: Job, stderr: IO[bytes]) -> "subprocess.Popen[bytes]":
-    if not sys.executable:
-        msg = "sys.executable does not name a Python interpreter"
-        raise FileNotFoundError(msg)
-    # Python itself ignores entries of sys.path that are not strings.
-    command = [sys.executable, "-c", _START, *(path for path in sys.path if isinstance(path, str))]
-    # Pass the job in a file: unlike a pipe it cannot block or raise EPIPE.
-    with tempfile.TemporaryFile() as stdin:
-        pickle.dump(job, stdin)
-        stdin.seek(0)
-        # A new session: Ctrl-C in the terminal reaches only the parent, which kills the child.
-        return subprocess.Popen(
-            command,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            start_new_session=True,
-        )
-
-
-def _read_answers(child: "subprocess.Popen[bytes]", until: float) -> Iterator[dict[str, Any]]:
-    """Yield a child's answers until its output ends or time.monotonic() reaches `until`."""
-    assert child.stdout is not None
-    pipe, rest = child.stdout.fileno(), b""
-    readable = select.poll()
-    readable.register(pipe, select.POLLIN)
-    while (left := until - time.monotonic()) > 0:
-        if not readable.poll(1000 * min(left, _POLL)):
-            continue
-        chunk = os.read(pipe, 1 << 16)
-        if not chunk:
-            return
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            # Ignore other output: a sitecustomize may print.
-            with suppress(ValueError):
-                answer = json.loads(line)
-                if isinstance(answer, dict):
-                    yield answer
-
-
-def _describe_exit(status: int, stderr: IO[bytes]) -> str:
-    if status < 0:
-        names = {member.value: member.name for member in signal.Signals}
-        name = names.get(-status, f"signal {-status}")  # most real-time signals have no name
-        hint = ": the system may be out of memory" if status == -signal.SIGKILL else ""
-        return f"the measuring process was ended by {name}{hint}"
-    stderr.seek(0)
-    last = stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
-    return f"the measuring process ended with status {status}: {last}"
+    return answers(_START, job, job.deadline, _GRACE)

@@ -16,6 +16,7 @@ from pyreserve.costs.measuring import measure
 from pyreserve.costs.planning import BLOCK, HUGE, plan
 from pyreserve.costs.stats import ENOUGH, Interval, over_passes
 from pyreserve.costs.table import CostTable
+from pyreserve.costs.text import time_text
 from pyreserve.costs.ways import (
     SITUATIONS,
     PassCosts,
@@ -23,7 +24,6 @@ from pyreserve.costs.ways import (
     Situation,
     WayCosts,
     ratio,
-    time_text,
     way_costs,
 )
 from pyreserve.errors import OutOfMemoryError

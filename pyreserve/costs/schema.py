@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pyreserve.costs.cells import Cell
 from pyreserve.costs.results import Measured, Noise
-from pyreserve.costs.stats import Times
+from pyreserve.costs.stats import Interval, Times
 
 SCHEMA = 2
 
@@ -60,6 +60,16 @@ def rounded(ns: float) -> float:
     return round(ns, 1) if abs(ns) >= 100 else float(f"{ns:.4g}")
 
 
+def interval_to_dict(ns: Interval) -> dict[str, Any]:
+    """Return the object of a time; ``ns`` is null if its interval is too wide."""
+    return {"ns": rounded(ns.median) if ns.known else None, "interval": _ends((ns.low, ns.high))}
+
+
+def _ends(interval: tuple[float, float]) -> list[float | None]:
+    """Return the ends of an interval; JSON has no infinity: null."""
+    return [rounded(ns) if math.isfinite(ns) else None for ns in interval]
+
+
 def machine_to_dict(machine: Mapping[str, Any]) -> dict[str, Any]:
     """Return the object of the machine's facts."""
     return {_KEYS.get(name, name): value for name, value in machine.items()}
@@ -86,8 +96,7 @@ def to_dict(entry: Measured) -> dict[str, Any]:
     }
     if times is not None:
         item["ns"] = {name: rounded(getattr(times, name)) for name in FIGURES}
-        # JSON has no infinity: the interval of a single sample ends with null.
-        item["ns"]["ci95"] = [rounded(ns) if math.isfinite(ns) else None for ns in times.ci95]
+        item["ns"]["ci95"] = _ends(times.ci95)
         item |= {"samples": times.samples, "passes": times.passes}
         item["pass_medians_ns"] = [ns if ns is None else rounded(ns) for ns in entry.medians]
     return item

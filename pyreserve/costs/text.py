@@ -8,7 +8,7 @@ from pyreserve._system.proc import is_natural
 from pyreserve._system.report import Table
 from pyreserve.costs.cells import GROUPS, METHODS, SMALL, Curve
 from pyreserve.costs.model import CostModel, Fit
-from pyreserve.costs.stats import is_known
+from pyreserve.costs.stats import Interval, is_known
 from pyreserve.units import format_size, format_time
 
 TITLES = ("verb and method", "pages", "fixed", "per page", "GiB/s", "at")
@@ -25,6 +25,7 @@ _LABELS = {
     "hugetlb_free": "free hugetlb pages",
     "virtualised": "hypervisor",
 }
+UNKNOWN = "unknown"
 _ZERO = 0.1  # ns; a smaller cost is shown as zero
 LEGEND = (
     "Medians, ± half of the 95 % interval; unknown: the interval includes zero, or spans more than "
@@ -53,7 +54,7 @@ def fact_label(name: str) -> str:
 def fact_text(name: str, value: Any) -> str:
     """Return a machine's fact for people; equal sizes in three digits have equal texts."""
     if value is None:
-        return "unknown"
+        return UNKNOWN
     if name in {"memory", "page_size"}:
         return format_size(value)
     if isinstance(value, dict):  # huge pages by size: settings, or numbers of pages
@@ -110,9 +111,14 @@ def setting_text(curve: Curve) -> str:
     return f"{curve.page_kind}{'' if curve.mode == 'charge' else f' {curve.mode}'}{threads}"
 
 
+def time_text(ns: Interval | None) -> str:
+    """Return a time; ``unknown`` if its interval is too wide or there is none."""
+    return format_time(ns.median) if ns is not None and ns.known else UNKNOWN
+
+
 def figure_text(ns: float, interval: tuple[float, float]) -> str:
     """Return a time with half of its interval; ``unknown`` if that is too wide."""
     low, high = interval
     if high < _ZERO:
         return "0 ns"
-    return f"{format_time(ns)} ±{(high - low) / 2 / ns:3.0%}" if is_known(interval) else "unknown"
+    return f"{format_time(ns)} ±{(high - low) / 2 / ns:3.0%}" if is_known(interval) else UNKNOWN

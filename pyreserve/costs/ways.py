@@ -13,7 +13,7 @@ from pyreserve.costs.cells import Cell, name_of
 from pyreserve.costs.planning import BLOCK, HUGE
 from pyreserve.costs.stats import Interval, over_passes
 from pyreserve.costs.table import CostTable
-from pyreserve.units import format_time, parse_size
+from pyreserve.units import parse_size
 
 Operations = tuple[tuple[str, str], ...]
 PassCosts = Sequence[float | None]
@@ -284,8 +284,3 @@ def way_costs(table: CostTable) -> Iterator[WayCosts]:
                 )
             except LookupError:
                 continue
-
-
-def time_text(ns: Interval) -> str:
-    """Return a time, or ``unknown`` if its interval is too wide."""
-    return format_time(ns.median) if ns.known else "unknown"

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -192,6 +193,56 @@ static void a_forked_child_ends_with_its_parent_however_soon(void) {
     }
 }
 
+static void write_to(void *end) {
+    (void)write(*(const int *)end, "x", 1);
+}
+
+static void a_child_runs_its_life_and_ends(void) {
+    int pipes[2], child = 0;
+    char byte = 0;
+    REQUIRE(pipe(pipes) == 0 && sys_fork_into(write_to, &pipes[1], &child) == 0);
+    CHECK(read(pipes[0], &byte, 1) == 1 && byte == 'x');
+    CHECK(close(pipes[1]) == 0 && all_have_ended(pipes[0]));
+    CHECK(sys_reap(child) == 0 && close(pipes[0]) == 0);
+}
+
+static void a_thread_is_pinned_to_one_cpu(void) {
+    cpu_set_t before, after;
+    REQUIRE(sched_getaffinity(0, sizeof before, &before) == 0);
+    int cpu = sched_getcpu();
+    CHECK(sys_pin(-1) == EINVAL && sys_pin(8191) == EINVAL && sys_pin(1 << 30) == EINVAL);
+    CHECK(sys_pin(cpu) == 0);
+    CHECK(sched_getaffinity(0, sizeof after, &after) == 0 && CPU_COUNT(&after) == 1);
+    CHECK(CPU_ISSET((size_t)cpu, &after));
+    REQUIRE(sched_setaffinity(0, sizeof before, &before) == 0);
+}
+
+static void sleeping_takes_wall_time_and_no_cpu_time(void) {
+    uint64_t wall = sys_nanoseconds(), cpu = sys_cpu_nanoseconds();
+    sys_sleep(20000000);
+    CHECK(sys_nanoseconds() - wall >= 20000000);
+    CHECK(sys_cpu_nanoseconds() - cpu < 20000000);
+}
+
+static void an_opened_file_can_be_read(void) {
+    int fd = -1;
+    char byte;
+    size_t got = 0;
+    CHECK(sys_open("/nowhere/file", &fd) == ENOENT && fd == -1);
+    REQUIRE(sys_open("/proc/self/maps", &fd) == 0);
+    CHECK(sys_read(fd, 0, &byte, 1, &got) == 0 && got == 1);
+    CHECK((fcntl(fd, F_GETFD) & FD_CLOEXEC) != 0 && close(fd) == 0);
+}
+
+static void a_barrier_needs_a_registration(void) {
+    int err = sys_barrier();
+    CHECK(err == EPERM || err == ENOSYS || err == EINVAL);
+    if (sys_barrier_register() == 0)
+        CHECK(sys_barrier() == 0);
+    else
+        SKIP("no membarrier");
+}
+
 static void trying_leaves_no_mapping_behind(void) {
     size_t before = witness_status("VmSize:");
     (void)sys_try_pagemap_scan();
@@ -218,6 +269,11 @@ int main(void) {
     RUN(a_process_group_is_not_reaped);
     RUN(a_forked_child_runs_no_handlers);
     RUN(a_forked_child_ends_with_its_parent_however_soon);
+    RUN(a_child_runs_its_life_and_ends);
+    RUN(a_thread_is_pinned_to_one_cpu);
+    RUN(sleeping_takes_wall_time_and_no_cpu_time);
+    RUN(an_opened_file_can_be_read);
+    RUN(a_barrier_needs_a_registration);
     RUN(trying_leaves_no_mapping_behind);
     RUN(a_refused_try_is_an_errno);
     return check_report("test_sys");

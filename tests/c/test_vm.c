@@ -6,6 +6,8 @@
 #include <signal.h>
 #include <sys/wait.h>
 
+#include <sys/prctl.h>
+
 #include "check.h"
 #include "witness.h"
 
@@ -441,6 +443,11 @@ static void a_sealed_mapping_stays_as_it_is(void) {
     CHECK(vm_discard(at, page) == 0 && bytes(at)[0] == 0);
 }
 
+static void huge_pages_can_be_forbidden(void) {
+    CHECK(vm_allow_huge(false) == 0 && prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 1);
+    CHECK(vm_allow_huge(true) == 0 && prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 0);
+}
+
 static void collapsed_pages_are_huge_and_keep_their_contents(void) {
     size_t huge = (size_t)2 << 20;
     uintptr_t wide = mapped(2 * huge / page, VM_COMMITTED);
@@ -587,6 +594,7 @@ int main(void) {
     RUN(a_child_sees_what_the_advice_says);
     RUN(a_name_shows_in_maps);
     RUN(a_sealed_mapping_stays_as_it_is);
+    RUN(huge_pages_can_be_forbidden);
     RUN(collapsed_pages_are_huge_and_keep_their_contents);
     RUN(guarded_pages_fault_and_have_no_mapping_of_their_own);
     RUN(trying_leaves_no_mapping_behind);

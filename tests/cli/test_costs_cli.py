@@ -20,7 +20,16 @@ from helpers.subjects import wait_until
 from helpers.witness import PATIENCE
 from pyreserve._system import proc
 from pyreserve.cli import console
-from pyreserve.costs import CostTable, Curve, Noise, measuring
+from pyreserve.costs import (
+    BystanderCost,
+    BystandersInterrupted,
+    BystanderTable,
+    CostTable,
+    Curve,
+    Interval,
+    Noise,
+    measuring,
+)
 
 COMMAND = [sys.executable, "-m", "pyreserve", "costs"]
 TOUCH = Curve("touch", "write")
@@ -374,6 +383,58 @@ class TestMachines:
         assert ended.returncode == 2
         assert message in ended.stderr
         assert ended.stdout == ""
+
+
+class TestBystanders:
+    def run(self, folder: Path, *arguments: str, complete: bool = True) -> str:
+        """The output of the command with imagined results of both measurements."""
+        path = folder / "a.json"
+        path.write_text(imaginary(costs_tables.usual()).to_json(), encoding="utf-8")
+
+        def imagine(budget: float) -> BystanderTable:
+            assert budget == 30
+            micro = Interval(9000, 8900, 9100)
+            rows = [
+                BystanderCost(call, 4096, "4KiB", "spin", 1, micro, micro, micro, 1.0)
+                for call in ("membarrier", "munmap")
+            ]
+            table = BystanderTable(2, tuple(rows), windows=100, kept=90, complete=complete)
+            if not complete:
+                raise BystandersInterrupted(table)
+            return table
+
+        def prepare() -> None:
+            vars(pyreserve.costs)["measure"] = lambda *_, **__: CostTable.load(path)
+            vars(pyreserve.costs)["measure_bystanders"] = imagine
+
+        ended = command.run("costs", *arguments, env=environment(), prepare=prepare)
+        assert ended.returncode == (0 if complete else 130), ended.stderr
+        assert ("measuring bystanders" in ended.stderr) == ("--bystanders" in arguments)
+        return ended.stdout
+
+    def test_the_section(self, tmp_path: Path) -> None:
+        """With --bystanders the screen has a section with sentences and a table."""
+        out = self.run(tmp_path, "--bystanders")
+
+        assert "munmap, 1 page: each bystander costs the caller 9 µs (1.0 IPIs)" in out
+        assert re.search(r"^munmap, 1 page +9 µs +9 µs", out, re.MULTILINE)
+        assert "Bystanders" not in self.run(tmp_path)
+
+    def test_the_json(self, tmp_path: Path) -> None:
+        """The JSON has the key `bystanders`, and CostTable.load reads it."""
+        path = tmp_path / "b.json"
+        path.write_text(self.run(tmp_path, "--bystanders", "--json"))
+
+        found = json.loads(path.read_text())["bystanders"]
+        assert found["calls"][1]["added"] == {"ns": 9000, "interval": [8900, 9100]}
+        assert CostTable.load(path).cells
+        assert "bystanders" not in json.loads(self.run(tmp_path, "--json"))
+
+    def test_an_interrupted_measurement(self, tmp_path: Path) -> None:
+        """Ctrl-C while bystanders are measured keeps both results, and the status is 130."""
+        out = self.run(tmp_path, "--bystanders", complete=False)
+
+        assert "The measurement was interrupted." in out
 
 
 class TestRefusals:

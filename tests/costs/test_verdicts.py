@@ -297,7 +297,7 @@ class TestTexts:
             assert not re.search(r"\d (?:[nµm]?s|times)\b", str(advice))
         for row in advice.ways:
             for cost in (row.give, row.again):
-                shown = costs.ways.time_text(cost)
+                shown = costs.text.time_text(cost)
                 assert shown == "unknown" or 0 < cost.low <= cost.high <= 3 * cost.low
 
     @given(st.floats(0, 1e9), st.floats(0, 1e9), st.floats(0, 1e9))
