@@ -169,7 +169,7 @@ class _Run:
             self._system_calls.append([])
             started, left = time.monotonic(), self._seconds_left()
             first = min(left, max(left * _PASS_SHARE, _PASS_SECONDS))
-            end = started + (left if self._passes else first)
+            end = started + (left if self._any_samples() else first)
             for i, (group, numbers) in enumerate(groups):
                 if time.monotonic() >= end:
                     break
@@ -195,10 +195,14 @@ class _Run:
         ]
 
     def _is_unsettled(self, cell: Cell) -> bool:
-        if self._passes and not self._samples[cell]:
+        if not self._samples[cell] and self._any_samples():
             return False  # the budget is too small
         settled = self._passes >= _MIN_PASSES and cell in self._settled
         return not settled and cell not in self._refused
+
+    def _any_samples(self) -> bool:
+        """Whether a first pass has measured something: cells that it did not reach are dropped."""
+        return self._passes > 0 and any(self._samples.values())
 
     def _update_settled(self) -> None:
         for cell, passes in self._samples.items():

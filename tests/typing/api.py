@@ -456,6 +456,8 @@ def reports(table: costs.CostTable, arena: Arena, region: Region) -> None:
     assert_type(costs.CostTable.load("costs.json"), costs.CostTable)
     assert_type(table.model(), costs.CostModel)
     assert_type(costs.recommend(table), costs.Recommendations)
+    assert_type(costs.recommend(table)["grow"], costs.Verdict)
+    assert_type(costs.recommend(table).verdicts(), dict[str, costs.Verdict])
     assert_type(costs.compare(table, table), costs.Comparison)
     assert_type(costs.compare(table, table).to_dict(), dict[str, Any])
     assert_type(table.to_dict(), dict[str, Any])
