@@ -71,14 +71,14 @@ KINDS = {
     "Region": Kind(
         lambda: pyreserve.reserve(MiB), _view_region, lambda r: r.commit(0, PAGE_SIZE), lambda r: r
     ),
-    "BumpArena": Kind(lambda: BumpArena(MiB), lambda a: a.alloc(8), lambda a: a.alloc(8), _inner),
+    "BumpArena": Kind(lambda: BumpArena(GiB), lambda a: a.alloc(8), lambda a: a.alloc(8), _inner),
     "Pool": Kind(lambda: Pool(48), lambda p: p.view(p.alloc()), lambda p: p.alloc(), _inner),
     "Bitmap": Kind(lambda: Bitmap(1000), _view_bitmap, lambda b: b.set(1), _inner),
     "GrowableBuffer": Kind(
         lambda: GrowableBuffer(MiB), _view_buffer, lambda g: g.extend(b"x"), _inner
     ),
     "GrowableArray": Kind(
-        lambda: GrowableArray("f8", 1000), _view_array, lambda g: g.append(1), _inner
+        lambda: GrowableArray("f8", 10**7), _view_array, lambda g: g.append(1), _inner
     ),
     **{
         f"Arena {name}": Kind(
