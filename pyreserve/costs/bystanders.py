@@ -25,7 +25,7 @@ from pyreserve.costs.bystander_table import (
     FaultCost,
     ReaderCost,
 )
-from pyreserve.costs.cells import SMALL
+from pyreserve.costs.cells import SMALL, name_of
 from pyreserve.costs.children import answers, start_of
 from pyreserve.costs.stats import Interval, over_passes
 from pyreserve.units import MiB, as_float, format_size
@@ -189,7 +189,7 @@ class _Run:
             yield BystanderCost(
                 call=case.call,
                 nbytes=case.nbytes,
-                page_kind=format_size(case.nbytes).replace(" ", "") if case.huge else SMALL,
+                page_kind=name_of(case.nbytes) if case.huge else SMALL,
                 work=case.work,
                 bystanders=case.bystanders,
                 alone=self._figure(number, "alone"),

@@ -60,6 +60,12 @@ def _tracked() -> track:
     return tracked
 
 
+def _faulted() -> costs.faults:
+    with costs.faults() as faulted:
+        pass
+    return faulted
+
+
 def _registered() -> prometheus.Registration:
     registry = prometheus_client.CollectorRegistry()
     return prometheus.register_process(registry=registry)
@@ -118,6 +124,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "Figure": lambda: costs.Figure(1.0, 0.5, 2.0),
     "Fit": lambda: costs.Fit.of(CURVE, [(1, 2.0, 1.5, 2.5), (4, 8.0, 6.0, 10.0)]),
     "Interrupted": lambda: measuring.Interrupted(_table()),
+    "faults": _faulted,
     "Machines": lambda: costs.side_by_side({"a": _table(), "b": _table()}),
     "Row": lambda: costs.Row("cpu", "CPU", ("a",), ("a",), ("a",), False),
     "Spread": lambda: costs.Spread(_table().cells[0].cell, (None,), 2.0),
