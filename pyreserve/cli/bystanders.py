@@ -7,9 +7,6 @@ import click
 import pyreserve
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
-    from pyreserve._system.report import Table
     from pyreserve.cli.screen import Screen
     from pyreserve.costs import BystanderTable
 
@@ -43,13 +40,7 @@ def show(screen: "Screen", table: "BystanderTable") -> None:
     for number, heading in enumerate(headings):
         screen.blank()
         screen.text(heading, style="dim", indent=2)
-        screen.widest(_drawn(screen, table.tables(columns)[number][1]) for columns in _CHOICES)
-
-
-def _drawn(screen: "Screen", table: "Table") -> "RichTable":
-    shown = screen.new_table(1 if len(table.titles) > 5 else 2)
-    for column, title in enumerate(table.titles):
-        shown.add_column(title, justify="left" if column < table.left else "right", no_wrap=True)
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown
+        tables = (table.tables(columns)[number][1] for columns in _CHOICES)
+        screen.widest(
+            screen.drawn(shown, 1 if len(shown.titles) > 5 else 2, wrap=False) for shown in tables
+        )

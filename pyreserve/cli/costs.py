@@ -28,7 +28,6 @@ from pyreserve.units import format_size, format_time
 if TYPE_CHECKING:
     from rich.table import Table
 
-    import pyreserve.costs.comparison
     import pyreserve.costs.text
     from pyreserve.cli.screen import Screen
     from pyreserve.costs import (
@@ -485,21 +484,8 @@ def show_comparison(screen: "Screen", comparison: "Comparison", old: str) -> Non
     """Draw the comparison with the run that the file `old` holds."""
     screen.blank()
     screen.text(f"Compared with {old}", style="bold")
-    for text in pyreserve.costs.comparison.differences_text(comparison):
-        screen.text(f"machine differs: {text}", indent=2)
-    changes = pyreserve.costs.comparison.changes_table(comparison)
+    for line in comparison.summary():
+        screen.text(line, style="yellow" if line.startswith("Noisy") else "")
+    changes = comparison.table()
     if changes.rows:
-        shown = screen.new_table(2)
-        for title in changes.titles:
-            left = title in {"cell", "verdict"}
-            shown.add_column(title, justify="left" if left else "right", no_wrap=title != "cell")
-        for row in changes.rows:
-            shown.add_row(*row)
-        screen.table(shown, indent=2)
-    screen.text(pyreserve.costs.comparison.counts_text(comparison))
-    if comparison.only_old or comparison.only_new:
-        screen.text(
-            f"{comparison.only_old} cells in the old run only, {comparison.only_new} in this only"
-        )
-    if comparison.noisy is not None:
-        screen.text(f"Noisy, so no change is reported: {comparison.noisy}", style="yellow")
+        screen.table(screen.drawn(changes), indent=2)

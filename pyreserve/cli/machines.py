@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyreserve._system.report import Table
     from pyreserve.cli.screen import Screen
     from pyreserve.costs import Machines
 
@@ -19,15 +18,4 @@ def show_machines(screen: "Screen", machines: "Machines") -> None:
     for title, table in machines.tables(columns).items():
         screen.blank()
         screen.text(title, style="bold")
-        _show_table(screen, table)
-
-
-def _show_table(screen: "Screen", table: "Table") -> None:
-    shown = screen.new_table(2)
-    for i, title in enumerate(table.titles):
-        shown.add_column(
-            screen.printable(title), justify="left" if i < table.left else "right", overflow="fold"
-        )
-    for row in table.rows:
-        shown.add_row(*(screen.styled(screen.printable(text), "") for text in row))
-    screen.table(shown, indent=2)
+        screen.table(screen.drawn(table), indent=2)

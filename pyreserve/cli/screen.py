@@ -17,6 +17,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
+    from pyreserve._system.report import Table as ReportTable
+
 _WORD = re.compile(r"(?:\S*\d (?=(?:[KMGTPE]?i?B|[nµm]?s|%)(?!\w)))?\S+")
 _BAR_REFRESH = 0.2  # seconds between two drawings of a bar
 
@@ -147,6 +149,21 @@ class Screen:
     def new_table(gap: int, **options: Any) -> Table:
         """Return an empty table; see `PlainTable`."""
         return PlainTable(gap, **options)
+
+    def drawn(self, table: "ReportTable", gap: int = 2, *, wrap: bool = True) -> Table:
+        """Return the table of a report; with `wrap` the left columns may be broken."""
+        shown = self.new_table(gap)
+        for i, title in enumerate(table.titles):
+            left = i < table.left
+            shown.add_column(
+                self.printable(title),
+                justify="left" if left else "right",
+                no_wrap=not (left and wrap),
+                overflow="fold",
+            )
+        for row in table.rows:
+            shown.add_row(*(Text(self.printable(text)) for text in row))
+        return shown
 
     @staticmethod
     def styled(text: str, style: str) -> Text:

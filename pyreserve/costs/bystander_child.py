@@ -1,9 +1,7 @@
 """The process that measures bystanders: it runs cases in C, in blocks, until the time is up."""
 
 import errno
-import pickle
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,7 +12,7 @@ from typing import Any, NamedTuple
 from pyreserve._native import ffi, lib
 from pyreserve._system import proc
 from pyreserve._system.limits import PAGE_SIZE
-from pyreserve.costs.child import answer
+from pyreserve.costs.child import answer, serve
 from pyreserve.units import MiB, round_up
 
 RESIDENT = 256 * MiB
@@ -302,9 +300,5 @@ def work(job: Job, send: Callable[..., None] = answer) -> None:
 
 
 def main() -> None:
-    """Do the job on standard input; end if the parent ends."""
-    job: Job = pickle.load(sys.stdin.buffer)
-    if lib.sys_end_with_parent(job.parent):
-        sys.exit(f"process {job.parent} is not the parent: a wrapper started Python, or it ended")
-    work(job)
-    answer(done=True)
+    """Do a `Job`."""
+    serve(work)

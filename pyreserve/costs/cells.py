@@ -4,7 +4,7 @@ A cell is a verb, a method, a page kind, a mode, a length and a number of thread
 the system call, or the state of the memory before it: see `OPERATIONS`.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pyreserve._system.limits import PAGE_SIZE
@@ -148,6 +148,11 @@ class Cell:
     def pages(self) -> int:
         """Length in OS pages."""
         return self.nbytes // PAGE_SIZE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; the length is ``bytes``."""
+        item = asdict(self)
+        return {"bytes": item.pop("nbytes"), **item}
 
     @property
     def call(self) -> str | None:

@@ -9,7 +9,7 @@ import json
 import pickle
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -340,10 +340,15 @@ def work(job: Job) -> None:
     Pass(job).run()
 
 
-def main() -> None:
-    """Do the job on standard input; end if the parent ends."""
-    job: Job = pickle.load(sys.stdin.buffer)
+def serve(work: Callable[[Any], object]) -> None:
+    """Do the job on standard input, whose attribute `parent` is a PID; end if the parent ends."""
+    job = pickle.load(sys.stdin.buffer)
     if lib.sys_end_with_parent(job.parent):
         sys.exit(f"process {job.parent} is not the parent: a wrapper started Python, or it ended")
     work(job)
     answer(done=True)
+
+
+def main() -> None:
+    """Do a `Job`."""
+    serve(work)

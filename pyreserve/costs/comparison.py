@@ -81,12 +81,7 @@ class Comparison:
             ],
             "cells": [
                 {
-                    "verb": compared.cell.verb,
-                    "method": compared.cell.method,
-                    "page_kind": compared.cell.page_kind,
-                    "mode": compared.cell.mode,
-                    "bytes": compared.cell.nbytes,
-                    "threads": compared.cell.threads,
+                    **compared.cell.to_dict(),
                     "host": compared.host,
                     "old_median_ns": compared.old.median,
                     "new_median_ns": compared.new.median,
@@ -104,46 +99,40 @@ class Comparison:
     def _repr_html_(self) -> str:
         return self._report().html()
 
-    def _report(self) -> Report:
-        paragraphs = [
-            f"{counts_text(self)}.",
-            f"In the old run only: {self.only_old} cells; in the new run only: {self.only_new}.",
+    def summary(self) -> tuple[str, ...]:
+        """Return the number of cells with each change, and what differs between the runs."""
+        counts = {change: self.count(change) for change in _CHANGES}
+        shown = ", ".join(f"{n} {change}" for change, n in counts.items() if n or change == "same")
+        lines = [f"{len(self.cells)} cells in both runs: {shown}."]
+        if self.only_old or self.only_new:
+            lines.append(
+                f"In the old run only: {self.only_old} cells; in the new run only: {self.only_new}."
+            )
+        lines += [
+            f"The machine differs: {fact_label(name)} was {fact_text(name, before)}, "
+            f"is {fact_text(name, after)}."
+            for name, before, after in self.differences
         ]
-        paragraphs += [f"The machine differs: {text}." for text in differences_text(self)]
-        paragraphs += [f"Changes are reported as noise: {self.noisy}."] if self.noisy else []
-        changes = changes_table(self)
-        return Report("Costs compared", tuple(paragraphs), (changes,) if changes.rows else ())
+        lines += [f"Noisy, so no change is reported: {self.noisy}."] if self.noisy else []
+        return tuple(lines)
 
+    def table(self) -> Table:
+        """Return a row for each changed cell, the largest changes first."""
+        rows: list[tuple[str, ...]] = [
+            (
+                f"{compared.cell}{'' if compared.host == 'warm' else f', {compared.host} host'}",
+                format_time(compared.old.median),
+                format_time(compared.new.median),
+                f"{compared.ratio:.2f}",
+                compared.change,
+            )
+            for compared in self.changed()
+        ]
+        return Table(("cell", "before", "now", "ratio", "change"), rows)
 
-def counts_text(comparison: Comparison) -> str:
-    """Return the number of cells in both tables, and of those with each change."""
-    counts = {change: comparison.count(change) for change in _CHANGES}
-    shown = [f"{n} {change}" for change, n in counts.items() if n or change == "same"]
-    return f"{len(comparison.cells)} cells in both runs: {', '.join(shown)}"
-
-
-def differences_text(comparison: Comparison) -> list[str]:
-    """Return what differs between the machines, for people."""
-    return [
-        f"{fact_label(name)} was {fact_text(name, before)}, is {fact_text(name, after)}"
-        for name, before, after in comparison.differences
-    ]
-
-
-def changes_table(comparison: Comparison) -> Table:
-    """Return a row for each changed cell, the largest changes first."""
-    titles = ("cell", "before", "now", "ratio", "change")
-    return Table(titles, [_row(compared) for compared in comparison.changed()])
-
-
-def _row(compared: Compared) -> tuple[str, ...]:
-    return (
-        f"{compared.cell}{'' if compared.host == 'warm' else f', {compared.host} host'}",
-        format_time(compared.old.median),
-        format_time(compared.new.median),
-        f"{compared.ratio:.2f}",
-        compared.change,
-    )
+    def _report(self) -> Report:
+        changes = self.table()
+        return Report("Costs compared", self.summary(), (changes,) if changes.rows else ())
 
 
 def compare(old: CostTable, new: CostTable) -> Comparison:

@@ -1,7 +1,6 @@
 """What page faults cost, and what huge pages would save, by the cost model. Times in seconds."""
 
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 from pyreserve._system.limits import PAGE_SIZE
 from pyreserve.costs.cells import SMALL, page_kinds
 from pyreserve.costs.faultlog import Fresh, Holding, Places
-from pyreserve.costs.measuring import measure
+from pyreserve.costs.measuring import ONE_AT_A_TIME, measure
 from pyreserve.costs.model import CostModel
 from pyreserve.costs.planning import Group, Plan
 from pyreserve.costs.programs import Program, Setting, Step
@@ -343,16 +342,13 @@ def _why_unknown(counts: Counts, parts: _Division) -> list[str]:
     ]
 
 
-_measuring = threading.Lock()  # concurrent measurements would disturb each other
-
-
 def measured(budget: float = BUDGET) -> CostTable:
     """Return the costs of faults on this machine, measured once a process in `budget` seconds.
 
     Raises:
         OutOfMemoryError: there is not enough memory to measure.
     """
-    with _measuring:
+    with ONE_AT_A_TIME:
         return _measured_once(budget)
 
 

@@ -101,12 +101,7 @@ class Machines:
             "verdicts": [row(verdict) for verdict in self.verdicts],
             "cells": [
                 {
-                    "verb": spread.cell.verb,
-                    "method": spread.cell.method,
-                    "page_kind": spread.cell.page_kind,
-                    "mode": spread.cell.mode,
-                    "bytes": spread.cell.nbytes,
-                    "threads": spread.cell.threads,
+                    **spread.cell.to_dict(),
                     "at_least": float(f"{spread.at_least:.4g}"),
                     "median_ns": by_machine(
                         None if times is None else rounded(times.median) for times in spread.times

@@ -11,38 +11,29 @@ _SPAN = 4 * PAGE_SIZE  # distance between places, so that changed pages cannot m
 
 
 def map_entries() -> dict[str, float]:
-    """Return the map entries that each way to use a piece of a mapping adds to the process.
+    """Return the map entries that each way to give a piece back adds to the process.
 
     Keys are ``"VERB METHOD"``. Each value is the mean of 16 separate places. Ways that the kernel
     refuses are left out.
     """
-    reserved, committed = lib.VM_RESERVED, lib.VM_COMMITTED
-    page = PAGE_SIZE
-    ways: dict[str, tuple[int, Callable[[int], int]]] = {
-        "commit mprotect": (reserved, lambda at: lib.vm_protect(at, page, committed)),
-        "commit mmap-fixed": (reserved, lambda at: lib.vm_renew(at, page, committed)),
-        "decommit mmap-fixed": (committed, lambda at: lib.vm_renew(at, page, reserved)),
-        "decommit mprotect": (committed, lambda at: lib.vm_protect(at, page, reserved)),
-        "decommit dontneed+mprotect": (committed, lambda at: lib.vm_protect(at, page, reserved)),
-        "release piece": (committed, lambda at: lib.vm_release(at, page)),
-        "discard dontneed": (committed, lambda at: lib.vm_discard(at, page)),
-        "discard free": (committed, lambda at: lib.vm_discard_lazy(at, page)),
-        "guard madvise": (committed, lambda at: lib.vm_guard(at, page)),
-        "guard mprotect": (committed, lambda at: lib.vm_protect(at, page, reserved)),
-        "advise dontfork": (committed, lambda at: lib.vm_advise(at, page, lib.VM_NO_FORK)),
+    page, reserved = PAGE_SIZE, lib.VM_RESERVED
+    ways: dict[str, Callable[[int], int]] = {
+        "decommit mmap-fixed": lambda at: lib.vm_renew(at, page, reserved),
+        "decommit mprotect": lambda at: lib.vm_protect(at, page, reserved),
+        "decommit dontneed+mprotect": lambda at: lib.vm_protect(at, page, reserved),
+        "release piece": lambda at: lib.vm_release(at, page),
+        "discard dontneed": lambda at: lib.vm_discard(at, page),
+        "discard free": lambda at: lib.vm_discard_lazy(at, page),
     }
-    added = {name: _added(access, way) for name, (access, way) in ways.items()}
-    # Growth is adjacent to committed memory.
-    added["grow mprotect"] = _added(*ways["commit mprotect"], step=page)
-    added["grow mmap-fixed"] = _added(*ways["commit mmap-fixed"], step=page)
+    added = {name: _added(way) for name, way in ways.items()}
     return {name: entries for name, entries in added.items() if entries is not None}
 
 
-def _added(access: int, way: Callable[[int], int], step: int = _SPAN) -> float | None:
+def _added(way: Callable[[int], int]) -> float | None:
     """Return the map entries that one more place adds; None if the kernel refuses."""
     length = (_PLACES + 2) * _SPAN
     address = ffi.new("uintptr_t *")
-    if lib.vm_map(0, length, access, address):
+    if lib.vm_map(0, length, lib.VM_COMMITTED, address):
         return None
     try:
         lib.vm_advise(address[0], length, lib.VM_NO_DUMP)  # prevents merging with a neighbour
@@ -50,7 +41,7 @@ def _added(access: int, way: Callable[[int], int], step: int = _SPAN) -> float |
         if way(begin):
             return None
         before = proc.map_count()
-        if any(way(begin + i * step) for i in range(1, _PLACES + 1)):
+        if any(way(begin + i * _SPAN) for i in range(1, _PLACES + 1)):
             return None
         return (proc.map_count() - before) / _PLACES
     except OSError:  # /proc/self/maps cannot be read

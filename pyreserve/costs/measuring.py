@@ -3,6 +3,7 @@
 import math
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ BUDGET = 30.0
 
 WIDTH = 0.04
 """Default width of a median's 95 % interval at which a cell is settled, as a share of it."""
+
+ONE_AT_A_TIME = threading.Lock()
+"""Held while a process measures on its own account: concurrent runs would disturb each other."""
 
 _MIN_PASSES = ENOUGH
 # The first pass may take as much of the budget as allows as many more: the rest is not measured.

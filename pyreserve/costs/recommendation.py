@@ -5,14 +5,13 @@ Alternatives are compared by the ratio of their costs within each pass: a verdic
 """
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 from pyreserve._system.report import Report
-from pyreserve.costs.measuring import measure
+from pyreserve.costs.measuring import ONE_AT_A_TIME, measure
 from pyreserve.costs.planning import BLOCK, HUGE, plan
 from pyreserve.costs.stats import ENOUGH, Interval, over_passes
 from pyreserve.costs.table import CostTable
@@ -150,11 +149,8 @@ def measured_step(*, huge_pages: bool = False) -> int:
     return step if isinstance(step, int) else _DEFAULT_STEP
 
 
-_measuring = threading.Lock()  # concurrent measurements would disturb each other
-
-
 def _measured(verbs: tuple[str, ...] | None, budget: float) -> CostTable:
-    with _measuring:
+    with ONE_AT_A_TIME:
         return _measured_once(verbs, budget)
 
 

@@ -79,13 +79,8 @@ def to_dict(entry: Measured) -> dict[str, Any]:
     """Return the object of a cell."""
     cell, times = entry.cell, entry.times
     item: dict[str, Any] = {
-        "verb": cell.verb,
-        "method": cell.method,
-        "page_kind": cell.page_kind,
-        "mode": cell.mode,
-        "bytes": cell.nbytes,
+        **cell.to_dict(),
         "pages": cell.pages,
-        "threads": cell.threads,
         "host": entry.host,
         "call": cell.call,
         "ns": None,

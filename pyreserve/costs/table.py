@@ -26,8 +26,8 @@ class CostTable:
 
     Attributes:
         machine: facts of the machine; see `pyreserve._system.machine.facts`. Measured are
-            ``system_call_ns`` (a getppid), ``map_entries`` (those that each way to use a piece
-            adds, by ``"VERB METHOD"``) and ``huge_pages``: how many pieces of a huge page were
+            ``system_call_ns`` (a getppid), ``map_entries`` (those that each way to give a piece
+            back adds, by ``"VERB METHOD"``) and ``huge_pages``: how many pieces of a huge page were
             ``tried`` during the run and how many ``got`` one, and how many of the ``free_bytes``
             of memory lay in free blocks of at least a huge page (``free_bytes_in_huge_blocks``).
         cells: measured and unmeasurable cells, in the order of the plan.

@@ -51,16 +51,11 @@ class Way:
 
     def cells(self, kind: str, nbytes: int, page: int) -> tuple[list[Cell], list[Cell]]:
         """Return the cells that give back, and those that use again, for a page kind."""
-        small = parse_size(kind) == page
-        both = (
-            [
-                Cell(verb, method, kind, "charge", nbytes)
-                for verb, method in operations
-                if verb != "advise" or not small
-            ]
-            for operations in (self.give, self.again)
+        skipped = "advise" if parse_size(kind) == page else None
+        give, again = (
+            [Cell(verb, method, kind, "charge", nbytes) for verb, method in ops if verb != skipped]
+            for ops in (self.give, self.again)
         )
-        give, again = both
         return give, again
 
 

@@ -285,7 +285,7 @@ class TestCompare:
         """A cell that costs 1000 times as much as in the file is reported as slower."""
         out = self.compared(tmp_path, costs_tables.QUIET)
 
-        assert "machine differs: CPU was Imaginary 9000" in out
+        assert "The machine differs: CPU was Imaginary 9000" in out
         assert re.search(r"touch write.* slower", out)
 
     def test_as_json(self, tmp_path: Path) -> None:

@@ -431,7 +431,7 @@ class TestTable:
             cell["ns"] = dict.fromkeys(cell["ns"], ns) | {"ci95": [ns, None]}
             cell["pass_medians_ns"] = [ns] * 6
         document["cells"][4]["bytes"] = nbytes
-        document["machine"]["map_entries"]["commit mprotect"] = 1e-320
+        document["machine"]["map_entries"]["decommit mprotect"] = 1e-320
 
         odd = CostTable.from_json(json.dumps(document))
 
@@ -754,7 +754,7 @@ class TestMeasure:
         assert children() == before
         assert seen[-1].passes >= 5
         assert {progress.cells for progress in seen} == {len(SMALL_PLAN.cells)}
-        assert table.machine["map_entries"]["commit mprotect"] == 2
+        assert table.machine["map_entries"]["decommit mprotect"] == 2
         assert table.machine["system_call_ns"] > 0
 
     def test_each_cell_has_its_own_samples(

@@ -23,7 +23,6 @@ MACHINE: dict[str, Any] = {
     "page_size": PAGE_SIZE,
     "max_map_count": 65530,
     "map_entries": {
-        "commit mprotect": 2.0,
         "decommit mmap-fixed": 2.0,
         "discard dontneed": 0.0,
         "discard free": 0.0,
