@@ -7,10 +7,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "vm.h"
 
 #ifdef SYS_perf_event_open
 
@@ -98,6 +99,16 @@ static uint64_t accepted_flags(uint64_t period) {
     return 0;
 }
 
+static int map_ring(int fd, size_t length, uintptr_t *address) {
+    int err = vm_map(0, length, VM_RESERVED, address);
+    if (err)
+        return err;
+    err = vm_renew_file(*address, length, VM_COMMITTED, fd);
+    if (err)
+        (void)vm_release(*address, length);
+    return err;
+}
+
 /* Opens the events of one CPU, which share a ring. A CPU that is offline gets none. */
 static int open_cpu(struct faultlog *log, int cpu, const int *threads, size_t count,
                     uint64_t period, uint64_t flags) {
@@ -112,12 +123,12 @@ static int open_cpu(struct faultlog *log, int cpu, const int *threads, size_t co
             return errno;
         log->fds[log->nfds++] = fd;
         if (ring == NULL) {
-            int access = PROT_READ | PROT_WRITE;
-            void *mapped = mmap(NULL, log->page + log->size, access, MAP_SHARED, fd, 0);
-            if (mapped == MAP_FAILED)
-                return errno;
+            uintptr_t mapped;
+            int err = map_ring(fd, log->page + log->size, &mapped);
+            if (err)
+                return err;
             ring = &log->rings[log->nrings++];
-            *ring = (struct ring){mapped, fd};
+            *ring = (struct ring){(void *)mapped, fd};
         } else if (ioctl(fd, SET_OUTPUT, ring->fd)) {
             return errno;
         }
@@ -236,7 +247,7 @@ void faultlog_close(struct faultlog *log) {
         for (size_t i = 0; i < log->nfds; i++)
             (void)ioctl(log->fds[i], DISABLE, 0); /* a child may hold it open for long */
         for (size_t i = 0; i < log->nrings; i++)
-            (void)munmap(log->rings[i].mapped, log->page + log->size);
+            (void)vm_release((uintptr_t)log->rings[i].mapped, log->page + log->size);
         for (size_t i = 0; i < log->nfds; i++)
             (void)close(log->fds[i]);
     }

@@ -131,7 +131,7 @@ class Prices:
         sizes = {
             parse_size(curve.page_kind): curve.page_kind
             for curve in model.fits
-            if curve.verb == "touch" and not curve.page_kind.startswith("hugetlb")
+            if curve.verb == "touch"
         }
         self._model, self._kinds = model, sizes
         self._cache: dict[tuple[str, str, str, int], Span] = {}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from pyreserve.costs.cells import Cell
 from pyreserve.costs.results import Measured, Noise
 from pyreserve.costs.stats import Interval, Times
+from pyreserve.units import parse_size
 
 SCHEMA = 2
 
@@ -168,6 +169,7 @@ def _attributes(document: Any) -> dict[str, Any]:
 
 def _measured(item: Any) -> Measured:
     verb, method, page_kind, mode, host, nbytes, threads, ns, why = _check(item, _CELL)
+    parse_size(page_kind)
     cell = Cell(verb, method, page_kind, mode, nbytes, threads)
     times, medians = None, []
     if ns is not None:

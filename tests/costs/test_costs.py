@@ -318,6 +318,7 @@ HOSTILE: list[tuple[tuple[Any, ...], Any]] = [
     (("complete",), "no"),
     *at(("cells",), {}, 3, "abc", [1]),
     *at(("cells", 0, "verb"), [1], None),
+    *at(("cells", 0, "page_kind"), "large", ""),
     *at(("cells", 0, "bytes"), 0, -PAGE_SIZE, "x", 0.5, 10**400),
     (("cells", 0, "threads"), "z"),
     (("cells", 0, "host"), []),
