@@ -26,6 +26,7 @@ _decommit = lib.region_decommit
 _discard = lib.region_discard
 _export = lib.region_export
 _MAX_INDEX = sys.maxsize
+_GONE = _ref(RLock())
 
 
 class Exports:
@@ -79,7 +80,8 @@ class Exports:
         self._base: Any = None
         # Number of nested calls during which no view may be made.
         self._depth = 0
-        self._removing = RLock()  # held inside `removal`
+        # Alive inside `removal`: a reference to the token that only its ``with`` blocks hold.
+        self._removing = _GONE
         # The addresses are released, or kept only for live views.
         self._closed = False
         forks.register(self.lock)
@@ -97,7 +99,7 @@ class Exports:
             StateError: called by a finaliser or signal handler inside another call on the region.
         """
         with self.lock:
-            if self._depth or self._removing._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001
+            if self._depth or self._removing() is not None:
                 msg = "view cannot be called from inside another call on the same region"
                 raise StateError(msg)
             new = self._new
@@ -189,13 +191,18 @@ class Exports:
         finally:
             self._depth = before
 
-    def removal(self) -> AbstractContextManager[bool]:
+    def removal(self) -> AbstractContextManager[object]:
         """Refuse new views inside the ``with`` block. The caller holds `lock`.
 
         Inside, `refuse` looks for live views, and the bytes may be taken away in several steps.
         """
-        # A lock: a signal handler that raises would leave a generator's block open.
-        return self._removing
+        # Any object that Python itself enters and leaves will do. A signal handler that raises
+        # around a block may keep its __exit__ from running, but not the token alive.
+        token = self._removing()
+        if token is None:
+            token = RLock()
+            self._removing = _ref(token)
+        return token
 
     def refuse(self, verb: str, lo: int, hi: int) -> None:
         """Raise `ViewError` if live views show bytes of [lo, hi). Called inside `removal`."""
