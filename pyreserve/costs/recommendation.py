@@ -15,7 +15,7 @@ from pyreserve.costs.measuring import ONE_AT_A_TIME, measure
 from pyreserve.costs.planning import BLOCK, HUGE, plan
 from pyreserve.costs.stats import ENOUGH, Interval, over_passes
 from pyreserve.costs.table import CostTable
-from pyreserve.costs.text import time_text
+from pyreserve.costs.text import UNKNOWN, time_text
 from pyreserve.costs.ways import (
     SITUATIONS,
     PassCosts,
@@ -206,7 +206,7 @@ def _choose(costs: Mapping[str, PassCosts]) -> _Choice:
 
 def _times(factor: Interval) -> str:
     if not factor.known:
-        return "unknown"
+        return UNKNOWN
     return f"{factor.median:,.0f} times" if factor.median >= 100 else f"{factor.median:.3g} times"
 
 
@@ -263,6 +263,7 @@ class _Judge:
         value = choice.best if isinstance(choice, _Choice) else choice
         if value is None:
             text = f"can't tell from this run: {text or self._why()}, {self._advice()}"
+            figures = "" if UNKNOWN in figures else figures
         return Verdict(question, text, figures, value is not None, value, as_good)
 
     def _why(self) -> str:
