@@ -104,7 +104,7 @@ static const struct way {
 } WAYS[] = {{"MADV_FREE", give_free, back_nothing},
             {"MADV_DONTNEED", give_dontneed, back_nothing},
             {"MADV_DONTNEED + mprotect", give_both, allow},
-            {"munmap + mmap", give_unmap, back_map},
+            {"munmap", give_unmap, back_map},
             {"MAP_FIXED", give_fixed, back_fixed},
             {"mprotect", give_mprotect, allow}};
 

@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 
 NEAR = 1.10
-ALL_NOW = ("MADV_DONTNEED", "MADV_DONTNEED + mprotect", "munmap + mmap", "MAP_FIXED")
+ALL_NOW = ("MADV_DONTNEED", "MADV_DONTNEED + mprotect", "munmap", "MAP_FIXED")
 # The probability of use and the candidates, from docs/reference/give-back.md; not from the package.
 SITUATIONS = {
     "used-again-at-once": ("1", ("MADV_FREE", *ALL_NOW)),
     "may-be-used-again": ("0.5", ALL_NOW),
-    "not-used-again": ("0", ("munmap + mmap", "MAP_FIXED")),
+    "not-used-again": ("0", ("munmap", "MAP_FIXED")),
 }
 KINDS = {"": ("16", "small", "4000"), "-huge": ("512", "huge", "1000")}
 

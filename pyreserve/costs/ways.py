@@ -90,7 +90,7 @@ WAYS: tuple[Way, ...] = (
         "perhaps used again; a stray access faults",
     ),
     Way(
-        "munmap + mmap",
+        "munmap",
         "now",
         True,
         True,

@@ -84,8 +84,8 @@ class TestVerdicts:
             "used-again-at-once-huge": "MADV_FREE",
             "may-be-used-again": "MADV_DONTNEED",
             "may-be-used-again-huge": "MADV_DONTNEED",
-            "not-used-again": "munmap + mmap",
-            "not-used-again-huge": "munmap + mmap",
+            "not-used-again": "munmap",
+            "not-used-again-huge": "munmap",
             "huge-pages": "yes",
             "populate": "populate",
             "fork": "without",
@@ -219,9 +219,9 @@ class TestWays:
         assert fixed.give.median == pytest.approx(3000 + 16 * 110, rel=0.02)
         assert fixed.again.median == pytest.approx(1000 + 16 * 500, rel=0.02)
         assert fixed.entries == 2
-        huge = rows["munmap + mmap", "2MiB"]
+        huge = rows["munmap", "2MiB"]
         assert huge.again.median == pytest.approx(1000 + 600 + 512 * 50, rel=0.02)
-        assert rows["munmap + mmap", "4KiB"].way.back == "memory now, charge, addresses"
+        assert rows["munmap", "4KiB"].way.back == "memory now, charge, addresses"
 
     def test_candidates_give_back_what_must_come_back(self) -> None:
         """mprotect alone is no candidate, and only ways that return the charge are for good."""
@@ -233,7 +233,7 @@ class TestWays:
         assert set(candidates) == set(SITUATIONS)
         assert candidates["used-again-at-once"] == {way.name for way in WAYS} - {"mprotect"}
         assert candidates["may-be-used-again"] == candidates["used-again-at-once"] - {"MADV_FREE"}
-        assert candidates["not-used-again"] == {"munmap + mmap", "MAP_FIXED"}
+        assert candidates["not-used-again"] == {"munmap", "MAP_FIXED"}
 
     def test_free_that_is_dear(self) -> None:
         """Where lazy discard costs more in total, another way is recommended."""
