@@ -33,7 +33,7 @@ _COPIED: dict[str, set[type]] = {
 
 def is_raw(dtype: "np.dtype[Any]") -> bool:
     """Whether a memoryview stores items of this dtype."""
-    return dtype.isnative and dtype.char in _FAST_FORMATS
+    return dtype.isnative and dtype.char in _FAST_FORMATS and dtype.names is None
 
 
 @cache
@@ -65,7 +65,11 @@ def plain_types(dtype: "np.dtype[Any]") -> tuple[type, frozenset[type], float | 
     if dtype.kind != "f":
         return int, frozenset(_integers()), None
     kinds = frozenset({*_integers(), float, numpy.bool_, numpy.float32, numpy.float64})
-    return float, kinds if limit else kinds | {numpy.float16}, limit
+    if limit is None:
+        return float, kinds | {numpy.float16}, None
+    # Numpy rounds its own integers once, a memoryview to float64 first.
+    long = {kind for kind in kinds if issubclass(kind, numpy.integer) and kind(0).nbytes > 4}
+    return float, kinds - long, limit
 
 
 def as_item(value: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> Any:

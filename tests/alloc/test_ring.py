@@ -19,6 +19,7 @@ from helpers import witness
 from pyreserve import (
     PAGE_SIZE,
     TRACEMALLOC_DOMAIN,
+    GrowableArray,
     OutOfMemoryError,
     RangeError,
     ReleasedError,
@@ -185,6 +186,7 @@ def test_numbers_are_stored_as_numpy_stores_them(dtype: str) -> None:
     """Plain numbers become the items, warnings and exceptions that numpy makes of them."""
     numbers: list[Any] = [0, True, -1, 255, 256, 10**19, 10**400, 1.5, -0.0, 1j, np.float16(2)]
     numbers += [65504.0, 65519.9, 65520.0, 3.5e38, 1e-46, float("inf"), float("nan")]
+    numbers += [np.int64(2**60 + 2**36 + 1)]
     ring = RingArray(dtype, 1000)
     array = np.zeros(1, ring.dtype)
     for number in numbers:
@@ -603,6 +605,17 @@ def test_a_copy_is_consistent() -> None:
     stop.set()
     thread.join()
     assert all((np.diff(items) == 1).all() for items in copies)
+
+
+def test_a_number_with_fields() -> None:
+    """Items may be numbers whose dtype also names their parts."""
+    dtype = np.dtype((np.int32, {"low": (np.int16, 0), "high": (np.int16, 2)}))
+    for items in (RingArray(dtype, 100), GrowableArray(dtype, 100)):
+        for n in range(3):
+            items.append(n)
+        items.extend([3, np.int32(4)])
+        items.extend(np.arange(5, 7, dtype=dtype))
+        assert items.array.tolist() == list(range(7))
 
 
 def test_threads_and_releases() -> None:
