@@ -296,7 +296,11 @@ class RingArray(Exclusive, Generic[_Item]):
         return array
 
     def _copy(self, n: int | None) -> "npt.NDArray[_Item]":
-        return (self.array if n is None else self.last(n)).copy()
+        while True:
+            total = self._total
+            items = (self.array if n is None else self.last(n)).copy()
+            if self._total == total:  # else a finaliser or signal handler has appended
+                return items
 
     def __len__(self) -> int:
         self._check_open()

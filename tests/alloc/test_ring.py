@@ -607,6 +607,24 @@ def test_a_copy_is_consistent() -> None:
     assert all((np.diff(items) == 1).all() for items in copies)
 
 
+def test_a_copy_is_consistent_beside_a_handler() -> None:
+    """So does a copy inside which a signal handler appends."""
+
+    class Interrupted(RingArray[np.int64]):
+        times = 2
+
+        def last(self, n: int, *, copy: bool = False) -> Any:
+            items = super().last(n, copy=copy)
+            if not copy and self.times:
+                self.times -= 1
+                self.append(self.total)
+            return items
+
+    ring = Interrupted("i8", ITEMS)
+    ring.extend(np.arange(ITEMS))
+    assert ring.last(ITEMS, copy=True).tolist() == list(range(2, ITEMS + 2))
+
+
 def test_a_number_with_fields() -> None:
     """Items may be numbers whose dtype also names their parts."""
     dtype = np.dtype((np.int32, {"low": (np.int16, 0), "high": (np.int16, 2)}))
