@@ -169,14 +169,11 @@ class GrowableArray(ArrayProtocols, Growable, Generic[_Item]):
         limit = self._limit
         if type(value) in self._scalars and (limit is None or -limit <= value <= limit):
             try:
+                # Both in one line, so that not even a tracer runs in between.
                 if not self._one_step:
                     with self._lock:
-                        if not self._busy:
-                            n = self._count
-                            self._cells[n] = value
-                            self._count = n + 1
-                            return
-                else:  # in one line, so that not even a tracer runs in between
+                        if not self._busy: n = self._count; self._cells[n] = value; self._count = n + 1; return  # fmt: skip  # noqa: E501, E701, E702
+                else:
                     self._cells[n], self._count = value, (n := self._count if not self._busy else NOWHERE) + 1  # fmt: skip  # noqa: E501
                     return
             except REFUSED:  # no space, or not a value of this type
@@ -284,9 +281,9 @@ class GrowableArray(ArrayProtocols, Growable, Generic[_Item]):
         limit = self._limit
         if type(key) is int and type(value) in self._scalars:
             try:
-                # The length last: no other thread runs between this check and the assignment.
-                if (limit is None or -limit <= value <= limit) and 0 <= key < self._count:
-                    self._cells[key] = value
+                if limit is None or -limit <= value <= limit:
+                    # In one line, as in `append`.
+                    self._cells[key if 0 <= key < self._count else NOWHERE] = value
                     return
             except REFUSED:
                 pass

@@ -582,6 +582,53 @@ def each_line(files: tuple[str, ...], action: Callable[[], object]) -> Iterator[
             return
 
 
+class TestDebugger:
+    @pytest.mark.parametrize("dtype", ["f8", ">f8"])
+    @pytest.mark.parametrize(
+        ("store", "removed", "results"),
+        [
+            (lambda array: array.append(np.float64(9)), False, [[1, 2, 3, 9, 7], [1, 2, 3, 7, 9]]),
+            (lambda array: array.append(np.float64(9)), True, [[3, 9]]),
+            (lambda array: array.__setitem__(2, np.float64(9)), True, [[3, 0, 0], [9, 0, 0]]),
+        ],
+    )
+    def test_calls_back_between_lines(
+        self, dtype: str, store: Any, removed: bool, results: list[list[int]]
+    ) -> None:
+        """What a debugger appends or removes between two lines of a store is not undone."""
+        for stop in range(1000):
+            array = filled([1.0, 2.0, 3.0], dtype)
+            lines = 0
+
+            def trace(
+                frame: FrameType,
+                event: str,
+                _: object,
+                stop: int = stop,
+                array: GrowableArray[Any] = array,
+            ) -> Any:
+                nonlocal lines
+                if event == "line" and frame.f_code.co_filename.endswith("growablearray.py"):
+                    lines += 1
+                    if lines == stop + 1:
+                        array.drop_front(2) if removed else array.append(7)
+                return trace
+
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                store(array)
+            except IndexError:  # the item was removed first
+                pass
+            finally:
+                sys.settrace(before)
+            if lines <= stop:
+                break
+            if len(results[0]) == 3:
+                array.resize(3)  # new items are zero
+            assert array.array.tolist() in results, stop
+
+
 class TestAppender:
     @pytest.mark.parametrize("dtype", ["f8", "f4", "i2", "?", "c16", ">f8", "f2", "M8[s]", "U3"])
     def test_items_in_order(self, dtype: str) -> None:
