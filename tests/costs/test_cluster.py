@@ -23,9 +23,10 @@ OPTIONS: dict[str, Any] = {"details": True, "only": ["reserve"], "longest": PAGE
 
 # A process of its own: a client leaves threads behind. Prints each outcome as it arrives.
 CLIENT = f"""
-import json, sys
+import faulthandler, json, sys
 from distributed import Client
 from pyreserve.costs import cluster
+faulthandler.dump_traceback_later({PATIENCE / 2}, exit=True)
 
 def show(name, outcome):
     document = outcome if isinstance(outcome, str) else outcome.to_dict()
@@ -62,7 +63,7 @@ class Cluster:
         """Start a client that measures few cells."""
         arguments = {"budget": 1.5, **OPTIONS, **arguments}
         document = json.dumps([str(self.file), arguments])
-        command = [sys.executable, "-W", "error", "-c", CLIENT, document]
+        command = [sys.executable, "-c", CLIENT, document]
         pipe = subprocess.PIPE
         self._client = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
         return self._client
