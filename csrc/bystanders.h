@@ -1,8 +1,8 @@
 /* bystanders: measures what a thread's calls on mappings cost the other threads of its process.
  *
  * A thread, the caller, makes one call after the other: it unmaps a used piece of memory, discards
- * it, ... Other threads of the process, the bystanders, compute, read or fault meanwhile, each bound
- * to a CPU of its own. A call that makes translations of addresses invalid interrupts each CPU that
+ * it, ... Other threads of the process, the bystanders, compute, read or fault at the same time,
+ * each bound to a CPU of its own. A call that makes translations of addresses invalid interrupts each CPU that
  * runs a bystander (a TLB shootdown) and waits for it, so it costs both sides.
  *
  * Time is divided into windows. In an "on" window the caller is a thread of this process. In an

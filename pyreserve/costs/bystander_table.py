@@ -170,7 +170,7 @@ class BystanderTable:
     why: str | None = None
 
     def interrupt(self, bystanders: int = 1) -> BystanderCost | None:
-        """Return the row of the bare interrupt (membarrier) of so many CPUs; None if missing."""
+        """Return the row of the bare interrupt (membarrier) of `bystanders` CPUs, or None."""
         return next(
             (row for row in self.calls if row.call == IPI and row.bystanders == bystanders), None
         )

@@ -93,7 +93,7 @@ def counts_of(cpus: int) -> list[int]:
 
 
 def cases_of(cpus: int, huge: int | None) -> list[Case]:
-    """Return the cases to measure on so many CPUs; `huge` is the size of a huge page, if any."""
+    """Return the cases for a number of CPUs; `huge` is the size of a huge page, if any."""
     counts = [n for n in counts_of(cpus) if n > 0]
     pieces = [(pages * PAGE_SIZE, False) for pages in _PAGES]
     pieces += [(huge, True)] if huge else []

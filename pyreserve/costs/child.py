@@ -242,7 +242,7 @@ class Pass:
             self._run_turn(number)
 
     def _try_kinds(self) -> None:
-        """Drop the programs of page kinds that are not to be had now."""
+        """Drop the programs of page kinds that the kernel cannot supply now."""
         for setting in dict.fromkeys(program.setting for program in self._remaining.values()):
             if setting.kind.sort != "transparent":
                 continue

@@ -107,7 +107,7 @@ def _outcome(
 ) -> CostTable | str | None:
     """Return a table, or the reason of a failure; None if the worker is still measuring."""
     if not future.done():
-        # Its task would wait for ever: no other worker may run it.
+        # Its task would never end: no other worker may run it.
         return None if address in workers else "the worker left the cluster"
     if future.cancelled():
         return "the measurement was cancelled"

@@ -315,7 +315,7 @@ class _Judge:
         return f"{text}: calls then cost under 5 % of touching", figures, step
 
     def _step(self, least: float, kind: str) -> int:
-        """Return the smallest step of at least so many bytes: a power of two times a page."""
+        """Return the smallest step of at least `least` bytes: a power of two times a page."""
         step = parse_size(kind)
         while step < least and step <= _LONGEST_STEP:
             step *= 2

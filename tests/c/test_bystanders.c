@@ -1,7 +1,6 @@
 #define _GNU_SOURCE
 #include "../../csrc/bystanders.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <sched.h>
 #include <signal.h>
@@ -47,33 +46,22 @@ static bool is_unwritten(void) {
     return true;
 }
 
-static size_t tasks(void) {
-    DIR *all = opendir("/proc/self/task");
-    size_t n = 0;
-    while (all != NULL && readdir(all) != NULL)
-        n++;
-    if (all != NULL)
-        (void)closedir(all);
-    return n;
-}
-
 static size_t mapped_before, tasks_before;
 
 static void remember(void) {
-    tasks_before = tasks();
+    tasks_before = witness_tasks();
     mapped_before = witness_status("VmSize:");
 }
 
 static bool nothing_stays(void) {
-    for (int i = 0; i < 1000 && tasks() > tasks_before; i++)
-        (void)usleep(1000); /* a joined thread may stay in /proc for a moment */
+    bool threadless = witness_no_task_stays(tasks_before);
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
     bool same = true; /* the sanitizers map memory at any time */
 #else
     bool same = witness_status("VmSize:") == mapped_before;
 #endif
     bool childless = waitpid(-1, NULL, WNOHANG | __WALL) == -1 && errno == ECHILD;
-    return same && childless && tasks() <= tasks_before;
+    return same && childless && threadless;
 }
 
 /* Thread stacks stay in the C library's cache: fill it before anything is compared. */

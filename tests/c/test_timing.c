@@ -1,7 +1,6 @@
 #define _GNU_SOURCE
 #include "../../csrc/timing.c" /* to run single steps and see what a thread has mapped */
 
-#include <dirent.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/wait.h>
@@ -71,16 +70,6 @@ static size_t written(void) {
     return n;
 }
 
-static size_t tasks(void) {
-    DIR *all = opendir("/proc/self/task");
-    size_t n = 0;
-    while (all != NULL && readdir(all) != NULL)
-        n++;
-    if (all != NULL)
-        (void)closedir(all);
-    return n;
-}
-
 static bool childless(void) {
     return waitpid(-1, NULL, WNOHANG | __WALL) == -1 && errno == ECHILD;
 }
@@ -89,18 +78,15 @@ static size_t mapped_before, tasks_before;
 static char maps_before[1 << 16];
 
 static void remember(void) {
-    tasks_before = tasks();
+    tasks_before = witness_tasks();
     mapped_before = witness_status("VmSize:");
     const char *maps = witness_read("/proc/self/maps");
     REQUIRE(strlen(maps) < sizeof maps_before);
     memcpy(maps_before, maps, strlen(maps) + 1);
 }
 
-/* A joined thread may stay in /proc for a moment. */
 static bool no_thread_stays(void) {
-    for (int i = 0; i < 1000 && tasks() > tasks_before; i++)
-        (void)usleep(1000);
-    return tasks() <= tasks_before;
+    return witness_no_task_stays(tasks_before);
 }
 
 static bool nothing_stays(void) {

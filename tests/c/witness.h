@@ -3,6 +3,7 @@
 #ifndef WITNESS_H
 #define WITNESS_H
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -192,6 +193,25 @@ static inline bool unlimit(int resource) {
         return false;
     limit.rlim_cur = limit.rlim_max;
     return setrlimit(resource, &limit) == 0;
+}
+
+/* The number of entries of /proc/self/task: one for each thread, and two more. Unlike the rest it
+ * allocates memory, for the directory. */
+static inline size_t witness_tasks(void) {
+    DIR *all = opendir("/proc/self/task");
+    size_t n = 0;
+    while (all != NULL && readdir(all) != NULL)
+        n++;
+    if (all != NULL)
+        (void)closedir(all);
+    return n;
+}
+
+/* Whether at most `before` tasks are left. A joined thread may stay in /proc for a moment. */
+static inline bool witness_no_task_stays(size_t before) {
+    for (int i = 0; i < 1000 && witness_tasks() > before; i++)
+        (void)usleep(1000);
+    return witness_tasks() <= before;
 }
 
 #endif

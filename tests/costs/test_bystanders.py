@@ -215,7 +215,7 @@ class TestTable:
         assert "not counted" not in str(imagined())
 
     def test_an_early_end(self) -> None:
-        """If the measuring process died on the way, its figures stay and the reason is told."""
+        """If the measuring process dies early, its figures stay and the table has the reason."""
         text = str(imagined(why="the measuring process was ended by SIGKILL"))
 
         assert "ended early: the measuring process was ended by SIGKILL." in text
