@@ -7,8 +7,7 @@ the kernel does not refuse that: the OOM killer ends a process, usually this one
 import errno
 from typing import Any
 
-from pyreserve._native import ffi, lib
-from pyreserve._region.handles import refused
+from pyreserve._region.handles import copy_runs, refused
 from pyreserve._system import proc
 from pyreserve.units import MiB
 
@@ -34,8 +33,6 @@ def check_memory(handle: Any, size: int, verb: str, offset: int, length: int) ->
 
 
 def _uncommitted(handle: Any, lo: int, hi: int) -> int:
-    count = int(handle.committed.count)
-    runs = ffi.new("struct run[]", max(count, 1))
-    count = min(count, lib.region_runs(handle, True, runs, count))
-    pieces = ((max(int(runs[i].lo), lo), min(int(runs[i].hi), hi)) for i in range(count))
+    runs = copy_runs(handle, committed=True)
+    pieces = ((max(start, lo), min(end, hi)) for start, end in runs)
     return hi - lo - sum(max(0, end - start) for start, end in pieces)

@@ -154,14 +154,10 @@ class Exports:
         with self.lock:
             if self.released:
                 raise released()
-            capacity, count = 0, 1
-            while count > capacity:
-                capacity = 2 * count
-                runs = ffi.new("struct run[]", capacity)
-                count = lib.region_runs(self.handle, committed, runs, capacity)
+            runs = handles.copy_runs(self.handle, committed=committed)
             if self.released:  # by a finaliser
                 raise released()
-        return [(runs[i].lo, runs[i].hi - runs[i].lo) for i in range(count)]
+        return [(start, end - start) for start, end in runs]
 
     @property
     def viewed_flag(self) -> Any:

@@ -96,6 +96,19 @@ def reuse(handle: Any) -> bool:
     return True
 
 
+def copy_runs(handle: Any, *, committed: bool) -> list[tuple[int, int]]:
+    """Return the committed, else the reserved ranges [start, end) of a region, lowest first.
+
+    One C call copies them out, so they are consistent. The caller holds the lock of the region.
+    """
+    capacity, count = 0, 1
+    while count > capacity:
+        capacity = 2 * count
+        runs = ffi.new("struct run[]", capacity)
+        count = lib.region_runs(handle, committed, runs, capacity)
+    return [(runs[i].lo, runs[i].hi) for i in range(count)]
+
+
 def live_ranges() -> list[tuple[int, int]]:
     """Return the addresses [start, end) of all open regions, without keeping any alive."""
     ranges = []
